@@ -1,0 +1,49 @@
+"""What attention remembers of earlier tokens: one contiguous cache, its row set by the config.
+
+A row is (latent after its norm | rope key after rotation) under MLA: kv_lora_rank + qk_rope_head_dim elements per token and
+layer; keys | values otherwise. All sequences of a batch have the same length here.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lamoe.config import ModelConfig
+
+
+class KVCache:
+    """Room for `capacity` tokens of `batch` sequences: two tensors [layers, B, capacity, width]. `length` tokens are filled."""
+
+    def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype = torch.float32, device="cpu"):
+        if batch < 1 or capacity < 1:
+            raise ValueError(f"a cache needs room for at least one sequence and one token, asked for {batch} x {capacity}")
+        shape = (config.num_hidden_layers, batch, capacity)
+        self.rows = [torch.empty(*shape, width, dtype=dtype, device=device) for width in config.cache_row]
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.rows[0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(r.numel() * r.element_size() for r in self.rows)
+
+    def append(self, layer: int, *new: torch.Tensor) -> list[torch.Tensor]:
+        """Write one layer's rows [B, T, width] behind the filled ones and return all rows so far, [B, length + T, width] each.
+        `length` moves only with `advance`, once all layers have written."""
+        end = self.length + new[0].shape[1]
+        if end > self.capacity:
+            raise ValueError(f"{end} tokens do not fit in a cache of {self.capacity}; make the cache larger or the text shorter")
+        for rows, part in zip(self.rows, new):
+            rows[layer, :, self.length : end] = part
+        return [rows[layer, :, :end] for rows in self.rows]
+
+    def advance(self, tokens: int) -> None:
+        self.length += tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot cut a cache of {self.length} tokens to {length}")
+        self.length = length

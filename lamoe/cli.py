@@ -1,0 +1,220 @@
+"""The command line: verbs only, each a few lines over the Python API."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from lamoe import __version__
+from lamoe.config import PRESETS, ModelConfig, did_you_mean
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code. User errors are one line on stderr and exit code 2."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.run is not train:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        args.overrides = rest
+        return args.run(args) or 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, RuntimeError) as e:
+        if os.environ.get("LAMOE_TRACEBACK"):
+            raise
+        print(f"lamoe {args.verb}: {e}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("lamoe", description="DeepSeek-V2 (latent attention + mixture of experts) as software.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"lamoe {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(run, help: str) -> argparse.ArgumentParser:
+        p = verbs.add_parser(run.__name__, help=help, description=help, allow_abbrev=False)
+        p.set_defaults(run=run)
+        return p
+
+    p = verb(train, "train a model as a recipe says; --section.key VALUE overrides a line of it")
+    p.add_argument("recipe", help="a TOML file, for example recipes/tiny.toml")
+    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run.out")
+    p.add_argument("--quiet", action="store_true")
+
+    p = verb(generate, "continue a prompt, streaming")
+    p.add_argument("--model", required=True, help="a run folder, a model folder or a hub id")
+    p.add_argument("--prompt", help="the text to continue; '-' or nothing: read standard input")
+    p.add_argument("--max-tokens", type=int, default=128)
+    p.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
+    p.add_argument("--top-p", type=float, default=0.95)
+    p.add_argument("--top-k", type=int, default=0)
+    p.add_argument("--min-p", type=float, default=0.0)
+    p.add_argument("--seed", type=int)
+    p.add_argument("--stop", action="append", default=[], help="a text that ends the output; may be given more than once")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; default: the model's own")
+    p.add_argument("--threads", type=int, default=0)
+
+    p = verb(evaluate, "measure a model: bits per byte beside gzip and xz, expert load, cache bytes, speed")
+    p.add_argument("model", help="a run folder, a model folder or a hub id")
+    p.add_argument("--data", action="append", default=[], help="a text source (file, folder, glob, .jsonl); default: what the run held out")
+    p.add_argument("--seq-len", type=int, help="context in tokens, with --data")
+    p.add_argument("--out", help="folder for report.md, report.json and report.png; default: the run folder, else nothing is written")
+
+    p = verb(info, "parameters, FLOPs, cache bytes and memory of a model, from its config alone")
+    p.add_argument("model", help=f"a preset ({', '.join(PRESETS)}), a run or model folder, a config.json or a hub id")
+    p.add_argument("--context", type=int, help="cached tokens the figures are for")
+    p.add_argument("--weight-bits", type=float, default=16.0)
+    p.add_argument("--cache-bits", type=float, default=6.0)
+    p.add_argument("--memory", type=_bytes, help="plan for this much memory, for example 16GB")
+    p.add_argument("--json", action="store_true")
+
+    p = verb(convert, "read a Hugging Face model folder and write it anew (checked, another dtype or shard size)")
+    p.add_argument("source")
+    p.add_argument("target")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    p.add_argument("--max-shard-size", type=_bytes, default=5_000_000_000)
+    p.add_argument("--overwrite", action="store_true")
+    return parser
+
+
+def train(args) -> int:
+    from lamoe.train.loop import Stopped
+    from lamoe.train.loop import train as run
+    from lamoe.train.recipe import Recipe
+
+    recipe = Recipe.load(args.recipe, args.overrides)
+    try:
+        run(recipe, resume=args.resume, quiet=args.quiet)
+    except Stopped as e:
+        print(f"lamoe train: {e}", file=sys.stderr)
+        return 3
+    return 0
+
+
+def generate(args) -> int:
+    model, tok = _load(args.model, args.dtype, args.threads)
+    from lamoe.engine.generate import generate as run
+    from lamoe.engine.sampler import SamplingParams
+
+    prompt = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
+    params = SamplingParams(args.temperature, args.top_p, args.top_k, args.min_p, args.seed, args.max_tokens, tuple(args.stop))
+    ids = tok.encode(prompt, bos=tok.add_bos)
+    print(prompt, end="", flush=True)
+    for piece in run(model, ids, params, tok):
+        print(piece.text, end="", flush=True)
+    print()
+    return 0
+
+
+def evaluate(args) -> int:
+    from lamoe import report
+
+    model, tok = _load(args.model, None, 0)
+    run = Path(args.model)
+    if args.data:
+        result = report.evaluate_texts(model, tok, args.data, args.seq_len)
+    elif (run / "recipe.json").exists() and (run / "data").is_dir():
+        result = report.evaluate_run(model, tok, run)
+    else:
+        raise ValueError(f"{args.model} is not a run folder, so there is no held-out text; name some with --data")
+    out = Path(args.out) if args.out else run if not args.data else None
+    name = f"lamoe: {run.name or args.model}"
+    text = report.markdown(result, name)
+    print(text)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.md").write_text(text, encoding="utf-8")
+        (out / "report.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        try:
+            report.plot(result, name, out / "report.png")
+            print(f"wrote {out / 'report.md'}, report.json, report.png")
+        except ImportError:
+            print(f"wrote {out / 'report.md'}, report.json; no report.png, because matplotlib is not installed (pip install 'lamoe[train]')")
+    return 0
+
+
+def info(args) -> int:
+    from lamoe import accounting
+
+    config, name = _config(args.model)
+    options = dict(name=name, context=args.context, weight_bits=args.weight_bits, cache_bits=args.cache_bits, memory_bytes=args.memory)
+    if args.json:
+        print(json.dumps(accounting.report(config, **options), indent=1))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        console.width = max(100, console.width)  # narrower, the tables lose columns
+        console.print(accounting.render(config, **options))
+    return 0
+
+
+def convert(args) -> int:
+    from lamoe.convert import load, resolve, save
+
+    folder = resolve(find_model(args.source))
+    save(load(folder, args.dtype), args.target, max_shard_bytes=args.max_shard_size, extras_from=folder, overwrite=args.overwrite)
+    print(f"wrote {args.target}")
+    return 0
+
+
+def find_model(name: str) -> str:
+    """The model folder behind a name: that of a run's last checkpoint, or the name itself (a model folder or hub id)."""
+    path = Path(name)
+    if (path / "recipe.json").exists():
+        pointer = path / "latest"
+        if not pointer.exists():
+            raise ValueError(f"{path} is a training run without a checkpoint yet; wait for one, or set run.save_every")
+        return str(path / pointer.read_text(encoding="utf-8").strip() / "model")
+    if (path / "model" / "config.json").exists() and not (path / "config.json").exists():
+        return str(path / "model")
+    return name
+
+
+def _load(name: str, dtype: str | None, threads: int):
+    import torch
+
+    from lamoe.convert import load, resolve
+    from lamoe.tokenizer import Tokenizer
+
+    if threads:
+        torch.set_num_threads(threads)
+    folder = resolve(find_model(name))
+    return load(folder, dtype), Tokenizer.load(folder)
+
+
+def _config(name: str) -> tuple[ModelConfig, str]:
+    if name in PRESETS:
+        return ModelConfig.preset(name), name
+    path = Path(find_model(name))
+    if path.is_file():
+        return ModelConfig.from_file(path), str(path)
+    if path.is_dir():
+        return ModelConfig.from_file(path / "config.json"), str(path)
+    if name.count("/") != 1:
+        raise ValueError(f"{name!r} is neither a preset{did_you_mean(name, PRESETS)} nor a folder, a config.json or a hub id; presets: {', '.join(PRESETS)}")
+    from lamoe.convert import read_config, resolve
+
+    return read_config(resolve(name)), name
+
+
+def _bytes(text: str) -> int:
+    """'16GB', '512 MiB', '1e9' -> bytes."""
+    units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+    number = text.strip().lower().removesuffix("b").strip()
+    unit = number.lstrip("0123456789.e+-").strip()
+    try:
+        return int(float(number[: len(number) - len(unit)]) * units[unit])
+    except (KeyError, ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory; write it like 16GB or 512MiB") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

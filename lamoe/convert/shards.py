@@ -1,0 +1,253 @@
+"""safetensors files as untrusted bytes: every header is checked here before the library sees the file, and shards are written here.
+
+This file knows nothing of models or names. A file either satisfies all of the format's promises (header inside the file, known
+dtypes, shapes that fill their byte spans, spans that tile the data exactly) or is a ValueError; the index may name only plain
+files of the same folder. `safetensors` itself does all reading and writing of tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# The 29,102 tensors of DeepSeek-V2 need about 4 MB of header in all. JSON of this size still parses in a second; a file that
+# claims more is refused unread.
+MAX_JSON_BYTES = 16 * 2**20
+MAX_DIMS = 8
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
+    "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1, "C64": 8,
+}
+
+
+class Found(NamedTuple):
+    """One tensor of a checked file: where it is and what its header says. `begin` counts bytes from the end of the header."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------------
+def scan(folder: Path) -> dict[str, Found]:
+    """All tensors of a model folder by name, from checked headers alone (no tensor data is read).
+
+    Takes model.safetensors, or the shards that model.safetensors.index.json names. ValueError for a folder without either, with
+    both, with pickled weights only, or with a file or index that breaks the format.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file() and index.is_file():
+        raise ValueError(f"{folder} has both {SINGLE} and {INDEX}, so it is not clear which weights are meant; delete the stale one")
+    if single.is_file():
+        return read_header(single)
+    if index.is_file():
+        return _scan_index(index)
+    raise ValueError(_no_weights(folder))
+
+
+def _scan_index(index: Path) -> dict[str, Found]:
+    placed = _read_weight_map(index)
+    found: dict[str, Found] = {}
+    for shard in sorted(set(placed.values())):
+        path = index.parent / shard
+        if not path.is_file():
+            count = list(placed.values()).count(shard)
+            raise ValueError(f"{index} places {count} tensors in {shard}, which is not there; download it again")
+        header = read_header(path)
+        absent = [name for name, where in placed.items() if where == shard and name not in header]
+        if absent:
+            raise ValueError(f"{index} places {few(absent)} in {shard}, but that shard does not hold {'it' if len(absent) == 1 else 'them'}")
+        twice = [name for name in header if name in found]
+        if twice:
+            raise ValueError(f"{path} holds {few(twice)}, which another shard of {INDEX} holds too; a tensor must be in one shard only")
+        found.update(header)  # a tensor the index does not list stays in: the caller reports it as extra
+    return found
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    size = index.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{index} has {size:,} bytes; an index of more than {MAX_JSON_BYTES:,} bytes is refused")
+    placed = _parse(index.read_bytes(), str(index)).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise ValueError(f"{index} has no weight_map object that says which shard holds which tensor")
+    for name, shard in placed.items():
+        # The name is checked, not what it resolves to: in the hub's cache every file is a symlink out of the folder.
+        if not isinstance(shard, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors", shard):
+            raise ValueError(f"{index} places {name!r} in {shard!r}; only plain .safetensors file names of the same folder are allowed")
+    return placed
+
+
+def read_header(path: Path) -> dict[str, Found]:
+    """The checked header of one safetensors file: {tensor name: Found}. ValueError naming the file and the broken promise."""
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        head = f.read(8)
+        if len(head) < 8:
+            raise ValueError(f"{path} has {size} bytes, too few for a safetensors file; it is truncated, download or save it again")
+        length = int.from_bytes(head, "little")
+        if length > MAX_JSON_BYTES:
+            raise ValueError(f"{path} claims a header of {length:,} bytes, more than the {MAX_JSON_BYTES:,} allowed; is it safetensors?")
+        if length > size - 8:
+            raise ValueError(f"{path} claims a header of {length:,} bytes but has only {size:,} bytes in all; "
+                             "it is truncated or not safetensors")
+        raw = f.read(length)
+    header = _parse(raw, f"the header of {path}")
+    meta = header.pop("__metadata__", {})
+    if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
+        raise ValueError(f"{path}: __metadata__ must map strings to strings")
+    spans = {name: _check_entry(path, name, entry) for name, entry in header.items()}
+    _check_tiling(path, spans, size - 8 - length, size)
+    return {name: Found(path, header[name]["dtype"], tuple(header[name]["shape"]), begin) for name, (begin, _) in spans.items()}
+
+
+def _parse(raw: bytes, where: str) -> dict:
+    def unique(pairs):
+        out = {}
+        for name, value in pairs:
+            if name in out:
+                raise ValueError(f"the name {name!r} is there twice")
+            out[name] = value
+        return out
+
+    try:
+        out = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError(f"{where} is JSON nested too deeply") from None
+    except ValueError as e:  # not UTF-8, not JSON, a number of thousands of digits, a name twice
+        raise ValueError(f"{where} is not valid JSON of unique names: {e}") from None
+    if not isinstance(out, dict):
+        raise ValueError(f"{where} must be a JSON object, found {type(out).__name__}")
+    return out
+
+
+def _check_entry(path: Path, name: str, entry) -> tuple[int, int]:
+    """The byte span of one header entry, when dtype, shape and span agree with one another."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{path}: the entry of {name!r} must have exactly dtype, shape and data_offsets, found {str(entry)[:100]}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise ValueError(f"{path}: {name!r} has unknown dtype {str(dtype)[:40]!r}; known: {', '.join(ITEM_BYTES)}")
+    if not _counts(shape) or len(shape) > MAX_DIMS:
+        raise ValueError(f"{path}: {name!r} has shape {str(shape)[:100]}; it must be at most {MAX_DIMS} whole numbers >= 0")
+    if not _counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"{path}: {name!r} has data_offsets {str(offsets)[:100]}; they must be two whole numbers >= 0")
+    begin, end = offsets
+    need = math.prod(shape) * ITEM_BYTES[dtype]
+    if end - begin != need:
+        raise ValueError(f"{path}: {name!r} of shape {shape} in {dtype} needs {need:,} bytes, "
+                         f"but its data_offsets {offsets} span {end - begin:,}")
+    return begin, end
+
+
+def _counts(values) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)  # type(): True is an int too
+
+
+def _check_tiling(path: Path, spans: dict[str, tuple[int, int]], data: int, size: int):
+    """The spans must cover the `data` bytes after the header exactly: no overlap, no hole, nothing beyond, nothing left over."""
+    promised = max((end for _, end in spans.values()), default=0)
+    if promised > data:
+        raise ValueError(f"{path} has {size:,} bytes, but its header promises {size - data + promised:,}; "
+                         "it is truncated, download or save it again")
+    at = 0
+    for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if begin != at:
+            what = "overlaps the tensor before it" if begin < at else "leaves a hole before it"
+            raise ValueError(f"{path}: {name!r} starts at byte {begin:,} of the data, expected {at:,}; it {what}")
+        at = end
+    if at != data:
+        raise ValueError(f"{path} has {data - at:,} bytes after its last tensor ({size:,} bytes, the header promises {size - data + at:,})")
+
+
+def _no_weights(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    pickles = [n for n in names if n.endswith(PICKLES)]
+    if pickles:
+        return (
+            f"{folder} has weights only as {few(pickles)}: pickles, which can run any code when opened, so lamoe never opens them. Convert "
+            f"once where you trust the file: safetensors.torch.save_file(torch.load('{pickles[0]}', weights_only=True), '{SINGLE}')"
+        )
+    others = [n for n in names if n.endswith(".safetensors")]
+    if others:
+        return f"{folder} has {few(others)} but neither {SINGLE} nor {INDEX}; get the index too, or rename a single complete file to {SINGLE}"
+    return f"{folder} has no weights; expected {SINGLE}, or shards with {INDEX}"
+
+
+def stream(found: Mapping[str, Found], use: Callable[[str, torch.Tensor], None]):
+    """Call use(name, tensor) for every tensor of `found`, one at a time in file order, so that one tensor is in memory beside the model."""
+    for path in sorted({f.path for f in found.values()}):
+        inside = sorted((f.begin, name) for name, f in found.items() if f.path == path)
+        try:
+            # pread, not mmap: pages of a mapped file count against the process, and a file cut short meanwhile would kill it by SIGBUS
+            with safe_open(path, framework="pt", backend="pread") as f:
+                for _, name in inside:
+                    use(name, f.get_tensor(name))
+        except SafetensorError as e:
+            raise ValueError(f"{path} could not be read: {e}; download or save it again") from None
+
+
+def few(names: Iterable[str], show: int = 3) -> str:
+    """'a', 'b', 'c' and 12 more"""
+    names = list(names)
+    return ", ".join(map(repr, names[:show])) + (f" and {len(names) - show} more" if len(names) > show else "")
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------------
+def write(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: int):
+    """Write named tensors to an existing empty folder: one model.safetensors, or shards of at most `max_shard_bytes` of data
+    (a larger single tensor has a shard of its own) and their index. Views are written without a copy; every file is synced."""
+    from huggingface_hub import split_state_dict_into_shards_factory  # here: it fixes the HF_* variables when imported
+
+    plan = split_state_dict_into_shards_factory(
+        dict(tensors), get_storage_size=lambda t: t.numel() * t.element_size(), filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for filename, names in plan.filename_to_tensors.items():
+        try:  # {"format": "pt"} is what transformers looks for
+            save_file({n: tensors[n].detach().contiguous() for n in names}, folder / filename, metadata={"format": "pt"})
+        except SafetensorError as e:  # the library's word for a full disk
+            raise OSError(f"{folder / filename} could not be written: {e}") from None
+        (folder / filename).chmod(0o666 & ~_umask(folder))  # safetensors makes its files private; a model is shared like any other file
+        sync(folder / filename)
+    if plan.is_sharded:
+        write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+
+
+def _umask(folder: Path) -> int:
+    """What the process umask took from a folder it has just made (os.umask cannot be read without setting it)."""
+    return 0o777 & ~folder.stat().st_mode
+
+
+def write_json(path: Path, content: dict):
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    sync(path)
+
+
+def copy(source: Path, target: Path):
+    shutil.copyfile(source, target)
+    sync(target)
+
+
+def sync(path: Path):
+    """fsync a file or folder, so that a rename after it never shows a file the disk has not got yet."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

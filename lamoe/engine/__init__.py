@@ -1,0 +1,1 @@
+"""Running a model: sampling parameters and token-by-token generation from a latent cache."""

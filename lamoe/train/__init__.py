@@ -1,0 +1,1 @@
+"""Training: reading text (sources), packing and sampling it (data), the schedule (optim), the loop, checkpoints."""
