@@ -89,8 +89,10 @@ class MLA(nn.Module):
         c = self.config
         kv = self.wkv_b(latent).unflatten(-1, (c.num_attention_heads, -1))  # [B, S, H, N + V]
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-        k = torch.cat([k_nope, k_rope[:, :, None].expand(-1, -1, c.num_attention_heads, -1)], -1)
-        return kernels.attend(torch.cat([q_nope, q_rope], -1), k, v, self.scale, segments)
+        k_rope = k_rope[:, :, None].expand(-1, -1, c.num_attention_heads, -1)
+        # heads before tokens in memory, the order in which attention reads them
+        q, k = (torch.cat([a.transpose(1, 2), b.transpose(1, 2)], -1).transpose(1, 2) for a, b in ((q_nope, q_rope), (k_nope, k_rope)))
+        return kernels.attend(q, k, v, self.scale, segments)
 
     def absorb(self, q_nope, q_rope, latent, k_rope, segments):
         """Attention over the latents themselves (App. C). -> [B, T, H, V]"""

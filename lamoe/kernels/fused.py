@@ -24,17 +24,24 @@ class _RMSNorm(Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_work(x.dtype))
         inv = (norm * norm / x.shape[-1] + eps).rsqrt()
         ctx.save_for_backward(x, weight, inv)
-        return (x * inv).to(x.dtype) * weight
+        return _copy(x, inv.dtype).mul_(inv).to(x.dtype) * weight
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight, inv = ctx.saved_tensors
-        unit = x * inv  # in at least float32
-        dunit = dy * weight
-        dweight = (dy * unit).flatten(0, -2).sum(0).to(weight.dtype)
-        along = torch.linalg.vecdot(dunit.to(unit.dtype), unit).unsqueeze(-1) / x.shape[-1]
-        return unit.mul_(-along).add_(dunit).mul_(inv).to(x.dtype), dweight, None
+        unit, dx = _copy(x, inv.dtype).mul_(inv), _copy(dy, inv.dtype)
+        w = weight.to(inv.dtype)
+        product = dx * unit
+        along = product @ w  # projection of the gradient on the row: [..., D] -> [...]
+        dweight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        dx.mul_(w).addcmul_(unit, along.unsqueeze(-1), value=-1 / x.shape[-1]).mul_(inv)
+        return dx.to(x.dtype), dweight, None
+
+
+def _copy(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A new contiguous tensor of `dtype`. One cast at the start beats operations that mix types: torch casts for each of those."""
+    return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
 
 
 def rms_norm(x, weight, eps):
@@ -72,15 +79,15 @@ class _SwiGLU(Function):
 
 def _swiglu(x):
     gate, up = x.chunk(2, -1)
-    return F.silu(gate).mul_(up)
+    return F.silu(gate.contiguous()).mul_(up)  # strided silu is three times slower
 
 
 def _swiglu_backward(x, dy):
-    gate, up = x.chunk(2, -1)
+    gate, up = (half.contiguous() for half in x.chunk(2, -1))
     dx = torch.empty_like(x)
     dgate, dup = dx.chunk(2, -1)
     torch.mul(F.silu(gate), dy, out=dup)
-    torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+    dgate.copy_(torch.ops.aten.silu_backward(up.mul_(dy), gate))
     return dx
 
 
@@ -94,10 +101,10 @@ _KEEP_BYTES = 1 << 26  # probabilities are kept for the backward pass up to this
 
 
 def _blocks(t: int, s: int):
-    """(first row, end row, number of visible keys) of each block of queries."""
+    """Of each block of queries: first row, end row, keys visible to the block before, keys visible to this one."""
     for a in range(0, t, _ROWS):
         b = min(a + _ROWS, t)
-        yield a, b, s - t + b
+        yield a, b, s - t + a if a else 0, s - t + b
 
 
 def _probs(q, k, a, b, end, segments):
@@ -118,37 +125,59 @@ def _probs(q, k, a, b, end, segments):
 class _Attend(Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, segments):
-        q = (q * scale).transpose(1, 2).contiguous()
+        q = torch.mul(q.transpose(1, 2), scale, out=q.new_empty(0))
         k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
         (n, h, t, _), s = q.shape, k.shape[2]
         out = q.new_empty(n, t, h, v.shape[-1])
-        keep = n * h * t * s * q.element_size() <= _KEEP_BYTES and any(ctx.needs_input_grad)
-        probs = []
-        for a, b, end in _blocks(t, s):
+        probs = None
+        if any(ctx.needs_input_grad) and n * h * t * s * q.element_size() <= _KEEP_BYTES:
+            probs = q.new_empty(n, h, t, s)  # the part that blocks never reach stays unwritten and unread
+        for a, b, _, end in _blocks(t, s):
             p = _probs(q, k, a, b, end, segments)
             out[:, a:b] = (p @ v[:, :, :end]).transpose(1, 2)
-            if keep:
-                probs.append(p)
-        ctx.save_for_backward(q, k, v, *probs)
+            if probs is not None:
+                probs[:, :, a:b, :end] = p
+        ctx.save_for_backward(q, k, v, probs)
         ctx.scale, ctx.segments = scale, segments
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        q, k, v, *probs = ctx.saved_tensors
+        q, k, v, probs = ctx.saved_tensors
         dout = dout.transpose(1, 2).contiguous()
-        dq, work = torch.empty_like(q), _work(q.dtype)
-        dk, dv = torch.zeros_like(k, dtype=work), torch.zeros_like(v, dtype=work)
-        for i, (a, b, end) in enumerate(_blocks(q.shape[2], k.shape[2])):
-            p = probs[i] if probs else _probs(q, k, a, b, end, ctx.segments)
-            do, ks, vs = dout[:, :, a:b], k[:, :, :end], v[:, :, :end]
-            dv[:, :, :end] += p.transpose(2, 3) @ do
-            ds = torch._softmax_backward_data(do @ vs.transpose(2, 3), p, -1, p.dtype)
-            dq[:, :, a:b] = ds @ ks
-            dk[:, :, :end] += ds.transpose(2, 3) @ q[:, :, a:b]
-        back = lambda x: x.to(q.dtype).transpose(1, 2)  # noqa: E731
-        return back(dq * ctx.scale), back(dk), back(dv), None, None
+        run = _attend_backward_at_once if probs is not None else _attend_backward_by_rows
+        dq, dk, dv = run(q, k, v, probs, ctx.segments, dout)
+        return dq.mul_(ctx.scale).transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None, None
+
+
+def _attend_backward_at_once(q, k, v, probs, segments, dout):
+    """With all probabilities at hand each key block's gradient is one product over all the rows that saw it."""
+    dq, dk, dv, ds = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(probs)
+    blocks = list(_blocks(q.shape[2], k.shape[2]))
+    for a, b, _, end in blocks:
+        p = probs[:, :, a:b, :end]
+        dp = dout[:, :, a:b] @ v[:, :, :end].transpose(2, 3)
+        d = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        dq[:, :, a:b] = d @ k[:, :, :end]
+        ds[:, :, a:b, :end] = d
+    for a, _, before, end in blocks:
+        dk[:, :, before:end] = ds[:, :, a:, before:end].transpose(2, 3) @ q[:, :, a:]
+        dv[:, :, before:end] = probs[:, :, a:, before:end].transpose(2, 3) @ dout[:, :, a:]
+    return dq, dk, dv
+
+
+def _attend_backward_by_rows(q, k, v, _, segments, dout):
+    """Block after block of queries with probabilities computed again; gradients of keys and values add up in float32."""
+    dq, work = torch.empty_like(q), _work(q.dtype)
+    dk, dv = torch.zeros_like(k, dtype=work), torch.zeros_like(v, dtype=work)
+    for a, b, _, end in _blocks(q.shape[2], k.shape[2]):
+        p = _probs(q, k, a, b, end, segments)
+        dv[:, :, :end] += p.transpose(2, 3) @ dout[:, :, a:b]
+        d = torch._softmax_backward_data(dout[:, :, a:b] @ v[:, :, :end].transpose(2, 3), p, -1, p.dtype)
+        dq[:, :, a:b] = d @ k[:, :, :end]
+        dk[:, :, :end] += d.transpose(2, 3) @ q[:, :, a:b]
+    return dq, dk.to(q.dtype), dv.to(q.dtype)
 
 
 def attend(q, k, v, scale, segments=None):
@@ -268,13 +297,14 @@ class _CrossEntropy(Function):
         dhead = torch.zeros_like(head, dtype=work) if grad else None
         for a in range(0, h.shape[0], _LOSS_ROWS):
             rows, t, on = h[a : a + _LOSS_ROWS], targets[a : a + _LOSS_ROWS].clamp_min(0)[:, None], counted[a : a + _LOSS_ROWS, None]
-            logits = (rows @ head.t()).to(work)
-            lse = logits.logsumexp(-1, keepdim=True)
-            total += ((lse - logits.gather(1, t)) * on).sum() * share
+            logits = rows @ head.t()
+            top = logits.amax(-1, keepdim=True)
+            p = _copy(logits, work).sub_(top)
+            of_target = p.gather(1, t)
+            mass = p.exp_().sum(-1, keepdim=True)
+            total += ((mass.log() - of_target) * on).sum() * share
             if grad:
-                p = logits.sub_(lse).exp_()
-                p.scatter_add_(1, t, torch.full_like(lse, -1.0))
-                p = p.mul_(on * share).to(h.dtype)
+                p = p.mul_(on * share / mass).scatter_add_(1, t, on * -share).to(h.dtype)
                 torch.mm(p, head, out=dh[a : a + _LOSS_ROWS])
                 dhead += p.t() @ rows
         if grad:

@@ -167,13 +167,15 @@ def prepare_tokenizer(recipe: Recipe, folder: Path, note=print) -> Tokenizer:
 
 
 def _training_texts(recipe: Recipe):
+    """An even sample of the training side of the split, in pieces (a source may be one large file)."""
     plan = plan_split(list(recipe.data.sources), recipe.data.holdout, recipe.run.seed, lambda done, total, what: None)
     share = TOKENIZER_BYTES / max(1, sum(c.bytes for c in plan.counts.values()))
     pick = random.Random(recipe.run.seed)
     for number, doc in plan.documents():
         for split, _, text in plan.parts(number, doc):
-            if split == "train" and pick.random() < share:
-                yield text
+            for at in range(0, len(text) if split == "train" else 0, data.PIECE):
+                if pick.random() < share:
+                    yield text[at : at + data.PIECE]
 
 
 def prepare_corpus(recipe: Recipe, tok: Tokenizer, folder: Path, note=print) -> data.PackedCorpus:

@@ -1,0 +1,88 @@
+"""Tiny random models for the oracles: weights wide enough that logits, attention and routing vary, norms that are not ones."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import textwrap
+
+import torch
+
+from lamoe import rope
+from lamoe.config import ModelConfig, RopeScaling
+from lamoe.convert.hf import table
+from lamoe.model import Transformer
+
+_BASE = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+             max_position_embeddings=163840, torch_dtype="float32")
+_MLA = dict(model_type="deepseek_v2", kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10)
+_MOE = dict(moe_intermediate_size=20, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3, first_k_dense_replace=1)
+LIMITED = dict(n_group=4, topk_group=2, topk_method="group_limited_greedy", routed_scaling_factor=2.5)
+# Eight short original positions: the ramp lies inside the 4 pairs of a tiny rope, and the tests run well beyond it.
+YARN = RopeScaling(factor=40.0, original_max_position_embeddings=64)
+
+
+def config(family: str = "deepseek_v2", **changes) -> ModelConfig:
+    """deepseek_v2: MLA + MoE; deepseek: MHA + MoE; llama: dense."""
+    parts = {"deepseek_v2": {**_MLA, **_MOE}, "deepseek": {"model_type": family, **_MOE}, "llama": {"model_type": family}}[family]
+    return ModelConfig(**{**_BASE, **parts, **changes})
+
+
+# q_lora x YaRN x routing x first_k_dense_replace: every combination that the released models draw from.
+V2_CASES = {
+    f"{'lora' if lora else 'plain'}-{'yarn' if yarn else 'rope'}-{'limited' if limited else 'greedy'}-{dense}dense":
+    config(q_lora_rank=24 if lora else None, rope_scaling=YARN if yarn else None, first_k_dense_replace=dense, **(LIMITED if limited else {}))
+    for lora, yarn, limited, dense in itertools.product((False, True), (False, True), (False, True), (0, 1, 2))
+}
+LLAMA_CASES = {
+    "mha": config("llama"), "gqa": config("llama", num_key_value_heads=2), "mqa-tied": config("llama", num_key_value_heads=1, tie_word_embeddings=True),
+    "gqa-wide-heads": config("llama", num_key_value_heads=2, head_dim=12),
+    # no mscale_all_dim: the only YaRN that a llama checkpoint has a meaning for
+    "gqa-yarn": config("llama", num_key_value_heads=2, rope_scaling=RopeScaling(40.0, 64, mscale=1.0, mscale_all_dim=0.0)),
+}
+# Everything at once: the case that mutations are tried on.
+HARD = V2_CASES["lora-yarn-limited-1dense"]
+
+
+def model(c: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:
+    """Eval-mode model with N(0, 0.3) matrices and norms in 0.5 .. 1.5; the same weights, rounded, in every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    m = Transformer(c).to(dtype).eval()
+    with torch.no_grad():
+        for p in m.parameters():
+            draw = torch.rand if p.dim() == 1 else torch.randn
+            p.copy_(draw(p.shape, generator=generator) + 0.5 if p.dim() == 1 else draw(p.shape, generator=generator) * 0.3)
+    return m
+
+
+def ids(c: ModelConfig, *shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(c.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weights(m: Transformer) -> dict:
+    """The parameters by their names on disk, as float64 numpy arrays: the input of naive.logits."""
+    parameters = dict(m.named_parameters())
+    return {e.disk: parameters[e.parameter][e.where].detach().double().numpy() for e in table(m.config)}
+
+
+def at_positions(m: Transformer, tokens: torch.Tensor, positions: list[int], form: str | None = None) -> torch.Tensor:
+    """Logits of tokens [B, T] that stand at these positions: the walk of Transformer.hidden with gaps between the tokens."""
+    x = m.embed(tokens)
+    freqs = rope.freqs(m.config, torch.tensor([positions]), x.dtype)
+    for block in m.layers:
+        x = block(x, freqs, form=form)
+    return m.logits(m.norm(x))
+
+
+def mutate(monkeypatch, function, *changes: tuple[str, str]):
+    """Replace text in the source of a function (or of a property's getter) for one test. Fails when the text is not there once,
+    so that a mutation cannot silently stop to mutate."""
+    function = getattr(function, "fget", function)
+    source = textwrap.dedent(inspect.getsource(function))
+    for old, new in changes:
+        assert source.count(old) == 1, f"{function.__qualname__} has {source.count(old)} times {old!r}; bring the mutation up to date"
+        source = source.replace(old, new)
+    namespace: dict = {}
+    exec(compile("from __future__ import annotations\n" + source.removeprefix("@property\n"), function.__qualname__, "exec"),
+         function.__globals__, namespace)
+    monkeypatch.setattr(function, "__code__", namespace[function.__name__].__code__)
