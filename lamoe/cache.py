@@ -32,7 +32,9 @@ class KVCache:
     def append(self, layer: int, *new: torch.Tensor) -> list[torch.Tensor]:
         """Write one layer's rows [B, T, width] behind the filled ones and return all rows so far, [B, length + T, width] each.
         `length` moves only with `advance`, once all layers have written."""
-        end = self.length + new[0].shape[1]
+        batch, end = new[0].shape[0], self.length + new[0].shape[1]
+        if batch != self.rows[0].shape[1]:
+            raise ValueError(f"{batch} sequences do not go into a cache made for {self.rows[0].shape[1]}; make one cache per batch")
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit in a cache of {self.capacity}; make the cache larger or the text shorter")
         for rows, part in zip(self.rows, new):

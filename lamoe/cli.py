@@ -15,12 +15,13 @@ from lamoe.config import PRESETS, ModelConfig, did_you_mean
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code. User errors are one line on stderr and exit code 2."""
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if rest and args.run is not train:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    words, overrides = _overrides(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
     try:
-        args.overrides = rest
-        return args.run(args) or 0
+        args.overrides = overrides
+        code = args.run(args) or 0
+        sys.stdout.flush()  # a closed pipe should be noticed here, not when Python ends
+        return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -29,8 +30,24 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as e:
         if os.environ.get("LAMOE_TRACEBACK"):
             raise
-        print(f"lamoe {args.verb}: {e}", file=sys.stderr)
+        print(f"lamoe {args.verb}: {' '.join(str(e).splitlines())}", file=sys.stderr)
         return 2
+
+
+def _overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """`train`'s words without, and only, its `--section.key value` pairs: argparse would take the value for the recipe."""
+    if list(words[:1]) != ["train"]:
+        return list(words), []
+    rest, found, words = [], [], list(words)
+    while words:
+        word = words.pop(0)
+        if not (word.startswith("--") and "." in word.partition("=")[0]):
+            rest.append(word)
+            continue
+        found.append(word)
+        if "=" not in word and words:
+            found.append(words.pop(0))
+    return rest, found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,15 +116,15 @@ def train(args) -> int:
 
 
 def generate(args) -> int:
-    model, tok = _load(args.model, args.dtype, args.threads)
     from lamoe.engine.generate import generate as run
     from lamoe.engine.sampler import SamplingParams
 
-    prompt = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
     params = SamplingParams(args.temperature, args.top_p, args.top_k, args.min_p, args.seed, args.max_tokens, tuple(args.stop))
-    ids = tok.encode(prompt, bos=tok.add_bos)
+    model, tok = _load(args.model, args.dtype, args.threads)
+    prompt = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
+    pieces = run(model, tok.encode(prompt, bos=tok.add_bos), params, tok)
     print(prompt, end="", flush=True)
-    for piece in run(model, ids, params, tok):
+    for piece in pieces:
         print(piece.text, end="", flush=True)
     print()
     return 0
@@ -116,6 +133,8 @@ def generate(args) -> int:
 def evaluate(args) -> int:
     from lamoe import report
 
+    if args.seq_len is not None and not args.data:
+        raise ValueError("--seq-len needs --data; a run is measured at the length it was trained with")
     model, tok = _load(args.model, None, 0)
     run = Path(args.model)
     if args.data:

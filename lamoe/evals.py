@@ -39,11 +39,12 @@ class TextLoss:
 def text_loss(model: Transformer, rows: Iterable[tuple[np.ndarray, np.ndarray]], batch: int = 8, max_tokens: int | None = None,
               document_mask: bool = True) -> TextLoss:
     """Loss of every target in `rows` of (ids, segments), each [T + 1]; a token is a target when it continues its predecessor's
-    segment. No token is dropped by the router here. `max_tokens`: stop after that many (rounded up to a batch)."""
+    segment. No token is dropped by the router here. `max_tokens`: at most about that many, in rows spread evenly."""
     nats, targets, load = 0.0, 0, 0
     if max_tokens is not None:
         rows = list(rows)
-        rows = islice(rows, 0, None, max(1, len(rows) * (len(rows[0][0]) - 1) // max_tokens))  # spread over the whole text
+        positions = sum(len(ids) - 1 for ids, _ in rows)
+        rows = rows[:: max(1, -(-positions // max_tokens))]
     rows = iter(rows)
     while chunk := list(islice(rows, batch)):
         ids, segments = (torch.from_numpy(np.stack(part)) for part in zip(*chunk))

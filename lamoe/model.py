@@ -97,8 +97,8 @@ class Transformer(nn.Module):
 
 
 def check_ids(ids: torch.Tensor, config: ModelConfig, start: int) -> None:
-    if ids.dim() != 2 or ids.shape[1] == 0 or ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"ids must be integers of shape [batch, tokens] with at least one token, found {ids.dtype} {tuple(ids.shape)}")
+    if ids.dim() != 2 or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"ids must be integers of shape [batch, tokens] with at least one of each, found {ids.dtype} {tuple(ids.shape)}")
     low, high = ids.aminmax()
     if low < 0 or high >= config.vocab_size:
         raise ValueError(f"token id {int(low if low < 0 else high)} is outside the vocabulary of {config.vocab_size} tokens")

@@ -42,7 +42,10 @@ def evaluate_run(model: Transformer, tok: Tokenizer, run: Path) -> dict:
 
 def evaluate_texts(model: Transformer, tok: Tokenizer, sources: list[str], seq_len: int | None = None) -> dict:
     """The report of any model on any texts (train/sources.py says what a source is)."""
-    seq_len = seq_len or min(1024, model.config.max_position_embeddings)
+    limit = model.config.max_position_embeddings
+    seq_len = min(1024, limit) if seq_len is None else seq_len
+    if not 1 <= seq_len <= limit:
+        raise ValueError(f"the context is {seq_len} tokens; it must be from 1 to the model's {limit}")
     docs: dict[str, list[str]] = {}
     for doc in read_documents(sources):
         docs.setdefault(doc.source, []).append(doc.text)
@@ -91,7 +94,8 @@ def _speed(model: Transformer, tok: Tokenizer, tokens: int = 96) -> dict:
     times = [time.perf_counter()]
     for _ in generate(model, start, params):
         times.append(time.perf_counter())
-    steps = np.diff(times)[8:]
+    steps = np.diff(times)
+    steps = steps[min(8, len(steps) // 2) :]  # the prompt and the warming up
     return {"tokens_per_s": 1 / statistics.median(steps), "threads": torch.get_num_threads(), "dtype": str(model.embed.weight.dtype)[6:]}
 
 

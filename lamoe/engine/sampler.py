@@ -50,7 +50,8 @@ class SamplingParams:
 
 def probabilities(logits: torch.Tensor, p: SamplingParams) -> torch.Tensor:
     """The distribution that `sample` draws from, float32 [vocabulary]; logits [vocabulary]. temperature must be above 0."""
-    logits = logits.float() / p.temperature
+    logits = logits.float()
+    logits = (logits - logits.max()) / max(p.temperature, torch.finfo(torch.float32).tiny)  # at most 0: nothing overflows to inf
     if p.top_k and p.top_k < logits.numel():
         logits = logits.masked_fill(logits < logits.topk(p.top_k).values[-1], float("-inf"))
     if p.top_p < 1:

@@ -11,11 +11,12 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -49,7 +50,10 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
     with _screen(recipe, quiet) as screen:
         # 1. text -> tokens
         tok = prepare_tokenizer(recipe, run / "tokenizer", screen.note)
-        corpus = prepare_corpus(recipe, tok, run / "data", screen.note)
+        if last is not None and (run / "data" / "meta.json").exists():
+            corpus = data.open_corpus(run / "data")  # as it was packed, even if the sources have changed or gone since
+        else:
+            corpus = prepare_corpus(recipe, tok, run / "data", screen.note)
         screen.note(corpus.describe())
         batches = data.Batches(corpus, recipe.data.seq_len, recipe.run.seed)
 
@@ -62,13 +66,13 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
             optimizer = MasterAdamW(model.to(torch.bfloat16), recipe.optim)
             torch._foreach_copy_(optimizer.masters, masters)  # masters start unrounded
             del masters
-        step = 0
+        step = saved = 0
         if last is not None:
             state = checkpoint.load_tensors(last / "state.safetensors")
             optimizer.load_state_dict(state["optimizer"])
             batches.load_state_dict(state["data"])
             checkpoint.set_rng_state(state["rng"])
-            step = state["step"]
+            step = saved = state["step"]
             del state
             screen.note(f"going on from {last} at step {step}")
 
@@ -78,7 +82,6 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
         flops = accounting.training_flops(config, recipe.data.seq_len)
         screen.note(f"{accounting.parameters(config).total:,} parameters, {flops / 1e6:.1f} MFLOP a token; "
                     f"measured {recipe.run.dtype} GEMM peak {peak / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads")
-        log = _Log(run, step, screen)
 
         def save() -> Path:
             def write(folder: Path):
@@ -88,7 +91,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
 
             return checkpoint.save(run, step, write, recipe.run.keep)
 
-        with _stop_signals() as stop:
+        with closing(_Log(run, step, screen)) as log, _stop_signals() as stop:
             while step < recipe.run.steps and not stop.asked:
                 begin = time.perf_counter()
                 seen = recipe.batch.before(step) * recipe.data.seq_len
@@ -121,19 +124,20 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
                 log.step(step, recipe, tokens=seen + tokens, epoch=round(batches.epoch, 4), loss=loss, balance=sum(p[2] for p in parts), lr=lr,
                          grad_norm=norm, batch=size, tokens_per_s=tokens / seconds, mfu=tokens / seconds * flops / peak,
                          records=[p[3] for p in parts])
-                if recipe.run.eval_every and step % recipe.run.eval_every == 0 and step < recipe.run.steps:
+                if recipe.run.eval_every and len(corpus.heldout) and step % recipe.run.eval_every == 0 and step < recipe.run.steps:
                     log.heldout(step, evaluate(model, corpus, recipe, recipe.run.eval_tokens))
                 if recipe.run.save_every and step % recipe.run.save_every == 0 and step < recipe.run.steps:
-                    last = save()
+                    last, saved = save(), step
 
             # 4. the end, planned or not
             if stop.asked and step < recipe.run.steps:
                 last = save()
                 screen.note(f"stopped by {stop.asked} after step {step} of {recipe.run.steps}; saved {last}. Go on with: the same command and --resume")
                 return last
-            if last is None or int(last.name.split("-")[1]) != step:
-                log.heldout(step, evaluate(model, corpus, recipe, None))
+            if last is None or saved != step:
                 last = save()
+                if len(corpus.heldout):
+                    log.heldout(step, evaluate(model, corpus, recipe, None))
         screen.note(f"done: {step} steps, saved {last / 'model'}")
         return last
 
@@ -187,7 +191,8 @@ def prepare_corpus(recipe: Recipe, tok: Tokenizer, folder: Path, note=print) -> 
 
 def measure_peak(dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> float:
     """FLOP/s of the machine's best matrix product in this dtype, now: the denominator of MFU. Takes well under a second."""
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    generator = torch.Generator().manual_seed(0)  # its own: a resumed run must find the global one where it left it
+    a, b = (torch.randn(size, size, generator=generator).to(dtype) for _ in range(2))
     a @ b
     best = math.inf
     for _ in range(repeats):
@@ -215,7 +220,11 @@ def _claim(run: Path, recipe: Recipe, resume: bool) -> Path | None:
                    if was.get(s, {}).get(k) != mine[s].get(k) and f"{s}.{k}" not in _FREE]
         if changed:
             raise ValueError(f"cannot resume {run} with another recipe: {'; '.join(changed[:5])}. Use the same recipe, or another --run.out")
+    if last is None and not saved.exists() and (strange := [n for n in ("tokenizer", "data", "metrics.jsonl") if (run / n).exists()]):
+        raise ValueError(f"{run} holds {', '.join(strange)} but no recipe.json, so it is not a run folder; choose another --run.out")
     run.mkdir(parents=True, exist_ok=True)
+    if last is None and not resume and saved.exists():
+        shutil.rmtree(run / "tokenizer", ignore_errors=True)  # of an attempt that saved nothing, perhaps with another recipe
     temporary = saved.with_suffix(".tmp")
     temporary.write_text(json.dumps(mine, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, saved)
@@ -265,8 +274,10 @@ class _Log:
     def __init__(self, run: Path, step: int, screen: _Screen):
         self.file, self.screen = run / "metrics.jsonl", screen
         if self.file.exists():  # lines after the checkpoint belong to steps that will be taken again
-            lines = [line for line in self.file.read_text(encoding="utf-8").splitlines() if line and json.loads(line)["step"] <= step] if step else []
-            self.file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            lines = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step] if step else []
+            temporary = self.file.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            os.replace(temporary, self.file)
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -297,6 +308,18 @@ class _Log:
                 self.board.add_scalar(f"expert_load_max/moe_layer_{layer}", max(load), step)
                 self.board.add_scalar(f"expert_load_min/moe_layer_{layer}", min(load), step)
             self.board.flush()
+
+    def close(self):
+        if self.board is not None:
+            self.board.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for a last line that a kill cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def router_metrics(records: list[list], devices: int) -> dict:

@@ -36,8 +36,8 @@ class Optim:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
-        if self.weight_decay < 0 or self.warmup_steps < 0:
-            raise ValueError("optim.weight_decay and optim.warmup_steps must not be negative")
+        if not 0 <= self.weight_decay < float("inf") or self.warmup_steps < 0:
+            raise ValueError(f"optim.weight_decay is {self.weight_decay} and optim.warmup_steps {self.warmup_steps}; both must be finite and not negative")
         if list(self.decay_at) != sorted(self.decay_at) or not all(0 < s <= 1 for s in self.decay_at):
             raise ValueError(f"optim.decay_at is {list(self.decay_at)}; it must be rising shares of the training, each above 0 and at most 1")
 

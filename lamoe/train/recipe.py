@@ -32,6 +32,8 @@ class Data:
             raise ValueError(f"data.seq_len is {self.seq_len}; it must be at least 1")
         if not self.sources:
             raise ValueError("data.sources is empty; name at least one source, for example stdlib")
+        if not 0 <= self.holdout <= 0.5:
+            raise ValueError(f"data.holdout is {self.holdout}; it is the share of the text kept for evaluation, 0 to 0.5")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class Run:
         for name, low in dict(steps=1, threads=0, log_every=1, eval_every=0, eval_tokens=1, save_every=0, keep=0, seed=0).items():
             if getattr(self, name) < low:
                 raise ValueError(f"run.{name} is {getattr(self, name)}; it must be at least {low}")
+        if self.seed >= 1 << 32:
+            raise ValueError(f"run.seed is {self.seed}; it must be below 2**32")
+        if not self.out:
+            raise ValueError("run.out is empty; name a folder, for example runs/model")
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class Recipe:
         parts: dict[str, Any] = {"model": _model(dict(raw.get("model", {})))}
         for name, kind in dict(data=Data, optim=Optim, batch=Batch, balance=Balance, run=Run).items():
             parts[name] = _section(kind, name, raw.get(name, {}))
+        check_types(parts["balance"], "balance.")
         # The coefficient that trained the model is the one its config.json tells others about.
         if parts["model"].is_moe:
             parts["model"] = parts["model"].replace(aux_loss_alpha=float(parts["balance"].expert))
@@ -124,11 +131,14 @@ def _section(kind, name: str, raw: dict[str, Any]):
     for key in raw:
         if key not in known:
             raise ValueError(f"unknown key {name}.{key}{did_you_mean(key, known)}; known: {', '.join(known)}")
-    lists = {f.name for f in dataclasses.fields(kind) if str(f.type).startswith("tuple")}
+    lists = {f.name: str(f.type) for f in dataclasses.fields(kind) if str(f.type).startswith("tuple")}
     fixed = {}
     for key, value in raw.items():
         if key in lists:
-            value = tuple(value) if isinstance(value, list) else tuple(value.split(",")) if isinstance(value, str) else (value,)
+            if isinstance(value, str):
+                words = [word.strip() for word in value.split(",")]
+                value = words if "str" in lists[key] else [_value(word) for word in words]
+            value = tuple(value) if isinstance(value, list) else (value,)
         fixed[key] = value
     return kind(**fixed)
 
@@ -158,8 +168,12 @@ def _parse(overrides: list[str]):
                 raise ValueError(f"--{name} needs a value")
             text = words.pop(0)
         section, _, key = name.partition(".")
-        try:
-            value = tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        yield section, key.replace("-", "_"), value
+        yield section, key.replace("-", "_"), _value(text)
+
+
+def _value(text: str) -> Any:
+    """A TOML value; text that is none stands for itself."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,32 @@
+# Works on a fresh machine with Python 3.11+, a C++ compiler and make. Everything is installed into .venv, at pinned versions.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test test-slow bench info clean
+
+demo: $(READY)  ## train a small DeepSeek-V2 on this machine, report on it, let it speak
+	$(BIN)/lamoe train recipes/tiny.toml $(if $(wildcard runs/tiny/latest),--resume)
+	$(BIN)/lamoe evaluate runs/tiny
+	$(BIN)/lamoe info runs/tiny
+	@for prompt in 'def ' 'class Node:' 'It was a truth '; do echo; echo "--- $$prompt"; \
+	  $(BIN)/lamoe generate --model runs/tiny --prompt "$$prompt" --max-tokens 80 --temperature 0.7 --seed 1 || exit 1; done
+
+test: $(READY)  ## all tests but the slow ones
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+bench: $(READY)  ## training speed beside transformers, alternating
+	$(BIN)/python benchmarks/train.py
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lamoe needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=python3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache

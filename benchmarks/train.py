@@ -1,0 +1,163 @@
+"""Training steps of the 24.6M-parameter preset "small", lamoe beside transformers' DeepseekV2 of the same geometry, in turn.
+
+    python benchmarks/train.py [--rounds 5] [--steps 3] [--batch 8] [--seq 512] [--no-compile]
+
+Every contestant is a process of its own that stays warm; they run in turn, a few steps each, with a GEMM probe before each turn. Figures are
+medians over the rounds; ratios are taken within a round, so a drift of the machine's speed does not touch them. Last line: JSON.
+
+What a step is. lamoe: bfloat16 weights with float32 masters, three balance losses, fused AdamW, gradient clipping. transformers:
+float32 weights under bfloat16 autocast, grouped_mm experts, no balance loss (it has none), fused AdamW, gradient clipping; the
+compiled one is torch.compile of the whole model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+CONTESTANTS = {
+    "lamoe": "lamoe bf16",
+    "eager": "transformers bf16 autocast, grouped_mm",
+    "compile": "transformers bf16 autocast, grouped_mm, torch.compile",
+}
+
+
+def make_lamoe(batch: int, seq: int):
+    import torch
+
+    from lamoe.config import ModelConfig
+    from lamoe.model import Transformer
+    from lamoe.routing import Balance, Training
+    from lamoe.train.optim import MasterAdamW, Optim
+
+    model = Transformer(ModelConfig.preset("small")).init_weights().to(torch.bfloat16)
+    optimizer = MasterAdamW(model, Optim(warmup_steps=0))
+    ids = torch.randint(0, 8192, (batch, seq + 1))
+
+    def step():
+        training = Training(Balance())
+        loss = model.loss(ids[:, :-1], ids[:, 1:], training=training)
+        (loss + training.loss()).backward()
+        optimizer.collect()
+        optimizer.clip()
+        optimizer.step(3e-4)
+        return loss.item()
+
+    return step
+
+
+def make_transformers(batch: int, seq: int, compiled: bool):
+    import torch
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    from lamoe.config import ModelConfig
+
+    raw = {k: v for k, v in ModelConfig.preset("small").to_dict().items() if k not in ("architectures", "torch_dtype")}
+    config = DeepseekV2Config(**raw)
+    config._experts_implementation = "grouped_mm"
+    model = DeepseekV2ForCausalLM(config).float().train()
+    run = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    ids = torch.randint(0, 8192, (batch, seq + 1))
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = run(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def work(args) -> None:
+    """A contestant: warm up, then for every line on standard input run `steps` steps and answer with one line of JSON."""
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    begin = time.perf_counter()
+    step = make_lamoe(args.batch, args.seq) if args.worker == "lamoe" else make_transformers(args.batch, args.seq, args.worker == "compile")
+    for _ in range(4):
+        step()
+    print(json.dumps({"warm_up": time.perf_counter() - begin}), flush=True)
+    for _ in sys.stdin:
+        times = []
+        for _ in range(args.steps):
+            begin = time.perf_counter()
+            loss = step()
+            times.append(time.perf_counter() - begin)
+        with open("/proc/self/status") as f:
+            peak = next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+        print(json.dumps({"seconds": statistics.median(times), "loss": loss, "peak_bytes": peak}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in dict(rounds=5, steps=3, batch=8, seq=512, threads=2).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return work(args)
+
+    import torch
+
+    from lamoe import accounting
+    from lamoe.config import ModelConfig
+    from lamoe.train.loop import measure_peak
+
+    torch.set_num_threads(args.threads)
+    names = [n for n in CONTESTANTS if not (args.no_compile and n == "compile")]
+    flags = [f"--{k}={getattr(args, k)}" for k in ("rounds", "steps", "batch", "seq", "threads")]
+    workers, warm = {}, {}
+    for name in names:  # one after the other, so that nobody warms up against another
+        workers[name] = subprocess.Popen([sys.executable, __file__, f"--worker={name}", *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         stderr=subprocess.DEVNULL, text=True)
+        line = workers[name].stdout.readline()
+        if not line:
+            sys.exit(f"the contestant {CONTESTANTS[name]!r} died; run it alone to see why: python {__file__} --worker={name}")
+        warm[name] = json.loads(line)["warm_up"]
+        print(f"{CONTESTANTS[name]}: ready after {warm[name]:.0f} s", flush=True)
+
+    tokens, flops = args.batch * args.seq, accounting.training_flops(ModelConfig.preset("small"), args.seq)
+    rounds = {n: [] for n in names}
+    for _ in range(args.rounds):
+        for name in names:
+            peak = measure_peak(torch.bfloat16)
+            workers[name].stdin.write("go\n")
+            workers[name].stdin.flush()
+            r = json.loads(workers[name].stdout.readline())
+            rounds[name].append({**r, "tokens_per_s": tokens / r["seconds"], "gflops": tokens / r["seconds"] * flops / 1e9, "gemm_peak_gflops": peak / 1e9})
+    for w in workers.values():
+        w.stdin.close()
+        w.wait()
+
+    def median(name, key):
+        return statistics.median(r[key] for r in rounds[name])
+
+    print(f"\n{flops / 1e6:.1f} MFLOP a token, {args.batch} x {args.seq} tokens a step, {args.threads} threads, {args.rounds} rounds of {args.steps} steps")
+    print("| | tokens/s | lamoe is faster by (median, range of rounds) | GFLOP/s | of the bf16 GEMM peak | peak memory | warm-up |")
+    print("|---|---|---|---|---|---|---|")
+    result = {}
+    for name in names:
+        ratios = sorted(a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(rounds["lamoe"], rounds[name]))
+        share = statistics.median(r["gflops"] / r["gemm_peak_gflops"] for r in rounds[name])
+        result[name] = {"tokens_per_s": median(name, "tokens_per_s"), "lamoe_ratio": statistics.median(ratios), "gemm_peak_share": share,
+                        "gemm_peak_gflops": median(name, "gemm_peak_gflops"), "peak_bytes": max(r["peak_bytes"] for r in rounds[name]), "warm_up": warm[name]}
+        spread = f"{statistics.median(ratios):.2f} x ({ratios[0]:.2f} to {ratios[-1]:.2f})" if name != "lamoe" else ""
+        print(f"| {CONTESTANTS[name]} | {result[name]['tokens_per_s']:,.0f} | {spread} | {median(name, 'gflops'):.0f} | {share:.0%} of {result[name]['gemm_peak_gflops']:.0f} "
+              f"| {result[name]['peak_bytes'] / 1e9:.2f} GB | {warm[name]:.0f} s |")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
