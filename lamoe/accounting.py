@@ -76,6 +76,7 @@ def attention_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def parameters(config: ModelConfig) -> Parameters:
+    """Count every weight of the model that `config` describes, by class."""
     d, layers, moe = config.hidden_size, config.num_hidden_layers, len(config.moe_layers)
     latent_norms = config.kv_lora_rank + (config.q_lora_rank or 0) if config.is_mla else 0
     attention = sum(out * inp for out, inp in attention_shapes(config).values()) + latent_norms

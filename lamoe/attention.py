@@ -17,6 +17,8 @@ from lamoe.rope import softmax_scale
 
 
 class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, statistics in at least float32. Weights start at one."""
+
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps

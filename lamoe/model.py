@@ -59,6 +59,11 @@ class Transformer(nn.Module):
     def hidden(self, ids, cache: KVCache | None = None, segments=None, training: routing.Training | None = None, form=None):
         """Final normed states [B, T, D]: what the head reads."""
         check_ids(ids, self.config, 0 if cache is None else cache.length)
+        if segments is not None and (cache is not None or segments.shape != ids.shape):
+            raise ValueError(f"segments must have the shape of ids {tuple(ids.shape)} and go without a cache, found {tuple(segments.shape)}"
+                             + (" and a cache" if cache is not None else ""))
+        if form not in (None, "expand", "absorb"):
+            raise ValueError(f"form is {form!r}; known: expand, absorb")
         start = 0 if cache is None else cache.length
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
         x = self.embed(ids)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from lamoe import accounting, evals
+from lamoe.config import ModelConfig
 from lamoe.engine.generate import generate
 from lamoe.engine.sampler import SamplingParams
 from lamoe.model import Transformer
@@ -81,11 +82,17 @@ def _measure(model: Transformer, tok: Tokenizer, texts: dict, seq_len: int, docu
     config = model.config
     return {
         "parameters": accounting.parameters(config).total, "activated": accounting.parameters(config).activated, "context": seq_len,
-        "heldout": rows, "expert_load": (load / weight).tolist() if np.size(load) else [],
-        "cache": {"attention": "MLA" if config.is_mla else "MHA / GQA", "this model": 2 * accounting.cache_elements(config),
+        "heldout": rows, "moe_layers": list(config.moe_layers), "expert_load": (load / weight).tolist() if np.size(load) else [],
+        "cache": {"attention": _attention(config), "this model": 2 * accounting.cache_elements(config),
                   **{name: 2 * n for name, n in accounting.cache_twins(config).items()}},
         "generation": _speed(model, tok),
     }
+
+
+def _attention(config: ModelConfig) -> str:
+    if config.is_mla:
+        return "MLA"
+    return {config.num_attention_heads: "MHA", 1: "MQA"}.get(config.n_kv_heads, "GQA")
 
 
 def _speed(model: Transformer, tok: Tokenizer, tokens: int = 96) -> dict:
@@ -108,6 +115,7 @@ def _training(run: Path, recipe: dict) -> dict:
         "steps": steps[-1]["step"], "tokens": steps[-1]["tokens"], "epochs": steps[-1]["epoch"], "dtype": recipe["run"]["dtype"],
         "tokens_per_s": statistics.median(m["tokens_per_s"] for m in steps), "mfu": statistics.median(m["mfu"] for m in steps),
         "curve": [[m["step"], m["loss"], m["lr"]] for m in steps],
+        "heldout_curve": [[m["step"], m["heldout_bits_per_token"] * math.log(2)] for m in lines if "heldout_bits_per_token" in m],
         "router": {k: steps[-1][k] for k in ("balance_expert", "balance_device", "balance_communication", "load_max_over_mean",
                                              "router_entropy", "drop_rate") if k in steps[-1]},
     }
@@ -120,19 +128,20 @@ def markdown(r: dict, name: str) -> str:
     out += ["## Held-out text, bits per byte (less is better)", "", "| source | bytes | this model | xz -9e | gzip -9 | uniform code over the vocabulary |",
             "|---|---|---|---|---|---|"]
     out += [f"| {h['source']} | {h['bytes']:,} | **{h['model']:.3f}** | {h['xz']:.3f} | {h['gzip']:.3f} | {h['uniform']:.3f} |" for h in r["heldout"]]
-    out += ["", f"Context {r['context']} tokens. xz and gzip see the whole held-out file at once, the model only its context, but it was trained on text of the kind.", ""]
+    out += ["", f"Context {r['context']} tokens. xz and gzip see the whole held-out text at once, the model only its context; it was trained on text of the kind, they were not.", ""]
     out += ["## Cache, bytes per token at 16 bits", "", "| this model | MHA | GQA | MQA |", "|---|---|---|---|"]
     c = r["cache"]
     twins = [k for k in c if k not in ("attention", "this model")]
     out[-2] = "| this model (" + c["attention"] + ") | " + " | ".join(twins) + " |"
     out[-1] = "|---" * (1 + len(twins)) + "|"
     out += ["| " + " | ".join([f"**{c['this model']:,}**", *(f"{c[k]:,} ({c['this model'] / c[k]:.0%})" for k in twins)]) + " |", ""]
+    out += ["In brackets: this model's cache as a share of that one.", ""]
     if r["expert_load"]:
-        out += ["## Expert load on held-out text (share of the mean; 1 is even)", "", "| MoE layer | least used | most used |", "|---|---|---|"]
-        out += [f"| {i} | {min(row) * len(row):.2f} | {max(row) * len(row):.2f} |" for i, row in enumerate(r["expert_load"])]
+        out += ["## Expert load on held-out text (share of the mean; 1 is even)", "", "| layer | least used | most used |", "|---|---|---|"]
+        out += [f"| {i} | {min(row) * len(row):.2f} | {max(row) * len(row):.2f} |" for i, row in zip(r["moe_layers"], r["expert_load"])]
         out += [""]
     g, t = r["generation"], r.get("training")
-    out += ["## Speed", "", f"Generation, one sequence: {g['tokens_per_s']:.0f} tokens/s ({g['dtype']}, {g['threads']} threads)."]
+    out += ["## Speed", "", f"Generation, one sequence: {g['tokens_per_s']:.0f} tokens/s ({g['dtype']}, {g['threads']} thread{'s' * (g['threads'] != 1)})."]
     if t:
         out += [f"Training: {t['steps']} steps, {t['tokens']:,} tokens ({t['epochs']:.2f} epochs), {t['tokens_per_s']:,.0f} tokens/s, "
                 f"{t['mfu']:.0%} of the GEMM peak measured at the start ({t['dtype']}). Medians over the run."]
@@ -147,36 +156,50 @@ def plot(r: dict, name: str, file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.ticker import MaxNLocator
 
     fig, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     fig.suptitle(name)
     t = r.get("training")
     if t:
         step, loss, lr = zip(*t["curve"])
-        a.plot(step, loss, lw=1)
-        a.set(title=f"Training loss ({t['tokens']:,} tokens, {t['tokens_per_s']:,.0f} tokens/s)", xlabel="step", ylabel="nats per token")
+        a.plot(step, loss, lw=1, label="training")
+        a.set(title=f"Loss ({t['tokens']:,} tokens, {t['tokens_per_s']:,.0f} tokens/s)", xlabel="step", ylabel="nats per token")
+        if t["heldout_curve"]:
+            a.plot(*zip(*t["heldout_curve"]), "o", color="tab:green", label="held out")
+        a.legend(loc="lower left")
         rate = a.twinx()
         rate.plot(step, lr, color="tab:orange", lw=0.8, alpha=0.7)
+        rate.set_ylim(0)
         rate.set_ylabel("learning rate", color="tab:orange")
     else:
         a.axis("off")
     kinds = ("model", "xz", "gzip", "uniform")
     for i, h in enumerate(r["heldout"]):
-        bars = b.bar(np.arange(4) + i * 0.8 / len(r["heldout"]), [h[k] for k in kinds], 0.8 / len(r["heldout"]), label=h["source"])
+        bars = b.bar(np.arange(4) + i * 0.8 / len(r["heldout"]), [h[k] for k in kinds], 0.8 / len(r["heldout"]), label=_short(h["source"]))
         b.bar_label(bars, fmt="%.2f", fontsize=8)
     b.set_xticks(np.arange(4) + 0.4 - 0.4 / len(r["heldout"]), ("this model", "xz -9e", "gzip -9", "uniform"))
     b.set(title="Held-out text", ylabel="bits per byte")
     b.legend()
-    cache = {k: v for k, v in r["cache"].items() if k != "attention"}
+    cache = {k if k != "this model" else f"this model ({r['cache']['attention']})": v for k, v in r["cache"].items() if k != "attention"}
     c.bar_label(c.barh(list(cache)[::-1], list(cache.values())[::-1], color=["tab:gray"] * (len(cache) - 1) + ["tab:blue"]), fmt="{:,.0f}", padding=3)
     c.margins(x=0.15)
     c.set(title="Cache at 16 bits", xlabel="bytes per token")
     if r["expert_load"]:
         load = np.array(r["expert_load"])
-        image = d.imshow(load * load.shape[1], aspect="auto", cmap="viridis", vmin=0)
-        fig.colorbar(image, ax=d, label="load / mean")
-        d.set(title="Expert load on held-out text", xlabel="expert", ylabel="MoE layer")
+        load *= load.shape[1]
+        image = d.imshow(load, aspect="auto", cmap="RdBu_r", norm=TwoSlopeNorm(1, 0, max(2, load.max())))
+        fig.colorbar(image, ax=d, label="load / mean (white: even)")
+        d.set(title="Expert load on held-out text", xlabel="expert", ylabel="layer")
+        d.xaxis.set_major_locator(MaxNLocator(integer=True))
+        shown = range(0, len(load), -(-len(load) // 20))
+        d.set_yticks(shown, [r["moe_layers"][i] for i in shown])
     else:
         d.axis("off")
     fig.savefig(file, dpi=110)
     plt.close(fig)
+
+
+def _short(source: str, width: int = 28) -> str:
+    return source if len(source) <= width else "..." + source[3 - width :]

@@ -22,9 +22,10 @@ def softmax_scale(config: ModelConfig) -> float:
     """What attention logits are multiplied by: 1 / sqrt(query width), times m(s, mscale_all_dim)^2 under YaRN.
 
     The factor acts on the whole logit, nope part included, at every position. It is the part of YaRN most often forgotten.
+    It belongs to MLA: other programs that load a llama checkpoint know the factor on cos and sin only.
     """
     scale = config.qk_head_dim**-0.5
-    if config.rope_scaling is not None and config.rope_scaling.mscale_all_dim:
+    if config.is_mla and config.rope_scaling is not None and config.rope_scaling.mscale_all_dim:
         scale *= mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
     return scale
 

@@ -101,6 +101,8 @@ class Training:
 
     def loss(self) -> torch.Tensor:
         """alpha_1 L_ExpBal + alpha_2 L_DevBal + alpha_3 L_CommBal, summed over layers (each layer balances itself)."""
+        if not self.records:
+            return torch.zeros(())
         alphas = torch.tensor([self.balance.expert, self.balance.device, self.balance.communication])
         return (torch.stack([r.losses for r in self.records]).sum(0) * alphas).sum()
 

@@ -15,7 +15,7 @@ F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
 
 def draw(*shape: int, seed: int = 0, dtype=F64) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=F64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=F64).to(dtype)
 
 
 def run(op: str, impl: str, args: list, dtype) -> list[torch.Tensor]:
@@ -53,10 +53,17 @@ def check(op: str, *args, bf16: float = 2e-2):
 
 
 # ---- pointwise ----------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("d", SIZES[1:])
 @pytest.mark.parametrize("lead", [(1,), (2, 5), (2, 3, 4)])
 def test_rms_norm(lead, d):
     check("rms_norm", draw(*lead, d), draw(d, seed=1) * 0.3 + 1, 1e-6)
+
+
+def test_rms_norm_of_width_1():
+    """The output is a sign, so almost nothing flows back to x: compared in absolute terms."""
+    for dtype, limit in ((F64, 1e-14), (F32, 1e-6)):
+        for a, b in zip(run("rms_norm", "fused", [draw(9, 1), draw(1), 1e-6], dtype), run("rms_norm", "ref", [draw(9, 1), draw(1), 1e-6], F64)):
+            assert (a - b).abs().max() < limit
 
 
 def test_rms_norm_of_zeros_large_and_small_values():
@@ -255,7 +262,7 @@ def test_cross_entropy_of_sure_predictions():
     h, head = torch.eye(4, dtype=F64) * 1000, torch.eye(4, dtype=F64)
     for impl in ("ref", "fused"):
         loss, dh, dhead = run("cross_entropy", impl, [h, head, torch.tensor([0, 1, 3, 3])], F64)
-        assert float(loss / draw(seed=7)) == pytest.approx(250.0) if False else loss == pytest.approx(250.0)
+        assert loss == pytest.approx(250.0)
         assert dh.isfinite().all() and dhead.isfinite().all()
 
 
@@ -285,9 +292,10 @@ def test_cross_entropy_never_holds_all_logits():
     assert largest(lambda: kernels.cross_entropy(h, head, targets, impl="ref").backward()) >= n * vocabulary  # the probe sees them
 
 
-def test_the_loss_of_a_model_never_holds_all_logits():
+def test_the_loss_of_a_model_never_holds_all_logits(monkeypatch):
+    monkeypatch.setattr(kernels, "_DEFAULT", "fused")
     c = tiny.config(vocab_size=2000, num_hidden_layers=2)
-    m, tokens = tiny.model(c, dtype=F32), tiny.ids(tiny.config(), 8, 256)
+    m, tokens = tiny.model(c, dtype=F32), tiny.ids(tiny.config(), 32, 64)
     assert largest(lambda: m.loss(tokens, tokens).backward()) <= tokens.numel() * c.vocab_size // 2
 
 

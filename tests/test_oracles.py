@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from lamoe import attention, convert, kernels, model, moe, rope, routing
 from lamoe.cache import KVCache
@@ -29,16 +30,15 @@ ALL_CASES = {
 }
 
 
-@torch.no_grad()
-def by_every_path(m, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits of the whole text at once in each form, and through a cache: token by token, and in uneven chunks."""
+def by_every_path(m, tokens: torch.Tensor):
+    """(name, logits) of the whole text at once in each form, and through a cache: in uneven chunks, and token by token."""
     forms = ["expand", "absorb"] if m.config.is_mla else [None]
-    out = {f"whole {form}": m(tokens, form=form) for form in forms}
-    for form in [*forms, None]:
-        for sizes in ([1] * tokens.shape[1], [3, 1, tokens.shape[1] - 4]):
-            cache = KVCache(m.config, tokens.shape[0], tokens.shape[1], tokens.dtype if tokens.is_floating_point() else m.embed.weight.dtype)
-            out[f"{form} in {sizes}"] = torch.cat([m(part, cache, form=form) for part in tokens.split(sizes, 1)], 1)
-    return out
+    with torch.no_grad():
+        for form in forms:
+            yield f"whole, {form}", m(tokens, form=form)
+        for form, sizes in [(form, [3, 1, tokens.shape[1] - 4]) for form in forms] + [(None, [1] * tokens.shape[1])]:
+            cache = KVCache(m.config, *tokens.shape, m.embed.weight.dtype)
+            yield f"cached, {form}, {sizes}", torch.cat([m(part, cache, form=form) for part in tokens.split(sizes, 1)], 1)
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str = ""):
@@ -53,7 +53,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, wha
 def against_naive(m, tokens: torch.Tensor):
     w = tiny.weights(m)
     theirs = torch.tensor(np.stack([naive.logits(m.config, w, row) for row in tokens.tolist()]))
-    for path, ours in by_every_path(m, tokens).items():
+    for path, ours in by_every_path(m, tokens):
         assert_close(ours, theirs, 1e-12, path)
 
 
@@ -132,7 +132,7 @@ def against_transformers(m, tokens: torch.Tensor):
     theirs = theirs_of(m.config)
     with torch.no_grad():
         expected = theirs(tokens).logits
-    for path, ours in by_every_path(m, tokens).items():
+    for path, ours in by_every_path(m, tokens):
         assert_close(ours, expected, 3e-5, path)
 
 
@@ -264,18 +264,16 @@ def test_far_oracle_sees_a_position_off_by_one(monkeypatch):
 def frozen(name: str, folder: Path):
     """(the model of the golden `name`, loaded as any checkpoint is; its other tensors)."""
     with safe_open(GOLDENS / f"{name}.safetensors", "pt") as f:
-        tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
-    assert tuple(int(x) for x in metadata["transformers"].split(".")[:2]) >= (5, 17)
-    from safetensors.torch import save_file
-
-    (folder / "config.json").write_text(metadata["config"])
+        tensors, about = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["about"])
+    assert tuple(int(x) for x in about["transformers"].split(".")[:2]) >= (5, 17)
+    (folder / "config.json").write_text(json.dumps(about["config"]))
     save_file({k.removeprefix("weights."): t for k, t in tensors.items() if k.startswith("weights.")}, folder / "model.safetensors")
     return convert.load(folder, dtype="float32"), tensors
 
 
 def against_golden(name: str, folder: Path):
     m, golden = frozen(name, folder)
-    for path, ours in by_every_path(m, golden["ids"]).items():
+    for path, ours in by_every_path(m, golden["ids"]):
         assert_close(ours, golden["logits"], 3e-5, path)
     for form in ["expand", "absorb"] if m.config.is_mla else [None]:
         assert_close(tiny.at_positions(m, golden["ids"], FAR, form).detach(), golden["far"], 5e-5, f"far, {form}")

@@ -41,6 +41,8 @@ def test_softmax_scale_without_yarn_and_its_square():
     assert rope.softmax_scale(PRESETS["deepseek-v2.5"]) / plain == pytest.approx(1.8738542071, abs=1e-10)
     no_all_dim = V2.replace(rope_scaling=RopeScaling(mscale=1.0, mscale_all_dim=0.0))
     assert rope.softmax_scale(no_all_dim) == plain
+    llama = PRESETS["deepseek-67b"]
+    assert rope.softmax_scale(llama.replace(rope_scaling=RopeScaling())) == rope.softmax_scale(llama)
 
 
 def test_amplitude():

@@ -5,7 +5,7 @@
 
 transformers' files do not involve lamoe: its own config classes, its own weights, its own save_pretrained. Each file holds the
 checkpoint (bfloat16 weights, the computing is float32), ids, logits at positions 0 .. T - 1, logits at far positions, greedy
-tokens and two numbers of every gradient; config.json and the versions are its metadata.
+tokens and two numbers of every gradient; config.json and the versions are its metadata. The same versions make the same bytes.
 """
 
 from __future__ import annotations
@@ -84,10 +84,11 @@ def golden(name: str):
     with tempfile.TemporaryDirectory() as folder:
         model.bfloat16().save_pretrained(folder)
         tensors = {f"weights.{n}": t for n, t in load_file(f"{folder}/model.safetensors").items()}
-        metadata = {"config": (Path(folder) / "config.json").read_text(), "transformers": transformers.__version__, "torch": torch.__version__}
+        config_json = json.loads((Path(folder) / "config.json").read_text())
+        about = {"config": config_json, "transformers": transformers.__version__, "torch": torch.__version__}
     tensors |= {"ids": ids, "logits": logits.detach(), "far": far, "greedy": greedy[:, TOKENS:].contiguous()}
     tensors |= {f"gradients.{n}": g for n, g in gradients.items()}
-    save_file(tensors, OUT / f"{name}.safetensors", metadata)
+    save_file(tensors, OUT / f"{name}.safetensors", {"about": json.dumps(about)})  # one entry: several have no fixed order
     print(f"{name}: {(OUT / f'{name}.safetensors').stat().st_size:,} bytes")
 
 

@@ -16,6 +16,8 @@ if _DEFAULT not in _IMPLS:
 
 def _op(name: str):
     def call(*args, impl: str | None = None, **kwargs):
+        if (impl or _DEFAULT) not in _IMPLS:
+            raise ValueError(f"impl is {impl!r}; known: {', '.join(_IMPLS)}")
         return getattr(_IMPLS[impl or _DEFAULT], name, getattr(ref, name))(*args, **kwargs)
 
     call.__name__, call.__doc__ = name, getattr(ref, name).__doc__

@@ -225,7 +225,7 @@ class _Plan:
             return rows.new_zeros(n, rows.shape[1])
         picked = rows.index_select(0, self.place).view(n, k, -1)
         if self.kept is not None:
-            picked.mul_(self.kept)
+            picked.masked_fill_(~self.kept, 0)  # never times 0: slot 0 may hold an inf
         return picked.sum(1)
 
     def products(self, rows: torch.Tensor, mats: torch.Tensor, out: torch.Tensor) -> None:
@@ -269,9 +269,9 @@ class _Experts(Function):
         torch.index_select(x, 0, plan.token, out=rows)
         plan.outer(dh, rows, dw13)
         plan.products(dh, w13, rows)
-        dweight = dws[plan.place]
+        dweight = dws[plan.place] if dws.shape[0] else dws.new_zeros(weight.numel())  # everything may have been dropped
         if plan.kept is not None:
-            dweight.mul_(plan.kept.flatten())
+            dweight.masked_fill_(~plan.kept.flatten(), 0)
         return plan.combine(rows), None, dweight.view(plan.shape), dw13, dw2
 
 

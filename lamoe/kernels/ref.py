@@ -76,7 +76,8 @@ def experts(x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor, w13: to
 
 
 def cross_entropy(h: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean of -log softmax(h head^T)[target] over targets >= 0, float32: h [N, D], head [vocabulary, D], targets [N] int64,
-    negative where a position does not count."""
-    logits = F.linear(h, head)
-    return F.cross_entropy(logits.to(torch.promote_types(h.dtype, torch.float32)), targets.clamp_min(-1), ignore_index=-1)
+    """Mean of -log softmax(h head^T)[target] over targets >= 0, at least float32 (0 when there is none): h [N, D],
+    head [vocabulary, D], targets [N] int64, negative where a position does not count."""
+    logits = F.linear(h, head).to(torch.promote_types(h.dtype, torch.float32))
+    total = F.cross_entropy(logits, targets.clamp_min(-1), ignore_index=-1, reduction="sum")
+    return total / (targets >= 0).sum().clamp_min(1)

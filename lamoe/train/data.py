@@ -315,9 +315,11 @@ def _describe(tally: dict) -> str:
 class Batches:
     """Rows of seq_len + 1 consecutive tokens out of an endless stream: epoch after epoch, each in its own shuffled order of documents.
 
-    Every row is full; what is left of a document goes on in the next row, also over the border of an epoch, so an epoch has every
-    token exactly once. Rows are numbered, and any row is found from its number alone: that number is the whole state. Rank r of n
-    takes rows r, r + n, ...; together the ranks take what one process would with batches n times as large.
+    Every row of the stream is full; what is left of a document goes on in the next row, also over the border of an epoch, so an epoch
+    has every token exactly once. Rows are dealt out shuffled too, within windows of as many rows as fit in an epoch: else the rows
+    of a batch would be neighbours, often out of a single document. Rows are numbered, and any row is found from its number alone: that
+    number is the whole state. Rank r of n takes rows r, r + n, ...; together the ranks take what one process would with batches n
+    times as large.
     """
 
     def __init__(self, corpus: PackedCorpus, seq_len: int, seed: int = 0, rank: int = 0, world: int = 1):
@@ -328,7 +330,9 @@ class Batches:
         self.corpus, self.seq_len, self.seed, self.rank, self.world = corpus, seq_len, seed, rank, world
         self.rows = 0  # rows taken so far by all ranks together
         self._lengths = corpus.train.lengths
-        self._order: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._window = max(1, len(corpus.train.tokens) // (seq_len + 1))  # rows
+        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of the epochs in use: a window may touch two
+        self._deal: tuple[int, np.ndarray] | None = None
 
     @property
     def epoch(self) -> float:
@@ -341,7 +345,7 @@ class Batches:
             raise ValueError(f"a batch of {n} rows was asked for; it must be at least 1")
         ids, segments = np.empty((n, self.seq_len + 1), np.int64), np.empty((n, self.seq_len + 1), np.int32)
         for i in range(n):
-            self._fill(self.rows + i * self.world + self.rank, ids[i], segments[i])
+            self._fill(self._shuffled(self.rows + i * self.world + self.rank), ids[i], segments[i])
         self.rows += n * self.world
         return ids, segments
 
@@ -362,6 +366,13 @@ class Batches:
             raise ValueError(f"the data state says {state['rows']!r} rows were taken; it must be a whole number >= 0")
         self.rows = state["rows"]
 
+    def _shuffled(self, row: int) -> int:
+        """Which row of the stream is dealt out as number `row`."""
+        window, place = divmod(row, self._window)
+        if self._deal is None or self._deal[0] != window:
+            self._deal = (window, np.random.RandomState([self.seed, 1, window]).permutation(self._window))
+        return window * self._window + int(self._deal[1][place])
+
     def _fill(self, row: int, ids: np.ndarray, segments: np.ndarray):
         width, filled, segment = self.seq_len + 1, 0, 0
         while filled < width:
@@ -376,10 +387,10 @@ class Batches:
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of documents and where each ends in its stream. RandomState: numpy promises its streams never change."""
-        if self._order is None or self._order[0] != epoch:
-            order = np.random.RandomState([self.seed, epoch]).permutation(len(self._lengths))
-            self._order = (epoch, order, np.cumsum(self._lengths[order]))
-        return self._order[1], self._order[2]
+        if epoch not in self._orders:
+            order = np.random.RandomState([self.seed, 0, epoch]).permutation(len(self._lengths))
+            self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) == 1} | {epoch: (order, np.cumsum(self._lengths[order]))}
+        return self._orders[epoch]
 
 
 def heldout_rows(corpus: PackedCorpus, seq_len: int, source: str | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:

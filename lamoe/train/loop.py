@@ -107,7 +107,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
                     mask = segments[rows, :-1] if recipe.data.document_mask else None
                     ce = model.loss(ids[rows, :-1], targets[rows], mask, training)
                     share = (targets[rows] >= 0).sum() / counted
-                    balance = training.loss() * (recipe.batch.micro / size) if training.records else torch.zeros(())
+                    balance = training.loss() * (recipe.batch.micro / size)
                     (ce * share + balance).backward()
                     optimizer.collect()
                     parts.append((share.item(), ce.item(), balance.item(), training.records))

@@ -66,6 +66,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Recipe:
+    """All that decides what a run learns and where it goes. Unknown sections and keys are refused."""
+
     model: ModelConfig
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
@@ -76,6 +78,8 @@ class Recipe:
     def __post_init__(self):
         check_types(self.balance, "balance.")
         self.balance.check(self.model)
+        if self.model.is_moe:  # the coefficient that trained the model is the one its config.json tells others about
+            object.__setattr__(self, "model", self.model.replace(aux_loss_alpha=float(self.balance.expert)))
         if self.data.seq_len > self.model.max_position_embeddings:
             raise ValueError(f"data.seq_len {self.data.seq_len} is more than model.max_position_embeddings {self.model.max_position_embeddings}")
 
@@ -90,10 +94,6 @@ class Recipe:
         parts: dict[str, Any] = {"model": _model(dict(raw.get("model", {})))}
         for name, kind in dict(data=Data, optim=Optim, batch=Batch, balance=Balance, run=Run).items():
             parts[name] = _section(kind, name, raw.get(name, {}))
-        check_types(parts["balance"], "balance.")
-        # The coefficient that trained the model is the one its config.json tells others about.
-        if parts["model"].is_moe:
-            parts["model"] = parts["model"].replace(aux_loss_alpha=float(parts["balance"].expert))
         return cls(**parts)
 
     @classmethod

@@ -18,7 +18,7 @@ _BASE = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_h
 _MLA = dict(model_type="deepseek_v2", kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10)
 _MOE = dict(moe_intermediate_size=20, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3, first_k_dense_replace=1)
 LIMITED = dict(n_group=4, topk_group=2, topk_method="group_limited_greedy", routed_scaling_factor=2.5)
-# Eight short original positions: the ramp lies inside the 4 pairs of a tiny rope, and the tests run well beyond it.
+# A short original context: its ramp (0, 1/2, 1, 1) lies inside the 4 pairs of a tiny rope.
 YARN = RopeScaling(factor=40.0, original_max_position_embeddings=64)
 
 
@@ -37,8 +37,9 @@ V2_CASES = {
 LLAMA_CASES = {
     "mha": config("llama"), "gqa": config("llama", num_key_value_heads=2), "mqa-tied": config("llama", num_key_value_heads=1, tie_word_embeddings=True),
     "gqa-wide-heads": config("llama", num_key_value_heads=2, head_dim=12),
-    # no mscale_all_dim: the only YaRN that a llama checkpoint has a meaning for
     "gqa-yarn": config("llama", num_key_value_heads=2, rope_scaling=RopeScaling(40.0, 64, mscale=1.0, mscale_all_dim=0.0)),
+    # transformers gives llama the factor on cos and sin, and none on the softmax
+    "mha-yarn-two-mscales": config("llama", rope_scaling=RopeScaling(40.0, 64, mscale=1.0, mscale_all_dim=0.5)),
 }
 # Everything at once: the case that mutations are tried on.
 HARD = V2_CASES["lora-yarn-limited-1dense"]

@@ -1,0 +1,183 @@
+"""The layout of the house, checked on the syntax trees: imports go down, files stay short, nothing dead, nothing that runs foreign code."""
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "lamoe"
+# A room may import rooms of its own number and below. Rooms are modules or packages directly under lamoe.
+LEVEL = {
+    "config": 0, "accounting": 0, "tokenizer": 0, "chat_template": 0, "kernels": 0,
+    "rope": 1, "codec": 1, "routing": 1,
+    "cache": 2, "attention": 2, "moe": 2,
+    "model": 3,
+    "evals": 4, "convert": 4, "parallel": 4,
+    "engine": 5, "train": 5,
+    "report": 6, "serve": 6,
+    "cli": 7, "__main__": 8,
+}
+ENTRY_POINTS = {"lamoe", "lamoe.cli", "lamoe.__main__"}
+MAX_LINES, MAX_COLUMNS = 520, 200
+
+
+def modules() -> dict[str, Path]:
+    """{dotted name: file} of the whole package."""
+    out = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        out[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return out
+
+
+MODULES = modules()
+
+
+@cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+
+
+def imports(name: str) -> set[str]:
+    """Modules of lamoe that a module imports, anywhere in it: `from lamoe.a import b` counts as lamoe.a.b when that is a module."""
+    found = set()
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} line {node.lineno}: write the import from the top, `from lamoe...`"
+            whole = {f"{node.module}.{a.name}" for a in node.names}
+            found |= {w if w in MODULES else node.module for w in whole}
+    return {f for f in found if f.split(".")[0] == "lamoe"}
+
+
+def room(name: str) -> str:
+    return name.split(".")[1]
+
+
+def uphill(name: str, imported: set[str]) -> list[str]:
+    """The imports of a module that climb, or that take the package's own front door."""
+    if name == "lamoe":
+        return []
+    return [i for i in sorted(imported) if i != "lamoe" and LEVEL[room(i)] > LEVEL[room(name)]]
+
+
+def test_every_room_has_a_level():
+    assert {room(n) for n in MODULES if n != "lamoe"} <= set(LEVEL)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_down(name):
+    assert uphill(name, imports(name)) == []
+
+
+def test_the_check_sees_an_import_that_goes_up():
+    assert uphill("lamoe.rope", {"lamoe.model", "lamoe.config"}) == ["lamoe.model"]
+    assert "lamoe.kernels" in imports("lamoe.model") and "lamoe.config" in imports("lamoe.rope")  # the walk does find things
+
+
+def test_no_import_circles():
+    """Also within a level. A package's __init__ that offers its own modules is not a circle."""
+    edges = {n: {i for i in imports(n) if i in MODULES and not n.startswith(i + ".")} for n in MODULES}
+    done: set[str] = set()
+
+    def visit(n: str, path: tuple):
+        assert n not in path, " -> ".join((*path, n))
+        for i in edges[n] - done:
+            visit(i, (*path, n))
+        done.add(n)
+
+    for n in MODULES:
+        visit(n, ())
+
+
+def test_every_module_is_used():
+    """Imported by another one, or a way in. A package counts as used when one of its modules is."""
+    used = set().union(*(imports(n) - {n} for n in MODULES))
+    used |= {n.rsplit(".", 1)[0] for n in used}
+    assert sorted(set(MODULES) - used - ENTRY_POINTS) == []
+
+
+def test_accounting_config_and_the_package_itself_need_no_torch():
+    """They answer from the config alone, also where torch is not there or too slow to start."""
+    assert "torch" not in ast.unparse(ast.Module([n for n in tree("lamoe.accounting").body if isinstance(n, (ast.Import, ast.ImportFrom))], []))
+    code = "import sys, lamoe; lamoe.ModelConfig; lamoe.accounting.report(lamoe.ModelConfig.preset('tiny')); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("path", sorted([*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "tools").rglob("*.py"),
+                                         *(ROOT / "benchmarks").rglob("*.py")]), ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_lines_stay_readable(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MAX_LINES, f"{len(lines)} lines"
+    wide = [i + 1 for i, line in enumerate(lines) if len(line) > MAX_COLUMNS]
+    assert not wide or "tests" in path.parts, f"lines {wide} are wider than {MAX_COLUMNS}"  # a table of cases may be wide
+    assert not [i + 1 for i, line in enumerate(lines) if line != line.rstrip()], "spaces at the end of lines"
+
+
+def test_the_model_is_read_in_one_sitting():
+    assert len(MODULES["lamoe.model"].read_text().splitlines()) < 300
+
+
+FORBIDDEN = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
+
+
+def runs_foreign_code(node: ast.AST) -> str | None:
+    """Names what could execute code of a file somebody else wrote; None when the node is harmless."""
+    names = [a.name for a in node.names] + [getattr(node, "module", None) or ""] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+    for n in names:
+        if n.split(".")[0] in FORBIDDEN:
+            return n
+    if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.jit.load", "torch.save", "torch.hub.load", "np.lib.format.read_array"):
+        return ast.unparse(node)
+    if isinstance(node, ast.Call):
+        if isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "__import__", "compile"):
+            return node.func.id
+        for k in node.keywords:
+            if k.arg in ("allow_pickle", "trust_remote_code", "shell") and not (isinstance(k.value, ast.Constant) and k.value.value is False):
+                return k.arg
+    return None
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_runs_foreign_code(name):
+    found = [f"line {node.lineno}: {bad}" for node in ast.walk(tree(name)) if (bad := runs_foreign_code(node))]
+    assert found == []
+
+
+@pytest.mark.parametrize("code", ["import pickle", "from pickle import loads", "x = torch.load(p)", "eval(s)", "np.load(p, allow_pickle=True)",
+                                  "f(trust_remote_code=True)", "exec(s)"])
+def test_the_check_sees_foreign_code(code):
+    assert any(runs_foreign_code(node) for node in ast.walk(ast.parse(code)))
+    assert not any(runs_foreign_code(node) for node in ast.walk(ast.parse("np.load(p, allow_pickle=False); model.eval(); re.compile(s)")))
+
+
+DOCUMENTED_ELSEWHERE = {"lamoe.kernels.fused", "lamoe.cli"}  # by the definitions in ref.py, and by the help of the verbs
+
+
+def undocumented(name: str) -> list[str]:
+    """What others are meant to call must say what it does. Modules, public classes and public module-level functions carry a
+    docstring; methods may speak for themselves, and so may functions of at most four statements."""
+    missing = [] if ast.get_docstring(tree(name)) else ["the module"]
+    for node in tree(name).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not ast.get_docstring(node):
+            if isinstance(node, ast.ClassDef) or len(node.body) > 4:
+                missing.append(node.name)
+    return missing
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - DOCUMENTED_ELSEWHERE))
+def test_the_api_is_documented(name):
+    assert undocumented(name) == []
+
+
+def test_no_files_of_the_kinds_we_do_not_have():
+    names = {p.name for p in PACKAGE.rglob("*.py")}
+    assert not names & {"utils.py", "helpers.py", "common.py", "misc.py", "registry.py", "base.py"}
+    for name in MODULES:
+        bases = [ast.unparse(b) for node in ast.walk(tree(name)) if isinstance(node, ast.ClassDef) for b in node.bases]
+        assert not {"ABC", "abc.ABC"} & set(bases), f"{name} has an abstract base class"
