@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -234,7 +235,8 @@ def test_as_a_program():
     done = subprocess.run([*lamoe_cli, "info", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("lamoe info: 'nonsense' is neither") and done.stderr.count("\n") == 1
     for flags in (["--json"], []):
-        child = subprocess.Popen([*lamoe_cli, "info", "deepseek-v2", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        child = subprocess.Popen([*lamoe_cli, "info", "deepseek-v2", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                 env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"})  # the last flush is the hard one
         child.stdout.close()
         assert child.stderr.read() == "" and child.wait() == 1
     code = "import sys, lamoe.cli; lamoe.cli.main(['info', 'tiny']); assert 'torch' not in sys.modules"

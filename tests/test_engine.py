@@ -152,6 +152,14 @@ def test_stop_strings_are_never_shown(spoken, length):
         assert out[-1].finish_reason == "stop" and len(out) <= len(pieces)
 
 
+def test_what_was_held_back_is_shown_at_the_length_limit(spoken):
+    m, tok = spoken
+    prompt, params = tok.encode("the ", bos=True), dict(temperature=0.0, max_tokens=9, ignore_eos=True)
+    text = "".join(p.text for p in generate(m, prompt, SamplingParams(**params), tok))
+    out = list(generate(m, prompt, SamplingParams(stop=text[-4:] + "never", **params), tok))
+    assert "".join(p.text for p in out) == text and out[-1].finish_reason == "length" and len(out) == 9
+
+
 class Spelled:
     """A tokenizer that decodes token i to the i-th piece."""
 
