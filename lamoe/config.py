@@ -466,9 +466,9 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     # trains in minutes on two cores: the model of `make demo`
     "tiny": ModelConfig(
-        **_SMALL, vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, kv_lora_rank=64, qk_nope_head_dim=48,
-        qk_rope_head_dim=16, v_head_dim=64, intermediate_size=704, moe_intermediate_size=128, n_routed_experts=16, num_experts_per_tok=4,
-        max_position_embeddings=1024,
+        **_SMALL, vocab_size=4096, hidden_size=192, num_hidden_layers=4, num_attention_heads=4, kv_lora_rank=64, qk_nope_head_dim=48,
+        qk_rope_head_dim=16, v_head_dim=64, intermediate_size=512, moe_intermediate_size=96, n_routed_experts=16, num_experts_per_tok=4,
+        max_position_embeddings=1024, initializer_range=0.02,
     ),
     # the geometry of the training benchmark: 24.6M parameters, 12.2M of them active beside the embedding
     "small": ModelConfig(
