@@ -100,11 +100,10 @@ _ROWS = 128  # query rows per block: the causal half beyond a block's last row i
 _KEEP_BYTES = 1 << 26  # probabilities are kept for the backward pass up to this size per call, else computed again
 
 
-def _blocks(t: int, s: int):
-    """Of each block of queries: first row, end row, keys visible to the block before, keys visible to this one."""
-    for a in range(0, t, _ROWS):
-        b = min(a + _ROWS, t)
-        yield a, b, s - t + a if a else 0, s - t + b
+def _blocks(t: int, s: int) -> list[tuple[int, int, int]]:
+    """(first row, end row, number of visible keys) of each block of queries."""
+    rows = [(a, min(a + _ROWS, t)) for a in range(0, t, _ROWS)]
+    return [(a, b, s - t + b) for a, b in rows]
 
 
 def _probs(q, k, a, b, end, segments):
@@ -129,55 +128,39 @@ class _Attend(Function):
         k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
         (n, h, t, _), s = q.shape, k.shape[2]
         out = q.new_empty(n, t, h, v.shape[-1])
-        probs = None
-        if any(ctx.needs_input_grad) and n * h * t * s * q.element_size() <= _KEEP_BYTES:
-            probs = q.new_empty(n, h, t, s)  # the part that blocks never reach stays unwritten and unread
-        for a, b, _, end in _blocks(t, s):
+        keep = any(ctx.needs_input_grad) and n * h * t * s * q.element_size() <= _KEEP_BYTES
+        probs = []
+        for a, b, end in _blocks(t, s):
             p = _probs(q, k, a, b, end, segments)
             out[:, a:b] = (p @ v[:, :, :end]).transpose(1, 2)
-            if probs is not None:
-                probs[:, :, a:b, :end] = p
-        ctx.save_for_backward(q, k, v, probs)
+            if keep:
+                probs.append(p)
+        ctx.save_for_backward(q, k, v, *probs)
         ctx.scale, ctx.segments = scale, segments
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        q, k, v, probs = ctx.saved_tensors
-        dout = dout.transpose(1, 2).contiguous()
-        run = _attend_backward_at_once if probs is not None else _attend_backward_by_rows
-        dq, dk, dv = run(q, k, v, probs, ctx.segments, dout)
-        return dq.mul_(ctx.scale).transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None, None
+        q, k, v, *probs = ctx.saved_tensors
+        dout, dq, dk, dv = dout.transpose(1, 2).contiguous(), torch.empty_like(q), None, None
+        # from the last block, which sees every key, so that its products start the sums (kept in at least float32)
+        for i, (a, b, end) in reversed(list(enumerate(_blocks(q.shape[2], k.shape[2])))):
+            p = probs[i] if probs else _probs(q, k, a, b, end, ctx.segments)
+            dp = dout[:, :, a:b] @ v[:, :, :end].transpose(2, 3)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            dq[:, :, a:b] = ds @ k[:, :, :end]
+            dk = _add_to(dk, ds.transpose(2, 3) @ q[:, :, a:b])
+            dv = _add_to(dv, p.transpose(2, 3) @ dout[:, :, a:b])
+        return dq.mul_(ctx.scale).transpose(1, 2), dk.to(q.dtype).transpose(1, 2), dv.to(q.dtype).transpose(1, 2), None, None
 
 
-def _attend_backward_at_once(q, k, v, probs, segments, dout):
-    """With all probabilities at hand each key block's gradient is one product over all the rows that saw it."""
-    dq, dk, dv, ds = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(probs)
-    blocks = list(_blocks(q.shape[2], k.shape[2]))
-    for a, b, _, end in blocks:
-        p = probs[:, :, a:b, :end]
-        dp = dout[:, :, a:b] @ v[:, :, :end].transpose(2, 3)
-        d = torch._softmax_backward_data(dp, p, -1, p.dtype)
-        dq[:, :, a:b] = d @ k[:, :, :end]
-        ds[:, :, a:b, :end] = d
-    for a, _, before, end in blocks:
-        dk[:, :, before:end] = ds[:, :, a:, before:end].transpose(2, 3) @ q[:, :, a:]
-        dv[:, :, before:end] = probs[:, :, a:, before:end].transpose(2, 3) @ dout[:, :, a:]
-    return dq, dk, dv
-
-
-def _attend_backward_by_rows(q, k, v, _, segments, dout):
-    """Block after block of queries with probabilities computed again; gradients of keys and values add up in float32."""
-    dq, work = torch.empty_like(q), _work(q.dtype)
-    dk, dv = torch.zeros_like(k, dtype=work), torch.zeros_like(v, dtype=work)
-    for a, b, _, end in _blocks(q.shape[2], k.shape[2]):
-        p = _probs(q, k, a, b, end, segments)
-        dv[:, :, :end] += p.transpose(2, 3) @ dout[:, :, a:b]
-        d = torch._softmax_backward_data(dout[:, :, a:b] @ v[:, :, :end].transpose(2, 3), p, -1, p.dtype)
-        dq[:, :, a:b] = d @ k[:, :, :end]
-        dk[:, :, :end] += d.transpose(2, 3) @ q[:, :, a:b]
-    return dq, dk.to(q.dtype), dv.to(q.dtype)
+def _add_to(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    """total[:, :, :rows of part] += part, beginning with the longest part."""
+    if total is None:
+        return part.to(_work(part.dtype))
+    total[:, :, : part.shape[2]] += part
+    return total
 
 
 def attend(q, k, v, scale, segments=None):
@@ -223,10 +206,10 @@ class _Plan:
         n, k = self.shape
         if rows.shape[0] == 0:
             return rows.new_zeros(n, rows.shape[1])
-        picked = rows.index_select(0, self.place).view(n, k, -1)
-        if self.kept is not None:
-            picked.masked_fill_(~self.kept, 0)  # never times 0: slot 0 may hold an inf
-        return picked.sum(1)
+        if self.kept is None:  # embedding_bag gathers and adds in one pass, ten times as fast as the two
+            return F.embedding_bag(self.place.view(n, k), rows, mode="sum")
+        per_token = self.kept.view(n, k).sum(1)
+        return F.embedding_bag(self.place[self.kept.flatten()], rows, per_token.cumsum(0) - per_token, mode="sum")
 
     def products(self, rows: torch.Tensor, mats: torch.Tensor, out: torch.Tensor) -> None:
         """out[expert's rows] = rows[expert's rows] @ mats[expert]."""
