@@ -10,7 +10,7 @@ demo: $(READY)  ## train a small DeepSeek-V2 on this machine, report on it, let 
 	$(BIN)/lamoe train recipes/tiny.toml $(if $(wildcard runs/tiny/latest),--resume)
 	$(BIN)/lamoe evaluate runs/tiny
 	$(BIN)/lamoe info runs/tiny
-	@for prompt in 'def ' 'class Node:' 'It was a truth '; do echo; echo "--- $$prompt"; \
+	@for prompt in 'def read(self, ' 'class Node:' 'It was a truth'; do echo; echo "--- $$prompt"; \
 	  $(BIN)/lamoe generate --model runs/tiny --prompt "$$prompt" --max-tokens 80 --temperature 0.7 --seed 1 || exit 1; done
 
 test: $(READY)  ## all tests but the slow ones
