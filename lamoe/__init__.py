@@ -16,7 +16,7 @@ import importlib
 __version__ = "0.1.0"
 _WHERE = {
     "ModelConfig": "config", "RopeScaling": "config", "Transformer": "model", "KVCache": "cache", "Tokenizer": "tokenizer",
-    "SamplingParams": "engine.sampler", "generate": "engine.generate", "load": "convert.hf", "save": "convert.hf",
+    "SamplingParams": "engine.sampler", "LLM": "engine.llm", "generate": "engine.generate", "load": "convert.hf", "save": "convert.hf",
 }
 _MODULES = ("accounting",)
 __all__ = [*_WHERE, *_MODULES]

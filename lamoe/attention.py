@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lamoe import kernels
-from lamoe.cache import KVCache
+from lamoe.cache import KVCache, Step, View
 from lamoe.config import ModelConfig
 from lamoe.rope import softmax_scale
 
@@ -43,14 +43,19 @@ class Attention(nn.Module):
         self.wv = linear(config.hidden_size, g * d)
         self.wo = linear(h * d, config.hidden_size)
 
-    def forward(self, x, freqs, cache: KVCache | None = None, segments=None, form: str | None = None):
+    def forward(self, x, freqs, cache: KVCache | Step | None = None, segments=None, form: str | None = None):
         width = self.config.qk_head_dim
         q, k, v = (w(x).unflatten(-1, (-1, width)) for w in (self.wq, self.wk, self.wv))  # [B, T, heads, d]
         q = kernels.rope(q, freqs, self.config.rope_interleaved)
         k = kernels.rope(k, freqs, self.config.rope_interleaved)
-        if cache is not None:
-            k, v = (rows.unflatten(-1, (-1, width)) for rows in cache.append(self.layer, k.flatten(2), v.flatten(2)))
-        return self.wo(kernels.attend(q, k, v, self.scale, segments).flatten(2))
+
+        def attend(q, k, v, first):
+            k, v = (rows.unflatten(-1, (-1, width)) for rows in (k, v))
+            return kernels.attend(q, k, v, self.scale, _padding(first, k.shape[1]))
+
+        if cache is None:
+            return self.wo(kernels.attend(q, k, v, self.scale, segments).flatten(2))
+        return self.wo(over_views(cache.views(self.layer, k.flatten(2), v.flatten(2)), (q,), attend).flatten(2))
 
 
 class MLA(nn.Module):
@@ -71,7 +76,7 @@ class MLA(nn.Module):
         self.wkv_b = linear(c, h * (config.qk_nope_head_dim + config.v_head_dim))
         self.wo = linear(h * config.v_head_dim, d)
 
-    def forward(self, x, freqs, cache: KVCache | None = None, segments=None, form: str | None = None):
+    def forward(self, x, freqs, cache: KVCache | Step | None = None, segments=None, form: str | None = None):
         c = self.config
         q = self.wq(x) if c.q_lora_rank is None else self.wq_b(self.q_norm(self.wq_a(x)))
         q = q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim))  # [B, T, H, N + R]
@@ -80,11 +85,21 @@ class MLA(nn.Module):
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         q_rope = kernels.rope(q_rope, freqs, c.rope_interleaved)
         k_rope = kernels.rope(k_rope[:, :, None], freqs, c.rope_interleaved)[:, :, 0]  # [B, T, R], one for all heads
+
+        def attend(q_nope, q_rope, latent, k_rope, first):
+            if (form or cheaper_form(c, q_nope.shape[1], latent.shape[1])) == "expand":
+                return self.expand(q_nope, q_rope, latent, k_rope, _padding(first, latent.shape[1]))
+            return self.absorb(q_nope, q_rope, latent, k_rope, first)
+
         if cache is not None:
-            latent, k_rope = cache.append(self.layer, latent, k_rope)
-        form = form or cheaper_form(c, q.shape[1], latent.shape[1], segments)
-        run = {"expand": self.expand, "absorb": self.absorb}[form]
-        return self.wo(run(q_nope, q_rope, latent, k_rope, segments).flatten(2))
+            out = over_views(cache.views(self.layer, latent, k_rope), (q_nope, q_rope), attend)
+        elif segments is None:
+            out = attend(q_nope, q_rope, latent, k_rope, None)
+        elif form == "absorb":
+            raise ValueError("the absorbed form is for decoding and takes no segments; use form='expand' for packed documents")
+        else:
+            out = self.expand(q_nope, q_rope, latent, k_rope, segments)
+        return self.wo(out.flatten(2))
 
     def expand(self, q_nope, q_rope, latent, k_rope, segments):
         """Keys and values of every latent, then ordinary attention (eq. 40-46). -> [B, T, H, V]"""
@@ -96,22 +111,33 @@ class MLA(nn.Module):
         q, k = (torch.cat([a.transpose(1, 2), b.transpose(1, 2)], -1).transpose(1, 2) for a, b in ((q_nope, q_rope), (k_nope, k_rope)))
         return kernels.attend(q, k, v, self.scale, segments)
 
-    def absorb(self, q_nope, q_rope, latent, k_rope, segments):
-        """Attention over the latents themselves (App. C). -> [B, T, H, V]"""
-        if segments is not None:
-            raise ValueError("the absorbed form is for decoding and takes no segments; use form='expand' for packed documents")
+    def absorb(self, q_nope, q_rope, latent, k_rope, first=None):
+        """Attention over the latents themselves (App. C); rows before `first` [B] are padding. -> [B, T, H, V]"""
         c = self.config
         w = self.wkv_b.weight.unflatten(0, (c.num_attention_heads, -1))  # [H, N + V, C]
         w_uk, w_uv = w.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         q_latent = torch.einsum("bthn,hnc->bthc", q_nope, w_uk)
-        o_latent = kernels.mla_attend(q_latent, q_rope, latent, k_rope, self.scale)
+        o_latent = kernels.mla_attend(q_latent, q_rope, latent, k_rope, self.scale, first)
         return torch.einsum("bthc,hvc->bthv", o_latent, w_uv)
 
 
-def cheaper_form(c: ModelConfig, t: int, s: int, segments=None) -> str:
+def over_views(views: list[View], queries: tuple[torch.Tensor, ...], attend) -> torch.Tensor:
+    """Attend group by group: queries [B, T, H, ...] are cut as the views say, `attend(*queries, *rows, first)` gives [b, t, H, V] of each
+    group. -> [B, T, H, V]"""
+    parts = []
+    for tokens, rows, first in views:
+        mine = queries if tokens is None else [q[0, tokens].unflatten(0, (rows[0].shape[0], -1)) for q in queries]
+        parts.append(attend(*mine, *rows, first).flatten(0, 1))
+    return torch.cat(parts).unflatten(0, queries[0].shape[:2])
+
+
+def _padding(first: torch.Tensor | None, s: int) -> torch.Tensor | None:
+    """Rows before `first` [b] as a segment of their own, [b, S]: queries, being last, do not see them."""
+    return None if first is None else (torch.arange(s, device=first.device) < first[:, None]).int()
+
+
+def cheaper_form(c: ModelConfig, t: int, s: int) -> str:
     """The form with fewer multiply-adds per head for T queries over S cached tokens (all of them expanded by "expand")."""
-    if segments is not None:
-        return "expand"
     up = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
     expand = s * up + t * s * (c.qk_head_dim + c.v_head_dim)
     absorb = t * up + t * s * (2 * c.kv_lora_rank + c.qk_rope_head_dim)

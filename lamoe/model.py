@@ -12,7 +12,7 @@ from torch import nn
 
 from lamoe import kernels, rope, routing
 from lamoe.attention import MLA, Attention, RMSNorm, linear
-from lamoe.cache import KVCache
+from lamoe.cache import KVCache, Step
 from lamoe.config import ModelConfig
 from lamoe.moe import MLP, MoE
 
@@ -56,18 +56,17 @@ class Transformer(nn.Module):
         """[vocabulary, D]."""
         return self.embed.weight if self.config.tie_word_embeddings else self.head.weight
 
-    def hidden(self, ids, cache: KVCache | None = None, segments=None, training: routing.Training | None = None, form=None):
+    def hidden(self, ids, cache: KVCache | Step | None = None, segments=None, training: routing.Training | None = None, form=None):
         """Final normed states [B, T, D]: what the head reads."""
-        check_ids(ids, self.config, 0 if cache is None else cache.length)
+        positions = torch.arange(ids.shape[-1])[None] if cache is None else cache.positions(ids.shape[-1])
+        check_ids(ids, self.config, positions)
         if segments is not None and (cache is not None or segments.shape != ids.shape):
             raise ValueError(f"segments must have the shape of ids {tuple(ids.shape)} and go without a cache, found {tuple(segments.shape)}"
                              + (" and a cache" if cache is not None else ""))
         if form not in (None, "expand", "absorb"):
             raise ValueError(f"form is {form!r}; known: expand, absorb")
-        start = 0 if cache is None else cache.length
-        positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
         x = self.embed(ids)
-        freqs = rope.freqs(self.config, positions, x.dtype)  # [1, T, R / 2], one table for all layers
+        freqs = rope.freqs(self.config, positions.to(ids.device), x.dtype)  # [1, T, R / 2], one table for all layers
         for block in self.layers:
             x = block(x, freqs, cache, segments, training, form)
         if cache is not None:
@@ -101,11 +100,11 @@ class Transformer(nn.Module):
         return self
 
 
-def check_ids(ids: torch.Tensor, config: ModelConfig, start: int) -> None:
+def check_ids(ids: torch.Tensor, config: ModelConfig, positions: torch.Tensor) -> None:
     if ids.dim() != 2 or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"ids must be integers of shape [batch, tokens] with at least one of each, found {ids.dtype} {tuple(ids.shape)}")
     low, high = ids.aminmax()
     if low < 0 or high >= config.vocab_size:
         raise ValueError(f"token id {int(low if low < 0 else high)} is outside the vocabulary of {config.vocab_size} tokens")
-    if start + ids.shape[1] > config.max_position_embeddings:
-        raise ValueError(f"{start + ids.shape[1]} positions are more than the model's max_position_embeddings {config.max_position_embeddings}; shorten the text")
+    if (end := int(positions.max()) + 1) > config.max_position_embeddings:
+        raise ValueError(f"{end} positions are more than the model's max_position_embeddings {config.max_position_embeddings}; shorten the text")

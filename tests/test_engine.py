@@ -10,7 +10,7 @@ from tiny_run import BODY, MLA, MOE, trained  # noqa: F401 (trained is a fixture
 
 import lamoe
 from lamoe.config import ModelConfig, RopeScaling
-from lamoe.engine.generate import Piece, _Text, generate
+from lamoe.engine.generate import Piece, TextStream, generate
 from lamoe.engine.sampler import SamplingParams, probabilities, sample
 from lamoe.model import Transformer
 from lamoe.tokenizer import Tokenizer
@@ -177,7 +177,7 @@ class Spelled:
 
 
 def stopped(pieces, stop) -> tuple[str, bool]:
-    text, shown = _Text(Spelled(pieces), tuple(stop)), ""
+    text, shown = TextStream(Spelled(pieces), tuple(stop)), ""
     for i in range(len(pieces)):
         part, hit = text.add(i)
         shown += part
@@ -215,9 +215,9 @@ def test_stop_strings_against_the_whole_text(pieces, stop):
 def test_a_half_character_is_shown_at_the_end(spoken):
     _, tok = spoken
     half = tok.encode("é")[0]
-    text = _Text(tok, ())
+    text = TextStream(tok, ())
     assert text.add(half) == ("", False) and text.rest() == "\ufffd"
-    text = _Text(tok, ("\ufffd",))
+    text = TextStream(tok, ("\ufffd",))
     assert text.add(half) == ("", False) and text.rest() == ""
 
 

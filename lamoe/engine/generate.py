@@ -44,7 +44,7 @@ def generate(model: Transformer, prompt: list[int], params: SamplingParams, toke
 def _steps(model, prompt, params, tokenizer, eos_ids, limit) -> Iterator[Piece]:
     weight = model.embed.weight
     cache = KVCache(model.config, 1, len(prompt) + limit, weight.dtype, weight.device)
-    generator, text = params.generator(), _Text(tokenizer, params.stop)
+    generator, text = params.generator(), TextStream(tokenizer, params.stop)
     new = prompt
     for step in range(limit):
         h = model.hidden(torch.tensor([new], device=weight.device), cache)
@@ -63,11 +63,11 @@ def _steps(model, prompt, params, tokenizer, eos_ids, limit) -> Iterator[Piece]:
         new = [token]
 
 
-class _Text:
-    """Pieces of text as tokens come, with what could be the beginning of a stop string held back until it is not."""
+class TextStream:
+    """Pieces of text as tokens come, with what could be the beginning of a stop string held back until it is not. `all` is what was shown."""
 
     def __init__(self, tokenizer: Tokenizer | None, stop: tuple[str, ...]):
-        self.stream, self.stop, self.held = tokenizer.stream() if tokenizer else None, stop, ""
+        self.stream, self.stop, self.held, self.all = tokenizer.stream() if tokenizer else None, stop, "", ""
 
     def add(self, token: int) -> tuple[str, bool]:
         """(text to show, whether a stop string was completed)."""
@@ -77,13 +77,17 @@ class _Text:
         found = [at for s in self.stop if (at := text.find(s)) >= 0]
         if found:
             self.held = ""
-            return text[: min(found)], True
+            return self._show(text[: min(found)]), True
         keep = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
         self.held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
+        return self._show(text[: len(text) - keep]), False
 
     def rest(self) -> str:
         """What was held back, at the end of the output; cut at a stop string that an incomplete character completed."""
         text = self.held + (self.stream.flush() if self.stream else "")
         found = [at for s in self.stop if (at := text.find(s)) >= 0]
-        return text[: min(found)] if found else text
+        return self._show(text[: min(found)] if found else text)
+
+    def _show(self, text: str) -> str:
+        self.all += text
+        return text

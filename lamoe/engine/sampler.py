@@ -11,9 +11,12 @@ from lamoe.config import check_types
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens and when to stop. temperature 0 is greedy; filters act in the order temperature, top_k, top_p, min_p.
+    """How to choose tokens and when to stop. temperature 0 is greedy; penalties and bias act first, then temperature, top_k, top_p, min_p.
 
-    seed None: drawn from torch's global generator. stop: texts that end the output and are not part of it.
+    seed None: drawn from torch's global generator. stop: texts that end the output and are not part of it. n: samples of one prompt
+    (sample i of a seeded request draws from seed + i). repetition_penalty divides positive and multiplies negative logits of tokens of prompt and
+    output; presence and frequency penalties are subtracted for tokens of the output, once or per occurrence. logprobs: how many of the most
+    likely tokens to report beside the chosen one, from the distribution before temperature and filters.
     """
 
     temperature: float = 1.0
@@ -24,6 +27,13 @@ class SamplingParams:
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    n: int = 1
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict | None = None  # token id -> added to its logit
+    logprobs: int | None = None
 
     def __post_init__(self):
         if isinstance(self.stop, (str, list)):
@@ -39,13 +49,43 @@ class SamplingParams:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 0 (0 switches it off)")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if not 1 <= self.n <= 128:
+            raise ValueError(f"n is {self.n}; it must be from 1 to 128")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"min_tokens is {self.min_tokens}; it must be from 0 to max_tokens {self.max_tokens}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be between -2 and 2")
+        if not 0 < self.repetition_penalty <= 10:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and at most 10 (1 switches it off)")
+        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
+            raise ValueError(f"logprobs is {self.logprobs}; it must be from 0 to 20")
+        for token, bias in (self.logit_bias or {}).items():
+            if type(token) is not int or token < 0 or type(bias) not in (int, float) or not -100 <= bias <= 100:
+                raise ValueError(f"logit_bias has {token!r}: {bias!r}; it maps token ids to numbers from -100 to 100")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1")
         if any(not s for s in self.stop):
             raise ValueError("a stop string is empty; it would end every output at once")
 
-    def generator(self) -> torch.Generator | None:
-        return None if self.seed is None else torch.Generator().manual_seed(self.seed)
+    def generator(self, sample: int = 0) -> torch.Generator | None:
+        return None if self.seed is None else torch.Generator().manual_seed(self.seed + sample)
+
+    def adjust(self, logits: torch.Tensor, tokens: list[int], prompt_len: int, eos_ids: frozenset[int]) -> torch.Tensor:
+        """logits [vocabulary] after penalties, bias and min_tokens, for a sequence of `tokens` so far. The input is left alone."""
+        out = logits
+        if self.repetition_penalty != 1:
+            seen = torch.tensor(sorted(set(tokens)))
+            out = out.index_copy(0, seen, torch.where(out[seen] > 0, out[seen] / self.repetition_penalty, out[seen] * self.repetition_penalty))
+        if (self.presence_penalty or self.frequency_penalty) and len(tokens) > prompt_len:
+            seen, counts = torch.tensor(tokens[prompt_len:]).unique(return_counts=True)
+            out = out.index_add(0, seen, -(self.presence_penalty + self.frequency_penalty * counts).to(out.dtype))
+        if self.logit_bias:
+            ids = torch.tensor(list(self.logit_bias))
+            out = out.index_add(0, ids, torch.tensor(list(self.logit_bias.values()), dtype=out.dtype))
+        if len(tokens) - prompt_len < self.min_tokens and eos_ids and not self.ignore_eos:
+            out = out.index_fill(0, torch.tensor(sorted(eos_ids)), float("-inf"))
+        return out
 
 
 def probabilities(logits: torch.Tensor, p: SamplingParams) -> torch.Tensor:

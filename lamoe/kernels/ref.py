@@ -46,13 +46,17 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, segm
     return torch.einsum("bhts,bshv->bthv", p, v)
 
 
-def mla_attend(q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, scale: float) -> torch.Tensor:
+def mla_attend(q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, scale: float,
+               first: torch.Tensor | None = None) -> torch.Tensor:
     """Absorbed attention over the latent cache itself: q_latent [B, T, H, C], q_rope [B, T, H, R], latent [B, S, C],
-    k_rope [B, S, R] -> [B, T, H, C] (weighted sums of latents). `scale` is that of the full query, never 1/sqrt(C + R)."""
+    k_rope [B, S, R] -> [B, T, H, C] (weighted sums of latents). Queries are the last T of S positions; rows before `first` [B] are
+    padding. `scale` is that of the full query, never 1/sqrt(C + R)."""
     t, s = q_latent.shape[1], latent.shape[1]
     logits = (torch.einsum("bthc,bsc->bhts", q_latent, latent) + torch.einsum("bthr,bsr->bhts", q_rope, k_rope)) * scale
     if t > 1:
         logits = logits.masked_fill(~visible(t, s, None, latent.device)[:, None], float("-inf"))
+    if first is not None:
+        logits = logits.masked_fill((torch.arange(s, device=first.device) < first[:, None])[:, None, None], float("-inf"))
     p = logits.softmax(-1, dtype=torch.promote_types(latent.dtype, torch.float32)).to(latent.dtype)
     return torch.einsum("bhts,bsc->bthc", p, latent)
 

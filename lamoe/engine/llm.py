@@ -1,0 +1,207 @@
+"""The engine: many requests at once over one paged cache. `LLM(...).generate(prompts, params)`; `add`, `step` and `cancel` for servers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+
+from lamoe import accounting, codec
+from lamoe.cache import PagedCache
+from lamoe.config import did_you_mean
+from lamoe.engine import runner
+from lamoe.engine.generate import TextStream
+from lamoe.engine.pages import PagePool
+from lamoe.engine.request import Output, Sequence
+from lamoe.engine.sampler import SamplingParams, sample
+from lamoe.engine.scheduler import Scheduler
+from lamoe.model import Transformer
+from lamoe.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to one sequence. output: set on the last one."""
+
+    id: int
+    token_id: int | None
+    text: str
+    output: Output | None = None
+
+
+class LLM:
+    """A model with a paged cache and continuous batching.
+
+    model: a Transformer, or the folder or hub id of one. cache: fp32 | bf16 | int8 | 6bit | 4bit. cache_memory: bytes of cache (default: enough for
+    four full contexts, at most 1 GiB). max_model_len: the longest prompt + output; max_num_seqs: sequences running at once; max_num_batched_tokens:
+    tokens of a step, which bounds how long a long prompt can hold up those who are decoding.
+    """
+
+    def __init__(self, model: Transformer | str | Path, tokenizer: Tokenizer | None = None, *, cache: str = "bf16", cache_memory: int | None = None,
+                 max_model_len: int | None = None, max_num_seqs: int = 64, max_num_batched_tokens: int = 512, page_size: int = 16,
+                 dtype: str | None = None, threads: int = 0):
+        if cache not in codec.FORMATS:
+            raise ValueError(f"unknown cache format {cache!r}{did_you_mean(cache, codec.FORMATS)}; known: {', '.join(codec.FORMATS)}")
+        if max_num_seqs < 1 or max_num_batched_tokens < max_num_seqs or page_size < 1:
+            raise ValueError(f"max_num_seqs {max_num_seqs} and page_size {page_size} must be at least 1, max_num_batched_tokens {max_num_batched_tokens} at least max_num_seqs")
+        if threads:
+            torch.set_num_threads(threads)
+        if not isinstance(model, Transformer):
+            from lamoe.convert import load, resolve
+
+            folder = resolve(model)
+            model = load(folder, dtype)
+            tokenizer = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
+        self.model, self.tokenizer, c = model.eval(), tokenizer, model.config
+        self.max_model_len = max_model_len or c.max_position_embeddings
+        if not 1 < self.max_model_len <= c.max_position_embeddings:
+            raise ValueError(f"max_model_len is {max_model_len}; it must be from 2 to the model's max_position_embeddings {c.max_position_embeddings}")
+        page_bytes = page_size * c.num_hidden_layers * codec.row_bytes(cache, c.cache_row)
+        needed = math.ceil(self.max_model_len / page_size)
+        if cache_memory is None:
+            cache_memory = max(needed * page_bytes, min(4 * needed * page_bytes, 1 << 30))
+        if cache_memory < needed * page_bytes:
+            fits = cache_memory // page_bytes * page_size
+            raise ValueError(f"a cache of {accounting.human_bytes(cache_memory)} in {cache} holds {fits} tokens, less than max_model_len {self.max_model_len}, which needs "
+                             f"{accounting.human_bytes(needed * page_bytes)}; give more cache_memory, a smaller cache format, or max_model_len {max(fits, 2)}")
+        self.cache = PagedCache(c, cache_memory // page_bytes, page_size, cache, model.embed.weight.dtype)
+        self.pool = PagePool(self.cache.pages, page_size)
+        self.scheduler = Scheduler(self.pool, max_num_seqs, max_num_batched_tokens)
+        self.eos_ids = tokenizer.stop_ids if tokenizer else frozenset({c.eos_token_id} - {None})
+        self._ids, self._texts = count(), {}
+        self.prompt_tokens = self.cached_tokens = 0  # since the start; their ratio is the prefix hit rate
+
+    # ---- the simple way ------------------------------------------------------------------------------------------
+    def generate(self, prompts: list[str | list[int]], params: SamplingParams | list[SamplingParams] = SamplingParams()) -> list[Output]:
+        """All outputs, in the order of the prompts (n samples of a prompt lie side by side). A prompt is a text or a list of token ids. Nothing
+        runs when one of them is not valid (ValueError)."""
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        if isinstance(prompts, str) or len(each) != len(prompts):
+            raise ValueError(f"generate takes a list of prompts and one SamplingParams for all or for each; found {type(prompts).__name__} and {len(each)}")
+        sequences = [seq for prompt, p in zip(prompts, each) for seq in self._sequences(prompt, p)]
+        for seq in sequences:
+            self._start(seq)
+        wanted, done = {seq.id for seq in sequences}, {}
+        try:
+            while len(done) < len(wanted):
+                done.update({d.id: d.output for d in self.step() if d.output is not None and d.id in wanted})
+        finally:
+            for i in wanted - set(done):
+                self.cancel(i)
+        return [done[seq.id] for seq in sequences]
+
+    def stream(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> Iterator[Delta]:
+        """The deltas of one prompt as they come (all n samples, told apart by id). Leaving the loop early frees its pages."""
+        ids = self.add(prompt, params)
+
+        def deltas():
+            open_ids = set(ids)
+            try:
+                while open_ids:
+                    for d in self.step():
+                        if d.id in open_ids:
+                            if d.output is not None:
+                                open_ids.remove(d.id)
+                            yield d
+            finally:
+                for i in open_ids:
+                    self.cancel(i)
+
+        return deltas()
+
+    # ---- the pieces ----------------------------------------------------------------------------------------------
+    def add(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
+        """Queue a request; the ids of its n sequences. ValueError when it can never run."""
+        sequences = self._sequences(prompt, params)
+        for seq in sequences:
+            self._start(seq)
+        return [seq.id for seq in sequences]
+
+    def cancel(self, id: int) -> Output | None:
+        """End a sequence at any point and free its pages; what it came to, or None when it is not there (any more)."""
+        for seq in (*self.scheduler.running, *self.scheduler.waiting):
+            if seq.id == id:
+                return self._finish(seq, "abort", self._texts[id].all)
+        return None
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    @torch.inference_mode()
+    def step(self) -> list[Delta]:
+        """One pass of the model over what the scheduler chose; what it added."""
+        work = self.scheduler.schedule()
+        if not work:
+            return []
+        results = runner.run(self.model, self.cache, work)
+        for seq, n in work:
+            self.scheduler.computed(seq, n)
+        return [self._advance(seq, logits) for seq, logits in results]
+
+    def _advance(self, seq: Sequence, logits: torch.Tensor) -> Delta:
+        p, text = seq.params, self._texts[seq.id]
+        try:
+            if not logits.isfinite().all():
+                raise ValueError("the model's logits are not finite")
+            token = sample(p.adjust(logits, seq.tokens, seq.prompt_len, self.eos_ids), p, seq.generator)
+        except (ValueError, RuntimeError) as e:  # one poisoned request fails alone
+            seq.error = str(e)
+            return Delta(seq.id, None, "", self._finish(seq, "error", text.all))
+        if p.logprobs is not None:
+            seq.logprobs.append(_logprobs(logits, token, p.logprobs))
+        seq.tokens.append(token)
+        if token in self.eos_ids and not p.ignore_eos:
+            piece = text.rest()
+            return Delta(seq.id, token, piece, self._finish(seq, "stop", text.all))
+        piece, stopped = text.add(token)
+        if stopped:
+            return Delta(seq.id, token, piece, self._finish(seq, "stop", text.all))
+        if len(seq.tokens) >= seq.limit:
+            piece += text.rest()
+            return Delta(seq.id, token, piece, self._finish(seq, "length", text.all))
+        return Delta(seq.id, token, piece)
+
+    def _sequences(self, prompt: str | list[int], p: SamplingParams) -> list[Sequence]:
+        c, tok = self.model.config, self.tokenizer
+        if isinstance(prompt, str):
+            if tok is None:
+                raise ValueError("a text prompt needs a tokenizer; give token ids, or a model folder with tokenizer.json")
+            prompt = tok.encode(prompt, bos=tok.add_bos)
+        if not prompt:
+            raise ValueError("the prompt has no tokens; give at least one, for example BOS")
+        if not all(type(t) is int and 0 <= t < c.vocab_size for t in prompt):
+            raise ValueError(f"a prompt is a list of token ids from 0 to {c.vocab_size - 1}; found {next(t for t in prompt if type(t) is not int or not 0 <= t < c.vocab_size)!r}")
+        if len(prompt) >= self.max_model_len:
+            raise ValueError(f"the prompt has {len(prompt)} tokens and leaves no room in max_model_len {self.max_model_len}; shorten it"
+                             + (f", or raise max_model_len (the model takes {c.max_position_embeddings})" if self.max_model_len < c.max_position_embeddings else ""))
+        if p.stop and tok is None:
+            raise ValueError("stop strings need a tokenizer")
+        if p.logit_bias and max(p.logit_bias) >= c.vocab_size:
+            raise ValueError(f"logit_bias names token {max(p.logit_bias)}; the vocabulary has {c.vocab_size}")
+        limit = min(len(prompt) + p.max_tokens, self.max_model_len)
+        first = Sequence(next(self._ids), list(prompt), len(prompt), p, limit, p.generator(0))
+        return [first] + [Sequence(next(self._ids), list(prompt), len(prompt), p, limit, p.generator(i), leader=first) for i in range(1, p.n)]
+
+    def _start(self, seq: Sequence) -> None:
+        self._texts[seq.id] = TextStream(self.tokenizer, seq.params.stop)
+        self.scheduler.add(seq)
+
+    def _finish(self, seq: Sequence, reason: str, text: str) -> Output:
+        seq.finish = reason
+        self.scheduler.end(seq)
+        del self._texts[seq.id]
+        self.prompt_tokens += seq.prompt_len
+        self.cached_tokens += seq.cached
+        return Output(seq.output, text, reason, seq.prompt_len, seq.cached, seq.logprobs if seq.params.logprobs is not None else None, seq.error)
+
+
+def _logprobs(logits: torch.Tensor, token: int, top: int) -> dict[int, float]:
+    """The chosen token and the `top` most likely ones with the natural logs of their probabilities, most likely first."""
+    logp = logits.float().log_softmax(-1)
+    ids = logp.topk(top).indices.tolist() if top else []
+    return {i: float(logp[i]) for i in dict.fromkeys([*ids, token])}

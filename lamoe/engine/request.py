@@ -1,0 +1,53 @@
+"""One request and one result of the engine, and what the engine remembers of a sequence while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from lamoe.engine.sampler import SamplingParams
+
+
+@dataclass(frozen=True)
+class Output:
+    """A finished sequence. finish_reason: "stop" (EOS or a stop string), "length" (max_tokens or a full context), "abort" (cancelled), "error".
+    logprobs: per token {token id: natural log of its probability} when asked for. cached_tokens: of the prompt, not computed again."""
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int = 0
+    logprobs: list[dict[int, float]] | None = None
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """`tokens` is prompt + output; rows of the first `computed` are in the cache, in `pages`; `contents` are the hashes of its full pages."""
+
+    id: int
+    tokens: list[int]
+    prompt_len: int
+    params: SamplingParams
+    limit: int  # most tokens in all: max_tokens or the context, whichever is less
+    generator: torch.Generator | None = None
+    leader: Sequence | None = None  # a sibling with the same prompt that goes first, so that the others find its pages
+    computed: int = 0
+    cached: int = 0
+    pages: list[int] = field(default_factory=list)
+    contents: list[bytes] = field(default_factory=list)
+    logprobs: list[dict[int, float]] = field(default_factory=list)
+    finish: str | None = None
+    error: str | None = None
+    preemptions: int = 0
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.prompt_len :]
+
+    @property
+    def todo(self) -> int:
+        """Tokens without a row. 1 while decoding."""
+        return len(self.tokens) - self.computed

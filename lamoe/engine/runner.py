@@ -1,0 +1,51 @@
+"""From a schedule to logits: lays the scheduled tokens of all sequences side by side, gives each a slot in the cache, runs the model once."""
+
+from __future__ import annotations
+
+import torch
+
+from lamoe.cache import Group, PagedCache, Step
+from lamoe.engine.request import Sequence
+from lamoe.model import Transformer
+
+SPREAD = 64  # decoding sequences share a group while the longest has at most 1.5 x the rows of the shortest, plus this
+
+
+def run(model: Transformer, cache: PagedCache, work: list[tuple[Sequence, int]]) -> list[tuple[Sequence, torch.Tensor]]:
+    """Compute the next n tokens of each (sequence, n); (sequence, logits [vocabulary]) of those whose last token was among them."""
+    decode = sorted((seq for seq, n in work if n == 1), key=lambda s: s.computed)
+    ordered = [(seq, 1) for seq in decode] + [(seq, n) for seq, n in work if n > 1]
+    ids = [t for seq, n in ordered for t in seq.tokens[seq.computed : seq.computed + n]]
+    position = torch.cat([torch.arange(seq.computed, seq.computed + n) for seq, n in ordered])
+    slots = {seq.id: _slots(seq, seq.computed + n, cache.page_size) for seq, n in ordered}
+    step = Step(cache, position, torch.cat([slots[seq.id][-n:] for seq, n in ordered]), _groups(ordered, slots))
+    h = model.hidden(torch.tensor([ids]), step)[0]
+    ends = torch.tensor([n for _, n in ordered]).cumsum(0) - 1
+    ready = [i for i, (seq, n) in enumerate(ordered) if seq.computed + n == len(seq.tokens)]
+    if not ready:
+        return []
+    return list(zip((ordered[i][0] for i in ready), model.logits(h[ends[ready]])))
+
+
+def _slots(seq: Sequence, length: int, page_size: int) -> torch.Tensor:
+    """The slot of each of the first `length` rows of a sequence."""
+    pages = torch.tensor(seq.pages[: -(-length // page_size)])
+    return (pages[:, None] * page_size + torch.arange(page_size)).flatten()[:length]
+
+
+def _groups(ordered: list[tuple[Sequence, int]], slots: dict[int, torch.Tensor]) -> list[Group]:
+    """Decoding sequences of similar length together, padded in front; every chunk of a prompt by itself."""
+    groups, at = [], 0
+    while at < len(ordered):
+        shortest, end = len(slots[ordered[at][0].id]), at + 1
+        while end < len(ordered) and ordered[at][1] == ordered[end][1] == 1 and len(slots[ordered[end][0].id]) <= 1.5 * shortest + SPREAD:
+            end += 1
+        token = sum(n for _, n in ordered[:at])
+        members = [slots[seq.id] for seq, _ in ordered[at:end]]
+        longest = max(map(len, members))
+        first = torch.tensor([longest - len(m) for m in members])
+        padded = torch.stack([torch.cat([m[:1].expand(longest - len(m)), m]) for m in members])
+        tokens = slice(token, token + sum(n for _, n in ordered[at:end]))
+        groups.append(Group(tokens, padded, first if first.any() else None))
+        at = end
+    return groups
