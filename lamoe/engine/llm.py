@@ -38,12 +38,13 @@ class LLM:
 
     model: a Transformer, or the folder or hub id of one. cache: fp32 | bf16 | int8 | 6bit | 4bit. cache_memory: bytes of cache (default: enough for
     four full contexts, at most 1 GiB). max_model_len: the longest prompt + output; max_num_seqs: sequences running at once; max_num_batched_tokens:
-    tokens of a step, which bounds how long a long prompt can hold up those who are decoding.
+    tokens of a step, which bounds how long a long prompt can hold up those who are decoding. speculate: while at most this many sequences run,
+    drafts from the text so far are checked several tokens at a time (engine/lookup.py); outputs do not change. 0 switches it off.
     """
 
     def __init__(self, model: Transformer | str | Path, tokenizer: Tokenizer | None = None, *, cache: str = "bf16", cache_memory: int | None = None,
                  max_model_len: int | None = None, max_num_seqs: int = 64, max_num_batched_tokens: int = 512, page_size: int = 16,
-                 dtype: str | None = None, threads: int = 0):
+                 speculate: int = 2, dtype: str | None = None, threads: int = 0):
         if cache not in codec.FORMATS:
             raise ValueError(f"unknown cache format {cache!r}{did_you_mean(cache, codec.FORMATS)}; known: {', '.join(codec.FORMATS)}")
         if max_num_seqs < 1 or max_num_batched_tokens < max_num_seqs or page_size < 1:
@@ -70,10 +71,11 @@ class LLM:
                              f"{accounting.human_bytes(needed * page_bytes)}; give more cache_memory, a smaller cache format, or max_model_len {max(fits, 2)}")
         self.cache = PagedCache(c, cache_memory // page_bytes, page_size, cache, model.embed.weight.dtype)
         self.pool = PagePool(self.cache.pages, page_size)
-        self.scheduler = Scheduler(self.pool, max_num_seqs, max_num_batched_tokens)
+        self.scheduler = Scheduler(self.pool, max_num_seqs, max_num_batched_tokens, speculate)
         self.eos_ids = tokenizer.stop_ids if tokenizer else frozenset({c.eos_token_id} - {None})
         self._ids, self._texts = count(), {}
         self.prompt_tokens = self.cached_tokens = 0  # since the start; their ratio is the prefix hit rate
+        self.drafted = self.accepted = 0  # tokens of drafts, since the start
 
     # ---- the simple way ------------------------------------------------------------------------------------------
     def generate(self, prompts: list[str | list[int]], params: SamplingParams | list[SamplingParams] = SamplingParams()) -> list[Output]:
@@ -128,6 +130,18 @@ class LLM:
                 return self._finish(seq, "abort", self._texts[id].all)
         return None
 
+    def plan(self) -> dict[str, int]:
+        """What was allocated, in bytes, and what it is good for: weights, cache, bytes_per_token (all layers), tokens (that the cache holds), sequences (of
+        max_model_len at once), expanded_bytes_per_token (what caching keys and values at 16 bits would cost)."""
+        c = self.model.config
+        tokens = self.cache.pages * self.cache.page_size
+        return {
+            "weights": sum(p.numel() * p.element_size() for p in self.model.parameters()), "cache": self.cache.nbytes,
+            "bytes_per_token": self.cache.nbytes // tokens, "tokens": tokens, "max_model_len": self.max_model_len,
+            "sequences": self.cache.pages // math.ceil(self.max_model_len / self.cache.page_size),
+            "expanded_bytes_per_token": 2 * accounting.expanded_elements(c) if c.is_mla else self.cache.nbytes // tokens,
+        }
+
     @property
     def busy(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
@@ -140,8 +154,23 @@ class LLM:
             return []
         results = runner.run(self.model, self.cache, work)
         for seq, n in work:
-            self.scheduler.computed(seq, n)
-        return [self._advance(seq, logits) for seq, logits in results]
+            self.scheduler.computed(seq, n - len(seq.draft))
+        return [delta for seq, logits in results for delta in self._follow(seq, logits)]
+
+    def _follow(self, seq: Sequence, logits: torch.Tensor) -> list[Delta]:
+        """Sample behind the last token and, as long as the sample is what the draft says, behind each token of the draft."""
+        draft, seq.draft = seq.draft, []
+        deltas = [self._advance(seq, logits[0])]
+        for guess, row in zip(draft, logits[1:]):
+            if seq.finish or seq.tokens[-1] != guess:
+                break
+            self.scheduler.computed(seq, 1)
+            deltas.append(self._advance(seq, row))
+        if draft:
+            accepted = len(deltas) - 1
+            seq.lookup.learn(len(draft), accepted, len(seq.tokens))
+            self.drafted, self.accepted = self.drafted + len(draft), self.accepted + accepted
+        return deltas
 
     def _advance(self, seq: Sequence, logits: torch.Tensor) -> Delta:
         p, text = seq.params, self._texts[seq.id]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lamoe.engine.lookup import Lookup
 from lamoe.engine.sampler import SamplingParams
 
 
@@ -25,7 +26,8 @@ class Output:
 
 @dataclass(eq=False)
 class Sequence:
-    """`tokens` is prompt + output; rows of the first `computed` are in the cache, in `pages`; `contents` are the hashes of its full pages."""
+    """`tokens` is prompt + output; rows of the first `computed` are in the cache, in `pages`; `contents` are the hashes of its full pages;
+    `draft` is what the next pass checks behind `tokens`."""
 
     id: int
     tokens: list[int]
@@ -42,6 +44,8 @@ class Sequence:
     finish: str | None = None
     error: str | None = None
     preemptions: int = 0
+    draft: list[int] = field(default_factory=list)
+    lookup: Lookup = field(default_factory=Lookup)
 
     @property
     def output(self) -> list[int]:

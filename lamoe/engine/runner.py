@@ -12,19 +12,24 @@ SPREAD = 64  # decoding sequences share a group while the longest has at most 1.
 
 
 def run(model: Transformer, cache: PagedCache, work: list[tuple[Sequence, int]]) -> list[tuple[Sequence, torch.Tensor]]:
-    """Compute the next n tokens of each (sequence, n); (sequence, logits [vocabulary]) of those whose last token was among them."""
+    """Compute the next n tokens of each (sequence, n), its draft included. (sequence, logits [1 + draft, vocabulary]) of those whose last token was
+    among them: what comes after that token and after each token of the draft."""
     decode = sorted((seq for seq, n in work if n == 1), key=lambda s: s.computed)
     ordered = [(seq, 1) for seq in decode] + [(seq, n) for seq, n in work if n > 1]
-    ids = [t for seq, n in ordered for t in seq.tokens[seq.computed : seq.computed + n]]
+    ids = [t for seq, n in ordered for t in (seq.tokens[seq.computed :] + seq.draft)[:n]]
     position = torch.cat([torch.arange(seq.computed, seq.computed + n) for seq, n in ordered])
     slots = {seq.id: _slots(seq, seq.computed + n, cache.page_size) for seq, n in ordered}
     step = Step(cache, position, torch.cat([slots[seq.id][-n:] for seq, n in ordered]), _groups(ordered, slots))
     h = model.hidden(torch.tensor([ids]), step)[0]
-    ends = torch.tensor([n for _, n in ordered]).cumsum(0) - 1
-    ready = [i for i, (seq, n) in enumerate(ordered) if seq.computed + n == len(seq.tokens)]
+    ready, rows, end = [], [], 0
+    for seq, n in ordered:
+        end += n
+        if seq.computed + n >= len(seq.tokens):
+            ready.append(seq)
+            rows += range(end - 1 - len(seq.draft), end)
     if not ready:
         return []
-    return list(zip((ordered[i][0] for i in ready), model.logits(h[ends[ready]])))
+    return list(zip(ready, model.logits(h[rows]).split([1 + len(seq.draft) for seq in ready])))
 
 
 def _slots(seq: Sequence, length: int, page_size: int) -> torch.Tensor:

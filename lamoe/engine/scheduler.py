@@ -15,8 +15,9 @@ from lamoe.engine.request import Sequence
 class Scheduler:
     """`schedule` picks (sequence, number of tokens), decoding ones first; `computed` records what a step did; `end` frees a sequence."""
 
-    def __init__(self, pool: PagePool, max_sequences: int, max_tokens: int):
-        self.pool, self.max_sequences, self.max_tokens = pool, max_sequences, max_tokens
+    def __init__(self, pool: PagePool, max_sequences: int, max_tokens: int, speculate: int = 0):
+        """speculate: drafts are made while at most this many sequences run; with more, batching fills the machine by itself."""
+        self.pool, self.max_sequences, self.max_tokens, self.speculate = pool, max_sequences, max_tokens, speculate
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -26,10 +27,16 @@ class Scheduler:
     def schedule(self) -> list[tuple[Sequence, int]]:
         budget, decode, prefill = self.max_tokens, [], []
         for seq in [s for s in self.running if s.todo == 1]:
-            if seq in self.running and self._make_room(seq, 1):
+            if seq not in self.running:
+                continue  # an older one has just pushed it out
+            seq.draft = self._draft(seq)
+            if seq.draft and self._fit(seq, 1 + len(seq.draft)):
+                decode.append((seq, 1 + len(seq.draft)))
+                continue
+            seq.draft = []
+            if self._make_room(seq, 1):
                 decode.append((seq, 1))
-        decode = [(s, n) for s, n in decode if s in self.running]  # a later one may have pushed out an earlier one
-        budget -= len(decode)
+        budget -= sum(n for _, n in decode)
         for seq in [s for s in self.running if s.todo > 1]:
             n = min(seq.todo, budget)
             if n > 0 and self._fit(seq, n):
@@ -72,6 +79,12 @@ class Scheduler:
         elif seq in self.waiting:
             self.waiting.remove(seq)
         self._release(seq)
+
+    def _draft(self, seq: Sequence) -> list[int]:
+        if len(self.running) > self.speculate or self.waiting:
+            return []
+        room = min(seq.limit - len(seq.tokens) - 1, self.max_tokens // len(self.running) - 1)
+        return seq.lookup.propose(seq.tokens, room) if room > 0 else []
 
     # ---- pages ---------------------------------------------------------------------------------------------------
     def _next_waiting(self) -> Sequence | None:

@@ -1,0 +1,144 @@
+"""The engine for asyncio programs: one thread steps the model, coroutines add requests and read their deltas."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+from lamoe.engine.llm import LLM, Delta
+from lamoe.engine.request import Output
+from lamoe.engine.sampler import SamplingParams
+
+
+class EngineDead(RuntimeError):
+    """The engine's thread ended with an error (its cause); nothing more will come."""
+
+
+class AsyncLLM:
+    """`async for delta in engine.stream(prompt, params)`; leaving the loop, or cancelling the task, frees the pages. The LLM belongs to the
+    thread from now on: use it only through `call`."""
+
+    def __init__(self, llm: LLM):
+        self._llm, self._inbox, self._wake = llm, deque(), threading.Condition()
+        self._readers: dict[int, Callable[[Delta | Exception], None]] = {}
+        self._closed, self._dead = False, None
+        self._thread = threading.Thread(target=self._run, name="lamoe-engine", daemon=True)
+        self._thread.start()
+
+    async def stream(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> AsyncIterator[Delta]:
+        """Deltas of the n sequences of one request as they come. ValueError when it is not valid, EngineDead when the engine ended."""
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+
+        def tell(item: Delta | Exception) -> None:
+            try:
+                loop.call_soon_threadsafe(queue.put_nowait, item)
+            except RuntimeError:
+                pass  # the reader's event loop is closed: nobody is listening any more
+
+        def add(llm: LLM) -> list[int]:
+            ids = llm.add(prompt, params)
+            self._readers.update(dict.fromkeys(ids, tell))
+            return ids
+
+        adding = asyncio.ensure_future(self.call(add))
+        try:
+            open_ids = set(await asyncio.shield(adding))
+        except asyncio.CancelledError:  # the request may have been added already: take it out again when it is
+            adding.add_done_callback(lambda done: None if done.cancelled() or done.exception() else self._post(lambda llm: self._drop(done.result())))
+            raise
+        try:
+            while open_ids:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    open_ids.clear()
+                    raise item
+                if item.output is not None:
+                    open_ids.discard(item.id)
+                yield item
+        finally:
+            if open_ids:
+                self._post(lambda llm: self._drop(open_ids))
+
+    async def generate(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> list[Output]:
+        """The finished outputs of one request, one per sample."""
+        done = {d.id: d.output async for d in self.stream(prompt, params) if d.output is not None}
+        return [done[i] for i in sorted(done)]
+
+    async def call(self, action: Callable[[LLM], object]):
+        """Run `action(llm)` between two steps, in the engine's thread; its result."""
+        loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+        def settle(method, value):
+            if not future.done():
+                getattr(future, method)(value)
+
+        def run(llm: LLM) -> None:
+            try:
+                method, value = "set_result", action(llm)
+            except Exception as e:
+                method, value = "set_exception", e
+            loop.call_soon_threadsafe(settle, method, value)
+
+        self._post(run, lambda error: loop.call_soon_threadsafe(settle, "set_exception", error))
+        return await future
+
+    def close(self, timeout: float | None = None) -> None:
+        """End the thread after its current step; open requests get EngineDead."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join(timeout)
+
+    # ---- the thread ----------------------------------------------------------------------------------------------
+    def _post(self, action: Callable[[LLM], None], refuse: Callable[[Exception], None] | None = None) -> None:
+        with self._wake:
+            if self._closed or self._dead:
+                if refuse is not None:
+                    refuse(self._ended())
+                return
+            self._inbox.append((action, refuse))
+            self._wake.notify()
+
+    def _drop(self, ids) -> None:
+        for i in ids:
+            self._readers.pop(i, None)
+            self._llm.cancel(i)
+
+    def _ended(self) -> EngineDead:
+        error = EngineDead("the engine was closed" if self._dead is None else f"the engine ended: {self._dead}")
+        error.__cause__ = self._dead
+        return error
+
+    def _run(self) -> None:
+        try:
+            while self._serve_inbox():
+                for delta in self._llm.step() if self._llm.busy else ():
+                    tell = self._readers.get(delta.id)
+                    if delta.output is not None:
+                        self._readers.pop(delta.id, None)
+                    if tell is not None:
+                        tell(delta)
+        except Exception as e:
+            self._dead = e
+        with self._wake:
+            self._closed = True
+            left, self._inbox = self._inbox, deque()
+        for tell in self._readers.values():
+            tell(self._ended())
+        self._readers.clear()
+        for _, refuse in left:
+            if refuse is not None:
+                refuse(self._ended())
+
+    def _serve_inbox(self) -> bool:
+        """Do what was posted, waiting for it when there is nothing to compute. False when the engine was closed."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._closed or self._inbox or self._llm.busy)
+            if self._closed:
+                return False
+            actions, self._inbox = self._inbox, deque()
+        for action, _ in actions:
+            action(self._llm)
+        return True
