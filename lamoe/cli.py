@@ -78,6 +78,20 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; default: the model's own")
     p.add_argument("--threads", type=int, default=0)
 
+    p = verb(chat, "talk to a model in the terminal; every line of a piped input is a turn")
+    p.add_argument("model", help="a run folder, a model folder or a hub id")
+    p.add_argument("--system", help="a text that comes before the conversation")
+    p.add_argument("--cache", default="bf16", help="storage format of the cache: fp32, bf16, int8, 6bit or 4bit")
+    p.add_argument("--max-tokens", type=int, default=1024, help="of one reply")
+    p.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
+    p.add_argument("--top-p", type=float, default=0.95)
+    p.add_argument("--top-k", type=int, default=0)
+    p.add_argument("--min-p", type=float, default=0.0)
+    p.add_argument("--seed", type=int)
+    p.add_argument("--stop", action="append", default=[], help="a text that ends a reply; may be given more than once")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; default: the model's own")
+    p.add_argument("--threads", type=int, default=0)
+
     p = verb(evaluate, "measure a model: bits per byte beside gzip and xz, expert load, cache bytes, speed")
     p.add_argument("model", help="a run folder, a model folder or a hub id")
     p.add_argument("--data", action="append", default=[], help="a text source (file, folder, glob, .jsonl); default: what the run held out")
@@ -128,6 +142,16 @@ def generate(args) -> int:
         print(piece.text, end="", flush=True)
     print()
     return 0
+
+
+def chat(args) -> int:
+    from lamoe.chat import run
+    from lamoe.engine.llm import LLM
+    from lamoe.engine.sampler import SamplingParams
+
+    params = SamplingParams(args.temperature, args.top_p, args.top_k, args.min_p, args.seed, args.max_tokens, tuple(args.stop))
+    llm = LLM(find_model(args.model), cache=args.cache, dtype=args.dtype, threads=args.threads)
+    return run(llm, params, args.system, name=args.model)
 
 
 def evaluate(args) -> int:

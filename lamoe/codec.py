@@ -1,6 +1,214 @@
+"""Storage formats of cache rows: how the two parts of one token's row in one layer become bytes, and back.
+
+Not the cache (cache.py): no pages, no lengths. A row stands alone: its bytes depend on its own numbers only, never on the batch.
+The parts are (latent, rope key) under MLA, else (keys, values); `widths` are their sizes in elements, config.cache_row.
+
+    fp32, bf16        the elements, little-endian, first part, then second part
+    int8, 6bit, 4bit  two blocks, first part, then second part
+
+A block of a part of w elements with codes of n bits in groups of g elements (W = w rounded up to a multiple of 8):
+
+    1 byte    base, a positive number e5m3: the bits 14..7 of an IEEE half, so float16_from_bits(byte << 7) is its value
+    F bytes   one 4-bit factor f per group (element i is in group i // g), step of the group = base * (f + 1) / 16; the low half of
+              byte k is group 2k, the high half group 2k + 1. A part of one group has none: F = 0, f = 15, step = base
+    codes     n in 4, 5, 6, 7, 8 is stored as planes of 4, 4+1, 4+2, 4+2+1 or 8 bits: the low bits of the code first. A plane of p bits is
+              S = W * p / 8 bytes; element i is in byte i % S, at bit p * (i // S). So one byte load, shift and mask gives S
+              neighbours in order.
+    value     (code - 2^(n-1)) * step; code 0 is not used; elements w..W hold code 2^(n-1) (zero)
+
+The codes are symmetric integers that hit zero and both ends of the group exactly, steps are rounded up, and nothing is clipped: a code
+that shrinks the largest elements (midrise, clipped or least-squares scales) has less error and yet disturbs attention more.
+
+Which part gets how many bits. The *fine* part is the rope key (a second part at most half as wide as the first), else the keys;
+the other one is *coarse*. Errors of the rope key, which all heads share, cost some 18 times as much as those of the latent.
+
+    format   coarse  fine                                        group   bits per element at 512 + 64
+    int8     8       8                                           64      8.1
+    6bit     5       8, less when the row would be above 6.0     16      5.6
+    4bit     4       6                                           32      4.4
+
+Rows of the low-bit formats with a NaN or an infinity, or with elements too large for base (above 61440 steps), say so: the part decodes to NaN
+throughout. fp32 and bf16 hold what they are given.
+"""
+
+from __future__ import annotations
+
 import torch
-FORMATS=("fp32","bf16","int8","6bit","4bit")
-_D={"fp32":torch.float32,"bf16":torch.bfloat16}
-def row_bytes(name,w): return sum(w)*_D[name].itemsize
-def encode(name,parts): return torch.cat([p.to(_D[name]) for p in parts],-1).contiguous().view(torch.uint8)
-def decode(name,rows,w,dtype): return tuple(x.to(dtype) for x in rows.view(_D[name]).split(list(w),-1))
+import torch.nn.functional as F
+
+from lamoe.config import did_you_mean
+
+# name: (bits of the coarse part, most bits of the fine part, group, most bits per element that the fine part may fill up to)
+_LOW_BIT = {"int8": (8, 8, 64, None), "6bit": (5, 8, 16, 6.0), "4bit": (4, 6, 32, None)}
+_PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FORMATS: tuple[str, ...] = (*_PLAIN, *_LOW_BIT)
+
+_PLANES = {4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+_POISON = 0xFF  # as base: a NaN
+_SMALLEST_STEP = 2.0**-17
+
+
+# ---- sizes -------------------------------------------------------------------------------------------------------------
+def row_bytes(name: str, widths: tuple[int, int]) -> int:
+    """Bytes of one stored row of parts of `widths` elements, scales and padding included."""
+    check_format(name)
+    if len(widths) != 2 or min(widths) < 1:
+        raise ValueError(f"a cache row has two parts of at least one element, found widths {tuple(widths)}")
+    if name in _PLAIN:
+        return sum(widths) * _PLAIN[name].itemsize
+    group = _LOW_BIT[name][2]
+    return sum(_block_bytes(w, n, group) for w, n in zip(widths, part_bits(name, widths)))
+
+
+def bits_per_element(name: str, widths: tuple[int, int]) -> float:
+    """Stored bits per element of the row, scales and padding included."""
+    return 8 * row_bytes(name, widths) / sum(widths)
+
+
+def part_bits(name: str, widths: tuple[int, int]) -> tuple[int, int]:
+    """Bits of one code of each part, without the scales; see the top of this file for the rule."""
+    if name in _PLAIN:
+        return (8 * _PLAIN[name].itemsize,) * 2
+    coarse, fine, group, limit = _LOW_BIT[name]
+    rope_key = 2 * widths[1] <= widths[0]
+    w_fine, w_coarse = (widths[1], widths[0]) if rope_key else widths
+    if limit is not None:
+        room = int(limit * sum(widths) / 8) - _block_bytes(w_coarse, coarse, group)
+        fine = next((n for n in range(fine, coarse, -1) if _block_bytes(w_fine, n, group) <= room), coarse)
+    return (coarse, fine) if rope_key else (fine, coarse)
+
+
+def max_error(name: str, widths: tuple[int, int]) -> tuple[float, float]:
+    """For each part, the largest |decoded - x| as a share of the part's largest |x| in that row. float32 on both sides; the low-bit
+    formats add 2^-18 (4e-6) for the smallest step, bf16 its subnormal range. Half a step, where base is at most 1/8 too large."""
+    check_format(name)
+    if name in _PLAIN:
+        return (0.0 if name == "fp32" else 2.0**-8,) * 2
+    return tuple(9 / 8 / 2 / _half(n) for n in part_bits(name, widths))
+
+
+def check_format(name: str) -> None:
+    if name not in FORMATS:
+        raise ValueError(f"unknown cache format {name!r}{did_you_mean(name, FORMATS)}; known: {', '.join(FORMATS)}")
+
+
+# ---- encode and decode -----------------------------------------------------------------------------------------------------
+def encode(name: str, parts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The rows of parts (a [N, w0], b [N, w1]), floating point. -> uint8 [N, row_bytes(name, (w0, w1))]"""
+    a, b = parts
+    if a.dim() != 2 or b.dim() != 2 or len(a) != len(b) or not (a.is_floating_point() and b.is_floating_point()):
+        raise ValueError("encode takes two floating-point tensors [N, w0] and [N, w1], found "
+                         + " and ".join(f"{x.dtype} {tuple(x.shape)}" for x in parts))
+    widths = (a.shape[1], b.shape[1])
+    out = torch.empty(len(a), row_bytes(name, widths), dtype=torch.uint8, device=a.device)
+    if name in _PLAIN:
+        out.copy_(torch.cat([p.to(_PLAIN[name]) for p in parts], 1).view(torch.uint8))
+        return out
+    at, group = 0, _LOW_BIT[name][2]
+    for part, n in zip(parts, part_bits(name, widths)):
+        size = _block_bytes(part.shape[1], n, group)
+        _encode_block(part.to(torch.float32), n, group, out[:, at : at + size])
+        at += size
+    return out
+
+
+def decode(name: str, rows: torch.Tensor, widths: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `encode` stored: rows uint8 [N, row_bytes] -> (a [N, w0], b [N, w1]) in `dtype`, computed in float32."""
+    size = row_bytes(name, widths)
+    if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != size:
+        raise ValueError(f"rows of format {name!r} and widths {tuple(widths)} are uint8 [N, {size}], found {rows.dtype} {tuple(rows.shape)}")
+    if name in _PLAIN:
+        stored = _PLAIN[name]
+        cut = widths[0] * stored.itemsize
+        # a copy of each part, which also puts it where its element type may begin
+        return tuple(r.clone(memory_format=torch.contiguous_format).view(stored).to(dtype) for r in (rows[:, :cut], rows[:, cut:]))
+    group, bits = _LOW_BIT[name][2], part_bits(name, widths)
+    cut = _block_bytes(widths[0], bits[0], group)
+    return (_decode_block(rows[:, :cut], widths[0], bits[0], group, dtype), _decode_block(rows[:, cut:], widths[1], bits[1], group, dtype))
+
+
+# ---- one block -------------------------------------------------------------------------------------------------------------
+def _half(n: int) -> int:
+    """The largest code of n bits, as a signed integer."""
+    return 2 ** (n - 1) - 1
+
+
+def _groups(w: int, group: int) -> int:
+    return -(-w // group)
+
+
+def _factor_bytes(w: int, group: int) -> int:
+    return 0 if w <= group else (_groups(w, group) + 1) // 2
+
+
+def _block_bytes(w: int, n: int, group: int) -> int:
+    return 1 + _factor_bytes(w, group) + -(-w // 8) * n
+
+
+def _encode_block(x: torch.Tensor, n: int, group: int, out: torch.Tensor) -> None:
+    """x float32 [N, w] -> out [N, block bytes]."""
+    w, groups, factor_bytes = x.shape[1], _groups(x.shape[1], group), _factor_bytes(x.shape[1], group)
+    x = F.pad(x, (0, groups * group - w)).unflatten(1, (groups, group))
+    need = x.abs().amax(-1) / _half(n)  # [N, groups]: the step that just reaches the largest element
+    base = _to_e5m3(need.amax(1))
+    out[:, 0] = base
+    step = _from_e5m3(base)[:, None]
+    if factor_bytes:
+        f = (need * (16 / step)).ceil().nan_to_num(1.0, 16.0, 1.0).clamp(1, 16)
+        step = step * (f / 16)
+        f = F.pad((f - 1).to(torch.uint8), (0, 2 * factor_bytes - groups))
+        out[:, 1 : 1 + factor_bytes] = f[:, 0::2] | f[:, 1::2] << 4
+    codes = (x / step[..., None]).nan_to_num(0.0, 0.0, 0.0).round_().clamp_(-_half(n), _half(n)).add_(2 ** (n - 1)).to(torch.uint8)
+    _pack(F.pad(codes.flatten(1)[:, :w], (0, -w % 8), value=2 ** (n - 1)), n, out[:, 1 + factor_bytes :])
+
+
+def _decode_block(rows: torch.Tensor, w: int, n: int, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """rows uint8 [N, block bytes] -> [N, w]"""
+    groups, factor_bytes = _groups(w, group), _factor_bytes(w, group)
+    step = _from_e5m3(rows[:, 0])[:, None]
+    if factor_bytes:
+        f = rows[:, 1 : 1 + factor_bytes]
+        f = torch.stack((f & 15, f >> 4), -1).flatten(1)[:, :groups]
+        step = step * ((f.to(torch.float32) + 1) / 16)
+    x = _unpack(rows[:, 1 + factor_bytes :], n).to(torch.float32).sub_(2 ** (n - 1))
+    padded = F.pad(x, (0, groups * group - x.shape[1])) if groups * group > x.shape[1] else x[:, : groups * group]
+    return padded.unflatten(1, (groups, group)).mul_(step[..., None]).flatten(1)[:, :w].to(dtype)
+
+
+def _pack(codes: torch.Tensor, n: int, out: torch.Tensor) -> None:
+    """codes uint8 [N, W] -> out [N, W * n / 8], planes of low bits first."""
+    at = shift = 0
+    for p in _PLANES[n]:
+        size = codes.shape[1] * p // 8
+        pieces = ((codes >> shift) & (2**p - 1)).split(size, 1)
+        for i, piece in enumerate(pieces):
+            out[:, at : at + size] = piece if i == 0 else out[:, at : at + size] | piece << (p * i)
+        at, shift = at + size, shift + p
+
+
+def _unpack(rows: torch.Tensor, n: int) -> torch.Tensor:
+    """rows uint8 [N, W * n / 8] -> codes uint8 [N, W]"""
+    codes, at, shift = None, 0, 0
+    for p in _PLANES[n]:
+        size = rows.shape[1] * p // n
+        plane = rows[:, at : at + size]
+        plane = torch.cat([(plane >> (p * i)) & (2**p - 1) for i in range(8 // p)], 1) if p < 8 else plane
+        codes = plane if codes is None else codes.bitwise_or_(plane << shift)
+        at, shift = at + size, shift + p
+    return codes
+
+
+def _to_e5m3(x: torch.Tensor) -> torch.Tensor:
+    """x >= 0 float32 -> the least e5m3 number that is not smaller, as uint8; NaN, infinities and what is too large -> a NaN."""
+    half = x.to(torch.float16).view(torch.int16)
+    half = half + (_from_half(half) < x)  # the conversion rounds to nearest; up is wanted
+    code = (half.to(torch.int32) + 127) >> 7
+    return torch.where(x.isfinite() & (code < 0xF8), code, _POISON).to(torch.uint8)
+
+
+def _from_e5m3(code: torch.Tensor) -> torch.Tensor:
+    return _from_half(code.to(torch.int16) << 7)
+
+
+def _from_half(bits: torch.Tensor) -> torch.Tensor:
+    return bits.view(torch.float16).to(torch.float32)

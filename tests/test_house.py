@@ -18,7 +18,7 @@ LEVEL = {
     "model": 3,
     "evals": 4, "convert": 4, "parallel": 4,
     "engine": 5, "train": 5,
-    "report": 6, "serve": 6,
+    "report": 6, "chat": 6, "serve": 6,
     "cli": 7, "__main__": 8,
 }
 ENTRY_POINTS = {"lamoe", "lamoe.cli", "lamoe.__main__"}

@@ -45,10 +45,11 @@ def _steps(model, prompt, params, tokenizer, eos_ids, limit) -> Iterator[Piece]:
     weight = model.embed.weight
     cache = KVCache(model.config, 1, len(prompt) + limit, weight.dtype, weight.device)
     generator, text = params.generator(), TextStream(tokenizer, params.stop)
-    new = prompt
+    tokens, new = list(prompt), prompt
     for step in range(limit):
         h = model.hidden(torch.tensor([new], device=weight.device), cache)
-        token = sample(model.logits(h[0, -1]), params, generator)
+        token = sample(params.adjust(model.logits(h[0, -1]), tokens, len(prompt), eos_ids), params, generator)
+        tokens.append(token)
         if token in eos_ids and not params.ignore_eos:
             yield Piece(token, text.rest(), "stop")
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -13,7 +14,7 @@ import torch
 from lamoe import accounting, codec
 from lamoe.cache import PagedCache
 from lamoe.config import did_you_mean
-from lamoe.engine import runner
+from lamoe.engine import prefix_file, runner
 from lamoe.engine.generate import TextStream
 from lamoe.engine.pages import PagePool
 from lamoe.engine.request import Output, Sequence
@@ -58,7 +59,7 @@ class LLM:
             model = load(folder, dtype)
             tokenizer = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
         self.model, self.tokenizer, c = model.eval(), tokenizer, model.config
-        self.max_model_len = max_model_len or c.max_position_embeddings
+        self.max_model_len = c.max_position_embeddings if max_model_len is None else max_model_len
         if not 1 < self.max_model_len <= c.max_position_embeddings:
             raise ValueError(f"max_model_len is {max_model_len}; it must be from 2 to the model's max_position_embeddings {c.max_position_embeddings}")
         page_bytes = page_size * c.num_hidden_layers * codec.row_bytes(cache, c.cache_row)
@@ -74,6 +75,7 @@ class LLM:
         self.scheduler = Scheduler(self.pool, max_num_seqs, max_num_batched_tokens, speculate)
         self.eos_ids = tokenizer.stop_ids if tokenizer else frozenset({c.eos_token_id} - {None})
         self._ids, self._texts = count(), {}
+        self._inboxes: dict[int, deque[Delta]] = {}  # of those who wait in generate or stream
         self.prompt_tokens = self.cached_tokens = 0  # since the start; their ratio is the prefix hit rate
         self.drafted = self.accepted = 0  # tokens of drafts, since the start
 
@@ -85,35 +87,29 @@ class LLM:
         if isinstance(prompts, str) or len(each) != len(prompts):
             raise ValueError(f"generate takes a list of prompts and one SamplingParams for all or for each; found {type(prompts).__name__} and {len(each)}")
         sequences = [seq for prompt, p in zip(prompts, each) for seq in self._sequences(prompt, p)]
-        for seq in sequences:
-            self._start(seq)
-        wanted, done = {seq.id for seq in sequences}, {}
-        try:
-            while len(done) < len(wanted):
-                done.update({d.id: d.output for d in self.step() if d.output is not None and d.id in wanted})
-        finally:
-            for i in wanted - set(done):
-                self.cancel(i)
+        done = {d.id: d.output for d in self._deltas(sequences) if d.output is not None}
         return [done[seq.id] for seq in sequences]
 
     def stream(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> Iterator[Delta]:
         """The deltas of one prompt as they come (all n samples, told apart by id). Leaving the loop early frees its pages."""
-        ids = self.add(prompt, params)
+        return self._deltas(self._sequences(prompt, params))
 
-        def deltas():
-            open_ids = set(ids)
-            try:
-                while open_ids:
-                    for d in self.step():
-                        if d.id in open_ids:
-                            if d.output is not None:
-                                open_ids.remove(d.id)
-                            yield d
-            finally:
-                for i in open_ids:
-                    self.cancel(i)
-
-        return deltas()
+    def _deltas(self, sequences: list[Sequence]) -> Iterator[Delta]:
+        """Run sequences to their end. Several of these may take turns: a step's deltas go to the inbox of whom they belong to."""
+        inbox, left = deque(), len(sequences)
+        self._inboxes.update({seq.id: inbox for seq in sequences})
+        try:
+            for seq in sequences:
+                self._start(seq)
+            while left:
+                while not inbox:
+                    self.step()
+                left -= inbox[0].output is not None
+                yield inbox.popleft()
+        finally:
+            for seq in sequences:
+                del self._inboxes[seq.id]
+                self.cancel(seq.id)
 
     # ---- the pieces ----------------------------------------------------------------------------------------------
     def add(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
@@ -127,7 +123,9 @@ class LLM:
         """End a sequence at any point and free its pages; what it came to, or None when it is not there (any more)."""
         for seq in (*self.scheduler.running, *self.scheduler.waiting):
             if seq.id == id:
-                return self._finish(seq, "abort", self._texts[id].all)
+                output = self._finish(seq, "abort", self._texts[id].all)
+                self._deliver([Delta(id, None, "", output)])
+                return output
         return None
 
     def plan(self) -> dict[str, int]:
@@ -155,7 +153,13 @@ class LLM:
         results = runner.run(self.model, self.cache, work)
         for seq, n in work:
             self.scheduler.computed(seq, n - len(seq.draft))
-        return [delta for seq, logits in results for delta in self._follow(seq, logits)]
+        return self._deliver([delta for seq, logits in results for delta in self._follow(seq, logits)])
+
+    def _deliver(self, deltas: list[Delta]) -> list[Delta]:
+        for d in deltas:
+            if d.id in self._inboxes:
+                self._inboxes[d.id].append(d)
+        return deltas
 
     def _follow(self, seq: Sequence, logits: torch.Tensor) -> list[Delta]:
         """Sample behind the last token and, as long as the sample is what the draft says, behind each token of the draft."""
@@ -228,9 +232,20 @@ class LLM:
         self.cached_tokens += seq.cached
         return Output(seq.output, text, reason, seq.prompt_len, seq.cached, seq.logprobs if seq.params.logprobs is not None else None, seq.error)
 
+    # ---- prefixes on disk ----------------------------------------------------------------------------------------
+    def save_cache(self, file: str | Path, tokens: list[int]) -> int:
+        """Write what the cache holds of the beginning of `tokens` (ids) to a safetensors file; how many tokens that is. See prefix_file.py. Like
+        `load_cache` it goes between two steps, not beside one in another thread."""
+        return prefix_file.save(file, tokens, self.model, self.cache, self.pool)
+
+    def load_cache(self, file: str | Path) -> int:
+        """Read a file of `save_cache`: prompts that begin with its tokens need not compute them again. How many tokens of it are in the cache now.
+        ValueError for another model or cache format, a damaged file, or one that does not fit."""
+        return prefix_file.load(file, self.model, self.cache, self.pool, self.max_model_len)
+
 
 def _logprobs(logits: torch.Tensor, token: int, top: int) -> dict[int, float]:
     """The chosen token and the `top` most likely ones with the natural logs of their probabilities, most likely first."""
     logp = logits.float().log_softmax(-1)
-    ids = logp.topk(top).indices.tolist() if top else []
+    ids = logp.topk(min(top, len(logp))).indices.tolist() if top else []
     return {i: float(logp[i]) for i in dict.fromkeys([*ids, token])}

@@ -1,0 +1,274 @@
+"""The scheduler without a model: a shadow of the cache remembers which text every row belongs to, and every step is checked against it."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamoe.engine.pages import PagePool
+from lamoe.engine.request import Sequence
+from lamoe.engine.sampler import SamplingParams
+from lamoe.engine.scheduler import Scheduler
+
+
+class World:
+    """A scheduler, the rows its steps would have written, and the rules that hold after every step."""
+
+    def __init__(self, pages: int, size: int = 4, max_sequences: int = 4, max_tokens: int = 8, speculate: int = 0):
+        self.pool = PagePool(pages, size)
+        self.scheduler = Scheduler(self.pool, max_sequences, max_tokens, speculate)
+        self.rows: dict[int, tuple] = {}  # slot -> the text up to and with its token
+        self.arrived: list[Sequence] = []
+        self.admitted: list[Sequence] = []  # in the order of their first step
+        self.steps = 0
+
+    def add(self, prompt, out: int = 3, n: int = 1) -> list[Sequence]:
+        first = Sequence(len(self.arrived), list(prompt), len(prompt), SamplingParams(), len(prompt) + out)
+        group = [first] + [Sequence(first.id + i, list(prompt), len(prompt), SamplingParams(), len(prompt) + out, leader=first) for i in range(1, n)]
+        for seq in group:
+            self.arrived.append(seq)
+            self.scheduler.add(seq)
+        return group
+
+    def step(self) -> list[tuple[Sequence, int]]:
+        """One step: rows are written, `next_token` follows every text that is complete, finished sequences leave."""
+        s, size = self.scheduler, self.pool.page_size
+        work = s.schedule()
+        self.steps += 1
+        self.check(work)
+        for seq, n in work:
+            text = seq.tokens + seq.draft
+            for i in range(seq.computed, seq.computed + n):
+                self.rows[seq.pages[i // size] * size + i % size] = tuple(text[: i + 1])
+        for seq, n in work:
+            draft, seq.draft = seq.draft, []
+            s.computed(seq, n - len(draft))
+            for guess in [*draft, None]:
+                if seq.todo:
+                    break
+                seq.tokens.append(next_token(seq.tokens))
+                if len(seq.tokens) == seq.limit:
+                    self.end(seq, "length")
+                    break
+                if seq.tokens[-1] != guess:
+                    break
+                s.computed(seq, 1)
+        self.check_pages()
+        return work
+
+    def end(self, seq: Sequence, reason: str = "abort"):
+        seq.finish = reason
+        self.scheduler.end(seq)
+        assert seq.pages == [] and seq not in self.scheduler.running and seq not in self.scheduler.waiting
+
+    def check(self, work):
+        s, size = self.scheduler, self.pool.page_size
+        assert sum(n for _, n in work) <= s.max_tokens and len(s.running) <= s.max_sequences
+        assert len({seq.id for seq, _ in work}) == len(work)
+        assert work or not (s.running or s.waiting), "there is something to do and nobody does it"
+        for seq, n in work:
+            assert seq in s.running and seq.finish is None and 1 <= n <= seq.todo + len(seq.draft)
+            assert len(seq.tokens) + len(seq.draft) <= seq.limit
+            assert len(seq.pages) * size >= seq.computed + n
+            for i in range(seq.computed):  # what it reads is its own text
+                assert self.rows[seq.pages[i // size] * size + i % size] == tuple(seq.tokens[: i + 1])
+            for at in range(seq.computed // size, (seq.computed + n - 1) // size + 1):  # what it writes is nobody else's and not published
+                page = seq.pages[at]
+                assert self.pool._owners[page] == 1 and page not in self.pool._content_of
+            if seq not in self.admitted:
+                self.admitted.append(seq)
+                overtaken = [e for e in self.arrived if e.id < seq.id and e not in self.admitted and e.finish is None]
+                assert all(e.leader is not None for e in overtaken), "only those who wait for a sibling's prompt are overtaken"
+        self.check_pages()
+
+    def check_pages(self):
+        pool, s = self.pool, self.scheduler
+        owners: dict[int, int] = {}
+        for seq in s.running:
+            for page in seq.pages:
+                owners[page] = owners.get(page, 0) + 1
+            assert len(set(seq.pages)) == len(seq.pages)
+        assert all(seq.pages == [] and seq.computed == 0 for seq in s.waiting)
+        assert pool._owners == owners
+        free, kept = set(pool._free), set(pool._kept)
+        assert len(free) + len(kept) + len(owners) == pool.total and free | kept | set(owners) == set(range(pool.total))
+        assert len(pool._free) == len(free) and pool.available == len(free) + len(kept) and pool.owned == len(owners)
+        assert {pool._page_of[c]: c for c in pool._page_of} == pool._content_of and kept <= set(pool._content_of) and not free & set(pool._content_of)
+
+    def run(self, most: int = 1000):
+        begin = self.steps
+        while self.scheduler.running or self.scheduler.waiting:
+            self.step()
+            assert self.steps - begin < most, "it does not come to an end"
+        assert self.pool.owned == 0 and self.pool.available == self.pool.total
+        assert all(seq.finish for seq in self.arrived)
+
+
+def next_token(tokens: list[int]) -> int:
+    """Some function of the text that often repeats itself, so that drafts are sometimes right."""
+    return (tokens[-1] + len(tokens) // 7) % 3
+
+
+def text(n: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(3, 50), k=n)
+
+
+# ---- everything at once ----------------------------------------------------------------------------------------------
+REQUEST = st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 10), st.integers(1, 3))  # which beginning, its length, output, samples
+
+
+@settings(deadline=None, max_examples=120)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 12), st.integers(0, 6), st.integers(0, 3),
+       st.lists(st.one_of(REQUEST, st.just("step"), st.just("step"), st.integers(0, 30)), max_size=40))
+def test_any_stream_of_requests(size, max_sequences, spare_tokens, spare_pages, speculate, events):
+    """Requests that share beginnings, cancellations of anybody at any time, few pages: the rules of World hold and everything comes to its end."""
+    world = World(-(-30 // size) + spare_pages, size, max_sequences, max_sequences + spare_tokens, speculate)
+    for event in events:
+        if event == "step":
+            world.step()
+        elif isinstance(event, int):
+            open_ = [s for s in world.arrived if s.finish is None]
+            if open_:
+                world.end(open_[event % len(open_)])
+                world.check_pages()
+        else:
+            seed, length, out, n = event
+            world.add(text(30, seed)[:length], out, n)
+    world.run()
+    for seq in world.arrived:
+        if seq.finish == "length":  # none lost a token, whatever was recomputed
+            expected = seq.tokens[: seq.prompt_len]
+            while len(expected) < seq.limit:
+                expected.append(next_token(expected))
+            assert seq.tokens == expected
+
+
+# ---- one rule at a time ----------------------------------------------------------------------------------------------
+def test_decoding_goes_first_and_a_long_prompt_comes_in_chunks():
+    world = World(40, max_tokens=8)
+    (a,) = world.add(text(3), 20)
+    world.step()
+    (b,) = world.add(text(30, 1), 2)
+    plans = [world.step() for _ in range(5)]
+    assert plans[:4] == [[(a, 1), (b, 7)]] * 4 and plans[4] == [(a, 1), (b, 2)]
+    assert world.step() == [(a, 1), (b, 1)]
+
+
+def test_full_batches_and_prompts_take_turns_by_arrival():
+    world = World(40, max_sequences=2, max_tokens=8)
+    a, b, c = (world.add(text(4, i), 3)[0] for i in range(3))
+    assert world.step() == [(a, 4), (b, 4)]
+    assert world.step() == [(a, 1), (b, 1)] and list(world.scheduler.waiting) == [c]
+    world.step()
+    assert a.finish and b.finish and world.step() == [(c, 4)]
+    assert world.admitted == [a, b, c]
+
+
+def test_a_large_first_request_is_not_overtaken_by_small_ones():
+    world = World(10, max_tokens=40)
+    (a,) = world.add(text(24), 8)
+    world.step()
+    (big,) = world.add(text(20, 1), 2)
+    small = [world.add(text(2, 2 + i), 1)[0] for i in range(3)]
+    while not a.finish:
+        assert [s for s, _ in world.step()] == [a] and list(world.scheduler.waiting) == [big, *small]
+    world.run()
+    assert world.admitted == [a, big, *small]
+
+
+@pytest.mark.parametrize("length, shared", [(3, 0), (4, 0), (5, 4), (8, 4), (9, 8), (11, 8)])
+def test_only_full_pages_are_shared_and_the_last_token_is_computed(length, shared):
+    world = World(20)
+    for _ in range(2):
+        (seq,) = world.add(text(length), 1)
+        world.run()
+    assert seq.cached == shared
+
+
+def test_other_beginnings_share_nothing():
+    world = World(20, max_tokens=16)
+    world.add(text(12), 1)
+    world.run()
+    changed = text(12)
+    changed[0] += 1
+    (other,), (same,) = world.add(changed, 1), world.add(text(8) + [99] * 4, 1)
+    world.run()
+    assert (other.cached, same.cached) == (0, 8)
+
+
+def test_output_is_shared_too():
+    """The next turn of a conversation begins with what was generated."""
+    world = World(20)
+    (first,) = world.add(text(6), 7)
+    world.run()
+    (second,) = world.add(first.tokens + text(3, 1), 1)
+    world.run()
+    assert len(first.tokens) == 13 and second.cached == 12  # of 13 tokens the last has no row, of 12 three pages are full
+
+
+def test_samples_of_a_prompt_wait_for_its_pages():
+    world = World(20, max_tokens=8)
+    leader, *others = world.add(text(18), 4, n=3)
+    plans = [world.step() for _ in range(3)]
+    assert [[(s.id, n) for s, n in p] for p in plans] == [[(0, 8)], [(0, 8)], [(0, 2)]] and not any(o.pages for o in others)
+    world.step()
+    assert [o.cached for o in others] == [16, 16] and others[0].pages[:4] == leader.pages[:4] == others[1].pages[:4]
+    assert len({leader.pages[4], others[0].pages[4], others[1].pages[4]}) == 3
+    world.run()
+
+
+@pytest.mark.parametrize("when", ["waiting", "prefill", "decoding"])
+def test_samples_go_on_when_their_leader_is_cancelled(when):
+    world = World(20, max_tokens=8)
+    leader, *others = world.add(text(18), 4, n=3)
+    for _ in range({"waiting": 0, "prefill": 1, "decoding": 4}[when]):
+        world.step()
+    world.end(leader)
+    world.run(20)
+    assert [o.finish for o in others] == ["length"] * 2
+
+
+def test_the_youngest_is_pushed_out_and_comes_back_first():
+    world = World(6, max_tokens=30)
+    a, b = world.add(text(8), 12)[0], world.add(text(8, 1), 12)[0]
+    c = None
+    while not (a.finish and b.finish):
+        world.step()
+        if b.preemptions and c is None:
+            assert list(world.scheduler.waiting) == [b] and a.preemptions == 0
+            (c,) = world.add(text(4, 2), 1)
+    world.run()
+    assert b.preemptions >= 1 and a.preemptions == 0 and c.finish and len(b.tokens) == 20
+    assert world.admitted == [a, b, c]
+
+
+def test_prompts_that_hold_all_pages_do_not_block_each_other():
+    """Several half-read prompts fill the cache and none fits: the oldest goes on."""
+    world = World(8, max_sequences=4, max_tokens=12)
+    for i in range(4):
+        world.add(text(28, i), 2)
+    world.run(200)
+
+
+def test_one_sequence_may_fill_the_whole_cache():
+    world = World(5, max_tokens=6)
+    seqs = [world.add(text(14, i), 6)[0] for i in range(3)]
+    world.run(200)
+    assert [len(s.tokens) for s in seqs] == [20] * 3
+
+
+@pytest.mark.parametrize("after", range(9))
+def test_cancelling_frees_pages_at_once(after):
+    """Waiting, half-read, decoding, pushed out: whatever the stage, the others end as if it had not been there."""
+    world = World(9, max_sequences=3, max_tokens=6)
+    seqs = [world.add(text(11, i), 8)[0] for i in range(4)]
+    for _ in range(after):
+        world.step()
+    for seq in seqs[1:3]:
+        before, mine = world.pool.available, len(seq.pages)
+        world.end(seq)
+        assert world.pool.available == before + mine
+        world.check_pages()
+    world.run(100)
+    assert [s.finish for s in seqs] == ["length", "abort", "abort", "length"]

@@ -1,0 +1,79 @@
+"""Engines over tiny random models, prompts for them, and greedy decoding without any cache to hold them against."""
+
+import pytest
+import torch
+from oracles import tiny
+
+from lamoe.engine.llm import LLM
+from lamoe.engine.request import Sequence
+from lamoe.engine.sampler import SamplingParams
+
+FAMILIES = {
+    "mla": tiny.HARD,  # q_lora, YaRN, group-limited routing
+    "moe-v1 mha": tiny.config("deepseek"),
+    "gqa": tiny.config("llama", num_key_value_heads=2),
+}
+EVERY = pytest.mark.parametrize("family", FAMILIES)
+CONTEXT = 96
+
+
+def llm(family: str = "mla", vocabulary: int = 64, changes: dict | None = None, **options) -> LLM:
+    c = FAMILIES[family].replace(max_position_embeddings=256, vocab_size=vocabulary, **(changes or {}))
+    options = {"cache": "fp32", "max_model_len": CONTEXT, "page_size": 4, "max_num_seqs": 8, **options}
+    return LLM(tiny.model(c, dtype=torch.float32), **options)
+
+
+def prompts(*lengths: int, seed: int = 2) -> list[list[int]]:
+    return [tiny.ids(FAMILIES["mla"], n, seed=seed + i).tolist() for i, n in enumerate(lengths)]
+
+
+def greedy(n: int = 16, **more) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=n, **more)
+
+
+def reforward(m, prompt: list[int], n: int, adjust=lambda logits, ids: logits) -> tuple[list[int], list[torch.Tensor]]:
+    """n greedy tokens by whole passes without a cache, and the logits of each."""
+    ids, rows = list(prompt), []
+    with torch.no_grad():
+        for _ in range(n):
+            rows.append(m(torch.tensor([ids]))[0, -1])
+            ids.append(int(adjust(rows[-1].clone(), ids).argmax()))
+    return ids[len(prompt) :], rows
+
+
+def watch(engine: LLM) -> tuple[list[list[tuple[Sequence, int]]], list[Sequence]]:
+    """(the plan of every step, every sequence), filled while the engine runs."""
+    plans, sequences = [], []
+    schedule, begin = engine.scheduler.schedule, engine.scheduler.add
+
+    def recorded():
+        plans.append(schedule())
+        assert len(engine.scheduler.running) <= engine.scheduler.max_sequences
+        assert sum(n for _, n in plans[-1]) <= engine.scheduler.max_tokens
+        return plans[-1]
+
+    def added(seq):
+        sequences.append(seq)
+        begin(seq)
+
+    engine.scheduler.schedule, engine.scheduler.add = recorded, added
+    return plans, sequences
+
+
+def idle(engine: LLM) -> bool:
+    """Nothing runs, waits, or holds a page."""
+    return not engine.busy and engine.pool.owned == 0 and engine.pool.available == engine.pool.total and not engine._texts and not engine._inboxes
+
+
+def tokens(outputs) -> list[list[int]]:
+    return [o.token_ids for o in outputs]
+
+
+def drain(engine: LLM, most: int = 500) -> dict:
+    """Step until nothing is left: {id: output}."""
+    done = {}
+    for _ in range(most):
+        if not engine.busy:
+            return done
+        done.update({d.id: d.output for d in engine.step() if d.output is not None})
+    raise AssertionError("the engine does not come to an end")
