@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow bench info clean
+.PHONY: demo test bench clean
 
 demo: $(READY)  ## train a small DeepSeek-V2 on this machine, report on it, let it speak
 	$(BIN)/lamoe train recipes/tiny.toml $(if $(wildcard runs/tiny/latest),--resume)
@@ -13,11 +13,8 @@ demo: $(READY)  ## train a small DeepSeek-V2 on this machine, report on it, let 
 	@for prompt in 'def read(self, ' 'class Node:' 'It was a truth'; do echo; echo "--- $$prompt"; \
 	  $(BIN)/lamoe generate --model runs/tiny --prompt "$$prompt" --max-tokens 80 --temperature 0.7 --seed 1 || exit 1; done
 
-test: $(READY)  ## all tests but the slow ones
-	$(BIN)/python -m pytest -m 'not slow'
-
-test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+test: $(READY)  ## all tests
+	$(BIN)/python -m pytest
 
 bench: $(READY)  ## training speed beside transformers, alternating
 	$(BIN)/python benchmarks/train.py

@@ -122,11 +122,11 @@ def train(args) -> int:
 
     recipe = Recipe.load(args.recipe, args.overrides)
     try:
-        run(recipe, resume=args.resume, quiet=args.quiet)
+        last = run(recipe, resume=args.resume, quiet=args.quiet)
     except Stopped as e:
         print(f"lamoe train: {e}", file=sys.stderr)
         return 3
-    return 0
+    return 0 if int(last.name[5:13]) == recipe.run.steps else 130  # stopped by a signal: what comes after && must not run
 
 
 def generate(args) -> int:
@@ -162,7 +162,9 @@ def evaluate(args) -> int:
     model, tok = _load(args.model, None, 0)
     run = Path(args.model)
     if args.data:
-        result = report.evaluate_texts(model, tok, args.data, args.seq_len)
+        recipe = run / "recipe.json"  # a run is measured at the length it was trained with
+        trained = json.loads(recipe.read_text(encoding="utf-8"))["data"]["seq_len"] if recipe.exists() else None
+        result = report.evaluate_texts(model, tok, args.data, args.seq_len or trained)
     elif (run / "recipe.json").exists() and (run / "data").is_dir():
         result = report.evaluate_run(model, tok, run)
     else:
@@ -212,10 +214,12 @@ def find_model(name: str) -> str:
     """The model folder behind a name: that of a run's last checkpoint, or the name itself (a model folder or hub id)."""
     path = Path(name)
     if (path / "recipe.json").exists():
-        pointer = path / "latest"
-        if not pointer.exists():
+        from lamoe.train import checkpoint
+
+        last = checkpoint.latest(path)  # the newest that is whole: hashes are compared
+        if last is None:
             raise ValueError(f"{path} is a training run without a checkpoint yet; wait for one, or set run.save_every")
-        return str(path / pointer.read_text(encoding="utf-8").strip() / "model")
+        return str(last / "model")
     if (path / "model" / "config.json").exists() and not (path / "config.json").exists():
         return str(path / "model")
     return name

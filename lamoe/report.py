@@ -128,7 +128,8 @@ def markdown(r: dict, name: str) -> str:
     out += ["## Held-out text, bits per byte (less is better)", "", "| source | bytes | this model | xz -9e | gzip -9 | uniform code over the vocabulary |",
             "|---|---|---|---|---|---|"]
     out += [f"| {h['source']} | {h['bytes']:,} | **{h['model']:.3f}** | {h['xz']:.3f} | {h['gzip']:.3f} | {h['uniform']:.3f} |" for h in r["heldout"]]
-    out += ["", f"Context {r['context']} tokens. xz and gzip see the whole held-out text at once, the model only its context; it was trained on text of the kind, they were not.", ""]
+    kind = "; it was trained on text of the kind, they were not." if r.get("training") else "."
+    out += ["", f"Context {r['context']} tokens. xz and gzip see the whole held-out text at once, the model only its context{kind}", ""]
     out += ["## Cache, bytes per token at 16 bits", "", "| this model | MHA | GQA | MQA |", "|---|---|---|---|"]
     c = r["cache"]
     twins = [k for k in c if k not in ("attention", "this model")]
@@ -146,7 +147,8 @@ def markdown(r: dict, name: str) -> str:
         out += [f"Training: {t['steps']} steps, {t['tokens']:,} tokens ({t['epochs']:.2f} epochs), {t['tokens_per_s']:,.0f} tokens/s, "
                 f"{t['mfu']:.0%} of the GEMM peak measured at the start ({t['dtype']}). Medians over the run."]
         if t["router"]:
-            out += ["Router at the end: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in t["router"].items()) + " (balance sums are 1 when even)."]
+            out += ["Router at the end: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in t["router"].items())
+                + " (expert and device balance are 1 when even; communication is 1 when every token also reaches all the devices it may, less otherwise)."]
     return "\n".join(out) + "\n"
 
 

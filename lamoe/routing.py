@@ -82,7 +82,7 @@ def reach(config: ModelConfig, devices: int) -> int:
 class LayerRecord:
     """What one MoE layer did in one training step. All detached but the three losses."""
 
-    losses: torch.Tensor  # [3] unweighted: expert, device, communication; exactly 1 under uniform routing
+    losses: torch.Tensor  # [3] unweighted: expert, device, communication; 1 when routing is even (see balance_losses)
     load: torch.Tensor  # [E] int64 chosen assignments, before dropping
     dropped: torch.Tensor  # [] int64 assignments dropped
     entropy: torch.Tensor  # [] mean entropy of a token's scores, nats
@@ -111,7 +111,8 @@ def balance_losses(scores: torch.Tensor, expert: torch.Tensor, config: ModelConf
     """The three sums of eq. 23-31 without their alphas, [3]: expert, device, communication.
 
     scores [B, T, E], expert [B, T, K]: computed for each sequence on its own and averaged over B, so that the value does not
-    depend on how sequences are batched. Counts carry no gradient; it flows through the mean scores P.
+    depend on how sequences are batched. Counts carry no gradient; it flows through the mean scores P. Even routing gives exactly 1 for experts and
+    devices; for communication too when every token reaches all of its M devices, and less when it reaches fewer.
     """
     b, t, e = scores.shape
     k = expert.shape[-1]

@@ -309,7 +309,7 @@ def test_hub_id_asks_for_json_and_safetensors_only(folder, monkeypatch):
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **kwargs: asked.append((repo, kwargs)) or str(folder))
     assert_same(convert.load("owner/some.Model-1"), tiny(CONFIGS["v2-lite"]))
-    assert asked == [("owner/some.Model-1", {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*"]})]
+    assert asked == [("owner/some.Model-1", {"allow_patterns": ["*.json", "*.safetensors", "*.jinja"], "ignore_patterns": ["*/*"]})]
 
     def offline(repo, **kwargs):
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline and not cached")

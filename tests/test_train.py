@@ -76,7 +76,7 @@ def test_it_learns(trained):
 
 def test_what_a_run_leaves(trained):
     names = {p.name for p in trained.iterdir()}
-    assert names == {"recipe.json", "tokenizer", "data", "metrics.jsonl", "tensorboard", "step-00000020", "step-00000040", "latest"}
+    assert names == {".lock", "recipe.json", "tokenizer", "data", "metrics.jsonl", "tensorboard", "step-00000020", "step-00000040", "latest"}
     assert Recipe.from_dict(json.loads((trained / "recipe.json").read_text())).run.steps == 40
     folder = trained / "step-00000040" / "model"
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {p.name for p in folder.iterdir()}
@@ -90,7 +90,7 @@ def test_metrics_are_complete(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     steps = [m for m in lines if "loss" in m]
     assert [m["step"] for m in steps] == list(range(1, 41))
-    keys = {"step", "tokens", "epoch", "loss", "balance", "lr", "grad_norm", "batch", "tokens_per_s", "mfu", "balance_expert", "balance_device",
+    keys = {"step", "tokens", "epoch", "loss", "balance", "lr", "grad_norm", "batch", "tokens_per_s", "mfu", "gemm_peak", "balance_expert", "balance_device",
             "balance_communication", "load_max_over_mean", "router_entropy", "drop_rate", "expert_load"}
     for i, m in enumerate(steps):
         assert m.keys() == keys and m["tokens"] == (i + 1) * 4 * 32 and m["batch"] == 4 and m["tokens_per_s"] > 0
@@ -321,7 +321,7 @@ def test_resume_of_a_finished_run_changes_nothing(texts, tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"optim": dict(lr=2e-2)}, r"optim.lr was 0.01, now 0.02"), ({"run": dict(steps=41)}, "run.steps was 40, now 41"),
+    ({"optim": dict(beta1=0.8)}, r"optim.beta1 was 0.9, now 0.8"), ({"run": dict(steps=41)}, "run.steps was 40, now 41"),
     ({"model": dict(hidden_size=64)}, "model.hidden_size was 32, now 64"), ({"data": dict(sources=["stdlib"])}, "data.sources was"),
     ({"balance": dict(devices=2)}, "balance.devices was 4, now 2"), ({"run": dict(seed=1)}, "run.seed was 0, now 1"),
     ({"batch": dict(micro=4)}, "batch.micro was 2, now 4"),
@@ -440,7 +440,7 @@ def test_nan_loss_stops_before_the_weights_change(texts, tmp_path):
     with nan_at(7), mock.patch.object(MasterAdamW, "step", lambda self, lr: (updates.append(lr), original(self, lr))):
         with pytest.raises(loop.Stopped, match="step 3: loss nan, gradient norm nan. Stopped before the weights changed") as e:
             train(raw)
-    assert len(updates) == 3 and "step-00000002; go on from it with --resume" in str(e.value) and "lower optim.lr" in str(e.value)
+    assert len(updates) == 3 and "Go on from" in str(e.value) and "step-00000002 with --resume and a lower --optim.lr" in str(e.value)
     bad = checkpoint.load_tensors(tmp_path / "run" / "bad-batch-3.safetensors")
     assert bad["ids"].shape == bad["segments"].shape == (4, 33) and math.isnan(bad["loss"])
     assert train(raw, resume=True).name == "step-00000006"  # the folder is as good as before
@@ -460,16 +460,17 @@ def test_overflow_of_a_gradient_stops_too(texts, tmp_path):
         with mock.patch("sys.stderr") as err:
             assert cli.main(["train", str(file), "--quiet"]) == 3
     said = "".join(c.args[0] for c in err.write.call_args_list)
-    assert "gradient norm inf" in said and "no checkpoint was saved yet" in said and said.count("\n") == 1
+    assert "gradient norm inf" in said and "No checkpoint was saved yet" in said and said.count("\n") == 1
     assert (tmp_path / "run" / "bad-batch-0.safetensors").exists() and checkpoint.latest(tmp_path / "run") is None
 
 
 def test_a_second_signal_ends_at_once(texts, tmp_path):
+    before = signal.getsignal(signal.SIGINT)  # ignored, when the tests run under nohup
     with signal_after(2, signal.SIGINT), mock.patch.object(loop.hf, "save", side_effect=lambda *a, **k: signal.raise_signal(signal.SIGINT)):
         with pytest.raises(KeyboardInterrupt):
             train(raw_recipe(texts, tmp_path / "run", run=dict(steps=50)))
     assert checkpoint.latest(tmp_path / "run") is None and not list((tmp_path / "run").glob(".step*"))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 CHILD = """
@@ -505,7 +506,7 @@ def test_children_that_are_stopped_and_killed(texts, tmp_path):
         if s == signal.SIGKILL:
             assert child.returncode == -9
         else:
-            assert child.returncode == 0 and err == ""
+            assert child.returncode == 130 and err == ""
             assert f"stopped by {s.name} after step {stopped[s]} of 5000" in out and "Go on with: the same command and --resume" in out
     steps = max(stopped.values()) + 3
     whole = raw_recipe(texts, tmp_path / "whole", run=dict(steps=5000, save_every=2, keep=2))

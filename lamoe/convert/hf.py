@@ -141,7 +141,7 @@ def resolve(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download  # here: it fixes the HF_* variables when imported
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["*/*"]))
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.jinja"], ignore_patterns=["*/*"]))
     except (OSError, ValueError) as e:
         raise ValueError(f"there is no folder {source!r}, and the hub did not give a model of this name: {e}") from e
 

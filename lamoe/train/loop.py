@@ -6,6 +6,7 @@ folder, state.safetensors the rest) and `latest`.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -30,7 +31,12 @@ from lamoe.tokenizer import Tokenizer
 from lamoe.train import checkpoint, data
 from lamoe.train.optim import MasterAdamW
 from lamoe.train.recipe import Recipe
-from lamoe.train.sources import plan_split
+from lamoe.train.sources import plan_split, stamp
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None
 
 TOKENIZER_BYTES = 24 << 20  # a vocabulary is learnt from at most about this much of the training text
 
@@ -43,11 +49,11 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
     """Train as `recipe` says and return the last checkpoint's folder. ValueError for a run folder that is in the way, or a resume with
     another recipe; Stopped when the loss is not finite. Ctrl-C and SIGTERM finish the step, save, and return."""
     run = Path(recipe.run.out)
-    last = _claim(run, recipe, resume)
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
+    with _locked(run), _screen(recipe, quiet) as screen:
+        last = _claim(run, recipe, resume, screen.note)
+        if recipe.run.threads:
+            torch.set_num_threads(recipe.run.threads)
 
-    with _screen(recipe, quiet) as screen:
         # 1. text -> tokens
         tok = prepare_tokenizer(recipe, run / "tokenizer", screen.note)
         if last is not None and (run / "data" / "meta.json").exists():
@@ -123,6 +129,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
                 seconds = time.perf_counter() - begin
                 log.step(step, recipe, tokens=seen + tokens, epoch=round(batches.epoch, 4), loss=loss, balance=sum(p[2] for p in parts), lr=lr,
                          grad_norm=norm, batch=size, tokens_per_s=tokens / seconds, mfu=tokens / seconds * flops / peak,
+                         gemm_peak=peak,
                          records=[p[3] for p in parts])
                 if recipe.run.eval_every and len(corpus.heldout) and step % recipe.run.eval_every == 0 and step < recipe.run.steps:
                     log.heldout(step, evaluate(model, corpus, recipe, recipe.run.eval_tokens))
@@ -204,27 +211,70 @@ def measure_peak(dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> floa
 
 # ---- parts of the story ----------------------------------------------------------------------------------------------------
 _FREE = ("run.out", "run.threads", "run.log_every", "run.eval_every", "run.eval_tokens", "run.save_every", "run.keep")  # may change on resume
+_SPOKEN = ("optim.lr", "optim.warmup_steps", "optim.clip")  # may too, the cure of a run that blew up, but it is said
 
 
-def _claim(run: Path, recipe: Recipe, resume: bool) -> Path | None:
+@contextmanager
+def _locked(run: Path):
+    """Nobody else trains in this folder until we are done. Where the system has no such locks, nothing is checked."""
+    made, new = not run.exists(), not (run / ".lock").exists()
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "a") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process trains in {run}; wait for it, or choose another --run.out") from None
+            except OSError:
+                pass  # a file system without locks
+        try:
+            yield
+        except ValueError:  # refused: leave no trace in a folder that is not ours
+            if new and not list(run.glob("step-*")):
+                (run / ".lock").unlink()
+            if made and not any(run.iterdir()):
+                run.rmdir()
+            raise
+
+
+def _read_recipe(file: Path) -> dict:
+    """The recipe.json of a run; ValueError when the file is something else."""
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        known = {f.name for f in dataclasses.fields(Recipe)}
+        if isinstance(raw, dict) and set(raw) <= known and {"model", "run"} <= set(raw) and all(isinstance(v, dict) for v in raw.values()):
+            return raw
+    except ValueError:
+        pass
+    raise ValueError(f"{file} is not the recipe of a lamoe run, so {file.parent} is left alone; choose another --run.out")
+
+
+def _claim(run: Path, recipe: Recipe, resume: bool, note=print) -> Path | None:
     """Take the run folder: the checkpoint to go on from, or None for a fresh start. Nothing of another run is overwritten."""
     saved, mine = run / "recipe.json", recipe.to_dict()
+    was = _read_recipe(saved) if saved.exists() else None
     last = checkpoint.latest(run) if run.is_dir() else None
     if last is not None and not resume:
         raise ValueError(f"{run} holds a run already ({last.name}); add --resume to go on with it, or choose another --run.out")
     if resume and last is None and not saved.exists():
         raise ValueError(f"nothing to resume: {run} holds no checkpoint; leave --resume out to start")
     if last is not None or (resume and saved.exists()):
-        was = json.loads(saved.read_text(encoding="utf-8"))
+        was = was or {}
+        spoken = [f"{s}.{k} was {was[s][k]!r}, now {mine[s][k]!r}" for s, k in (name.split(".") for name in _SPOKEN)
+                  if was.get(s, {}).get(k) != mine[s][k] and k in was.get(s, {})]
+        if spoken:
+            note(f"from here on {'; '.join(spoken)}")
         changed = [f"{s}.{k} was {was.get(s, {}).get(k)!r}, now {mine.get(s, {}).get(k)!r}" for s in mine for k in {**was.get(s, {}), **mine[s]}
-                   if was.get(s, {}).get(k) != mine[s].get(k) and f"{s}.{k}" not in _FREE]
+                   if was.get(s, {}).get(k) != mine[s].get(k) and f"{s}.{k}" not in _FREE + _SPOKEN]
         if changed:
             raise ValueError(f"cannot resume {run} with another recipe: {'; '.join(changed[:5])}. Use the same recipe, or another --run.out")
     if last is None and not saved.exists() and (strange := [n for n in ("tokenizer", "data", "metrics.jsonl") if (run / n).exists()]):
         raise ValueError(f"{run} holds {', '.join(strange)} but no recipe.json, so it is not a run folder; choose another --run.out")
-    run.mkdir(parents=True, exist_ok=True)
+    if last is None:
+        stamp(list(recipe.data.sources))  # a source that is not there is said before anything is touched
     if last is None and not resume and saved.exists():
-        shutil.rmtree(run / "tokenizer", ignore_errors=True)  # of an attempt that saved nothing, perhaps with another recipe
+        for name in ("tokenizer.json", "tokenizer_config.json"):  # of an attempt that saved nothing, perhaps with another recipe
+            (run / "tokenizer" / name).unlink(missing_ok=True)
     temporary = saved.with_suffix(".tmp")
     temporary.write_text(json.dumps(mine, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, saved)
@@ -240,9 +290,9 @@ def _protected(size: int, recipe: Recipe, step: int) -> torch.Tensor:
 def _autopsy(run: Path, step: int, ids, segments, loss: float, norm: float, last: Path | None) -> str:
     file = run / f"bad-batch-{step}.safetensors"
     checkpoint.save_tensors(file, {"ids": ids, "segments": segments, "loss": loss, "grad_norm": norm})
-    back = f"the last checkpoint is {last}; go on from it with --resume" if last is not None else "no checkpoint was saved yet"
-    return (f"step {step}: loss {loss}, gradient norm {norm}. Stopped before the weights changed; the batch is in {file}. {back}. "
-            "A lower optim.lr or a longer optim.warmup_steps usually helps")
+    back = (f"Go on from {last} with --resume and a lower --optim.lr, a smaller --optim.clip or a longer --optim.warmup_steps" if last is not None
+            else "No checkpoint was saved yet: start again with a lower --optim.lr or a longer --optim.warmup_steps")
+    return f"step {step}: loss {loss}, gradient norm {norm}. Stopped before the weights changed; the batch is in {file}. {back}"
 
 
 class _Stop:
@@ -362,7 +412,7 @@ class _Screen:
         if self.bar:
             self.bar.update(self.task, completed=step, info=line)
         elif step % self.recipe.run.log_every == 0 or step in (1, total):
-            print(f"step {step}/{total}  {line}  {left:.0f} s left", flush=True)
+            print(f"step {step}/{total}  {line}" + (f"  {left:.0f} s left" if step > self.first else ""), flush=True)
 
 
 @contextmanager

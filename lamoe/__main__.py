@@ -1,0 +1,7 @@
+"""`python -m lamoe` is the command line."""
+
+import sys
+
+from lamoe.cli import main
+
+sys.exit(main())

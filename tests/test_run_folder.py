@@ -1,0 +1,42 @@
+"""A run folder belongs to one run, one process and one recipe; what is somebody else's is left as it was."""
+
+import pytest
+from test_train import signal_after, texts  # noqa: F401 (texts is a fixture)
+from tiny_run import metrics, raw_recipe, train
+
+from lamoe.train import loop
+
+
+def test_two_processes_do_not_share_a_run_folder(texts, tmp_path):
+    raw = raw_recipe(texts, tmp_path / "run")
+    with loop._locked(tmp_path / "run"):
+        with pytest.raises(ValueError, match="another process trains in .*run"):
+            train(raw)
+    train(raw)  # and afterwards it is free
+
+
+@pytest.mark.parametrize("text", ['{"pasta": {}}', '["x"]', "not json", '{"model": 1, "run": {}}'])
+def test_a_recipe_of_something_else_is_left_alone(texts, tmp_path, text):
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.json").write_text(text)
+    (tmp_path / "run" / "tokenizer" / "precious.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="recipe.json is not the recipe of a lamoe run"):
+            train(raw_recipe(texts, tmp_path / "run"), resume=resume)
+    assert (tmp_path / "run" / "recipe.json").read_text() == text and (tmp_path / "run" / "tokenizer" / "precious.txt").read_text() == "mine"
+
+
+def test_a_missing_source_is_said_before_anything_is_written(texts, tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        train(raw_recipe(texts, tmp_path / "run", data=dict(sources=[str(tmp_path / "nowhere")])))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_blew_up_goes_on_with_a_lower_rate(texts, tmp_path):
+    raw = raw_recipe(texts, tmp_path / "run", run=dict(steps=6, save_every=2))
+    with signal_after(3):
+        train(raw)
+    raw["optim"]["lr"] = raw["optim"]["lr"] / 10
+    train(raw, resume=True)
+    rates = {m["step"]: m["lr"] for m in metrics(tmp_path / "run") if "lr" in m}
+    assert rates[6] < rates[3] / 5
