@@ -3,6 +3,8 @@
     model = lamoe.load("folder or hub id")          # model.Transformer in eval mode
     logits = model(ids)                             # ids [B, T] int64 -> logits [B, T, vocabulary]
     for piece in lamoe.generate(model, prompt_ids, lamoe.SamplingParams(temperature=0.0)): ...
+    llm = lamoe.LLM("folder or hub id", cache="6bit")  # many sequences at once over a paged cache
+    outs = llm.generate(["text", ...], lamoe.SamplingParams(max_tokens=64))   # outs[i].text, .token_ids, .finish_reason
     lamoe.save(model, "folder")                     # a Hugging Face folder
     lamoe.ModelConfig.preset("deepseek-v2-lite"); lamoe.accounting.report(config)
 
@@ -16,7 +18,8 @@ import importlib
 __version__ = "0.1.0"
 _WHERE = {
     "ModelConfig": "config", "RopeScaling": "config", "Transformer": "model", "KVCache": "cache", "Tokenizer": "tokenizer",
-    "SamplingParams": "engine.sampler", "LLM": "engine.llm", "generate": "engine.generate", "load": "convert.hf", "save": "convert.hf",
+    "SamplingParams": "engine.sampler", "LLM": "engine.llm", "AsyncLLM": "engine.async_llm", "generate": "engine.generate",
+    "load": "convert.hf", "save": "convert.hf",
 }
 _MODULES = ("accounting",)
 __all__ = [*_WHERE, *_MODULES]

@@ -92,7 +92,8 @@ class MLA(nn.Module):
             return self.absorb(q_nope, q_rope, latent, k_rope, first)
 
         if cache is not None:
-            out = over_views(cache.views(self.layer, latent, k_rope), (q_nope, q_rope), attend)
+            views = cache.views(self.layer, latent, k_rope)
+            out = over_views(views, (q_nope, q_rope), attend)
         elif segments is None:
             out = attend(q_nope, q_rope, latent, k_rope, None)
         elif form == "absorb":

@@ -21,7 +21,7 @@ LEVEL = {
     "report": 6, "chat": 6, "serve": 6,
     "cli": 7, "__main__": 8,
 }
-ENTRY_POINTS = {"lamoe", "lamoe.cli", "lamoe.__main__"}
+ENTRY_POINTS = {"lamoe", "lamoe.cli", "lamoe.__main__", "lamoe.engine.async_llm"}
 MAX_LINES, MAX_COLUMNS = 520, 200
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lamoe import attention, convert, kernels, model, moe, rope, routing
+from lamoe import attention, cache, convert, kernels, model, moe, rope, routing
 from lamoe.cache import KVCache
 from lamoe.config import ModelConfig, RopeScaling
 from oracles import naive, run, tiny
@@ -254,7 +254,7 @@ def test_transformers_from_position_40000(name, form):
 
 
 def test_far_oracle_sees_a_position_off_by_one(monkeypatch):
-    tiny.mutate(monkeypatch, model.Transformer.hidden, ("arange(start, start + ids.shape[1]", "arange(start + 1, start + 1 + ids.shape[1]"))
+    tiny.mutate(monkeypatch, cache.KVCache.positions, ("self.length, self.length + tokens", "self.length + 1, self.length + 1 + tokens"))
     m = tiny.model(LONG["mla"], dtype=torch.float32)
     with pytest.raises(AssertionError, match="relative error"):
         assert_close(*from_position_40000(m, theirs_of(LONG["mla"]), "absorb"), 5e-5)
@@ -337,14 +337,14 @@ MUTATIONS = {
     "absorb scaled by the latent width": (attention.MLA.absorb, ("self.scale", "(c.kv_lora_rank + c.qk_rope_head_dim) ** -0.5")),
     "absorb expands values with the key rows": (attention.MLA.absorb, ("o_latent, w_uv", "o_latent, w.split([c.v_head_dim, c.qk_nope_head_dim], 1)[0]")),
     "latent cached before its norm": (attention.MLA.forward, ("latent = self.kv_norm(latent)", "raw, latent = latent, self.kv_norm(latent)"),
-                                      ("latent, k_rope = cache.append(self.layer, latent, k_rope)",
-                                       "now, (latent, k_rope) = latent, cache.append(self.layer, raw, k_rope); "
-                                       "latent = torch.cat([latent[:, : -now.shape[1]], now], 1)")),
+                                      ("views = cache.views(self.layer, latent, k_rope)",
+                                       "views = cache.views(self.layer, raw, k_rope); "
+                                       "views[0].rows[0] = torch.cat([views[0].rows[0][:, : -latent.shape[1]], latent], 1)")),
     "rope key cached before its rotation": (attention.MLA.forward, ("k_rope = kernels.rope(", "raw, k_rope = k_rope, kernels.rope("),
-                                            ("latent, k_rope = cache.append(self.layer, latent, k_rope)",
-                                             "now, (latent, k_rope) = k_rope, cache.append(self.layer, latent, raw); "
-                                             "k_rope = torch.cat([k_rope[:, : -now.shape[1]], now], 1)")),
-    "positions start again after the cache": (model.Transformer.hidden, ("start = 0 if cache is None else cache.length", "start = 0")),
+                                            ("views = cache.views(self.layer, latent, k_rope)",
+                                             "views = cache.views(self.layer, latent, raw); "
+                                             "views[0].rows[1] = torch.cat([views[0].rows[1][:, : -k_rope.shape[1]], k_rope], 1)")),
+    "positions start again after the cache": (cache.KVCache.positions, ("self.length, self.length + tokens", "0, tokens")),
     "group score is the sum of the best two (V3)": (routing.choose, (".amax(-1)", ".topk(2).values.sum(-1)")),
     "groups not limited": (routing.choose, ('== "group_limited_greedy"', '== "never"')),
     "top-k weights renormalised": (routing.route, ("if config.norm_topk_prob", "if True")),

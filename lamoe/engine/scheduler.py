@@ -42,6 +42,8 @@ class Scheduler:
             if n > 0 and self._fit(seq, n):
                 prefill.append((seq, n))
                 budget -= n
+            elif n > 0:
+                budget = 0  # those who came later must not take the pages it waits for
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             seq = self._next_waiting()
             if seq is None:
