@@ -16,8 +16,8 @@ A block of a part of w elements with codes of n bits in groups of g elements (W 
               neighbours in order.
     value     (code - 2^(n-1)) * step; code 0 is not used; elements w..W hold code 2^(n-1) (zero)
 
-The codes are symmetric integers with an exact zero, steps are rounded up, and nothing is clipped: a code that shrinks the largest elements
-(midrise, or a step rounded to nearest) disturbs attention more than its error tells.
+The codes are symmetric integers with an exact zero. Both scales are rounded up and nothing is clipped: rounding them to nearest, which shrinks
+the largest elements of half the groups, disturbs the predictions half as much again (KL) at nearly the same squared error.
 
 Which part gets how many bits. The *fine* part is the rope key (a second part at most half as wide as the first), else the keys;
 the other one is *coarse*. An error in the rope key, which all heads share, costs some 18 times as much as the same error in the latent.
