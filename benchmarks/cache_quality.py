@@ -23,6 +23,7 @@ import torch
 
 import lamoe
 from lamoe import codec
+from lamoe.cache import View
 from lamoe.train import checkpoint
 from lamoe.train.data import heldout_rows, open_corpus
 
@@ -35,10 +36,13 @@ class ThroughFormat:
     def __init__(self, name: str):
         self.name = name
 
-    def append(self, layer: int, *parts: torch.Tensor) -> list[torch.Tensor]:
+    def views(self, layer: int, *parts: torch.Tensor) -> list[View]:
         rows = codec.encode(self.name, tuple(p.flatten(0, 1) for p in parts))
         decoded = codec.decode(self.name, rows, tuple(p.shape[-1] for p in parts), parts[0].dtype)
-        return [d.view(p.shape) for d, p in zip(decoded, parts)]
+        return [View(None, [d.view(p.shape) for d, p in zip(decoded, parts)], None)]
+
+    def positions(self, tokens: int) -> torch.Tensor:
+        return torch.arange(tokens)[None]
 
     def advance(self, tokens: int) -> None:
         pass
