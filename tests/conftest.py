@@ -1,10 +1,13 @@
 """One thread, so that sums are added up in one order, and the two implementations of the kernels as a fixture."""
 
+import hypothesis
 import pytest
 import torch
 
 from lamoe import kernels
 
+hypothesis.settings.register_profile("same examples every time", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same examples every time")
 torch.set_num_threads(1)
 
 
