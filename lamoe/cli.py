@@ -68,29 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     p = verb(generate, "continue a prompt, streaming")
     p.add_argument("--model", required=True, help="a run folder, a model folder or a hub id")
     p.add_argument("--prompt", help="the text to continue; '-' or nothing: read standard input")
-    p.add_argument("--max-tokens", type=int, default=128)
-    p.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
-    p.add_argument("--top-p", type=float, default=0.95)
-    p.add_argument("--top-k", type=int, default=0)
-    p.add_argument("--min-p", type=float, default=0.0)
-    p.add_argument("--seed", type=int)
-    p.add_argument("--stop", action="append", default=[], help="a text that ends the output; may be given more than once")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; default: the model's own")
-    p.add_argument("--threads", type=int, default=0)
+    _sampling(p, max_tokens=128, what="the output")
 
     p = verb(chat, "talk to a model in the terminal; every line of a piped input is a turn")
     p.add_argument("model", help="a run folder, a model folder or a hub id")
     p.add_argument("--system", help="a text that comes before the conversation")
     p.add_argument("--cache", default="bf16", help="storage format of the cache: fp32, bf16, int8, 6bit or 4bit")
-    p.add_argument("--max-tokens", type=int, default=1024, help="of one reply")
-    p.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
-    p.add_argument("--top-p", type=float, default=0.95)
-    p.add_argument("--top-k", type=int, default=0)
-    p.add_argument("--min-p", type=float, default=0.0)
-    p.add_argument("--seed", type=int)
-    p.add_argument("--stop", action="append", default=[], help="a text that ends a reply; may be given more than once")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; default: the model's own")
-    p.add_argument("--threads", type=int, default=0)
+    _sampling(p, max_tokens=1024, what="one reply")
 
     p = verb(evaluate, "measure a model: bits per byte beside gzip and xz, expert load, cache bytes, speed")
     p.add_argument("model", help="a run folder, a model folder or a hub id")
@@ -113,6 +97,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--max-shard-size", type=_bytes, default=5_000_000_000)
     p.add_argument("--overwrite", action="store_true")
     return parser
+
+
+def _sampling(p: argparse.ArgumentParser, max_tokens: int, what: str) -> None:
+    """The options of everything that speaks."""
+    p.add_argument("--max-tokens", type=int, default=max_tokens, help=f"most tokens of {what}")
+    p.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
+    p.add_argument("--top-p", type=float, default=0.95)
+    p.add_argument("--top-k", type=int, default=0)
+    p.add_argument("--min-p", type=float, default=0.0)
+    p.add_argument("--seed", type=int)
+    p.add_argument("--stop", action="append", default=[], help=f"a text that ends {what}; may be given more than once")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; default: the model's own")
+    p.add_argument("--threads", type=int, default=0)
 
 
 def train(args) -> int:
