@@ -44,7 +44,7 @@ def generate(model: Transformer, prompt: list[int], params: SamplingParams, toke
 def _steps(model, prompt, params, tokenizer, eos_ids, limit) -> Iterator[Piece]:
     weight = model.embed.weight
     cache = KVCache(model.config, 1, len(prompt) + limit, weight.dtype, weight.device)
-    generator, text = params.generator(), TextStream(tokenizer, params.stop)
+    generator, text = params.generator(), TextStream(tokenizer, params.stop, params.skip_special)
     tokens, new = list(prompt), prompt
     for step in range(limit):
         h = model.hidden(torch.tensor([new], device=weight.device), cache)
@@ -67,8 +67,8 @@ def _steps(model, prompt, params, tokenizer, eos_ids, limit) -> Iterator[Piece]:
 class TextStream:
     """Pieces of text as tokens come, with what could be the beginning of a stop string held back until it is not. `all` is what was shown."""
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: tuple[str, ...]):
-        self.stream, self.stop, self.held, self.all = tokenizer.stream() if tokenizer else None, stop, "", ""
+    def __init__(self, tokenizer: Tokenizer | None, stop: tuple[str, ...], skip_special: bool = True):
+        self.stream, self.stop, self.held, self.all = tokenizer.stream(skip_special=skip_special) if tokenizer else None, stop, "", ""
 
     def add(self, token: int) -> tuple[str, bool]:
         """(text to show, whether a stop string was completed)."""

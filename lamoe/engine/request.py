@@ -13,7 +13,8 @@ from lamoe.engine.sampler import SamplingParams
 @dataclass(frozen=True)
 class Output:
     """A finished sequence. finish_reason: "stop" (EOS or a stop string), "length" (max_tokens or a full context), "abort" (cancelled), "error".
-    logprobs: per token {token id: natural log of its probability} when asked for. cached_tokens: of the prompt, not computed again."""
+    logprobs: per token {token id: natural log of its probability} when asked for. cached_tokens: of the prompt, not computed again.
+    experts: see LLM.experts."""
 
     token_ids: list[int]
     text: str
@@ -22,6 +23,7 @@ class Output:
     cached_tokens: int = 0
     logprobs: list[dict[int, float]] | None = None
     error: str | None = None
+    experts: torch.Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(eq=False)
@@ -43,6 +45,7 @@ class Sequence:
     logprobs: list[dict[int, float]] = field(default_factory=list)
     finish: str | None = None
     error: str | None = None
+    experts: torch.Tensor | None = None
     preemptions: int = 0
     draft: list[int] = field(default_factory=list)
     lookup: Lookup = field(default_factory=Lookup)

@@ -16,7 +16,7 @@ class SamplingParams:
     seed None: drawn from torch's global generator. stop: texts that end the output and are not part of it. n: samples of one prompt
     (sample i of a seeded request draws from seed + i). repetition_penalty divides positive and multiplies negative logits of tokens of prompt and
     output; presence and frequency penalties are subtracted for tokens of the output, once or per occurrence. logprobs: how many of the most
-    likely tokens to report beside the chosen one, from the distribution before temperature and filters.
+    likely tokens to report beside the chosen one, from the distribution before temperature and filters. skip_special: leave special tokens out of the text.
     """
 
     temperature: float = 1.0
@@ -34,6 +34,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: dict | None = None  # token id -> added to its logit
     logprobs: int | None = None
+    skip_special: bool = True
 
     def __post_init__(self):
         if isinstance(self.stop, (str, list)):
