@@ -158,6 +158,16 @@ async def detokenize(body: wire.DetokenizeRequest, request: Request) -> Response
     return answer({"prompt": await completions.in_thread("tokens", tok.decode, body.tokens, skip_special=False)})
 
 
+@router.get("/tokenizer_info", responses=errors(400) | {200: {"model": wire.TokenizerInfo}})
+async def tokenizer_info(request: Request) -> Response:
+    """What an evaluation harness wants to know of a tokenizer it only reaches through here."""
+    service = _service(request)
+    service.ready()
+    tok = completions.need_tokenizer(service, "tokenizer_info")
+    names = {f"{kind}_token": None if id is None else tok.inner.id_to_token(id) for kind, id in (("bos", tok.bos_id), ("eos", tok.eos_id), ("pad", tok.pad_id))}
+    return answer({**names, "add_bos_token": tok.add_bos, "chat_template": tok.chat_template})
+
+
 # ---- about the server ------------------------------------------------------------------------------------------------
 def _model(service: Service) -> dict[str, Any]:
     service.ready()

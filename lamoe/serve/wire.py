@@ -281,6 +281,14 @@ class Detokenized(BaseModel):
     prompt: str
 
 
+class TokenizerInfo(BaseModel):
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    add_bos_token: bool
+    chat_template: str | None
+
+
 class Health(BaseModel):
     status: Literal["ok", "loading", "draining", "failed"]
 
