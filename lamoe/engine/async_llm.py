@@ -30,6 +30,8 @@ class AsyncLLM:
     async def stream(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> AsyncIterator[Delta]:
         """Deltas of the n sequences of one request as they come. ValueError when it is not valid, EngineDead when the engine ended."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+        if params.grammar is not None and self._llm.tokenizer is not None:
+            await asyncio.to_thread(params.grammar.prepare, self._llm.tokenizer)  # neither this loop nor the engine waits while it compiles
 
         def tell(item: Delta | Exception) -> None:
             try:
