@@ -56,6 +56,9 @@ class AsyncLLM:
     async def open(self, requests: list[tuple[str | list[int], SamplingParams]]) -> Run:
         """Queue several requests together: all, or none when one is not valid (ValueError). EngineDead when the engine ended."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+        for _, params in requests:
+            if params.grammar is not None and self._llm.tokenizer is not None:
+                await asyncio.to_thread(params.grammar.prepare, self._llm.tokenizer)  # neither this loop nor the engine waits while it compiles
 
         def add(llm: LLM) -> list[int]:
             ids = llm.add_all(requests)

@@ -16,6 +16,7 @@ from lamoe.cache import PagedCache
 from lamoe.config import did_you_mean
 from lamoe.engine import prefix_file, runner
 from lamoe.engine.generate import TextStream
+from lamoe.engine.grammar import Matcher
 from lamoe.engine.pages import PagePool
 from lamoe.engine.request import Output, Sequence
 from lamoe.engine.sampler import SamplingParams, sample
@@ -193,7 +194,10 @@ class LLM:
         try:
             if not logits.isfinite().all():
                 raise ValueError("the model's logits are not finite")
-            token = sample(p.adjust(logits, seq.tokens, seq.prompt_len, self.eos_ids), p, seq.generator)
+            adjusted = p.adjust(logits, seq.tokens, seq.prompt_len, self.eos_ids)
+            token = sample(seq.matcher.mask(adjusted, p.ignore_eos) if seq.matcher else adjusted, p, seq.generator)
+            if seq.matcher:
+                seq.matcher.accept(token)
         except (ValueError, RuntimeError) as e:  # one poisoned request fails alone
             seq.error = str(e)
             return Delta(seq.id, None, "", self._finish(seq, "error", text.all))
@@ -207,9 +211,10 @@ class LLM:
         piece, stopped = text.add(token)
         if stopped:
             return Delta(seq.id, token, piece, self._finish(seq, "stop", text.all), logprobs)
-        if len(seq.tokens) >= seq.limit:
+        complete = seq.matcher is not None and seq.matcher.complete
+        if complete or len(seq.tokens) >= seq.limit:
             piece += text.rest()
-            return Delta(seq.id, token, piece, self._finish(seq, "length", text.all), logprobs)
+            return Delta(seq.id, token, piece, self._finish(seq, "stop" if complete else "length", text.all), logprobs)
         return Delta(seq.id, token, piece, None, logprobs)
 
     def _sequences(self, prompt: str | list[int], p: SamplingParams) -> list[Sequence]:
@@ -230,8 +235,11 @@ class LLM:
         if p.logit_bias and max(p.logit_bias) >= c.vocab_size:
             raise ValueError(f"logit_bias names token {max(p.logit_bias)}; the vocabulary has {c.vocab_size}")
         limit = min(len(prompt) + p.max_tokens, self.max_model_len)
-        first = Sequence(next(self._ids), list(prompt), len(prompt), p, limit, p.generator(0))
-        return [first] + [Sequence(next(self._ids), list(prompt), len(prompt), p, limit, p.generator(i), leader=first) for i in range(1, p.n)]
+        first = Sequence(next(self._ids), list(prompt), len(prompt), p, limit, p.generator(0), self._matcher(p))
+        return [first] + [Sequence(next(self._ids), list(prompt), len(prompt), p, limit, p.generator(i), self._matcher(p), first) for i in range(1, p.n)]
+
+    def _matcher(self, p: SamplingParams) -> Matcher | None:
+        return None if p.grammar is None else p.grammar.start(self.tokenizer)
 
     def _start(self, seq: Sequence) -> None:
         self._texts[seq.id] = TextStream(self.tokenizer, seq.params.stop, seq.params.skip_special)

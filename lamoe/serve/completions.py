@@ -7,12 +7,13 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from lamoe import tool_calls
 from lamoe.engine.async_llm import EngineDead
+from lamoe.engine.grammar import Grammar
 from lamoe.engine.llm import Delta
 from lamoe.engine.request import Output
 from lamoe.engine.sampler import SamplingParams
 from lamoe.engine.score import prompt_logprobs
-from lamoe.serve import tools as tool_calls
 from lamoe.serve.errors import ApiError
 from lamoe.serve.reply import Reply
 from lamoe.serve.service import Job, Service, ended, usage
@@ -54,15 +55,13 @@ async def grammar(body: Sampling):
     if len(asked) > 1:
         raise ApiError(400, f"{' and '.join(asked)} are given; an output follows one of them", "invalid_value", asked[1])
     try:
-        from lamoe.engine.grammar import Grammar
-    except ImportError:
-        raise ApiError(400, f"{asked[0]} needs the package llguidance, which is not installed here; pip install 'lamoe[serve]'", "unsupported", asked[0]) from None
-    try:
         if body.regex is not None:
             return await asyncio.to_thread(Grammar.regex, body.regex)
         if body.grammar is not None:
             return await asyncio.to_thread(Grammar.lark, body.grammar)
-        return Grammar.json_object() if form.type == "json_object" else await asyncio.to_thread(Grammar.json_schema, form.json_schema.json_schema)
+        if form.type == "json_object":
+            return await asyncio.to_thread(Grammar.json_object)
+        return await asyncio.to_thread(Grammar.json_schema, form.json_schema.json_schema)
     except ValueError as e:
         raise ApiError(400, f"{asked[0]}: {e}", "invalid_grammar", asked[0]) from None
 
