@@ -1,7 +1,9 @@
 """The HTTP API against the engine called directly: every field that generates, streams that say what whole answers say, and what is refused."""
 
 import base64
+import json
 import math
+import re
 import struct
 
 import pytest
@@ -312,3 +314,35 @@ def test_refusals_name_the_field(server, body, param):
     assert error["type"] == "invalid_request_error" and error["message"]
     if param:
         assert error["param"] == param
+
+
+# ---- structured output -----------------------------------------------------------------------------------------------
+SCHEMA = {"type": "object", "properties": {"name": {"enum": ["cat", "dog"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}}, "required": ["name", "n"],
+          "additionalProperties": False}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_structured_output(server, stream):
+    def text(**body) -> str:
+        body = dict(messages=[{"role": "user", "content": "a pet"}], seed=1, temperature=1.5, max_tokens=400, **body)
+        if stream:
+            return "".join(e["choices"][0]["delta"].get("content", "") for e in server.events("/v1/chat/completions", **body))
+        choice = server.post("/v1/chat/completions", **body).json()["choices"][0]
+        assert choice["finish_reason"] == "stop"
+        return choice["message"]["content"]
+
+    pet = json.loads(text(response_format={"type": "json_schema", "json_schema": {"name": "pet", "schema": SCHEMA, "strict": True}}))
+    assert pet["name"] in ("cat", "dog") and 0 <= pet["n"] <= 99
+    assert re.fullmatch(r"[ab]{3}-\d", text(regex=r"[ab]{3}-\d"))
+    assert text(grammar='start: "yes" | "no"') in ("yes", "no")
+    assert text(response_format={"type": "text"}, min_tokens=1, stop=["e"]) is not None
+
+
+def test_structured_output_by_other_names(server):
+    answer = server.complete(response_format={"type": "json_object"}, temperature=0, max_tokens=60)["choices"][0]
+    assert answer["text"].lstrip().startswith("{")
+    for body, says in (({"regex": "a{99999}"}, "at most 10000"), ({"regex": "(a"}, "regular expression"), ({"grammar": "start: nothing"}, "grammar"),
+                       ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, "schema"),
+                       ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "belongs")):
+        error = server.error(400, prompt="a", **body)
+        assert says in error["message"] and error["param"] == next(iter(body))

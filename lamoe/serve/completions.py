@@ -7,6 +7,8 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from pydantic_core import from_json
+
 from lamoe import tool_calls
 from lamoe.engine.async_llm import EngineDead
 from lamoe.engine.grammar import Grammar
@@ -29,7 +31,7 @@ async def sampling(service: Service, body: Sampling, max_tokens: int, logprobs: 
     """SamplingParams of a request; 400 for what they refuse."""
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is for stream: true only; leave it out, or set stream", "invalid_value", "stream_options")
-    constraint = await grammar(body)
+    constraint = await grammar(service, body)
     seed = body.seed % 2**63 if body.seed is not None else service.settings.seed
     chosen = {"temperature": body.temperature, "top_p": body.top_p, "min_p": body.min_p, "seed": seed, "min_tokens": body.min_tokens, "ignore_eos": body.ignore_eos,
               "n": body.n, "presence_penalty": body.presence_penalty, "frequency_penalty": body.frequency_penalty, "repetition_penalty": body.repetition_penalty,
@@ -43,8 +45,8 @@ async def sampling(service: Service, body: Sampling, max_tokens: int, logprobs: 
         raise ApiError(400, str(e), "invalid_value", str(e).split()[0] if str(e).split()[0] in type(body).model_fields else None) from None
 
 
-async def grammar(body: Sampling):
-    """The Grammar that response_format, regex or grammar ask for, or None. Compiled in a thread; 400 for what its limits refuse."""
+async def grammar(service: Service, body: Sampling) -> Grammar | None:
+    """What response_format, regex or grammar ask for, compiled; None when they ask for nothing. 400 for what its limits refuse."""
     form = body.response_format
     asked = [name for name, given in (("response_format", form is not None and form.type != "text"), ("regex", body.regex is not None),
                                       ("grammar", body.grammar is not None)) if given]
@@ -54,14 +56,20 @@ async def grammar(body: Sampling):
         return None
     if len(asked) > 1:
         raise ApiError(400, f"{' and '.join(asked)} are given; an output follows one of them", "invalid_value", asked[1])
-    try:
+    tok = need_tokenizer(service, asked[0])
+
+    def make() -> Grammar:
         if body.regex is not None:
-            return await asyncio.to_thread(Grammar.regex, body.regex)
-        if body.grammar is not None:
-            return await asyncio.to_thread(Grammar.lark, body.grammar)
-        if form.type == "json_object":
-            return await asyncio.to_thread(Grammar.json_object)
-        return await asyncio.to_thread(Grammar.json_schema, form.json_schema.json_schema)
+            made = Grammar.regex(body.regex)
+        elif body.grammar is not None:
+            made = Grammar.lark(body.grammar)
+        else:
+            made = Grammar.json_object() if form.type == "json_object" else Grammar.json_schema(form.json_schema.json_schema)
+        made.prepare(tok)
+        return made
+
+    try:
+        return await service.compile(make)
     except ValueError as e:
         raise ApiError(400, f"{asked[0]}: {e}", "invalid_grammar", asked[0]) from None
 
@@ -183,7 +191,6 @@ def _plain(m: Message, parsed_arguments: bool) -> dict[str, Any]:
         out["tool_calls"] = [c.model_dump() for c in m.tool_calls]
         for call in out["tool_calls"] if parsed_arguments else ():
             try:
-                from pydantic_core import from_json
                 call["function"]["arguments"] = from_json(call["function"]["arguments"], allow_inf_nan=False)
             except ValueError:
                 raise ApiError(400, "the arguments of a tool call are not JSON", "invalid_value", "messages") from None

@@ -6,7 +6,8 @@ import asyncio
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Service:
         self.admitted, self.requests = 0, 0  # sequences and requests, from admission to the end
         self.generated_tokens, self.mean_seconds = 0, 1.0
         self.scoring = asyncio.Lock()  # one text at a time is scored beside the paged cache: it has a cache of its own
+        self._compilers, self._compiling = ThreadPoolExecutor(2, "lamoe-compile"), 0  # apart: a grammar may take seconds, texts must not wait for it
         self._recent: deque[list[float]] = deque()  # [time, tokens]
         self._experts: OrderedDict[str, torch.Tensor | None] = OrderedDict()
 
@@ -74,6 +76,17 @@ class Service:
     def release(self, sequences: int) -> None:
         self.admitted -= sequences
         self.requests -= 1
+
+    async def compile(self, work: Callable[[], Any]) -> Any:
+        """The result of `work` (making a grammar ready), of which two run at a time. 429 when too many wait."""
+        if self._compiling > self.settings.max_queued_requests:
+            self.metrics.rejected.inc()
+            raise ApiError(429, f"{self._compiling} grammars are waiting to be compiled; try again later", "queue_full", headers={"Retry-After": "5"})
+        self._compiling += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._compilers, work)
+        finally:
+            self._compiling -= 1
 
     async def start(self, id: str, requests: list[tuple[list[int], SamplingParams]]) -> Job:
         """Queue prompts (token ids) with their parameters. ApiError: 400 for what can never run, 429, 503."""
