@@ -85,6 +85,10 @@ class Running:
         self.client.close()
         self.stop()
 
+    def talk(self):
+        """One more client, for while self.client is in a stream."""
+        return httpx2.Client(base_url=self.url, timeout=60)
+
     # ---- talking -------------------------------------------------------------------------------------------------
     def post(self, path: str, **body):
         return self.client.post(path, json=body)

@@ -19,7 +19,7 @@ from lamoe.engine.async_llm import EngineDead
 from lamoe.engine.score import mean_state
 from lamoe.serve import completions, wire
 from lamoe.serve.errors import ApiError, answer, from_validation
-from lamoe.serve.guard import Guard
+from lamoe.serve.guard import UNEXPECTED, Guard
 from lamoe.serve.reply import Reply
 from lamoe.serve.service import Service, ended
 
@@ -240,6 +240,7 @@ def build(service: Service) -> Guard:
     app.include_router(router)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected)
     return Guard(app, service.settings, service.metrics)
 
 
@@ -252,6 +253,10 @@ async def _http_error(request: Request, e: HTTPException) -> Response:
         return e.response()
     says = {404: "there is no such route", 405: "this route does not take that method"}.get(e.status_code, str(e.detail))
     return ApiError(e.status_code, says, {404: "not_found", 405: "method_not_allowed"}.get(e.status_code), headers=e.headers).response()
+
+
+async def _unexpected(request: Request, e: Exception) -> Response:
+    return UNEXPECTED.response()  # the guard hears of it too, and logs it
 
 
 def _about(keys: tuple[str, ...]) -> str:

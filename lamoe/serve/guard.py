@@ -18,6 +18,7 @@ from lamoe.serve.settings import Settings
 
 log = logging.getLogger("lamoe.serve")
 
+UNEXPECTED = ApiError(500, "the server failed at this request; its log says more under this request's id", "internal_error")
 PREFIX = {"/v1/completions": "cmpl", "/v1/chat/completions": "chatcmpl", "/v1/embeddings": "embd"}
 
 
@@ -45,7 +46,7 @@ class Guard:
         except Exception as e:
             if not call.disconnected:
                 log.error("unexpected error", exc_info=e, extra={"fields": {"id": call.id, "path": scope["path"]}})
-            await call.fail(ApiError(500, "the server failed at this request; its log says more under this request's id", "internal_error"))
+            await call.fail(UNEXPECTED)
         finally:
             call.report()
 

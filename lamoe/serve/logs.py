@@ -26,5 +26,5 @@ def configure(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for name in ("httpx", "httpcore", "urllib3", "filelock", "asyncio", "uvicorn.error"):
+    for name in ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "filelock", "asyncio", "uvicorn.error"):
         logging.getLogger(name).setLevel(max(logging.WARNING, getattr(logging, level.upper())))

@@ -47,6 +47,7 @@ class Serving:
         s = self.settings
         config = uvicorn.Config(self._app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False, timeout_keep_alive=30,
                                 h11_max_incomplete_event_size=2 * s.max_header_bytes, limit_concurrency=s.max_connections, timeout_graceful_shutdown=5)
+        logging.getLogger("uvicorn.access").disabled = True  # it would log query strings
         self.loop, server = asyncio.get_running_loop(), _Uvicorn(config)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -125,8 +126,11 @@ class _Uvicorn(uvicorn.Server):
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as e:
+        raise OSError(f"--host {host} is no address of this machine: {e.strerror}") from None
+    listener = socket.socket(family, kind, protocol)  # with its protocol: asyncio sets TCP_NODELAY only where it sees that it is TCP
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
