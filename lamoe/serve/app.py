@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
@@ -238,6 +239,7 @@ def build(service: Service) -> Guard:
     app = FastAPI(title="lamoe", version=__version__, docs_url=None, redoc_url=None, description=_about(service.settings.keys()))
     app.state.service = service
     app.include_router(router)
+    app.openapi = lambda: _describe(app, bool(service.settings.keys()))
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
@@ -257,6 +259,20 @@ async def _http_error(request: Request, e: HTTPException) -> Response:
 
 async def _unexpected(request: Request, e: Exception) -> Response:
     return UNEXPECTED.response()  # the guard hears of it too, and logs it
+
+
+def _describe(app: FastAPI, locked: bool) -> dict[str, Any]:
+    """FastAPI's description, with the key where there is one; invalid requests are answered with 400 here, not its 422."""
+    if app.openapi_schema is None:
+        found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        for operation in (o for path in found["paths"].values() for o in path.values()):
+            operation["responses"].pop("422", None)
+        if locked:
+            found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            found["security"] = [{"key": []}]
+            found["paths"]["/health"]["get"]["security"] = []
+        app.openapi_schema = found
+    return app.openapi_schema
 
 
 def _about(keys: tuple[str, ...]) -> str:

@@ -99,6 +99,14 @@ def check_length(service: Service, ids: list[int], param: str) -> None:
         raise ApiError(400, f"token id {max(ids)} is outside the vocabulary of {service.config.vocab_size}", "invalid_value", param)
 
 
+def check_text(service: Service, texts: list[str], param: str) -> None:
+    """400 for a text that is too long however it is cut into tokens, before it costs the time of cutting it."""
+    size = max(len(t.encode("utf-8", "replace")) for t in texts)
+    if size > service.max_text_bytes:
+        raise ApiError(400, f"the prompt has {size} bytes; the context of this server is {service.max_model_len} tokens, output included, which cannot hold more than "
+                       f"{service.max_text_bytes} bytes; shorten it", "context_length_exceeded", param)
+
+
 async def prompts_of(service: Service, value: str | list, param: str = "prompt") -> list[list[int]]:
     """Token ids of the prompts in any of OpenAI's four forms."""
     items = [value] if isinstance(value, str) or isinstance(value[0], int) else value
@@ -106,6 +114,7 @@ async def prompts_of(service: Service, value: str | list, param: str = "prompt")
         raise ApiError(400, f"{len(items)} prompts are more than {service.settings.max_choices} (--max-choices); send fewer at a time", "too_many_sequences", param)
     if isinstance(items[0], str):
         tok = need_tokenizer(service, f"a text as {param}")
+        check_text(service, items, param)
         items = await in_thread(param, tok.encode_batch, items, bos=tok.add_bos)
     for ids in items:
         check_length(service, ids, param)
@@ -139,6 +148,7 @@ async def _fill_in(service: Service, body: CompletionRequest, prefix: list[int])
         raise ApiError(400, "suffix needs a tokenizer with fill-in-the-middle tokens, and this model's has none", "unsupported", "suffix")
     if body.echo:
         raise ApiError(400, "echo and suffix do not go together", "invalid_value", "echo")
+    check_text(service, [body.suffix], "suffix")
     head = 1 if prefix[0] == tok.bos_id else 0
     ids = [*prefix[:head], begin, *prefix[head:], hole, *await in_thread("suffix", tok.encode, body.suffix), end]
     check_length(service, ids, "suffix")
@@ -171,6 +181,7 @@ async def chat(service: Service, body: ChatRequest, id: str, log: dict) -> Reply
 async def chat_ids(service: Service, messages: list[Message], tools: list[Tool] | None, generate: bool = True) -> list[int]:
     """The token ids of a conversation, through the model's chat template."""
     tok = need_tokenizer(service, "chat")
+    check_text(service, ["".join(p.text for p in m.content) if isinstance(m.content, list) else m.content or "" for m in messages], "messages")
     plain = [_plain(m, tool_calls.form_of(tok.chat_template) is tool_calls.TAGS) for m in messages]
     given = None if tools is None else [t.model_dump(exclude_none=True) for t in tools]
     return await in_thread("messages", tok.apply_chat, plain, add_generation_prompt=generate, tools=given)

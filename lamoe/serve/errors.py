@@ -42,7 +42,7 @@ def from_validation(errors: list[dict[str, Any]]) -> ApiError:
     """The first complaint of the request models, in one line."""
     e = min(errors, key=lambda e: e.get("type") in ("extra_forbidden",)) if len(errors) > 1 else errors[0]
     where = [str(p) for p in e["loc"] if p != "body" and not str(p).startswith(("function-", "list[", "union"))]
-    param = ".".join(where[:6]) or None
+    param = ".".join(where[:6])[:100] or None
     more = f" ({len(errors) - 1} more problems in this request)" if len(errors) > 1 else ""
     if e["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field {param!r}: this server neither implements nor ignores it; leave it out{more}"[:1000], "unknown_field", param)

@@ -42,6 +42,10 @@ class Service:
     def begin(self, llm: LLM) -> None:
         """The model is there: answer requests."""
         self.engine, self.tokenizer, self.config, self.max_model_len = AsyncLLM(llm), llm.tokenizer, llm.model.config, llm.max_model_len
+        tok = llm.tokenizer
+        if tok is not None:  # a text of more bytes is longer than the context however it is cut; a normalizer could shorten it, hence the factor
+            longest = max(len(tok.token_bytes(i)) for i in range(tok.vocab_size))
+            self.max_text_bytes = self.max_model_len * longest * (1 if tok.inner.normalizer is None else 4)
         if self.state == "loading":
             self.state = "ok"
 
