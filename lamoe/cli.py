@@ -167,7 +167,7 @@ def serve(args) -> int:
         from lamoe.serve.run import run
     except ImportError as e:
         raise ValueError(f"serving needs packages that are not installed ({e.name}); pip install 'lamoe[serve]'") from None
-    return run(find_model(name), Path(name).resolve().name if Path(name).exists() else name, chosen)
+    return run(find_model(name), Path(os.path.abspath(name)).name if Path(name).exists() else name, chosen)
 
 
 def evaluate(args) -> int:
