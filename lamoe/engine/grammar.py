@@ -69,10 +69,10 @@ class Grammar:
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
         """Text that matches the whole of `pattern`. The syntax has classes, groups, alternatives and repeats, Unicode included; look-around, back references
-        and lazy repeats are a ValueError. As in Python, `.` is any character but a line end."""
+        and lazy repeats are a ValueError. As in Python with re.ASCII, `.` is any character but a line end, and \\d, \\w, \\s are those of ASCII."""
         _check_length("regular expression", pattern)
         _check_repeats("regular expression", pattern)
-        return cls._checked("regular expression", pattern, lambda lib: json.loads(lib.LLMatcher.grammar_from_regex(pattern))["grammars"][0]["lark_grammar"])
+        return cls._checked("regular expression", pattern, lambda lib: f"start: /{lib.regex_to_lark(pattern or '()', 'dws')}/")
 
     @classmethod
     def lark(cls, text: str) -> Grammar:
