@@ -418,6 +418,7 @@ def test_hostile_grammars():
     (lambda: Grammar.json_schema({"oneOf": [{"pattern": "a"}, {"pattern": "b"}]}), "Use anyOf"), (lambda: Grammar.json_schema({"$ref": "http://example.org/x"}), "retriev"),
     (lambda: Grammar.json_schema({"x-guidance": {"lenient": True}}), "x-guidance"), (lambda: Grammar.json_schema({"minimum": 5, "maximum": 4, "type": "integer"}), ""),
     (lambda: Grammar.regex(5), "must be a str, found int"), (lambda: Grammar.regex("(?=a)"), "look-around"), (lambda: Grammar.regex("("), "unclosed group"),
+    (lambda: Grammar.regex("a\\"), "escapes nothing"), (lambda: Grammar.regex("a\\\\\\"), "escapes nothing"),
     (lambda: Grammar.regex(r"(a)\1"), "backreferences"), (lambda: Grammar.regex("a" * 5000), "5000 bytes; at most 4096"), (lambda: Grammar.regex("\ud800"), "surrogate"),
     (lambda: Grammar.lark(""), "Lark grammar"), (lambda: Grammar.lark("start: b"), 'at 1(8): unknown name: "b"'), (lambda: Grammar.lark("start: %json {"), "%json"),
     (lambda: Grammar.lark('%llguidance {"no_forcing": false}\nstart: "a"'), "%llguidance"), (lambda: Grammar.lark("start: a\na[temperature=2]: /x/"), "temperature"),

@@ -68,10 +68,12 @@ class Grammar:
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
-        """Text that matches the whole of `pattern`. The syntax has classes, groups, alternatives and repeats, Unicode included; look-around, back references
-        and lazy repeats are a ValueError. As in Python with re.ASCII, `.` is any character but a line end, and \\d, \\w, \\s are those of ASCII."""
+        """Text that matches the whole of `pattern`. The syntax has classes, groups, alternatives and repeats, Unicode included; look-around and
+        back references are a ValueError. As in Python with re.ASCII, `.` is any character but a line end, and \\d, \\w, \\s are those of ASCII."""
         _check_length("regular expression", pattern)
         _check_repeats("regular expression", pattern)
+        if re.search(r"(?<!\\)(\\\\)*\\\Z", pattern):
+            raise ValueError("the regular expression ends with a backslash that escapes nothing; for a backslash write two")
         return cls._checked("regular expression", pattern, lambda lib: f"start: /{lib.regex_to_lark(pattern or '()', 'dws')}/")
 
     @classmethod
