@@ -110,10 +110,10 @@ class Grammar:
         Thread-safe; call it where waiting harms nobody, before a request goes to the engine."""
         if self._prepared(tokenizer) is not None:
             return
-        lib = _library()
+        lib, vocabulary = _library(), _vocabulary(tokenizer)  # reading a large vocabulary, once, is not the grammar's time
 
         def compile_():
-            matcher = lib.LLMatcher(_vocabulary(tokenizer), self.source, limits=lib.LLParserLimits(**_LIMITS), log_level=0)
+            matcher = lib.LLMatcher(vocabulary, self.source, limits=lib.LLParserLimits(**_LIMITS), log_level=0)
             probe = matcher.deep_copy()
             if not matcher.is_error():
                 probe.compute_bitmask()
