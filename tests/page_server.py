@@ -58,11 +58,15 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, port: int = 0, delay: float = 0.004):
+    def __init__(self, port: int = 0, delay: float = 0.001):
         super().__init__(("127.0.0.1", port), Handler)
         self.key, self.loading, self.down, self.bodies, self.dropped, self.delay, self.running, self.busy_left = None, False, False, [], 0, delay, 0, 0
         self.used, self.generated, self.prompted, self.cached, self.speed = 0, 0, 0, 0, 0.0
         self.model = "deepseek-v2-tiny"
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # browsers hang up when they like
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
@@ -143,7 +147,8 @@ class Handler(BaseHTTPRequestHandler):
         if not self.allowed():
             return
         if self.path == "/tokenize":
-            return self.answer(200, {"tokens": [0] * (len(body["prompt"]) // 4), "count": len(body["prompt"]) // 4, "max_model_len": WINDOW})
+            n = sum(len(m["content"]) for m in body["messages"]) // 4
+            return self.answer(200, {"tokens": [0] * n, "count": n, "max_model_len": WINDOW})
         self.server.bodies.append(body)
         said = body["messages"][-1]["content"]
         word = said.split()[-1]

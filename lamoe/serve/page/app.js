@@ -214,7 +214,7 @@ function draftChanged() {
   if (value.length > LONG_DRAFT && server.state === "ready") draftTimer = setTimeout(async () => {
     let n;
     try {
-      const answer = await postJson("/tokenize", { prompt: value });
+      const answer = await postJson("/tokenize", { messages: [...store.messagesFor(current), { role: "user", content: value }] });
       n = answer.count ?? answer.tokens?.length ?? null;
     } catch (e) {
       if (e.status === 413 && mine === draftCount) say({ text: "Longer than the server accepts. Shorten it to send.", bad: true, tooLong: true });

@@ -47,7 +47,7 @@ export function bytes(n) {
 }
 
 /** Tokens per second, a share, seconds: short and steady in width. */
-export const rate = (n) => (n >= 100 ? count(n) : n.toFixed(1));
+export const rate = (n) => (n >= 100 || n === 0 ? count(n) : n.toFixed(1));
 export const percent = (part, whole) => (whole > 0 ? `${Math.round((100 * part) / whole)} %` : "–");
 export const seconds = (s) => (s < 1 ? `${Math.round(s * 1000)} ms` : s < 60 ? `${s.toFixed(1)} s` : `${Math.floor(s / 60)} min ${Math.round(s % 60)} s`);
 

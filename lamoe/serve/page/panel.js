@@ -22,7 +22,7 @@ export async function watch(busy, changed) {
     await ask();
     show();
     changed();
-    const pause = document.hidden ? 30000 : server.state !== "ready" ? 2000 : busy() ? 1000 : 3000;
+    const pause = document.hidden ? 30000 : server.state !== "ready" ? 2000 : busy() || server.stats.running ? 1000 : 3000;
     await new Promise((done) => {
       const timer = setTimeout(done, pause);
       hurry = () => (clearTimeout(timer), done());
@@ -47,7 +47,7 @@ async function ask() {
 function show() {
   const s = server.stats;
   if (!s || server.state !== "ready") return;
-  cache(s.cache, s.dtype);
+  cache(s.cache);
   speeds.push(s.tokens_per_s);
   if (speeds.length > SAMPLES) speeds.shift();
   text($("speed"), rate(s.tokens_per_s));
@@ -57,15 +57,15 @@ function show() {
   text($("queue"), `${count(s.running)}, ${count(s.waiting)}`);
 }
 
-function cache(c, dtype) {
+/** Bars of what is held now; when nothing is, of what was held last; before that, of one token. */
+function cache(c) {
   const now = c.used_tokens > 0;
   if (now) last = { tokens: c.used_tokens, bytes: c.used_bytes };
-  const { tokens, bytes: used } = now ? last : last ?? { tokens: 0, bytes: 0 };
-  text($("cache-now"), bytes(now ? used : 0));
-  text($("cache-tokens"), now ? `for ${many(tokens, "token")}` : "in use");
+  const { tokens, bytes: own } = last ?? { tokens: 1, bytes: c.bytes_per_token };
+  text($("cache-now"), bytes(own));
+  text($("cache-tokens"), !last ? "for each token" : `for ${now ? "" : "the last "}${many(tokens, "token")}`);
   const others = Object.entries(c.compare).map(([k, each]) => [NAMES[k] ?? k, each * tokens]).sort((a, b) => a[1] - b[1]);
-  const format = c.format === "fp32" || c.format === "bf16" ? c.format : c.format.replace(/(\d)\s*bit/, "$1-bit");
-  const rows = [[`This model, ${format}`, used], ...others];
+  const rows = [[`This model, ${c.format.replace(/^(\d+)bit$/, "$1 bits")}`, own], ...others];
   const most = Math.max(...rows.map((r) => r[1]), 1);
   const list = $("bars");
   if (list.children.length !== rows.length) {
@@ -75,13 +75,11 @@ function cache(c, dtype) {
   rows.forEach(([name, n], i) => {
     const [line, track] = list.children[i].children;
     text(line.children[0], name);
-    text(line.children[1], tokens ? bytes(n) : "–");
-    track.firstChild.style.width = tokens ? `${(100 * n) / most}%` : "0";
+    text(line.children[1], bytes(n));
+    track.firstChild.style.width = `${(100 * n) / most}%`;
   });
-  const times = used ? Math.max(...others.map((o) => o[1])) / used : 0;
-  const than = tokens ? `${times >= 1 ? `${times.toFixed(1)} times smaller than MHA` : "As large as full keys and values"} at 16 bits, for the same tokens.` : "";
-  text($("cache-note"), !tokens ? "Filled when a reply is written; beside it, the same tokens under other kinds of attention, at 16 bits."
-    : now ? than : `Idle now. The bars show the last ${many(tokens, "token")}: ${than.charAt(0).toLowerCase()}${than.slice(1)}`);
+  const times = others.length && own ? Math.max(...others.map((o) => o[1])) / own : 0;
+  text($("cache-note"), times > 1 ? `${times.toFixed(1)} times smaller than MHA at 16 bits, with the same heads.` : "Others at 16 bits, with the same heads.");
   text($("pool-text"), `${count(c.used_tokens)} of ${count(c.total_tokens)} tokens, ${bytes(c.total_bytes)}`);
   $("pool-bar").style.width = `${c.total_tokens ? Math.min(100, (100 * c.used_tokens) / c.total_tokens) : 0}%`;
 }

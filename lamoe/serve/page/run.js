@@ -8,6 +8,11 @@ import { messagesFor, samplingFor } from "./store.js";
 /** An empty version of a reply. */
 export const newVersion = () => ({ content: "", finish: null, error: null, usage: null, timing: { first: null, total: null }, window: null });
 
+let leaving = false;  // the browser cuts connections before it tells the page
+addEventListener("beforeunload", () => (leaving = true));
+addEventListener("pagehide", () => (leaving = true));
+addEventListener("pageshow", () => (leaving = false));
+
 async function modelName() {
   if (server.stats?.model) return server.stats.model;
   return (await getJson("/v1/models")).data[0].id;
@@ -66,6 +71,7 @@ export async function reply(conversation, version, end, signal, hooks) {
       version.finish = finish === "length" ? "length" : finish === "abort" ? "lost" : "stop";
     } catch (e) {
       if (signal.aborted) version.finish = "stopped";
+      else if (leaving) version.finish = "interrupted";
       else if (e.kind === "key") {
         if (!(await needKey())) Object.assign(version, { finish: "error", error: "The server wants a key and has none from you." });
       } else if (e.kind in WAITS && !version.content) {
@@ -80,10 +86,10 @@ export async function reply(conversation, version, end, signal, hooks) {
   changed();
 }
 
-/** What to say about a long draft: {text, bad, tooLong}. `n` is its count of tokens, or null while it is not known. */
+/** What to say about a long draft: {text, bad, tooLong}. `n`: tokens of the conversation with it, or null while they are not known. */
 export function draftNote(characters, n) {
   const window = server.stats?.max_model_len;
   if (n === null) return { text: `${count(characters)} characters`, bad: false, tooLong: false };
-  if (window && n >= window) return { text: `${count(n)} tokens; this model reads ${count(window)}. Shorten it to send.`, bad: true, tooLong: true };
-  return { text: `${count(n)} tokens${window ? ` of ${count(window)}` : ""}`, bad: false, tooLong: false };
+  if (window && n >= window) return { text: `${count(n)} tokens with the conversation; this model reads ${count(window)}. Shorten it to send.`, bad: true, tooLong: true };
+  return { text: `${count(n)} tokens with the conversation${window ? `, of ${count(window)}` : ""}`, bad: false, tooLong: false };
 }
