@@ -649,6 +649,7 @@ def test_the_panel_shows_the_cache_beside_other_attention(page, server):
     done(page)
     expect(page.locator("#cache-tokens")).to_contain_text("for the last")
     expect(page.locator("#queue")).to_have_text("0, 0")
+    server.delay = 0
     send(page, "hello")
     expect(page.locator("#hits-reply")).to_have_text("16 of 21 tokens")
     assert re.match(r"\d+ ms", page.locator("#first").inner_text())
@@ -741,6 +742,7 @@ def test_the_page_and_the_real_server_understand_each_other(tabs, real):
     page.keyboard.press("Alt+n")
     page.keyboard.press("Alt+s")
     page.get_by_label("Tokens per reply", exact=True).fill("")
+    page.get_by_label("Temperature", exact=True).fill("0")
     page.get_by_role("tab", name="Live").click()
     send(page, "the dog ran on the hill")
     expect(note.last).to_contain_text("The context is full: 256 of 256 tokens")

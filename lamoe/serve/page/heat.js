@@ -1,7 +1,7 @@
 // How often each expert was chosen while one reply was computed: a heat map (layers down, experts across), a sentence about the cell
 // under the pointer or the arrow keys, and the same as a table for those who do not see it.
 
-import { $, count, h, text } from "./dom.js";
+import { $, count, h, many, text } from "./dom.js";
 
 const canvas = $("heat");
 let data = null;  // {layers, experts, load}
@@ -73,7 +73,7 @@ function describe() {
   const rows = data.load.map(line);
   const worst = rows.reduce((a, b, i) => (b[1] > rows[a][1] ? i : a), 0);
   const idle = rows.reduce((sum, r) => sum + r[2], 0);
-  const summary = `${data.layers.length} layers of ${data.experts} experts. Most uneven: layer ${data.layers[worst]}, where expert ${rows[worst][0]} `
+  const summary = `${many(data.layers.length, "layer")} of ${data.experts} experts. Most uneven: layer ${data.layers[worst]}, where expert ${rows[worst][0]} `
     + `had ${rows[worst][1].toFixed(1)} times an even share. Unused: ${count(idle)} of ${count(data.layers.length * data.experts)}.`;
   canvas.setAttribute("aria-label", `Expert load. ${summary}`);
   if (!cell) return text($("heat-cell"), summary);

@@ -9,7 +9,7 @@ const SAMPLES = 60;
 const NAMES = { mqa: "MQA, one head cached", gqa: "GQA, grouped heads", mha: "MHA, every head" };
 const speeds = [];
 let last = null;  // tokens and bytes of the cache when it last held something
-let hurry = () => {};
+let hurry = () => {}, again = false;
 
 export const server = { state: "connecting", stats: null };  // state: connecting | ready | loading | gone | key
 
@@ -19,11 +19,12 @@ export const server = { state: "connecting", stats: null };  // state: connectin
  */
 export async function watch(busy, changed) {
   for (;;) {
+    again = false;
     await ask();
     show();
     changed();
     const pause = document.hidden ? 30000 : server.state !== "ready" ? 2000 : busy() || server.stats.running ? 1000 : 3000;
-    await new Promise((done) => {
+    if (!again) await new Promise((done) => {
       const timer = setTimeout(done, pause);
       hurry = () => (clearTimeout(timer), done());
     });
@@ -31,7 +32,7 @@ export async function watch(busy, changed) {
 }
 
 /** Ask again now. */
-export const askNow = () => hurry();
+export const askNow = () => ((again = true), hurry());
 
 async function ask() {
   try {
