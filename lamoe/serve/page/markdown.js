@@ -7,7 +7,7 @@ import DOMPurify from "./vendor-purify.js";
 import hljs from "./vendor-highlight.js";
 import { copy, h, icon } from "./dom.js";
 
-const TAGS = ["p", "br", "strong", "em", "del", "code", "pre", "span", "a", "ul", "ol", "li", "blockquote", "h3", "h4", "h5", "h6", "hr",
+const TAGS = ["p", "br", "strong", "em", "del", "code", "pre", "span", "a", "ul", "ol", "li", "blockquote", "h2", "h3", "h4", "h5", "h6", "hr",
   "table", "thead", "tbody", "tr", "th", "td"];
 const ATTRIBUTES = ["href", "class", "start", "align", "title"];
 const CLASSES = /^(hljs|hljs-[\w-]+|language-[\w+#.-]+|[a-z]+_)$/;  // the last: highlight.js writes "hljs-title function_"
@@ -30,8 +30,8 @@ const marked = new Marked({
   breaks: true,
   renderer: {
     html: ({ text, block }) => (block ? `<p>${escape(text.trimEnd()).replaceAll("\n", "<br>")}</p>` : escape(text)),
-    heading({ tokens, depth }) {  // the page has an h1 and h2 of its own
-      const level = Math.min(depth + 2, 6);
+    heading({ tokens, depth }) {  // the page has an h1 of its own
+      const level = Math.min(depth + 1, 6);
       return `<h${level}>${this.parser.parseInline(tokens)}</h${level}>`;
     },
     code({ text, lang }) {

@@ -20,7 +20,7 @@ const boxes = {};
 export function buildSettings(onChange) {
   changed = onChange;
   for (const [name, label, help, [min, max, step], slider] of KNOBS) {
-    const box = h("input", { class: "field", id: `k-${name}`, type: "number", inputmode: step < 1 ? "decimal" : "numeric", min, max, step: slider ? "any" : step,
+    const box = h("input", { class: "field", id: `k-${name}`, type: "number", autocomplete: "off", inputmode: step < 1 ? "decimal" : "numeric", min, max, step: slider ? "any" : step,
       "aria-describedby": `k-${name}-help`, placeholder: name === "seed" ? "random" : name === "max_tokens" ? "server" : String(SAMPLING[name]) });
     const range = slider && h("input", { type: "range", min, max: name === "min_p" ? 0.5 : max, step, "aria-label": `${label}, slider`, tabindex: "-1" });
     boxes[name] = { box, range };
@@ -38,7 +38,6 @@ export function buildSettings(onChange) {
     keep();
     showSettings(conversation);
   });
-  $("settings").addEventListener("submit", (e) => e.preventDefault());
 }
 
 function set(name, value, from) {
