@@ -450,7 +450,7 @@ VECTORS = [EVIL, "<script>pwned=1</script>", "<img src=x onerror=pwned=1>", "[a]
            "&lt;script&gt;pwned=1&lt;/script&gt;", "<noscript><p title='</noscript><img src=x onerror=pwned=1>'>", "<!-- --!><img src=x onerror=pwned=1> -->",
            "<style>@import 'https://x.example/';*{display:none}</style>", "<base href=https://x.example/>", "<meta http-equiv=refresh content='0;url=https://x.example'>",
            "<link rel=stylesheet href=https://x.example/x.css>", "```html\n<img src=x onerror=pwned=1></code></pre><script>pwned=1</script>\n```", ">" * 3000 + "deep", "[" * 3000,
-           "*" * 3000 + "a" + "*" * 3000, "\x00<scr\x00ipt>pwned=1</script>", "<x-\ud83d\ude00 onclick=pwned=1>", "http://x.example/<script>pwned=1</script>", "www.x.example\"onclick=pwned=1"]
+           "*" * 3000 + "a" + "*" * 3000, "\x00<scr\x00ipt>pwned=1</script>", "<x-\ud83d\ude00 onclick=pwned=1>", "http://x.example/<script>pwned=1</script>", "[a](/v1/models) [b](tel:1) [c](ftp://x.example) [d](#input) [e](//x.example)", "www.x.example\"onclick=pwned=1"]
 RENDER = """async (vectors) => {
   const { Prose } = await import('/page/markdown.js');
   return vectors.map(v => {
@@ -565,6 +565,26 @@ def test_everything_works_by_keyboard(page, server):
     assert all(seen for n, seen in order if n not in ("", "body")), [n for n, seen in order if not seen]
 
 
+def test_the_end_is_followed_unless_the_reader_has_left_it(page, server):
+    send(page, "long")
+    box = page.locator("#scroll")
+    assert box.evaluate("e => e.scrollHeight - e.scrollTop - e.clientHeight") < 2
+    page.keyboard.press("PageUp")
+    expect(page.locator("#latest")).to_be_visible()
+    server.delay = 0.003
+    page.locator("#input").fill("x")  # regenerating goes to the end again; scrolling up while it writes stays
+    page.keyboard.press("Alt+r")
+    expect(reply(page)).to_contain_text("Paragraph 8")
+    page.keyboard.press("PageUp")
+    top = box.evaluate("e => e.scrollTop")
+    expect(reply(page)).to_contain_text("Paragraph 10")
+    assert box.evaluate("e => e.scrollTop") == top
+    page.locator("#latest").click()
+    expect(page.locator("#latest")).to_be_hidden()
+    page.keyboard.press("Escape")
+    done(page)
+
+
 def accessible(page: Page) -> list[str]:
     """What is wrong for those who do not see the page: from Chromium's own accessibility tree, and from the document."""
     session = page.context.new_cdp_session(page)
@@ -595,6 +615,12 @@ def accessible(page: Page) -> list[str]:
 def test_everything_has_a_name_and_can_be_read(tabs, server, theme):
     page = tabs.open(server.url, color_scheme=theme)
     assert accessible(page) == []
+    send(page, "slow", wait=False)
+    expect(page.locator("#stop")).to_be_visible()
+    assert accessible(page) == []
+    page.keyboard.press("Escape")
+    done(page)
+    page.keyboard.press("Alt+n")
     send(page, "hello")
     page.keyboard.press("Alt+r")
     done(page)

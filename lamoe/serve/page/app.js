@@ -250,6 +250,10 @@ $("input").addEventListener("keydown", (e) => {
   if (e.isComposing || e.altKey) return;
   if (e.key === "Enter" && !e.shiftKey) (e.preventDefault(), send());
   if (e.key === "ArrowUp" && !$("input").value) (e.preventDefault(), startEdit());
+  if (e.key === "PageUp" || e.key === "PageDown") {
+    e.preventDefault();
+    $("scroll").scrollBy({ top: (e.key === "PageUp" ? -0.85 : 0.85) * $("scroll").clientHeight });
+  }
 });
 $("composer").addEventListener("submit", (e) => (e.preventDefault(), send()));
 $("composer").addEventListener("click", (e) => e.target === e.currentTarget && $("input").focus());

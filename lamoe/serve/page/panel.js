@@ -23,7 +23,7 @@ export async function watch(busy, changed) {
     await ask();
     show();
     changed();
-    const pause = document.hidden ? 30000 : server.state !== "ready" ? 2000 : busy() || server.stats.running ? 1000 : 3000;
+    const pause = document.hidden ? 30000 : server.state === "key" ? 15000 : server.state !== "ready" ? 2000 : busy() || server.stats.running ? 1000 : 3000;
     if (!again) await new Promise((done) => {
       const timer = setTimeout(done, pause);
       hurry = () => (clearTimeout(timer), done());
@@ -33,6 +33,7 @@ export async function watch(busy, changed) {
 
 /** Ask again now. */
 export const askNow = () => ((again = true), hurry());
+document.addEventListener("visibilitychange", () => document.hidden || askNow());
 
 async function ask() {
   try {
