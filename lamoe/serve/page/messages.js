@@ -100,7 +100,7 @@ class Reply {
     let [kind, words] = NOTES[v.finish] ?? ["", v.finish === "error" ? v.error : ""];
     if (v.finish === "length") {
       const total = v.usage?.total_tokens, full = v.window && total >= v.window - 1;
-      [kind, words] = full ? ["", `The context is full: ${count(total)} of ${count(v.window)} tokens. Shorten or start a new conversation to go on.`]
+      [kind, words] = full ? ["", `The context is full: ${count(total)} of ${count(v.window)} tokens. Start a new conversation, or edit the last message into a shorter one.`]
         : ["calm", `Cut at the limit of ${v.usage ? `${count(v.usage.completion_tokens)} ` : ""}tokens for a reply. The settings have the limit.`];
     }
     this.note.className = `note ${kind}`;

@@ -93,7 +93,7 @@ export const shown = (m) => m.versions[m.shown];
 
 /** A title from what was first asked. */
 export function titleOf(content) {
-  const line = content.trim().split("\n")[0].replace(/\s+/g, " ");
+  const line = content.trim().split("\n")[0].replace(/^[#>*\s]+/, "").replace(/\s+/g, " ");
   return line.length > 60 ? `${line.slice(0, 57).trimEnd()}…` : line || "New conversation";
 }
 
