@@ -199,7 +199,7 @@ def test_settings_go_with_the_request_and_stay(page, server):
     page.keyboard.press("Alt+s")
     expect(page.locator("#system")).to_be_focused()
     page.keyboard.type("Answer in rhymes.")
-    for name, value in (("Temperature", "0"), ("Top k", "40"), ("Tokens per reply", ""), ("Seed", "7")):
+    for name, value in (("Temperature", "0"), ("Top k", "40"), ("Tokens per reply", "33"), ("Seed", "7")):
         page.get_by_label(name, exact=True).fill(value)
     page.get_by_label("Top p", exact=True).fill("5")  # above its limit: shown as wrong, not used
     page.get_by_label("Min p, slider").fill("0.1")
@@ -207,8 +207,8 @@ def test_settings_go_with_the_request_and_stay(page, server):
     send(page, "hello")
     body = server.bodies[0]
     assert body["messages"][0] == {"role": "system", "content": "Answer in rhymes."}
-    assert {k: body[k] for k in ("temperature", "top_p", "top_k", "min_p", "seed")} == {"temperature": 0, "top_p": 0.95, "top_k": 40, "min_p": 0.1, "seed": 7}
-    assert "max_tokens" not in body
+    assert {k: body[k] for k in ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed")} == {"temperature": 0, "top_p": 0.95, "top_k": 40, "min_p": 0.1,
+                                                                                                            "max_tokens": 33, "seed": 7}
     page.reload()
     page.get_by_role("tab", name="Settings").click()
     expect(page.locator("#system")).to_have_value("Answer in rhymes.")
@@ -780,7 +780,7 @@ def test_the_page_and_the_real_server_understand_each_other(tabs, real):
     assert stored(page)[0]["messages"][1]["versions"][1]["content"] == first["content"]  # the same seed
     page.keyboard.press("Alt+n")
     page.keyboard.press("Alt+s")
-    page.get_by_label("Tokens per reply", exact=True).fill("")
+    page.get_by_label("Tokens per reply", exact=True).fill("1000")
     page.get_by_label("Temperature", exact=True).fill("0")
     page.get_by_role("tab", name="Live").click()
     send(page, "the dog ran on the hill")

@@ -51,7 +51,7 @@ export async function reply(conversation, version, end, signal, hooks) {
     const since = () => (performance.now() - start) / 1000;
     let finish = null;
     try {
-      const body = { model: await modelName(), messages: messagesFor(conversation, end), ...samplingFor(conversation) };
+      const body = { model: await modelName(), messages: messagesFor(conversation, end), ...samplingFor(conversation, server.stats?.max_model_len) };
       for await (const chunk of chat(body, signal)) {
         if (chunk.requestId !== undefined) {
           version.window = server.stats?.max_model_len ?? null;

@@ -9,7 +9,7 @@ const KNOBS = [
   ["top_p", "Top p", "Keep the likeliest tokens that make up this share.", [0.05, 1, 0.01], true],
   ["min_p", "Min p", "Drop tokens below this share of the likeliest.", [0, 1, 0.01], true],
   ["top_k", "Top k", "Keep this many tokens; 0 keeps all.", [0, 100000, 1], false],
-  ["max_tokens", "Tokens per reply", "Empty leaves the limit to the server.", [1, 1000000, 1], false],
+  ["max_tokens", "Tokens per reply", "Empty: a quarter of the context, at most 2,048.", [1, 1000000, 1], false],
   ["seed", "Seed", "The same seed gives the same reply. Empty: random.", [0, 4294967295, 1], false],
 ];
 
@@ -21,7 +21,7 @@ export function buildSettings(onChange) {
   changed = onChange;
   for (const [name, label, help, [min, max, step], slider] of KNOBS) {
     const box = h("input", { class: "field", id: `k-${name}`, type: "number", autocomplete: "off", inputmode: step < 1 ? "decimal" : "numeric", min, max, step: slider ? "any" : step,
-      "aria-describedby": `k-${name}-help`, placeholder: name === "seed" ? "random" : name === "max_tokens" ? "server" : String(SAMPLING[name]) });
+      "aria-describedby": `k-${name}-help`, placeholder: name === "seed" ? "random" : name === "max_tokens" ? "auto" : String(SAMPLING[name]) });
     const range = slider && h("input", { type: "range", min, max: name === "min_p" ? 0.5 : max, step, "aria-label": `${label}, slider`, tabindex: "-1" });
     boxes[name] = { box, range };
     box.addEventListener("input", () => set(name, box.value === "" ? null : Number(box.value), box));
@@ -44,7 +44,7 @@ function set(name, value, from) {
   const { box, range } = boxes[name];
   if (from === box && !box.checkValidity()) return;  // shown as wrong, not used
   const empty = value === null;
-  conversation.sampling[name] = empty && SAMPLING[name] !== null && name !== "max_tokens" ? SAMPLING[name] : value;
+  conversation.sampling[name] = empty && SAMPLING[name] !== null ? SAMPLING[name] : value;
   if (from !== box) box.value = value;
   if (range && from !== range) range.value = conversation.sampling[name];
   keep();

@@ -7,7 +7,7 @@
 
 const PREFIX = "lamoe:c:";
 const PREFS = "lamoe:prefs";
-export const SAMPLING = { temperature: 0.7, top_p: 0.95, top_k: 0, min_p: 0, max_tokens: 1024, seed: null };
+export const SAMPLING = { temperature: 0.7, top_p: 0.95, top_k: 0, min_p: 0, max_tokens: null, seed: null };
 
 const memory = new Map();  // what localStorage would not take, for as long as the page is open
 let complain = () => {};
@@ -103,9 +103,10 @@ export function messagesFor(c, end = c.messages.length) {
   return [...(c.system.trim() ? [{ role: "system", content: c.system }] : []), ...turns.filter((m) => m.role === "user" || m.content)];
 }
 
-/** The request's sampling fields; an empty one is left to the server. */
-export function samplingFor(c) {
-  return Object.fromEntries(Object.entries(c.sampling).filter(([k, v]) => k in SAMPLING && v !== null && v !== ""));
+/** The request's sampling fields. Without a limit of its own a reply may take a quarter of the model's `window`: a small model never comes to an end. */
+export function samplingFor(c, window) {
+  const given = Object.entries(c.sampling).filter(([k, v]) => k in SAMPLING && v !== null && v !== "");
+  return { max_tokens: Math.max(16, Math.min(2048, Math.floor((window ?? 4096) / 4))), ...Object.fromEntries(given) };
 }
 
 /** A conversation as Markdown, for reading. */
