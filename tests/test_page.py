@@ -269,6 +269,7 @@ def test_a_wrong_key_is_asked_for_again(tabs, server):
 
 def test_a_server_that_is_gone_is_waited_for(page, server):
     server.down = True
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # as when somebody comes back to the tab: it asks at once
     expect(page.locator("#banner")).to_contain_text("cannot be reached")
     send(page, "are you there?", wait=False)
     expect(reply(page)).to_contain_text("cannot be reached. Trying again in")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from chromium import NARROWEST, PHONE, browser, done, page, reply, send, server, tabs  # noqa: F401 (some are fixtures)
-from page_server import EVIL, PAGE
+from page_server import EVIL, PAGE, REPLY
 from playwright.sync_api import Page, expect
 
 
@@ -41,6 +41,20 @@ def test_markdown_lets_no_html_through(page):
     assert "<script>pwned=1</script>" in page.evaluate(RENDER, [VECTORS[1]])[0]["text"]  # shown, not dropped: a reader sees what the model said
     page.wait_for_timeout(100)
     assert page.evaluate("window.pwned") is None
+
+
+def test_markdown_that_grows_ends_like_markdown_that_came_at_once(page):
+    text = f"{REPLY}\n{EVIL}\n- a\n- b\n  - c\n\n  more of b\n\n[ref]\n\nSetext\n===\n\n1) x\n\n    indented\n\n[ref]: https://x.example\n"
+    same = page.evaluate("""async (text) => {
+      const { Prose } = await import('/page/markdown.js');
+      const [grown, whole] = [document.createElement('div'), document.createElement('div')];
+      const prose = new Prose(grown);
+      for (let i = 1; i < text.length; i += 3) prose.update(text.slice(0, i));
+      prose.update(text);
+      new Prose(whole).update(text);
+      return [grown.innerHTML === whole.innerHTML, whole.children.length];
+    }""", text)
+    assert same[0] and same[1] > 15
 
 
 def test_nothing_that_anybody_says_becomes_part_of_the_page(tabs, server):
@@ -139,7 +153,7 @@ def test_the_end_is_followed_unless_the_reader_has_left_it(page, server):
     assert box.evaluate("e => e.scrollHeight - e.scrollTop - e.clientHeight") < 2
     page.keyboard.press("PageUp")
     expect(page.locator("#latest")).to_be_visible()
-    server.delay = 0.003
+    server.delay = 0.002
     page.locator("#input").fill("x")  # regenerating goes to the end again; scrolling up while it writes stays
     page.keyboard.press("Alt+r")
     expect(reply(page)).to_contain_text("Paragraph 8")

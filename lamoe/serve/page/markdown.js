@@ -1,6 +1,8 @@
 // Markdown of a model into DOM that cannot do anything. Two walls, each enough alone: marked is told to write HTML in the text as text
 // (so a reader sees what the model said), and DOMPurify lets through a short list of tags and attributes. The page's CSP is a third.
 // Math is not rendered, images become links: the page loads nothing from elsewhere.
+// The vendor files are those of the npm packages marked 18.2.1 (lib/marked.esm.js), dompurify 3.4.18 (dist/purify.es.mjs) and
+// @highlightjs/cdn-assets 11.12.0 (es/highlight.min.js), without the line that names a source map.
 
 import { Marked } from "./vendor-marked.js";
 import DOMPurify from "./vendor-purify.js";
@@ -93,6 +95,7 @@ function block(token, links) {
 export class Prose {
   #el;
   #blocks = [];
+  #links = "{}";
 
   constructor(el) {
     this.#el = el;
@@ -102,10 +105,13 @@ export class Prose {
     let tokens;
     try {
       tokens = marked.lexer(source);
+      const links = JSON.stringify(tokens.links);  // "[a]: https://..." far below may turn "[a]" above into a link
+      const all = links !== this.#links;
+      this.#links = links;
       const wanted = tokens.filter((t) => t.type !== "space" && t.type !== "def");
       wanted.forEach((token, i) => {
         const old = this.#blocks[i];
-        if (old?.raw === token.raw) return;
+        if (old?.raw === token.raw && !all) return;
         const node = block(token, tokens.links);
         old ? old.node.replaceWith(node) : this.#el.append(node);
         this.#blocks[i] = { raw: token.raw, node };
