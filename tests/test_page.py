@@ -223,6 +223,19 @@ def test_a_reply_goes_on_while_another_conversation_is_open(page, server):
     expect(reply(page)).to_contain_text("the paper")
 
 
+def test_no_more_replies_at_once_than_a_browser_has_connections_for(page, server):
+    server.delay = 0.02
+    for i in range(4):
+        page.keyboard.press("Alt+n")
+        send(page, f"{i} slow", wait=False)
+    page.keyboard.press("Alt+n")
+    send(page, "one too many", wait=False)
+    expect(page.locator(".toast")).to_contain_text("4 replies are being written already")
+    expect(page.locator("#input")).to_have_value("one too many")
+    expect(page.locator("#queue")).to_have_text("4, 0")
+    assert len(server.bodies) == 4
+
+
 def test_damaged_and_full_storage_do_no_harm(tabs, server):
     context = tabs.context()
     context.add_init_script("""localStorage['lamoe:c:bad'] = '{"id": 3'; localStorage['lamoe:c:odd'] = '{"id":"odd","title":"t","messages":[{"role":"x"}]}';
@@ -300,7 +313,7 @@ def test_a_lost_connection_keeps_the_beginning(page):
 def test_a_model_that_loads_is_waited_for(tabs, server):
     server.loading = True
     page = tabs.open(server.url, ready=False)
-    expect(page.locator("#banner")).to_contain_text("loading the model")
+    expect(page.locator("#banner")).to_have_text("Not ready: the model is loading. You can write meanwhile.")
     send(page, "early", wait=False)
     expect(reply(page)).to_contain_text("not ready yet. Trying again in")
     server.loading = False

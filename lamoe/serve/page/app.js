@@ -1,10 +1,11 @@
 // The page: which conversation is open, what is being written, and what keys and buttons do. Start reading here.
 // dom (small things), api (HTTP), store (localStorage), run (one reply), messages + markdown (how it looks), sidebar, settings, layout,
-// panel + heat (the live side). Everything is plain modules; nothing is loaded from elsewhere.
+// key, panel + heat (the live side). Everything is plain modules; nothing is loaded from elsewhere.
 
 import { $, announce, count, download, h, text, toast } from "./dom.js";
-import { apiKey, getJson, postJson } from "./api.js";
+import { postJson } from "./api.js";
 import * as store from "./store.js";
+import { askKey, wasAsked } from "./key.js";
 import { buildLayout, closeOver, showTab, toggle } from "./layout.js";
 import { editInPlace, messageElement } from "./messages.js";
 import { askNow, fetchExperts, server, showReply, watch } from "./panel.js";
@@ -12,6 +13,7 @@ import { draftNote, newVersion, reply } from "./run.js";
 import { buildSettings, showSettings } from "./settings.js";
 import { buildSidebar, showList } from "./sidebar.js";
 
+const MOST_AT_ONCE = 4;  // replies: a browser opens six connections to a server, and the panel needs one
 const LONG_DRAFT = 1500;  // characters from which a draft's tokens are counted
 const STARTERS = ["Explain in three sentences how a model can keep a small latent instead of all keys and values.",
   "Write a Python function that merges two sorted lists, with a docstring and a test.",
@@ -63,10 +65,10 @@ function drawAround() {
 function drawServer() {
   const s = server.stats, state = server.state;
   $("dot").className = `dot ${state === "key" ? "loading" : state}`;
-  text($("model"), { connecting: "Connecting", loading: "Loading", gone: "No connection", key: "Key needed" }[state] ?? `${s.model} · ${s.dtype}`);
+  text($("model"), { connecting: "Connecting", loading: "Loading", gone: "No connection", key: "Key needed" }[state] ?? (s ? `${s.model} · ${s.dtype}` : "Ready"));
   $("chip").title = s ? `${s.model}, ${s.dtype}, reads ${count(s.max_model_len)} tokens` : "";
   const [words, label, action] = {
-    loading: ["The server is not ready: it is loading the model, or ending. You can write meanwhile."],
+    loading: [`Not ready: ${server.why.replace(/; try again later$/, "")}. You can write meanwhile.`],
     gone: ["The server cannot be reached. Your conversations are safe in this browser.", "Try now", askNow],
     key: ["This server asks for an API key.", "Enter the key", () => askKey()],
   }[state] ?? [""];
@@ -75,7 +77,7 @@ function drawServer() {
   $("banner-action").hidden = !label;
   text($("banner-action"), label ?? "");
   $("banner-action").onclick = action ?? null;
-  if (state === "key" && !askedOnce) askKey();
+  if (state === "key" && !wasAsked()) askKey();
   if (s) {
     const mha = s.cache.compare?.mha;
     text($("about"), `${s.model} reads up to ${count(s.max_model_len)} tokens and keeps ${count(s.cache.bytes_per_token)} bytes of each`
@@ -105,13 +107,18 @@ function touch(c) {
 
 function send() {
   const content = $("input").value;
-  if (!content.trim() || isBusy() || draftTooLong) return;
+  if (!content.trim() || isBusy() || draftTooLong || tooMany()) return;
   $("input").value = current.draft = "";
   store.prefs.set({ draft: "" });
   draftChanged();
   if (!current.messages.length && !current.named) current.title = store.titleOf(content);
   current.messages.push({ role: "user", content, at: Date.now() });
   answer();
+}
+
+function tooMany() {
+  if (running.size >= MOST_AT_ONCE) toast(`${MOST_AT_ONCE} replies are being written already. Wait for one of them.`);
+  return running.size >= MOST_AT_ONCE;
 }
 
 function answer() {
@@ -165,7 +172,7 @@ const stop = () => running.get(current.id)?.abort.abort();
 
 function regenerate() {
   const last = current.messages.at(-1);
-  if (isBusy() || last?.role !== "assistant") return;
+  if (isBusy() || last?.role !== "assistant" || tooMany()) return;
   const failed = !store.shown(last).content;
   if (failed) last.versions[last.shown] = newVersion();  // nothing to go back to
   else last.shown = last.versions.push(newVersion()) - 1;
@@ -184,7 +191,7 @@ function showVersion(message, step) {
 
 function startEdit() {
   const at = current.messages.findLastIndex((m) => m.role === "user");
-  if (at < 0 || isBusy() || editing) return;
+  if (at < 0 || isBusy() || editing || tooMany()) return;
   editing = true;
   const message = current.messages[at];
   editInPlace($("messages").children[at], message.content, (value) => {
@@ -311,52 +318,13 @@ store.onForeignChange((id) => {
   } else drawAround();
 });
 
-// ---- the key ---------------------------------------------------------------------------------------------------------
-let asking = null, askedOnce = false;
-
-/** Ask for the key; true when the server took one. Several who ask share one dialog. */
-function askKey() {
-  askedOnce = true;
-  return (asking ??= new Promise((done) => {
-    const dialog = $("key-dialog"), why = $("key-why"), form = $("key-form");
-    text(why, apiKey.get() ? "The server refused the key it was given. Perhaps it was started with another one." : "This server asks for the key it was started with.");
-    $("key").value = "";
-    form.onsubmit = async (e) => {
-      e.preventDefault();
-      const value = $("key").value.trim();
-      if (!/^[\x21-\x7e]+$/.test(value)) return text(why, "A key is made of letters, digits and signs, without spaces.");
-      apiKey.set(value);
-      try {
-        await getJson("/v1/models");
-      } catch (problem) {
-        if (problem.status === 401) {
-          apiKey.set(null);
-          text(why, "The server refused this key. Check it and try again.");
-          $("key").select();
-          return;
-        }
-      }
-      dialog.close("yes");
-    };
-    $("key-cancel").onclick = () => dialog.close("");
-    dialog.onclose = () => {
-      asking = null;
-      done(dialog.returnValue === "yes");
-      dialog.returnValue = "";
-      askNow();
-    };
-    dialog.showModal();
-    $("key").focus();
-  }));
-}
-$("key-button").addEventListener("click", () => (closeOver(), askKey()));
-
 // ---- keys ------------------------------------------------------------------------------------------------------------
 const isField = (el) => el.matches?.("textarea, input:not([type=range], [type=radio]), [contenteditable]");
 const ALT = {
   KeyN: startNew, KeyR: regenerate, KeyB: () => toggle("side"), KeyP: () => toggle("panel"), KeyS: () => showTab("settings", true),
   ArrowUp: () => neighbour(-1), ArrowDown: () => neighbour(1),
 };
+$("key-button").addEventListener("click", () => (closeOver(), askKey()));
 addEventListener("keydown", (e) => {
   if (e.isComposing || document.querySelector("dialog[open]")) return;
   if (e.altKey && !e.ctrlKey && !e.metaKey && !e.shiftKey && ALT[e.code]) {

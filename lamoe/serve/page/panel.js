@@ -2,7 +2,7 @@
 // One poll feeds it and everything else that wants to know how the server is (`watch`).
 
 import { $, bytes, count, h, many, percent, rate, seconds, text } from "./dom.js";
-import { ApiError, Unreachable, getJson, health } from "./api.js";
+import { getJson, health } from "./api.js";
 import { redrawHeat, showExperts } from "./heat.js";
 
 const SAMPLES = 60;
@@ -11,7 +11,8 @@ const speeds = [];
 let last = null;  // tokens and bytes of the cache when it last held something
 let hurry = () => {}, again = false;
 
-export const server = { state: "connecting", stats: null };  // state: connecting | ready | loading | gone | key
+// state: connecting | ready | loading | gone | key; why: the last problem, in the server's words
+export const server = { state: "connecting", stats: null, why: "" };
 
 /**
  * Ask the server how it is, for ever: every second while `busy()`, else every three, hardly ever while nobody looks. `changed()` runs after
@@ -23,7 +24,7 @@ export async function watch(busy, changed) {
     await ask();
     show();
     changed();
-    const pause = document.hidden ? 30000 : server.state === "key" ? 15000 : server.state !== "ready" ? 2000 : busy() || server.stats.running ? 1000 : 3000;
+    const pause = document.hidden ? 30000 : server.state === "key" ? 15000 : server.state !== "ready" ? 2000 : busy() || server.stats?.running ? 1000 : 3000;
     if (!again) await new Promise((done) => {
       const timer = setTimeout(done, pause);
       hurry = () => (clearTimeout(timer), done());
@@ -40,9 +41,9 @@ async function ask() {
     server.stats = await getJson("/lamoe/stats");
     server.state = "ready";
   } catch (e) {
-    if (e instanceof ApiError) server.state = e.status === 401 ? "key" : e.status === 503 ? "loading" : await health();
-    else if (e instanceof Unreachable) server.state = "gone";
-    else server.state = "gone";
+    server.why = e.message;
+    if (e.kind === "key" || e.kind === "loading") server.state = e.kind;
+    else server.state = await health();  // the engine may be deep in a long prompt: then numbers come late, and the server is there all the same
   }
 }
 
