@@ -14,7 +14,7 @@ export const apiKey = {
 };
 
 /** A refusal of the server. kind: key (401), busy (429), loading (503), refused (other). */
-export class ApiError extends Error {
+class ApiError extends Error {
   constructor(status, message, retryAfter = null) {
     super(message);
     this.status = status;
@@ -24,7 +24,7 @@ export class ApiError extends Error {
 }
 
 /** The server did not answer, or stopped in the middle of an answer. */
-export class Unreachable extends Error {
+class Unreachable extends Error {
   kind = "gone";
 }
 
