@@ -16,6 +16,7 @@ from lamoe.cache import PagedCache
 from lamoe.config import did_you_mean
 from lamoe.engine import prefix_file, runner
 from lamoe.engine.generate import TextStream
+from lamoe.engine.grammar import Matcher
 from lamoe.engine.pages import PagePool
 from lamoe.engine.request import Output, Sequence
 from lamoe.engine.sampler import SamplingParams, sample
@@ -26,12 +27,13 @@ from lamoe.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step added to one sequence. output: set on the last one."""
+    """What one step added to one sequence. output: set on the last one. logprobs: of this token, as in Output."""
 
     id: int
     token_id: int | None
     text: str
     output: Output | None = None
+    logprobs: dict[int, float] | None = None
 
 
 class LLM:
@@ -40,12 +42,13 @@ class LLM:
     model: a Transformer, or the folder or hub id of one. cache: fp32 | bf16 | int8 | 6bit | 4bit. cache_memory: bytes of cache (default: enough for
     four full contexts, at most 1 GiB). max_model_len: the longest prompt + output; max_num_seqs: sequences running at once; max_num_batched_tokens:
     tokens of a step, which bounds how long a long prompt can hold up those who are decoding. speculate: while at most this many sequences run,
-    drafts from the text so far are checked several tokens at a time (engine/lookup.py); outputs do not change. 0 switches it off.
+    drafts from the text so far are checked several tokens at a time (engine/lookup.py); outputs do not change. 0 switches it off. count_experts: every
+    sequence counts which routed experts computed its tokens (Output.experts, `experts`).
     """
 
     def __init__(self, model: Transformer | str | Path, tokenizer: Tokenizer | None = None, *, cache: str = "bf16", cache_memory: int | None = None,
                  max_model_len: int | None = None, max_num_seqs: int = 64, max_num_batched_tokens: int = 512, page_size: int = 16,
-                 speculate: int = 2, dtype: str | None = None, threads: int = 0):
+                 speculate: int = 2, dtype: str | None = None, threads: int = 0, count_experts: bool = False):
         if cache not in codec.FORMATS:
             raise ValueError(f"unknown cache format {cache!r}{did_you_mean(cache, codec.FORMATS)}; known: {', '.join(codec.FORMATS)}")
         if max_num_seqs < 1 or max_num_batched_tokens < max_num_seqs or page_size < 1:
@@ -74,6 +77,7 @@ class LLM:
         self.pool = PagePool(self.cache.pages, page_size)
         self.scheduler = Scheduler(self.pool, max_num_seqs, max_num_batched_tokens, speculate)
         self.eos_ids = tokenizer.stop_ids if tokenizer else frozenset({c.eos_token_id} - {None})
+        self.count_experts = count_experts and c.is_moe
         self._ids, self._texts = count(), {}
         self._inboxes: dict[int, deque[Delta]] = {}  # of those who wait in generate or stream
         self.prompt_tokens = self.cached_tokens = 0  # since the start; their ratio is the prefix hit rate
@@ -114,10 +118,19 @@ class LLM:
     # ---- the pieces ----------------------------------------------------------------------------------------------
     def add(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
         """Queue a request; the ids of its n sequences. ValueError when it can never run."""
-        sequences = self._sequences(prompt, params)
+        return self.add_all([(prompt, params)])
+
+    def add_all(self, requests: list[tuple[str | list[int], SamplingParams]]) -> list[int]:
+        """Queue several requests, or none when one of them can never run (ValueError); the ids of all sequences, which follow each other."""
+        sequences = [seq for prompt, params in requests for seq in self._sequences(prompt, params)]
         for seq in sequences:
             self._start(seq)
         return [seq.id for seq in sequences]
+
+    def experts(self, id: int) -> torch.Tensor | None:
+        """[MoE layers, experts] int64: how often each routed expert computed a token of a sequence that runs or waits (tokens of a prefix hit were not
+        computed, those of a preempted sequence twice). None when it is not there, or without count_experts."""
+        return next((seq.experts for seq in (*self.scheduler.running, *self.scheduler.waiting) if seq.id == id), None)
 
     def cancel(self, id: int) -> Output | None:
         """End a sequence at any point and free its pages; what it came to, or None when it is not there (any more)."""
@@ -150,7 +163,7 @@ class LLM:
         work = self.scheduler.schedule()
         if not work:
             return []
-        results = runner.run(self.model, self.cache, work)
+        results = runner.run(self.model, self.cache, work, self.count_experts)
         for seq, n in work:
             self.scheduler.computed(seq, n - len(seq.draft))
         return self._deliver([delta for seq, logits in results for delta in self._follow(seq, logits)])
@@ -181,23 +194,28 @@ class LLM:
         try:
             if not logits.isfinite().all():
                 raise ValueError("the model's logits are not finite")
-            token = sample(p.adjust(logits, seq.tokens, seq.prompt_len, self.eos_ids), p, seq.generator)
+            adjusted = p.adjust(logits, seq.tokens, seq.prompt_len, self.eos_ids)
+            token = sample(seq.matcher.mask(adjusted, p.ignore_eos) if seq.matcher else adjusted, p, seq.generator)
+            if seq.matcher:
+                seq.matcher.accept(token)
         except (ValueError, RuntimeError) as e:  # one poisoned request fails alone
             seq.error = str(e)
             return Delta(seq.id, None, "", self._finish(seq, "error", text.all))
-        if p.logprobs is not None:
-            seq.logprobs.append(_logprobs(logits, token, p.logprobs))
+        logprobs = None if p.logprobs is None else token_logprobs(logits, token, p.logprobs)
+        if logprobs is not None:
+            seq.logprobs.append(logprobs)
         seq.tokens.append(token)
         if token in self.eos_ids and not p.ignore_eos:
             piece = text.rest()
-            return Delta(seq.id, token, piece, self._finish(seq, "stop", text.all))
+            return Delta(seq.id, token, piece, self._finish(seq, "stop", text.all), logprobs)
         piece, stopped = text.add(token)
         if stopped:
-            return Delta(seq.id, token, piece, self._finish(seq, "stop", text.all))
-        if len(seq.tokens) >= seq.limit:
+            return Delta(seq.id, token, piece, self._finish(seq, "stop", text.all), logprobs)
+        complete = seq.matcher is not None and seq.matcher.complete
+        if complete or len(seq.tokens) >= seq.limit:
             piece += text.rest()
-            return Delta(seq.id, token, piece, self._finish(seq, "length", text.all))
-        return Delta(seq.id, token, piece)
+            return Delta(seq.id, token, piece, self._finish(seq, "stop" if complete else "length", text.all), logprobs)
+        return Delta(seq.id, token, piece, None, logprobs)
 
     def _sequences(self, prompt: str | list[int], p: SamplingParams) -> list[Sequence]:
         c, tok = self.model.config, self.tokenizer
@@ -217,11 +235,14 @@ class LLM:
         if p.logit_bias and max(p.logit_bias) >= c.vocab_size:
             raise ValueError(f"logit_bias names token {max(p.logit_bias)}; the vocabulary has {c.vocab_size}")
         limit = min(len(prompt) + p.max_tokens, self.max_model_len)
-        first = Sequence(next(self._ids), list(prompt), len(prompt), p, limit, p.generator(0))
-        return [first] + [Sequence(next(self._ids), list(prompt), len(prompt), p, limit, p.generator(i), leader=first) for i in range(1, p.n)]
+        first = Sequence(next(self._ids), list(prompt), len(prompt), p, limit, p.generator(0), self._matcher(p))
+        return [first] + [Sequence(next(self._ids), list(prompt), len(prompt), p, limit, p.generator(i), self._matcher(p), first) for i in range(1, p.n)]
+
+    def _matcher(self, p: SamplingParams) -> Matcher | None:
+        return None if p.grammar is None else p.grammar.start(self.tokenizer)
 
     def _start(self, seq: Sequence) -> None:
-        self._texts[seq.id] = TextStream(self.tokenizer, seq.params.stop)
+        self._texts[seq.id] = TextStream(self.tokenizer, seq.params.stop, seq.params.skip_special)
         self.scheduler.add(seq)
 
     def _finish(self, seq: Sequence, reason: str, text: str) -> Output:
@@ -230,7 +251,8 @@ class LLM:
         del self._texts[seq.id]
         self.prompt_tokens += seq.prompt_len
         self.cached_tokens += seq.cached
-        return Output(seq.output, text, reason, seq.prompt_len, seq.cached, seq.logprobs if seq.params.logprobs is not None else None, seq.error)
+        return Output(seq.output, text, reason, seq.prompt_len, seq.cached, seq.logprobs if seq.params.logprobs is not None else None, seq.error,
+                      seq.experts)
 
     # ---- prefixes on disk ----------------------------------------------------------------------------------------
     def save_cache(self, file: str | Path, tokens: list[int]) -> int:
@@ -244,7 +266,7 @@ class LLM:
         return prefix_file.load(file, self.model, self.cache, self.pool, self.max_model_len)
 
 
-def _logprobs(logits: torch.Tensor, token: int, top: int) -> dict[int, float]:
+def token_logprobs(logits: torch.Tensor, token: int, top: int) -> dict[int, float]:
     """The chosen token and the `top` most likely ones with the natural logs of their probabilities, most likely first."""
     logp = logits.float().log_softmax(-1)
     ids = logp.topk(min(top, len(logp))).indices.tolist() if top else []

@@ -7,20 +7,25 @@ import torch
 from lamoe.cache import Group, PagedCache, Step
 from lamoe.engine.request import Sequence
 from lamoe.model import Transformer
+from lamoe.routing import Chosen
 
 SPREAD = 64  # decoding sequences share a group while the longest has at most 1.5 x the rows of the shortest, plus this
 
 
-def run(model: Transformer, cache: PagedCache, work: list[tuple[Sequence, int]]) -> list[tuple[Sequence, torch.Tensor]]:
+def run(model: Transformer, cache: PagedCache, work: list[tuple[Sequence, int]], count_experts: bool = False) -> list[tuple[Sequence, torch.Tensor]]:
     """Compute the next n tokens of each (sequence, n), its draft included. (sequence, logits [1 + draft, vocabulary]) of those whose last token was
-    among them: what comes after that token and after each token of the draft."""
+    among them: what comes after that token and after each token of the draft. count_experts: add the experts that computed them to each
+    sequence's `experts` (a model with MoE layers only)."""
     decode = sorted((seq for seq, n in work if n == 1), key=lambda s: s.computed)
     ordered = [(seq, 1) for seq in decode] + [(seq, n) for seq, n in work if n > 1]
     ids = [t for seq, n in ordered for t in (seq.tokens[seq.computed :] + seq.draft)[:n]]
     position = torch.cat([torch.arange(seq.computed, seq.computed + n) for seq, n in ordered])
     slots = {seq.id: _slots(seq, seq.computed + n, cache.page_size) for seq, n in ordered}
     step = Step(cache, position, torch.cat([slots[seq.id][-n:] for seq, n in ordered]), _groups(ordered, slots))
-    h = model.hidden(torch.tensor([ids]), step)[0]
+    chosen = Chosen() if count_experts else None
+    h = model.hidden(torch.tensor([ids]), step, training=chosen)[0]
+    if chosen is not None:
+        _count(ordered, torch.stack(chosen.layers), model.config.n_routed_experts)
     ready, rows, end = [], [], 0
     for seq, n in ordered:
         end += n
@@ -30,6 +35,15 @@ def run(model: Transformer, cache: PagedCache, work: list[tuple[Sequence, int]])
     if not ready:
         return []
     return list(zip(ready, model.logits(h[rows]).split([1 + len(seq.draft) for seq in ready])))
+
+
+def _count(ordered: list[tuple[Sequence, int]], expert: torch.Tensor, experts: int) -> None:
+    """Add expert [MoE layers, tokens, K] to the counters of the sequences that the tokens belong to, in order."""
+    owner = torch.repeat_interleave(torch.tensor([n for _, n in ordered]))
+    counts = torch.zeros(len(ordered), expert.shape[0], experts, dtype=torch.int64)
+    counts.index_put_((owner[None, :, None], torch.arange(expert.shape[0])[:, None, None], expert), torch.ones((), dtype=torch.int64), accumulate=True)
+    for (seq, _), count in zip(ordered, counts):
+        seq.experts = count if seq.experts is None else seq.experts + count
 
 
 def _slots(seq: Sequence, length: int, page_size: int) -> torch.Tensor:
