@@ -13,6 +13,12 @@ from page_server import WINDOW
 from playwright.sync_api import expect
 from tiny_run import BODY, MLA, MOE, trained  # noqa: F401 (trained is a fixture)
 
+import lamoe
+from lamoe.config import ModelConfig
+from lamoe.model import Transformer
+from lamoe.tokenizer import Tokenizer
+from lamoe.train import checkpoint
+
 
 # ---- talking ---------------------------------------------------------------------------------------------------------------
 def test_a_message_is_sent_and_its_reply_streams_in_as_markdown(page, server):
@@ -368,13 +374,6 @@ def test_a_long_paste_is_counted_refused_when_hopeless_and_folded_when_sent(page
 @pytest.fixture(scope="module")
 def real(trained, tmp_path_factory):
     """The URL of `lamoe serve` with a tiny random model that knows letters, and a key."""
-    pytest.importorskip("lamoe.serve.run", reason="NO SERVER in this tree: the page is tested against page_server.py only")
-    import lamoe
-    from lamoe.config import ModelConfig
-    from lamoe.model import Transformer
-    from lamoe.tokenizer import Tokenizer
-    from lamoe.train import checkpoint
-
     folder = tmp_path_factory.mktemp("real") / "tiny-random"
     config = ModelConfig(**{**BODY, "max_position_embeddings": 256, "initializer_range": 0.2}, **MLA, **MOE)
     lamoe.save(Transformer(config).init_weights(1).eval(), folder)
