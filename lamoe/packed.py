@@ -42,7 +42,8 @@ class Piece(NamedTuple):
 
 def pieces(config: ModelConfig, weights: str) -> Iterator[Piece]:
     """All tensors of a packed model in the order of a step. `weights`: fp32 | bf16 | int8 | int4. ValueError for a geometry the kernels lack."""
-    check(config)
+    if why := lacks(config):
+        raise ValueError(why)
     elem = element(weights)
     yield Piece(-1, "embed", "raw", config.vocab_size, config.hidden_size, 1, lambda read, i: read("model.embed_tokens.weight"))
     for layer in range(config.num_hidden_layers):
@@ -59,11 +60,10 @@ def element(weights: str) -> str:
     return "fp32" if weights == "fp32" else "bf16"
 
 
-def check(c: ModelConfig) -> None:
-    """ValueError when the kernels cannot run this geometry (odd widths; the torch ops can)."""
+def lacks(c: ModelConfig) -> str | None:
+    """Why the kernels cannot run this geometry (the torch ops can), or None when they can."""
     widths = [c.qk_head_dim, c.value_head_dim, c.rope_dim] + ([c.kv_lora_rank, c.qk_nope_head_dim] if c.is_mla else [])
-    if any(w % 2 for w in widths):
-        raise ValueError(f"the compiled kernels need even head and latent widths, found {widths}; use impl='torch'")
+    return f"the compiled kernels need even head and latent widths, found {widths}; use impl='torch'" if any(w % 2 for w in widths) else None
 
 
 def _vector(layer: int, name: str, n: int, disk: str) -> Piece:
@@ -163,6 +163,7 @@ class PackedModel:
 
     def __init__(self, config: ModelConfig, weights: str, tensors: dict[str, tuple[torch.Tensor, list[float]]], threads: int = 0):
         self.config, self.weights, self.elem = config, weights, element(weights)
+        self.tensors, self.dtype = tensors, torch.float32 if self.elem == "fp32" else torch.bfloat16
         self.nbytes = {key: data.numel() for key, (data, _) in tensors.items()}
         c = config
         settings = dict(layers=c.num_hidden_layers, vocab=c.vocab_size, hidden=c.hidden_size, heads=c.num_attention_heads, kv_heads=c.n_kv_heads,
@@ -194,7 +195,7 @@ class PackedModel:
             weights = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype)
             if weights is None:
                 raise ValueError(f"the compiled kernels compute in float32 and bfloat16, and the model is {dtype}; use impl='torch'")
-        views = hf._views(model.config, dict(model.named_parameters()))
+        views = hf.views(model.config, dict(model.named_parameters()))
         elem, tensors = element(weights), {}
         for piece in pieces(model.config, weights):
             built = list(build(piece, views.__getitem__, elem))
