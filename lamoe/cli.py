@@ -308,6 +308,17 @@ def newest_run(folder: str = "runs") -> str:
     return str(newest)
 
 
+def _ints(text: str) -> list[int]:
+    """'16,32' -> [16, 32]; nothing -> []."""
+    try:
+        found = [int(x) for x in text.split(",") if x.strip()]
+    except ValueError:
+        found = [-1]
+    if any(x < 0 for x in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers; write it like 512,2048")
+    return found
+
+
 def _load(name: str, dtype: str | None, threads: int):
     import torch
 
