@@ -254,7 +254,7 @@ def bench(args) -> int:
     prefills = [(n, 0) for n in args.prefill if n <= limit] + [(512, d) for d in depths if d and d + 512 <= limit]
     run = b.Bench(model, args.cache, max([n + d for n, d in prefills] + [d + 1 for d in depths] + [32 * x for x in args.batch] + [1]))
     largest = max(model.tensors.values(), key=lambda t: t[0].numel())[0]
-    machine = b.Machine.probe(threads, largest)
+    machine = b.Machine.probe(threads, largest if largest.numel() > 1 << 28 else torch.zeros(1 << 29, dtype=torch.uint8))
     lines = b.measure(run, prefills, depths, args.batch, args.rounds)
     weights = sum(model.nbytes.values())
     print(f"{args.model}: weights {model.weights}, {weights / 1e9:.2f} GB, ready in {loaded:.1f} s; cache {args.cache}; {threads} threads, {native.lib.isa()}; peak memory {b.peak_rss() / 1e9:.2f} GB\n"

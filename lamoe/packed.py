@@ -198,8 +198,15 @@ class PackedModel:
         views = hf.views(model.config, dict(model.named_parameters()))
         elem, tensors = element(weights), {}
         for piece in pieces(model.config, weights):
-            built = list(build(piece, views.__getitem__, elem))
-            tensors[piece.key] = torch.cat([data for data, _ in built]) if len(built) > 1 else built[0][0], [scale for _, scale in built]
+            if piece.format in (None, "raw"):  # one array; where nothing needs a cast it is the Transformer's own memory
+                tensors[piece.key] = next(build(piece, views.__getitem__, elem))[0], [1.0]
+                continue
+            data, scales, at = native.room(piece_bytes(piece, elem)), [], 0
+            for part, scale in build(piece, views.__getitem__, elem):
+                data[at : at + len(part)] = part
+                scales.append(scale)
+                at += len(part)
+            tensors[piece.key] = data, scales
         return cls(model.config, weights, tensors, threads)
 
     def run(self, ids: list[int], positions: torch.Tensor, seqs: torch.Tensor, pages: torch.Tensor, cache: PagedCache, rows: list[int], *,
