@@ -17,9 +17,10 @@ LEVEL = {
     "cache": 2, "attention": 2, "moe": 2,
     "model": 3,
     "evals": 4, "convert": 4, "parallel": 4,
-    "engine": 5, "train": 5,
-    "report": 6, "chat": 6, "serve": 6,
-    "cli": 7, "__main__": 8,
+    "packed": 5, "packed_file": 5,
+    "engine": 6, "train": 6,
+    "report": 7, "chat": 7, "serve": 7,
+    "cli": 8, "__main__": 9,
 }
 ENTRY_POINTS = {"lamoe", "lamoe.cli", "lamoe.__main__"}
 MAX_LINES, MAX_COLUMNS = 520, 200

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lamoe import accounting, codec
+from lamoe import accounting, codec, packed
 from lamoe.cache import PagedCache
 from lamoe.config import did_you_mean
 from lamoe.engine import prefix_file, runner
@@ -21,7 +21,9 @@ from lamoe.engine.pages import PagePool
 from lamoe.engine.request import Output, Sequence
 from lamoe.engine.sampler import SamplingParams, sample
 from lamoe.engine.scheduler import Scheduler
+from lamoe.kernels import native
 from lamoe.model import Transformer
+from lamoe.packed import PackedModel
 from lamoe.tokenizer import Tokenizer
 
 
@@ -39,29 +41,30 @@ class Delta:
 class LLM:
     """A model with a paged cache and continuous batching.
 
-    model: a Transformer, or the folder or hub id of one. cache: fp32 | bf16 | int8 | 6bit | 4bit. cache_memory: bytes of cache (default: enough for
-    four full contexts, at most 1 GiB). max_model_len: the longest prompt + output; max_num_seqs: sequences running at once; max_num_batched_tokens:
-    tokens of a step, which bounds how long a long prompt can hold up those who are decoding. speculate: while at most this many sequences run,
-    drafts from the text so far are checked several tokens at a time (engine/lookup.py); outputs do not change. 0 switches it off. count_experts: every
-    sequence counts which routed experts computed its tokens (Output.experts, `experts`).
+    model: a Transformer, a PackedModel, or the folder (packed or not) or hub id of one. weights: int8 | int4 quantises while loading (`lamoe
+    quantize` does it once, for good). impl: "native" runs the compiled kernels, "torch" the torch ops; None takes native where it can. cache:
+    fp32 | bf16 | int8 | 6bit | 4bit. cache_memory: bytes of cache (default: enough for four full contexts, at most 1 GiB). max_model_len: the
+    longest prompt + output; max_num_seqs: sequences running at once; max_num_batched_tokens: tokens of a step, which bounds how long a long
+    prompt can hold up those who are decoding. speculate: while at most this many sequences run, drafts from the text so far are checked several
+    tokens at a time (engine/lookup.py); outputs do not change. 0 switches it off. count_experts: every sequence counts which routed experts
+    computed its tokens (Output.experts, `experts`).
     """
 
-    def __init__(self, model: Transformer | str | Path, tokenizer: Tokenizer | None = None, *, cache: str = "bf16", cache_memory: int | None = None,
+    def __init__(self, model: Transformer | PackedModel | str | Path, tokenizer: Tokenizer | None = None, *, cache: str = "bf16", cache_memory: int | None = None,
                  max_model_len: int | None = None, max_num_seqs: int = 64, max_num_batched_tokens: int = 512, page_size: int = 16,
-                 speculate: int = 2, dtype: str | None = None, threads: int = 0, count_experts: bool = False):
+                 speculate: int = 2, dtype: str | None = None, threads: int = 0, count_experts: bool = False,
+                 weights: str | None = None, impl: str | None = None):
         if cache not in codec.FORMATS:
             raise ValueError(f"unknown cache format {cache!r}{did_you_mean(cache, codec.FORMATS)}; known: {', '.join(codec.FORMATS)}")
         if max_num_seqs < 1 or max_num_batched_tokens < max_num_seqs or page_size < 1:
             raise ValueError(f"max_num_seqs {max_num_seqs} and page_size {page_size} must be at least 1, max_num_batched_tokens {max_num_batched_tokens} at least max_num_seqs")
         if threads:
             torch.set_num_threads(threads)
-        if not isinstance(model, Transformer):
-            from lamoe.convert import load, resolve
-
-            folder = resolve(model)
-            model = load(folder, dtype)
-            tokenizer = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
-        self.model, self.tokenizer, c = model.eval(), tokenizer, model.config
+        if not isinstance(model, (Transformer, PackedModel)):
+            model, tokenizer = _load(model, tokenizer, dtype, threads)
+            model = _packed(model, weights, impl, threads)  # and the Transformer it was made from goes
+        self.model, self.runs = model, _packed(model, weights, impl, threads)  # what was given; what steps run on
+        self.tokenizer, c = tokenizer, model.config
         self.max_model_len = c.max_position_embeddings if max_model_len is None else max_model_len
         if not 1 < self.max_model_len <= c.max_position_embeddings:
             raise ValueError(f"max_model_len is {max_model_len}; it must be from 2 to the model's max_position_embeddings {c.max_position_embeddings}")
@@ -73,7 +76,7 @@ class LLM:
             fits = cache_memory // page_bytes * page_size
             raise ValueError(f"a cache of {accounting.human_bytes(cache_memory)} in {cache} holds {fits} tokens, less than max_model_len {self.max_model_len}, which needs "
                              f"{accounting.human_bytes(needed * page_bytes)}; give more cache_memory, a smaller cache format, or max_model_len {max(fits, 2)}")
-        self.cache = PagedCache(c, cache_memory // page_bytes, page_size, cache, model.embed.weight.dtype)
+        self.cache = PagedCache(c, cache_memory // page_bytes, page_size, cache, self.dtype)
         self.pool = PagePool(self.cache.pages, page_size)
         self.scheduler = Scheduler(self.pool, max_num_seqs, max_num_batched_tokens, speculate)
         self.eos_ids = tokenizer.stop_ids if tokenizer else frozenset({c.eos_token_id} - {None})
@@ -147,11 +150,21 @@ class LLM:
         c = self.model.config
         tokens = self.cache.pages * self.cache.page_size
         return {
-            "weights": sum(p.numel() * p.element_size() for p in self.model.parameters()), "cache": self.cache.nbytes,
+            "weights": self._weight_bytes(), "cache": self.cache.nbytes,
             "bytes_per_token": self.cache.nbytes // tokens, "tokens": tokens, "max_model_len": self.max_model_len,
             "sequences": self.cache.pages // math.ceil(self.max_model_len / self.cache.page_size),
             "expanded_bytes_per_token": 2 * accounting.expanded_elements(c) if c.is_mla else self.cache.nbytes // tokens,
         }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What attention computes in, and cache rows are read in."""
+        return self.runs.dtype if isinstance(self.runs, PackedModel) else self.runs.embed.weight.dtype
+
+    def _weight_bytes(self) -> int:
+        if isinstance(self.runs, PackedModel):
+            return sum(self.runs.nbytes.values())
+        return sum(p.numel() * p.element_size() for p in self.runs.parameters())
 
     @property
     def busy(self) -> bool:
@@ -163,7 +176,7 @@ class LLM:
         work = self.scheduler.schedule()
         if not work:
             return []
-        results = runner.run(self.model, self.cache, work, self.count_experts)
+        results = runner.run(self.runs, self.cache, work, self.count_experts)
         for seq, n in work:
             self.scheduler.computed(seq, n - len(seq.draft))
         return self._deliver([delta for seq, logits in results for delta in self._follow(seq, logits)])
@@ -258,12 +271,45 @@ class LLM:
     def save_cache(self, file: str | Path, tokens: list[int]) -> int:
         """Write what the cache holds of the beginning of `tokens` (ids) to a safetensors file; how many tokens that is. See prefix_file.py. Like
         `load_cache` it goes between two steps, not beside one in another thread."""
-        return prefix_file.save(file, tokens, self.model, self.cache, self.pool)
+        return prefix_file.save(file, tokens, self.runs, self.cache, self.pool)
 
     def load_cache(self, file: str | Path) -> int:
         """Read a file of `save_cache`: prompts that begin with its tokens need not compute them again. How many tokens of it are in the cache now.
         ValueError for another model or cache format, a damaged file, or one that does not fit."""
-        return prefix_file.load(file, self.model, self.cache, self.pool, self.max_model_len)
+        return prefix_file.load(file, self.runs, self.cache, self.pool, self.max_model_len)
+
+
+def _load(source: str | Path, tokenizer: Tokenizer | None, dtype: str | None, threads: int) -> tuple[Transformer | PackedModel, Tokenizer | None]:
+    from lamoe import packed_file
+    from lamoe.convert import load, resolve
+
+    folder = resolve(source)
+    tokenizer = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
+    if not packed_file.is_packed(folder):
+        return load(folder, dtype), tokenizer
+    if dtype is not None:
+        raise ValueError(f"dtype is {dtype}, but {source} is a packed model, which has its own; leave dtype away")
+    if not native.available():
+        raise ValueError(f"{source} is packed for the compiled kernels, which are not there (or LAMOE_IMPL switches them off); install lamoe with a C++ compiler, or use the model it was made from")
+    return packed_file.load(folder, threads), tokenizer
+
+
+def _packed(model: Transformer | PackedModel, weights: str | None, impl: str | None, threads: int) -> Transformer | PackedModel:
+    """The model in the form that `impl` runs."""
+    if impl not in (None, "native", "torch"):
+        raise ValueError(f"impl is {impl!r}; known: native, torch")
+    if isinstance(model, PackedModel):
+        if impl == "torch" or weights not in (None, model.weights):
+            raise ValueError(f"the model is packed as {model.weights}; it runs on the compiled kernels in that format only")
+        return model
+    if impl == "torch" or not native.available():
+        if impl == "native" or weights is not None:
+            raise ValueError("the compiled kernels are not there (or LAMOE_IMPL, impl='torch' switch them off), and quantised weights need them; install lamoe with a C++ compiler")
+        native.announce()
+        return model.eval()
+    if impl is None and weights is None and (model.embed.weight.dtype not in (torch.float32, torch.bfloat16) or packed.lacks(model.config)):
+        return model.eval()
+    return PackedModel.of(model, weights, threads)
 
 
 def token_logprobs(logits: torch.Tensor, token: int, top: int) -> dict[int, float]:

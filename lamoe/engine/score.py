@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import torch
 
-from lamoe.cache import KVCache
+from lamoe.cache import KVCache, PagedCache
 from lamoe.engine.async_llm import AsyncLLM
 from lamoe.engine.llm import LLM, token_logprobs
 from lamoe.model import Transformer
+from lamoe.packed import PackedModel
 
 
 async def prompt_logprobs(engine: AsyncLLM, ids: list[int], top: int) -> list[dict[int, float] | None]:
@@ -20,12 +21,11 @@ async def prompt_logprobs(engine: AsyncLLM, ids: list[int], top: int) -> list[di
 
     def score(llm: LLM) -> bool:
         nonlocal passes
-        passes = passes or states(llm.model, ids[:-1], llm.scheduler.max_tokens)
-        h = next(passes, None)
-        if h is not None:
-            with torch.inference_mode():
-                found.extend(token_logprobs(row, ids[len(found)], top) for row in llm.model.logits(h))
-        return h is not None
+        passes = passes or forward(llm.runs, ids[:-1], llm.scheduler.max_tokens, logits=True)
+        logits = next(passes, None)
+        if logits is not None:
+            found.extend(token_logprobs(row, ids[len(found)], top) for row in logits)
+        return logits is not None
 
     while len(ids) > 1 and await engine.call(score):
         pass
@@ -38,7 +38,7 @@ async def mean_state(engine: AsyncLLM, ids: list[int]) -> list[float]:
 
     def add(llm: LLM) -> bool:
         nonlocal total, passes
-        passes = passes or states(llm.model, ids, llm.scheduler.max_tokens)
+        passes = passes or forward(llm.runs, ids, llm.scheduler.max_tokens, logits=False)
         h = next(passes, None)
         if h is not None:
             total = h.float().sum(0) + (0 if total is None else total)
@@ -50,8 +50,17 @@ async def mean_state(engine: AsyncLLM, ids: list[int]) -> list[float]:
 
 
 @torch.inference_mode()
-def states(model: Transformer, ids: list[int], chunk: int) -> Iterator[torch.Tensor]:
-    """Final normed states of `ids`, [at most chunk, D] at a time."""
-    cache = KVCache(model.config, 1, len(ids), model.embed.weight.dtype)
+def forward(model: Transformer | PackedModel, ids: list[int], chunk: int, logits: bool) -> Iterator[torch.Tensor]:
+    """Logits [at most chunk, vocabulary] or final normed states [at most chunk, D] of `ids`, a chunk at a time."""
+    if isinstance(model, PackedModel):
+        cache = PagedCache(model.config, -(-len(ids) // 16), 16, model.elem, model.dtype)
+        pages = torch.arange(cache.pages, dtype=torch.int32)
+        for at in range(0, len(ids), chunk):
+            part = ids[at : at + chunk]
+            seqs = torch.tensor([[len(part), at + len(part), 0]], dtype=torch.int32)
+            yield model.run(part, torch.arange(at, at + len(part)), seqs, pages, cache, list(range(len(part))), logits=logits)[0]
+        return
+    plain = KVCache(model.config, 1, len(ids), model.embed.weight.dtype)
     for at in range(0, len(ids), chunk):
-        yield model.hidden(torch.tensor([ids[at : at + chunk]]), cache)[0]
+        h = model.hidden(torch.tensor([ids[at : at + chunk]]), plain)[0]
+        yield model.logits(h) if logits else h

@@ -239,7 +239,7 @@ def _engine_stats(llm: LLM) -> dict[str, Any]:
     page = cache.nbytes // cache.pages
     twins = {name[:3].lower(): 2 * n for name, n in accounting.cache_twins(c).items() if name[:3] in ("MHA", "GQA", "MQA")}
     return {
-        "dtype": str(llm.model.embed.weight.dtype).removeprefix("torch."), "max_model_len": llm.max_model_len,
+        "dtype": str(llm.dtype).removeprefix("torch."), "max_model_len": llm.max_model_len,
         "cache": {"format": cache.format, "used_bytes": pool.owned * page, "total_bytes": cache.nbytes, "used_tokens": pool.owned * cache.page_size,
                   "total_tokens": cache.pages * cache.page_size, "bytes_per_token": page / cache.page_size, "compare": twins},
         "running": len(llm.scheduler.running), "waiting": len(llm.scheduler.waiting), "prompt_tokens": llm.prompt_tokens, "cached_tokens": llm.cached_tokens,
