@@ -251,7 +251,7 @@ def test_stats_while_it_runs_and_after(server):
         lines = r.iter_lines()
         next(lines)
         now = server.client.get("/lamoe/stats").json()
-        assert now["running"] == 1 and now["cache"]["used_bytes"] > 0 and now["cache"]["used_tokens"] > 50
+        assert now["running"] == 1 and now["cache"]["used_bytes"] > 0 and now["cache"]["used_tokens"] > len(tok().encode(LONG))
         assert now["cache"]["used_bytes"] == now["cache"]["used_tokens"] * now["cache"]["bytes_per_token"]
     c = model().config
     assert now["cache"]["bytes_per_token"] == c.num_hidden_layers * 4 * sum(c.cache_row)  # fp32 rows

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -17,6 +18,15 @@ from tiny_server import until
 from lamoe import cli
 from lamoe.serve import settings
 from lamoe.serve.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """cli.main(["serve", ...]) takes the process's logging over."""
+    root, access = logging.getLogger(), logging.getLogger("uvicorn.access")
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:], root.level, access.disabled = handlers, level, False
 
 
 class Process:
@@ -115,7 +125,7 @@ def parse(*words, **environment) -> Settings:
 
 def test_every_flag_is_also_a_variable():
     values = {"host": "::1", "port": "9", "api_key": "k", "api_key_file": "f", "served_model_name": "m", "max_model_len": "99", "max_num_seqs": "3", "max_num_batched_tokens": "33",
-              "kv_cache_dtype": "6bit", "kv_cache_memory": "2GiB", "dtype": "float32", "threads": "2", "seed": "5", "max_queued_requests": "4", "max_choices": "5",
+              "kv_cache_dtype": "6bit", "quantization": "int4", "kv_cache_memory": "2GiB", "dtype": "float32", "threads": "2", "seed": "5", "max_queued_requests": "4", "max_choices": "5",
               "max_body_bytes": "1MB", "max_header_bytes": "9kb", "max_connections": "6", "request_timeout": "1.5", "body_timeout": "2", "shutdown_timeout": "0", "allowed_hosts": "a,b",
               "log_level": "debug"}
     assert set(values) == set(Settings.__dataclass_fields__)

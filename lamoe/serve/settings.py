@@ -41,6 +41,7 @@ class Settings:
     max_model_len: int | None = _option(None, "longest prompt + output in tokens; default: what the model was made for", int)
     max_num_seqs: int = _option(64, "sequences running at once", int)
     max_num_batched_tokens: int = _option(512, "tokens of one step of the engine", int)
+    quantization: str | None = _option(None, "of the weights, while loading: int8 or int4; a folder made by `lamoe quantize` needs none")
     kv_cache_dtype: str = _option("bf16", "storage format of the cache: fp32, bf16, int8, 6bit or 4bit")
     kv_cache_memory: int | None = _option(None, "size of the cache, for example 2GB; default: four full contexts, at most 1 GiB", parse_bytes)
     dtype: str | None = _option(None, "of the computation: float32 or bfloat16; default: the model's own")
