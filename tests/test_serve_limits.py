@@ -93,6 +93,9 @@ def test_a_client_that_leaves_while_it_generates(stream):
         until(lambda: s.service.generated_tokens > 6)
         c.leave()
         until(s.idle, 1.0)
+        [id] = s.service._experts  # what was cut short counts too
+        load = s.client.get(f"/lamoe/requests/{id}/experts").json()["load"]
+        assert sum(load[0]) >= s.service.generated_tokens * paced().model.config.num_experts_per_tok / 2
         assert s.service.generated_tokens < 3 * CONTEXT / 2 and "lamoe_disconnected_total 1.0" in s.client.get("/metrics").text
 
 
@@ -140,6 +143,23 @@ def test_a_body_that_never_ends():
             sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{")
             assert b" 408 " in sock.recv(4096)
         assert s.idle()
+
+
+def test_headers_that_never_end():
+    """On a new connection, and on one that has asked something before."""
+    with Running(paced, body_timeout=0.3) as s:
+        s.wait_ready()
+        host, port = s.url.removeprefix("http://").split(":")
+        for before in (b"", b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"):
+            with socket.create_connection((host, int(port)), timeout=10) as sock:
+                sock.sendall(before)
+                got = b""
+                while before and not got.endswith(b"}"):
+                    got += sock.recv(4096)
+                sock.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n")
+                assert sock.recv(4096) == b""  # closed
+        with s.client.stream("POST", "/v1/completions", json=LONG | {"max_tokens": 800, "stream": True}) as r:  # a long answer is not silence
+            assert [line for line in r.iter_lines() if line][-1] == "data: [DONE]"
 
 
 # ---- loading, draining, ending ---------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Settings:
     max_header_bytes: int = _option(32 << 10, "of one request", parse_bytes)
     max_connections: int = _option(1024, "open at once; beyond, they get 503", int)
     request_timeout: float = _option(600.0, "seconds from a request to the end of its answer", float)
-    body_timeout: float = _option(30.0, "seconds in which the body of a request must have come", float)
+    body_timeout: float = _option(30.0, "seconds in which the headers of a request must have come, and then its body", float)
     shutdown_timeout: float = _option(30.0, "seconds that running requests get after SIGTERM; a second signal ends them at once", float)
     allowed_hosts: str | None = _option(None, "names, with commas between, that callers may use in the Host header; * for any. Default: loopback names when "
                                         "listening on loopback without a key (a web page could reach the server through a name of its own), else any")
