@@ -4,10 +4,13 @@ import argparse
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -33,7 +36,7 @@ class Process:
     """A server in a process of its own. `log`: its JSON lines so far."""
 
     def __init__(self, *words, cwd=None, **environment):
-        env = {k: v for k, v in os.environ.items() if not k.startswith("LAMOE_")} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
+        env = {k: v for k, v in os.environ.items() if not k.startswith("LAMOE_")} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LAMOE_THREADS": "1"} | environment
         self.process = subprocess.Popen([sys.executable, "-m", "lamoe", "serve", *map(str, words)], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         os.set_blocking(self.process.stderr.fileno(), False)
         self._text = b""
@@ -94,6 +97,19 @@ def test_sigterm_drains_and_a_second_one_aborts(trained, tmp_path):  # noqa: F81
         assert p.process.wait(10) == 1 and time.monotonic() - started < 5, p.log
         slow[0].join(5)
         assert slow[0].status in (0, 503) and p.event("requests are cut off")["why"] == "a second signal"
+
+
+def test_the_examples_of_the_readme(trained):  # noqa: F811
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split("## Serve it")[1].split("\n## ")[0]
+    shell, python = (re.search(rf"```{kind}\n(.*?)```", readme, re.DOTALL)[1] for kind in ("sh", "py"))
+    with Process(trained, "--port", 0) as p:
+        address = p.wait_ready().url.removeprefix("http://")
+        run = [(["sh", "-c", shell], '"role":"assistant"')] if shutil.which("curl") else []
+        for words, says in [*run, ([sys.executable, "-c", python], "")]:
+            words = [w.replace("127.0.0.1:8000", address) for w in words]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0 and says in done.stdout and done.stdout.strip(), done.stderr
+        assert sum(line.get("status") == 200 and line.get("generated_tokens", 0) > 0 for line in p.log) == len(run) + 1
 
 
 @pytest.mark.parametrize("words, says", [
