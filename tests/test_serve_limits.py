@@ -84,6 +84,24 @@ def test_limits_on_what_one_request_asks_for():
         assert s.idle()
 
 
+def test_bodies_in_memory_and_log_probabilities_are_bounded(monkeypatch):
+    with Running(paced, max_body_bytes=60_000, body_timeout=3) as s:
+        s.wait_ready()
+        host, port = s.url.removeprefix("http://").split(":")
+        half = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: 60000\r\n\r\n" + b" " * 50_000
+        slow = [socket.create_connection((host, int(port)), timeout=5) for _ in range(guard.BODIES + 3)]
+        for sock in slow:
+            sock.sendall(half)
+        until(lambda: s.serving._app.held == len(slow) * 50_000)
+        assert s.error(429, prompt="a" * 55_000)["code"] == "queue_full"
+        assert s.client.get("/health").status_code == 200 and s.serving._app.held < (guard.BODIES + 1) * 60_000
+        for sock in slow:
+            sock.close()
+        until(lambda: s.serving._app.held == 0)
+        assert s.error(400, prompt="a", n=128, max_tokens=4000, logprobs=20)["code"] == "too_many_logprobs"
+        assert s.error(400, "/v1/chat/completions", messages=[{"role": "user", "content": "a"}], n=100, logprobs=True, top_logprobs=20)["param"] == "logprobs"
+
+
 # ---- clients that leave ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_while_it_generates(stream):
