@@ -99,6 +99,13 @@ def test_sigterm_drains_and_a_second_one_aborts(trained, tmp_path):  # noqa: F81
         assert slow[0].status in (0, 503) and p.event("requests are cut off")["why"] == "a second signal"
 
 
+def test_sigterm_while_the_model_loads(trained):  # noqa: F811
+    with Process(trained, "--port", 0) as p:
+        until(lambda: p.event("listening"), 60)
+        p.process.send_signal(signal.SIGTERM)
+        assert p.process.wait(20) == 0 and p.event("stopped"), p._text
+
+
 def test_the_examples_of_the_readme(trained):  # noqa: F811
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split("## Serve it")[1].split("\n## ")[0]
     shell, python = (re.search(rf"```{kind}\n(.*?)```", readme, re.DOTALL)[1] for kind in ("sh", "py"))

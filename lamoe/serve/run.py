@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +30,11 @@ def run(model: str, name: str, settings: Settings) -> int:
     configure(settings.log_level)
     options = dict(cache=settings.kv_cache_dtype, cache_memory=settings.kv_cache_memory, max_model_len=settings.max_model_len, max_num_seqs=settings.max_num_seqs,
                    max_num_batched_tokens=settings.max_num_batched_tokens, dtype=settings.dtype, threads=settings.threads, weights=settings.quantization, count_experts=True)
-    return asyncio.run(Serving(lambda: LLM(model, **options), name, settings).run())
+    code = asyncio.run(Serving(lambda: LLM(model, **options), name, settings).run())
+    if any(t.name in ("lamoe-load", "lamoe-engine") for t in threading.enumerate()):  # still loading, or in a step of many seconds
+        sys.stderr.flush()
+        os._exit(code)  # an ordinary exit would take the ground from under their C++ code, which ends in abort()
+    return code
 
 
 class Serving:
