@@ -289,8 +289,11 @@ class Completions:
         if not (self.body.echo and self.body.logprobs is not None):
             return
         try:
-            async with self.service.scoring:
-                self.scores = [await prompt_logprobs(self.service.ready(), p, self.body.logprobs) for p in self.prompts]
+            scores = []
+            for p in self.prompts:
+                async with self.service.scoring:
+                    scores.append(await prompt_logprobs(self.service.engine, p, self.body.logprobs))
+            self.scores = scores
         except EngineDead:
             raise ended() from None
 

@@ -47,7 +47,8 @@ class Reply(Response):
         except ApiError as e:
             response = e.response()
         except TimeoutError:
-            response = ApiError(408, f"the answer was not complete within {self.seconds:g} seconds (--request-timeout)", "timeout").response()
+            response = ApiError(408, f"the answer was not complete within {self.seconds:g} seconds (--request-timeout)", "timeout",
+                                headers={"X-Should-Retry": "false"}).response()
         await response(scope, receive, send)
 
     async def _stream(self, send) -> None:
