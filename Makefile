@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-lm-eval bench clean
 
 demo: $(READY)  ## train a small DeepSeek-V2 on this machine, report on it, let it speak
 	$(BIN)/lamoe train recipes/tiny.toml $(if $(wildcard runs/tiny/latest),--resume)
@@ -15,6 +15,10 @@ demo: $(READY)  ## train a small DeepSeek-V2 on this machine, report on it, let 
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest
+
+test-lm-eval: $(READY)  ## lm-eval against the server; apart, because installing lm-eval takes more than a minute
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,train,test,lm-eval]'
+	$(BIN)/python -m pytest tests/test_serve_lm_eval.py
 
 bench: $(READY)  ## training speed beside transformers, alternating
 	$(BIN)/python benchmarks/train.py

@@ -41,6 +41,7 @@ class Settings:
     max_model_len: int | None = _option(None, "longest prompt + output in tokens; default: what the model was made for", int)
     max_num_seqs: int = _option(64, "sequences running at once", int)
     max_num_batched_tokens: int = _option(512, "tokens of one step of the engine", int)
+    quantization: str | None = _option(None, "of the weights, while loading: int8 or int4; a folder made by `lamoe quantize` needs none")
     kv_cache_dtype: str = _option("bf16", "storage format of the cache: fp32, bf16, int8, 6bit or 4bit")
     kv_cache_memory: int | None = _option(None, "size of the cache, for example 2GB; default: four full contexts, at most 1 GiB", parse_bytes)
     dtype: str | None = _option(None, "of the computation: float32 or bfloat16; default: the model's own")
@@ -52,7 +53,7 @@ class Settings:
     max_header_bytes: int = _option(32 << 10, "of one request", parse_bytes)
     max_connections: int = _option(1024, "open at once; beyond, they get 503", int)
     request_timeout: float = _option(600.0, "seconds from a request to the end of its answer", float)
-    body_timeout: float = _option(30.0, "seconds in which the body of a request must have come", float)
+    body_timeout: float = _option(30.0, "seconds in which the headers of a request must have come, and then its body", float)
     shutdown_timeout: float = _option(30.0, "seconds that running requests get after SIGTERM; a second signal ends them at once", float)
     allowed_hosts: str | None = _option(None, "names, with commas between, that callers may use in the Host header; * for any. Default: loopback names when "
                                         "listening on loopback without a key (a web page could reach the server through a name of its own), else any")
