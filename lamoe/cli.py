@@ -80,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("model", help="a run folder, a model folder or a hub id")
     p.add_argument("--data", action="append", default=[], help="a text source (file, folder, glob, .jsonl); default: what the run held out")
     p.add_argument("--seq-len", type=int, help="context in tokens, with --data")
+    p.add_argument("--needle", type=_lengths, metavar="LENGTHS", help="instead: needles in haystacks of these many tokens, for example 512,1024,2048 "
+                   "(--data: the haystack, default austen); writes needle.md, needle.json and the heat map needle.png")
+    p.add_argument("--needle-depths", type=int, default=5, metavar="N", help="at so many depths, from the beginning to the end")
+    p.add_argument("--needle-draws", type=int, default=8, metavar="N", help="needles per depth and length")
     p.add_argument("--out", help="folder for report.md, report.json and report.png; default: the run folder, else nothing is written")
 
     p = verb(info, "parameters, FLOPs, cache bytes and memory of a model, from its config alone")
@@ -156,9 +160,14 @@ def evaluate(args) -> int:
 
     if args.seq_len is not None and not args.data:
         raise ValueError("--seq-len needs --data; a run is measured at the length it was trained with")
+    if args.needle and args.seq_len is not None:
+        raise ValueError("--seq-len goes with text; the lengths of a needle test are those of --needle")
     model, tok = _load(args.model, None, 0)
     run = Path(args.model)
-    if args.data:
+    if args.needle:
+        result = report.evaluate_needle(model, tok, args.needle, args.data or ["austen"], args.needle_depths, args.needle_draws,
+                                        note=lambda text: print(text, file=sys.stderr, flush=True))
+    elif args.data:
         recipe = run / "recipe.json"  # a run is measured at the length it was trained with
         trained = json.loads(recipe.read_text(encoding="utf-8"))["data"]["seq_len"] if recipe.exists() else None
         result = report.evaluate_texts(model, tok, args.data, args.seq_len or trained)
@@ -166,19 +175,20 @@ def evaluate(args) -> int:
         result = report.evaluate_run(model, tok, run)
     else:
         raise ValueError(f"{args.model} is not a run folder, so there is no held-out text; name some with --data")
-    out = Path(args.out) if args.out else run if not args.data else None
+    out = Path(args.out) if args.out else run if not args.data and (run / "recipe.json").exists() else None
     name = f"lamoe: {run.name or args.model}"
-    text = report.markdown(result, name)
+    text = report.needle_markdown(result, name) if args.needle else report.markdown(result, name)
     print(text)
     if out is not None:
+        kind = "needle" if args.needle else "report"
         out.mkdir(parents=True, exist_ok=True)
-        (out / "report.md").write_text(text, encoding="utf-8")
-        (out / "report.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (out / f"{kind}.md").write_text(text, encoding="utf-8")
+        (out / f"{kind}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         try:
-            report.plot(result, name, out / "report.png")
-            print(f"wrote {out / 'report.md'}, report.json, report.png")
+            report.plot_needle({name: result}, out / "needle.png") if args.needle else report.plot(result, name, out / "report.png")
+            print(f"wrote {out / kind}.md, {kind}.json, {kind}.png")
         except ImportError:
-            print(f"wrote {out / 'report.md'}, report.json; no report.png, because matplotlib is not installed (pip install 'lamoe[train]')")
+            print(f"wrote {out / kind}.md, {kind}.json; no {kind}.png, because matplotlib is not installed (pip install 'lamoe[train]')")
     return 0
 
 
@@ -247,6 +257,14 @@ def _config(name: str) -> tuple[ModelConfig, str]:
     from lamoe.convert import read_config, resolve
 
     return read_config(resolve(name)), name
+
+
+def _lengths(text: str) -> list[int]:
+    """'512,1024' -> [512, 1024]."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of lengths; write it like 512,1024,2048") from None
 
 
 def _bytes(text: str) -> int:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from unittest import mock
 
+import numpy as np
 import pytest
 from tiny_run import metrics, raw_recipe, trained, write_texts, write_toml  # noqa: F401 (trained is a fixture)
 
@@ -145,6 +146,35 @@ def test_evaluate_a_model_on_a_file(trained, tmp_path, capsys):
     assert "does not exist" in refused(capsys, "evaluate", tmp_path / "model", "--data", tmp_path / "none.txt")
     assert "context is 65 tokens" in refused(capsys, "evaluate", tmp_path / "model", "--data", tmp_path / "text.txt", "--seq-len", 65)
     assert "--seq-len needs --data" in refused(capsys, "evaluate", trained, "--seq-len", 16)
+
+
+def test_evaluate_needles(trained, tmp_path, capsys, monkeypatch):
+    shutil.copytree(checkpoint.latest(trained) / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    (tmp_path / "hay.txt").write_text("The cat sat on the mat. The dog ran up the hill! " * 20)
+    out = tmp_path / "out"
+    argv = ["evaluate", tmp_path / "model", "--needle", "100,256", "--needle-depths", 3, "--needle-draws", 2, "--data", tmp_path / "hay.txt"]
+    assert run(*argv, "--out", out) == 0
+    said = capsys.readouterr()
+    assert (out / "needle.md").read_text() in said.out and "| depth | 100 tokens | 256 tokens |" in said.out and "256 tokens: " in said.err
+    assert (out / "needle.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and not (out / "report.md").exists()
+    result = json.loads((out / "needle.json").read_text())
+    assert np.shape(result["found"]) == (3, 2) and result["depths"] == [0, 0.5, 1]
+    assert run(*argv) == 0 and "wrote" not in capsys.readouterr().out  # a model folder stays as it is
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(*argv, "--out", tmp_path / "other") == 0
+    assert "matplotlib is not installed" in capsys.readouterr().out and not (tmp_path / "other" / "needle.png").exists()
+    with mock.patch("lamoe.report.read_documents", return_value=[mock.Mock(text="One sentence. Another one.")]) as read:
+        assert run(*argv[:3], "100", "--needle-draws", 1) == 0
+    read.assert_called_once_with(["austen"])
+    assert "haystack of 257 tokens" in refused(capsys, *argv[:3], "257", "--data", tmp_path / "hay.txt")
+    assert "no room for the needle" in refused(capsys, *argv[:3], "16", "--data", tmp_path / "hay.txt")
+    assert "--seq-len goes with text" in refused(capsys, *argv, "--seq-len", 16)
+    assert "1 depths were asked for" in refused(capsys, *argv[:3], "100", "--needle-depths", 1)
+    with pytest.raises(SystemExit):
+        run("evaluate", trained, "--needle", "many")
+    assert "not a list of lengths" in capsys.readouterr().err
 
 
 # ---- info ------------------------------------------------------------------------------------------------------------------
