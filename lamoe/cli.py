@@ -223,10 +223,7 @@ def find_model(name: str) -> str:
     if (path / "recipe.json").exists():
         from lamoe.train import checkpoint
 
-        last = checkpoint.latest(path)  # the newest that is whole: hashes are compared
-        if last is None:
-            raise ValueError(f"{path} is a training run without a checkpoint yet; wait for one, or set run.save_every")
-        return str(last / "model")
+        return str(checkpoint.model_of_run(path))
     if (path / "model" / "config.json").exists() and not (path / "config.json").exists():
         return str(path / "model")
     return name
