@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("model", help="a run folder, a model folder or a hub id")
     p.add_argument("--system", help="a text that comes before the conversation")
     p.add_argument("--cache", default="bf16", help="storage format of the cache: fp32, bf16, int8, 6bit or 4bit")
+    p.add_argument("--max-model-len", type=int, metavar="N", help="longest conversation in tokens, reply included; default: the model's limit")
+    p.add_argument("--kv-cache-memory", type=_bytes, metavar="BYTES", help="memory of the cache, for example 2GB; default: four full contexts, at most 1 GiB")
+    p.add_argument("--max-num-seqs", type=int, default=1, metavar="N", help="sequences at once; a chat has one")
     _sampling(p, max_tokens=1024, what="one reply")
 
     p = verb(evaluate, "measure a model: bits per byte beside gzip and xz, expert load, cache bytes, speed")
@@ -151,7 +154,8 @@ def chat(args) -> int:
     from lamoe.engine.sampler import SamplingParams
 
     params = SamplingParams(args.temperature, args.top_p, args.top_k, args.min_p, args.seed, args.max_tokens, tuple(args.stop))
-    llm = LLM(find_model(args.model), cache=args.cache, dtype=args.dtype, threads=args.threads)
+    llm = LLM(find_model(args.model), cache=args.cache, dtype=args.dtype, threads=args.threads, max_model_len=args.max_model_len,
+              cache_memory=args.kv_cache_memory, max_num_seqs=args.max_num_seqs)
     return run(llm, params, args.system, name=args.model)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from lamoe.config import did_you_mean
 from lamoe.engine import prefix_file, runner
 from lamoe.engine.generate import TextStream
 from lamoe.engine.pages import PagePool
+from lamoe.engine.plan import Plan, available_memory, fit
 from lamoe.engine.request import Output, Sequence
 from lamoe.engine.sampler import SamplingParams, sample
 from lamoe.engine.scheduler import Scheduler
@@ -35,7 +35,7 @@ class Delta:
 
 
 class LLM:
-    """A model with a paged cache and continuous batching.
+    """A model with a paged cache and continuous batching. ValueError, before any weight is read, when the memory does not suffice (engine/plan.py).
 
     model: a Transformer, or the folder or hub id of one. cache: fp32 | bf16 | int8 | 6bit | 4bit. cache_memory: bytes of cache (default: enough for
     four full contexts, at most 1 GiB). max_model_len: the longest prompt + output; max_num_seqs: sequences running at once; max_num_batched_tokens:
@@ -52,25 +52,23 @@ class LLM:
             raise ValueError(f"max_num_seqs {max_num_seqs} and page_size {page_size} must be at least 1, max_num_batched_tokens {max_num_batched_tokens} at least max_num_seqs")
         if threads:
             torch.set_num_threads(threads)
-        if not isinstance(model, Transformer):
-            from lamoe.convert import load, resolve
+        options = (cache, cache_memory, max_model_len, max_num_seqs, page_size)
+        if isinstance(model, Transformer):
+            size = sum(p.numel() * p.element_size() for p in model.parameters())
+            free = available_memory()
+            self._plan = fit(model.config, size, *options, None if free is None else free + size)  # the weights are there already
+        else:
+            from lamoe.convert import load, read_config, resolve
 
             folder = resolve(model)
+            c = read_config(folder)
+            size = accounting.parameters(c).total * accounting.DTYPE_BITS.get(dtype or c.torch_dtype, 32) // 8
+            self._plan = fit(c, size, *options, available_memory())  # before the weights are read
             model = load(folder, dtype)
             tokenizer = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
         self.model, self.tokenizer, c = model.eval(), tokenizer, model.config
-        self.max_model_len = c.max_position_embeddings if max_model_len is None else max_model_len
-        if not 1 < self.max_model_len <= c.max_position_embeddings:
-            raise ValueError(f"max_model_len is {max_model_len}; it must be from 2 to the model's max_position_embeddings {c.max_position_embeddings}")
-        page_bytes = page_size * c.num_hidden_layers * codec.row_bytes(cache, c.cache_row)
-        needed = math.ceil(self.max_model_len / page_size)
-        if cache_memory is None:
-            cache_memory = max(needed * page_bytes, min(4 * needed * page_bytes, 1 << 30))
-        if cache_memory < needed * page_bytes:
-            fits = cache_memory // page_bytes * page_size
-            raise ValueError(f"a cache of {accounting.human_bytes(cache_memory)} in {cache} holds {fits} tokens, less than max_model_len {self.max_model_len}, which needs "
-                             f"{accounting.human_bytes(needed * page_bytes)}; give more cache_memory, a smaller cache format, or max_model_len {max(fits, 2)}")
-        self.cache = PagedCache(c, cache_memory // page_bytes, page_size, cache, model.embed.weight.dtype)
+        self.max_model_len = self._plan.max_model_len
+        self.cache = PagedCache(c, self._plan.pages, page_size, cache, model.embed.weight.dtype)
         self.pool = PagePool(self.cache.pages, page_size)
         self.scheduler = Scheduler(self.pool, max_num_seqs, max_num_batched_tokens, speculate)
         self.eos_ids = tokenizer.stop_ids if tokenizer else frozenset({c.eos_token_id} - {None})
@@ -128,17 +126,9 @@ class LLM:
                 return output
         return None
 
-    def plan(self) -> dict[str, int]:
-        """What was allocated, in bytes, and what it is good for: weights, cache, bytes_per_token (all layers), tokens (that the cache holds), sequences (of
-        max_model_len at once), expanded_bytes_per_token (what caching keys and values at 16 bits would cost)."""
-        c = self.model.config
-        tokens = self.cache.pages * self.cache.page_size
-        return {
-            "weights": sum(p.numel() * p.element_size() for p in self.model.parameters()), "cache": self.cache.nbytes,
-            "bytes_per_token": self.cache.nbytes // tokens, "tokens": tokens, "max_model_len": self.max_model_len,
-            "sequences": self.cache.pages // math.ceil(self.max_model_len / self.cache.page_size),
-            "expanded_bytes_per_token": 2 * accounting.expanded_elements(c) if c.is_mla else self.cache.nbytes // tokens,
-        }
+    def plan(self) -> Plan:
+        """What weights and cache take, and what fits in; `describe()` says it in words."""
+        return self._plan
 
     @property
     def busy(self) -> bool:
