@@ -41,10 +41,10 @@ class Plan:
         """Three lines for people."""
         e, same = self.expanded_bytes_per_token, self.cache // self.expanded_bytes_per_token
         expanded = f"; as expanded keys and values {e:,} ({e / self.bytes_per_token:.1f} x), the same memory would hold {same:,} tokens" if e > self.bytes_per_token else ""
-        long = min(self.sequences, self.max_num_seqs)
+        most = f" (max_num_seqs lets {self.max_num_seqs} run)" if self.max_num_seqs < self.sequences else ""
         return (f"weights {human_bytes(self.weights)}\n"
                 f"cache   {human_bytes(self.cache)} in {self.format}, {self.bytes_per_token:,} bytes a token{expanded}\n"
-                f"fits    {self.tokens:,} tokens: a context of {self.max_model_len:,}, {long:,} sequence{'s' * (long != 1)} of it at once")
+                f"fits    {self.tokens:,} tokens: {self.sequences:,} sequence{'s' * (self.sequences != 1)} of {self.max_model_len:,} at once{most}")
 
 
 def fit(config: ModelConfig, weights: int, format: str, cache_memory: int | None, max_model_len: int | None, max_num_seqs: int, page_size: int,
