@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test bench clean
+.PHONY: demo test long needle bench clean
 
 demo: $(READY)  ## train a small DeepSeek-V2 on this machine, report on it, let it speak
 	$(BIN)/lamoe train recipes/tiny.toml $(if $(wildcard runs/tiny/latest),--resume)
@@ -15,6 +15,13 @@ demo: $(READY)  ## train a small DeepSeek-V2 on this machine, report on it, let 
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest
+
+long: $(READY)  ## 128K positions: the slow test, then the cache's memory there against the closed form
+	$(BIN)/python -m pytest -m slow
+	$(BIN)/python benchmarks/long.py
+
+needle: $(READY)  ## train a small model for retrieval, lengthen its context with YaRN, and draw both heat maps
+	$(BIN)/python benchmarks/needle.py
 
 bench: $(READY)  ## training speed beside transformers, alternating
 	$(BIN)/python benchmarks/train.py

@@ -1,6 +1,8 @@
 """The memory plan: closed forms against what is allocated, and refusals that say what would do."""
 
+import os
 import re
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -8,6 +10,7 @@ from oracles import tiny
 from tiny_run import trained  # noqa: F401 (trained is a fixture)
 
 from lamoe import accounting, cli, codec
+from lamoe.cache import PagedCache
 from lamoe.config import ModelConfig
 from lamoe.engine import llm as llm_module
 from lamoe.engine.llm import LLM
@@ -113,3 +116,16 @@ def test_flags_of_chat(trained, capsys):
         capsys.readouterr()
         assert cli.main(["chat", str(trained), *flags]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_memory_is_taken_when_it_is_written():
+    """A cache that may come to 2 GB takes next to nothing, and then what its tokens take."""
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    c, before = tiny.HARD, resident()
+    token = c.num_hidden_layers * codec.row_bytes("bf16", c.cache_row)
+    cache = PagedCache(c, (2 << 30) // (16 * token), 16, "bf16")
+    assert cache.nbytes > 2e9 and resident() - before < 50e6
+    cache.rows[:, : (100 << 20) // token] = 1
+    assert 90e6 < resident() - before < 150e6
