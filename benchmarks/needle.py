@@ -43,7 +43,7 @@ def config(args) -> ModelConfig:
 
 def row(length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """A row of training, many needles and their questions in any order, and its targets: the values, and -1 (does not count) everywhere else."""
-    n = min(KEYS, max(2, int(length * draw.uniform(0.03, 0.13))))
+    n = min(KEYS, int(length * (0.13 if length <= 64 else draw.uniform(0.03, 0.13))))  # dense at first: that is what makes it learn quickly
     key, value = 1 + draw.permutation(KEYS)[:n], FIRST_WORD + draw.integers(0, WORDS, n)
     ids, targets = FIRST_WORD + draw.integers(0, WORDS, length), np.full(length, -1)
     gaps, used, known = np.sort(draw.integers(0, length - 5 * n + 1, 2 * n)), 0, set()  # words before each of them; a needle takes 2 places, a question 3
