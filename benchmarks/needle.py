@@ -1,6 +1,6 @@
 """Needle in a haystack beyond the training length: a small MLA model learns retrieval at 256 tokens, fails beyond, and works there with YaRN.
 
-    python benchmarks/needle.py [--out runs/needle] [--steps 5000] [--extend-steps 200] [--lengths 64,128,256,512,1024,2048,4096] [--threads 1]
+    python benchmarks/needle.py [--out runs/needle] [--steps 4500] [--extend-steps 200] [--lengths 64,128,256,512,1024,2048,4096] [--threads 1]
 
 A haystack is random words; a needle is a key and the word behind it (the value, a word like any other), and other keys with other values lie about. At
 the end stands the question, a mark and the key; the answer is the value. It takes two layers: one looks one token back (which word stands behind
@@ -115,7 +115,7 @@ def copy(model: Transformer, **changes) -> Transformer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/needle"))
-    for name, default in dict(steps=5000, extend_steps=200, draws=16, depths=5, threads=1, layers=2, nope=16, rope=32, seed=0).items():
+    for name, default in dict(steps=4500, extend_steps=200, draws=16, depths=5, threads=1, layers=2, nope=16, rope=32, seed=0).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=[64, 128, 256, 512, 1024, 2048, 4096])
     parser.add_argument("--base", type=Path, help="a model folder that was trained before: only lengthen and test it")
