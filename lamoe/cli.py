@@ -68,14 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     p = verb(generate, "continue a prompt, streaming")
     p.add_argument("--model", required=True, help="a run folder, a model folder or a hub id")
     p.add_argument("--prompt", help="the text to continue; '-' or nothing: read standard input")
+    _memory(p, "prompt and output in tokens; default: what prompt and --max-tokens need", "what the longest text needs")
     _sampling(p, max_tokens=128, what="the output")
 
     p = verb(chat, "talk to a model in the terminal; every line of a piped input is a turn")
     p.add_argument("model", help="a run folder, a model folder or a hub id")
     p.add_argument("--system", help="a text that comes before the conversation")
-    p.add_argument("--cache", default="bf16", help="storage format of the cache: fp32, bf16, int8, 6bit or 4bit")
-    p.add_argument("--max-model-len", type=int, metavar="N", help="longest conversation in tokens, reply included; default: the model's limit")
-    p.add_argument("--kv-cache-memory", type=_bytes, metavar="BYTES", help="memory of the cache, for example 2GB; default: four full contexts, at most 1 GiB")
+    _memory(p, "conversation in tokens, reply included; default: the model's limit", "four full contexts, at most 1 GiB")
     p.add_argument("--max-num-seqs", type=int, default=1, metavar="N", help="sequences at once; a chat has one")
     _sampling(p, max_tokens=1024, what="one reply")
 
@@ -106,6 +105,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _memory(p: argparse.ArgumentParser, length: str, memory: str) -> None:
+    """How much a cache may hold."""
+    p.add_argument("--cache", default="bf16", help="storage format of the cache: fp32, bf16, int8, 6bit or 4bit")
+    p.add_argument("--max-model-len", type=int, metavar="N", help=f"longest {length}")
+    p.add_argument("--kv-cache-memory", type=_bytes, metavar="BYTES", help=f"memory of the cache, for example 2GB; default: {memory}")
+
+
 def _sampling(p: argparse.ArgumentParser, max_tokens: int, what: str) -> None:
     """The options of everything that speaks."""
     p.add_argument("--max-tokens", type=int, default=max_tokens, help=f"most tokens of {what}")
@@ -134,17 +140,26 @@ def train(args) -> int:
 
 
 def generate(args) -> int:
-    from lamoe.engine.generate import generate as run
+    from lamoe.convert import read_config, resolve
+    from lamoe.engine.llm import LLM
     from lamoe.engine.sampler import SamplingParams
+    from lamoe.tokenizer import Tokenizer
 
     params = SamplingParams(args.temperature, args.top_p, args.top_k, args.min_p, args.seed, args.max_tokens, tuple(args.stop))
-    model, tok = _load(args.model, args.dtype, args.threads)
+    folder = resolve(find_model(args.model))
+    tok = Tokenizer.load(folder)
     prompt = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
-    pieces = run(model, tok.encode(prompt, bos=tok.add_bos), params, tok)
+    ids = tok.encode(prompt, bos=tok.add_bos)
+    needed = max(2, min(len(ids) + args.max_tokens, read_config(folder).max_position_embeddings))
+    llm = LLM(folder, tok, cache=args.cache, cache_memory=args.kv_cache_memory, max_model_len=needed if args.max_model_len is None else args.max_model_len,
+              max_num_seqs=1, dtype=args.dtype, threads=args.threads)
+    deltas = llm.stream(ids, params)
     print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece.text, end="", flush=True)
+    for delta in deltas:
+        print(delta.text, end="", flush=True)
     print()
+    if delta.output.error:
+        raise RuntimeError(delta.output.error)
     return 0
 
 

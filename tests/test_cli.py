@@ -14,6 +14,7 @@ from tiny_run import metrics, raw_recipe, trained, write_texts, write_toml  # no
 
 import lamoe
 from lamoe import cli
+from lamoe.cache import PagedCache
 from lamoe.config import PRESETS
 from lamoe.train import checkpoint, loop
 
@@ -97,13 +98,33 @@ def test_generate_options_arrive(trained, capsys):
     threads.assert_called_once_with(1)
 
 
+def test_generate_within_a_memory(trained, capsys):
+    """The cache is as large as prompt and output need; a longer one can be asked for, one that does not suffice is refused."""
+    made = []
+
+    def out(*argv):
+        with mock.patch("lamoe.engine.llm.PagedCache", side_effect=lambda *a: made.append(PagedCache(*a)) or made[-1]):
+            assert run("generate", "--model", trained, "--prompt", "the ", "--max-tokens", 20, "--temperature", 0, *argv) == 0
+        return capsys.readouterr().out
+
+    whole = out("--cache", "fp32")
+    assert out("--cache", "fp32", "--max-model-len", 64) == whole and 16 < made[0].pages * 16 // 4 < made[1].pages * 16 // 4 == 64  # room for four
+    assert out("--cache", "6bit", "--kv-cache-memory", "50kB").startswith("the ") and 40_000 < made[2].nbytes <= 50_000 and made[2].format == "6bit"
+    assert whole.startswith(out("--cache", "fp32", "--max-model-len", 8).rstrip("\n"))  # finish_reason "length"
+    assert "leaves no room in max_model_len 2; shorten it, or raise max_model_len (the model takes 64)" in refused(
+        capsys, "generate", "--model", trained, "--prompt", "the cat", "--max-model-len", 2)
+    assert "max_model_len is 65; it must be" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--max-model-len", 65)
+    assert "holds 0 tokens" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--kv-cache-memory", "10")
+    assert "unknown cache format '6bits', did you mean '6bit'?" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--cache", "6bits")
+
+
 def test_generate_refuses(trained, tmp_path, capsys):
     assert "does not look like a hub id" in refused(capsys, "generate", "--model", tmp_path / "none", "--prompt", "x")
     assert "top_p is 2.0" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--top-p", 2)
     assert "temperature is nan" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--temperature", "nan")
     assert "max_tokens is 0" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--max-tokens", 0)
     assert "stop string is empty" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--stop", "")
-    assert "leaves no room in the model's context of 64" in refused(capsys, "generate", "--model", trained, "--prompt", "zq " * 100)
+    assert "leaves no room in max_model_len 64; shorten it" in refused(capsys, "generate", "--model", trained, "--prompt", "zq " * 100)
     (tmp_path / "run").mkdir()
     shutil.copy(trained / "recipe.json", tmp_path / "run")
     assert "is a training run without a checkpoint yet" in refused(capsys, "generate", "--model", tmp_path / "run", "--prompt", "x")
