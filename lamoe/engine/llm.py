@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from lamoe.cache import PagedCache
 from lamoe.config import did_you_mean
 from lamoe.engine import prefix_file, runner
 from lamoe.engine.generate import TextStream
+from lamoe.engine.lookup import Pace
 from lamoe.engine.pages import PagePool
 from lamoe.engine.plan import Plan, available_memory, fit
 from lamoe.engine.request import Output, Sequence
@@ -76,6 +78,7 @@ class LLM:
         self._inboxes: dict[int, deque[Delta]] = {}  # of those who wait in generate or stream
         self.prompt_tokens = self.cached_tokens = 0  # since the start; their ratio is the prefix hit rate
         self.drafted = self.accepted = 0  # tokens of drafts, since the start
+        self._pace = Pace()
 
     # ---- the simple way ------------------------------------------------------------------------------------------
     def generate(self, prompts: list[str | list[int]], params: SamplingParams | list[SamplingParams] = SamplingParams()) -> list[Output]:
@@ -140,7 +143,11 @@ class LLM:
         work = self.scheduler.schedule()
         if not work:
             return []
+        alone = work[0] if len(work) == 1 and work[0][0].todo == 1 else None
+        begin = time.perf_counter()
         results = runner.run(self.model, self.cache, work)
+        if alone:
+            self._pace.saw(alone[1], time.perf_counter() - begin)
         for seq, n in work:
             self.scheduler.computed(seq, n - len(seq.draft))
         return self._deliver([delta for seq, logits in results for delta in self._follow(seq, logits)])
@@ -162,7 +169,7 @@ class LLM:
             deltas.append(self._advance(seq, row))
         if draft:
             accepted = len(deltas) - 1
-            seq.lookup.learn(len(draft), accepted, len(seq.tokens))
+            seq.lookup.learn(len(draft), accepted, len(seq.tokens), self._pace.cost(1 + len(draft)))
             self.drafted, self.accepted = self.drafted + len(draft), self.accepted + accepted
         return deltas
 
