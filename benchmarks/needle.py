@@ -4,8 +4,8 @@
 
 A haystack is random words; a needle is a key and the word behind it (the value, a word like any other), and other keys with other values lie about. At
 the end stands the question, a mark and the key; the answer is the value. It takes two layers: one looks one token back (which word stands behind
-which key), one looks through the whole haystack for the key. Nothing but rotary position can look one token back, and the heads are two thirds rotary,
-so that looking far uses the slow pairs as well, as it does in models whose heads are rotary altogether.
+which key), one looks through the whole haystack for the key. The first needs the quick pairs of the rotary position; and as the heads are two thirds rotary,
+the second one uses the slow pairs as well, as it does in models whose heads are rotary altogether.
 
 Four heat maps over depth x length, the same needles in each: the trained model as it is; the same weights with YaRN (only rope_scaling set); YaRN and some
 training on rows of 4 x the length (the paper's extension, 3.1.4); and, to compare, that training without YaRN. Written to --out: needle.png,
