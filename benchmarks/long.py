@@ -1,6 +1,6 @@
 """A YaRN model at 32K and 128K positions through the engine: what its cache really takes, against the closed form, and what a step costs there.
 
-    python benchmarks/long.py [--formats bf16 6bit] [--layers 2] [--threads 2]
+    python benchmarks/long.py [--formats bf16 6bit] [--layers 1] [--threads 2]
 
 One sequence grows to 32,768 and on to 131,072 tokens. Its cache rows are DeepSeek-V2's (512 + 64 elements); the rest of the model is as narrow as can be
 (one head, random weights), because it is the cache that is measured. Pages: those the sequence owns, times their bytes. Resident: memory behind the
@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -47,11 +48,11 @@ def resident(t: torch.Tensor) -> int:
     return sum(b & 1 for b in bytes(seen)) * size
 
 
-def measure(m: Transformer, format: str) -> list[dict]:
+def measure(m: Transformer, format: str) -> Iterator[dict]:
     c, generator = m.config, torch.Generator().manual_seed(0)
     row = c.num_hidden_layers * codec.row_bytes(format, c.cache_row)
     engine = LLM(m, cache=format, max_num_seqs=1, max_num_batched_tokens=2048, speculate=0)
-    tokens, found = torch.randint(256, (LENGTHS[-1],), generator=generator).tolist(), []
+    tokens = torch.randint(256, (LENGTHS[-1],), generator=generator).tolist()
     for length in LENGTHS:
         begin = time.perf_counter()
         [id] = engine.add(tokens[: length - STEPS - 1], SamplingParams(temperature=0.0, max_tokens=4 * STEPS, ignore_eos=True))  # what is cached is not computed again
@@ -67,21 +68,20 @@ def measure(m: Transformer, format: str) -> list[dict]:
         step = (time.perf_counter() - begin) / (length - computed)
         closed = length * row
         owned = len(seq.pages) * engine.pool.page_size * row
-        found.append({"format": format, "tokens": length, "closed_form": closed, "pages": owned, "of_closed_form": owned / closed, "resident": resident(engine.cache.rows),
-                      "reserved": engine.cache.nbytes, "prefill_tokens_per_s": (length - STEPS - 1 - seq.cached) / prefill, "decode_ms": 1e3 * step})
+        yield {"format": format, "tokens": length, "closed_form": closed, "pages": owned, "of_closed_form": owned / closed, "resident": resident(engine.cache.rows),
+                "reserved": engine.cache.nbytes, "prefill_tokens_per_s": (length - STEPS - 1 - seq.cached) / prefill, "decode_ms": 1e3 * step}
         engine.cancel(id)
-    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--formats", nargs="+", default=["bf16", "6bit"], choices=list(codec.FORMATS))
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     m = model(args.layers)
-    print(f"{args.layers} layers, one head, rows of 512 + 64, YaRN factor 40 over 4,096; {args.threads} threads")
+    print(f"{args.layers} layer{'s' * (args.layers != 1)}, one head, rows of 512 + 64, YaRN factor 40 over 4,096; {args.threads} threads")
     print("| format | tokens | closed form | pages owned | of the closed form | resident | of the closed form | reserved for 163,840 | prefill tokens/s | decode step |\n" + "|---" * 10 + "|")
     rows = []
     for format in args.formats:

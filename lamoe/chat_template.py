@@ -78,8 +78,8 @@ def _check_messages(messages: Any, tools: Any, source: str):
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(f"messages must be a list with at least one {{'role': ..., 'content': ...}}, found {_short(messages)}")
     does_tools = re.search(r"\btools?\b", source) is not None
-    if tools is not None and not does_tools:
-        raise ValueError("tools were given, but this model's chat template does not know tools; leave them out")
+    if tools is not None:
+        _check_tools(tools, source)
     for n, message in enumerate(messages):
         if not isinstance(message, Mapping) or not all(isinstance(k, str) for k in message):
             raise ValueError(f"message {n} must be an object with role and content, found {_short(message)}")
@@ -91,6 +91,18 @@ def _check_messages(messages: Any, tools: Any, source: str):
             raise ValueError(f"message {n} is about a tool call, but this model's chat template does not know tools")
         if not isinstance(content, str) and not (content is None and role == "assistant" and calls):
             raise ValueError(f"message {n} (role {role}): content must be a str, found {_short(content)}")
+
+
+def _check_tools(tools: Any, source: str):
+    """A template that writes old calls need not read `tools` (DeepSeek-V3's does not): then the model would never hear of them."""
+    try:
+        names = _ChatSandbox(0).parse(source).find_all(nodes.Name)
+    except (jinja2.TemplateSyntaxError, RecursionError):
+        return  # rendering says what is wrong
+    if not any(n.name == "tools" and n.ctx == "load" for n in names):
+        raise ValueError("tools were given, but this model's chat template does not know tools; leave them out")
+    if isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence) or not all(isinstance(t, Mapping) for t in tools):
+        raise ValueError(f"tools must be a list of objects {{'type': 'function', 'function': {{'name': ...}}}}, found {_short(tools)}")
 
 
 def _short(value: Any) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from lamoe import __version__
 from lamoe.config import PRESETS, ModelConfig, did_you_mean
+from lamoe.serve import settings
+from lamoe.serve.settings import parse_bytes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--max-num-seqs", type=int, default=1, metavar="N", help="sequences at once; a chat has one")
     _sampling(p, max_tokens=1024, what="one reply")
 
+    p = verb(serve, "serve a model over HTTP as OpenAI's API does, with a page at /; every option is also a variable LAMOE_OPTION")
+    p.add_argument("name", nargs="?", metavar="MODEL", help="a run folder, a model folder or a hub id; default: the newest run under runs/ [LAMOE_MODEL]")
+    p.add_argument("--model", help="the same")
+    settings.add_options(p)
+
     p = verb(evaluate, "measure a model: bits per byte beside gzip and xz, expert load, cache bytes, speed")
     p.add_argument("model", help="a run folder, a model folder or a hub id")
     p.add_argument("--data", action="append", default=[], help="a text source (file, folder, glob, .jsonl); default: what the run held out")
@@ -93,14 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--context", type=int, help="cached tokens the figures are for")
     p.add_argument("--weight-bits", type=float, default=16.0)
     p.add_argument("--cache-bits", type=float, default=6.0)
-    p.add_argument("--memory", type=_bytes, help="plan for this much memory, for example 16GB")
+    p.add_argument("--memory", type=parse_bytes, help="plan for this much memory, for example 16GB")
     p.add_argument("--json", action="store_true")
 
     p = verb(convert, "read a Hugging Face model folder and write it anew (checked, another dtype or shard size)")
     p.add_argument("source")
     p.add_argument("target")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    p.add_argument("--max-shard-size", type=_bytes, default=5_000_000_000)
+    p.add_argument("--max-shard-size", type=parse_bytes, default=5_000_000_000)
     p.add_argument("--overwrite", action="store_true")
     return parser
 
@@ -109,7 +116,7 @@ def _memory(p: argparse.ArgumentParser, length: str, memory: str) -> None:
     """How much a cache may hold."""
     p.add_argument("--cache", default="bf16", help="storage format of the cache: fp32, bf16, int8, 6bit or 4bit")
     p.add_argument("--max-model-len", type=int, metavar="N", help=f"longest {length}")
-    p.add_argument("--kv-cache-memory", type=_bytes, metavar="BYTES", help=f"memory of the cache, for example 2GB; default: {memory}")
+    p.add_argument("--kv-cache-memory", type=parse_bytes, metavar="BYTES", help=f"memory of the cache, for example 2GB; default: {memory}")
 
 
 def _sampling(p: argparse.ArgumentParser, max_tokens: int, what: str) -> None:
@@ -172,6 +179,18 @@ def chat(args) -> int:
     llm = LLM(find_model(args.model), cache=args.cache, dtype=args.dtype, threads=args.threads, max_model_len=args.max_model_len,
               cache_memory=args.kv_cache_memory, max_num_seqs=args.max_num_seqs)
     return run(llm, params, args.system, name=args.model)
+
+
+def serve(args) -> int:
+    chosen = settings.from_options(args)
+    if args.name and args.model and args.name != args.model:
+        raise ValueError(f"two models are named, {args.name} and --model {args.model}; name one")
+    name = args.name or args.model or os.environ.get("LAMOE_MODEL") or newest_run()
+    try:
+        from lamoe.serve.run import run
+    except ImportError as e:
+        raise ValueError(f"serving needs packages that are not installed ({e.name}); pip install 'lamoe[serve]'") from None
+    return run(find_model(name), Path(os.path.abspath(name)).name if Path(name).exists() else name, chosen)
 
 
 def evaluate(args) -> int:
@@ -248,6 +267,15 @@ def find_model(name: str) -> str:
     return name
 
 
+def newest_run(folder: str = "runs") -> str:
+    """The run under `folder` whose last checkpoint is the newest."""
+    runs = {p.parent: max((c.stat().st_mtime for c in p.parent.glob("step-*/model/config.json")), default=0.0) for p in Path(folder).glob("*/recipe.json")}
+    newest = max(runs, key=runs.get, default=None)
+    if newest is None or not runs[newest]:
+        raise ValueError(f"there is no trained model under {folder}/; name a run folder, a model folder or a hub id, or make one with `make demo`")
+    return str(newest)
+
+
 def _load(name: str, dtype: str | None, threads: int):
     import torch
 
@@ -281,17 +309,6 @@ def _lengths(text: str) -> list[int]:
         return [int(word) for word in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of lengths; write it like 512,1024,2048") from None
-
-
-def _bytes(text: str) -> int:
-    """'16GB', '512 MiB', '1e9' -> bytes."""
-    units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-    number = text.strip().lower().removesuffix("b").strip()
-    unit = number.lstrip("0123456789.e+-").strip()
-    try:
-        return int(float(number[: len(number) - len(unit)]) * units[unit])
-    except (KeyError, ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory; write it like 16GB or 512MiB") from None
 
 
 if __name__ == "__main__":

@@ -90,6 +90,11 @@ def max_error(name: str, widths: tuple[int, int]) -> tuple[float, float]:
     return tuple(9 / 8 / 2 / _half(n) for n in part_bits(name, widths))
 
 
+def group_of(name: str) -> int:
+    """Elements that share a scale; of the plain formats, which have none, 16."""
+    return _LOW_BIT[name][3] if name in _LOW_BIT else 16
+
+
 def check_format(name: str) -> None:
     if name not in FORMATS:
         raise ValueError(f"unknown cache format {name!r}{did_you_mean(name, FORMATS)}; known: {', '.join(FORMATS)}")

@@ -38,7 +38,7 @@ class Transformer(nn.Module):
 
     cache: earlier tokens; the new ones are appended (and `advance`d) and ids continue from there.
     segments: [B, T] integers; a token sees only earlier tokens of its own segment (documents packed into one row).
-    training: where MoE layers record balance losses, and which tokens they drop; see routing.Training.
+    training: where MoE layers record balance losses, and which tokens they drop (routing.Training); or only whom they chose (routing.Chosen).
     form: forces MLA's "expand" or "absorb"; for tests and measurements.
     """
 
@@ -56,7 +56,7 @@ class Transformer(nn.Module):
         """[vocabulary, D]."""
         return self.embed.weight if self.config.tie_word_embeddings else self.head.weight
 
-    def hidden(self, ids, cache: KVCache | Step | None = None, segments=None, training: routing.Training | None = None, form=None):
+    def hidden(self, ids, cache: KVCache | Step | None = None, segments=None, training: routing.Training | routing.Chosen | None = None, form=None):
         """Final normed states [B, T, D]: what the head reads."""
         positions = torch.arange(ids.shape[-1])[None] if cache is None else cache.positions(ids.shape[-1])
         check_ids(ids, self.config, positions)

@@ -55,10 +55,12 @@ class MoE(nn.Module):
         self.experts = Experts(config.n_routed_experts, d, f)
         self.shared = MLP(d, config.n_shared_experts * f) if config.n_shared_experts else None
 
-    def forward(self, x: torch.Tensor, training: routing.Training | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, training: routing.Training | routing.Chosen | None = None) -> torch.Tensor:
         flat = x.flatten(0, 1)
         r = routing.route(flat, self.gate.weight, self.config)
-        if training is not None:
+        if isinstance(training, routing.Chosen):
+            training.layers.append(r.expert)
+        elif training is not None:
             r = routing.train_route(r, x.shape[0], self.config, training)
         out = self.experts(flat, r.expert, r.weight)
         if self.shared is not None:

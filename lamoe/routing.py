@@ -89,6 +89,13 @@ class LayerRecord:
 
 
 @dataclass
+class Chosen:
+    """Handed down in Training's place by who serves: remembers the experts of every token, [N, K] per MoE layer, and changes nothing."""
+
+    layers: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass
 class Training:
     """Handed down by the trainer through the model: what to balance, which sequences are protected, and what was seen.
 

@@ -184,6 +184,10 @@ class Tokenizer:
         skipped = self._skipped if skip_special else frozenset()
         return b"".join(self._bytes(i) for i in ids if i not in skipped).decode("utf-8", "replace")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token by itself, special ones spelt out. Of vocabularies that are not byte-level: of its text."""
+        return self._bytes(_check_id(token_id)) if self._byte_level else self.decode([token_id], skip_special=False).encode("utf-8")
+
     def _bytes(self, token_id: int) -> bytes:
         """The bytes behind an id of a byte-level vocabulary. An added token is its own text: the library reads it as spelt-out
         bytes (huggingface/tokenizers 1392), which is how DeepSeek-V2's ö and ü (ids 100003, 100014) come back as U+FFFD elsewhere."""

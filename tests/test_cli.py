@@ -229,7 +229,7 @@ def test_info_refuses(tmp_path, capsys):
 
 @pytest.mark.parametrize("text, value", [("16GB", 16 * 10**9), ("512 MiB", 512 << 20), ("1e9", 10**9), ("2.5k", 2500), ("7", 7), ("1TB", 10**12), ("1gib", 1 << 30)])
 def test_amounts_of_memory(text, value):
-    assert cli._bytes(text) == value
+    assert cli.parse_bytes(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "GB", "16XB", "nan", "inf", "1e999", "12 GB 3", "0x10"])

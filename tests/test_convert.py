@@ -99,7 +99,7 @@ def test_table_tiles_every_parameter_once(config):
     model = Transformer(config)
     for p in model.parameters():
         p.data.zero_()
-    for view in hf._views(config, {n: p.data for n, p in model.named_parameters()}).values():
+    for view in hf.views(config, {n: p.data for n, p in model.named_parameters()}).values():
         view += 1
     assert all((p == 1).all() for p in model.parameters())
 
@@ -169,7 +169,7 @@ def test_transformers_loads_what_lamoe_saves(name, tmp_path, max_shard_bytes):
     theirs, info = kind.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.dtype == torch.float32 and theirs.generation_config.eos_token_id == 2
-    for disk, view in hf._views(model.config, dict(model.named_parameters())).items():
+    for disk, view in hf.views(model.config, dict(model.named_parameters())).items():
         if ".experts." not in disk:
             assert torch.equal(theirs.state_dict()[disk], view), disk
     fused = theirs.state_dict().get("model.layers.1.mlp.experts.gate_up_proj")

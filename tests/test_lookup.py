@@ -82,9 +82,9 @@ def test_the_engine_stops_drafting_when_it_does_not_pay(dear, monkeypatch):
     plans, _ = watch(engine)
     run, now = llm_module.runner.run, [0.0]
 
-    def timed(model, cache, work):
+    def timed(model, cache, work, *options):
         now[0] += 100.0 if dear and max(n for _, n in work) > 1 else 1.0
-        return run(model, cache, work)
+        return run(model, cache, work, *options)
 
     monkeypatch.setattr(llm_module.runner, "run", timed)
     monkeypatch.setattr(llm_module.time, "perf_counter", lambda: now[0])

@@ -15,6 +15,7 @@ from lamoe.config import ModelConfig
 from lamoe.engine import llm as llm_module
 from lamoe.engine.llm import LLM
 from lamoe.engine.plan import available_memory, fit
+from lamoe.kernels import native
 from lamoe.train import checkpoint
 
 LITE = ModelConfig.preset("deepseek-v2-lite")
@@ -29,7 +30,7 @@ def lite(format="bf16", cache_memory=None, length=None, available=None, seqs=1):
 def test_the_plan_is_what_is_allocated(format):
     c = tiny.HARD.replace(max_position_embeddings=200)
     m = tiny.model(c).float()
-    engine = LLM(m, cache=format, page_size=4, cache_memory=1 << 20, max_model_len=150, max_num_seqs=7)
+    engine = LLM(m, impl="torch", cache=format, page_size=4, cache_memory=1 << 20, max_model_len=150, max_num_seqs=7)
     p = engine.plan()
     assert p.cache == engine.cache.rows.untyped_storage().nbytes() <= 1 << 20 and (1 << 20) - p.cache < 4 * p.bytes_per_token
     assert p.bytes_per_token == c.num_hidden_layers * codec.row_bytes(format, c.cache_row) and p.tokens == engine.pool.total * 4
@@ -83,11 +84,16 @@ def test_refused_before_the_weights_are_read(trained):
         with pytest.raises(ValueError, match="more than the 10.00 kB of memory that are available"):
             LLM(folder)
     load.assert_not_called()
-    weights = LLM(folder).plan().weights
-    with mock.patch.object(llm_module, "available_memory", return_value=weights + 64 * LLM(folder).plan().bytes_per_token):
-        p = LLM(folder).plan()
-    assert p.sequences == 1 and p.weights == sum(t.numel() * t.element_size() for t in LLM(folder).model.parameters())
-    assert LLM(folder, dtype="bfloat16").plan().weights == weights // 2
+    plain = LLM(folder, impl="torch")
+    weights = plain.plan().weights
+    with mock.patch.object(llm_module, "available_memory", return_value=weights + 64 * plain.plan().bytes_per_token):
+        p = LLM(folder, impl="torch").plan()
+    assert p.sequences == 1 and p.weights == sum(t.numel() * t.element_size() for t in plain.model.parameters())
+    assert LLM(folder, dtype="bfloat16", impl="torch").plan().weights == weights // 2
+    for weights in ("bf16", "int8", "int4"):  # what is packed on the way: about as foreseen (the embedding of a tiny model is much of it)
+        if native.available():
+            p, ahead = LLM(folder, weights=weights).plan(), llm_module._ahead(folder, None, weights)[1]
+            assert 0.5 * p.weights < ahead < 1.5 * p.weights
 
 
 def test_memory_of_the_machine(tmp_path):

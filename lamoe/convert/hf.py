@@ -88,7 +88,7 @@ def _swiglu(disk: str, w13: str, w2: str, width: int, at: tuple = ()) -> list[En
     ]
 
 
-def _views(config: ModelConfig, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def views(config: ModelConfig, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """{disk name: view of its place in `parameters`}. ValueError when the parameters are not those of this config."""
     entries = table(config)
     known = {e.parameter for e in entries}
@@ -117,10 +117,10 @@ def load(source: str | Path, dtype: torch.dtype | str | None = None, device: str
     dtype = _dtype(config.torch_dtype if dtype is None else dtype)
     found = shards.scan(folder)
     model = _meta_model(config, folder, len(found))
-    tied = _check(folder, config, found, _views(config, dict(model.named_parameters())))
+    tied = _check(folder, config, found, views(config, dict(model.named_parameters())))
 
     parameters = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
-    places = _views(config, parameters)
+    places = views(config, parameters)
     shards.stream({n: f for n, f in found.items() if n in places}, lambda name, tensor: places[name].copy_(tensor))
     if tied is not None:
         shards.stream({"lm_head.weight": tied}, lambda _, tensor: _check_tied(folder, tensor, parameters["embed.weight"]))
@@ -204,6 +204,11 @@ def _check(folder: Path, config: ModelConfig, found: dict[str, Found], want: Map
     return tied
 
 
+def check_tensors(folder: Path, config: ModelConfig, found: dict[str, Found]) -> None:
+    """ValueError when the stored tensors, told by their headers, are not those of the config."""
+    _check(folder, config, found, views(config, dict(_meta_model(config, folder, len(found)).named_parameters())))
+
+
 def _first(lines: list[str], show: int = 3) -> str:
     return "; ".join(lines[:show]) + (f"; and {len(lines) - show} more" if len(lines) > show else "")
 
@@ -234,7 +239,7 @@ def save(
         raise ValueError(f"extras_from is {str(extras_from)!r}, which is not a folder")
     target = Path(os.path.realpath(Path(folder).expanduser()))  # through a symlink, so that the link stays
     _check_target(target, overwrite)
-    tensors = _views(model.config, dict(model.named_parameters()))
+    tensors = views(model.config, dict(model.named_parameters()))
     config = model.config.replace(torch_dtype=_common_dtype(model))
 
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -16,50 +16,70 @@ class EngineDead(RuntimeError):
     """The engine's thread ended with an error (its cause); nothing more will come."""
 
 
+class Run:
+    """An open request: `async for index, delta in run`, with the place of the sequence among all of the request (the n samples of a prompt lie side
+    by side). `close` frees the pages of what has not finished; whoever opens closes."""
+
+    def __init__(self, engine: AsyncLLM, ids: list[int], queue: asyncio.Queue):
+        self.ids, self._engine, self._queue, self._open = ids, engine, queue, set(ids)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
+        while self._open:
+            item = await self._queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item.output is not None:
+                self._open.discard(item.id)
+            yield item.id - self.ids[0], item  # ids of one request follow each other
+
+    def fail(self, error: Exception) -> None:
+        """The reader gets this error next, after what has come already."""
+        self._queue.put_nowait(error)
+
+    def close(self) -> None:
+        if self._open:
+            left, self._open = self._open, set()
+            self._engine._post(lambda llm: self._engine._drop(left))
+
+
 class AsyncLLM:
     """`async for delta in engine.stream(prompt, params)`; leaving the loop, or cancelling the task, frees the pages. The LLM belongs to the
     thread from now on: use it only through `call`."""
 
     def __init__(self, llm: LLM):
         self._llm, self._inbox, self._wake = llm, deque(), threading.Condition()
-        self._readers: dict[int, Callable[[Delta | Exception], None]] = {}
+        self._readers: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Queue]] = {}
         self._closed, self._dead = False, None
         self._thread = threading.Thread(target=self._run, name="lamoe-engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> AsyncIterator[Delta]:
-        """Deltas of the n sequences of one request as they come. ValueError when it is not valid, EngineDead when the engine ended."""
+    async def open(self, requests: list[tuple[str | list[int], SamplingParams]]) -> Run:
+        """Queue several requests together: all, or none when one is not valid (ValueError). EngineDead when the engine ended."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
-
-        def tell(item: Delta | Exception) -> None:
-            try:
-                loop.call_soon_threadsafe(queue.put_nowait, item)
-            except RuntimeError:
-                pass  # the reader's event loop is closed: nobody is listening any more
+        for _, params in requests:
+            if params.grammar is not None and self._llm.tokenizer is not None:
+                await asyncio.to_thread(params.grammar.prepare, self._llm.tokenizer)  # neither this loop nor the engine waits while it compiles
 
         def add(llm: LLM) -> list[int]:
-            ids = llm.add(prompt, params)
-            self._readers.update(dict.fromkeys(ids, tell))
+            ids = llm.add_all(requests)
+            self._readers.update(dict.fromkeys(ids, (loop, queue)))
             return ids
 
         adding = asyncio.ensure_future(self.call(add))
         try:
-            open_ids = set(await asyncio.shield(adding))
+            return Run(self, await asyncio.shield(adding), queue)
         except asyncio.CancelledError:  # the request may have been added already: take it out again when it is
             adding.add_done_callback(lambda done: None if done.cancelled() or done.exception() else self._post(lambda llm: self._drop(done.result())))
             raise
+
+    async def stream(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> AsyncIterator[Delta]:
+        """Deltas of the n sequences of one request as they come. ValueError when it is not valid, EngineDead when the engine ended."""
+        run = await self.open([(prompt, params)])
         try:
-            while open_ids:
-                item = await queue.get()
-                if isinstance(item, Exception):
-                    open_ids.clear()
-                    raise item
-                if item.output is not None:
-                    open_ids.discard(item.id)
-                yield item
+            async for _, delta in run:
+                yield delta
         finally:
-            if open_ids:
-                self._post(lambda llm: self._drop(open_ids))
+            run.close()
 
     async def generate(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> list[Output]:
         """The finished outputs of one request, one per sample."""
@@ -83,6 +103,16 @@ class AsyncLLM:
 
         self._post(run, lambda error: loop.call_soon_threadsafe(settle, "set_exception", error))
         return await future
+
+    @property
+    def alive(self) -> bool:
+        """False once the thread ended, by `close` or by an error."""
+        return not self._closed and self._dead is None
+
+    @property
+    def error(self) -> Exception | None:
+        """What the thread died of, if it did."""
+        return self._dead
 
     def close(self, timeout: float | None = None) -> None:
         """End the thread after its current step; open requests get EngineDead."""
@@ -114,19 +144,18 @@ class AsyncLLM:
     def _run(self) -> None:
         try:
             while self._serve_inbox():
-                for delta in self._llm.step() if self._llm.busy else ():
-                    tell = self._readers.get(delta.id)
-                    if delta.output is not None:
-                        self._readers.pop(delta.id, None)
-                    if tell is not None:
-                        tell(delta)
+                if self._llm.busy:
+                    deltas = self._llm.step()
+                    _tell([(*self._readers[d.id], d) for d in deltas if d.id in self._readers])
+                    for d in deltas:
+                        if d.output is not None:
+                            self._readers.pop(d.id, None)
         except Exception as e:
             self._dead = e
         with self._wake:
             self._closed = True
             left, self._inbox = self._inbox, deque()
-        for tell in self._readers.values():
-            tell(self._ended())
+        _tell([(*reader, self._ended()) for reader in dict.fromkeys(self._readers.values())])
         self._readers.clear()
         for _, refuse in left:
             if refuse is not None:
@@ -142,3 +171,20 @@ class AsyncLLM:
         for action, _ in actions:
             action(self._llm)
         return True
+
+
+def _tell(items: list[tuple[asyncio.AbstractEventLoop, asyncio.Queue, Delta | Exception]]) -> None:
+    """Put every item into its queue, waking each event loop once."""
+    by_loop: dict[asyncio.AbstractEventLoop, list] = {}
+    for loop, queue, item in items:
+        by_loop.setdefault(loop, []).append((queue, item))
+    for loop, mine in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_put, mine)
+        except RuntimeError:
+            pass  # the event loop is closed: nobody is listening any more
+
+
+def _put(items: list[tuple[asyncio.Queue, Delta | Exception]]) -> None:
+    for queue, item in items:
+        queue.put_nowait(item)

@@ -16,7 +16,7 @@ from lamoe.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Piece:
     """What one step added. `text` may be empty (half a character, a possible stop string). finish_reason: None until the last
-    piece, then "stop" (EOS or a stop string) or "length" (max_tokens, or the model's context is full)."""
+    piece, then "stop" (EOS, a stop string, or a complete grammar) or "length" (max_tokens, or the model's context is full)."""
 
     token_id: int
     text: str
@@ -35,20 +35,24 @@ def generate(model: Transformer, prompt: list[int], params: SamplingParams, toke
         raise ValueError(f"the prompt has {len(prompt)} tokens and leaves no room in the model's context of {model.config.max_position_embeddings}; shorten it")
     if params.stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer")
+    matcher = None if params.grammar is None else params.grammar.start(tokenizer)
     if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
         raise ValueError(f"the prompt has token ids from {min(prompt)} to {max(prompt)}; the vocabulary has {model.config.vocab_size}")
-    return _steps(model, prompt, params, tokenizer, eos_ids or (tokenizer.stop_ids if tokenizer else frozenset()), min(params.max_tokens, room))
+    return _steps(model, prompt, params, tokenizer, eos_ids or (tokenizer.stop_ids if tokenizer else frozenset()), min(params.max_tokens, room), matcher)
 
 
 @torch.inference_mode()
-def _steps(model, prompt, params, tokenizer, eos_ids, limit) -> Iterator[Piece]:
+def _steps(model, prompt, params, tokenizer, eos_ids, limit, matcher) -> Iterator[Piece]:
     weight = model.embed.weight
     cache = KVCache(model.config, 1, len(prompt) + limit, weight.dtype, weight.device)
-    generator, text = params.generator(), TextStream(tokenizer, params.stop)
+    generator, text = params.generator(), TextStream(tokenizer, params.stop, params.skip_special)
     tokens, new = list(prompt), prompt
     for step in range(limit):
         h = model.hidden(torch.tensor([new], device=weight.device), cache)
-        token = sample(params.adjust(model.logits(h[0, -1]), tokens, len(prompt), eos_ids), params, generator)
+        logits = params.adjust(model.logits(h[0, -1]), tokens, len(prompt), eos_ids)
+        token = sample(matcher.mask(logits, params.ignore_eos) if matcher else logits, params, generator)
+        if matcher:
+            matcher.accept(token)
         tokens.append(token)
         if token in eos_ids and not params.ignore_eos:
             yield Piece(token, text.rest(), "stop")
@@ -57,8 +61,9 @@ def _steps(model, prompt, params, tokenizer, eos_ids, limit) -> Iterator[Piece]:
         if stopped:
             yield Piece(token, piece, "stop")
             return
-        if step == limit - 1:
-            yield Piece(token, piece + text.rest(), "length")
+        complete = matcher is not None and matcher.complete
+        if complete or step == limit - 1:
+            yield Piece(token, piece + text.rest(), "stop" if complete else "length")
             return
         yield Piece(token, piece)
         new = [token]
@@ -67,8 +72,8 @@ def _steps(model, prompt, params, tokenizer, eos_ids, limit) -> Iterator[Piece]:
 class TextStream:
     """Pieces of text as tokens come, with what could be the beginning of a stop string held back until it is not. `all` is what was shown."""
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: tuple[str, ...]):
-        self.stream, self.stop, self.held, self.all = tokenizer.stream() if tokenizer else None, stop, "", ""
+    def __init__(self, tokenizer: Tokenizer | None, stop: tuple[str, ...], skip_special: bool = True):
+        self.stream, self.stop, self.held, self.all = tokenizer.stream(skip_special=skip_special) if tokenizer else None, stop, "", ""
 
     def add(self, token: int) -> tuple[str, bool]:
         """(text to show, whether a stop string was completed)."""

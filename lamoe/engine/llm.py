@@ -5,49 +5,57 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
 import torch
 
-from lamoe import accounting, codec
+from lamoe import accounting, codec, packed
 from lamoe.cache import PagedCache
-from lamoe.config import did_you_mean
+from lamoe.config import ModelConfig, did_you_mean
 from lamoe.engine import prefix_file, runner
 from lamoe.engine.generate import TextStream
+from lamoe.engine.grammar import Matcher
 from lamoe.engine.lookup import Pace
 from lamoe.engine.pages import PagePool
 from lamoe.engine.plan import Plan, available_memory, fit
 from lamoe.engine.request import Output, Sequence
 from lamoe.engine.sampler import SamplingParams, sample
 from lamoe.engine.scheduler import Scheduler
+from lamoe.kernels import native
 from lamoe.model import Transformer
+from lamoe.packed import PackedModel
 from lamoe.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step added to one sequence. output: set on the last one."""
+    """What one step added to one sequence. output: set on the last one. logprobs: of this token, as in Output."""
 
     id: int
     token_id: int | None
     text: str
     output: Output | None = None
+    logprobs: dict[int, float] | None = None
 
 
 class LLM:
     """A model with a paged cache and continuous batching. ValueError, before any weight is read, when the memory does not suffice (engine/plan.py).
 
-    model: a Transformer, or the folder or hub id of one. cache: fp32 | bf16 | int8 | 6bit | 4bit. cache_memory: bytes of cache (default: enough for
-    four full contexts, at most 1 GiB). max_model_len: the longest prompt + output; max_num_seqs: sequences running at once; max_num_batched_tokens:
-    tokens of a step, which bounds how long a long prompt can hold up those who are decoding. speculate: while at most this many sequences run,
-    drafts from the text so far are checked several tokens at a time (engine/lookup.py); outputs do not change. 0 switches it off.
+    model: a Transformer, a PackedModel, or the folder (packed or not) or hub id of one. weights: int8 | int4 quantises while loading (`lamoe
+    quantize` does it once, for good). impl: "native" runs the compiled kernels, "torch" the torch ops; None takes native where it can. cache:
+    fp32 | bf16 | int8 | 6bit | 4bit. cache_memory: bytes of cache (default: enough for four full contexts, at most 1 GiB). max_model_len: the
+    longest prompt + output; max_num_seqs: sequences running at once; max_num_batched_tokens: tokens of a step, which bounds how long a long
+    prompt can hold up those who are decoding. speculate: while at most this many sequences run, drafts from the text so far are checked several
+    tokens at a time (engine/lookup.py); outputs do not change. 0 switches it off. count_experts: every sequence counts which routed experts
+    computed its tokens (Output.experts, `experts`).
     """
 
-    def __init__(self, model: Transformer | str | Path, tokenizer: Tokenizer | None = None, *, cache: str = "bf16", cache_memory: int | None = None,
+    def __init__(self, model: Transformer | PackedModel | str | Path, tokenizer: Tokenizer | None = None, *, cache: str = "bf16", cache_memory: int | None = None,
                  max_model_len: int | None = None, max_num_seqs: int = 64, max_num_batched_tokens: int = 512, page_size: int = 16,
-                 speculate: int = 2, dtype: str | None = None, threads: int = 0):
+                 speculate: int = 2, dtype: str | None = None, threads: int = 0, count_experts: bool = False,
+                 weights: str | None = None, impl: str | None = None):
         if cache not in codec.FORMATS:
             raise ValueError(f"unknown cache format {cache!r}{did_you_mean(cache, codec.FORMATS)}; known: {', '.join(codec.FORMATS)}")
         if max_num_seqs < 1 or max_num_batched_tokens < max_num_seqs or page_size < 1:
@@ -55,25 +63,21 @@ class LLM:
         if threads:
             torch.set_num_threads(threads)
         options = (cache, cache_memory, max_model_len, max_num_seqs, page_size)
-        if isinstance(model, Transformer):
-            size = sum(p.numel() * p.element_size() for p in model.parameters())
-            free = available_memory()
+        if isinstance(model, (Transformer, PackedModel)):
+            size, free = _weight_bytes(model), available_memory()
             self._plan = fit(model.config, size, *options, None if free is None else free + size)  # the weights are there already
         else:
-            from lamoe.convert import load, read_config, resolve
-
-            folder = resolve(model)
-            c = read_config(folder)
-            size = accounting.parameters(c).total * accounting.DTYPE_BITS.get(dtype or c.torch_dtype, 32) // 8
-            self._plan = fit(c, size, *options, available_memory())  # before the weights are read
-            model = load(folder, dtype)
-            tokenizer = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
-        self.model, self.tokenizer, c = model.eval(), tokenizer, model.config
-        self.max_model_len = self._plan.max_model_len
-        self.cache = PagedCache(c, self._plan.pages, page_size, cache, model.embed.weight.dtype)
+            self._plan = fit(*_ahead(model, dtype, weights), *options, available_memory())  # before the weights are read
+            model, tokenizer = _load(model, tokenizer, dtype, threads)
+            model = _packed(model, weights, impl, threads)  # and the Transformer it was made from goes
+        self.model, self.runs = model, _packed(model, weights, impl, threads)  # what was given; what steps run on
+        self._plan = replace(self._plan, weights=_weight_bytes(self.runs))
+        self.tokenizer, self.max_model_len, c = tokenizer, self._plan.max_model_len, model.config
+        self.cache = PagedCache(c, self._plan.pages, page_size, cache, self.dtype)
         self.pool = PagePool(self.cache.pages, page_size)
         self.scheduler = Scheduler(self.pool, max_num_seqs, max_num_batched_tokens, speculate)
         self.eos_ids = tokenizer.stop_ids if tokenizer else frozenset({c.eos_token_id} - {None})
+        self.count_experts = count_experts and c.is_moe
         self._ids, self._texts = count(), {}
         self._inboxes: dict[int, deque[Delta]] = {}  # of those who wait in generate or stream
         self.prompt_tokens = self.cached_tokens = 0  # since the start; their ratio is the prefix hit rate
@@ -115,10 +119,19 @@ class LLM:
     # ---- the pieces ----------------------------------------------------------------------------------------------
     def add(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
         """Queue a request; the ids of its n sequences. ValueError when it can never run."""
-        sequences = self._sequences(prompt, params)
+        return self.add_all([(prompt, params)])
+
+    def add_all(self, requests: list[tuple[str | list[int], SamplingParams]]) -> list[int]:
+        """Queue several requests, or none when one of them can never run (ValueError); the ids of all sequences, which follow each other."""
+        sequences = [seq for prompt, params in requests for seq in self._sequences(prompt, params)]
         for seq in sequences:
             self._start(seq)
         return [seq.id for seq in sequences]
+
+    def experts(self, id: int) -> torch.Tensor | None:
+        """[MoE layers, experts] int64: how often each routed expert computed a token of a sequence that runs or waits (tokens of a prefix hit were not
+        computed, those of a preempted sequence twice). None when it is not there, or without count_experts."""
+        return next((seq.experts for seq in (*self.scheduler.running, *self.scheduler.waiting) if seq.id == id), None)
 
     def cancel(self, id: int) -> Output | None:
         """End a sequence at any point and free its pages; what it came to, or None when it is not there (any more)."""
@@ -134,6 +147,11 @@ class LLM:
         return self._plan
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What attention computes in, and cache rows are read in."""
+        return self.runs.dtype if isinstance(self.runs, PackedModel) else self.runs.embed.weight.dtype
+
+    @property
     def busy(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
@@ -145,7 +163,7 @@ class LLM:
             return []
         alone = work[0] if len(work) == 1 and work[0][0].todo == 1 else None
         begin = time.perf_counter()
-        results = runner.run(self.model, self.cache, work)
+        results = runner.run(self.runs, self.cache, work, self.count_experts)
         if alone:
             self._pace.saw(alone[1], time.perf_counter() - begin)
         for seq, n in work:
@@ -178,23 +196,28 @@ class LLM:
         try:
             if not logits.isfinite().all():
                 raise ValueError("the model's logits are not finite")
-            token = sample(p.adjust(logits, seq.tokens, seq.prompt_len, self.eos_ids), p, seq.generator)
+            adjusted = p.adjust(logits, seq.tokens, seq.prompt_len, self.eos_ids)
+            token = sample(seq.matcher.mask(adjusted, p.ignore_eos) if seq.matcher else adjusted, p, seq.generator)
+            if seq.matcher:
+                seq.matcher.accept(token)
         except (ValueError, RuntimeError) as e:  # one poisoned request fails alone
             seq.error = str(e)
             return Delta(seq.id, None, "", self._finish(seq, "error", text.all))
-        if p.logprobs is not None:
-            seq.logprobs.append(_logprobs(logits, token, p.logprobs))
+        logprobs = None if p.logprobs is None else token_logprobs(logits, token, p.logprobs)
+        if logprobs is not None:
+            seq.logprobs.append(logprobs)
         seq.tokens.append(token)
         if token in self.eos_ids and not p.ignore_eos:
             piece = text.rest()
-            return Delta(seq.id, token, piece, self._finish(seq, "stop", text.all))
+            return Delta(seq.id, token, piece, self._finish(seq, "stop", text.all), logprobs)
         piece, stopped = text.add(token)
         if stopped:
-            return Delta(seq.id, token, piece, self._finish(seq, "stop", text.all))
-        if len(seq.tokens) >= seq.limit:
+            return Delta(seq.id, token, piece, self._finish(seq, "stop", text.all), logprobs)
+        complete = seq.matcher is not None and seq.matcher.complete
+        if complete or len(seq.tokens) >= seq.limit:
             piece += text.rest()
-            return Delta(seq.id, token, piece, self._finish(seq, "length", text.all))
-        return Delta(seq.id, token, piece)
+            return Delta(seq.id, token, piece, self._finish(seq, "stop" if complete else "length", text.all), logprobs)
+        return Delta(seq.id, token, piece, None, logprobs)
 
     def _sequences(self, prompt: str | list[int], p: SamplingParams) -> list[Sequence]:
         c, tok = self.model.config, self.tokenizer
@@ -214,11 +237,14 @@ class LLM:
         if p.logit_bias and max(p.logit_bias) >= c.vocab_size:
             raise ValueError(f"logit_bias names token {max(p.logit_bias)}; the vocabulary has {c.vocab_size}")
         limit = min(len(prompt) + p.max_tokens, self.max_model_len)
-        first = Sequence(next(self._ids), list(prompt), len(prompt), p, limit, p.generator(0))
-        return [first] + [Sequence(next(self._ids), list(prompt), len(prompt), p, limit, p.generator(i), leader=first) for i in range(1, p.n)]
+        first = Sequence(next(self._ids), list(prompt), len(prompt), p, limit, p.generator(0), self._matcher(p))
+        return [first] + [Sequence(next(self._ids), list(prompt), len(prompt), p, limit, p.generator(i), self._matcher(p), first) for i in range(1, p.n)]
+
+    def _matcher(self, p: SamplingParams) -> Matcher | None:
+        return None if p.grammar is None else p.grammar.start(self.tokenizer)
 
     def _start(self, seq: Sequence) -> None:
-        self._texts[seq.id] = TextStream(self.tokenizer, seq.params.stop)
+        self._texts[seq.id] = TextStream(self.tokenizer, seq.params.stop, seq.params.skip_special)
         self.scheduler.add(seq)
 
     def _finish(self, seq: Sequence, reason: str, text: str) -> Output:
@@ -227,21 +253,70 @@ class LLM:
         del self._texts[seq.id]
         self.prompt_tokens += seq.prompt_len
         self.cached_tokens += seq.cached
-        return Output(seq.output, text, reason, seq.prompt_len, seq.cached, seq.logprobs if seq.params.logprobs is not None else None, seq.error)
+        return Output(seq.output, text, reason, seq.prompt_len, seq.cached, seq.logprobs if seq.params.logprobs is not None else None, seq.error,
+                      seq.experts)
 
     # ---- prefixes on disk ----------------------------------------------------------------------------------------
     def save_cache(self, file: str | Path, tokens: list[int]) -> int:
         """Write what the cache holds of the beginning of `tokens` (ids) to a safetensors file; how many tokens that is. See prefix_file.py. Like
         `load_cache` it goes between two steps, not beside one in another thread."""
-        return prefix_file.save(file, tokens, self.model, self.cache, self.pool)
+        return prefix_file.save(file, tokens, self.runs, self.cache, self.pool)
 
     def load_cache(self, file: str | Path) -> int:
         """Read a file of `save_cache`: prompts that begin with its tokens need not compute them again. How many tokens of it are in the cache now.
         ValueError for another model or cache format, a damaged file, or one that does not fit."""
-        return prefix_file.load(file, self.model, self.cache, self.pool, self.max_model_len)
+        return prefix_file.load(file, self.runs, self.cache, self.pool, self.max_model_len)
 
 
-def _logprobs(logits: torch.Tensor, token: int, top: int) -> dict[int, float]:
+def _weight_bytes(model: Transformer | PackedModel) -> int:
+    return sum(model.nbytes.values()) if isinstance(model, PackedModel) else sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _ahead(source: str | Path, dtype: str | None, weights: str | None) -> tuple[ModelConfig, int]:
+    """The config of a model that is not loaded yet, and about how many bytes its weights will take."""
+    from lamoe import packed_file
+    from lamoe.convert import read_config, resolve
+
+    folder = resolve(source)
+    config, weights = packed_file.read_config(folder) if packed_file.is_packed(folder) else (read_config(folder), weights)
+    bits = native.BITS.get(weights) or accounting.DTYPE_BITS.get(dtype or config.torch_dtype, 32)
+    return config, int(accounting.parameters(config).total * bits / 8)
+
+
+def _load(source: str | Path, tokenizer: Tokenizer | None, dtype: str | None, threads: int) -> tuple[Transformer | PackedModel, Tokenizer | None]:
+    from lamoe import packed_file
+    from lamoe.convert import load, resolve
+
+    folder = resolve(source)
+    tokenizer = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
+    if not packed_file.is_packed(folder):
+        return load(folder, dtype), tokenizer
+    if dtype is not None:
+        raise ValueError(f"dtype is {dtype}, but {source} is a packed model, which has its own; leave dtype away")
+    if not native.available():
+        raise ValueError(f"{source} is packed for the compiled kernels, which are not there (or LAMOE_IMPL switches them off); install lamoe with a C++ compiler, or use the model it was made from")
+    return packed_file.load(folder, threads), tokenizer
+
+
+def _packed(model: Transformer | PackedModel, weights: str | None, impl: str | None, threads: int) -> Transformer | PackedModel:
+    """The model in the form that `impl` runs."""
+    if impl not in (None, "native", "torch"):
+        raise ValueError(f"impl is {impl!r}; known: native, torch")
+    if isinstance(model, PackedModel):
+        if impl == "torch" or weights not in (None, model.weights):
+            raise ValueError(f"the model is packed as {model.weights}; it runs on the compiled kernels in that format only")
+        return model
+    if impl == "torch" or not native.available():
+        if impl == "native" or weights is not None:
+            raise ValueError("the compiled kernels are not there (or LAMOE_IMPL, impl='torch' switch them off), and quantised weights need them; install lamoe with a C++ compiler")
+        native.announce()
+        return model.eval()
+    if impl is None and weights is None and (model.embed.weight.dtype not in (torch.float32, torch.bfloat16) or packed.lacks(model.config)):
+        return model.eval()
+    return PackedModel.of(model, weights, threads)
+
+
+def token_logprobs(logits: torch.Tensor, token: int, top: int) -> dict[int, float]:
     """The chosen token and the `top` most likely ones with the natural logs of their probabilities, most likely first."""
     logp = logits.float().log_softmax(-1)
     ids = logp.topk(min(top, len(logp))).indices.tolist() if top else []

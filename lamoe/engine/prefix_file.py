@@ -25,18 +25,20 @@ from lamoe.cache import PagedCache
 from lamoe.convert import shards
 from lamoe.engine.pages import PagePool, content_hash
 from lamoe.model import Transformer
+from lamoe.packed import PackedModel
 
 KIND = "lamoe cache"
 VERSION = "1"  # goes up with this layout, and with the layout of any storage format of codec.py
 WHOLE_BYTES, SAMPLES, SAMPLE_BYTES = 1 << 20, 256, 4096
 
 
-def digest(model: Transformer) -> str:
+def digest(model: Transformer | PackedModel) -> str:
     """sha256 over the config and the weights. Of a tensor above 1 MiB 256 evenly spread blocks of 4 KiB are hashed, the first and the last
     among them, so that it takes a moment for a model of any size: any training changes it, a change to single numbers of a large matrix may not."""
     config = {k: v for k, v in model.config.to_dict().items() if k != "torch_dtype"}  # how they were stored; how they are is hashed below
     h = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    named = {n: t for n, (t, _) in model.tensors.items()} if isinstance(model, PackedModel) else model.state_dict()
+    for name, tensor in sorted(named.items()):
         flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         h.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         if len(flat) <= WHOLE_BYTES:
@@ -49,7 +51,7 @@ def digest(model: Transformer) -> str:
     return h.hexdigest()
 
 
-def save(file: str | Path, tokens: list[int], model: Transformer, cache: PagedCache, pool: PagePool) -> int:
+def save(file: str | Path, tokens: list[int], model: Transformer | PackedModel, cache: PagedCache, pool: PagePool) -> int:
     """Write the rows of the longest beginning of `tokens` (ids) whose full pages are in the cache; how many tokens that is. All or nothing: an
     existing file stays until the new one is on the disk. ValueError when nothing of it is cached, or `file` exists and is something else."""
     file = Path(file)
@@ -71,7 +73,7 @@ def save(file: str | Path, tokens: list[int], model: Transformer, cache: PagedCa
     return len(pages) * pool.page_size
 
 
-def load(file: str | Path, model: Transformer, cache: PagedCache, pool: PagePool, max_tokens: int) -> int:
+def load(file: str | Path, model: Transformer | PackedModel, cache: PagedCache, pool: PagePool, max_tokens: int) -> int:
     """Put a saved beginning among the kept pages, so that the next prompts that begin with it need not compute it; how many tokens of it are there
     (full pages of this cache). Less recently used pages make room. ValueError for a file that is damaged, is not a saved cache, is of another
     model or format, or does not fit in `max_tokens` (the longest text) or the pages that no running sequence holds."""
@@ -107,7 +109,7 @@ def is_cache(file: str | Path) -> bool:
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------------
-def _write(file: Path, tokens: list[int], pages: list[int], model: Transformer, cache: PagedCache) -> None:
+def _write(file: Path, tokens: list[int], pages: list[int], model: Transformer | PackedModel, cache: PagedCache) -> None:
     """The format by hand, because the library would want all rows once more in memory, gathered."""
     layers, _, row = cache.rows.shape
     n, ids = len(tokens), torch.tensor(tokens, dtype=torch.int64).numpy()
@@ -149,7 +151,7 @@ def _read(file: Path, start: int, n: int, cache: PagedCache, pages: list[int], f
                     into = into[got:]
 
 
-def _check(file: Path, model: Transformer, cache: PagedCache, max_tokens: int) -> tuple[list[int], int]:
+def _check(file: Path, model: Transformer | PackedModel, cache: PagedCache, max_tokens: int) -> tuple[list[int], int]:
     """The tokens of a file that belongs to this model and cache, and where its rows start. ValueError when it does not."""
     found = shards.read_header(file)
     meta, want, n_layers, row = _metadata(file), _expected(model, cache), cache.rows.shape[0], cache.rows.shape[2]
@@ -178,7 +180,7 @@ def _check(file: Path, model: Transformer, cache: PagedCache, max_tokens: int) -
 _NAMES = {"format": "cache format", "widths": "row widths", "dtype": "dtype", "model": "model digest"}
 
 
-def _expected(model: Transformer, cache: PagedCache) -> dict[str, str]:
+def _expected(model: Transformer | PackedModel, cache: PagedCache) -> dict[str, str]:
     return {"kind": KIND, "version": VERSION, "format": cache.format, "widths": " ".join(map(str, cache.widths)),
             "dtype": str(cache.dtype).removeprefix("torch."), "model": digest(model)}
 

@@ -6,14 +6,16 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lamoe.engine.grammar import Matcher
 from lamoe.engine.lookup import Lookup
 from lamoe.engine.sampler import SamplingParams
 
 
 @dataclass(frozen=True)
 class Output:
-    """A finished sequence. finish_reason: "stop" (EOS or a stop string), "length" (max_tokens or a full context), "abort" (cancelled), "error".
-    logprobs: per token {token id: natural log of its probability} when asked for. cached_tokens: of the prompt, not computed again."""
+    """A finished sequence. finish_reason: "stop" (EOS, a stop string, or a complete grammar), "length" (max_tokens or a full context), "abort" (cancelled), "error".
+    logprobs: per token {token id: natural log of its probability} when asked for. cached_tokens: of the prompt, not computed again.
+    experts: see LLM.experts."""
 
     token_ids: list[int]
     text: str
@@ -22,6 +24,7 @@ class Output:
     cached_tokens: int = 0
     logprobs: list[dict[int, float]] | None = None
     error: str | None = None
+    experts: torch.Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(eq=False)
@@ -35,6 +38,7 @@ class Sequence:
     params: SamplingParams
     limit: int  # most tokens in all: max_tokens or the context, whichever is less
     generator: torch.Generator | None = None
+    matcher: Matcher | None = None  # where the output stands in the grammar; it goes on with sampled tokens only, so preemption does not touch it
     leader: Sequence | None = None  # a sibling with the same prompt that goes first, so that the others find its pages
     computed: int = 0
     cached: int = 0
@@ -43,6 +47,7 @@ class Sequence:
     logprobs: list[dict[int, float]] = field(default_factory=list)
     finish: str | None = None
     error: str | None = None
+    experts: torch.Tensor | None = None
     preemptions: int = 0
     draft: list[int] = field(default_factory=list)
     lookup: Lookup = field(default_factory=Lookup)

@@ -2,34 +2,64 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 
 from lamoe.cache import Group, PagedCache, Step
 from lamoe.engine.request import Sequence
 from lamoe.model import Transformer
+from lamoe.packed import PackedModel
+from lamoe.routing import Chosen
 
 SPREAD = 64  # decoding sequences share a group while the longest has at most 1.5 x the rows of the shortest, plus this
 
 
-def run(model: Transformer, cache: PagedCache, work: list[tuple[Sequence, int]]) -> list[tuple[Sequence, torch.Tensor]]:
+def run(model: Transformer | PackedModel, cache: PagedCache, work: list[tuple[Sequence, int]], count_experts: bool = False) -> list[tuple[Sequence, torch.Tensor]]:
     """Compute the next n tokens of each (sequence, n), its draft included. (sequence, logits [1 + draft, vocabulary]) of those whose last token was
-    among them: what comes after that token and after each token of the draft."""
+    among them: what comes after that token and after each token of the draft. count_experts: add the experts that computed them to each
+    sequence's `experts` (a model with MoE layers only)."""
     decode = sorted((seq for seq, n in work if n == 1), key=lambda s: s.computed)
     ordered = [(seq, 1) for seq in decode] + [(seq, n) for seq, n in work if n > 1]
     ids = [t for seq, n in ordered for t in (seq.tokens[seq.computed :] + seq.draft)[:n]]
     position = torch.cat([torch.arange(seq.computed, seq.computed + n) for seq, n in ordered])
-    slots = {seq.id: _slots(seq, seq.computed + n, cache.page_size) for seq, n in ordered}
-    step = Step(cache, position, torch.cat([slots[seq.id][-n:] for seq, n in ordered]), _groups(ordered, slots))
-    h = model.hidden(torch.tensor([ids]), step)[0]
     ready, rows, end = [], [], 0
     for seq, n in ordered:
         end += n
         if seq.computed + n >= len(seq.tokens):
             ready.append(seq)
             rows += range(end - 1 - len(seq.draft), end)
-    if not ready:
-        return []
-    return list(zip(ready, model.logits(h[rows]).split([1 + len(seq.draft) for seq in ready])))
+    compute = _native if isinstance(model, PackedModel) else _torch
+    logits, chosen = compute(model, cache, ordered, ids, position, rows, count_experts)
+    if count_experts:
+        _count(ordered, chosen, model.config.n_routed_experts)
+    return list(zip(ready, logits.split([1 + len(seq.draft) for seq in ready]))) if ready else []
+
+
+def _torch(model: Transformer, cache: PagedCache, ordered, ids, position, rows, count_experts):
+    slots = {seq.id: _slots(seq, seq.computed + n, cache.page_size) for seq, n in ordered}
+    step = Step(cache, position, torch.cat([slots[seq.id][-n:] for seq, n in ordered]), _groups(ordered, slots))
+    chosen = Chosen() if count_experts else None
+    h = model.hidden(torch.tensor([ids]), step, training=chosen)[0]
+    return model.logits(h[rows]) if rows else None, torch.stack(chosen.layers) if chosen else None
+
+
+def _native(model: PackedModel, cache: PagedCache, ordered, ids, position, rows, count_experts):
+    used = [seq.pages[: -(-(seq.computed + n) // cache.page_size)] for seq, n in ordered]
+    begin = [0, *accumulate(map(len, used))]
+    seqs = torch.tensor([[n, seq.computed + n, at] for (seq, n), at in zip(ordered, begin)], dtype=torch.int32)
+    pages = torch.tensor([page for pages in used for page in pages], dtype=torch.int32)
+    logits, chosen = model.run(ids, position, seqs, pages, cache, rows, experts=count_experts)
+    return logits, chosen.long()
+
+
+def _count(ordered: list[tuple[Sequence, int]], expert: torch.Tensor, experts: int) -> None:
+    """Add expert [MoE layers, tokens, K] to the counters of the sequences that the tokens belong to, in order."""
+    owner = torch.repeat_interleave(torch.tensor([n for _, n in ordered]))
+    counts = torch.zeros(len(ordered), expert.shape[0], experts, dtype=torch.int64)
+    counts.index_put_((owner[None, :, None], torch.arange(expert.shape[0])[:, None, None], expert), torch.ones((), dtype=torch.int64), accumulate=True)
+    for (seq, _), count in zip(ordered, counts):
+        seq.experts = count if seq.experts is None else seq.experts + count
 
 
 def _slots(seq: Sequence, length: int, page_size: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lamoe.config import check_types
+from lamoe.engine.grammar import Grammar
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class SamplingParams:
     seed None: drawn from torch's global generator. stop: texts that end the output and are not part of it. n: samples of one prompt
     (sample i of a seeded request draws from seed + i). repetition_penalty divides positive and multiplies negative logits of tokens of prompt and
     output; presence and frequency penalties are subtracted for tokens of the output, once or per occurrence. logprobs: how many of the most
-    likely tokens to report beside the chosen one, from the distribution before temperature and filters.
+    likely tokens to report beside the chosen one, from the distribution before temperature and filters. grammar: what the output must be; tokens that
+    do not fit are left out after penalties and bias, and the output ends ("stop") when it is complete, also before min_tokens. skip_special: leave special tokens out of the text.
     """
 
     temperature: float = 1.0
@@ -34,6 +36,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: dict | None = None  # token id -> added to its logit
     logprobs: int | None = None
+    grammar: Grammar | None = None
+    skip_special: bool = True
 
     def __post_init__(self):
         if isinstance(self.stop, (str, list)):

@@ -1,0 +1,249 @@
+// Python's side: typed arrays to plain pointers, the GIL released, no arithmetic. Sizes are checked here, once.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <map>
+#include <stdexcept>
+
+#include "model.h"
+
+namespace nb = nanobind;
+using namespace lamoe;
+
+template <class T, int D>
+using In = nb::ndarray<const T, nb::ndim<D>, nb::c_contig, nb::device::cpu>;
+using Any = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+
+namespace {
+
+template <class T>
+nb::ndarray<nb::numpy, T> fresh(std::initializer_list<size_t> shape) {
+  size_t n = 1;
+  for (size_t s : shape) n *= s;
+  T* data = new T[n ? n : 1];
+  return nb::ndarray<nb::numpy, T>(data, shape, nb::capsule(data, [](void* p) noexcept { delete[] (T*)p; }));
+}
+
+void need(bool ok, const std::string& what) {
+  if (!ok) throw nb::value_error(what.c_str());
+}
+
+const Ops& table(const std::string& isa) {
+  if (isa.empty()) return ops();
+  const Ops* t = ops_by_name(isa.c_str());
+  need(t, "isa is '" + isa + "'; this CPU runs: " + cpu_features());
+  return *t;
+}
+
+Mat mat(int fmt, int n, int k, const In<uint8_t, 1>& data, float scale) {
+  need(fmt >= FP32 && fmt <= INT4 && n > 0 && k > 0, "a matrix has a known format and at least one row and column");
+  need(data.size() == mat_bytes(fmt, n, k), "packed matrix [" + std::to_string(n) + ", " + std::to_string(k) + "] takes " + std::to_string(mat_bytes(fmt, n, k)) +
+                                                " bytes, found " + std::to_string(data.size()));
+  return {fmt, n, k, data.data(), scale};
+}
+
+auto pack(int fmt, In<float, 2> w, std::optional<In<float, 1>> importance, int threads, const std::string& isa) {
+  const Ops& op = table(isa);
+  const int n = int(w.shape(0)), k = int(w.shape(1));
+  need(fmt >= FP32 && fmt <= INT4 && n > 0 && k > 0, "pack takes a format 0 to 3 and a matrix with at least one row and column");
+  need(!importance || importance->size() == size_t(k), "importance has one number per input");
+  auto out = fresh<uint8_t>({mat_bytes(fmt, n, k)});
+  Mat m{fmt, n, k, out.data(), 1.f};
+  {
+    nb::gil_scoped_release free;
+    m.scale = op.pack_scale(fmt, w.data(), k, n, k);
+    Threads pool(threads);
+    Threads::Session awake(pool);
+    pool.run(tiles(n), [&](int t, int) { op.pack(m, out.data(), w.data(), k, importance ? importance->data() : nullptr, t); });
+  }
+  return std::make_tuple(out, m.scale);
+}
+
+auto unpack(int fmt, In<uint8_t, 1> data, int n, int k, float scale, const std::string& isa) {
+  const Mat m = mat(fmt, n, k, data, scale);
+  auto out = fresh<float>({size_t(n), size_t(k)});
+  nb::gil_scoped_release free;
+  for (int t = 0; t < tiles(n); t++) table(isa).unpack(m, out.data(), k, t);
+  return out;
+}
+
+struct Rows {  // activations of one call
+  std::vector<char> store;
+  Acts a;
+  Rows(const Ops& op, const Mat& m, const In<float, 2>& x) {
+    a.rows = int(x.shape(0)), a.k = m.k, a.stride = acts_stride(m.k);
+    const size_t n = size_t(a.rows) * a.stride;
+    store.resize(n * 4 + n / kGroup * 4 + n / kBlock * 4 + 256);
+    char* p = (char*)((uintptr_t(store.data()) + 63) / 64 * 64);
+    if (m.fmt == FP32) a.f = (float*)p;
+    else if (m.fmt == BF16) a.h = (uint16_t*)p;
+    else a.q = (int8_t*)p, a.s = (float*)(p + n), a.c = (int32_t*)(p + n + n / kBlock * 4);
+    for (int r = 0; r < a.rows; r++) op.put_row(a, r, x.data() + size_t(r) * m.k);
+  }
+};
+
+auto linear(int fmt, In<uint8_t, 1> data, float scale, int n, In<float, 2> x, const std::string& isa) {
+  const Ops& op = table(isa);
+  const Mat m = mat(fmt, n, int(x.shape(1)), data, scale);
+  auto out = fresh<float>({x.shape(0), size_t(n)});
+  nb::gil_scoped_release free;
+  Rows rows(op, m, x);
+  std::vector<char> scratch(scratch_bytes(m.k));
+  op.linear(m, 0, tiles(n), rows.a, 0, rows.a.rows, out.data(), n, scratch.data());
+  return out;
+}
+
+Codec codec(const std::vector<int>& c) {  // kind, widths, bits, group, bytes of a row
+  need(c.size() == 7 && c[1] > 0 && c[2] > 0 && c[1] <= 8192 && c[2] <= 8192, "a codec is (kind, w0, w1, bits0, bits1, group, row bytes)");
+  Codec r;
+  r.kind = c[0], r.w[0] = c[1], r.w[1] = c[2], r.bits[0] = c[3], r.bits[1] = c[4], r.group = c[5], r.row = size_t(c[6]);
+  need(r.kind != 2 || (r.group >= 16 && r.group % 16 == 0), "groups of a low-bit codec are multiples of 16");
+  return r;
+}
+
+auto encode(const std::vector<int>& format, In<float, 2> rows, const std::string& isa) {
+  const Codec c = codec(format);
+  need(rows.shape(1) == size_t(c.w[0] + c.w[1]), "rows are as wide as the codec's two parts");
+  auto out = fresh<uint8_t>({rows.shape(0), c.row});
+  nb::gil_scoped_release free;
+  for (size_t i = 0; i < rows.shape(0); i++) table(isa).encode(c, rows.data() + i * rows.shape(1), out.data() + i * c.row);
+  return out;
+}
+
+auto decode(const std::vector<int>& format, In<uint8_t, 2> rows, const std::string& isa) {
+  const Codec c = codec(format);
+  need(rows.shape(1) == c.row, "rows have the codec's bytes");
+  const size_t w = c.w[0] + c.w[1];
+  auto out = fresh<float>({rows.shape(0), w});
+  nb::gil_scoped_release free;
+  for (size_t i = 0; i < rows.shape(0); i++) table(isa).decode(c, rows.data() + i * c.row, FP32, out.data() + i * w);
+  return out;
+}
+
+class PyModel {
+ public:
+  PyModel(nb::dict c, int threads) : m_(config(c), threads) {}
+
+  // A matrix, or matrix `index` of a stack: data holds `count` of them, one behind the other, `scales` a number for each.
+  void set(int layer, const std::string& name, int fmt, int n, int k, In<uint8_t, 1> data, std::vector<float> scales) {
+    const size_t each = mat_bytes(fmt, n, k), count = scales.size();
+    need(fmt >= FP32 && fmt <= INT4 && n > 0 && k > 0 && count > 0 && data.size() == each * count,
+         name + ": " + std::to_string(count) + " matrices [" + std::to_string(n) + ", " + std::to_string(k) + "] take " + std::to_string(each * count) + " bytes, found " +
+             std::to_string(data.size()));
+    std::vector<Mat> all;
+    for (size_t i = 0; i < count; i++) all.push_back({fmt, n, k, data.data() + i * each, scales[i]});
+    keep_.push_back(nb::cast(data));
+    if (name == "head") { m_.head = all[0]; return; }
+    Layer& l = at(layer);
+    const std::map<std::string, Mat*> one = {{"wq", &l.wq},   {"wq_a", &l.wq_a}, {"wq_b", &l.wq_b}, {"wk", &l.wk},   {"wv", &l.wv},
+                                             {"wkv_a", &l.wkv_a}, {"wo", &l.wo}, {"gate", &l.gate}, {"w13", &l.w13}, {"w2", &l.w2}};
+    const std::map<std::string, std::vector<Mat>*> many = {{"uk", &l.uk}, {"uv", &l.uv}, {"uv_elem", &l.uv_elem}, {"e13", &l.e13}, {"e2", &l.e2}};
+    if (auto i = one.find(name); i != one.end()) *i->second = all[0];
+    else if (auto j = many.find(name); j != many.end()) *j->second = all;
+    else throw nb::value_error(("unknown matrix " + name).c_str());
+  }
+
+  void vector(int layer, const std::string& name, In<float, 1> data) {
+    keep_.push_back(nb::cast(data));
+    if (name == "norm") { m_.norm = data.data(); return; }
+    Layer& l = at(layer);
+    const std::map<std::string, const float**> all = {{"attn_norm", &l.attn_norm}, {"ffn_norm", &l.ffn_norm}, {"q_norm", &l.q_norm}, {"kv_norm", &l.kv_norm}};
+    const auto i = all.find(name);
+    need(i != all.end(), "unknown vector " + name);
+    *i->second = data.data();
+  }
+
+  void raw(int layer, const std::string& name, In<uint8_t, 1> data) {
+    keep_.push_back(nb::cast(data));
+    if (name == "embed") m_.embed = data.data();
+    else if (name == "uk_rows") at(layer).uk_rows = data.data();
+    else throw nb::value_error(("unknown array " + name).c_str());
+  }
+
+  // -> (logits [out rows, vocabulary] or final states [out rows, hidden], chosen experts [MoE layers, tokens, K])
+  auto step(In<int32_t, 1> ids, In<float, 2> cos_sin, In<int32_t, 2> seqs, In<int32_t, 1> pages, nb::ndarray<uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu> rows,
+            int page, const std::vector<int>& format, In<int32_t, 1> out_rows, bool logits, bool experts) {
+    const Config& c = m_.config;
+    const int n = int(ids.size()), r = int(out_rows.size());
+    Cache cache{rows.data(), rows.shape(1), page, codec(format)};
+    need(n > 0 && cos_sin.shape(0) == size_t(n) && cos_sin.shape(1) == size_t(c.rope), "cos_sin is [tokens, rope]");
+    need(rows.shape(0) == size_t(c.layers) && rows.shape(2) == cache.codec.row && page > 0, "cache rows are [layers, slots, row bytes]");
+    for (int i = 0; i < n; i++) need(ids.data()[i] >= 0 && ids.data()[i] < c.vocab, "token id outside the vocabulary");
+    for (int i = 0; i < r; i++) need(out_rows.data()[i] >= 0 && out_rows.data()[i] < n, "a wanted row is not a token of the step");
+    need(seqs.shape(1) == 3 && seqs.shape(0) > 0, "seqs is [sequences, (tokens, rows after the step, first page)]");
+    std::vector<SeqStep> list;
+    int first = 0;
+    for (size_t i = 0; i < seqs.shape(0); i++) {
+      const int32_t *s = seqs.data() + 3 * i, count = s[0], end = s[1], at = s[2], needed = (end + page - 1) / page;
+      need(count > 0 && end >= count && at >= 0 && size_t(at) + needed <= pages.size(), "a sequence has more rows than pages");
+      for (int j = 0; j < needed; j++)
+        need(pages.data()[at + j] >= 0 && size_t(pages.data()[at + j] + 1) * page <= cache.slots, "a page lies outside the cache");
+      list.push_back({first, count, end, pages.data() + at});
+      first += count;
+    }
+    need(first == n, "the sequences' tokens do not add up to the step's");
+    const size_t width = logits ? c.vocab : c.hidden;
+    auto out = fresh<float>({size_t(r), width});
+    size_t moe = 0;
+    for (const Layer& l : m_.layer) moe += l.gate.data != nullptr;
+    auto chosen = fresh<int16_t>({experts ? moe : 0, size_t(n), size_t(c.top_k)});
+    {
+      nb::gil_scoped_release free;
+      m_.step(ids.data(), cos_sin.data(), n, list, cache, out_rows.data(), r, logits ? out.data() : nullptr, logits ? nullptr : out.data(),
+              experts ? chosen.data() : nullptr);
+    }
+    return std::make_tuple(out, chosen);
+  }
+
+  int threads() const { return m_.threads(); }
+
+ private:
+  static Config config(nb::dict d) {
+    Config c;
+    const std::map<std::string, int*> ints = {{"layers", &c.layers}, {"vocab", &c.vocab}, {"hidden", &c.hidden}, {"heads", &c.heads}, {"kv_heads", &c.kv_heads},
+        {"head_dim", &c.head_dim}, {"latent", &c.latent}, {"rope", &c.rope}, {"nope", &c.nope}, {"value", &c.value}, {"q_lora", &c.q_lora}, {"experts", &c.experts},
+        {"top_k", &c.top_k}, {"groups", &c.groups}, {"top_groups", &c.top_groups}, {"moe_width", &c.moe_width}, {"elem", &c.elem}};
+    const std::map<std::string, float*> floats = {{"routed_scale", &c.routed_scale}, {"eps", &c.eps}, {"softmax_scale", &c.softmax_scale}};
+    const std::map<std::string, bool*> bools = {{"group_limited", &c.group_limited}, {"normalise", &c.normalise}, {"interleaved", &c.interleaved}};
+    for (auto [key, value] : d) {
+      const std::string k = nb::cast<std::string>(key);
+      if (auto i = ints.find(k); i != ints.end()) *i->second = nb::cast<int>(value);
+      else if (auto f = floats.find(k); f != floats.end()) *f->second = nb::cast<float>(value);
+      else if (auto b = bools.find(k); b != bools.end()) *b->second = nb::cast<bool>(value);
+      else throw nb::value_error(("unknown setting " + k).c_str());
+    }
+    return c;
+  }
+  Layer& at(int layer) {
+    need(layer >= 0 && layer < int(m_.layer.size()), "there is no layer " + std::to_string(layer));
+    return m_.layer[layer];
+  }
+
+  Model m_;
+  std::vector<nb::object> keep_;  // what the pointers point to
+};
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Kernels of lamoe. Use them through lamoe.kernels and lamoe.packed.";
+  m.def("isa", [] { return std::string(ops().name); }, "The instruction set in use: avx512, avx2 or scalar.");
+  m.def("features", [] { return std::string(cpu_features()); }, "The instruction sets that this CPU runs, best first.");
+  m.def("mat_bytes", [](int fmt, int n, int k) { return mat_bytes(fmt, n, k); });
+  m.def("pack", &pack, nb::arg("fmt"), nb::arg("w"), nb::arg("importance") = nb::none(), nb::arg("threads") = 1, nb::arg("isa") = "");
+  m.def("unpack", &unpack, nb::arg("fmt"), nb::arg("data"), nb::arg("n"), nb::arg("k"), nb::arg("scale"), nb::arg("isa") = "");
+  m.def("linear", &linear, nb::arg("fmt"), nb::arg("data"), nb::arg("scale"), nb::arg("n"), nb::arg("x"), nb::arg("isa") = "");
+  m.def("encode", &encode, nb::arg("codec"), nb::arg("rows"), nb::arg("isa") = "");
+  m.def("decode", &decode, nb::arg("codec"), nb::arg("rows"), nb::arg("isa") = "");
+  nb::class_<PyModel>(m, "Model")
+      .def(nb::init<nb::dict, int>())
+      .def("set", &PyModel::set)
+      .def("vector", &PyModel::vector)
+      .def("raw", &PyModel::raw)
+      .def("step", &PyModel::step)
+      .def_prop_ro("threads", &PyModel::threads);
+}

@@ -1,0 +1,192 @@
+// Cache rows: the bytes of lamoe/codec.py, which documents them, made and read here without torch.
+#include <cmath>
+
+#include "kernels.h"
+
+namespace lamoe {
+namespace LAMOE_NS {
+namespace {
+
+constexpr int kMaxPlanes = 3;
+struct Planes {
+  int n = 0, bits[kMaxPlanes] = {0, 0, 0};
+};
+Planes planes(int bits) {
+  switch (bits) {
+    case 4: return {1, {4, 0, 0}};
+    case 5: return {2, {4, 1, 0}};
+    case 6: return {2, {4, 2, 0}};
+    case 7: return {3, {4, 2, 1}};
+    default: return {1, {8, 0, 0}};
+  }
+}
+
+float half_to_float(uint16_t h) {  // finite, not negative
+  const int e = h >> 10, m = h & 0x3ff;
+  return e ? std::ldexp(float(m + 1024), e - 25) : std::ldexp(float(m), -24);
+}
+float base_value(uint8_t code) { return code >= 0xf8 ? NAN : half_to_float(uint16_t(code << 7)) / 16.f; }
+
+const float* base_table() {
+  static const auto table = [] {
+    struct T { float v[256]; } t;
+    for (int i = 0; i < 256; i++) t.v[i] = base_value(uint8_t(i));
+    return t;
+  }();
+  return table.v;
+}
+
+uint8_t base_code(float x) {  // the least e5m3 number that is not smaller than x >= 0; 0xff when there is none
+  if (!(x <= 3840.f)) return 0xff;
+  const float* t = base_table();
+  int low = 0, high = 0xf7;
+  while (low < high) {
+    int mid = (low + high) / 2;
+    if (t[mid] >= x) high = mid; else low = mid + 1;
+  }
+  return t[low] >= x ? uint8_t(low) : 0xff;
+}
+
+struct Block {  // sizes of one part
+  int w, W, n, group, groups, factors;
+  Block(int w, int n, int group) : w(w), W(ceil_to(w, 8)), n(n), group(group < w ? group : w) {
+    groups = (w + this->group - 1) / this->group;
+    factors = w <= group ? 0 : (groups + 1) / 2;
+  }
+  size_t bytes() const { return 1 + factors + size_t(W) / 8 * n; }
+};
+
+void encode_block(const Block& b, const float* x, uint8_t* out) {
+  const int half = (1 << (b.n - 1)) - 1;
+  float need[512], step[512], most = 0;
+  for (int g = 0; g < b.groups; g++) {
+    float top = 0;
+    for (int i = g * b.group; i < (g + 1) * b.group && i < b.w; i++) {
+      const float a = std::fabs(x[i]);
+      if (!(a <= top)) top = a;  // NaN is kept
+    }
+    need[g] = top / float(half);
+    if (!(need[g] <= most)) most = need[g];
+  }
+  out[0] = base_code(most);
+  const float base = base_table()[out[0]];
+  std::memset(out + 1, 0, b.bytes() - 1);
+  for (int g = 0; g < b.groups; g++) {
+    step[g] = base;
+    if (!b.factors) continue;
+    float f = std::ceil(need[g] * (16.f / base));
+    if (std::isnan(f)) f = 1.f;
+    f = f < 1.f ? 1.f : f > 16.f ? 16.f : f;
+    step[g] = base * (f / 16.f);
+    out[1 + g / 2] |= uint8_t(int(f) - 1) << (g % 2 ? 4 : 0);
+  }
+  const Planes pl = planes(b.n);
+  for (int i = 0; i < b.W; i++) {
+    int code = 1 << (b.n - 1);
+    if (i < b.w) {
+      float v = x[i] / step[i / b.group];
+      if (!std::isfinite(v)) v = 0.f;
+      v = std::nearbyint(v);
+      code += int(v < -half ? -half : v > half ? half : v);
+    }
+    uint8_t* to = out + 1 + b.factors;
+    for (int p = 0, shift = 0; p < pl.n; p++) {
+      const int size = b.W * pl.bits[p] / 8;
+      to[i % size] |= uint8_t((code >> shift & ((1 << pl.bits[p]) - 1)) << (pl.bits[p] * (i / size)));
+      to += size, shift += pl.bits[p];
+    }
+  }
+}
+
+INLINE void put16(int elem, void* out, int at, vf v, int n) {
+  if (elem == FP32) return vstore_n((float*)out + at, v, n);
+  if (n >= 16) return vstore_bf16((uint16_t*)out + at, v);
+  uint16_t t[16];
+  vstore_bf16(t, v);
+  std::memcpy((uint16_t*)out + at, t, 2 * n);
+}
+
+template <int N>
+void decode_block(const Block& b, const uint8_t* in, int elem, void* out) {
+  const Planes pl = planes(N);
+  const float base = base_table()[in[0]];
+  const uint8_t* codes = in + 1 + b.factors;
+  for (int i = 0; i < b.w; i += 16) {
+    vf step = vset(base);
+    if (b.factors) {  // groups are multiples of 16 here
+      const int g = i / b.group, f = in[1 + g / 2] >> (g % 2 ? 4 : 0) & 15;
+      step = vset(base * (float(f + 1) / 16.f));
+    }
+    vw code = wset(0);
+    const uint8_t* from = codes;
+    int shift = 0;
+    UNROLL for (int p = 0; p < kMaxPlanes; p++) {
+      if (p >= pl.n) break;
+      const int bits = pl.bits[p], size = b.W * bits / 8, mask = (1 << bits) - 1;
+      vw field;
+      if (size % 16 == 0) {
+        field = wfields(from + i % size, bits * (i / size), mask);
+      } else {  // sixteen neighbours do not lie side by side
+        int32_t t[16] = {};
+        for (int j = 0; j < 16 && i + j < b.W; j++) t[j] = from[(i + j) % size] >> (bits * ((i + j) / size)) & mask;
+        field = wload(t);
+      }
+      code = p ? wor_left(code, field, shift) : field;
+      from += size, shift += bits;
+    }
+    put16(elem, out, i, (vcvt(code) - vset(float(1 << (N - 1)))) * step, b.w - i);
+  }
+}
+
+}  // namespace
+
+void encode(const Codec& c, const float* row, uint8_t* out) {
+  const int w = c.w[0] + c.w[1];
+  if (c.kind == 0) {
+    std::memcpy(out, row, size_t(w) * 4);
+  } else if (c.kind == 1) {
+    for (int i = 0; i < w; i++) {
+      const uint16_t h = float_to_bf16(row[i]);
+      std::memcpy(out + 2 * i, &h, 2);
+    }
+  } else {
+    Block a(c.w[0], c.bits[0], c.group), b(c.w[1], c.bits[1], c.group);
+    encode_block(a, row, out);
+    encode_block(b, row + c.w[0], out + a.bytes());
+  }
+}
+
+void decode(const Codec& c, const uint8_t* in, int elem, void* out) {
+  const int w = c.w[0] + c.w[1];
+  if (c.kind == 2) {
+    for (int part = 0; part < 2; part++) {
+      Block b(c.w[part], c.bits[part], c.group);
+      switch (b.n) {
+        case 4: decode_block<4>(b, in, elem, out); break;
+        case 5: decode_block<5>(b, in, elem, out); break;
+        case 6: decode_block<6>(b, in, elem, out); break;
+        case 7: decode_block<7>(b, in, elem, out); break;
+        default: decode_block<8>(b, in, elem, out); break;
+      }
+      in += b.bytes();
+      out = (char*)out + size_t(c.w[part]) * (elem == FP32 ? 4 : 2);
+    }
+  } else if ((c.kind == 0) == (elem == FP32)) {
+    std::memcpy(out, in, size_t(w) * (elem == FP32 ? 4 : 2));
+  } else if (elem == FP32) {
+    for (int i = 0; i < w; i++) {
+      uint16_t h;
+      std::memcpy(&h, in + 2 * i, 2);
+      ((float*)out)[i] = bf16_to_float(h);
+    }
+  } else {
+    for (int i = 0; i < w; i++) {
+      float f;
+      std::memcpy(&f, in + 4 * i, 4);
+      ((uint16_t*)out)[i] = float_to_bf16(f);
+    }
+  }
+}
+
+}  // namespace LAMOE_NS
+}  // namespace lamoe

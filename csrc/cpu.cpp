@@ -1,0 +1,61 @@
+// Which ISA this process uses: the best that the CPU has, or what LAMOE_ISA says.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "ops.h"
+
+namespace lamoe {
+namespace scalar { extern const Ops table; }
+#if defined(__x86_64__)
+namespace avx2 { extern const Ops table; }
+namespace avx512 { extern const Ops table; }
+#endif
+
+namespace {
+bool has(const std::string& isa) {
+#if defined(__x86_64__)
+  if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == "avx512")
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+#endif
+  return isa == "scalar";
+}
+
+const Ops& choose() {
+  const char* forced = std::getenv("LAMOE_ISA");
+  if (forced && *forced) {
+    const Ops* t = ops_by_name(forced);
+    if (!t) throw std::invalid_argument(std::string("LAMOE_ISA is '") + forced + "'; this CPU runs: " + cpu_features());
+    return *t;
+  }
+  for (const char* isa : {"avx512", "avx2"})
+    if (const Ops* t = ops_by_name(isa)) return *t;
+  return scalar::table;
+}
+}  // namespace
+
+const Ops* ops_by_name(const char* name) {
+  const std::string isa = name;
+  if (!has(isa)) return nullptr;
+#if defined(__x86_64__)
+  if (isa == "avx512") return &avx512::table;
+  if (isa == "avx2") return &avx2::table;
+#endif
+  return isa == "scalar" ? &scalar::table : nullptr;
+}
+
+const char* cpu_features() {
+  static const std::string all = std::string(has("avx512") ? "avx512, " : "") + (has("avx2") ? "avx2, " : "") + "scalar";
+  return all.c_str();
+}
+
+const Ops& ops() {
+  static const Ops& table = choose();
+  return table;
+}
+
+size_t scratch_bytes(int k) { return size_t(192) * 2 * kBlock * 4 + size_t(ceil_to(k, kBlock)) / kBlock * 4 * 320 + 256; }
+
+}  // namespace lamoe

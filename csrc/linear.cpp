@@ -1,0 +1,182 @@
+// Products of activation rows with packed weights. A result depends on its row and its weights alone: not on how many rows come along, nor on
+// threads, because every kernel adds up in one order (group by group, block by block).
+#include "kernels.h"
+
+namespace lamoe {
+namespace LAMOE_NS {
+namespace {
+
+#if defined(LAMOE_ISA_AVX512)
+constexpr int kRows = 12;  // rows of a micro-kernel: what the registers hold
+#else
+constexpr int kRows = 4;
+#endif
+constexpr int kDecodeFrom = 2 * kRows;  // from this many rows on a tile is decoded once, ahead of its rows
+
+// ---- INT8, INT4 --------------------------------------------------------------------------------------------------------
+// One group of four quads: weights as unsigned bytes, and the scales of the 16 outputs.
+template <int FMT>
+struct Packed {
+  const uint8_t* p;
+  INLINE void group(int block, int g, vw* w, vf& s) const {
+    const uint8_t* b = p + size_t(block) * (FMT == INT8 ? 1088 : 576);
+    s = vscales(b + 16 * g);
+    if (FMT == INT8) {
+      for (int j = 0; j < 4; j++) w[j] = decode_int8(b + 64 + 64 * (4 * g + j));
+    } else {
+      decode_int4(b + 64 + 128 * g, w[0], w[1]);
+      decode_int4(b + 128 + 128 * g, w[2], w[3]);
+    }
+  }
+};
+struct Decoded {  // [block][4 groups](16 scales, 4 x 64 bytes)
+  const uint8_t* p;
+  INLINE void group(int block, int g, vw* w, vf& s) const {
+    const uint8_t* b = p + size_t(4 * block + g) * 320;
+    s = vload((const float*)b);
+    for (int j = 0; j < 4; j++) w[j] = wload(b + 64 + 64 * j);
+  }
+};
+
+template <int FMT>
+INLINE vw start(int32_t c) { return FMT == INT8 ? start_int8(c) : wset(c); }
+template <int FMT>
+INLINE vw dot(vw acc, vw w, const int8_t* x) { return FMT == INT8 ? dot_int8(acc, w, x) : dot_int4(acc, w, x); }
+
+template <int FMT, class W, int M>
+void micro_int(const W& weights, int blocks, float scale, const Acts& x, int row, float* out, ptrdiff_t ldo, int n) {
+  const int8_t* q = x.q + size_t(row) * x.stride;
+  const float* s = x.s + size_t(row) * (x.stride / kBlock);
+  const int32_t* c = x.c + size_t(row) * (x.stride / kGroup);
+  const size_t stride = x.stride;
+  vf total[M];
+  UNROLL for (int m = 0; m < M; m++) total[m] = vzero();
+  for (int b = 0; b < blocks; b++) {
+    vf part[M];
+    UNROLL for (int m = 0; m < M; m++) part[m] = vzero();
+    UNROLL for (int g = 0; g < 4; g++) {
+      vw w[4];
+      vf ws;
+      weights.group(b, g, w, ws);
+      UNROLL for (int m = 0; m < M; m++) {
+        const int8_t* y = q + m * stride + kBlock * b + kGroup * g;
+        vw acc = start<FMT>(c[m * (stride / kGroup) + 4 * b + g]);
+        UNROLL for (int j = 0; j < 4; j++) acc = dot<FMT>(acc, w[j], y + 4 * j);
+        part[m] = vfma(vcvt(acc), ws, part[m]);
+      }
+    }
+    UNROLL for (int m = 0; m < M; m++) total[m] = vfma(part[m], vset(s[m * (stride / kBlock) + b]), total[m]);
+  }
+  UNROLL for (int m = 0; m < M; m++) vstore_n(out + m * ldo, total[m] * vset(scale), n);
+}
+
+template <int FMT, class W, int M = kRows>
+void rows_int(const W& w, int blocks, float scale, const Acts& x, int row, int rows, float* out, ptrdiff_t ldo, int n) {
+  for (; rows >= M; row += M, rows -= M, out += M * ldo) micro_int<FMT, W, M>(w, blocks, scale, x, row, out, ldo, n);
+  if constexpr (M > 1) {
+    if (rows) rows_int<FMT, W, M - 1>(w, blocks, scale, x, row, rows, out, ldo, n);
+  }
+}
+
+template <int FMT>
+void tile_int(const Mat& m, const Acts& x, int row, int rows, float* out, ptrdiff_t ldo, uint8_t* scratch) {
+  const int blocks = ceil_to(m.k, kBlock) / kBlock, n = m.n < kTile ? m.n : kTile;
+  Packed<FMT> packed{m.data};
+  if (rows < kDecodeFrom) return rows_int<FMT>(packed, blocks, m.scale, x, row, rows, out, ldo, n);
+  for (int b = 0; b < blocks; b++)
+    for (int g = 0; g < 4; g++) {
+      vw w[4];
+      vf s;
+      packed.group(b, g, w, s);
+      uint8_t* to = scratch + size_t(4 * b + g) * 320;
+      vstore((float*)to, s);
+      for (int j = 0; j < 4; j++) wstore(to + 64 + 64 * j, w[j]);
+    }
+  rows_int<FMT>(Decoded{scratch}, blocks, m.scale, x, row, rows, out, ldo, n);
+}
+
+// ---- FP32, BF16 --------------------------------------------------------------------------------------------------------
+template <int FMT>
+INLINE vf dot_unit(vf acc, vw w, const uint8_t* x) { return FMT == FP32 ? dot_f32(acc, w, x) : dot_bf16(acc, w, x); }
+
+template <int FMT, int T, int M>
+void micro_unit(const uint8_t* w, size_t tile, int units, const uint8_t* x, size_t stride, float* out, ptrdiff_t ldo, int n) {
+  vf acc[T][M];
+  UNROLL for (int t = 0; t < T; t++)
+    UNROLL for (int m = 0; m < M; m++) acc[t][m] = vzero();
+  for (int u = 0; u < units; u++) {
+    vw v[T];
+    UNROLL for (int t = 0; t < T; t++) v[t] = wload(w + t * tile + size_t(u) * 64);
+    UNROLL for (int m = 0; m < M; m++)
+      UNROLL for (int t = 0; t < T; t++) acc[t][m] = dot_unit<FMT>(acc[t][m], v[t], x + m * stride + size_t(u) * 4);
+  }
+  UNROLL for (int t = 0; t < T; t++)
+    UNROLL for (int m = 0; m < M; m++) vstore_n(out + m * ldo + 16 * t, acc[t][m], n - 16 * t);
+}
+
+template <int FMT, int T, int M>
+void rows_unit(const uint8_t* w, size_t tile, int units, const uint8_t* x, size_t stride, int rows, float* out, ptrdiff_t ldo, int n) {
+  for (; rows >= M; rows -= M, x += M * stride, out += M * ldo) micro_unit<FMT, T, M>(w, tile, units, x, stride, out, ldo, n);
+  if constexpr (M > 1) {
+    if (rows) rows_unit<FMT, T, M - 1>(w, tile, units, x, stride, rows, out, ldo, n);
+  }
+}
+
+template <int FMT>
+void tiles_unit(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, float* out, ptrdiff_t ldo) {
+  const size_t tile = tile_bytes(m.fmt, m.k), stride = size_t(x.stride) * (FMT == FP32 ? 4 : 2);
+  const uint8_t* y = (FMT == FP32 ? (const uint8_t*)x.f : (const uint8_t*)x.h) + row * stride;
+  const int units = FMT == FP32 ? m.k : (m.k + 1) / 2;
+  for (int t = t0; t < t1;) {
+    const uint8_t* w = m.data + t * tile;
+    const int n = m.n - kTile * t;
+    float* to = out + kTile * t;
+    if (rows == 1 && t + 4 <= t1) {
+      micro_unit<FMT, 4, 1>(w, tile, units, y, stride, to, ldo, n);
+      t += 4;
+    } else if (t + 2 <= t1) {
+      rows_unit<FMT, 2, kRows>(w, tile, units, y, stride, rows, to, ldo, n);
+      t += 2;
+    } else {
+      rows_unit<FMT, 1, kRows>(w, tile, units, y, stride, rows, to, ldo, n);
+      t += 1;
+    }
+  }
+}
+
+}  // namespace
+
+void linear(const Mat& m, int t0, int t1, const Acts& x, int row0, int rows, float* out, ptrdiff_t ldo, void* scratch) {
+  if (rows <= 0) return;
+  if (m.fmt == FP32) return tiles_unit<FP32>(m, t0, t1, x, row0, rows, out, ldo);
+  if (m.fmt == BF16) return tiles_unit<BF16>(m, t0, t1, x, row0, rows, out, ldo);
+  for (int t = t0; t < t1; t++)
+    (m.fmt == INT8 ? tile_int<INT8> : tile_int<INT4>)(tile_of(m, t), x, row0, rows, out + kTile * t, ldo, (uint8_t*)scratch);
+}
+
+// One 64-wide block of F: gate and up products, silu(gate) * up * weight, and the activation rows as `down` wants them.
+void swiglu(const Seg& s, int block, const Acts& x, const Acts& act, void* scratch) {
+  constexpr int kChunk = 192;  // rows at a time, so that gate and up stay in the cache
+  const int f = s.w2.k, from = block * kBlock, width = from + kBlock <= f ? kBlock : f - from;
+  const int first = from / kTile, count = tiles(width), up = tiles(f);
+  float* both = (float*)scratch;
+  uint8_t* rest = (uint8_t*)(both + size_t(kChunk) * 2 * kBlock);
+  for (int r = 0; r < s.rows; r += kChunk) {
+    const int rows = s.rows - r < kChunk ? s.rows - r : kChunk;
+    linear(tile_of(s.w13, first), 0, count, x, s.row0 + r, rows, both, 2 * kBlock, rest);
+    linear(tile_of(s.w13, up + first), 0, count, x, s.row0 + r, rows, both + kBlock, 2 * kBlock, rest);
+    for (int i = 0; i < rows; i++) {
+      float* g = both + size_t(i) * 2 * kBlock;
+      const vf weight = vset(s.weight ? s.weight[r + i] : 1.f);
+      for (int j = 0; j < kBlock; j += 16) {
+        vf v = j < width ? vsilu(vload(g + j)) * vload(g + kBlock + j) * weight : vzero();
+        vstore_n(g + j, v, 16);
+      }
+      for (int j = width; j < kBlock; j++) g[j] = 0.f;
+      put_block(act, s.row0 + r + i, block, g);
+    }
+  }
+}
+
+}  // namespace LAMOE_NS
+}  // namespace lamoe

@@ -1,0 +1,525 @@
+// The step of a model, layer by layer. Read `Model::step` first; lamoe/model.py is the same thing in torch and the definition.
+#include "model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace lamoe {
+namespace {
+
+constexpr int kRowsTile = 64;      // cache rows that are decoded together
+constexpr int kExpandRows = 1024;  // rows whose keys and values exist at once in the expanded form
+constexpr int kValueRows = 256;    // of those, how many share a softmax pass
+constexpr int kQueryRows = 24;
+
+size_t align(size_t n) { return (n + 63) / 64 * 64; }
+int size_of(int elem) { return elem == FP32 ? 4 : 2; }
+
+// Rows of a partial state: short contexts are cut finer, so that two threads have something to do. A function of the length alone: results do
+// not depend on the number of threads or on who else is in the batch.
+int chunk_rows(int end) { return end <= 1024 ? 128 : 512; }
+
+}  // namespace
+
+void* Model::Buffer::get(size_t bytes) {
+  if (bytes + 128 > size) {
+    size = bytes + bytes / 4 + 4096;
+    p.reset(new char[size]);
+  }
+  return (void*)((uintptr_t(p.get()) + 63) / 64 * 64);
+}
+
+Model::Model(const Config& c, int threads) : config(c), layer(c.layers), pool_(std::max(threads, 1)), scratch_(pool_.size()), thread_big_(pool_.size()) {}
+
+Acts Model::acts(Buffer& b, int rows, int k, bool with_float) {
+  Acts a;
+  a.rows = rows, a.k = k, a.stride = acts_stride(k);
+  const size_t n = size_t(rows) * a.stride, f = (with_float || use_f_) ? align(4 * n) : 0, h = use_h_ ? align(2 * n) : 0, q = use_q_ ? align(n) : 0,
+               s = use_q_ ? align(n / kBlock * 4) : 0, c = use_q_ ? align(n / kGroup * 4) : 0;
+  char* p = (char*)b.get(f + h + q + s + c);
+  if (f) a.f = (float*)p;
+  if (h) a.h = (uint16_t*)(p + f);
+  if (q) a.q = (int8_t*)(p + f + h), a.s = (float*)(p + f + h + q), a.c = (int32_t*)(p + f + h + q + s);
+  return a;
+}
+
+void Model::step(const int32_t* ids, const float* cos_sin, int n, const std::vector<SeqStep>& seqs, const Cache& cache, const int32_t* out_rows, int r, float* logits,
+                 float* states, int16_t* chosen) {
+  Threads::Session awake(pool_);
+  const Ops& op = ops();
+  const int d = config.hidden;
+  if (!scratch_size_) {  // the formats are known now
+    int k = d;
+    auto see = [&](const Mat& m) {
+      if (!m.data) return;
+      k = std::max(k, m.k);
+      (m.fmt == FP32 ? use_f_ : m.fmt == BF16 ? use_h_ : use_q_) = true;
+    };
+    see(head);
+    for (const Layer& l : layer) {
+      for (const Mat* m : {&l.wq, &l.wq_a, &l.wq_b, &l.wk, &l.wv, &l.wkv_a, &l.wo, &l.w13, &l.w2}) see(*m);
+      for (const auto* v : {&l.uk, &l.uv, &l.e13, &l.e2})
+        for (const Mat& m : *v) see(m);
+    }
+    (config.elem == FP32 ? use_f_ : use_h_) = true;  // queries of the expanded form
+    scratch_size_ = scratch_bytes(k);
+  }
+  x_ = room<float>(b_x_, size_t(n) * d);
+  for (int i = 0; i < n; i++) {
+    float* x = x_ + size_t(i) * d;
+    if (config.elem == FP32) std::memcpy(x, (const float*)embed + size_t(ids[i]) * d, 4 * d);
+    else
+      for (int j = 0; j < d; j++) {
+        const uint32_t u = uint32_t(((const uint16_t*)embed)[size_t(ids[i]) * d + j]) << 16;
+        std::memcpy(x + j, &u, 4);
+      }
+  }
+  int moe_layer = 0;
+  for (int i = 0; i < config.layers; i++) {
+    const Layer& l = layer[i];
+    in_ = acts(b_in_, n, d, true);
+    auto norm = [&](const float* weight) {
+      pool_.run(n, [&](int t, int thread) {
+        float* y = (float*)scratch(thread);
+        op.rms_norm(x_ + size_t(t) * d, weight, config.eps, y, d);
+        op.put_row(in_, t, y);
+      });
+    };
+    norm(l.attn_norm);
+    project(l, n);
+    append(l, i, n, cos_sin, seqs, cache);
+    attend(l, i, seqs, cache);
+    norm(l.ffn_norm);
+    feed_forward(l, n, chosen && l.gate.data ? chosen + size_t(moe_layer) * n * config.top_k : nullptr);
+    moe_layer += l.gate.data != nullptr;
+  }
+  if (!r) return;
+  Acts last = acts(b_final_, r, d, true);
+  for (int i = 0; i < r; i++) {
+    float* y = (float*)scratch(0);
+    op.rms_norm(x_ + size_t(out_rows[i]) * d, norm, config.eps, y, d);
+    if (states) std::memcpy(states + size_t(i) * d, y, 4 * d);
+    op.put_row(last, i, y);
+  }
+  if (logits) products({{&head, logits, config.vocab}}, last);
+}
+
+// out = x m^T of several matrices with the same inputs, as one parallel pass.
+void Model::products(const std::vector<Part>& parts, const Acts& x) {
+  const int per = x.rows <= 2 ? 4 : 2;  // tiles of an item: enough bytes to stream, few enough to share out
+  int items = 0;
+  for (const Part& p : parts) items += (tiles(p.m->n) + per - 1) / per;
+  pool_.run(items, [&](int i, int thread) {
+    for (const Part& p : parts) {
+      const int here = (tiles(p.m->n) + per - 1) / per;
+      if (i < here) return ops().linear(*p.m, i * per, std::min((i + 1) * per, tiles(p.m->n)), x, 0, x.rows, p.out, p.ldo, scratch(thread));
+      i -= here;
+    }
+  });
+}
+
+void Model::project(const Layer& l, int n) {
+  const Config& c = config;
+  const int width = c.heads * c.head_dim;
+  q_ = room<float>(b_q_, size_t(n) * width);
+  if (!c.latent) {
+    const int kv = c.kv_heads * c.head_dim;
+    kv_ = room<float>(b_kv_, size_t(n) * 2 * kv);
+    return products({{&l.wq, q_, width}, {&l.wk, kv_, 2 * kv}, {&l.wv, kv_ + kv, 2 * kv}}, in_);
+  }
+  const int row = c.latent + c.rope;
+  kv_ = room<float>(b_kv_, size_t(n) * row);
+  if (!c.q_lora) return products({{&l.wq, q_, width}, {&l.wkv_a, kv_, row}}, in_);
+  float* low = room<float>(b_qa_, size_t(n) * c.q_lora);
+  products({{&l.wq_a, low, c.q_lora}, {&l.wkv_a, kv_, row}}, in_);
+  Acts a = acts(b_qin_, n, c.q_lora);
+  pool_.run(n, [&](int t, int thread) {
+    float* y = (float*)scratch(thread);
+    ops().rms_norm(low + size_t(t) * c.q_lora, l.q_norm, c.eps, y, c.q_lora);
+    ops().put_row(a, t, y);
+  });
+  products({{&l.wq_b, q_, width}}, a);
+}
+
+// Norm and turn the new rows and queries; rows go into the cache.
+void Model::append(const Layer& l, int index, int n, const float* cos_sin, const std::vector<SeqStep>& seqs, const Cache& cache) {
+  const Config& c = config;
+  const Ops& op = ops();
+  const int row = cache.codec.w[0] + cache.codec.w[1];
+  uint8_t* rows = cache.rows + size_t(index) * cache.slots * cache.codec.row;
+  pool_.run(n, [&](int t, int) {
+    const float* turn = cos_sin + size_t(t) * c.rope;
+    float* kv = kv_ + size_t(t) * row;
+    for (int h = 0; h < c.heads; h++) op.rope(q_ + (size_t(t) * c.heads + h) * c.head_dim + c.nope, turn, c.rope, c.interleaved);
+    if (c.latent) {
+      op.rms_norm(kv, l.kv_norm, c.eps, kv, c.latent);
+      op.rope(kv + c.latent, turn, c.rope, c.interleaved);
+    } else {
+      for (int g = 0; g < c.kv_heads; g++) op.rope(kv + g * c.head_dim, turn, c.rope, c.interleaved);
+    }
+    const auto s = std::upper_bound(seqs.begin(), seqs.end(), t, [](int t, const SeqStep& s) { return t < s.first; }) - 1;
+    const int at = s->end - s->count + (t - s->first);
+    const size_t slot = size_t(s->pages[at / cache.page]) * cache.page + at % cache.page;
+    op.encode(cache.codec, kv, rows + slot * cache.codec.row);
+  });
+}
+
+// Multiply-adds per head of the two forms; the small products of the absorbed form and attention in few lanes run at about the same share of the peak.
+bool Model::expand(const SeqStep& s) const {
+  const Config& c = config;
+  const double t = s.count, rows = s.end;
+  if (!c.latent) return t * (c.heads / c.kv_heads) > 48;
+  const double up = double(c.latent) * (c.nope + c.value);
+  return rows * up + t * rows * (c.head_dim + c.value) < t * up + t * rows * (2 * c.latent + c.rope);
+}
+
+void Model::attend(const Layer& l, int index, const std::vector<SeqStep>& seqs, const Cache& cache) {
+  const Config& c = config;
+  const uint8_t* rows = cache.rows + size_t(index) * cache.slots * cache.codec.row;
+  const int n = seqs.back().first + seqs.back().count, out = c.heads * (c.latent ? c.value : c.head_dim);
+  o_ = room<float>(b_o_, size_t(n) * out);
+  std::vector<SeqStep> absorbed;
+  for (const SeqStep& s : seqs)
+    if (!expand(s)) absorbed.push_back(s);
+  if (!absorbed.empty()) few(l, rows, absorbed, cache);
+  for (const SeqStep& s : seqs)
+    if (expand(s)) many(l, rows, s, cache);
+  Acts a = acts(b_oin_, n, out);
+  pool_.run(n, [&](int t, int) { ops().put_row(a, t, o_ + size_t(t) * out); });
+  const int d = config.hidden, per = n <= 2 ? 4 : 2;
+  pool_.run((tiles(d) + per - 1) / per, [&](int i, int thread) {
+    char* s = (char*)scratch(thread);
+    const int t0 = i * per, t1 = std::min(t0 + per, tiles(d)), width = std::min(d, t1 * kTile) - t0 * kTile;
+    constexpr int kChunk = 192;
+    float* y = (float*)s;
+    for (int r = 0; r < n; r += kChunk) {
+      const int count = std::min(kChunk, n - r);
+      ops().linear(tile_of(l.wo, t0), 0, t1 - t0, a, r, count, y, 64, s + size_t(kChunk) * 64 * 4);
+      for (int j = 0; j < count; j++)
+        for (int k = 0; k < width; k++) x_[size_t(r + j) * d + t0 * kTile + k] += y[64 * j + k];
+    }
+  });
+}
+
+// Few queries per sequence (decoding, drafts, short chunks): sixteen lanes of (token, head) over rows as they lie in the cache.
+void Model::few(const Layer& l, const uint8_t* rows, const std::vector<SeqStep>& seqs, const Cache& cache) {
+  const Config& c = config;
+  const Ops& op = ops();
+  const int elem = c.elem, h = c.heads, kw = c.latent ? c.latent + c.rope : c.head_dim, vw = c.latent ? c.latent : c.head_dim;
+  int n = 0;
+  std::vector<int> token;  // of the step, for each of ours
+  for (const SeqStep& s : seqs)
+    for (int i = 0; i < s.count; i++) token.push_back(s.first + i);
+  n = int(token.size());
+  const float* full = q_;  // [token][head][kw]
+  if (c.latent) {          // W^UK moves to the query
+    float* q = room<float>(b_full_, size_t(n) * h * kw);
+    full = q;
+    Acts a = acts(b_heads_, h * n, c.nope);
+    pool_.run(h, [&](int head, int thread) {
+      for (int i = 0; i < n; i++) {
+        const float* from = q_ + (size_t(token[i]) * h + head) * c.head_dim;
+        op.put_row(a, head * n + i, from);
+        std::memcpy(q + (size_t(i) * h + head) * kw + c.latent, from + c.nope, 4 * c.rope);
+      }
+      op.linear(l.uk[head], 0, tiles(c.latent), a, head * n, n, q + size_t(head) * kw, ptrdiff_t(h) * kw, scratch(thread));
+    });
+  }
+  // lanes: blocks of up to sixteen (token, head) of one sequence and one kv head
+  struct Block { int seq, g, lanes, first_state; };
+  struct Item { int seq, chunk; };
+  std::vector<Block> blocks;
+  std::vector<Item> items;
+  std::vector<int> begin, lane_token, lane_head;
+  const int kv = c.latent ? 1 : c.kv_heads, per = h / kv;
+  int states = 0, base = 0;
+  std::vector<int> state_of(size_t(n) * h), lane_of(size_t(n) * h), chunks_of(n);
+  for (size_t s = 0; s < seqs.size(); s++) {
+    const int chunks = (seqs[s].end + chunk_rows(seqs[s].end) - 1) / chunk_rows(seqs[s].end);
+    begin.push_back(int(blocks.size()));
+    for (int i = 0; i < chunks; i++) items.push_back({int(s), i});
+    for (int i = 0; i < seqs[s].count; i++) chunks_of[base + i] = chunks;
+    for (int g = 0; g < kv; g++)
+      for (int at = 0; at < seqs[s].count * per; at += 16) {
+        const int lanes = std::min(16, seqs[s].count * per - at);
+        for (int i = 0; i < 16; i++) {
+          const int j = std::min(at + i, seqs[s].count * per - 1), t = base + j / per, head = g * per + j % per;
+          lane_token.push_back(t), lane_head.push_back(head);
+          if (i < lanes) state_of[size_t(t) * h + head] = states, lane_of[size_t(t) * h + head] = i;
+        }
+        blocks.push_back({int(s), g, lanes, states});
+        states += chunks;
+      }
+    base += seqs[s].count;
+  }
+  begin.push_back(int(blocks.size()));
+  const size_t units = size_t(kw) * size_of(elem) / 4, state = 32 + 16 * size_t(vw);
+  char* lanes = (char*)b_lanes_.get(blocks.size() * units * 64);
+  float* partial = room<float>(b_states_, states * state);
+  std::vector<int> last(blocks.size() * 16);
+  pool_.run(int(blocks.size()), [&](int b, int) {
+    const float* q[16];
+    for (int i = 0; i < 16; i++) {
+      const int t = lane_token[16 * b + i], ours = c.latent ? t : token[t];
+      q[i] = full + (size_t(ours) * h + lane_head[16 * b + i]) * kw;
+      const SeqStep& s = seqs[blocks[b].seq];
+      last[16 * b + i] = s.end - s.count + (token[t] - s.first);
+    }
+    op.pack_lanes(elem, q, blocks[b].lanes, kw, lanes + b * units * 64);
+  });
+  const int row = cache.codec.w[0] + cache.codec.w[1];
+  pool_.run(int(items.size()), [&](int i, int thread) {
+    const SeqStep& s = seqs[items[i].seq];
+    const int size = chunk_rows(s.end), from = items[i].chunk * size, to = std::min(s.end, from + size);
+    char* tile = (char*)thread_big_[thread].get(size_t(kRowsTile) * row * size_of(elem) + 512 + 2 * 64 * 64);
+    char* tmp = tile + align(size_t(kRowsTile) * row * size_of(elem) + 64);
+    const int b0 = begin[items[i].seq], b1 = begin[items[i].seq + 1];
+    for (int b = b0; b < b1; b++) {
+      float* p = partial + (blocks[b].first_state + items[i].chunk) * state;
+      std::fill(p, p + 16, -1e30f);
+      std::fill(p + 16, p + 32 + size_t(blocks[b].lanes) * vw, 0.f);
+    }
+    for (int r = from; r < to; r += kRowsTile) {
+      const int count = std::min(kRowsTile, to - r);
+      for (int j = 0; j < count; j++) {
+        const int at = r + j;
+        const size_t slot = size_t(s.pages[at / cache.page]) * cache.page + at % cache.page;
+        op.decode(cache.codec, rows + slot * cache.codec.row, elem, tile + size_t(j) * row * size_of(elem));
+      }
+      for (int b = b0; b < b1; b++) {
+        float* p = partial + (blocks[b].first_state + items[i].chunk) * state;
+        const int g = blocks[b].g;
+        op.attend_tile(elem, tile, row, count, r, g * kw, kw, c.latent ? 0 : kv * kw + g * vw, vw, c.softmax_scale, {lanes + b * units * 64, &last[16 * b]},
+                       blocks[b].lanes, p, p + 16, p + 32, tmp);
+      }
+    }
+  });
+  auto gather = [&](int t, int head, float* out) {
+    const size_t at = size_t(t) * h + head;
+    op.combine(partial + state_of[at] * state, state, chunks_of[t], lane_of[at], vw, out);
+  };
+  if (!c.latent) {
+    pool_.run(n, [&](int t, int) {
+      for (int head = 0; head < h; head++) gather(t, head, o_ + (size_t(token[t]) * h + head) * vw);
+    });
+    return;
+  }
+  Acts a = acts(b_heads2_, h * n, vw);  // W^UV acts on the output
+  pool_.run(h, [&](int head, int thread) {
+    char* s = (char*)scratch(thread);
+    float* latent = (float*)s;
+    for (int t = 0; t < n; t++) {
+      gather(t, head, latent);
+      op.put_row(a, head * n + t, latent);
+    }
+    for (int t = 0, end; t < n; t = end) {  // runs of tokens that are neighbours in the step
+      for (end = t + 1; end < n && token[end] == token[end - 1] + 1; end++) {}
+      op.linear(l.uv[head], 0, tiles(c.value), a, head * n + t, end - t, o_ + (size_t(token[t]) * h + head) * c.value, ptrdiff_t(h) * c.value, s + 65536);
+    }
+  });
+}
+
+// Many queries of one sequence: keys and values of its rows, kExpandRows at a time, head by head.
+void Model::many(const Layer& l, const uint8_t* rows, const SeqStep& seq, const Cache& cache) {
+  const Config& c = config;
+  const Ops& op = ops();
+  const int elem = c.elem, e = size_of(elem), h = c.heads, kv = c.latent ? h : c.kv_heads, per = h / kv, row = cache.codec.w[0] + cache.codec.w[1];
+  const int kw = c.head_dim, vw = c.latent ? c.value : c.head_dim, units = kw * e / 4, n = seq.count, stride = ceil_to(row, 64);
+  char* raw = (char*)b_latents_.get(size_t(kExpandRows) * stride * e + 64);
+  char* packed = c.latent ? (char*)b_packed_.get(tiles(kExpandRows) * tile_bytes(elem, c.latent)) : nullptr;
+  float* ml = room<float>(b_ml_, size_t(n) * h * 2);
+  float* out = room<float>(b_out_, size_t(n) * h * vw);
+  std::fill(ml, ml + size_t(n) * h, -1e30f);
+  std::fill(ml + size_t(n) * h, ml + size_t(n) * h * 2, 0.f);
+  std::fill(out, out + size_t(n) * h * vw, 0.f);
+  const size_t keys_size = align(size_t(tiles(kExpandRows)) * units * 64), values_size = align(size_t(tiles(vw)) * (kValueRows * e / 4) * 64),
+               scores_size = align(size_t(kQueryRows) * kValueRows * 4), tmp_size = align(4 * std::max(size_t(std::max(c.nope, 1)) * 32, size_t(48) * ceil_to(vw, 16))),
+               queries = align(size_t(n) * acts_stride(kw) * e);
+  const size_t values_all = values_size * (kExpandRows / kValueRows);
+  for (int start = 0; start < seq.end; start += kExpandRows) {
+    const int here = std::min(kExpandRows, seq.end - start);
+    pool_.run((here + kRowsTile - 1) / kRowsTile, [&](int i, int) {
+      const int first = i * kRowsTile, count = std::min(kRowsTile, here - first);
+      for (int j = 0; j < count; j++) {
+        const int at = start + first + j;
+        const size_t slot = size_t(seq.pages[at / cache.page]) * cache.page + at % cache.page;
+        op.decode(cache.codec, rows + slot * cache.codec.row, elem, raw + size_t(first + j) * stride * e);
+      }
+      if (c.latent) op.rows_as_mat(elem, raw + size_t(first) * stride * e, stride, 0, c.latent, count, packed + size_t(first / kTile) * tile_bytes(elem, c.latent));
+    });
+    pool_.run(kv, [&](int g, int thread) {
+      char* keys = (char*)thread_big_[thread].get(keys_size + values_all + 2 * scores_size + tmp_size + queries + 4096);
+      char *values = keys + keys_size, *scores = values + values_all, *probs = scores + scores_size, *tmp = probs + scores_size, *qe = tmp + tmp_size;
+      const Mat key_mat{elem, here, kw, (const uint8_t*)keys, 1.f};
+      Acts raws;  // the decoded rows as activations
+      raws.rows = here, raws.k = c.latent, raws.stride = stride;
+      (elem == FP32 ? (void*&)raws.f : (void*&)raws.h) = raw;
+      if (c.latent) {
+        Acts uk;
+        uk.rows = c.nope, uk.k = c.latent, uk.stride = ceil_to(c.latent, 64);
+        (elem == FP32 ? (void*&)uk.f : (void*&)uk.h) = (char*)l.uk_rows + size_t(g) * c.nope * uk.stride * e;
+        op.expand_keys(elem, (const uint8_t*)packed, c.latent, 0, tiles(here), uk, units, keys, (float*)tmp);
+        const int nope_units = c.nope * e / 4;  // the rope key is the same for every head: turned, as it lies in the row
+        for (int t = 0; t < tiles(here); t++)
+          op.rows_as_mat(elem, raw + size_t(t) * kTile * stride * e, stride, c.latent, c.rope, std::min(kTile, here - t * kTile), keys + (size_t(t) * units + nope_units) * 64);
+      } else {
+        op.rows_as_mat(elem, raw, stride, g * kw, kw, here, keys);
+      }
+      for (int v = 0; v * kValueRows < here; v++) {
+        const int first = v * kValueRows, count = std::min(kValueRows, here - first);
+        if (c.latent) op.expand_values(l.uv_elem[g], raws, first, count, values + v * values_size, (float*)tmp);
+        else op.rows_as_values(elem, raw + size_t(first) * stride * e, stride, kv * kw + g * vw, vw, count, values + v * values_size);
+      }
+      for (int j = 0; j < per; j++) {
+        const int head = g * per + j;
+        Acts q;
+        q.rows = n, q.k = kw, q.stride = acts_stride(kw);
+        (elem == FP32 ? (void*&)q.f : (void*&)q.h) = qe;
+        for (int t = 0; t < n; t++) op.put_row(q, t, q_ + (size_t(seq.first + t) * h + head) * kw);
+        for (int t0 = 0; t0 < n; t0 += kQueryRows) {
+          const int count = std::min(kQueryRows, n - t0), seen = seq.end - n + t0 + count - start;  // columns that the last of them sees
+          for (int v = 0; v * kValueRows < std::min(here, seen); v++) {
+            const int first = v * kValueRows, cols = std::min(kValueRows, here - first), ldp = ceil_to(cols, 16);
+            int visible[kQueryRows];
+            float fix[kQueryRows];
+            for (int t = 0; t < count; t++) visible[t] = seq.end - n + t0 + t + 1 - start - first;
+            op.linear(tile_of(key_mat, first / kTile), 0, tiles(cols), q, t0, count, (float*)scores, kValueRows, nullptr);
+            float *m = ml + size_t(head) * n + t0, *sum = m + size_t(n) * h;
+            op.softmax_rows(elem, (float*)scores, kValueRows, count, cols, visible, c.softmax_scale, m, sum, fix, probs, ldp);
+            Acts p;
+            p.rows = count, p.k = cols, p.stride = ldp;
+            (elem == FP32 ? (void*&)p.f : (void*&)p.h) = probs;
+            const Mat value_mat{elem, vw, cols, (const uint8_t*)values + v * values_size, 1.f};
+            op.linear(value_mat, 0, tiles(vw), p, 0, count, (float*)scores, ceil_to(vw, 16), nullptr);
+            for (int t = 0; t < count; t++) {
+              float* o = out + (size_t(t0 + t) * h + head) * vw;
+              const float* y = (const float*)scores + size_t(t) * ceil_to(vw, 16);
+              for (int k = 0; k < vw; k++) o[k] = o[k] * fix[t] + y[k];
+            }
+          }
+        }
+      }
+    });
+  }
+  pool_.run(n, [&](int t, int) {
+    for (int head = 0; head < h; head++) {
+      const float inverse = 1.f / ml[size_t(n) * h + size_t(head) * n + t];
+      const float* y = out + (size_t(t) * h + head) * vw;
+      float* o = o_ + (size_t(seq.first + t) * h + head) * vw;
+      for (int k = 0; k < vw; k++) o[k] = y[k] * inverse;
+    }
+  });
+}
+
+void Model::feed_forward(const Layer& l, int n, int16_t* chosen) {
+  const Config& c = config;
+  const Ops& op = ops();
+  Seg shared;  // or the dense layer's only one
+  shared.w13 = l.w13, shared.w2 = l.w2, shared.rows = l.w13.data ? n : 0;
+  const int blocks = shared.rows ? (l.w2.k + kBlock - 1) / kBlock : 0;
+  Acts shared_act = blocks ? acts(b_shared_, n, l.w2.k) : Acts();
+  const int gates = l.gate.data ? tiles(c.experts) : 0;
+  if (gates) gate_ = room<float>(b_gate_, size_t(n) * c.experts);
+  pool_.run(gates + blocks, [&](int i, int thread) {
+    if (i < gates) op.linear(l.gate, i, i + 1, in_, 0, n, gate_, c.experts, scratch(thread));
+    else op.swiglu(shared, i - gates, in_, shared_act, scratch(thread));
+  });
+  std::vector<Seg> segs;
+  std::vector<const Acts*> out;
+  if (blocks) segs.push_back(shared), out.push_back(&shared_act);
+  if (!gates) return down(segs, out);
+  route(n, chosen);
+  const int total = n * c.top_k;
+  Acts sorted = acts(b_sorted_, total, c.hidden), act = acts(b_act_, total, c.moe_width);
+  pool_.run(total, [&](int i, int) {  // gather; a row is copied in the forms that are used
+    const size_t from = size_t(token_[i]) * in_.stride, to = size_t(i) * sorted.stride, w = in_.stride;
+    if (sorted.f) std::memcpy(sorted.f + to, in_.f + from, 4 * w);
+    if (sorted.h) std::memcpy(sorted.h + to, in_.h + from, 2 * w);
+    if (sorted.q) {
+      std::memcpy(sorted.q + to, in_.q + from, w);
+      std::memcpy(sorted.s + to / kBlock, in_.s + from / kBlock, w / kBlock * 4);
+      std::memcpy(sorted.c + to / kGroup, in_.c + from / kGroup, w / kGroup * 4);
+    }
+  });
+  const size_t routed = segs.size();
+  for (int e = 0; e < c.experts; e++) {
+    Seg s;
+    s.w13 = l.e13[e], s.w2 = l.e2[e], s.row0 = begin_[e], s.rows = begin_[e + 1] - begin_[e];
+    s.weight = sorted_weight_.data() + begin_[e], s.token = token_.data() + begin_[e];
+    if (s.rows) segs.push_back(s), out.push_back(&act);
+  }
+  const int per = (c.moe_width + kBlock - 1) / kBlock;
+  pool_.run(int(segs.size() - routed) * per, [&](int i, int thread) { op.swiglu(segs[routed + i / per], i % per, sorted, act, scratch(thread)); });
+  down(segs, out);
+}
+
+// x += w2 act of every segment. An item owns 64 columns of the output, so sums have one order: segments as they stand.
+void Model::down(const std::vector<Seg>& segs, const std::vector<const Acts*>& acts) {
+  constexpr int kChunk = 192;
+  const int d = config.hidden;
+  pool_.run((d + kBlock - 1) / kBlock, [&](int i, int thread) {
+    const int width = std::min(kBlock, d - i * kBlock);
+    char* s = (char*)scratch(thread);
+    float* y = (float*)s;
+    for (size_t k = 0; k < segs.size(); k++) {
+      const Seg& g = segs[k];
+      for (int r = 0; r < g.rows; r += kChunk) {
+        const int rows = std::min(kChunk, g.rows - r);
+        ops().linear(tile_of(g.w2, i * 4), 0, tiles(width), *acts[k], g.row0 + r, rows, y, kBlock, s + size_t(kChunk) * kBlock * 4);
+        for (int j = 0; j < rows; j++) {
+          float* x = x_ + size_t(g.token ? g.token[r + j] : r + j) * d + i * kBlock;
+          for (int q = 0; q < width; q++) x[q] += y[j * kBlock + q];
+        }
+      }
+    }
+  });
+}
+
+// Softmax over all experts, device-limited or plain top-k (lamoe/routing.py), assignments sorted by expert.
+void Model::route(int n, int16_t* chosen) {
+  const Config& c = config;
+  const int e = c.experts, k = c.top_k, size = e / c.groups;
+  expert_.resize(size_t(n) * k), weight_.resize(size_t(n) * k);
+  pool_.run(n, [&](int t, int) {
+    float* s = gate_ + size_t(t) * e;
+    float top = s[0], sum = 0;
+    for (int i = 1; i < e; i++) top = std::max(top, s[i]);
+    for (int i = 0; i < e; i++) sum += s[i] = std::exp(s[i] - top);
+    for (int i = 0; i < e; i++) s[i] /= sum;
+    std::vector<char> closed(e, 0);
+    if (c.group_limited) {
+      std::vector<float> best(c.groups);
+      for (int g = 0; g < c.groups; g++) best[g] = *std::max_element(s + g * size, s + (g + 1) * size);
+      for (int g = 0; g < c.groups; g++) {
+        int better = 0;
+        for (int o = 0; o < c.groups; o++) better += best[o] > best[g] || (best[o] == best[g] && o < g);
+        if (better >= c.top_groups) std::fill(closed.begin() + g * size, closed.begin() + (g + 1) * size, 1);
+      }
+    }
+    float mass = 0;
+    for (int j = 0; j < k; j++) {
+      int best = -1;
+      for (int i = 0; i < e; i++)
+        if (!closed[i] && (best < 0 || s[i] > s[best])) best = i;
+      best = std::max(best, 0);  // NaN everywhere: some expert; the output is NaN anyway
+      closed[best] = 1;
+      expert_[size_t(t) * k + j] = best;
+      weight_[size_t(t) * k + j] = s[best];
+      mass += s[best];
+    }
+    for (int j = 0; j < k; j++) weight_[size_t(t) * k + j] *= c.routed_scale / (c.normalise ? mass + 1e-20f : 1.f);
+  });
+  begin_.assign(e + 1, 0);
+  for (int x : expert_) begin_[x + 1]++;
+  for (int i = 0; i < e; i++) begin_[i + 1] += begin_[i];
+  token_.resize(size_t(n) * k), sorted_weight_.resize(size_t(n) * k);
+  std::vector<int> at(begin_.begin(), begin_.end() - 1);
+  for (size_t i = 0; i < expert_.size(); i++) {
+    const int to = at[expert_[i]]++;
+    token_[to] = int32_t(i / k), sorted_weight_[to] = weight_[i];
+    if (chosen) chosen[i] = int16_t(expert_[i]);
+  }
+}
+
+}  // namespace lamoe

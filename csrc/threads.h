@@ -1,0 +1,60 @@
+// A parallel_for over a few threads that spin between calls of one step and sleep between steps. Items are taken one by one from a
+// counter, so a thread that another program slows down takes fewer; what an item computes never depends on who computes it.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace lamoe {
+
+class Threads {
+ public:
+  explicit Threads(int n);
+  ~Threads();
+  Threads(const Threads&) = delete;
+  int size() const { return int(workers_.size()) + 1; }
+
+  // f(item, thread) for every item from 0 to items - 1. Not from two threads at once: the caller holds a Session.
+  template <class F>
+  void run(int items, const F& f) {
+    if (items <= 0) return;
+    if (workers_.empty() || items == 1) {
+      for (int i = 0; i < items; i++) f(i, 0);
+      return;
+    }
+    call_ = [](const void* g, int i, int t) { (*static_cast<const F*>(g))(i, t); };
+    go(items, &f);
+  }
+
+  // While one exists the workers spin, ready at once. One at a time; a second caller waits.
+  class Session {
+   public:
+    explicit Session(Threads& t);
+    ~Session();
+
+   private:
+    Threads& t_;
+    std::unique_lock<std::mutex> one_;
+  };
+
+ private:
+  void go(int items, const void* f);
+  void work(int thread);
+  void take(int thread);
+
+  std::vector<std::thread> workers_;
+  std::mutex one_, sleep_;
+  std::condition_variable wake_;
+  std::atomic<bool> awake_{false}, end_{false};
+  void (*call_)(const void*, int, int) = nullptr;
+  const void* f_ = nullptr;
+  int items_ = 0;
+  alignas(64) std::atomic<int> next_{0};
+  alignas(64) std::atomic<uint32_t> round_{0};
+  alignas(64) std::atomic<int> busy_{0};
+};
+
+}  // namespace lamoe

@@ -1,0 +1,323 @@
+// The only file with intrinsics: sixteen lanes of float (vf) and sixteen 32-bit words (vw), on AVX-512, AVX2 or plain C++.
+// A kernel is written once against these and compiled once per ISA (CMakeLists.txt sets LAMOE_ISA_AVX512 / LAMOE_ISA_AVX2 / neither); every ISA
+// adds up in the same order. A NEON version of this file is all another architecture needs.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(LAMOE_ISA_AVX512) || defined(LAMOE_ISA_AVX2)
+#include <immintrin.h>
+#endif
+
+#if defined(LAMOE_ISA_AVX512)
+#define LAMOE_NS avx512
+#elif defined(LAMOE_ISA_AVX2)
+#define LAMOE_NS avx2
+#else
+#define LAMOE_NS scalar
+#endif
+
+#define UNROLL _Pragma("GCC unroll 16")
+#define INLINE inline __attribute__((always_inline))
+
+namespace lamoe {
+// The 16 levels of an int4 code, +64 so that they are unsigned; docs/LOG.md says how they were found.
+alignas(16) constexpr uint8_t kLevels[16] = {1, 12, 23, 32, 40, 48, 54, 60, 65, 71, 76, 82, 89, 97, 106, 120};
+
+INLINE float bf16_to_float(uint16_t h) {
+  uint32_t u = uint32_t(h) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+INLINE uint16_t float_to_bf16(float f) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return uint16_t(u >> 16 | 64);
+  return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+// A group's scale: sign, 4 bits of exponent, 3 of mantissa; relative to its matrix's scale. 0 is zero.
+INLINE float scale_value(uint8_t code) {
+  if (!(code & 0x7f)) return 0.f;
+  uint32_t u = uint32_t(code & 0x80) << 24 | ((uint32_t(code & 0x7f) << 20) + (112u << 23));
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+namespace LAMOE_NS {
+
+#if defined(LAMOE_ISA_AVX512)
+struct vf { __m512 v; };
+struct vw { __m512i v; };
+INLINE vf vzero() { return {_mm512_setzero_ps()}; }
+INLINE vf vset(float x) { return {_mm512_set1_ps(x)}; }
+INLINE vf vload(const float* p) { return {_mm512_loadu_ps(p)}; }
+INLINE vf vload_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(n >= 16 ? 0xffff : (1u << n) - 1, p)}; }
+INLINE void vstore(float* p, vf a) { _mm512_storeu_ps(p, a.v); }
+INLINE void vstore_n(float* p, vf a, int n) { _mm512_mask_storeu_ps(p, n >= 16 ? 0xffff : (1u << n) - 1, a.v); }
+INLINE vf operator+(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
+INLINE vf operator-(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
+INLINE vf operator*(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
+INLINE vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
+INLINE vf vfma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+INLINE vf vmax(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
+INLINE vf vmin(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
+INLINE vf vabs(vf a) { return {_mm512_abs_ps(a.v)}; }
+INLINE vf vround(vf a) { return {_mm512_roundscale_ps(a.v, 0)}; }
+INLINE vf vpow2(vf p, vf n) { return {_mm512_scalef_ps(p.v, n.v)}; }
+INLINE float vsum(vf a) { return _mm512_reduce_add_ps(a.v); }
+INLINE float vhmax(vf a) { return _mm512_reduce_max_ps(a.v); }
+INLINE bool vdiffers(vf a, vf b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ) != 0; }
+INLINE vf vcvt(vw a) { return {_mm512_cvtepi32_ps(a.v)}; }
+INLINE vw wload(const void* p) { return {_mm512_loadu_si512(p)}; }
+INLINE void wstore(void* p, vw a) { _mm512_storeu_si512(p, a.v); }
+INLINE vw wset(int32_t x) { return {_mm512_set1_epi32(x)}; }
+INLINE vw wbytes(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))}; }  // sixteen signed bytes
+INLINE vw wfields(const uint8_t* p, int shift, int mask) {  // sixteen bytes, each (byte >> shift) & mask
+  return {_mm512_and_si512(_mm512_srl_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(mask))};
+}
+INLINE vw wor_left(vw a, vw b, int shift) { return {_mm512_or_si512(a.v, _mm512_sll_epi32(b.v, _mm_cvtsi32_si128(shift)))}; }
+INLINE vf vload_bf16(const uint16_t* p) { return {(__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16)}; }
+INLINE void vstore_bf16(uint16_t* p, vf a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
+// acc + sum over the two halves of each word, as bfloat16 pairs; acc + w * x. x is broadcast from 4 bytes.
+INLINE vf dot_bf16(vf acc, vw w, const void* x) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)_mm512_set1_epi32(*(const int32_t*)x))}; }
+INLINE vf dot_f32(vf acc, vw w, const void* x) { return {_mm512_fmadd_ps((__m512)w.v, _mm512_set1_ps(*(const float*)x), acc.v)}; }
+// acc + sum over four unsigned bytes of w times four signed bytes of x. The int4 levels are at most 120, int8 codes go to 255.
+INLINE vw dot_int4(vw acc, vw w, const int8_t* x) { return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(*(const int32_t*)x))}; }
+INLINE vw dot_int8(vw acc, vw w, const int8_t* x) { return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(*(const int32_t*)x))}; }
+INLINE vw start_int8(int32_t c) { return {_mm512_set1_epi32(2 * c)}; }
+INLINE vw decode_int8(const uint8_t* p) { return wload(p); }
+INLINE void decode_int4(const uint8_t* p, vw& low, vw& high) {  // 64 bytes of nibbles -> levels
+  const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)kLevels)), mask = _mm512_set1_epi8(15);
+  __m512i x = _mm512_loadu_si512(p);
+  low.v = _mm512_shuffle_epi8(table, _mm512_and_si512(x, mask));
+  high.v = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(x, 4), mask));
+}
+INLINE vf vscales(const uint8_t* p) {  // sixteen group scales
+  __m512i c = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), e = _mm512_and_si512(c, _mm512_set1_epi32(0x7f));
+  __m512i u = _mm512_or_si512(_mm512_slli_epi32(_mm512_srli_epi32(c, 7), 31), _mm512_add_epi32(_mm512_slli_epi32(e, 20), _mm512_set1_epi32(112 << 23)));
+  return {(__m512)_mm512_maskz_mov_epi32(_mm512_test_epi32_mask(e, e), u)};
+}
+INLINE int vquant(int8_t* p, vf a) {  // sixteen floats from -127 to 127 -> nearest signed bytes; their sum
+  __m512i x = _mm512_cvtps_epi32(a.v);
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x));
+  return _mm512_reduce_add_epi32(x);
+}
+// Two rows of 16 bf16 -> 16 words (a low half, b high half).
+INLINE vw interleave_bf16(const uint16_t* a, const uint16_t* b) {
+  __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)a)), y = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)b));
+  return {_mm512_or_si512(x, _mm512_slli_epi32(y, 16))};
+}
+INLINE vw pair_bf16(vf a, vf b) {
+  __m512i x = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a.v)), y = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(b.v));
+  return {_mm512_or_si512(x, _mm512_slli_epi32(y, 16))};
+}
+
+#elif defined(LAMOE_ISA_AVX2)
+struct vf { __m256 a, b; };
+struct vw { __m256i a, b; };
+INLINE vf vset(float x) { __m256 v = _mm256_set1_ps(x); return {v, v}; }
+INLINE vf vzero() { return vset(0.f); }
+INLINE vf vload(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+INLINE void vstore(float* p, vf x) { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
+INLINE vf vload_n(const float* p, int n) {
+  alignas(32) float t[16] = {};
+  std::memcpy(t, p, 4 * (n < 16 ? n : 16));
+  return vload(t);
+}
+INLINE void vstore_n(float* p, vf x, int n) {
+  if (n >= 16) return vstore(p, x);
+  alignas(32) float t[16];
+  vstore(t, x);
+  std::memcpy(p, t, 4 * n);
+}
+INLINE vf operator+(vf x, vf y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+INLINE vf operator-(vf x, vf y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+INLINE vf operator*(vf x, vf y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+INLINE vf operator/(vf x, vf y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+INLINE vf vfma(vf x, vf y, vf z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+INLINE vf vmax(vf x, vf y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+INLINE vf vmin(vf x, vf y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+INLINE vf vabs(vf x) { __m256 m = (__m256)_mm256_set1_epi32(0x7fffffff); return {_mm256_and_ps(x.a, m), _mm256_and_ps(x.b, m)}; }
+INLINE vf vround(vf x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
+INLINE __m256 pow2_half(__m256 p, __m256 n) {  // n from -126 to 127
+  return _mm256_mul_ps(p, (__m256)_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+INLINE vf vpow2(vf p, vf n) { return {pow2_half(p.a, n.a), pow2_half(p.b, n.b)}; }
+INLINE float vsum(vf x) { alignas(32) float t[16]; vstore(t, x); float s = 0; for (int i = 0; i < 16; i++) s += t[i]; return s; }
+INLINE float vhmax(vf x) { alignas(32) float t[16]; vstore(t, x); float s = t[0]; for (int i = 1; i < 16; i++) s = t[i] > s ? t[i] : s; return s; }
+INLINE bool vdiffers(vf x, vf y) { return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(x.a, y.a, _CMP_NEQ_UQ), _mm256_cmp_ps(x.b, y.b, _CMP_NEQ_UQ))) != 0; }
+INLINE vf vcvt(vw x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+INLINE vw wload(const void* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)}; }
+INLINE void wstore(void* p, vw x) { _mm256_storeu_si256((__m256i*)p, x.a); _mm256_storeu_si256((__m256i*)p + 1, x.b); }
+INLINE vw wset(int32_t x) { __m256i v = _mm256_set1_epi32(x); return {v, v}; }
+INLINE vw wbytes(const int8_t* p) { return {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)), _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))}; }
+INLINE __m256i half_fields(const uint8_t* p, int shift, int mask) {
+  return _mm256_and_si256(_mm256_srl_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(mask));
+}
+INLINE vw wfields(const uint8_t* p, int shift, int mask) { return {half_fields(p, shift, mask), half_fields(p + 8, shift, mask)}; }
+INLINE vw wor_left(vw x, vw y, int shift) {
+  __m128i n = _mm_cvtsi32_si128(shift);
+  return {_mm256_or_si256(x.a, _mm256_sll_epi32(y.a, n)), _mm256_or_si256(x.b, _mm256_sll_epi32(y.b, n))};
+}
+INLINE __m256 half_bf16(const uint16_t* p) { return (__m256)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16); }
+INLINE vf vload_bf16(const uint16_t* p) { return {half_bf16(p), half_bf16(p + 8)}; }
+INLINE __m256i round_bf16(__m256 x) {  // the upper halves, rounded; NaN stays NaN
+  __m256i u = (__m256i)x, odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), (__m256i)_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+}
+INLINE void vstore_bf16(uint16_t* p, vf x) {
+  __m256i t = _mm256_permute4x64_epi64(_mm256_packus_epi32(round_bf16(x.a), round_bf16(x.b)), 0xd8);
+  _mm256_storeu_si256((__m256i*)p, t);
+}
+INLINE __m256 dot_half_bf16(__m256 acc, __m256i w, __m256 x0, __m256 x1) {
+  acc = _mm256_fmadd_ps((__m256)_mm256_slli_epi32(w, 16), x0, acc);
+  return _mm256_fmadd_ps((__m256)_mm256_and_si256(w, _mm256_set1_epi32(int(0xffff0000))), x1, acc);
+}
+INLINE vf dot_bf16(vf acc, vw w, const void* x) {
+  __m256i u = _mm256_set1_epi32(*(const int32_t*)x);
+  __m256 x0 = (__m256)_mm256_slli_epi32(u, 16), x1 = (__m256)_mm256_and_si256(u, _mm256_set1_epi32(int(0xffff0000)));
+  return {dot_half_bf16(acc.a, w.a, x0, x1), dot_half_bf16(acc.b, w.b, x0, x1)};
+}
+INLINE vf dot_f32(vf acc, vw w, const void* x) {
+  __m256 v = _mm256_broadcast_ss((const float*)x);
+  return {_mm256_fmadd_ps((__m256)w.a, v, acc.a), _mm256_fmadd_ps((__m256)w.b, v, acc.b)};
+}
+INLINE __m256i dot4(__m256i acc, __m256i u8, __m256i s8) {  // the 16-bit pair sums must not saturate
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u8, s8), _mm256_set1_epi16(1)));
+}
+INLINE vw dot_int4(vw acc, vw w, const int8_t* x) {
+  __m256i v = _mm256_set1_epi32(*(const int32_t*)x);
+  return {dot4(acc.a, w.a, v), dot4(acc.b, w.b, v)};
+}
+INLINE vw dot_int8(vw acc, vw w, const int8_t* x) {  // w is signed here: |w| * (x with w's sign) stays below 2^15
+  __m256i v = _mm256_set1_epi32(*(const int32_t*)x);
+  return {dot4(acc.a, _mm256_abs_epi8(w.a), _mm256_sign_epi8(v, w.a)), dot4(acc.b, _mm256_abs_epi8(w.b), _mm256_sign_epi8(v, w.b))};
+}
+INLINE vw start_int8(int32_t) { return wset(0); }
+INLINE vw decode_int8(const uint8_t* p) {
+  vw w = wload(p);
+  __m256i m = _mm256_set1_epi8(char(0x80));
+  return {_mm256_xor_si256(w.a, m), _mm256_xor_si256(w.b, m)};
+}
+INLINE void decode_int4(const uint8_t* p, vw& low, vw& high) {
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kLevels)), mask = _mm256_set1_epi8(15);
+  vw x = wload(p);
+  low = {_mm256_shuffle_epi8(table, _mm256_and_si256(x.a, mask)), _mm256_shuffle_epi8(table, _mm256_and_si256(x.b, mask))};
+  high = {_mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x.a, 4), mask)), _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x.b, 4), mask))};
+}
+INLINE __m256 half_scales(const uint8_t* p) {
+  __m256i c = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), e = _mm256_and_si256(c, _mm256_set1_epi32(0x7f));
+  __m256i u = _mm256_or_si256(_mm256_slli_epi32(_mm256_srli_epi32(c, 7), 31), _mm256_add_epi32(_mm256_slli_epi32(e, 20), _mm256_set1_epi32(112 << 23)));
+  return (__m256)_mm256_andnot_si256(_mm256_cmpeq_epi32(e, _mm256_setzero_si256()), u);
+}
+INLINE vf vscales(const uint8_t* p) { return {half_scales(p), half_scales(p + 8)}; }
+INLINE int vquant(int8_t* p, vf x) {
+  alignas(32) float t[16];
+  vstore(t, vround(x));
+  int s = 0;
+  for (int i = 0; i < 16; i++) p[i] = int8_t(t[i]), s += p[i];
+  return s;
+}
+INLINE vw interleave_bf16(const uint16_t* x, const uint16_t* y) {
+  auto half = [](const uint16_t* x, const uint16_t* y) {
+    return _mm256_or_si256(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)), _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)y)), 16));
+  };
+  return {half(x, y), half(x + 8, y + 8)};
+}
+INLINE vw pair_bf16(vf x, vf y) {
+  return {_mm256_or_si256(round_bf16(x.a), _mm256_slli_epi32(round_bf16(y.a), 16)), _mm256_or_si256(round_bf16(x.b), _mm256_slli_epi32(round_bf16(y.b), 16))};
+}
+
+#else
+struct vf { float v[16]; };
+struct vw { int32_t v[16]; };
+#define EACH for (int i = 0; i < 16; i++)
+INLINE vf vset(float x) { vf r; EACH r.v[i] = x; return r; }
+INLINE vf vzero() { return vset(0.f); }
+INLINE vf vload(const float* p) { vf r; std::memcpy(r.v, p, 64); return r; }
+INLINE vf vload_n(const float* p, int n) { vf r = vzero(); std::memcpy(r.v, p, 4 * (n < 16 ? n : 16)); return r; }
+INLINE void vstore(float* p, vf a) { std::memcpy(p, a.v, 64); }
+INLINE void vstore_n(float* p, vf a, int n) { std::memcpy(p, a.v, 4 * (n < 16 ? n : 16)); }
+INLINE vf operator+(vf a, vf b) { EACH a.v[i] += b.v[i]; return a; }
+INLINE vf operator-(vf a, vf b) { EACH a.v[i] -= b.v[i]; return a; }
+INLINE vf operator*(vf a, vf b) { EACH a.v[i] *= b.v[i]; return a; }
+INLINE vf operator/(vf a, vf b) { EACH a.v[i] /= b.v[i]; return a; }
+INLINE vf vfma(vf a, vf b, vf c) { EACH c.v[i] += a.v[i] * b.v[i]; return c; }
+INLINE vf vmax(vf a, vf b) { EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
+INLINE vf vmin(vf a, vf b) { EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
+INLINE vf vabs(vf a) { EACH a.v[i] = std::fabs(a.v[i]); return a; }
+INLINE vf vround(vf a) { EACH a.v[i] = std::nearbyintf(a.v[i]); return a; }
+INLINE vf vpow2(vf p, vf n) { EACH p.v[i] = std::ldexp(p.v[i], int(n.v[i])); return p; }
+INLINE float vsum(vf a) { float s = 0; EACH s += a.v[i]; return s; }
+INLINE float vhmax(vf a) { float s = a.v[0]; EACH s = a.v[i] > s ? a.v[i] : s; return s; }
+INLINE bool vdiffers(vf a, vf b) { bool d = false; EACH d |= !(a.v[i] == b.v[i]); return d; }
+INLINE vf vcvt(vw a) { vf r; EACH r.v[i] = float(a.v[i]); return r; }
+INLINE vw wload(const void* p) { vw r; std::memcpy(r.v, p, 64); return r; }
+INLINE void wstore(void* p, vw a) { std::memcpy(p, a.v, 64); }
+INLINE vw wset(int32_t x) { vw r; EACH r.v[i] = x; return r; }
+INLINE vw wbytes(const int8_t* p) { vw r; EACH r.v[i] = p[i]; return r; }
+INLINE vw wfields(const uint8_t* p, int shift, int mask) { vw r; EACH r.v[i] = p[i] >> shift & mask; return r; }
+INLINE vw wor_left(vw a, vw b, int shift) { EACH a.v[i] |= b.v[i] << shift; return a; }
+INLINE vf vload_bf16(const uint16_t* p) { vf r; EACH r.v[i] = bf16_to_float(p[i]); return r; }
+INLINE void vstore_bf16(uint16_t* p, vf a) { EACH p[i] = float_to_bf16(a.v[i]); }
+INLINE vf dot_bf16(vf acc, vw w, const void* x) {
+  const uint16_t* y = (const uint16_t*)x;
+  float x0 = bf16_to_float(y[0]), x1 = bf16_to_float(y[1]);
+  EACH acc.v[i] += bf16_to_float(uint16_t(w.v[i])) * x0;
+  EACH acc.v[i] += bf16_to_float(uint16_t(uint32_t(w.v[i]) >> 16)) * x1;
+  return acc;
+}
+INLINE vf dot_f32(vf acc, vw w, const void* x) {
+  float f;
+  std::memcpy(&f, x, 4);
+  vf u;
+  std::memcpy(u.v, w.v, 64);
+  EACH acc.v[i] += u.v[i] * f;
+  return acc;
+}
+INLINE vw dot_int4(vw acc, vw w, const int8_t* x) {
+  EACH for (int j = 0; j < 4; j++) acc.v[i] += int32_t(uint32_t(w.v[i]) >> (8 * j) & 255) * x[j];
+  return acc;
+}
+INLINE vw dot_int8(vw acc, vw w, const int8_t* x) { return dot_int4(acc, w, x); }
+INLINE vw start_int8(int32_t c) { return wset(2 * c); }
+INLINE vw decode_int8(const uint8_t* p) { return wload(p); }
+INLINE void decode_int4(const uint8_t* p, vw& low, vw& high) {
+  uint8_t a[64], b[64];
+  for (int i = 0; i < 64; i++) a[i] = kLevels[p[i] & 15], b[i] = kLevels[p[i] >> 4];
+  low = wload(a), high = wload(b);
+}
+INLINE vf vscales(const uint8_t* p) { vf r; EACH r.v[i] = scale_value(p[i]); return r; }
+INLINE int vquant(int8_t* p, vf x) {
+  float t[16];
+  vstore(t, vround(x));
+  int s = 0;
+  for (int i = 0; i < 16; i++) p[i] = int8_t(t[i]), s += p[i];
+  return s;
+}
+INLINE vw interleave_bf16(const uint16_t* a, const uint16_t* b) { vw r; EACH r.v[i] = int32_t(uint32_t(a[i]) | uint32_t(b[i]) << 16); return r; }
+INLINE vw pair_bf16(vf a, vf b) { vw r; EACH r.v[i] = int32_t(uint32_t(float_to_bf16(a.v[i])) | uint32_t(float_to_bf16(b.v[i])) << 16); return r; }
+#undef EACH
+#endif
+
+INLINE vw wfloat(vf a) { vw r; static_assert(sizeof r == sizeof a); std::memcpy(&r, &a, 64); return r; }
+
+// e^x for x <= 88, relative error about 2e-7; x below -87 gives 0 or a denormal.
+INLINE vf vexp(vf x) {
+  x = vmax(vset(-87.f), x) * vset(1.44269504f);  // in this order NaN stays NaN
+  vf n = vround(x), f = x - n;
+  vf p = vfma(f, vset(1.5403530e-4f), vset(1.3333558e-3f));
+  p = vfma(f, p, vset(9.6181291e-3f));
+  p = vfma(f, p, vset(5.5504109e-2f));
+  p = vfma(f, p, vset(0.24022651f));
+  p = vfma(f, p, vset(0.69314718f));
+  return vpow2(vfma(f, p, vset(1.f)), n);
+}
+INLINE vf vsilu(vf x) { return x / (vset(1.f) + vexp(vmin(vset(80.f), vzero() - x))); }
+
+}  // namespace LAMOE_NS
+}  // namespace lamoe

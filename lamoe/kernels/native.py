@@ -1,0 +1,64 @@
+"""The compiled kernels (csrc/, `lamoe._native`) as functions of torch tensors, when they are there. `available()` says whether; without them
+everything runs on torch ops, and `announce` says so once. LAMOE_ISA = scalar | avx2 | avx512 forces an instruction set.
+
+Weight formats, group-wise over 16 inputs of one output (csrc/ops.h has the bytes):
+    fp32, bf16   as they are
+    int8         code -127..127 x an 8-bit scale: 8.5 bits a weight
+    int4         16 uneven levels x an 8-bit scale with a sign: 4.5 bits a weight
+A result depends on its row and its weights alone, not on the other rows of a batch, the number of threads or what else runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+try:
+    from lamoe import _native as lib
+except ImportError as e:
+    lib, _why = None, str(e)
+
+FORMATS: dict[str, int] = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
+BITS: dict[str, float] = {"fp32": 32.0, "bf16": 16.0, "int8": 8.5, "int4": 4.5}
+_said = False
+
+
+def available() -> bool:
+    """Whether the compiled kernels can run here. LAMOE_IMPL=ref or fused (kernels/__init__.py) switches them off."""
+    return lib is not None and os.environ.get("LAMOE_IMPL", "") in ("", "native")
+
+
+def announce() -> None:
+    """Say once, on stderr, that the compiled kernels are missing and why."""
+    global _said
+    if lib is None and not _said and not os.environ.get("LAMOE_IMPL"):
+        print(f"lamoe: the compiled kernels are not there ({_why}); running on torch ops, many times slower. Install with a C++ compiler at hand.", file=sys.stderr)
+    _said = True
+
+
+def mat_bytes(fmt: str, n: int, k: int) -> int:
+    """Bytes of a packed matrix of n outputs and k inputs."""
+    return lib.mat_bytes(FORMATS[fmt], n, k)
+
+
+def pack(fmt: str, w: torch.Tensor, importance: torch.Tensor | None = None, isa: str = "") -> tuple[torch.Tensor, float]:
+    """w [n, k] -> (uint8 [mat_bytes], scale of the matrix). importance [k]: how much a squared error of each input counts (int4).
+    ValueError for a weight that is not finite."""
+    w = w.detach().to(torch.float32).contiguous()
+    if not w.isfinite().all():
+        raise ValueError(f"a weight matrix of shape {tuple(w.shape)} has values that are not finite; it cannot be packed")
+    data, scale = lib.pack(FORMATS[fmt], w.numpy(), None if importance is None else importance.to(torch.float32).numpy(), torch.get_num_threads(), isa)
+    return torch.from_numpy(data), scale
+
+
+def unpack(fmt: str, data: torch.Tensor, n: int, k: int, scale: float, isa: str = "") -> torch.Tensor:
+    """What `pack` stored, float32 [n, k]."""
+    return torch.from_numpy(lib.unpack(FORMATS[fmt], data.numpy(), n, k, scale, isa))
+
+
+def linear(fmt: str, data: torch.Tensor, scale: float, n: int, x: torch.Tensor, isa: str = "") -> torch.Tensor:
+    """x [m, k] float32 times the packed matrix [n, k] transposed -> float32 [m, n]. int8 and int4 round x to 8 bits in blocks of 64 with a scale
+    each, bf16 to bfloat16; sums are exact integers per group, then float32."""
+    return torch.from_numpy(lib.linear(FORMATS[fmt], data.numpy(), scale, n, x.contiguous().numpy(), isa))
