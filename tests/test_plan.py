@@ -90,10 +90,11 @@ def test_refused_before_the_weights_are_read(trained):
         p = LLM(folder, impl="torch").plan()
     assert p.sequences == 1 and p.weights == sum(t.numel() * t.element_size() for t in plain.model.parameters())
     assert LLM(folder, dtype="bfloat16", impl="torch").plan().weights == weights // 2
-    for weights in ("bf16", "int8", "int4"):  # what is packed on the way: about as foreseen (the embedding of a tiny model is much of it)
-        if native.available():
-            p, ahead = LLM(folder, weights=weights).plan(), llm_module._ahead(folder, None, weights)[1]
-            assert 0.5 * p.weights < ahead < 1.5 * p.weights
+    c = plain.model.config
+    assert llm_module._ahead(folder, "bfloat16", None) == (c, 2 * accounting.parameters(c).total) and llm_module._ahead(folder, None, "int4")[1] == int(4.5 / 8 * accounting.parameters(c).total)
+    for weights in ("bf16", "int8", "int4") if native.available() else ():  # packed on the way: once it is there, the plan says what it is
+        engine = LLM(folder, weights=weights)
+        assert engine.plan().weights == sum(engine.runs.nbytes.values())
 
 
 def test_memory_of_the_machine(tmp_path):
