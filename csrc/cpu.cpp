@@ -56,6 +56,6 @@ const Ops& ops() {
   return table;
 }
 
-size_t scratch_bytes(int k) { return size_t(192) * 2 * kBlock * 4 + size_t(ceil_to(k, kBlock)) / kBlock * 4 * 320 + 256; }
+size_t scratch_bytes(int k) { return size_t(192) * 2 * kBlock * 4 + size_t(ceil_to(k, kBlock)) / kBlock * 2 * 4 * 320 + 256; }
 
 }  // namespace lamoe

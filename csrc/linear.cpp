@@ -7,9 +7,9 @@ namespace LAMOE_NS {
 namespace {
 
 #if defined(LAMOE_ISA_AVX512)
-constexpr int kRows = 12;  // rows of a micro-kernel: what the registers hold
+constexpr int kRows = 12, kRows2 = 6;  // rows of a micro-kernel, of one over two tiles: what the registers hold
 #else
-constexpr int kRows = 4;
+constexpr int kRows = 4, kRows2 = 2;
 #endif
 constexpr int kDecodeFrom = 2 * kRows;  // from this many rows on a tile is decoded once, ahead of its rows
 
@@ -43,56 +43,83 @@ INLINE vw start(int32_t c) { return FMT == INT8 ? start_int8(c) : wset(c); }
 template <int FMT>
 INLINE vw dot(vw acc, vw w, const int8_t* x) { return FMT == INT8 ? dot_int8(acc, w, x) : dot_int4(acc, w, x); }
 
-template <int FMT, class W, int M>
-void micro_int(const W& weights, int blocks, float scale, const Acts& x, int row, float* out, ptrdiff_t ldo, int n) {
+// T tiles x M rows. T = 2 for many rows: an activation word that is in a register serves both tiles.
+template <int FMT, class W, int T, int M>
+void micro_int(const W* weights, int blocks, float scale, const Acts& x, int row, float* out, ptrdiff_t ldo, int n) {
   const int8_t* q = x.q + size_t(row) * x.stride;
   const float* s = x.s + size_t(row) * (x.stride / kBlock);
   const int32_t* c = x.c + size_t(row) * (x.stride / kGroup);
   const size_t stride = x.stride;
-  vf total[M];
-  UNROLL for (int m = 0; m < M; m++) total[m] = vzero();
+  vf total[T][M];
+  UNROLL for (int t = 0; t < T; t++)
+    UNROLL for (int m = 0; m < M; m++) total[t][m] = vzero();
   for (int b = 0; b < blocks; b++) {
-    vf part[M];
-    UNROLL for (int m = 0; m < M; m++) part[m] = vzero();
+    vf part[T][M];
+    UNROLL for (int t = 0; t < T; t++)
+      UNROLL for (int m = 0; m < M; m++) part[t][m] = vzero();
     UNROLL for (int g = 0; g < 4; g++) {
-      vw w[4];
-      vf ws;
-      weights.group(b, g, w, ws);
+      vw w[T][4];
+      vf ws[T];
+      UNROLL for (int t = 0; t < T; t++) weights[t].group(b, g, w[t], ws[t]);
       UNROLL for (int m = 0; m < M; m++) {
         const int8_t* y = q + m * stride + kBlock * b + kGroup * g;
-        vw acc = start<FMT>(c[m * (stride / kGroup) + 4 * b + g]);
-        UNROLL for (int j = 0; j < 4; j++) acc = dot<FMT>(acc, w[j], y + 4 * j);
-        part[m] = vfma(vcvt(acc), ws, part[m]);
+        const int32_t from = c[m * (stride / kGroup) + 4 * b + g];
+        vw acc[T];
+        UNROLL for (int t = 0; t < T; t++) acc[t] = start<FMT>(from);
+        UNROLL for (int j = 0; j < 4; j++)
+          UNROLL for (int t = 0; t < T; t++) acc[t] = dot<FMT>(acc[t], w[t][j], y + 4 * j);
+        UNROLL for (int t = 0; t < T; t++) part[t][m] = vfma(vcvt(acc[t]), ws[t], part[t][m]);
       }
     }
-    UNROLL for (int m = 0; m < M; m++) total[m] = vfma(part[m], vset(s[m * (stride / kBlock) + b]), total[m]);
+    UNROLL for (int m = 0; m < M; m++) {
+      const vf xs = vset(s[m * (stride / kBlock) + b]);
+      UNROLL for (int t = 0; t < T; t++) total[t][m] = vfma(part[t][m], xs, total[t][m]);
+    }
   }
-  UNROLL for (int m = 0; m < M; m++) vstore_n(out + m * ldo, total[m] * vset(scale), n);
+  UNROLL for (int t = 0; t < T; t++)
+    UNROLL for (int m = 0; m < M; m++) vstore_n(out + m * ldo + kTile * t, total[t][m] * vset(scale), n - kTile * t);
 }
 
-template <int FMT, class W, int M = kRows>
-void rows_int(const W& w, int blocks, float scale, const Acts& x, int row, int rows, float* out, ptrdiff_t ldo, int n) {
-  for (; rows >= M; row += M, rows -= M, out += M * ldo) micro_int<FMT, W, M>(w, blocks, scale, x, row, out, ldo, n);
+template <int FMT, class W, int T, int M>
+void rows_int(const W* w, int blocks, float scale, const Acts& x, int row, int rows, float* out, ptrdiff_t ldo, int n) {
+  for (; rows >= M; row += M, rows -= M, out += M * ldo) micro_int<FMT, W, T, M>(w, blocks, scale, x, row, out, ldo, n);
   if constexpr (M > 1) {
-    if (rows) rows_int<FMT, W, M - 1>(w, blocks, scale, x, row, rows, out, ldo, n);
+    if (rows) rows_int<FMT, W, T, M - 1>(w, blocks, scale, x, row, rows, out, ldo, n);
   }
 }
 
 template <int FMT>
-void tile_int(const Mat& m, const Acts& x, int row, int rows, float* out, ptrdiff_t ldo, uint8_t* scratch) {
-  const int blocks = ceil_to(m.k, kBlock) / kBlock, n = m.n < kTile ? m.n : kTile;
-  Packed<FMT> packed{m.data};
-  if (rows < kDecodeFrom) return rows_int<FMT>(packed, blocks, m.scale, x, row, rows, out, ldo, n);
+void decode_tile(const uint8_t* p, int blocks, uint8_t* to) {
+  const Packed<FMT> packed{p};
   for (int b = 0; b < blocks; b++)
-    for (int g = 0; g < 4; g++) {
+    for (int g = 0; g < 4; g++, to += 320) {
       vw w[4];
       vf s;
       packed.group(b, g, w, s);
-      uint8_t* to = scratch + size_t(4 * b + g) * 320;
       vstore((float*)to, s);
       for (int j = 0; j < 4; j++) wstore(to + 64 + 64 * j, w[j]);
     }
-  rows_int<FMT>(Decoded{scratch}, blocks, m.scale, x, row, rows, out, ldo, n);
+}
+
+template <int FMT>
+void tiles_int(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, float* out, ptrdiff_t ldo, uint8_t* scratch) {
+  const int blocks = ceil_to(m.k, kBlock) / kBlock;
+  const size_t size = tile_bytes(FMT, m.k), decoded = size_t(blocks) * 4 * 320;
+  for (int t = t0; t < t1;) {
+    const int pair = t + 2 <= t1 ? 2 : 1, n = m.n - kTile * t;
+    const uint8_t* p = m.data + t * size;
+    float* to = out + kTile * t;
+    if (rows < kDecodeFrom) {
+      const Packed<FMT> w[2] = {{p}, {p + size}};
+      rows_int<FMT, Packed<FMT>, 1, kRows>(w, blocks, m.scale, x, row, rows, to, ldo, n);
+      t++;
+    } else {
+      for (int i = 0; i < pair; i++) decode_tile<FMT>(p + i * size, blocks, scratch + i * decoded);
+      const Decoded w[2] = {{scratch}, {scratch + decoded}};
+      (pair == 2 ? rows_int<FMT, Decoded, 2, kRows2> : rows_int<FMT, Decoded, 1, kRows>)(w, blocks, m.scale, x, row, rows, to, ldo, n);
+      t += pair;
+    }
+  }
 }
 
 // ---- FP32, BF16 --------------------------------------------------------------------------------------------------------
@@ -150,8 +177,7 @@ void linear(const Mat& m, int t0, int t1, const Acts& x, int row0, int rows, flo
   if (rows <= 0) return;
   if (m.fmt == FP32) return tiles_unit<FP32>(m, t0, t1, x, row0, rows, out, ldo);
   if (m.fmt == BF16) return tiles_unit<BF16>(m, t0, t1, x, row0, rows, out, ldo);
-  for (int t = t0; t < t1; t++)
-    (m.fmt == INT8 ? tile_int<INT8> : tile_int<INT4>)(tile_of(m, t), x, row0, rows, out + kTile * t, ldo, (uint8_t*)scratch);
+  (m.fmt == INT8 ? tiles_int<INT8> : tiles_int<INT4>)(m, t0, t1, x, row0, rows, out, ldo, (uint8_t*)scratch);
 }
 
 // One 64-wide block of F: gate and up products, silu(gate) * up * weight, and the activation rows as `down` wants them.

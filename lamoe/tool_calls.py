@@ -10,8 +10,10 @@ import json
 import re
 import uuid
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+MAX_CALLS = 128  # beginnings of calls that are looked at in a reply; what comes after them stays text
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
 
 
@@ -44,7 +46,7 @@ def parse(form: Form, text: str) -> tuple[str, list[dict[str, Any]]]:
     """(the text without its calls, the calls as OpenAI's API has them: id, type, function with name and arguments, a JSON text). Without a sound call
     the text comes back as it was."""
     calls, said, at = [], [], 0
-    for m in form.head.finditer(text):
+    for m in islice(form.head.finditer(text), MAX_CALLS):
         found = _call(form, text, m) if m.start() >= at else None  # a head inside another call's JSON is part of that
         if found is not None:
             said.append(text[at : m.start()])

@@ -22,17 +22,20 @@ import torch
 
 from lamoe.tokenizer import Tokenizer
 
-MAX_CHARS = {"JSON schema": 64 << 10, "regular expression": 8 << 10, "Lark grammar": 32 << 10}
+MAX_CHARS = {"JSON schema": 64 << 10, "regular expression": 4 << 10, "Lark grammar": 32 << 10}
 MAX_DEPTH = 64  # objects and lists inside each other in a schema
 MAX_PROPERTIES = 500  # of one object: optional ones may come in any subset, and every one is a branch of the same parser row
 MAX_REPEAT = 10_000  # x{n} in regular expressions
+MAX_BRANCHES = 2000  # repeats and alternatives of a regular expression or Lark grammar: thousands of a? in a row square the work
 MAX_MULTIPLE = 10_000  # multipleOf without its zeros: the states its remainder needs
 MAX_SECONDS = 5.0  # of compiling, for who waits; the limits below end the rest
 _STACK = 256 << 20  # bytes of address space; only what is used becomes memory
-_LIMITS = {"max_items_in_row": 3000, "initial_lexer_fuel": 300_000, "step_lexer_fuel": 50_000, "step_max_items": 20_000, "max_lexer_states": 20_000,
+_LIMITS = {"max_items_in_row": 2500, "initial_lexer_fuel": 300_000, "step_lexer_fuel": 50_000, "step_max_items": 10_000, "max_lexer_states": 20_000,
            "max_grammar_size": 100_000, "precompute_large_lexemes": False, "verbose_errors": False}
 # One blank, or a line end with its indentation, where JSON allows white space: enough to write it any usual way, and a model cannot write blanks for ever
 _JSON = {"item_separator": ",", "key_separator": ":", "whitespace_flexible": True, "whitespace_pattern": r"[ ]|\r?\n[ \t]{0,40}", "coerce_one_of": False, "lenient": False}
+# Text that a grammar leaves no choice about is sampled like any other: working it out ahead takes seconds and gigabytes for (ab{10000}c){10000}
+_TAIL = '\n%llguidance {"no_forcing": true}\n'
 _starting = threading.Lock()
 
 
@@ -61,15 +64,17 @@ class Grammar:
         except (TypeError, ValueError) as e:
             raise ValueError(f"the JSON schema is not JSON: {e}") from None
         _check_length("JSON schema", text)
-        return cls._checked("JSON schema", text, lambda lib: lib.LLMatcher.grammar_from_json_schema(text, overrides=_JSON))
+        return cls._checked("JSON schema", text, lambda lib: "start: %json " + json.dumps({**json.loads(text), "x-guidance": _JSON}))
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
-        """Text that matches the whole of `pattern`. The syntax has classes, groups, alternatives and repeats, Unicode included; look-around, back references
-        and lazy repeats are a ValueError. As in Python, `.` is any character but a line end."""
+        """Text that matches the whole of `pattern`. The syntax has classes, groups, alternatives and repeats, Unicode included; look-around and
+        back references are a ValueError. As in Python with re.ASCII, `.` is any character but a line end, and \\d, \\w, \\s are those of ASCII."""
         _check_length("regular expression", pattern)
         _check_repeats("regular expression", pattern)
-        return cls._checked("regular expression", pattern, lambda lib: lib.LLMatcher.grammar_from_regex(pattern))
+        if re.search(r"(?<!\\)(\\\\)*\\\Z", pattern):
+            raise ValueError("the regular expression ends with a backslash that escapes nothing; for a backslash write two")
+        return cls._checked("regular expression", pattern, lambda lib: f"start: /{lib.regex_to_lark(pattern or '()', 'dws')}/")
 
     @classmethod
     def lark(cls, text: str) -> Grammar:
@@ -77,21 +82,22 @@ class Grammar:
         under a schema. ValueError for one that does not parse or is beyond the limits."""
         _check_length("Lark grammar", text)
         _check_repeats("Lark grammar", text)
-        if re.search(r"\btemperature\s*=", text):
-            raise ValueError("a Lark grammar cannot set the temperature; give it with the other sampling options")
+        for word, instead in (("%llguidance", "the limits are the server's"), ("temperature", "give it with the other sampling options")):
+            if re.search(rf"{word}\s*[={{]", text):
+                raise ValueError(f"a Lark grammar cannot set {word}; {instead}")
         for at in (m.end() for m in re.finditer(r"%json\s*", text)):
             try:
                 _check_schema(json.JSONDecoder().raw_decode(text, at)[0])
             except (json.JSONDecodeError, RecursionError) as e:
                 raise ValueError(f"%json in the Lark grammar is not followed by a JSON schema: {e}") from None
-        return cls._checked("Lark grammar", text, lambda lib: lib.LLMatcher.grammar_from_lark(text))
+        return cls._checked("Lark grammar", text, lambda lib: text)
 
     @classmethod
     def _checked(cls, kind: str, text: str, convert) -> Grammar:
         lib = _library()
 
         def check() -> str:
-            source = convert(lib)
+            source = lib.LLMatcher.grammar_from_lark(convert(lib) + _TAIL)
             failed, messages = lib.LLMatcher.validate_grammar_with_warnings(source, limits=lib.LLParserLimits(**_LIMITS))
             if failed:
                 raise ValueError(messages[0])
@@ -104,10 +110,10 @@ class Grammar:
         Thread-safe; call it where waiting harms nobody, before a request goes to the engine."""
         if self._prepared(tokenizer) is not None:
             return
-        lib = _library()
+        lib, vocabulary = _library(), _vocabulary(tokenizer)  # reading a large vocabulary, once, is not the grammar's time
 
         def compile_():
-            matcher = lib.LLMatcher(_vocabulary(tokenizer), self.source, limits=lib.LLParserLimits(**_LIMITS), log_level=0)
+            matcher = lib.LLMatcher(vocabulary, self.source, limits=lib.LLParserLimits(**_LIMITS), log_level=0)
             probe = matcher.deep_copy()
             if not matcher.is_error():
                 probe.compute_bitmask()
@@ -185,6 +191,8 @@ def _check_repeats(kind: str, pattern: str) -> None:
     most = max((int(n) for m in re.finditer(r"\{\s*(\d{0,30})\s*,?\s*(\d{0,30})\s*\}|~\s*(\d{1,30})(?:\s*\.\.\s*(\d{1,30}))?", pattern) for n in m.groups() if n), default=0)
     if most > MAX_REPEAT:
         raise ValueError(f"the {kind} repeats something {most} times; at most {MAX_REPEAT}. Leave the bound out, or make max_tokens the limit")
+    if (branches := len(re.findall(r"[?*+|{~]", pattern))) > MAX_BRANCHES:
+        raise ValueError(f"the {kind} has {branches} repeats and alternatives; at most {MAX_BRANCHES}")
 
 
 def _check_schema(schema: Any) -> None:
@@ -260,6 +268,10 @@ def _compiling(kind: str, work):
 
 def _sentence(kind: str, error: str) -> str:
     text = " ".join(error.replace("<non-verbose/>", "").split())
+    text = text.replace("Enable 'coerce_one_of' option to approximate oneOf with anyOf", "Use anyOf")
+    text = re.sub(r" \d+ \| %llguidance \{.*", "", text)
+    if kind != "Lark grammar":  # the place in a Lark grammar that nobody wrote
+        text = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", text.split(" 1 | start:")[0])
     return f"the {kind} cannot be followed: {text if len(text) <= 300 else text[:297] + '...'}"
 
 
@@ -271,10 +283,10 @@ class _Words:
         self.tokens = [tokenizer._bytes(i) for i in range(n)] + [b"<end>"]  # the last one: an EOS for vocabularies without
         self.special_token_ids = sorted({*tokenizer._control_ids, *tokenizer._skipped, *(i for i in tokenizer.stop_ids if i < n), n})
         self.eos_token_id, self.bos_token_id = n, tokenizer.bos_id
-        self._encode = tokenizer.encode
+        self._tokenizer = weakref.ref(tokenizer)  # or neither would ever be freed
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return self._encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
+        return self._tokenizer().encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
 
 
 _vocabularies: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()

@@ -1,0 +1,100 @@
+"""Headless Chromium for the tests of the page: fixtures `server` (page_server.py), `page` (open and ready), `tabs` (to open more), and small helpers.
+
+A test also fails when the browser reports an error of the page, a violation of its Content-Security-Policy, or a request to anywhere else. Without
+Chromium the test files that import this are skipped, loudly."""
+
+import shutil
+import warnings
+
+import pytest
+from page_server import Server
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+if CHROMIUM is None:
+    warnings.warn("NO CHROMIUM: nothing of the page is tested. On Debian: apt-get install chromium", stacklevel=1)
+    pytest.skip("NO CHROMIUM: nothing of the page is tested. On Debian: apt-get install chromium", allow_module_level=True)
+from playwright.sync_api import Page, expect, sync_playwright  # noqa: E402
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+WIDE, PHONE, NARROWEST = {"width": 1280, "height": 800}, {"width": 390, "height": 844}, {"width": 360, "height": 640}
+WATCH = "window.violations = []; addEventListener('securitypolicyviolation', e => violations.push(`${e.violatedDirective} ${e.blockedURI} ${e.sample}`))"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield b
+        b.close()
+
+
+@pytest.fixture
+def server():
+    s = Server().begin()
+    yield s
+    s.down = True
+    s.shutdown()
+    s.server_close()
+
+
+class Tabs:
+    """Opens pages and remembers what each of them did wrong."""
+
+    def __init__(self, browser):
+        self.browser, self.contexts, self.pages, self.wrong = browser, [], [], []
+
+    def context(self, size=WIDE, **options):
+        self.contexts.append(self.browser.new_context(viewport=size, **options))
+        self.contexts[-1].set_default_timeout(8000)
+        self.contexts[-1].add_init_script(WATCH)
+        return self.contexts[-1]
+
+    def open(self, url: str, context=None, ready: bool = True, **options) -> Page:
+        page = (context or self.context(**options)).new_page()
+        self.pages.append(page)
+        page.on("pageerror", lambda e: self.wrong.append(f"error of the page: {e}"))
+        page.on("console", lambda m: self.wrong.append(f"console: {m.text}") if m.type == "error" and "Failed to load resource" not in m.text else None)
+        page.on("request", lambda r: self.wrong.append(f"request to {r.url}") if not r.url.startswith((url, "data:", "blob:")) else None)
+        page.goto(url)
+        if ready:
+            expect(page.locator("#dot")).to_have_class("dot ready")
+        return page
+
+    def close(self) -> list[str]:
+        found = self.wrong + [f"CSP: {v}" for p in self.pages if not p.is_closed() for v in p.evaluate("window.violations")]
+        for c in self.contexts:
+            c.close()
+        return found
+
+
+@pytest.fixture
+def tabs(browser):
+    t = Tabs(browser)
+    yield t
+    found = t.close()
+    assert not found, found  # pytest rewrites the asserts of test files only
+
+
+@pytest.fixture
+def page(tabs, server) -> Page:
+    return tabs.open(server.url)
+
+
+def send(page: Page, text: str, wait: bool = True):
+    page.locator("#input").fill(text)
+    page.keyboard.press("Enter")
+    if wait:
+        done(page)
+
+
+def done(page: Page):
+    expect(page.locator(".msg.model").last).to_have_attribute("aria-busy", "false", timeout=8000)
+    expect(page.locator("#send")).to_be_visible()
+
+
+def reply(page: Page):
+    return page.locator(".msg.model").last
+
+
+def stored(page: Page) -> list[dict]:
+    return page.evaluate("Object.keys(localStorage).filter(k => k.startsWith('lamoe:c:')).map(k => JSON.parse(localStorage[k]))")
