@@ -6,6 +6,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
+#include <chrono>
 #include <map>
 #include <stdexcept>
 
@@ -69,6 +71,30 @@ auto unpack(int fmt, In<uint8_t, 1> data, int n, int k, float scale, const std::
   nb::gil_scoped_release free;
   for (int t = 0; t < tiles(n); t++) table(isa).unpack(m, out.data(), k, t);
   return out;
+}
+
+// (bytes read per second, multiply-adds per second of fmt) with all threads; `buffer` should be far larger than the caches.
+auto probe(In<uint8_t, 1> buffer, int threads) {
+  using Clock = std::chrono::steady_clock;
+  auto since = [](Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); };
+  nb::gil_scoped_release free;
+  Threads pool(threads);
+  Threads::Session awake(pool);
+  const size_t part = buffer.size() / (64 * threads) / 256 * 256;
+  std::atomic<float> sink{0};
+  auto begin = Clock::now();
+  pool.run(64 * threads, [&](int i, int) { sink = sink + ops().probe_read(buffer.data() + i * part, part); });
+  const double read = double(part) * 64 * threads / since(begin);
+  std::vector<double> rates;
+  for (int fmt : {INT8, BF16, FP32}) {
+    std::vector<double> done(threads);
+    begin = Clock::now();
+    pool.run(threads, [&](int i, int) { sink = sink + ops().probe_dots(fmt, 1000000, &done[i]); });
+    double all = 0;
+    for (double d : done) all += d;
+    rates.push_back(all / since(begin));
+  }
+  return std::make_tuple(read, rates[0], rates[1], rates[2]);
 }
 
 struct Rows {  // activations of one call
@@ -237,6 +263,7 @@ NB_MODULE(_native, m) {
   m.def("pack", &pack, nb::arg("fmt"), nb::arg("w"), nb::arg("importance") = nb::none(), nb::arg("threads") = 1, nb::arg("isa") = "");
   m.def("unpack", &unpack, nb::arg("fmt"), nb::arg("data"), nb::arg("n"), nb::arg("k"), nb::arg("scale"), nb::arg("isa") = "");
   m.def("linear", &linear, nb::arg("fmt"), nb::arg("data"), nb::arg("scale"), nb::arg("n"), nb::arg("x"), nb::arg("isa") = "");
+  m.def("probe", &probe, nb::arg("buffer"), nb::arg("threads"), "(bytes read, int8, bf16, fp32 multiply-adds) per second.");
   m.def("encode", &encode, nb::arg("codec"), nb::arg("rows"), nb::arg("isa") = "");
   m.def("decode", &decode, nb::arg("codec"), nb::arg("rows"), nb::arg("isa") = "");
   nb::class_<PyModel>(m, "Model")

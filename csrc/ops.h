@@ -109,6 +109,9 @@ struct Ops {
   void (*expand_keys)(int elem, const uint8_t* latents, int latent_width, int t0, int t1, const Acts& uk, int units, void* out, float* tmp);
   void (*expand_values)(const Mat& uv, const Acts& rows, int row0, int n, void* out, float* tmp);
   void (*softmax_rows)(int elem, float* scores, int lds, int rows, int cols, const int* visible, float scale, float* m, float* l, float* rescale, void* p, int ldp);
+  // see probe.cpp
+  float (*probe_read)(const uint8_t* p, size_t n);
+  float (*probe_dots)(int fmt, long n, double* done);
 };
 
 const Ops& ops();                // the table of this process

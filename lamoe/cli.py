@@ -103,6 +103,18 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--memory", type=parse_bytes, help="plan for this much memory, for example 16GB")
     p.add_argument("--json", action="store_true")
 
+    p = verb(bench, "measure speed beside the machine's limits: load, prompts, decoding at depth, batches; a preset runs on random weights")
+    p.add_argument("model", help=f"a preset ({', '.join(PRESETS)}), a packed folder, a run or model folder")
+    p.add_argument("--weights", default="int4", help="fp32, bf16, int8 or int4; a packed folder has its own")
+    p.add_argument("--cache", default="bf16", help="storage format of the cache: fp32, bf16, int8, 6bit or 4bit")
+    p.add_argument("--threads", type=int, default=0)
+    p.add_argument("--prefill", type=_ints, default=[512, 2048], metavar="N,N", help="lengths of prompts")
+    p.add_argument("--depth", type=_ints, default=[0, 4096, 16384], metavar="N,N", help="cached tokens behind which one token is decoded (and, above 0, a prompt of 512)")
+    p.add_argument("--batch", type=_ints, default=[4, 16, 32], metavar="N,N", help="sequences that decode together")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--peer", choices=("llama.cpp",), help="measure it too, in turn, and print ratios; its llama-bench must be on PATH")
+    p.add_argument("--peer-model", help="the GGUF file for the peer")
+
     p = verb(convert, "read a Hugging Face model folder and write it anew (checked, another dtype or shard size)")
     p.add_argument("source")
     p.add_argument("target")
@@ -246,6 +258,52 @@ def info(args) -> int:
     return 0
 
 
+def bench(args) -> int:
+    import time
+
+    import torch
+
+    from lamoe import bench as b
+    from lamoe import packed, packed_file
+    from lamoe.kernels import native
+
+    if not native.available():
+        raise ValueError("the compiled kernels are not there, and bench measures them; install lamoe with a C++ compiler")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    threads, begin = torch.get_num_threads(), time.perf_counter()
+    if args.model in PRESETS:
+        model = b.random_model(ModelConfig.preset(args.model), args.weights, threads)
+    else:
+        folder = find_model(args.model)
+        model = packed_file.load(folder, threads) if packed_file.is_packed(folder) else packed.PackedModel.of(_load(folder, None, threads)[0], args.weights, threads)
+    loaded = time.perf_counter() - begin
+    limit = model.config.max_position_embeddings
+    depths = [d for d in args.depth if d < limit]
+    prefills = [(n, 0) for n in args.prefill if n <= limit] + [(512, d) for d in depths if d and d + 512 <= limit]
+    run = b.Bench(model, args.cache, max([n + d for n, d in prefills] + [d + 1 for d in depths] + [32 * x for x in args.batch] + [1]))
+    largest = max(model.tensors.values(), key=lambda t: t[0].numel())[0]
+    machine = b.Machine.probe(threads, largest)
+    lines = b.measure(run, prefills, depths, args.batch, args.rounds)
+    weights = sum(model.nbytes.values())
+    print(f"{args.model}: weights {model.weights}, {weights / 1e9:.2f} GB, ready in {loaded:.1f} s; cache {args.cache}; {threads} threads, {native.lib.isa()}; peak memory {b.peak_rss() / 1e9:.2f} GB\n"
+          f"probed: {machine.read / 1e9:.1f} GB/s read, {2 * machine.int8 / 1e9:.0f} Gop/s int8, {2 * machine.bf16 / 1e9:.0f} GFLOP/s bf16\n")
+    print(b.table(lines, machine, model.weights))
+    result = {"model": args.model, "weights": model.weights, "cache": args.cache, "load_s": loaded, "weight_bytes": weights, "peak_rss": b.peak_rss(),
+              "probe": vars(machine), **b.versions(threads), "lines": {x.name: {"tokens_per_s": x.rate, "gb_per_s": x.bytes / x.median / 1e9, "gflops": x.flops / x.median / 1e9} for x in lines}}
+    if args.peer:
+        other = b.peer(args.peer_model or "", threads, args.prefill, depths, args.batch)
+        again = {x.name: x for x in b.measure(run, prefills, depths, args.batch, args.rounds)}  # ours on both sides of theirs
+        print("\n| | lamoe | llama.cpp | ratio |\n|---|---|---|---|")
+        for x in lines:
+            if x.name in other:
+                ours = (x.rate + again[x.name].rate) / 2
+                result["lines"][x.name] |= {"peer_tokens_per_s": other[x.name], "ratio": ours / other[x.name]}
+                print(f"| {x.name} | {ours:,.1f} | {other[x.name]:,.1f} | {ours / other[x.name]:.2f} x |")
+    print(json.dumps(result))
+    return 0
+
+
 def convert(args) -> int:
     from lamoe.convert import load, resolve, save
 
@@ -274,6 +332,17 @@ def newest_run(folder: str = "runs") -> str:
     if newest is None or not runs[newest]:
         raise ValueError(f"there is no trained model under {folder}/; name a run folder, a model folder or a hub id, or make one with `make demo`")
     return str(newest)
+
+
+def _ints(text: str) -> list[int]:
+    """'16,32' -> [16, 32]; nothing -> []."""
+    try:
+        found = [int(x) for x in text.split(",") if x.strip()]
+    except ValueError:
+        found = [-1]
+    if any(x < 0 for x in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers; write it like 512,2048")
+    return found
 
 
 def _load(name: str, dtype: str | None, threads: int):
