@@ -286,7 +286,8 @@ def bench(args) -> int:
     machine = b.Machine.probe(threads, largest)
     lines = b.measure(run, prefills, depths, args.batch, args.rounds)
     weights = sum(model.nbytes.values())
-    print(f"{args.model}: weights {model.weights}, {weights / 1e9:.2f} GB, ready in {loaded:.1f} s; cache {args.cache}; {threads} threads, {native.lib.isa()}; peak memory {b.peak_rss() / 1e9:.2f} GB\n"
+    print(f"{args.model}: weights {model.weights}, {weights / 1e9:.2f} GB, ready in {loaded:.1f} s; cache {args.cache}; {threads} threads, {native.lib.isa()}; "
+          f"peak memory {b.peak_rss() / 1e9:.2f} GB\n"
           f"probed: {machine.read / 1e9:.1f} GB/s read, {2 * machine.int8 / 1e9:.0f} Gop/s int8, {2 * machine.bf16 / 1e9:.0f} GFLOP/s bf16\n")
     print(b.table(lines, machine, model.weights))
     result = {"model": args.model, "weights": model.weights, "cache": args.cache, "load_s": loaded, "weight_bytes": weights, "peak_rss": b.peak_rss(),
