@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-lm-eval bench clean
+.PHONY: demo test test-lm-eval long needle bench clean
 
 demo: $(READY)  ## train a small DeepSeek-V2 on this machine, report on it, let it speak
 	$(BIN)/lamoe train recipes/tiny.toml $(if $(wildcard runs/tiny/latest),--resume)
@@ -19,6 +19,13 @@ test: $(READY)  ## all tests
 test-lm-eval: $(READY)  ## lm-eval against the server; apart, because installing lm-eval takes more than a minute
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,train,test,lm-eval]'
 	$(BIN)/python -m pytest tests/test_serve_lm_eval.py
+
+long: $(READY)  ## 128K positions: the slow test, then the cache's memory there against the closed form
+	$(BIN)/python -m pytest -m slow
+	$(BIN)/python benchmarks/long.py
+
+needle: $(READY)  ## train a small model for retrieval, lengthen its context with YaRN, and draw both heat maps
+	$(BIN)/python benchmarks/needle.py
 
 bench: $(READY)  ## training speed beside transformers, alternating
 	$(BIN)/python benchmarks/train.py

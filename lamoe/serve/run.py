@@ -88,8 +88,8 @@ class Serving:
             self.loop.call_soon_threadsafe(self._failed)
             return
         plan = llm.plan()
-        log.info("ready", extra={"fields": {"seconds": round(time.perf_counter() - started, 2), "model": self.service.name, "weights": human_bytes(plan["weights"]),
-                                            "cache": human_bytes(plan["cache"]), "cache_tokens": plan["tokens"], "max_model_len": plan["max_model_len"]}})
+        log.info("ready", extra={"fields": {"seconds": round(time.perf_counter() - started, 2), "model": self.service.name, "weights": human_bytes(plan.weights),
+                                            "cache": human_bytes(plan.cache), "cache_tokens": plan.tokens, "max_model_len": plan.max_model_len}})
         self.loop.call_soon_threadsafe(self.service.begin, llm)
 
     def _failed(self) -> None:
