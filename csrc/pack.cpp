@@ -1,6 +1,7 @@
 // Weights into tiles and back. Not a hot loop: plain code, the same on every ISA.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels.h"
 
@@ -38,17 +39,18 @@ struct Group4 {
 };
 
 // The scale with the least (weighted) squared error among those near absmax / level, with either sign: the levels reach further below zero.
-Group4 best_int4(const float* x, const float* importance, float matrix_scale) {
+// x in units of the matrix's scale: squares of very large or small weights would leave the range of float.
+Group4 best_int4(const float* x, const float* importance) {
   const uint8_t* nearest = nearest_level();
   float top = 0;
   for (int i = 0; i < 16; i++) top = std::max(top, std::fabs(x[i]));
   Group4 best;
   if (top == 0.f) return best;
-  const int last = std::min(0x7f, scale_code_up(top / kTop4 / matrix_scale) + 1), first = std::max(1, last - 8);
+  const int last = std::min(0x7f, scale_code_up(top / kTop4) + 1), first = std::max(1, last - 8);
   float best_error = INFINITY;
   for (int code = first; code <= last; code++)
     for (int sign = 0; sign < 2; sign++) {
-      const float step = scale_value(uint8_t(code | sign << 7)) * matrix_scale, inverse = 2.f / step;
+      const float step = scale_value(uint8_t(code | sign << 7)), inverse = 2.f / step;
       float error = 0;
       uint8_t c[16];
       for (int i = 0; i < 16; i++) {
@@ -83,7 +85,7 @@ float pack_scale(int fmt, const float* w, size_t ldw, int n, int k) {
   float top = 0;
   for (int i = 0; i < n; i++)
     for (int j = 0; j < k; j++) top = std::max(top, std::fabs(w[i * ldw + j]));
-  return top == 0.f ? 1.f : top / (fmt == INT8 ? 127.f : kTop4) / 1.5f;
+  return top == 0.f ? 1.f : std::max(top / (fmt == INT8 ? 127.f : kTop4) / 1.5f, std::numeric_limits<float>::denorm_min());
 }
 
 void pack(const Mat& m, uint8_t* out, const float* w, size_t ldw, const float* importance, int tile) {
@@ -115,7 +117,8 @@ void pack(const Mat& m, uint8_t* out, const float* w, size_t ldw, const float* i
           block[(g % 4) * 16 + o] = best_int8(v, m.scale, code).scale;
           for (int i = 0; i < 16; i++) block[64 + ((g % 4) * 4 + i / 4) * 64 + 4 * o + i % 4] = uint8_t(code[i] + 128);
         } else {
-          Group4 best = best_int4(v, importance ? h : nullptr, m.scale);
+          for (float& y : v) y /= m.scale;
+          Group4 best = best_int4(v, importance ? h : nullptr);
           block[(g % 4) * 16 + o] = best.scale;
           for (int i = 0; i < 16; i++) {
             const int quad = (g % 4) * 4 + i / 4;
