@@ -59,7 +59,7 @@ def pack(fmt: str, w: torch.Tensor, importance: torch.Tensor | None = None, isa:
     w = w.detach().to(torch.float32).contiguous()
     if not w.isfinite().all():
         raise ValueError(f"a weight matrix of shape {tuple(w.shape)} has values that are not finite; it cannot be packed")
-    data, scale = lib.pack(FORMATS[fmt], w.numpy(), None if importance is None else importance.to(torch.float32).numpy(), torch.get_num_threads(), isa)
+    data, scale = lib.pack(FORMATS[fmt], w.numpy(), None if importance is None else importance.to(torch.float32).contiguous().numpy(), torch.get_num_threads(), isa)
     return torch.from_numpy(data), scale
 
 
