@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+, := ,
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-lm-eval long needle bench clean
+.PHONY: demo test test-lm-eval long needle bench asan tsan clean
 
 demo: $(READY)  ## train a small DeepSeek-V2 on this machine, report on it, let it speak
 	$(BIN)/lamoe train recipes/tiny.toml $(if $(wildcard runs/tiny/latest),--resume)
@@ -29,6 +30,12 @@ needle: $(READY)  ## train a small model for retrieval, lengthen its context wit
 
 bench: $(READY)  ## training speed beside transformers, alternating
 	$(BIN)/python benchmarks/train.py
+
+asan tsan:  ## csrc/check.cpp under AddressSanitizer + UBSan, or ThreadSanitizer, on every instruction set of this CPU
+	cmake -S . -B build/$@ -DLAMOE_SANITIZE=$(if $(filter asan,$@),address$(,)undefined$(,)float-cast-overflow,thread) >/dev/null
+	cmake --build build/$@
+	@for isa in scalar avx2 avx512; do \
+	  if [ $$isa = scalar ] || LAMOE_ISA=$$isa build/$@/check list >/dev/null 2>&1; then LAMOE_ISA=$$isa build/$@/check || exit 1; fi; done
 
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lamoe needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=python3.11 or newer")'
