@@ -266,10 +266,12 @@ class PyModel {
     const std::map<std::string, bool*> bools = {{"group_limited", &c.group_limited}, {"normalise", &c.normalise}, {"interleaved", &c.interleaved}};
     for (auto [key, value] : d) {
       const std::string k = nb::cast<std::string>(key);
-      if (auto i = ints.find(k); i != ints.end()) *i->second = nb::cast<int>(value);
-      else if (auto f = floats.find(k); f != floats.end()) *f->second = nb::cast<float>(value);
-      else if (auto b = bools.find(k); b != bools.end()) *b->second = nb::cast<bool>(value);
+      bool known = true;
+      if (auto i = ints.find(k); i != ints.end()) known = nb::try_cast(value, *i->second);
+      else if (auto f = floats.find(k); f != floats.end()) known = nb::try_cast(value, *f->second);
+      else if (auto b = bools.find(k); b != bools.end()) known = nb::try_cast(value, *b->second);
       else throw nb::value_error(("unknown setting " + k).c_str());
+      need(known, "setting " + k + " is not a number of its kind");
     }
     need(wrong(c));
     return c;

@@ -109,7 +109,7 @@ std::string wrong(const Model& m, bool head) {
       is.one("wv", l.wv, c.kv_heads * c.head_dim, d);
     }
     is.one("wo", l.wo, d, c.heads * (c.latent ? c.value : c.head_dim));
-    if (l.gate.data) {
+    if (l.gate.data || !l.e13.empty() || !l.e2.empty()) {
       is.one("gate", l.gate, c.experts, d, FP32);
       is.many("e13", l.e13, c.experts, 2 * ceil_to(c.moe_width, kTile), d);
       is.many("e2", l.e2, c.experts, d, c.moe_width);
