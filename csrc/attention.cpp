@@ -20,23 +20,32 @@ constexpr int kOutLanes = 4;
 template <int E>
 INLINE vf dot_unit(vf acc, vw w, const void* x) { return E == FP32 ? dot_f32(acc, w, x) : dot_bf16(acc, w, x); }
 
+// Lines of memory that will be wanted soon, asked for one by one while there is something to compute.
+struct Ahead {
+  const uint8_t *p, *end;
+  INLINE void next() {
+    if (p < end) __builtin_prefetch(p, 0, 2), p += 64;
+  }
+};
+
 // out[t][16] = rows t of `units` words times the packed queries
 template <int E, int N>
-void score_rows(const uint8_t* rows, size_t stride, const uint8_t* q, int units, float* out) {
+void score_rows(const uint8_t* rows, size_t stride, const uint8_t* q, int units, float* out, Ahead& ahead) {
   vf acc[N];
   UNROLL for (int i = 0; i < N; i++) acc[i] = vzero();
   for (int u = 0; u < units; u++) {
     const vw w = wload(q + size_t(u) * 64);
+    ahead.next();
     UNROLL for (int i = 0; i < N; i++) acc[i] = dot_unit<E>(acc[i], w, rows + i * stride + size_t(u) * 4);
   }
   UNROLL for (int i = 0; i < N; i++) vstore(out + 16 * i, acc[i]);
 }
 
 template <int E, int N = kScoreRows>
-void all_scores(const uint8_t* rows, size_t stride, const uint8_t* q, int units, int n, float* out) {
-  for (; n >= N; n -= N, rows += N * stride, out += 16 * N) score_rows<E, N>(rows, stride, q, units, out);
+void all_scores(const uint8_t* rows, size_t stride, const uint8_t* q, int units, int n, float* out, Ahead& ahead) {
+  for (; n >= N; n -= N, rows += N * stride, out += 16 * N) score_rows<E, N>(rows, stride, q, units, out, ahead);
   if constexpr (N > 1) {
-    if (n) all_scores<E, N / 2>(rows, stride, q, units, n, out);
+    if (n) all_scores<E, N / 2>(rows, stride, q, units, n, out, ahead);
   }
 }
 
@@ -69,11 +78,11 @@ void add_lanes(int lanes, const uint8_t* rows, size_t stride, const uint8_t* p, 
 
 template <int E>
 void attend(const uint8_t* tile, size_t stride, int n, int r0, int k0, int kw, int v0, int vw_, float scale, const Lanes& lanes, int n_lanes, float* m, float* l,
-            float* o, uint8_t* scratch) {
+            float* o, uint8_t* scratch, Ahead ahead) {
   constexpr int kBytes = E == FP32 ? 4 : 2;
   float* s = (float*)scratch;            // [64][16]
   uint8_t* p = scratch + 64 * 64;        // [64 or 32][16] words
-  all_scores<E>(tile + size_t(k0) * kBytes, stride, (const uint8_t*)lanes.q, kw * kBytes / 4, n, s);
+  all_scores<E>(tile + size_t(k0) * kBytes, stride, (const uint8_t*)lanes.q, kw * kBytes / 4, n, s, ahead);
   int least = lanes.last[0];
   for (int i = 1; i < n_lanes; i++) least = lanes.last[i] < least ? lanes.last[i] : least;
   for (int t = 0; t < n; t++) vstore(s + 16 * t, vload(s + 16 * t) * vset(scale));
@@ -112,9 +121,10 @@ void attend(const uint8_t* tile, size_t stride, int n, int r0, int k0, int kw, i
 
 // scratch: 64 x 16 scores and as many probabilities. A tile's rows may be read up to 15 elements beyond v0 + vw: leave room behind the last one.
 void attend_tile(int elem, const void* tile, int stride, int n, int r0, int k0, int kw, int v0, int vw, float scale, const Lanes& lanes, int n_lanes, float* m,
-                 float* l, float* o, void* scratch) {
-  if (elem == FP32) attend<FP32>((const uint8_t*)tile, size_t(stride) * 4, n, r0, k0, kw, v0, vw, scale, lanes, n_lanes, m, l, o, (uint8_t*)scratch);
-  else attend<BF16>((const uint8_t*)tile, size_t(stride) * 2, n, r0, k0, kw, v0, vw, scale, lanes, n_lanes, m, l, o, (uint8_t*)scratch);
+                 float* l, float* o, void* scratch, const void* soon, size_t soon_bytes) {
+  const Ahead ahead{(const uint8_t*)soon, (const uint8_t*)soon + soon_bytes};
+  if (elem == FP32) attend<FP32>((const uint8_t*)tile, size_t(stride) * 4, n, r0, k0, kw, v0, vw, scale, lanes, n_lanes, m, l, o, (uint8_t*)scratch, ahead);
+  else attend<BF16>((const uint8_t*)tile, size_t(stride) * 2, n, r0, k0, kw, v0, vw, scale, lanes, n_lanes, m, l, o, (uint8_t*)scratch, ahead);
 }
 
 void combine(const float* states, size_t step, int count, int lane, int vw_, float* out) {

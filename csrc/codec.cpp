@@ -106,11 +106,46 @@ INLINE void put16(int elem, void* out, int at, vf v, int n) {
   std::memcpy((uint16_t*)out + at, t, 2 * n);
 }
 
+// 64 elements at a time, where they lie side by side in every plane.
+template <int N>
+void decode_wide(const Block& b, const float* step, const uint8_t* codes, int elem, void* out) {
+  const Planes pl = planes(N);
+  const vf zero = vset(float(1 << (N - 1)));
+  for (int i = 0; i < b.w; i += 64) {
+    vw code = wset(0);
+    const uint8_t* from = codes;
+    int shift = 0;
+    UNROLL for (int p = 0; p < kMaxPlanes; p++) {
+      if (p >= pl.n) break;
+      const int bits = pl.bits[p], size = b.W * bits / 8;
+      const vw field = bfields(from + i % size, bits * (i / size), (1 << bits) - 1);
+      code = p ? bor_left(code, field, shift) : field;
+      from += size, shift += bits;
+    }
+    const float* s = step + i / 16;
+    const vf v[4] = {(bfloats<0>(code) - zero) * vset(s[0]), (bfloats<1>(code) - zero) * vset(s[1]), (bfloats<2>(code) - zero) * vset(s[2]),
+                     (bfloats<3>(code) - zero) * vset(s[3])};
+    UNROLL for (int j = 0; j < 4; j++) {
+      if (elem == FP32) vstore((float*)out + i + 16 * j, v[j]);
+      else vstore_bf16((uint16_t*)out + i + 16 * j, v[j]);
+    }
+  }
+}
+
 template <int N>
 void decode_block(const Block& b, const uint8_t* in, int elem, void* out) {
   const Planes pl = planes(N);
   const float base = base_table()[in[0]];
   const uint8_t* codes = in + 1 + b.factors;
+  bool wide = b.w % 64 == 0 && b.w <= 1024;
+  for (int p = 0; p < pl.n; p++) wide = wide && b.W * pl.bits[p] / 8 % 64 == 0;
+  if (wide) {
+    float step[64 + 32], factor[64 + 32];  // of 16 elements; of a group
+    for (int g = 0; b.factors && g < b.groups; g += 32) vfactors(in + 1 + g / 2, base, factor + g);
+    const int per = b.group / 16;  // b.group is all of a part without factors
+    for (int g = 0; (per > 1 || !b.factors) && g < b.w / 16; g++) step[g] = b.factors ? factor[g / per] : base;
+    return decode_wide<N>(b, b.factors && per == 1 ? factor : step, codes, elem, out);
+  }
   for (int i = 0; i < b.w; i += 16) {
     vf step = vset(base);
     if (b.factors) {  // groups are multiples of 16 here

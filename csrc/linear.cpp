@@ -19,7 +19,7 @@ constexpr int kDecodeFrom = 2 * kRows;  // from this many rows on a tile is deco
 template <int FMT>
 struct Packed {
   const uint8_t* p;
-  INLINE void prefetch(int block) const {  // a single row waits for memory: ask for what comes a few blocks later
+  INLINE void prefetch(int block) const {  // a few rows wait for memory: ask for what comes some blocks later
     const uint8_t* b = p + size_t(block) * (FMT == INT8 ? 1088 : 576) + kAhead;
     for (int i = 0; i < (FMT == INT8 ? 17 : 9); i++) __builtin_prefetch(b + 64 * i, 0, 3);
   }
@@ -60,7 +60,7 @@ void micro_int(const W* weights, int blocks, float scale, const Acts& x, int row
   UNROLL for (int t = 0; t < T; t++)
     UNROLL for (int m = 0; m < M; m++) total[t][m] = vzero();
   for (int b = 0; b < blocks; b++) {
-    if (M == 1) weights[0].prefetch(b);
+    if (T == 1 && M <= 4) weights[0].prefetch(b);
     vf part[T][M];
     UNROLL for (int t = 0; t < T; t++)
       UNROLL for (int m = 0; m < M; m++) part[t][m] = vzero();

@@ -280,18 +280,32 @@ void Model::few(const Layer& l, const uint8_t* rows, const std::vector<SeqStep>&
       std::fill(p, p + 16, -1e30f);
       std::fill(p + 16, p + 32 + size_t(blocks[b].lanes) * vw, 0.f);
     }
+    // Where rows r .. r + count lie one behind the other in the cache (pages that were taken in order), or null.
+    auto together = [&](int r, int count) -> const uint8_t* {
+      for (int page = r / cache.page + 1; page <= (r + count - 1) / cache.page; page++)
+        if (s.pages[page] != s.pages[page - 1] + 1) return nullptr;
+      return rows + (size_t(s.pages[r / cache.page]) * cache.page + r % cache.page) * cache.codec.row;
+    };
+    const bool as_is = cache.codec.kind == (elem == FP32 ? 0 : 1);
     for (int r = from; r < to; r += kRowsTile) {
-      const int count = std::min(kRowsTile, to - r);
-      for (int j = 0; j < count; j++) {
+      const int count = std::min(kRowsTile, to - r), next = std::min(kRowsTile, s.end - r - count);
+      const uint8_t* here = as_is ? together(r, count) : nullptr;
+      const uint8_t* soon = next > 0 ? together(r + count, next) : nullptr;
+      for (int j = 0; j < count && !here; j++) {
         const int at = r + j;
         const size_t slot = size_t(s.pages[at / cache.page]) * cache.page + at % cache.page;
         op.decode(cache.codec, rows + slot * cache.codec.row, elem, tile + size_t(j) * row * size_of(elem));
       }
+      // rows may be read a little beyond their end, and behind the last slot there is nothing
+      if (here && here + size_t(count) * cache.codec.row + 64 > rows + cache.slots * cache.codec.row) {
+        std::memcpy(tile, here, size_t(count) * cache.codec.row);
+        here = nullptr;
+      }
       for (int b = b0; b < b1; b++) {
         float* p = partial + (blocks[b].first_state + items[i].chunk) * state;
         const int g = blocks[b].g;
-        op.attend_tile(elem, tile, row, count, r, g * kw, kw, c.latent ? 0 : kv * kw + g * vw, vw, c.softmax_scale, {lanes + b * units * 64, &last[16 * b]},
-                       blocks[b].lanes, p, p + 16, p + 32, tmp);
+        op.attend_tile(elem, here ? (const char*)here : tile, row, count, r, g * kw, kw, c.latent ? 0 : kv * kw + g * vw, vw, c.softmax_scale,
+                       {lanes + b * units * 64, &last[16 * b]}, blocks[b].lanes, p, p + 16, p + 32, tmp, soon, b == b0 && soon ? size_t(next) * cache.codec.row : 0);
       }
     }
   });

@@ -105,6 +105,21 @@ INLINE int vquant(int8_t* p, vf a) {  // sixteen floats from -127 to 127 -> near
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x));
   return _mm512_reduce_add_epi32(x);
 }
+// Sixty-four bytes: (byte >> shift) & mask, a | b << shift, and sixteen of them (quarter 0 to 3) as floats.
+INLINE vw bfields(const uint8_t* p, int shift, int mask) {
+  return {_mm512_and_si512(_mm512_srl_epi16(_mm512_loadu_si512(p), _mm_cvtsi32_si128(shift)), _mm512_set1_epi8(char(mask)))};
+}
+INLINE vw bor_left(vw a, vw b, int shift) { return {_mm512_or_si512(a.v, _mm512_sll_epi16(b.v, _mm_cvtsi32_si128(shift)))}; }
+// Thirty-two nibbles f of sixteen bytes, low half first -> base * (f + 1) / 16.
+INLINE void vfactors(const uint8_t* p, float base, float* out) {
+  __m256i y = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+  y = _mm256_or_si256(_mm256_and_si256(y, _mm256_set1_epi16(15)), _mm256_and_si256(_mm256_slli_epi16(y, 4), _mm256_set1_epi16(15 << 8)));
+  const vf one = vset(1.f), share = vset(1.f / 16), b = vset(base);
+  vstore(out, b * ((vf{_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(y)))} + one) * share));
+  vstore(out + 16, b * ((vf{_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(y, 1)))} + one) * share));
+}
+template <int Q>
+INLINE vf bfloats(vw a) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(a.v, Q)))}; }
 // Two rows of 16 bf16 -> 16 words (a low half, b high half).
 INLINE vw interleave_bf16(const uint16_t* a, const uint16_t* b) {
   __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)a)), y = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)b));
@@ -222,6 +237,28 @@ INLINE int vquant(int8_t* p, vf x) {
   for (int i = 0; i < 16; i++) p[i] = int8_t(t[i]), s += p[i];
   return s;
 }
+INLINE vw bfields(const uint8_t* p, int shift, int mask) {
+  __m128i n = _mm_cvtsi32_si128(shift);
+  __m256i m = _mm256_set1_epi8(char(mask));
+  vw x = wload(p);
+  return {_mm256_and_si256(_mm256_srl_epi16(x.a, n), m), _mm256_and_si256(_mm256_srl_epi16(x.b, n), m)};
+}
+INLINE vw bor_left(vw x, vw y, int shift) {
+  __m128i n = _mm_cvtsi32_si128(shift);
+  return {_mm256_or_si256(x.a, _mm256_sll_epi16(y.a, n)), _mm256_or_si256(x.b, _mm256_sll_epi16(y.b, n))};
+}
+INLINE void vfactors(const uint8_t* p, float base, float* out) {
+  __m256i y = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+  y = _mm256_or_si256(_mm256_and_si256(y, _mm256_set1_epi16(15)), _mm256_and_si256(_mm256_slli_epi16(y, 4), _mm256_set1_epi16(15 << 8)));
+  alignas(32) uint8_t t[32];
+  _mm256_store_si256((__m256i*)t, y);
+  for (int i = 0; i < 32; i++) out[i] = base * (float(t[i] + 1) * (1.f / 16));
+}
+template <int Q>
+INLINE vf bfloats(vw x) {
+  __m128i b = _mm256_extracti128_si256(Q < 2 ? x.a : x.b, Q % 2);
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(b, 8)))};
+}
 INLINE vw interleave_bf16(const uint16_t* x, const uint16_t* y) {
   auto half = [](const uint16_t* x, const uint16_t* y) {
     return _mm256_or_si256(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)), _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)y)), 16));
@@ -298,6 +335,23 @@ INLINE int vquant(int8_t* p, vf x) {
   int s = 0;
   for (int i = 0; i < 16; i++) p[i] = int8_t(t[i]), s += p[i];
   return s;
+}
+INLINE vw bfields(const uint8_t* p, int shift, int mask) {
+  uint8_t t[64];
+  for (int i = 0; i < 64; i++) t[i] = uint8_t(p[i] >> shift & mask);
+  return wload(t);
+}
+INLINE vw bor_left(vw a, vw b, int shift) { EACH a.v[i] |= int32_t(uint32_t(b.v[i]) << shift); return a; }  // fields are small: nothing crosses a byte
+INLINE void vfactors(const uint8_t* p, float base, float* out) {
+  for (int i = 0; i < 32; i++) out[i] = base * (float((p[i / 2] >> (i % 2 ? 4 : 0) & 15) + 1) * (1.f / 16));
+}
+template <int Q>
+INLINE vf bfloats(vw a) {
+  uint8_t t[64];
+  wstore(t, a);
+  vf r;
+  EACH r.v[i] = float(t[16 * Q + i]);
+  return r;
 }
 INLINE vw interleave_bf16(const uint16_t* a, const uint16_t* b) { vw r; EACH r.v[i] = int32_t(uint32_t(a[i]) | uint32_t(b[i]) << 16); return r; }
 INLINE vw pair_bf16(vf a, vf b) { vw r; EACH r.v[i] = int32_t(uint32_t(float_to_bf16(a.v[i])) | uint32_t(float_to_bf16(b.v[i])) << 16); return r; }
