@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true")
 
     p = verb(bench, "measure speed beside the machine's limits: load, prompts, decoding at depth, batches; a preset runs on random weights")
-    p.add_argument("model", help=f"a preset ({', '.join(PRESETS)}), a packed folder, a run or model folder")
+    p.add_argument("model", help=f"a preset ({', '.join(PRESETS)}) or a config.json, on random weights; or a packed folder, a run or a model folder")
     p.add_argument("--weights", default="int4", help="fp32, bf16, int8 or int4; a packed folder has its own")
     p.add_argument("--cache", default="bf16", help="storage format of the cache: fp32, bf16, int8, 6bit or 4bit")
     p.add_argument("--threads", type=int, default=0)
@@ -272,8 +272,8 @@ def bench(args) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     threads, begin = torch.get_num_threads(), time.perf_counter()
-    if args.model in PRESETS:
-        model = b.random_model(ModelConfig.preset(args.model), args.weights, threads)
+    if args.model in PRESETS or args.model.endswith(".json"):
+        model = b.random_model(_config(args.model)[0], args.weights, threads)
     else:
         folder = find_model(args.model)
         model = packed_file.load(folder, threads) if packed_file.is_packed(folder) else packed.PackedModel.of(_load(folder, None, threads)[0], args.weights, threads)

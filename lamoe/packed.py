@@ -8,6 +8,7 @@ of the same rounded values, so both forms are one model. File layout and loading
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -174,6 +175,7 @@ class PackedModel:
         if c.is_moe:
             settings |= dict(experts=c.n_routed_experts, top_k=c.num_experts_per_tok, groups=c.n_group, top_groups=c.topk_group, moe_width=c.moe_intermediate_size,
                              group_limited=c.topk_method == "group_limited_greedy", normalise=c.norm_topk_prob, routed_scale=c.routed_scaling_factor)
+        self._table = torch.empty(0, c.rope_dim)
         self.native = native.lib.Model(settings, threads or torch.get_num_threads())
         for piece in pieces(config, weights):
             data, scales = tensors[piece.key]
@@ -209,18 +211,25 @@ class PackedModel:
             tensors[piece.key] = data, scales
         return cls(model.config, weights, tensors, threads)
 
+    def _turns(self, length: int) -> torch.Tensor:
+        """[at least length, R]: cos | sin of every position. Made once and again when the text grows beyond it: most of a small step's time in Python."""
+        if len(self._table) < length:
+            freqs = rope.freqs(self.config, torch.arange(min(max(2 * length, 1024), self.config.max_position_embeddings)))
+            self._table = torch.view_as_real(freqs).transpose(-1, -2).flatten(-2).contiguous()
+        return self._table
+
     def run(self, ids: list[int], positions: torch.Tensor, seqs: torch.Tensor, pages: torch.Tensor, cache: PagedCache, rows: list[int], *,
             logits: bool = True, experts: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """One step: ids [N] at positions [N]; seqs int32 [sequences, 3]: tokens in the step, rows in the cache after it, where its pages begin in `pages`
         int32. The tokens' rows are appended. -> (float32 [len(rows), vocabulary], or final normed states [len(rows), D] when not `logits`,
         for the tokens `rows`; chosen experts int16 [MoE layers, N, K] when asked for)."""
-        freqs = rope.freqs(self.config, positions)
-        cos_sin = torch.view_as_real(freqs).transpose(-1, -2).flatten(-2).contiguous()  # [N, R]: cos | sin
+        cos_sin = self._turns(int(positions.max()) + 1).index_select(0, positions)
         out, chosen = self.native.step(torch.tensor(ids, dtype=torch.int32).numpy(), cos_sin.numpy(), seqs.numpy(), pages.numpy(), cache.rows.numpy(), cache.page_size,
                                        codec_numbers(cache.format, cache.widths), torch.tensor(rows, dtype=torch.int32).numpy(), logits, experts)
         return torch.from_numpy(out), torch.from_numpy(chosen)
 
 
+@cache
 def codec_numbers(name: str, widths: tuple[int, int]) -> list[int]:
     """How csrc knows a cache format: kind, widths, bits, group, bytes of a row."""
     kind = {"fp32": 0, "bf16": 1}.get(name, 2)
