@@ -60,7 +60,7 @@ void micro_int(const W* weights, int blocks, float scale, const Acts& x, int row
   UNROLL for (int t = 0; t < T; t++)
     UNROLL for (int m = 0; m < M; m++) total[t][m] = vzero();
   for (int b = 0; b < blocks; b++) {
-    if (T == 1 && M <= 4) weights[0].prefetch(b);
+    weights[0].prefetch(b);
     vf part[T][M];
     UNROLL for (int t = 0; t < T; t++)
       UNROLL for (int m = 0; m < M; m++) part[t][m] = vzero();
@@ -98,7 +98,8 @@ void rows_int(const W* w, int blocks, float scale, const Acts& x, int row, int r
 template <int FMT>
 void decode_tile(const uint8_t* p, int blocks, uint8_t* to) {
   const Packed<FMT> packed{p};
-  for (int b = 0; b < blocks; b++)
+  for (int b = 0; b < blocks; b++) {
+    packed.prefetch(b);
     for (int g = 0; g < 4; g++, to += 320) {
       vw w[4];
       vf s;
@@ -106,6 +107,7 @@ void decode_tile(const uint8_t* p, int blocks, uint8_t* to) {
       vstore((float*)to, s);
       for (int j = 0; j < 4; j++) wstore(to + 64 + 64 * j, w[j]);
     }
+  }
 }
 
 template <int FMT>

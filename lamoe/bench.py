@@ -174,7 +174,7 @@ def peer(model: str, threads: int, prompts: list[int], depths: list[int], batche
     if not Path(model).is_file():
         raise ValueError(f"--peer-model {model!r} is not a file; give the GGUF file that llama.cpp should run")
     found: dict[str, float] = {}
-    base = [tool, "-m", model, "-t", str(threads), "-fa", "1", "-mmp", "0", "-r", "2", "-o", "md"]
+    base = [tool, "-m", model, "-t", str(threads), "-fa", "1", "-r", "2", "-o", "md"]
     for name, test in [(f"decode at {d:,}", ["-p", "0", "-n", "16", "-d", str(d)]) for d in depths] + [(f"prefill {n:,}", ["-p", str(n), "-n", "0"]) for n in prompts]:
         text = subprocess.run([*base, *test], capture_output=True, text=True, check=False).stdout
         rates = re.findall(r"\|\s*([\d.]+) ± [\d.]+ \|", text)
@@ -182,7 +182,7 @@ def peer(model: str, threads: int, prompts: list[int], depths: list[int], batche
             found[name] = float(rates[-1])
     many = shutil.which("llama-batched-bench")
     if many and batches:
-        text = subprocess.run([many, "-m", model, "-t", str(threads), "-fa", "on", "-npp", "16", "-ntg", "16", "-npl", ",".join(map(str, batches)), "-c", str(40 * max(batches)), "--no-mmap"],
+        text = subprocess.run([many, "-m", model, "-t", str(threads), "-fa", "on", "-npp", "16", "-ntg", "16", "-npl", ",".join(map(str, batches)), "-c", str(40 * max(batches))],
                               capture_output=True, text=True, check=False).stdout
         for row in re.findall(r"^\|\s*\d+ \|\s*\d+ \|\s*(\d+) \|(.*)$", text, re.M):
             cells = row[1].split("|")
