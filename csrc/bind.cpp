@@ -222,6 +222,7 @@ class PyModel {
     const int n = int(ids.size()), r = int(out_rows.size());
     Cache cache{rows.data(), rows.shape(1), page, codec(format)};
     need(wrong(cache.codec, c));
+    need_aligned(rows.data(), 4, "the cache");  // rows of the plain formats are read where they lie
     need(cos_sin.shape(0) == size_t(n) && cos_sin.shape(1) == size_t(c.rope), "cos_sin is [tokens, rope]");
     need(rows.shape(0) == size_t(c.layers) && rows.shape(2) == cache.codec.row && page > 0, "cache rows are [layers, slots, row bytes], in pages of at least one");
     for (int i = 0; i < n; i++) need(ids.data()[i] >= 0 && ids.data()[i] < c.vocab, "token id outside the vocabulary");

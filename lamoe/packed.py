@@ -62,9 +62,13 @@ def element(weights: str) -> str:
 
 
 def lacks(c: ModelConfig) -> str | None:
-    """Why the kernels cannot run this geometry (the torch ops can), or None when they can."""
+    """Why the kernels cannot run this geometry (the torch ops can), or None when they can. csrc/valid.cpp has the last word."""
     widths = [c.qk_head_dim, c.value_head_dim, c.rope_dim] + ([c.kv_lora_rank, c.qk_nope_head_dim] if c.is_mla else [])
-    return f"the compiled kernels need even head and latent widths, found {widths}; use impl='torch'" if any(w % 2 for w in widths) else None
+    if any(w % 2 for w in widths):
+        return f"the compiled kernels need even head and latent widths, found {widths}; use impl='torch'"
+    if max(c.cache_row) > 8192:
+        return f"the compiled kernels take cache rows of two parts of at most 8,192 elements, found {c.cache_row}; use impl='torch'"
+    return None
 
 
 def _vector(layer: int, name: str, n: int, disk: str) -> Piece:

@@ -243,6 +243,19 @@ def test_a_cache_that_must_not_be_written_is_refused(model):
         step(model, rows=rows)
 
 
+def test_a_cache_at_an_odd_address_is_refused(model):
+    odd = np.zeros(3 * 16 * 96 + 1, np.uint8)[1:].reshape(3, 16, 96)
+    with pytest.raises(ValueError, match="the cache begins at an address"):
+        step(model, rows=odd)
+
+
+def test_geometries_without_kernels_run_on_torch_and_say_why():
+    wide = tiny.config("llama", num_attention_heads=4, head_dim=2050)
+    assert "at most 8,192 elements" in packed.lacks(wide) and "even" in packed.lacks(tiny.config(v_head_dim=7))
+    with pytest.raises(ValueError, match="at most 8,192"):
+        list(packed.pieces(wide, "fp32"))
+
+
 def test_no_wanted_rows(model):
     out, chosen = step(model, out_rows=i32())
     assert out.shape == (0, 64) and chosen.shape == (2, 4, 3)
