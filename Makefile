@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-lm-eval long needle bench clean
+.PHONY: demo test test-lm-eval long needle bench bench-serve clean
 
 demo: $(READY)  ## train a small DeepSeek-V2 on this machine, report on it, let it speak
 	$(BIN)/lamoe train recipes/tiny.toml $(if $(wildcard runs/tiny/latest),--resume)
@@ -29,6 +29,9 @@ needle: $(READY)  ## train a small model for retrieval, lengthen its context wit
 
 bench: $(READY)  ## training speed beside transformers, alternating
 	$(BIN)/python benchmarks/train.py
+
+bench-serve: $(READY)  ## two minutes of load on the server: 64 clients, some of them rude; and what HTTP costs a token
+	$(BIN)/python benchmarks/serve.py
 
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lamoe needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=python3.11 or newer")'
