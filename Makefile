@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 , := ,
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-lm-eval long needle bench asan tsan clean
+.PHONY: demo test test-lm-eval long needle bench bench-serve asan tsan clean
 
 demo: $(READY)  ## train a small DeepSeek-V2 on this machine, report on it, let it speak
 	$(BIN)/lamoe train recipes/tiny.toml $(if $(wildcard runs/tiny/latest),--resume)
@@ -36,6 +36,9 @@ asan tsan:  ## csrc/check.cpp under AddressSanitizer + UBSan, or ThreadSanitizer
 	cmake --build build/$@
 	@for isa in scalar avx2 avx512; do \
 	  if [ $$isa = scalar ] || LAMOE_ISA=$$isa build/$@/check list >/dev/null 2>&1; then LAMOE_ISA=$$isa build/$@/check || exit 1; fi; done
+
+bench-serve: $(READY)  ## two minutes of load on the server: 64 clients, some of them rude; and what HTTP costs a token
+	$(BIN)/python benchmarks/serve.py
 
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lamoe needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=python3.11 or newer")'

@@ -115,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--peer", choices=("llama.cpp",), help="measure it too, in turn, and print ratios; its llama-bench must be on PATH")
     p.add_argument("--peer-model", help="the GGUF file for the peer")
 
+    p = verb(doctor, "what this machine and installation are, which kernels run, and whether they compute what they should; exit code 1 when something is wrong")
+    p.add_argument("--json", action="store_true")
+
     p = verb(convert, "read a Hugging Face model folder and write it anew (checked, another dtype or shard size)")
     p.add_argument("source")
     p.add_argument("target")
@@ -303,6 +306,14 @@ def bench(args) -> int:
                 print(f"| {x.name} | {ours:,.1f} | {other[x.name]:,.1f} | {ours / other[x.name]:.2f} x |")
     print(json.dumps(result))
     return 0
+
+
+def doctor(args) -> int:
+    from lamoe import doctor as d
+
+    found = d.examine()
+    print(json.dumps(found, indent=1) if args.json else d.render(found))
+    return d.exit_code(found)
 
 
 def convert(args) -> int:

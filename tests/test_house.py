@@ -19,7 +19,7 @@ LEVEL = {
     "evals": 4, "convert": 4, "parallel": 4,
     "packed": 5, "packed_file": 5,
     "engine": 6, "train": 6,
-    "report": 7, "chat": 7, "bench": 7, "serve": 7,
+    "report": 7, "chat": 7, "bench": 7, "doctor": 7, "serve": 7,
     "cli": 8, "__main__": 9,
 }
 ENTRY_POINTS = {"lamoe", "lamoe.cli", "lamoe.__main__"}

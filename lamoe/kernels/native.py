@@ -20,6 +20,8 @@ try:
     from lamoe import _native as lib
 except ImportError as e:
     lib, _why = None, str(e)
+else:
+    _why = ""
 
 FORMATS: dict[str, int] = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 BITS: dict[str, float] = {"fp32": 32.0, "bf16": 16.0, "int8": 8.5, "int4": 4.5}
@@ -29,6 +31,11 @@ _said = False
 def available() -> bool:
     """Whether the compiled kernels can run here. LAMOE_IMPL=ref or fused (kernels/__init__.py) switches them off."""
     return lib is not None and os.environ.get("LAMOE_IMPL", "") in ("", "native")
+
+
+def missing() -> str:
+    """Why the compiled kernels are not there; "" when they are."""
+    return _why
 
 
 def announce() -> None:

@@ -21,6 +21,7 @@ log = logging.getLogger("lamoe.serve")
 BODIES = 16  # of the largest size that may be in memory at once
 UNEXPECTED = ApiError(500, "the server failed at this request; its log says more under this request's id", "internal_error")
 PREFIX = {"/v1/completions": "cmpl", "/v1/chat/completions": "chatcmpl", "/v1/embeddings": "embd"}
+POLLED = ("/health", "/metrics", "/lamoe/stats", "/lamoe/requests/{id}/experts")  # each second, by scrapers and the page: no news
 
 
 def is_open(method: str, path: str) -> bool:
@@ -128,7 +129,7 @@ class _Call:
         seconds = time.perf_counter() - self.started
         route = getattr(self.scope.get("route"), "path", "other")
         self.guard.metrics.answered(route, self.status or 499, seconds)
-        quiet = route in ("/health", "/metrics", "/lamoe/stats") and self.status < 400
+        quiet = route in POLLED and self.status < 400
         log.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": {
             "id": self.id, "method": self.scope["method"], "path": self.scope["path"][:200], "status": self.status or 499, "ms": round(seconds * 1e3, 1),
             "client": (self.scope.get("client") or ("", 0))[0], **self.fields}})
