@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
