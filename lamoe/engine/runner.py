@@ -22,7 +22,7 @@ def run(model: Transformer | PackedModel, cache: PagedCache, work: list[tuple[Se
     decode = sorted((seq for seq, n in work if n == 1), key=lambda s: s.computed)
     ordered = [(seq, 1) for seq in decode] + [(seq, n) for seq, n in work if n > 1]
     ids = [t for seq, n in ordered for t in (seq.tokens[seq.computed :] + seq.draft)[:n]]
-    position = torch.cat([torch.arange(seq.computed, seq.computed + n) for seq, n in ordered])
+    position = torch.tensor([at for seq, n in ordered for at in range(seq.computed, seq.computed + n)])
     ready, rows, end = [], [], 0
     for seq, n in ordered:
         end += n
