@@ -7,7 +7,7 @@ of the same rounded values, so both forms are one model. File layout and loading
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from lamoe.kernels import native
 from lamoe.model import Transformer
 
 WEIGHTS = tuple(native.FORMATS)
+COPY = "kv_b, 16-bit copies"  # for the expanded form
 Read = Callable[[str], torch.Tensor]  # the tensor of a Hugging Face name
 
 
@@ -38,6 +39,22 @@ class Piece(NamedTuple):
     @property
     def key(self) -> str:
         return self.name if self.layer < 0 else f"layers.{self.layer}.{self.name}"
+
+    def kind(self, config: ModelConfig) -> str:
+        """The class of weights it belongs to."""
+        if self.name in ("w13", "w2"):
+            return "shared experts" if config.is_moe_layer(self.layer) else "dense ffn"
+        known = {"embed": "embedding", "head": "head", "gate": "router", "e13": "experts", "e2": "experts", "uk": "kv_b", "uv": "kv_b", "uk_rows": COPY, "uv_elem": COPY}
+        return "norms" if self.format is None else known.get(self.name, "attention")
+
+    def elements(self, config: ModelConfig) -> int:
+        """Weights of the checkpoint in it, without filling; 0 for a copy of weights that another piece has."""
+        if self.name in ("uk_rows", "uv_elem"):
+            return 0
+        if self.name in ("w13", "e13"):
+            dense = config.intermediate_size if not config.is_moe_layer(self.layer) else config.n_shared_experts * config.moe_intermediate_size
+            return 2 * (config.moe_intermediate_size if self.name == "e13" else dense) * self.k * self.count
+        return self.n * self.k * self.count
 
 
 def pieces(config: ModelConfig, weights: str) -> Iterator[Piece]:
@@ -158,6 +175,34 @@ def piece_bytes(piece: Piece, elem: str) -> int:
     return piece.count * native.mat_bytes(piece.format, piece.n, piece.k)
 
 
+class Class(NamedTuple):
+    """What a class of weights came to: weights of the checkpoint, packed bytes, formats."""
+
+    elements: int
+    bytes: int
+    formats: tuple[str, ...]
+
+
+def classes(config: ModelConfig, weights: str, done: Iterable[Piece]) -> dict[str, Class]:
+    """{class: what it came to} of packed pieces. ValueError when a class that `weights` says is quantised is not there or not quantised."""
+    elem, out = element(weights), {}
+    for p in done:
+        c = out.get(kind := p.kind(config), Class(0, 0, ()))
+        name = {None: "fp32", "raw": elem}.get(p.format, p.format)
+        out[kind] = Class(c.elements + p.elements(config), c.bytes + piece_bytes(p, elem), tuple(dict.fromkeys([*c.formats, name])))
+    fine = "int8" if weights == "int4" else weights
+    want = {"attention": weights, "head": weights} | ({"kv_b": fine} if config.is_mla else {})
+    if len(config.moe_layers) < config.num_hidden_layers:
+        want["dense ffn"] = weights
+    if config.is_moe:
+        want |= {"experts": weights} | ({"shared experts": weights} if config.n_shared_experts else {})
+    for kind, fmt in want.items():
+        found = out.get(kind, Class(0, 0, ()))
+        if found.formats != (fmt,) or not found.elements:
+            raise ValueError(f"{kind} should be {fmt} and " + (f"came out as {', '.join(found.formats)}" if found.elements else "matched no tensor") + "; this model was not quantised whole")
+    return out
+
+
 class PackedModel:
     """Runs steps over a PagedCache. `tensors`: {piece.key: (uint8 1-D, scales)}; they stay referenced, not copied."""
 
@@ -195,12 +240,20 @@ class PackedModel:
             weights = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype)
             if weights is None:
                 raise ValueError(f"the compiled kernels compute in float32 and bfloat16, and the model is {dtype}; use impl='torch'")
-        views = hf.views(model.config, dict(model.named_parameters()))
+        return cls.read(model.config, weights, hf.views(model.config, dict(model.named_parameters())).__getitem__, threads)
+
+    @classmethod
+    def read(cls, config: ModelConfig, weights: str, read: Read, threads: int = 0) -> PackedModel:
+        """Pack the tensors that `read` gives, one at a time."""
         elem, tensors = element(weights), {}
-        for piece in pieces(model.config, weights):
-            built = list(build(piece, views.__getitem__, elem))
-            tensors[piece.key] = torch.cat([data for data, _ in built]) if len(built) > 1 else built[0][0], [scale for _, scale in built]
-        return cls(model.config, weights, tensors, threads)
+        for piece in pieces(config, weights):
+            data, scales, at = torch.empty(piece_bytes(piece, elem), dtype=torch.uint8), [], 0
+            for part, scale in build(piece, read, elem):
+                data[at : at + len(part)] = part
+                scales.append(scale)
+                at += len(part)
+            tensors[piece.key] = data, scales
+        return cls(config, weights, tensors, threads)
 
     def run(self, ids: list[int], positions: torch.Tensor, seqs: torch.Tensor, pages: torch.Tensor, cache: PagedCache, rows: list[int], *,
             logits: bool = True, experts: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from lamoe import accounting, codec, packed
+from lamoe import accounting, codec, packed, packed_file
 from lamoe.cache import PagedCache
 from lamoe.config import did_you_mean
+from lamoe.convert import load, read_config, resolve
 from lamoe.engine import prefix_file, runner
 from lamoe.engine.generate import TextStream
 from lamoe.engine.grammar import Matcher
@@ -61,8 +62,9 @@ class LLM:
         if threads:
             torch.set_num_threads(threads)
         if not isinstance(model, (Transformer, PackedModel)):
-            model, tokenizer = _load(model, tokenizer, dtype, threads)
-            model = _packed(model, weights, impl, threads)  # and the Transformer it was made from goes
+            folder = resolve(model)
+            tokenizer = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
+            model = load_runnable(folder, weights, dtype, threads, impl)
         self.model, self.runs = model, _packed(model, weights, impl, threads)  # what was given; what steps run on
         self.tokenizer, c = tokenizer, model.config
         self.max_model_len = c.max_position_embeddings if max_model_len is None else max_model_len
@@ -279,19 +281,19 @@ class LLM:
         return prefix_file.load(file, self.runs, self.cache, self.pool, self.max_model_len)
 
 
-def _load(source: str | Path, tokenizer: Tokenizer | None, dtype: str | None, threads: int) -> tuple[Transformer | PackedModel, Tokenizer | None]:
-    from lamoe import packed_file
-    from lamoe.convert import load, resolve
-
-    folder = resolve(source)
-    tokenizer = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
-    if not packed_file.is_packed(folder):
-        return load(folder, dtype), tokenizer
-    if dtype is not None:
-        raise ValueError(f"dtype is {dtype}, but {source} is a packed model, which has its own; leave dtype away")
-    if not native.available():
-        raise ValueError(f"{source} is packed for the compiled kernels, which are not there (or LAMOE_IMPL switches them off); install lamoe with a C++ compiler, or use the model it was made from")
-    return packed_file.load(folder, threads), tokenizer
+def load_runnable(folder: Path, weights: str | None = None, dtype: str | None = None, threads: int = 0, impl: str | None = None) -> Transformer | PackedModel:
+    """The model of a folder, packed or not, in the form that steps run on; LLM says what the options are."""
+    if packed_file.is_packed(folder):
+        if dtype is not None:
+            raise ValueError(f"dtype is {dtype}, but {folder} is a packed model, which has its own; leave dtype away")
+        if not native.available():
+            raise ValueError(f"{folder} is packed for the compiled kernels, which are not there (or LAMOE_IMPL switches them off); install lamoe with a "
+                             "C++ compiler, or use the model it was made from")
+        return _packed(packed_file.load(folder, threads), weights, impl, threads)
+    if weights is not None and dtype is None and impl != "torch" and native.available():
+        config = read_config(folder)  # a tensor at a time: the checkpoint itself need not fit into memory
+        return PackedModel.read(config, weights, packed_file.reader(folder, config), threads)
+    return _packed(load(folder, dtype), weights, impl, threads)  # and the Transformer it was made from goes
 
 
 def _packed(model: Transformer | PackedModel, weights: str | None, impl: str | None, threads: int) -> Transformer | PackedModel:

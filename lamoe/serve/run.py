@@ -27,7 +27,8 @@ def run(model: str, name: str, settings: Settings) -> int:
     """Serve the model at a folder or hub id until a signal; the exit code: 0 after draining, 1 when requests were cut off or something failed."""
     configure(settings.log_level)
     options = dict(cache=settings.kv_cache_dtype, cache_memory=settings.kv_cache_memory, max_model_len=settings.max_model_len, max_num_seqs=settings.max_num_seqs,
-                   max_num_batched_tokens=settings.max_num_batched_tokens, dtype=settings.dtype, threads=settings.threads, count_experts=True)
+                   max_num_batched_tokens=settings.max_num_batched_tokens, dtype=settings.dtype, threads=settings.threads,
+                   weights=settings.weights, count_experts=True)
     return asyncio.run(Serving(lambda: LLM(model, **options), name, settings).run())
 
 

@@ -44,6 +44,7 @@ class Settings:
     kv_cache_dtype: str = _option("bf16", "storage format of the cache: fp32, bf16, int8, 6bit or 4bit")
     kv_cache_memory: int | None = _option(None, "size of the cache, for example 2GB; default: four full contexts, at most 1 GiB", parse_bytes)
     dtype: str | None = _option(None, "of the computation: float32 or bfloat16; default: the model's own")
+    weights: str | None = _option(None, "quantise while loading: int8 or int4 (fp32, bf16: only packed for the compiled kernels); `lamoe quantize` does it once, for good")
     threads: int = _option(0, "of the computation; default: all cores", int)
     seed: int | None = _option(None, "of requests that bring none", int)
     max_queued_requests: int = _option(128, "sequences that may wait for a place; beyond, requests get 429 with Retry-After", int)
