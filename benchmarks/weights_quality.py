@@ -11,7 +11,8 @@ nats; share of positions with the same most likely token. W^UK and W^UV (kv_b_pr
 Rows `kernels ...` are the packed model on the compiled kernels, activations rounded to 8 bits, attention in bfloat16, a bf16 cache. Formats
 of llama.cpp: Q4_0 and Q8_0 by the `gguf` package, K quants by llama.cpp's own library (--ggml: the folder of libggml-base.so), which want rows of
 256: shorter rows are filled up with zeros (the bits stated are the format's). Q4_K_M is its mixture: Q6_K for the head and for half of the
-layers' value and down projections, else Q4_K. "+ text" is calibrated (int4) or has an importance matrix (K quants) from the same rows.
+layers' value and down projections, else Q4_K. "+ text": as --calibrate does it (int4), or with an importance matrix (K quants), over the same rows;
+"+ importance" is int4 with the same importance matrix and no error feedback. "int4, int8 head" is about as large as Q4_K_M.
 Last line: JSON.
 """
 
@@ -39,23 +40,29 @@ from lamoe.train import checkpoint
 from lamoe.train.sources import read_documents
 
 GGML = {"Q4_0": (2, 4.5), "Q8_0": (8, 8.5), "Q4_K": (12, 4.5), "Q5_K": (13, 5.5), "Q6_K": (14, 6.5625)}
-Round = Callable[[str, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, float]]  # (disk name, weights [n, k], importance [k]) -> (rounded, bits)
+Round = Callable[[str, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, float]]  # (disk name, weights [n, k], moments [k, k]) -> (rounded, bits)
 
 
 # ---- formats ---------------------------------------------------------------------------------------------------------------
-def ours(fmt: str) -> Round:
-    def round_(name, w, importance):
-        data, scale = native.pack(fmt, w, importance)
+def ours(fmt: str, feedback: bool = True) -> Round:
+    def round_(name, w, moments):
+        if moments is not None:
+            importance, back = calibrate.solve(moments) if feedback else (moments.diagonal(), None)
+        data, scale = native.pack(fmt, w, *(() if moments is None else (importance, back)))
         return native.unpack(fmt, data, *w.shape, scale), native.BITS[fmt]
 
     return round_
+
+
+def with_int8_head(name, w, moments):
+    return ours("int8")(name, w, None) if "lm_head" in name else ours("int4")(name, w, moments)
 
 
 def by_gguf(name: str) -> Round:
     """The gguf package's own quantiser; rows are filled up to its block."""
     kind = gguf.GGMLQuantizationType[name]
 
-    def round_(_, w, importance):
+    def round_(_, w, moments):
         block = gguf.GGML_QUANT_SIZES[kind][0]
         x = torch.nn.functional.pad(w, (0, -w.shape[1] % block)).numpy()
         return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind))[:, : w.shape[1]], GGML[name][1]
@@ -66,13 +73,13 @@ def by_gguf(name: str) -> Round:
 def by_ggml(lib: ctypes.CDLL, choose: Callable[[str], str]) -> Round:
     """llama.cpp's own quantiser, with an importance matrix when there is one."""
 
-    def round_(disk, w, importance):
+    def round_(disk, w, moments):
         name = choose(disk)
         kind = gguf.GGMLQuantizationType[name]
         fill = -w.shape[1] % 256
         x = np.ascontiguousarray(torch.nn.functional.pad(w, (0, fill)).numpy())
         out = np.zeros(lib.ggml_row_size(GGML[name][0], x.shape[1]) * len(x), np.uint8)
-        weigh = None if importance is None else np.ascontiguousarray(torch.nn.functional.pad(importance, (0, fill)).numpy())
+        weigh = None if moments is None else np.ascontiguousarray(torch.nn.functional.pad(moments.diagonal(), (0, fill)).numpy())
         lib.ggml_quantize_chunk(GGML[name][0], x.ctypes.data, out.ctypes.data, 0, len(x), x.shape[1], None if weigh is None else weigh.ctypes.data)
         return torch.from_numpy(gguf.quants.dequantize(out.reshape(len(x), -1), kind))[:, : w.shape[1]], GGML[name][1]
 
@@ -109,15 +116,16 @@ def untied(model: lamoe.Transformer) -> lamoe.Transformer:
     return out
 
 
-def importance_of(disk: str, found: dict[str, torch.Tensor]) -> torch.Tensor | None:
+def moments_of(disk: str, found: dict[str, calibrate.Moments]) -> torch.Tensor | None:
+    if not found:
+        return None
     parts = disk.split(".")
     if disk.startswith("lm_head"):
-        return found.get("head")
+        return found["head"](0)
     own = {"q_proj": "wq", "q_a_proj": "wq_a", "q_b_proj": "wq_b", "kv_a_proj_with_mqa": "wkv_a", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo"}.get(parts[-2])
     if own is None:
         own = ("e" if "experts" in parts else "w") + ("2" if parts[-2] == "down_proj" else "13")
-    m = found.get(f"layers.{parts[2]}.{own}")
-    return m if m is None or m.dim() == 1 else m[int(parts[parts.index("experts") + 1])]
+    return found[f"layers.{parts[2]}.{own}"](int(parts[parts.index("experts") + 1]) if own[0] == "e" else 0)
 
 
 @torch.no_grad()
@@ -132,7 +140,7 @@ def rounded(model: lamoe.Transformer, round_: Round, found: dict[str, torch.Tens
         if "kv_b_proj" in disk:
             new, b = ours("int8")(disk, w, None)
         else:
-            new, b = round_(disk, w.contiguous(), importance_of(disk, found))
+            new, b = round_(disk, w.contiguous(), moments_of(disk, found))
             bits, weights = bits + b * w.numel(), weights + w.numel()
             error, power = error + float((new - w).square().sum()), power + float(w.square().sum())
         w.copy_(new)
@@ -187,7 +195,9 @@ def main() -> None:
     text_bytes = sum(len(tokenizer.decode(row[1:].tolist()).encode()) for row in ids)
     rows = calibrate.rows_of(tokenizer, [d.text for d in read_documents([args.calibrate])], model.config, args.calibrate_tokens)
     found = {k: v for part in calibrate.moments(model.config, packed_file.reader(step, model.config), rows, torch.float32) for k, v in part.items()}
-    formats = {"int8": (ours("int8"), {}), "Q8_0": (by_gguf("Q8_0"), {}), "int4": (ours("int4"), {}), "int4 + text": (ours("int4"), found), "Q4_0": (by_gguf("Q4_0"), {})}
+    formats = {"int8": (ours("int8"), {}), "Q8_0": (by_gguf("Q8_0"), {}), "int4": (ours("int4"), {}),
+               "int4 + importance": (ours("int4", False), found), "int4 + text": (ours("int4"), found),
+               "int4, int8 head": (with_int8_head, {}), "int4, int8 head + text": (with_int8_head, found), "Q4_0": (by_gguf("Q4_0"), {})}
     if args.ggml:
         lib, mix = open_ggml(args.ggml), q4_k_m(model.config.num_hidden_layers)
         formats |= {"Q4_K": (by_ggml(lib, lambda d: "Q4_K"), {}), "Q4_K + text": (by_ggml(lib, lambda d: "Q4_K"), found),
@@ -197,7 +207,7 @@ def main() -> None:
     true = list(predict(plain, ids))
     base = -sum(float(t.gather(-1, part[:, 1:, None]).double().sum()) for t, part in zip(true, ids.split(4)))
     print(f"{step}: {ids.shape[0] * args.seq} tokens, {text_bytes} bytes, rows of {args.seq}; unrounded {base / math.log(2) / text_bytes:.4f} bits/byte")
-    print("format              bits   rel. error  bits/byte     change         KL  top-1 same")
+    print("format                  bits   rel. error  bits/byte     change         KL  top-1 same")
     out = {"model": str(step), "tokens": ids.shape[0] * args.seq, "text_bytes": text_bytes, "bits_per_byte": base / math.log(2) / text_bytes, "formats": {}}
     for name in [*formats, *kernels]:
         if args.only and name not in args.only.split(","):
@@ -209,7 +219,7 @@ def main() -> None:
         r = compare(true, run, ids)
         r |= {"bits": bits, "relative_rms": error, "bits_per_byte": r["nats"] / math.log(2) / text_bytes, "change_percent": 100 * (r.pop("nats") / base - 1)}
         out["formats"][name] = r
-        print(f"{name:18s} {bits:5.2f} {error:11.4f} {r['bits_per_byte']:10.4f} {r['change_percent']:+9.4f}% {r['kl']:10.3e} {r['top1_percent']:10.2f}%", flush=True)
+        print(f"{name:22s} {bits:5.2f} {error:11.4f} {r['bits_per_byte']:10.4f} {r['change_percent']:+9.4f}% {r['kl']:10.3e} {r['top1_percent']:10.2f}%", flush=True)
     print(json.dumps(out))
 
 

@@ -48,11 +48,12 @@ Mat mat(int fmt, int n, int k, const In<uint8_t, 1>& data, float scale) {
   return {fmt, n, k, data.data(), scale};
 }
 
-auto pack(int fmt, In<float, 2> w, std::optional<In<float, 1>> importance, int threads, const std::string& isa) {
+auto pack(int fmt, In<float, 2> w, std::optional<In<float, 1>> importance, std::optional<In<float, 2>> feedback, int threads, const std::string& isa) {
   const Ops& op = table(isa);
   const int n = int(w.shape(0)), k = int(w.shape(1));
   need(fmt >= FP32 && fmt <= INT4 && n > 0 && k > 0, "pack takes a format 0 to 3 and a matrix with at least one row and column");
   need(!importance || importance->size() == size_t(k), "importance has one number per input");
+  need(!feedback || (feedback->shape(0) == size_t(k) && feedback->shape(1) == size_t(k)), "feedback is [inputs, inputs]");
   auto out = fresh<uint8_t>({mat_bytes(fmt, n, k)});
   Mat m{fmt, n, k, out.data(), 1.f};
   {
@@ -60,7 +61,7 @@ auto pack(int fmt, In<float, 2> w, std::optional<In<float, 1>> importance, int t
     m.scale = op.pack_scale(fmt, w.data(), k, n, k);
     Threads pool(threads);
     Threads::Session awake(pool);
-    pool.run(tiles(n), [&](int t, int) { op.pack(m, out.data(), w.data(), k, importance ? importance->data() : nullptr, t); });
+    pool.run(tiles(n), [&](int t, int) { op.pack(m, out.data(), w.data(), k, importance ? importance->data() : nullptr, feedback ? feedback->data() : nullptr, t); });
   }
   return std::make_tuple(out, m.scale);
 }
@@ -260,7 +261,7 @@ NB_MODULE(_native, m) {
   m.def("isa", [] { return std::string(ops().name); }, "The instruction set in use: avx512, avx2 or scalar.");
   m.def("features", [] { return std::string(cpu_features()); }, "The instruction sets that this CPU runs, best first.");
   m.def("mat_bytes", [](int fmt, int n, int k) { return mat_bytes(fmt, n, k); });
-  m.def("pack", &pack, nb::arg("fmt"), nb::arg("w"), nb::arg("importance") = nb::none(), nb::arg("threads") = 1, nb::arg("isa") = "");
+  m.def("pack", &pack, nb::arg("fmt"), nb::arg("w"), nb::arg("importance") = nb::none(), nb::arg("feedback") = nb::none(), nb::arg("threads") = 1, nb::arg("isa") = "");
   m.def("unpack", &unpack, nb::arg("fmt"), nb::arg("data"), nb::arg("n"), nb::arg("k"), nb::arg("scale"), nb::arg("isa") = "");
   m.def("linear", &linear, nb::arg("fmt"), nb::arg("data"), nb::arg("scale"), nb::arg("n"), nb::arg("x"), nb::arg("isa") = "");
   m.def("probe", &probe, nb::arg("buffer"), nb::arg("threads"), "(bytes read, int8, bf16, fp32 multiply-adds) per second.");

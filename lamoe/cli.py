@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("source", help="a run folder, a model folder or a hub id")
     p.add_argument("target", help="a new folder")
     p.add_argument("--weights", choices=("fp32", "bf16", "int8", "int4"), default="int4", help="int4: 4.5 bits a weight with all scales, int8: 8.5 (default: int4)")
-    p.add_argument("--calibrate", metavar="TEXT", help="a text source (file, folder, glob, .jsonl): errors count by how large the inputs of a weight are on it")
+    p.add_argument("--calibrate", metavar="TEXT", help="a text source (file, folder, glob, .jsonl): the error of each weight is made up for by those after it, as inputs on that text go together")
     p.add_argument("--calibrate-tokens", type=int, default=32768, help="tokens of it, spread evenly")
     p.add_argument("--threads", type=int, default=0)
 
@@ -291,6 +291,9 @@ def bench(args) -> int:
                 result["lines"][x.name] |= {"peer_tokens_per_s": other[x.name], "ratio": ours / other[x.name]}
                 print(f"| {x.name} | {ours:,.1f} | {other[x.name]:,.1f} | {ours / other[x.name]:.2f} x |")
     print(json.dumps(result))
+    return 0
+
+
 def quantize(args) -> int:
     import torch
     from rich.console import Console

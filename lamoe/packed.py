@@ -22,6 +22,7 @@ from lamoe.model import Transformer
 WEIGHTS = tuple(native.FORMATS)
 COPY = "kv_b, 16-bit copies"  # for the expanded form
 Read = Callable[[str], torch.Tensor]  # the tensor of a Hugging Face name
+Weigh = Callable[["Piece", int], tuple[torch.Tensor, torch.Tensor] | None]  # (importance, feedback) of native.pack for matrix i of a piece
 
 
 class Piece(NamedTuple):
@@ -154,7 +155,7 @@ def _uk_rows(kv_b: torch.Tensor, c: ModelConfig, fmt: str) -> torch.Tensor:
     return torch.nn.functional.pad(rows, (0, -rows.shape[1] % 64))
 
 
-def build(piece: Piece, read: Read, elem: str, importance: Callable[[Piece, int], torch.Tensor | None] = lambda piece, i: None) -> Iterator[tuple[torch.Tensor, float]]:
+def build(piece: Piece, read: Read, elem: str, weigh: Weigh = lambda piece, i: None) -> Iterator[tuple[torch.Tensor, float]]:
     """(uint8 bytes, scale) of each matrix of a piece; of a vector or raw elements one tensor of their bytes."""
     for i in range(piece.count):
         w = piece.build(read, i)
@@ -163,7 +164,7 @@ def build(piece: Piece, read: Read, elem: str, importance: Callable[[Piece, int]
         elif piece.format == "raw":
             yield w.detach().to(torch.float32 if elem == "fp32" else torch.bfloat16).contiguous().view(torch.uint8).flatten(), 1.0
         else:
-            yield native.pack(piece.format, w, importance(piece, i))
+            yield native.pack(piece.format, w, *(weigh(piece, i) or ()))
 
 
 def piece_bytes(piece: Piece, elem: str) -> int:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 from lamoe import accounting, packed
 from lamoe.config import ModelConfig
 from lamoe.convert import hf, shards
-from lamoe.packed import PackedModel, Piece, Read
+from lamoe.packed import PackedModel, Piece, Read, Weigh
 
 METHOD, VERSION = "lamoe", 1
 _ALIGN = 64  # bytes; tiles are read in cache lines
@@ -70,9 +70,9 @@ def bits(folder: str | Path) -> float:
 
 
 def files(config: ModelConfig, weights: str) -> dict[str, list[Piece]]:
-    """{file name: its pieces}."""
+    """{file name: its pieces}, layers first: calibration reaches the head last."""
     out: dict[str, list[Piece]] = {}
-    for piece in packed.pieces(config, weights):
+    for piece in sorted(packed.pieces(config, weights), key=lambda p: p.layer < 0):
         out.setdefault(_name(piece.layer), []).append(piece)
     return out
 
@@ -118,10 +118,10 @@ def _bytes(found: shards.Found) -> int:
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------------
-def write(source: str | Path, target: str | Path, weights: str, importance: Callable[[Piece, int], torch.Tensor | None] = lambda piece, i: None,
+def write(source: str | Path, target: str | Path, weights: str, weigh: Weigh = lambda piece, i: None,
           calibration: str | None = None) -> Iterator[tuple[Piece, int]]:
     """Pack the model folder `source` into `target`: yields (piece, bytes) after each one, for progress; finished when exhausted. `calibration` names what
-    `importance` comes from. Goes on where an earlier call with the same weights, format and calibration stopped; ValueError when `target` holds
+    `weigh` comes from; it is asked layer by layer. Goes on where an earlier call with the same weights, format and calibration stopped; ValueError when `target` holds
     something else."""
     folder, target = hf.resolve(source), Path(target)
     if is_packed(folder):
@@ -140,7 +140,7 @@ def write(source: str | Path, target: str | Path, weights: str, importance: Call
         if (target / name).exists():  # it got its name when it was complete
             yield from ((p, packed.piece_bytes(p, packed.element(weights))) for p in pieces)
         else:
-            yield from _write_file(target / name, pieces, weights, read, importance)
+            yield from _write_file(target / name, pieces, weights, read, weigh)
     shards.sync(target)
 
 
@@ -187,7 +187,7 @@ def reader(folder: Path, config: ModelConfig) -> Read:
     return read
 
 
-def _write_file(path: Path, pieces: list[Piece], weights: str, read: Read, importance) -> Iterator[tuple[Piece, int]]:
+def _write_file(path: Path, pieces: list[Piece], weights: str, read: Read, weigh: Weigh) -> Iterator[tuple[Piece, int]]:
     elem = packed.element(weights)
     sizes = [packed.piece_bytes(p, elem) for p in pieces]
     header, at = {}, 0
@@ -209,7 +209,7 @@ def _write_file(path: Path, pieces: list[Piece], weights: str, read: Read, impor
         f.write(len(text).to_bytes(8, "little") + text)
         scales = []
         for piece, size in zip(pieces, sizes):
-            for data, scale in packed.build(piece, read, elem, importance):
+            for data, scale in packed.build(piece, read, elem, weigh):
                 f.write(data.numpy())
                 scales.append(scale)
             f.write(b"\0" * (_padded(size) - size))
