@@ -37,6 +37,7 @@ from lamoe.engine import score
 from lamoe.kernels import native
 from lamoe.packed import PackedModel
 from lamoe.train import checkpoint
+from lamoe.train.data import open_corpus
 from lamoe.train.sources import read_documents
 
 GGML = {"Q4_0": (2, 4.5), "Q8_0": (8, 8.5), "Q4_K": (12, 4.5), "Q5_K": (13, 5.5), "Q6_K": (14, 6.5625)}
@@ -176,13 +177,18 @@ def text_rows(tokenizer: lamoe.Tokenizer, files: list[str], seq: int, tokens: in
     return rows[[i * len(rows) // wanted for i in range(wanted)]]
 
 
+def training_texts(run: Path, tokenizer: lamoe.Tokenizer, most: int = 400) -> list[str]:
+    train = open_corpus(run / "data").train
+    return [tokenizer.decode(train.document(i * len(train) // most)[1:-1]) for i in range(min(most, len(train)))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="a run folder of `lamoe train`, or a model folder with --text")
     parser.add_argument("--text", action="append", help="text source to measure on instead of the run's held-out text")
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--calibrate", default="stdlib")
+    parser.add_argument("--calibrate", action="append", help="text source; default: what the run was trained on")
     parser.add_argument("--calibrate-tokens", type=int, default=32768)
     parser.add_argument("--ggml", type=Path, help="a build of llama.cpp, for K quants")
     parser.add_argument("--only", help="formats, comma separated")
@@ -193,7 +199,8 @@ def main() -> None:
     tokenizer, model = lamoe.Tokenizer.load(step), lamoe.load(step, dtype=torch.float32)
     ids = text_rows(tokenizer, args.text, args.seq, args.tokens) if args.text else single_document_rows(args.model / "data", args.seq, args.tokens)
     text_bytes = sum(len(tokenizer.decode(row[1:].tolist()).encode()) for row in ids)
-    rows = calibrate.rows_of(tokenizer, [d.text for d in read_documents([args.calibrate])], model.config, args.calibrate_tokens)
+    texts = [d.text for d in read_documents(args.calibrate)] if args.calibrate else training_texts(args.model, tokenizer)
+    rows = calibrate.rows_of(tokenizer, texts, model.config, args.calibrate_tokens)
     found = {k: v for part in calibrate.moments(model.config, packed_file.reader(step, model.config), rows, torch.float32) for k, v in part.items()}
     formats = {"int8": (ours("int8"), {}), "Q8_0": (by_gguf("Q8_0"), {}), "int4": (ours("int4"), {}),
                "int4 + importance": (ours("int4", False), found), "int4 + text": (ours("int4"), found),
