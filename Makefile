@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+, := ,
 READY  := $(VENV)/.ready
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-lm-eval long needle bench asan tsan clean
 
 demo: $(READY)  ## train a small DeepSeek-V2 on this machine, report on it, let it speak
 	$(BIN)/lamoe train recipes/tiny.toml $(if $(wildcard runs/tiny/latest),--resume)
@@ -16,8 +17,25 @@ demo: $(READY)  ## train a small DeepSeek-V2 on this machine, report on it, let 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest
 
+test-lm-eval: $(READY)  ## lm-eval against the server; apart, because installing lm-eval takes more than a minute
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,train,test,lm-eval]'
+	$(BIN)/python -m pytest tests/test_serve_lm_eval.py
+
+long: $(READY)  ## 128K positions: the slow test, then the cache's memory there against the closed form
+	$(BIN)/python -m pytest -m slow
+	$(BIN)/python benchmarks/long.py
+
+needle: $(READY)  ## train a small model for retrieval, lengthen its context with YaRN, and draw both heat maps
+	$(BIN)/python benchmarks/needle.py
+
 bench: $(READY)  ## training speed beside transformers, alternating
 	$(BIN)/python benchmarks/train.py
+
+asan tsan:  ## csrc/check.cpp under AddressSanitizer + UBSan, or ThreadSanitizer, on every instruction set of this CPU
+	cmake -S . -B build/$@ -DLAMOE_SANITIZE=$(if $(filter asan,$@),address$(,)undefined$(,)float-cast-overflow,thread) >/dev/null
+	cmake --build build/$@
+	@for isa in scalar avx2 avx512; do \
+	  if [ $$isa = scalar ] || LAMOE_ISA=$$isa build/$@/check list >/dev/null 2>&1; then LAMOE_ISA=$$isa build/$@/check || exit 1; fi; done
 
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lamoe needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=python3.11 or newer")'

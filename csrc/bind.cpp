@@ -11,14 +11,13 @@
 #include <map>
 #include <stdexcept>
 
-#include "model.h"
+#include "valid.h"
 
 namespace nb = nanobind;
 using namespace lamoe;
 
 template <class T, int D>
 using In = nb::ndarray<const T, nb::ndim<D>, nb::c_contig, nb::device::cpu>;
-using Any = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 
 namespace {
 
@@ -34,6 +33,18 @@ void need(bool ok, const std::string& what) {
   if (!ok) throw nb::value_error(what.c_str());
 }
 
+void need(const std::string& wrong) {
+  if (!wrong.empty()) throw nb::value_error(wrong.c_str());
+}
+
+// Of an array that is read as elements of `bytes` bytes.
+void need_aligned(const void* p, size_t bytes, const std::string& name) { need(uintptr_t(p) % bytes == 0, name + " begins at an address that is not a multiple of " + std::to_string(bytes)); }
+
+int thread_count(int threads) {
+  need(threads >= 1 && threads <= 1024, "threads is " + std::to_string(threads) + "; it must be from 1 to 1,024");
+  return threads;
+}
+
 const Ops& table(const std::string& isa) {
   if (isa.empty()) return ops();
   const Ops* t = ops_by_name(isa.c_str());
@@ -41,17 +52,17 @@ const Ops& table(const std::string& isa) {
   return *t;
 }
 
-Mat mat(int fmt, int n, int k, const In<uint8_t, 1>& data, float scale) {
-  need(fmt >= FP32 && fmt <= INT4 && n > 0 && k > 0, "a matrix has a known format and at least one row and column");
+Mat mat(int fmt, int64_t n, int64_t k, const In<uint8_t, 1>& data, float scale) {
+  need(wrong_sizes(fmt, n, k));
   need(data.size() == mat_bytes(fmt, n, k), "packed matrix [" + std::to_string(n) + ", " + std::to_string(k) + "] takes " + std::to_string(mat_bytes(fmt, n, k)) +
                                                 " bytes, found " + std::to_string(data.size()));
-  return {fmt, n, k, data.data(), scale};
+  return {fmt, int(n), int(k), data.data(), scale};
 }
 
 auto pack(int fmt, In<float, 2> w, std::optional<In<float, 1>> importance, std::optional<In<float, 2>> feedback, int threads, const std::string& isa) {
   const Ops& op = table(isa);
+  need(wrong_sizes(fmt, int64_t(w.shape(0)), int64_t(w.shape(1))));
   const int n = int(w.shape(0)), k = int(w.shape(1));
-  need(fmt >= FP32 && fmt <= INT4 && n > 0 && k > 0, "pack takes a format 0 to 3 and a matrix with at least one row and column");
   need(!importance || importance->size() == size_t(k), "importance has one number per input");
   need(!feedback || (feedback->shape(0) == size_t(k) && feedback->shape(1) == size_t(k)), "feedback is [inputs, inputs]");
   auto out = fresh<uint8_t>({mat_bytes(fmt, n, k)});
@@ -59,18 +70,19 @@ auto pack(int fmt, In<float, 2> w, std::optional<In<float, 1>> importance, std::
   {
     nb::gil_scoped_release free;
     m.scale = op.pack_scale(fmt, w.data(), k, n, k);
-    Threads pool(threads);
+    Threads pool(thread_count(threads));
     Threads::Session awake(pool);
     pool.run(tiles(n), [&](int t, int) { op.pack(m, out.data(), w.data(), k, importance ? importance->data() : nullptr, feedback ? feedback->data() : nullptr, t); });
   }
   return std::make_tuple(out, m.scale);
 }
 
-auto unpack(int fmt, In<uint8_t, 1> data, int n, int k, float scale, const std::string& isa) {
+auto unpack(int fmt, In<uint8_t, 1> data, int64_t n, int64_t k, float scale, const std::string& isa) {
+  const Ops& op = table(isa);
   const Mat m = mat(fmt, n, k, data, scale);
   auto out = fresh<float>({size_t(n), size_t(k)});
   nb::gil_scoped_release free;
-  for (int t = 0; t < tiles(n); t++) table(isa).unpack(m, out.data(), k, t);
+  for (int t = 0; t < tiles(m.n); t++) op.unpack(m, out.data(), m.k, t);
   return out;
 }
 
@@ -79,7 +91,7 @@ auto probe(In<uint8_t, 1> buffer, int threads) {
   using Clock = std::chrono::steady_clock;
   auto since = [](Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); };
   nb::gil_scoped_release free;
-  Threads pool(threads);
+  Threads pool(thread_count(threads));
   Threads::Session awake(pool);
   const size_t part = buffer.size() / (64 * threads) / 256 * 256;
   std::atomic<float> sink{0};
@@ -113,9 +125,10 @@ struct Rows {  // activations of one call
   }
 };
 
-auto linear(int fmt, In<uint8_t, 1> data, float scale, int n, In<float, 2> x, const std::string& isa) {
+auto linear(int fmt, In<uint8_t, 1> data, float scale, int64_t n, In<float, 2> x, const std::string& isa) {
   const Ops& op = table(isa);
-  const Mat m = mat(fmt, n, int(x.shape(1)), data, scale);
+  const Mat m = mat(fmt, n, int64_t(x.shape(1)), data, scale);
+  need(x.shape(0) <= size_t(kMaxWidth), "a product takes at most " + std::to_string(kMaxWidth) + " rows");
   auto out = fresh<float>({x.shape(0), size_t(n)});
   nb::gil_scoped_release free;
   Rows rows(op, m, x);
@@ -125,90 +138,105 @@ auto linear(int fmt, In<uint8_t, 1> data, float scale, int n, In<float, 2> x, co
 }
 
 Codec codec(const std::vector<int>& c) {  // kind, widths, bits, group, bytes of a row
-  need(c.size() == 7 && c[1] > 0 && c[2] > 0 && c[1] <= 8192 && c[2] <= 8192, "a codec is (kind, w0, w1, bits0, bits1, group, row bytes)");
+  need(c.size() == 7, "a codec is (kind, w0, w1, bits0, bits1, group, row bytes)");
   Codec r;
   r.kind = c[0], r.w[0] = c[1], r.w[1] = c[2], r.bits[0] = c[3], r.bits[1] = c[4], r.group = c[5], r.row = size_t(c[6]);
-  need(r.kind != 2 || (r.group >= 16 && r.group % 16 == 0), "groups of a low-bit codec are multiples of 16");
+  need(wrong(r));
   return r;
 }
 
 auto encode(const std::vector<int>& format, In<float, 2> rows, const std::string& isa) {
+  const Ops& op = table(isa);
   const Codec c = codec(format);
   need(rows.shape(1) == size_t(c.w[0] + c.w[1]), "rows are as wide as the codec's two parts");
   auto out = fresh<uint8_t>({rows.shape(0), c.row});
   nb::gil_scoped_release free;
-  for (size_t i = 0; i < rows.shape(0); i++) table(isa).encode(c, rows.data() + i * rows.shape(1), out.data() + i * c.row);
+  for (size_t i = 0; i < rows.shape(0); i++) op.encode(c, rows.data() + i * rows.shape(1), out.data() + i * c.row);
   return out;
 }
 
 auto decode(const std::vector<int>& format, In<uint8_t, 2> rows, const std::string& isa) {
+  const Ops& op = table(isa);
   const Codec c = codec(format);
   need(rows.shape(1) == c.row, "rows have the codec's bytes");
   const size_t w = c.w[0] + c.w[1];
   auto out = fresh<float>({rows.shape(0), w});
   nb::gil_scoped_release free;
-  for (size_t i = 0; i < rows.shape(0); i++) table(isa).decode(c, rows.data() + i * c.row, FP32, out.data() + i * w);
+  for (size_t i = 0; i < rows.shape(0); i++) op.decode(c, rows.data() + i * c.row, FP32, out.data() + i * w);
   return out;
 }
 
 class PyModel {
  public:
-  PyModel(nb::dict c, int threads) : m_(config(c), threads) {}
+  PyModel(nb::dict c, int threads) : m_(config(c), thread_count(threads)) {}
 
   // A matrix, or matrix `index` of a stack: data holds `count` of them, one behind the other, `scales` a number for each.
-  void set(int layer, const std::string& name, int fmt, int n, int k, In<uint8_t, 1> data, std::vector<float> scales) {
-    const size_t each = mat_bytes(fmt, n, k), count = scales.size();
-    need(fmt >= FP32 && fmt <= INT4 && n > 0 && k > 0 && count > 0 && data.size() == each * count,
-         name + ": " + std::to_string(count) + " matrices [" + std::to_string(n) + ", " + std::to_string(k) + "] take " + std::to_string(each * count) + " bytes, found " +
-             std::to_string(data.size()));
+  void set(int layer, const std::string& name, int fmt, int64_t n, int64_t k, In<uint8_t, 1> data, const std::vector<float>& scales) {
+    need(wrong_sizes(fmt, n, k));
+    const size_t each = mat_bytes(fmt, int(n), int(k)), count = scales.size();
+    need(count > 0 && data.size() == each * count, name + ": " + std::to_string(count) + " matrices [" + std::to_string(n) + ", " + std::to_string(k) + "] take " +
+                                                       std::to_string(each * count) + " bytes, found " + std::to_string(data.size()));
     std::vector<Mat> all;
-    for (size_t i = 0; i < count; i++) all.push_back({fmt, n, k, data.data() + i * each, scales[i]});
-    keep_.push_back(nb::cast(data));
-    if (name == "head") { m_.head = all[0]; return; }
+    for (size_t i = 0; i < count; i++) all.push_back({fmt, int(n), int(k), data.data() + i * each, scales[i]});
+    if (name == "head") { keep(data); m_.head = all[0]; return; }
     Layer& l = at(layer);
     const std::map<std::string, Mat*> one = {{"wq", &l.wq},   {"wq_a", &l.wq_a}, {"wq_b", &l.wq_b}, {"wk", &l.wk},   {"wv", &l.wv},
                                              {"wkv_a", &l.wkv_a}, {"wo", &l.wo}, {"gate", &l.gate}, {"w13", &l.w13}, {"w2", &l.w2}};
     const std::map<std::string, std::vector<Mat>*> many = {{"uk", &l.uk}, {"uv", &l.uv}, {"uv_elem", &l.uv_elem}, {"e13", &l.e13}, {"e2", &l.e2}};
-    if (auto i = one.find(name); i != one.end()) *i->second = all[0];
-    else if (auto j = many.find(name); j != many.end()) *j->second = all;
-    else throw nb::value_error(("unknown matrix " + name).c_str());
+    const auto i = one.find(name);
+    const auto j = many.find(name);
+    need(i != one.end() || j != many.end(), "unknown matrix " + name);
+    keep(data);
+    if (i != one.end()) *i->second = all[0];
+    else *j->second = all;
   }
 
   void vector(int layer, const std::string& name, In<float, 1> data) {
-    keep_.push_back(nb::cast(data));
-    if (name == "norm") { m_.norm = data.data(); return; }
+    const size_t size = vector_size(m_.config, name);
+    need(size, "unknown vector " + name);
+    need(data.size() == size, "vector " + name + " has " + std::to_string(size) + " elements, found " + std::to_string(data.size()));
+    need_aligned(data.data(), 4, name);
+    if (name == "norm") { keep(data); m_.norm = data.data(); return; }
     Layer& l = at(layer);
-    const std::map<std::string, const float**> all = {{"attn_norm", &l.attn_norm}, {"ffn_norm", &l.ffn_norm}, {"q_norm", &l.q_norm}, {"kv_norm", &l.kv_norm}};
-    const auto i = all.find(name);
-    need(i != all.end(), "unknown vector " + name);
-    *i->second = data.data();
+    keep(data);
+    (name == "attn_norm" ? l.attn_norm : name == "ffn_norm" ? l.ffn_norm : name == "q_norm" ? l.q_norm : l.kv_norm) = data.data();
   }
 
   void raw(int layer, const std::string& name, In<uint8_t, 1> data) {
-    keep_.push_back(nb::cast(data));
-    if (name == "embed") m_.embed = data.data();
-    else if (name == "uk_rows") at(layer).uk_rows = data.data();
-    else throw nb::value_error(("unknown array " + name).c_str());
+    const size_t elements = raw_size(m_.config, name), bytes = m_.config.elem == FP32 ? 4 : 2;
+    need(elements, "unknown array " + name);
+    need(data.size() == elements * bytes, "array " + name + " has " + std::to_string(elements * bytes) + " bytes, found " + std::to_string(data.size()));
+    need_aligned(data.data(), bytes, name);
+    if (name == "embed") { keep(data); m_.embed = data.data(); return; }
+    Layer& l = at(layer);
+    keep(data);
+    l.uk_rows = data.data();
   }
 
   // -> (logits [out rows, vocabulary] or final states [out rows, hidden], chosen experts [MoE layers, tokens, K])
   auto step(In<int32_t, 1> ids, In<float, 2> cos_sin, In<int32_t, 2> seqs, In<int32_t, 1> pages, nb::ndarray<uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu> rows,
             int page, const std::vector<int>& format, In<int32_t, 1> out_rows, bool logits, bool experts) {
     const Config& c = m_.config;
+    if (!frozen_ || (logits && !m_.head.data)) need(wrong(m_, logits));
+    const int64_t most = std::min<int64_t>(1 << 22, INT32_MAX / std::max({c.heads, c.top_k, 1}) / 2);
+    need(ids.size() > 0 && int64_t(ids.size()) <= most && int64_t(out_rows.size()) <= most, "a step computes from 1 to " + std::to_string(most) + " tokens, found " + std::to_string(ids.size()));
     const int n = int(ids.size()), r = int(out_rows.size());
     Cache cache{rows.data(), rows.shape(1), page, codec(format)};
-    need(n > 0 && cos_sin.shape(0) == size_t(n) && cos_sin.shape(1) == size_t(c.rope), "cos_sin is [tokens, rope]");
-    need(rows.shape(0) == size_t(c.layers) && rows.shape(2) == cache.codec.row && page > 0, "cache rows are [layers, slots, row bytes]");
+    need(wrong(cache.codec, c));
+    need(cos_sin.shape(0) == size_t(n) && cos_sin.shape(1) == size_t(c.rope), "cos_sin is [tokens, rope]");
+    need(rows.shape(0) == size_t(c.layers) && rows.shape(2) == cache.codec.row && page > 0, "cache rows are [layers, slots, row bytes], in pages of at least one");
     for (int i = 0; i < n; i++) need(ids.data()[i] >= 0 && ids.data()[i] < c.vocab, "token id outside the vocabulary");
     for (int i = 0; i < r; i++) need(out_rows.data()[i] >= 0 && out_rows.data()[i] < n, "a wanted row is not a token of the step");
     need(seqs.shape(1) == 3 && seqs.shape(0) > 0, "seqs is [sequences, (tokens, rows after the step, first page)]");
     std::vector<SeqStep> list;
     int first = 0;
     for (size_t i = 0; i < seqs.shape(0); i++) {
-      const int32_t *s = seqs.data() + 3 * i, count = s[0], end = s[1], at = s[2], needed = (end + page - 1) / page;
-      need(count > 0 && end >= count && at >= 0 && size_t(at) + needed <= pages.size(), "a sequence has more rows than pages");
-      for (int j = 0; j < needed; j++)
-        need(pages.data()[at + j] >= 0 && size_t(pages.data()[at + j] + 1) * page <= cache.slots, "a page lies outside the cache");
+      const int32_t *s = seqs.data() + 3 * i, count = s[0], end = s[1], at = s[2];
+      need(count > 0 && count <= n - first, "the sequences' tokens do not add up to the step's");
+      const int64_t needed = (int64_t(end) + page - 1) / page;
+      need(end >= count && end <= kMaxWidth * 64 && at >= 0 && uint64_t(at + needed) <= pages.size(), "a sequence has more rows than pages, or fewer than tokens");
+      for (int64_t j = 0; j < needed; j++)
+        need(pages.data()[at + j] >= 0 && (uint64_t(pages.data()[at + j]) + 1) * page <= cache.slots, "a page lies outside the cache");
       list.push_back({first, count, end, pages.data() + at});
       first += count;
     }
@@ -218,6 +246,7 @@ class PyModel {
     size_t moe = 0;
     for (const Layer& l : m_.layer) moe += l.gate.data != nullptr;
     auto chosen = fresh<int16_t>({experts ? moe : 0, size_t(n), size_t(c.top_k)});
+    frozen_ = true;  // from here on other threads may be inside m_.step: its weights stay
     {
       nb::gil_scoped_release free;
       m_.step(ids.data(), cos_sin.data(), n, list, cache, out_rows.data(), r, logits ? out.data() : nullptr, logits ? nullptr : out.data(),
@@ -238,12 +267,20 @@ class PyModel {
     const std::map<std::string, bool*> bools = {{"group_limited", &c.group_limited}, {"normalise", &c.normalise}, {"interleaved", &c.interleaved}};
     for (auto [key, value] : d) {
       const std::string k = nb::cast<std::string>(key);
-      if (auto i = ints.find(k); i != ints.end()) *i->second = nb::cast<int>(value);
-      else if (auto f = floats.find(k); f != floats.end()) *f->second = nb::cast<float>(value);
-      else if (auto b = bools.find(k); b != bools.end()) *b->second = nb::cast<bool>(value);
+      bool known = true;
+      if (auto i = ints.find(k); i != ints.end()) known = nb::try_cast(value, *i->second);
+      else if (auto f = floats.find(k); f != floats.end()) known = nb::try_cast(value, *f->second);
+      else if (auto b = bools.find(k); b != bools.end()) known = nb::try_cast(value, *b->second);
       else throw nb::value_error(("unknown setting " + k).c_str());
+      need(known, "setting " + k + " is not a number of its kind");
     }
+    need(wrong(c));
     return c;
+  }
+  template <class A>
+  void keep(const A& data) {
+    need(!frozen_, "the model has run; its weights stay as they are");
+    keep_.push_back(nb::cast(data));
   }
   Layer& at(int layer) {
     need(layer >= 0 && layer < int(m_.layer.size()), "there is no layer " + std::to_string(layer));
@@ -251,6 +288,7 @@ class PyModel {
   }
 
   Model m_;
+  bool frozen_ = false;           // a step has run (changed with the GIL held)
   std::vector<nb::object> keep_;  // what the pointers point to
 };
 
@@ -260,18 +298,20 @@ NB_MODULE(_native, m) {
   m.doc() = "Kernels of lamoe. Use them through lamoe.kernels and lamoe.packed.";
   m.def("isa", [] { return std::string(ops().name); }, "The instruction set in use: avx512, avx2 or scalar.");
   m.def("features", [] { return std::string(cpu_features()); }, "The instruction sets that this CPU runs, best first.");
-  m.def("mat_bytes", [](int fmt, int n, int k) { return mat_bytes(fmt, n, k); });
-  m.def("pack", &pack, nb::arg("fmt"), nb::arg("w"), nb::arg("importance") = nb::none(), nb::arg("feedback") = nb::none(), nb::arg("threads") = 1, nb::arg("isa") = "");
-  m.def("unpack", &unpack, nb::arg("fmt"), nb::arg("data"), nb::arg("n"), nb::arg("k"), nb::arg("scale"), nb::arg("isa") = "");
-  m.def("linear", &linear, nb::arg("fmt"), nb::arg("data"), nb::arg("scale"), nb::arg("n"), nb::arg("x"), nb::arg("isa") = "");
-  m.def("probe", &probe, nb::arg("buffer"), nb::arg("threads"), "(bytes read, int8, bf16, fp32 multiply-adds) per second.");
-  m.def("encode", &encode, nb::arg("codec"), nb::arg("rows"), nb::arg("isa") = "");
-  m.def("decode", &decode, nb::arg("codec"), nb::arg("rows"), nb::arg("isa") = "");
+  // noconvert: an array of another type or order would be copied, silently, and for the cache's rows the copy would be written
+  m.def("mat_bytes", [](int fmt, int64_t n, int64_t k) { need(wrong_sizes(fmt, n, k)); return mat_bytes(fmt, int(n), int(k)); });
+  m.def("pack", &pack, nb::arg("fmt"), nb::arg("w").noconvert(), nb::arg("importance").noconvert() = nb::none(), nb::arg("feedback").noconvert() = nb::none(), nb::arg("threads") = 1, nb::arg("isa") = "");
+  m.def("unpack", &unpack, nb::arg("fmt"), nb::arg("data").noconvert(), nb::arg("n"), nb::arg("k"), nb::arg("scale"), nb::arg("isa") = "");
+  m.def("linear", &linear, nb::arg("fmt"), nb::arg("data").noconvert(), nb::arg("scale"), nb::arg("n"), nb::arg("x").noconvert(), nb::arg("isa") = "");
+  m.def("probe", &probe, nb::arg("buffer").noconvert(), nb::arg("threads"), "(bytes read, int8, bf16, fp32 multiply-adds) per second.");
+  m.def("encode", &encode, nb::arg("codec"), nb::arg("rows").noconvert(), nb::arg("isa") = "");
+  m.def("decode", &decode, nb::arg("codec"), nb::arg("rows").noconvert(), nb::arg("isa") = "");
   nb::class_<PyModel>(m, "Model")
       .def(nb::init<nb::dict, int>())
-      .def("set", &PyModel::set)
-      .def("vector", &PyModel::vector)
-      .def("raw", &PyModel::raw)
-      .def("step", &PyModel::step)
+      .def("set", &PyModel::set, nb::arg("layer"), nb::arg("name"), nb::arg("fmt"), nb::arg("n"), nb::arg("k"), nb::arg("data").noconvert(), nb::arg("scales"))
+      .def("vector", &PyModel::vector, nb::arg("layer"), nb::arg("name"), nb::arg("data").noconvert())
+      .def("raw", &PyModel::raw, nb::arg("layer"), nb::arg("name"), nb::arg("data").noconvert())
+      .def("step", &PyModel::step, nb::arg("ids").noconvert(), nb::arg("cos_sin").noconvert(), nb::arg("seqs").noconvert(), nb::arg("pages").noconvert(),
+           nb::arg("rows").noconvert(), nb::arg("page"), nb::arg("format"), nb::arg("out_rows").noconvert(), nb::arg("logits"), nb::arg("experts"))
       .def_prop_ro("threads", &PyModel::threads);
 }

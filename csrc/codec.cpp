@@ -59,14 +59,14 @@ struct Block {  // sizes of one part
 void encode_block(const Block& b, const float* x, uint8_t* out) {
   const int half = (1 << (b.n - 1)) - 1;
   float need[512], step[512], most = 0;
+  const auto larger = [](float a, float b) { return a >= b || std::isnan(a) ? a : b; };  // NaN when either is: b, which then compares false
   for (int g = 0; g < b.groups; g++) {
     float top = 0;
     for (int i = g * b.group; i < (g + 1) * b.group && i < b.w; i++) {
-      const float a = std::fabs(x[i]);
-      if (!(a <= top)) top = a;  // NaN is kept
+      top = larger(std::fabs(x[i]), top);
     }
     need[g] = top / float(half);
-    if (!(need[g] <= most)) most = need[g];
+    most = larger(need[g], most);
   }
   out[0] = base_code(most);
   const float base = base_table()[out[0]];

@@ -334,7 +334,7 @@ void Model::many(const Layer& l, const uint8_t* rows, const SeqStep& seq, const 
   std::fill(ml + size_t(n) * h, ml + size_t(n) * h * 2, 0.f);
   std::fill(out, out + size_t(n) * h * vw, 0.f);
   const size_t keys_size = align(size_t(tiles(kExpandRows)) * units * 64), values_size = align(size_t(tiles(vw)) * (kValueRows * e / 4) * 64),
-               scores_size = align(size_t(kQueryRows) * kValueRows * 4), tmp_size = align(4 * std::max(size_t(std::max(c.nope, 1)) * 32, size_t(48) * ceil_to(vw, 16))),
+               scores_size = align(size_t(kQueryRows) * std::max(kValueRows, ceil_to(vw, 16)) * 4), tmp_size = align(4 * std::max(size_t(std::max(c.nope, 1)) * 32, size_t(48) * ceil_to(vw, 16))),
                queries = align(size_t(n) * acts_stride(kw) * e);
   const size_t values_all = values_size * (kExpandRows / kValueRows);
   for (int start = 0; start < seq.end; start += kExpandRows) {

@@ -1,6 +1,7 @@
 // Weights into tiles and back. Not a hot loop: plain code, the same on every ISA.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "kernels.h"
@@ -39,17 +40,18 @@ struct Group4 {
 };
 
 // The scale with the least (weighted) squared error among those near absmax / level, with either sign: the levels reach further below zero.
-Group4 best_int4(const float* x, const float* importance, float matrix_scale) {
+// x in units of the matrix's scale: squares of very large or small weights would leave the range of float.
+Group4 best_int4(const float* x, const float* importance) {
   const uint8_t* nearest = nearest_level();
   float top = 0;
   for (int i = 0; i < 16; i++) top = std::max(top, std::fabs(x[i]));
   Group4 best;
   if (top == 0.f) return best;
-  const int last = std::min(0x7f, scale_code_up(top / kTop4 / matrix_scale) + 1), first = std::max(1, last - 8);
+  const int last = std::min(0x7f, scale_code_up(top / kTop4) + 1), first = std::max(1, last - 8);
   float best_error = INFINITY;
   for (int code = first; code <= last; code++)
     for (int sign = 0; sign < 2; sign++) {
-      const float step = scale_value(uint8_t(code | sign << 7)) * matrix_scale, inverse = 2.f / step;
+      const float step = scale_value(uint8_t(code | sign << 7)), inverse = 2.f / step;
       float error = 0;
       uint8_t c[16];
       for (int i = 0; i < 16; i++) {
@@ -80,31 +82,31 @@ Group4 best_int8(const float* x, float matrix_scale, int8_t* code) {
 // 16 rows, group by group. x holds them transposed, [input][row], and what is still to be rounded in it is moved by the errors made so far.
 void pack_low(const Mat& m, uint8_t* to, const float* w, size_t ldw, const float* importance, const float* feedback, int tile) {
   const int k = m.k, groups = ceil_to(k, kBlock) / kGroup;
+  const float unit = m.fmt == INT8 ? 1.f : m.scale;
   std::vector<float> x(size_t(groups) * kGroup * 16, 0.f);
   for (int o = 0; o < kTile && tile * kTile + o < m.n; o++)
-    for (int i = 0; i < k; i++) x[size_t(i) * 16 + o] = w[(tile * kTile + o) * ldw + i];
+    for (int i = 0; i < k; i++) x[size_t(i) * 16 + o] = w[(tile * kTile + o) * ldw + i] / unit;
   for (int g = 0; g < groups; g++) {
     uint8_t* block = to + size_t(g / 4) * (m.fmt == INT8 ? 1088 : 576);
     const int first = g * kGroup, width = std::min(kGroup, std::max(0, k - first));
     float error[16][16] = {};  // [input][row]
     for (int o = 0; o < kTile; o++) {
-      float v[16];
+      float v[16], h[16];
       for (int i = 0; i < 16; i++) v[i] = x[size_t(first + i) * 16 + o];
-      float h[16];
       for (int i = 0; i < 16; i++) h[i] = importance && i < width ? importance[first + i] : 1.f;
       int8_t code8[16];
-      const Group4 best = m.fmt == INT8 ? best_int8(v, m.scale, code8) : best_int4(v, importance ? h : nullptr, m.scale);
+      const Group4 best = m.fmt == INT8 ? best_int8(v, m.scale, code8) : best_int4(v, importance ? h : nullptr);
       block[(g % 4) * 16 + o] = best.scale;
-      const float step = scale_value(best.scale) * m.scale;
+      const float step = scale_value(best.scale) * (m.fmt == INT8 ? m.scale : 1.f);
       for (int i = 0; i < 16; i++) {
         const int quad = (g % 4) * 4 + i / 4;
         float stored;
         if (m.fmt == INT8) {
-          const int c = step != 0.f ? int(std::clamp(std::nearbyint(v[i] / step), -127.f, 127.f)) : 0;
+          const int c = feedback && step != 0.f ? int(std::clamp(std::nearbyint(v[i] / step), -127.f, 127.f)) : code8[i];
           block[64 + quad * 64 + 4 * o + i % 4] = uint8_t(c + 128);
           stored = float(c) * step;
         } else {
-          const uint8_t c = step != 0.f ? nearest_level()[int(std::clamp(v[i] * (2.f / step) + 128.f, 0.f, 255.f))] : best.code[i];
+          const uint8_t c = feedback && step != 0.f ? nearest_level()[int(std::clamp(v[i] * (2.f / step) + 128.f, 0.f, 255.f))] : best.code[i];
           block[64 + (quad / 2) * 64 + 4 * o + i % 4] |= uint8_t(c << (quad % 2 ? 4 : 0));
           stored = float(kLevels[c] - 64) * step;
         }
@@ -134,7 +136,7 @@ float pack_scale(int fmt, const float* w, size_t ldw, int n, int k) {
   float top = 0;
   for (int i = 0; i < n; i++)
     for (int j = 0; j < k; j++) top = std::max(top, std::fabs(w[i * ldw + j]));
-  return top == 0.f ? 1.f : top / (fmt == INT8 ? 127.f : kTop4) / 1.5f;
+  return top == 0.f ? 1.f : std::max(top / (fmt == INT8 ? 127.f : kTop4) / 1.5f, std::numeric_limits<float>::denorm_min());
 }
 
 void pack(const Mat& m, uint8_t* out, const float* w, size_t ldw, const float* importance, const float* feedback, int tile) {

@@ -1,4 +1,6 @@
 // Norms, rotary turns, and activation rows in the form that weights of each format want.
+#include <limits>
+
 #include "kernels.h"
 
 namespace lamoe {
@@ -16,9 +18,11 @@ void put_block(const Acts& a, int row, int block, const float* x) {
     top = vmax(top, vabs(v[j]));
     sum = sum + v[j] * vzero();  // NaN or an infinity anywhere: NaN, which the scale carries on
   }
-  const float s = vhmax(top) / 127.f + vsum(sum), inverse = s > 0 ? 1.f / s : 0.f;
+  const float s = vhmax(top) / 127.f + vsum(sum);
+  const bool some = s >= std::numeric_limits<float>::min();  // else NaN, or nothing that 1 / s could reach: bytes of zero
+  const float inverse = some ? 1.f / s : 0.f;
   a.s[at / kBlock] = s;
-  for (int j = 0; j < 4; j++) a.c[at / kGroup + j] = -64 * vquant(a.q + at + 16 * j, v[j] * vset(inverse));
+  for (int j = 0; j < 4; j++) a.c[at / kGroup + j] = -64 * vquant(a.q + at + 16 * j, some ? v[j] * vset(inverse) : vzero());
 }
 
 void put_row(const Acts& a, int row, const float* x) {

@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include <utility>
+
 namespace lamoe {
 namespace {
 void pause() {
@@ -11,10 +13,17 @@ constexpr int kSpins = 4000;  // then give the core away between looks: another 
 }  // namespace
 
 Threads::Threads(int n) {
-  for (int i = 1; i < n; i++) workers_.emplace_back([this, i] { work(i); });
+  try {
+    for (int i = 1; i < n; i++) workers_.emplace_back([this, i] { work(i); });
+  } catch (...) {  // no more threads to be had
+    stop();
+    throw;
+  }
 }
 
-Threads::~Threads() {
+Threads::~Threads() { stop(); }
+
+void Threads::stop() {
   {
     std::lock_guard<std::mutex> lock(sleep_);
     end_ = true;
@@ -33,36 +42,50 @@ Threads::Session::Session(Threads& t) : t_(t), one_(t.one_) {
 
 Threads::Session::~Session() { t_.awake_ = false; }
 
+// A round opens (round_ odd), its items are taken, it closes; then those who came in are waited for. Who enters (inside_) looks at round_ once more:
+// either they see it closed and leave, or the caller sees them inside. Both sides write one and then read the other, hence seq_cst.
 void Threads::go(int items, const void* f) {
   f_ = f;
   items_ = items;
   next_.store(0, std::memory_order_relaxed);
-  busy_.store(int(workers_.size()), std::memory_order_relaxed);
-  round_.fetch_add(1, std::memory_order_release);
+  round_.fetch_add(1);
   take(0);
-  for (int spins = 0; busy_.load(std::memory_order_acquire); spins++) spins < kSpins ? pause() : std::this_thread::yield();
+  round_.fetch_add(1);
+  for (int spins = 0; inside_.load(); spins++) spins < kSpins ? pause() : std::this_thread::yield();
+  if (failed_.load(std::memory_order_relaxed)) {
+    failed_.store(false, std::memory_order_relaxed);
+    std::rethrow_exception(std::exchange(error_, nullptr));
+  }
 }
 
-void Threads::take(int thread) {
-  for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) call_(f_, i, thread);
+void Threads::take(int thread) noexcept {
+  try {
+    for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) call_(f_, i, thread);
+  } catch (...) {
+    if (!failed_.exchange(true, std::memory_order_relaxed)) error_ = std::current_exception();
+    next_.store(items_, std::memory_order_relaxed);
+  }
 }
 
 void Threads::work(int thread) {
-  uint32_t seen = 0;
-  for (;;) {
-    for (int spins = 0; round_.load(std::memory_order_acquire) == seen; spins++) {
-      if (end_) return;
-      if (awake_) {
-        spins < kSpins ? pause() : std::this_thread::yield();
-      } else {
-        std::unique_lock<std::mutex> lock(sleep_);
-        wake_.wait(lock, [&] { return awake_ || end_ || round_.load(std::memory_order_acquire) != seen; });
-        spins = 0;
+  uint32_t seen = 0;  // the last round that this thread was in
+  for (int spins = 0; !end_;) {
+    const uint32_t round = round_.load(std::memory_order_acquire);
+    if (round % 2 && round != seen) {
+      inside_.fetch_add(1);
+      if (const uint32_t now = round_.load(); now % 2) {
+        seen = now;
+        take(thread);
       }
+      inside_.fetch_sub(1);
+      spins = 0;
+    } else if (awake_) {
+      spins++ < kSpins ? pause() : std::this_thread::yield();
+    } else {
+      std::unique_lock<std::mutex> lock(sleep_);
+      wake_.wait(lock, [&] { return awake_ || end_; });
+      spins = 0;
     }
-    seen++;
-    take(thread);
-    busy_.fetch_sub(1, std::memory_order_release);
   }
 }
 

@@ -1,8 +1,11 @@
 // A parallel_for over a few threads that spin between calls of one step and sleep between steps. Items are taken one by one from a
-// counter, so a thread that another program slows down takes fewer; what an item computes never depends on who computes it.
+// counter, so a thread that another program slows down takes fewer, and one that is not there at all is not waited for; what an item computes
+// never depends on who computes it.
 #pragma once
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
+#include <exception>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -17,7 +20,8 @@ class Threads {
   Threads(const Threads&) = delete;
   int size() const { return int(workers_.size()) + 1; }
 
-  // f(item, thread) for every item from 0 to items - 1. Not from two threads at once: the caller holds a Session.
+  // f(item, thread) for every item from 0 to items - 1. Not from two threads at once: the caller holds a Session. What f throws in any thread
+  // is thrown here, once all threads have left f (items that nobody had begun are left out).
   template <class F>
   void run(int items, const F& f) {
     if (items <= 0) return;
@@ -43,7 +47,8 @@ class Threads {
  private:
   void go(int items, const void* f);
   void work(int thread);
-  void take(int thread);
+  void take(int thread) noexcept;
+  void stop();
 
   std::vector<std::thread> workers_;
   std::mutex one_, sleep_;
@@ -52,9 +57,11 @@ class Threads {
   void (*call_)(const void*, int, int) = nullptr;
   const void* f_ = nullptr;
   int items_ = 0;
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;
   alignas(64) std::atomic<int> next_{0};
-  alignas(64) std::atomic<uint32_t> round_{0};
-  alignas(64) std::atomic<int> busy_{0};
+  alignas(64) std::atomic<uint32_t> round_{0};  // odd: open, workers may come in
+  alignas(64) std::atomic<int> inside_{0};      // workers that may be reading call_, f_, items_
 };
 
 }  // namespace lamoe

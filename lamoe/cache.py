@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from lamoe import codec
@@ -81,7 +82,8 @@ class PagedCache:
             raise ValueError(f"a paged cache needs at least one page of one row, asked for {pages} of {page_size}")
         self.widths, self.page_size, self.pages, self.format, self.dtype = config.cache_row, page_size, pages, format, dtype
         row = codec.row_bytes(format, self.widths)
-        self.rows = torch.zeros(config.num_hidden_layers, pages * page_size, row, dtype=torch.uint8)
+        # numpy's zeros, not torch's: the system gives the memory when it is written, so a cache takes what its tokens take, not what it may come to
+        self.rows = torch.from_numpy(np.zeros((config.num_hidden_layers, pages * page_size, row), np.uint8))
 
     @property
     def nbytes(self) -> int:

@@ -193,7 +193,7 @@ def run(llm: LLM, params: SamplingParams, system: str | None = None, name: str =
     colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     chat = Chat(llm, params, system, stdout, stderr, dim=colour and (stderr or sys.stderr).isatty())
     if terminal:
-        chat.note(f"{name or 'model'} · context {llm.max_model_len} tokens · cache {llm.cache.format}, {human_bytes(llm.cache.nbytes)} · /help")
+        chat.note(f"{name or 'model'} · context {llm.max_model_len} tokens · cache {llm.cache.format}, {human_bytes(llm.cache.nbytes)} · /help\n{llm.plan().describe()}")
     if llm.tokenizer.chat_template is None:
         chat.note("[this model comes without a chat template, so it may not be trained to chat; DeepSeek-V2's format is used]")
     read = _reader(stdin, chat.out, terminal, colour)

@@ -70,12 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     p = verb(generate, "continue a prompt, streaming")
     p.add_argument("--model", required=True, help="a run folder, a model folder or a hub id")
     p.add_argument("--prompt", help="the text to continue; '-' or nothing: read standard input")
+    _memory(p, "prompt and output in tokens; default: what prompt and --max-tokens need", "what the longest text needs")
     _sampling(p, max_tokens=128, what="the output")
 
     p = verb(chat, "talk to a model in the terminal; every line of a piped input is a turn")
     p.add_argument("model", help="a run folder, a model folder or a hub id")
     p.add_argument("--system", help="a text that comes before the conversation")
-    p.add_argument("--cache", default="bf16", help="storage format of the cache: fp32, bf16, int8, 6bit or 4bit")
+    _memory(p, "conversation in tokens, reply included; default: the model's limit", "four full contexts, at most 1 GiB")
+    p.add_argument("--max-num-seqs", type=int, default=1, metavar="N", help="sequences at once; a chat has one")
     _sampling(p, max_tokens=1024, what="one reply")
 
     p = verb(serve, "serve a model over HTTP as OpenAI's API does, with a page at /; every option is also a variable LAMOE_OPTION")
@@ -87,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("model", help="a run folder, a model folder or a hub id")
     p.add_argument("--data", action="append", default=[], help="a text source (file, folder, glob, .jsonl); default: what the run held out")
     p.add_argument("--seq-len", type=int, help="context in tokens, with --data")
+    p.add_argument("--needle", type=_lengths, metavar="LENGTHS", help="instead: needles in haystacks of these many tokens, for example 512,1024,2048 "
+                   "(--data: the haystack, default austen); writes needle.md, needle.json and the heat map needle.png")
+    p.add_argument("--needle-depths", type=int, default=5, metavar="N", help="at so many depths, from the beginning to the end")
+    p.add_argument("--needle-draws", type=int, default=8, metavar="N", help="needles per depth and length")
     p.add_argument("--out", help="folder for report.md, report.json and report.png; default: the run folder, else nothing is written")
     p.add_argument("--weights", choices=("fp32", "bf16", "int8", "int4"), help="measure the model with its weights in this format, on the compiled kernels")
 
@@ -127,6 +133,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _memory(p: argparse.ArgumentParser, length: str, memory: str) -> None:
+    """How much a cache may hold."""
+    p.add_argument("--cache", default="bf16", help="storage format of the cache: fp32, bf16, int8, 6bit or 4bit")
+    p.add_argument("--max-model-len", type=int, metavar="N", help=f"longest {length}")
+    p.add_argument("--kv-cache-memory", type=parse_bytes, metavar="BYTES", help=f"memory of the cache, for example 2GB; default: {memory}")
+
+
 def _sampling(p: argparse.ArgumentParser, max_tokens: int, what: str) -> None:
     """The options of everything that speaks."""
     p.add_argument("--max-tokens", type=int, default=max_tokens, help=f"most tokens of {what}")
@@ -156,24 +169,27 @@ def train(args) -> int:
 
 
 def generate(args) -> int:
-    from lamoe.engine.generate import generate as run
+    from lamoe import packed_file
+    from lamoe.convert import resolve
     from lamoe.engine.llm import LLM
     from lamoe.engine.sampler import SamplingParams
-    from lamoe.model import Transformer
+    from lamoe.tokenizer import Tokenizer
 
     params = SamplingParams(args.temperature, args.top_p, args.top_k, args.min_p, args.seed, args.max_tokens, tuple(args.stop))
-    model, tok = _load(args.model, args.dtype, args.threads, args.weights)
+    folder = resolve(find_model(args.model))
+    tok = Tokenizer.load(folder)
     prompt = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
-    if isinstance(model, Transformer):
-        pieces = run(model, tok.encode(prompt, bos=tok.add_bos), params, tok)
-    else:
-        ids = tok.encode(prompt, bos=tok.add_bos)
-        longest = min(model.config.max_position_embeddings, max(2, len(ids) + params.max_tokens))
-        pieces = LLM(model, tok, max_model_len=longest, threads=args.threads).stream(ids, params)
+    ids = tok.encode(prompt, bos=tok.add_bos)
+    needed = max(2, min(len(ids) + args.max_tokens, packed_file.any_config(folder).max_position_embeddings))
+    llm = LLM(folder, tok, cache=args.cache, cache_memory=args.kv_cache_memory, max_model_len=needed if args.max_model_len is None else args.max_model_len,
+              max_num_seqs=1, dtype=args.dtype, weights=args.weights, threads=args.threads)
+    deltas = llm.stream(ids, params)
     print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece.text, end="", flush=True)
+    for delta in deltas:
+        print(delta.text, end="", flush=True)
     print()
+    if delta.output.error:
+        raise RuntimeError(delta.output.error)
     return 0
 
 
@@ -183,7 +199,8 @@ def chat(args) -> int:
     from lamoe.engine.sampler import SamplingParams
 
     params = SamplingParams(args.temperature, args.top_p, args.top_k, args.min_p, args.seed, args.max_tokens, tuple(args.stop))
-    llm = LLM(find_model(args.model), cache=args.cache, dtype=args.dtype, threads=args.threads, weights=args.weights)
+    llm = LLM(find_model(args.model), cache=args.cache, dtype=args.dtype, weights=args.weights, threads=args.threads, max_model_len=args.max_model_len,
+              cache_memory=args.kv_cache_memory, max_num_seqs=args.max_num_seqs)
     return run(llm, params, args.system, name=args.model)
 
 
@@ -204,9 +221,14 @@ def evaluate(args) -> int:
 
     if args.seq_len is not None and not args.data:
         raise ValueError("--seq-len needs --data; a run is measured at the length it was trained with")
+    if args.needle and args.seq_len is not None:
+        raise ValueError("--seq-len goes with text; the lengths of a needle test are those of --needle")
     model, tok = _load(args.model, None, 0, args.weights)
     run = Path(args.model)
-    if args.data:
+    if args.needle:
+        result = report.evaluate_needle(model, tok, args.needle, args.data or ["austen"], args.needle_depths, args.needle_draws,
+                                        note=lambda text: print(text, file=sys.stderr, flush=True))
+    elif args.data:
         recipe = run / "recipe.json"  # a run is measured at the length it was trained with
         trained = json.loads(recipe.read_text(encoding="utf-8"))["data"]["seq_len"] if recipe.exists() else None
         result = report.evaluate_texts(model, tok, args.data, args.seq_len or trained)
@@ -214,19 +236,20 @@ def evaluate(args) -> int:
         result = report.evaluate_run(model, tok, run)
     else:
         raise ValueError(f"{args.model} is not a run folder, so there is no held-out text; name some with --data")
-    out = Path(args.out) if args.out else run if not args.data and not args.weights else None
+    out = Path(args.out) if args.out else run if not args.data and not args.weights and (run / "recipe.json").exists() else None
     name = f"lamoe: {run.name or args.model}"
-    text = report.markdown(result, name)
+    text = report.needle_markdown(result, name) if args.needle else report.markdown(result, name)
     print(text)
     if out is not None:
+        kind = "needle" if args.needle else "report"
         out.mkdir(parents=True, exist_ok=True)
-        (out / "report.md").write_text(text, encoding="utf-8")
-        (out / "report.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (out / f"{kind}.md").write_text(text, encoding="utf-8")
+        (out / f"{kind}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         try:
-            report.plot(result, name, out / "report.png")
-            print(f"wrote {out / 'report.md'}, report.json, report.png")
+            report.plot_needle({name: result}, out / "needle.png") if args.needle else report.plot(result, name, out / "report.png")
+            print(f"wrote {out / kind}.md, {kind}.json, {kind}.png")
         except ImportError:
-            print(f"wrote {out / 'report.md'}, report.json; no report.png, because matplotlib is not installed (pip install 'lamoe[train]')")
+            print(f"wrote {out / kind}.md, {kind}.json; no {kind}.png, because matplotlib is not installed (pip install 'lamoe[train]')")
     return 0
 
 
@@ -273,10 +296,11 @@ def bench(args) -> int:
     prefills = [(n, 0) for n in args.prefill if n <= limit] + [(512, d) for d in depths if d and d + 512 <= limit]
     run = b.Bench(model, args.cache, max([n + d for n, d in prefills] + [d + 1 for d in depths] + [32 * x for x in args.batch] + [1]))
     largest = max(model.tensors.values(), key=lambda t: t[0].numel())[0]
-    machine = b.Machine.probe(threads, largest)
+    machine = b.Machine.probe(threads, largest if largest.numel() > 1 << 28 else torch.zeros(1 << 29, dtype=torch.uint8))
     lines = b.measure(run, prefills, depths, args.batch, args.rounds)
     weights = sum(model.nbytes.values())
-    print(f"{args.model}: weights {model.weights}, {weights / 1e9:.2f} GB, ready in {loaded:.1f} s; cache {args.cache}; {threads} threads, {native.lib.isa()}; peak memory {b.peak_rss() / 1e9:.2f} GB\n"
+    print(f"{args.model}: weights {model.weights}, {weights / 1e9:.2f} GB, ready in {loaded:.1f} s; cache {args.cache}; {threads} threads, {native.lib.isa()}; "
+          f"peak memory {b.peak_rss() / 1e9:.2f} GB\n"
           f"probed: {machine.read / 1e9:.1f} GB/s read, {2 * machine.int8 / 1e9:.0f} Gop/s int8, {2 * machine.bf16 / 1e9:.0f} GFLOP/s bf16\n")
     print(b.table(lines, machine, model.weights))
     result = {"model": args.model, "weights": model.weights, "cache": args.cache, "load_s": loaded, "weight_bytes": weights, "peak_rss": b.peak_rss(),
@@ -344,10 +368,7 @@ def find_model(name: str) -> str:
     if (path / "recipe.json").exists():
         from lamoe.train import checkpoint
 
-        last = checkpoint.latest(path)  # the newest that is whole: hashes are compared
-        if last is None:
-            raise ValueError(f"{path} is a training run without a checkpoint yet; wait for one, or set run.save_every")
-        return str(last / "model")
+        return str(checkpoint.model_of_run(path))
     if (path / "model" / "config.json").exists() and not (path / "config.json").exists():
         return str(path / "model")
     return name
@@ -405,6 +426,14 @@ def _config(name: str) -> tuple[ModelConfig, str, float]:
     folder = path if path.is_dir() else resolve(name)
     shown = str(path) if path.is_dir() else name
     return (*packed_file.read_config(folder)[:1], shown, packed_file.bits(folder)) if packed_file.is_packed(folder) else (read_config(folder), shown, 16.0)
+
+
+def _lengths(text: str) -> list[int]:
+    """'512,1024' -> [512, 1024]."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of lengths; write it like 512,1024,2048") from None
 
 
 if __name__ == "__main__":

@@ -248,7 +248,10 @@ class PackedModel:
         """Pack the tensors that `read` gives, one at a time."""
         elem, tensors = element(weights), {}
         for piece in pieces(config, weights):
-            data, scales, at = torch.empty(piece_bytes(piece, elem), dtype=torch.uint8), [], 0
+            if piece.format in (None, "raw"):  # one array; where nothing needs a cast it is the memory that `read` gave
+                tensors[piece.key] = next(build(piece, read, elem))[0], [1.0]
+                continue
+            data, scales, at = native.room(piece_bytes(piece, elem)), [], 0
             for part, scale in build(piece, read, elem):
                 data[at : at + len(part)] = part
                 scales.append(scale)

@@ -63,6 +63,11 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, str]:
         raise ValueError(f"{folder / 'config.json'}: {e}") from None
 
 
+def any_config(folder: str | Path) -> ModelConfig:
+    """The config of a model folder, packed or not."""
+    return read_config(folder)[0] if is_packed(folder) else hf.read_config(folder)
+
+
 def bits(folder: str | Path) -> float:
     """Bits of a packed folder for each weight of the model, everything included."""
     config, weights = read_config(folder)

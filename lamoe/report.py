@@ -1,5 +1,5 @@
 """What a model is worth, measured: held-out bits per byte beside gzip, xz and the uniform code, expert load, cache bytes beside MHA /
-GQA / MQA, speed. `lamoe evaluate` writes it as report.md, report.json and report.png.
+GQA / MQA, speed. `lamoe evaluate` writes it as report.md, report.json and report.png. A needle test (`--needle`) has a report and a picture of its own.
 """
 
 from __future__ import annotations
@@ -127,6 +127,18 @@ def _training(run: Path, recipe: dict) -> dict:
     }
 
 
+def evaluate_needle(model: Transformer, tok: Tokenizer, lengths: list[int], sources: list[str], depths: int = 5, draws: int = 8, seed: int = 0,
+                    note=lambda text: None) -> dict:
+    """Needles in haystacks of `sources` (train/sources.py says what a source is), at `depths` even depths of each length in tokens."""
+    if depths < 2:
+        raise ValueError(f"{depths} depths were asked for; at least 2 are needed, the beginning and the end")
+    make = evals.text_needle(tok, (doc.text for doc in read_documents(sources)))
+    at = [i / (depths - 1) for i in range(depths)]
+    found = evals.needle(model, make, lengths, at, draws, seed, note)
+    return {"lengths": lengths, "depths": at, "draws": draws, "seed": seed, "haystack": sources, "max_position_embeddings": model.config.max_position_embeddings,
+            "found": found.tolist()}
+
+
 # ---- showing it ------------------------------------------------------------------------------------------------------------
 def markdown(r: dict, name: str) -> str:
     """The report as Markdown, every figure from the measurement `r`."""
@@ -211,3 +223,34 @@ def plot(r: dict, name: str, file: Path) -> None:
 
 def _short(source: str, width: int = 28) -> str:
     return source if len(source) <= width else "..." + source[3 - width :]
+
+
+def needle_markdown(r: dict, name: str) -> str:
+    """The table of a needle test."""
+    out = [f"# {name}: needle in a haystack", "", f"Share of {r['draws']} needles whose number the model repeats exactly; haystack: {', '.join(r['haystack'])}.", ""]
+    out += ["| depth | " + " | ".join(f"{n:,} tokens" for n in r["lengths"]) + " |", "|---" * (1 + len(r["lengths"])) + "|"]
+    out += [f"| {d:.0%} | " + " | ".join(f"{share:.0%}" for share in row) + " |" for d, row in zip(r["depths"], r["found"])]
+    return "\n".join([*out, "| **all** | " + " | ".join(f"**{share:.0%}**" for share in np.mean(r["found"], 0)) + " |"]) + "\n"
+
+
+def plot_needle(panels: dict[str, dict], file: Path) -> None:
+    """Heat maps over depth x length side by side, one per {title: needle test}; a test with "trained" gets a line behind that length. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, len(panels), figsize=(1 + 4.5 * len(panels), 3.8), layout="constrained", squeeze=False, sharey=True)
+    for axis, (title, r) in zip(axes[0], panels.items()):
+        image = axis.imshow(r["found"], vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for (y, x), share in np.ndenumerate(np.array(r["found"])):
+            axis.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=8)
+        axis.set_xticks(range(len(r["lengths"])), [f"{n:,}" for n in r["lengths"]], rotation=45)
+        axis.set_yticks(range(len(r["depths"])), [f"{d:.0%}" for d in r["depths"]])
+        axis.set(title=title, xlabel="tokens of the haystack")
+        if "trained" in r:
+            axis.axvline(sum(n <= r["trained"] for n in r["lengths"]) - 0.5, color="black", lw=2)
+    axes[0, 0].set_ylabel("depth of the needle")
+    fig.colorbar(image, ax=axes, label="needles found")
+    fig.savefig(file, dpi=110)
+    plt.close(fig)

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from unittest import mock
 
+import numpy as np
 import pytest
 from tiny_run import metrics, raw_recipe, trained, write_texts, write_toml  # noqa: F401 (trained is a fixture)
 
 import lamoe
 from lamoe import cli
+from lamoe.cache import PagedCache
 from lamoe.config import PRESETS
 from lamoe.train import checkpoint, loop
 
@@ -96,13 +98,33 @@ def test_generate_options_arrive(trained, capsys):
     threads.assert_called_once_with(1)
 
 
+def test_generate_within_a_memory(trained, capsys):
+    """The cache is as large as prompt and output need; a longer one can be asked for, one that does not suffice is refused."""
+    made = []
+
+    def out(*argv):
+        with mock.patch("lamoe.engine.llm.PagedCache", side_effect=lambda *a: made.append(PagedCache(*a)) or made[-1]):
+            assert run("generate", "--model", trained, "--prompt", "the ", "--max-tokens", 20, "--temperature", 0, *argv) == 0
+        return capsys.readouterr().out
+
+    whole = out("--cache", "fp32")
+    assert out("--cache", "fp32", "--max-model-len", 64) == whole and 16 < made[0].pages * 16 // 4 < made[1].pages * 16 // 4 == 64  # room for four
+    assert out("--cache", "6bit", "--kv-cache-memory", "50kB").startswith("the ") and 40_000 < made[2].nbytes <= 50_000 and made[2].format == "6bit"
+    assert whole.startswith(out("--cache", "fp32", "--max-model-len", 8).rstrip("\n"))  # finish_reason "length"
+    assert "leaves no room in max_model_len 2; shorten it, or raise max_model_len (the model takes 64)" in refused(
+        capsys, "generate", "--model", trained, "--prompt", "the cat", "--max-model-len", 2)
+    assert "max_model_len is 65; it must be" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--max-model-len", 65)
+    assert "holds 0 tokens" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--kv-cache-memory", "10")
+    assert "unknown cache format '6bits', did you mean '6bit'?" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--cache", "6bits")
+
+
 def test_generate_refuses(trained, tmp_path, capsys):
     assert "does not look like a hub id" in refused(capsys, "generate", "--model", tmp_path / "none", "--prompt", "x")
     assert "top_p is 2.0" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--top-p", 2)
     assert "temperature is nan" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--temperature", "nan")
     assert "max_tokens is 0" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--max-tokens", 0)
     assert "stop string is empty" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--stop", "")
-    assert "leaves no room in the model's context of 64" in refused(capsys, "generate", "--model", trained, "--prompt", "zq " * 100)
+    assert "leaves no room in max_model_len 64; shorten it" in refused(capsys, "generate", "--model", trained, "--prompt", "zq " * 100)
     (tmp_path / "run").mkdir()
     shutil.copy(trained / "recipe.json", tmp_path / "run")
     assert "is a training run without a checkpoint yet" in refused(capsys, "generate", "--model", tmp_path / "run", "--prompt", "x")
@@ -145,6 +167,35 @@ def test_evaluate_a_model_on_a_file(trained, tmp_path, capsys):
     assert "does not exist" in refused(capsys, "evaluate", tmp_path / "model", "--data", tmp_path / "none.txt")
     assert "context is 65 tokens" in refused(capsys, "evaluate", tmp_path / "model", "--data", tmp_path / "text.txt", "--seq-len", 65)
     assert "--seq-len needs --data" in refused(capsys, "evaluate", trained, "--seq-len", 16)
+
+
+def test_evaluate_needles(trained, tmp_path, capsys, monkeypatch):
+    shutil.copytree(checkpoint.latest(trained) / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    (tmp_path / "hay.txt").write_text("The cat sat on the mat. The dog ran up the hill! " * 20)
+    out = tmp_path / "out"
+    argv = ["evaluate", tmp_path / "model", "--needle", "100,256", "--needle-depths", 3, "--needle-draws", 2, "--data", tmp_path / "hay.txt"]
+    assert run(*argv, "--out", out) == 0
+    said = capsys.readouterr()
+    assert (out / "needle.md").read_text() in said.out and "| depth | 100 tokens | 256 tokens |" in said.out and "256 tokens: " in said.err
+    assert (out / "needle.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and not (out / "report.md").exists()
+    result = json.loads((out / "needle.json").read_text())
+    assert np.shape(result["found"]) == (3, 2) and result["depths"] == [0, 0.5, 1]
+    assert run(*argv) == 0 and "wrote" not in capsys.readouterr().out  # a model folder stays as it is
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(*argv, "--out", tmp_path / "other") == 0
+    assert "matplotlib is not installed" in capsys.readouterr().out and not (tmp_path / "other" / "needle.png").exists()
+    with mock.patch("lamoe.report.read_documents", return_value=[mock.Mock(text="One sentence. Another one.")]) as read:
+        assert run(*argv[:3], "100", "--needle-draws", 1) == 0
+    read.assert_called_once_with(["austen"])
+    assert "haystack of 257 tokens" in refused(capsys, *argv[:3], "257", "--data", tmp_path / "hay.txt")
+    assert "no room for the needle" in refused(capsys, *argv[:3], "16", "--data", tmp_path / "hay.txt")
+    assert "--seq-len goes with text" in refused(capsys, *argv, "--seq-len", 16)
+    assert "1 depths were asked for" in refused(capsys, *argv[:3], "100", "--needle-depths", 1)
+    with pytest.raises(SystemExit):
+        run("evaluate", trained, "--needle", "many")
+    assert "not a list of lengths" in capsys.readouterr().err
 
 
 # ---- info ------------------------------------------------------------------------------------------------------------------

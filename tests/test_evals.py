@@ -1,6 +1,7 @@
-"""Bits per byte against a direct computation."""
+"""Bits per byte against a direct computation; needles in haystacks against greedy decoding."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from tiny_run import BODY, MLA, MOE, trained  # noqa: F401 (trained is a fixture
 from lamoe import evals
 from lamoe.config import ModelConfig
 from lamoe.convert import hf
+from lamoe.engine.generate import generate
+from lamoe.engine.sampler import SamplingParams
 from lamoe.model import Transformer
+from lamoe.tokenizer import Tokenizer
 from lamoe.train import checkpoint
 from lamoe.train.data import heldout_rows, open_corpus
 
@@ -114,3 +118,81 @@ def test_bits_per_byte_of_a_run(trained):
 def test_shift():
     ids, segments = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[0, 0, 1, 1, 2]])
     assert evals.shift(ids, segments).tolist() == [[6, -1, 8, -1]]
+
+
+# ---- needle in a haystack ------------------------------------------------------------------------------------------------------
+def own_continuation(m, wrong=()):
+    """Needles whose answer is what the model says anyway, for the draws that are not in `wrong`; there one token of it is another."""
+    count = iter(range(10**6))
+
+    def make(length, depth, draw):
+        prompt = [draw.randrange(300) for _ in range(length - 3)]
+        answer = [p.token_id for p in generate(m, prompt, SamplingParams(temperature=0.0, max_tokens=3))]
+        if (n := next(count)) in wrong:
+            answer[n % 3] = (answer[n % 3] + 1) % 300
+        return prompt, answer
+
+    return make
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 1024])
+def test_a_needle_is_found_when_greedy_decoding_says_it(chunk, monkeypatch):
+    """Wherever chunks end, inside the answer too; and any wrong token of an answer is noticed."""
+    monkeypatch.setattr(evals, "CHUNK", chunk)
+    m = model()
+    assert evals.needle(m, own_continuation(m), [8, 30], [0.0, 0.5, 1.0], 3).tolist() == [[1, 1], [1, 1], [1, 1]]
+    found = evals.needle(m, own_continuation(m, wrong={0, 4, 8, 9}), [8, 30], [0.0, 0.5, 1.0], 3)
+    assert found == pytest.approx(np.array([[2 / 3, 2 / 3], [2 / 3, 1], [2 / 3, 1]]))  # depth by depth of length 8, then of 30
+
+
+def test_draws_of_a_cell_depend_on_the_cell_alone():
+    seen = {}
+
+    def make(length, depth, draw):
+        seen.setdefault((length, depth), []).append(draw.random())
+        return [1] * (length - 1), [2]
+
+    evals.needle(model(), make, [4, 9], [0.0, 1.0], 3, seed=5)
+    first, seen = dict(seen), {}
+    said = []
+    evals.needle(model(), make, [9], [1.0], 2, seed=5, note=said.append)
+    assert seen[9, 1.0] == first[9, 1.0][:2] and len(set(sum(first.values(), []))) == 12 and said == ["9 tokens: 0% found"]
+    seen = {}
+    evals.needle(model(), make, [9], [1.0], 2, seed=6)
+    assert seen[9, 1.0] != first[9, 1.0][:2]
+
+
+@pytest.mark.parametrize("lengths, depths, draws, what", [
+    ([], [0.5], 1, "at least one length"), ([8], [], 1, "at least one length"), ([8], [0.5], 0, "at least one length"),
+    ([8, 65], [0.5], 1, "haystack of 65 tokens.*max_position_embeddings 64"), ([1], [0.5], 1, "haystack of 1 tokens"), ([8], [1.5], 1, "depth is 1.5")])
+def test_needle_refuses(lengths, depths, draws, what):
+    with pytest.raises(ValueError, match=what):
+        evals.needle(model(), own_continuation(model()), lengths, depths, draws)
+
+
+def test_text_needles(trained):
+    """The needle is a sentence at the depth asked for, the haystack the text around it, the question at the end."""
+    tok = Tokenizer.load(checkpoint.latest(trained) / "model")
+    text = " ".join(f"Sentence {i} has some words{'.!?'[i % 3]}" for i in range(300))
+    make, before = evals.text_needle(tok, [text]), -1
+    for depth in (0.0, 0.1, 0.5, 0.9, 1.0):
+        prompt, answer = make(900, depth, random.Random(3))
+        assert (prompt, answer) == make(900, depth, random.Random(3)) != make(900, depth, random.Random(4))
+        assert prompt[0] == tok.bos_id and 890 < len(prompt) + len(answer) <= 900
+        said, number = tok.decode(prompt), tok.decode(answer).strip()
+        assert len(number) == 5 and number.isdigit()
+        city = said.rsplit("The secret number of ", 1)[1].removesuffix(" is")
+        assert city in evals.CITIES and said.endswith(f" The secret number of {city} is")
+        at = said.index(f" The secret number of {city} is {number}.")
+        assert said.count("secret number") == 2 and before < at == pytest.approx(depth * (len(said) - 80), abs=40)
+        assert at == 0 or said[at - 1] in ".!?" or depth == 1.0  # between two sentences
+        hay = said[:at] + said[at:].replace(f" The secret number of {city} is {number}.", "", 1).rsplit(" The secret", 1)[0]
+        assert hay.strip() in f"{text} {text}"
+        before = at
+    with pytest.raises(ValueError, match="a haystack of 20 tokens has no room for the needle and the question, [0-9]+ tokens"):
+        make(20, 0.5, random.Random(3))
+    shortest = int(str(pytest.raises(ValueError, make, 20, 0.5, random.Random(3)).value).split("question, ")[1].split()[0])
+    prompt, answer = make(shortest, 0.5, random.Random(3))  # a haystack without hay
+    assert len(prompt) + len(answer) == shortest and tok.decode(prompt).count("secret number") == 2
+    with pytest.raises(ValueError, match="haystack has no text"):
+        evals.text_needle(tok, ["", "  \n "])

@@ -8,7 +8,7 @@ from tiny_engine import llm, prompts
 
 from lamoe.engine.async_llm import AsyncLLM
 from lamoe.engine.sampler import SamplingParams
-from lamoe.engine.score import mean_state, prompt_logprobs, states
+from lamoe.engine.score import forward, mean_state, prompt_logprobs
 from lamoe.routing import Chosen
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
@@ -26,11 +26,12 @@ def with_engine(coroutine, **options):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 20, 64])
-def test_states_come_in_chunks(chunk):
-    m, [ids] = llm().model, prompts(20)
+@pytest.mark.parametrize("logits", [False, True])
+def test_forward_comes_in_chunks(chunk, logits):
+    engine, [ids] = llm(), prompts(20)
     with torch.no_grad():
-        want = m.hidden(torch.tensor([ids]))[0]
-    parts = list(states(m, ids, chunk))
+        want = (engine.model if logits else engine.model.hidden)(torch.tensor([ids]))[0]
+    parts = list(forward(engine.runs, ids, chunk, logits))
     assert [len(p) for p in parts] == [chunk] * (20 // chunk) + ([20 % chunk] if 20 % chunk else [])
     assert torch.allclose(torch.cat(parts), want, atol=1e-4)
 

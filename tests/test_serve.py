@@ -205,6 +205,24 @@ def test_what_the_model_is_not_trained_for_is_said(server):
     assert server.error(400, "/v1/chat/completions", messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])["param"] == "messages"
 
 
+def test_other_models():
+    """Without fill-in-the-middle tokens, without a tokenizer, without experts."""
+    with Running(lambda: llm(tok=tok(fim=False))) as s:
+        s.wait_ready()
+        error = s.error(400, prompt="a", suffix="b")
+        assert error["param"] == "suffix" and "fill-in-the-middle" in error["message"]
+    with Running(lambda: llm("llama", tok=None)) as s:
+        s.wait_ready()
+        r = s.post("/v1/completions", prompt=[5, 6, 7], max_tokens=3, temperature=0, logprobs=1)
+        [choice] = r.json()["choices"]
+        assert choice["text"] == "" and choice["logprobs"]["tokens"][0].startswith("token_id:") and r.json()["usage"]["completion_tokens"] == 3
+        assert s.client.get(f"/lamoe/requests/{r.headers['x-request-id']}/experts").json() == {"layers": []}
+        for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}), ("/tokenize", {"prompt": "a"}),
+                           ("/v1/embeddings", {"input": "a"}), ("/v1/completions", {"prompt": [5], "regex": "a"}), ("/v1/completions", {"prompt": [5], "stop": "a"})):
+            assert "tokenizer" in s.error(400, path, **body)["message"]
+        assert s.client.get("/tokenizer_info").status_code == 400 and len(s.post("/v1/embeddings", input=[5, 6]).json()["data"][0]["embedding"]) == 32
+
+
 # ---- the rest --------------------------------------------------------------------------------------------------------
 def test_embeddings_are_mean_final_states(server):
     texts = ["the cat sat", LONG * 4]
@@ -251,7 +269,7 @@ def test_stats_while_it_runs_and_after(server):
         lines = r.iter_lines()
         next(lines)
         now = server.client.get("/lamoe/stats").json()
-        assert now["running"] == 1 and now["cache"]["used_bytes"] > 0 and now["cache"]["used_tokens"] > 50
+        assert now["running"] == 1 and now["cache"]["used_bytes"] > 0 and now["cache"]["used_tokens"] > len(tok().encode(LONG))
         assert now["cache"]["used_bytes"] == now["cache"]["used_tokens"] * now["cache"]["bytes_per_token"]
     c = model().config
     assert now["cache"]["bytes_per_token"] == c.num_hidden_layers * 4 * sum(c.cache_row)  # fp32 rows

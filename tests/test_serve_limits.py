@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from tiny_server import CONTEXT, Running, llm, until
+from tiny_server import CONTEXT, Running, paced, until
 
 from lamoe.engine import runner
 from lamoe.serve import guard
@@ -51,7 +51,7 @@ class Client(threading.Thread):
 
 # ---- the queue -------------------------------------------------------------------------------------------------------
 def test_a_full_queue_answers_429_and_health_stays_good():
-    with Running(lambda: llm(max_num_seqs=2), max_num_seqs=2, max_queued_requests=3) as s:
+    with Running(lambda: paced(max_num_seqs=2), max_num_seqs=2, max_queued_requests=3) as s:
         s.wait_ready()
         busy = [Client(s, stream=True, **LONG) for _ in range(5)]
         until(lambda: [s.client.get("/lamoe/stats").json()[k] for k in ("running", "waiting")] == [2, 3])
@@ -72,7 +72,7 @@ def test_a_full_queue_answers_429_and_health_stays_good():
 
 
 def test_limits_on_what_one_request_asks_for():
-    with Running(max_choices=6, max_body_bytes=2000) as s:
+    with Running(paced, max_choices=6, max_body_bytes=2000) as s:
         s.wait_ready()
         assert len(s.complete(["a", "b"], n=3, max_tokens=1)["choices"]) == 6
         for body in (dict(prompt=["a", "b"], n=4), dict(prompt=["a"] * 7), dict(prompt=["a"] * 7, echo=True, max_tokens=0)):
@@ -84,21 +84,42 @@ def test_limits_on_what_one_request_asks_for():
         assert s.idle()
 
 
+def test_bodies_in_memory_and_log_probabilities_are_bounded(monkeypatch):
+    with Running(paced, max_body_bytes=60_000, body_timeout=3) as s:
+        s.wait_ready()
+        host, port = s.url.removeprefix("http://").split(":")
+        half = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: 60000\r\n\r\n" + b" " * 50_000
+        slow = [socket.create_connection((host, int(port)), timeout=5) for _ in range(guard.BODIES + 3)]
+        for sock in slow:
+            sock.sendall(half)
+        until(lambda: s.serving._app.held == len(slow) * 50_000)
+        assert s.error(429, prompt="a" * 55_000)["code"] == "queue_full"
+        assert s.client.get("/health").status_code == 200 and s.serving._app.held < (guard.BODIES + 1) * 60_000
+        for sock in slow:
+            sock.close()
+        until(lambda: s.serving._app.held == 0)
+        assert s.error(400, prompt="a", n=128, max_tokens=4000, logprobs=20)["code"] == "too_many_logprobs"
+        assert s.error(400, "/v1/chat/completions", messages=[{"role": "user", "content": "a"}], n=100, logprobs=True, top_logprobs=20)["param"] == "logprobs"
+
+
 # ---- clients that leave ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_while_it_generates(stream):
-    with Running() as s:
+    with Running(paced) as s:
         s.wait_ready()
         c = Client(s, stream=stream, n=3, **LONG)
         until(lambda: s.service.generated_tokens > 6)
         c.leave()
         until(s.idle, 1.0)
+        [id] = s.service._experts  # what was cut short counts too
+        load = s.client.get(f"/lamoe/requests/{id}/experts").json()["load"]
+        assert sum(load[0]) >= s.service.generated_tokens * paced().model.config.num_experts_per_tok / 2
         assert s.service.generated_tokens < 3 * CONTEXT / 2 and "lamoe_disconnected_total 1.0" in s.client.get("/metrics").text
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_while_it_waits_or_in_its_prompt(stream):
-    with Running(lambda: llm(max_num_seqs=1, max_num_batched_tokens=1), max_num_seqs=1, max_num_batched_tokens=1) as s:
+    with Running(lambda: paced(max_num_seqs=1, max_num_batched_tokens=1), max_num_seqs=1, max_num_batched_tokens=1) as s:
         s.wait_ready()
         first = Client(s, stream=stream, **(LONG | {"prompt": [5] * 4000}))  # 4,000 steps until its first token
         until(lambda: s.client.get("/lamoe/stats").json()["running"] == 1)
@@ -113,7 +134,7 @@ def test_a_client_that_leaves_while_it_waits_or_in_its_prompt(stream):
 
 
 def test_a_client_that_leaves_while_its_prompt_is_scored():
-    with Running(lambda: llm(max_num_seqs=1, max_num_batched_tokens=1), max_num_seqs=1, max_num_batched_tokens=1) as s:
+    with Running(lambda: paced(max_num_seqs=1, max_num_batched_tokens=1), max_num_seqs=1, max_num_batched_tokens=1) as s:
         s.wait_ready()
         for path, body in (("/v1/embeddings", {"input": [[5] * 4000]}), ("/v1/completions", {"prompt": [5] * 4000, "echo": True, "logprobs": 1, "max_tokens": 0})):
             c = Client(s, path, **body)
@@ -124,7 +145,7 @@ def test_a_client_that_leaves_while_its_prompt_is_scored():
 
 # ---- time-outs -------------------------------------------------------------------------------------------------------
 def test_a_request_that_takes_too_long():
-    with Running(request_timeout=0.3) as s:
+    with Running(paced, request_timeout=0.3) as s:
         s.wait_ready()
         assert s.error(408, **LONG)["code"] == "timeout"
         last = s.events("/v1/completions", **LONG)[-1]
@@ -133,7 +154,7 @@ def test_a_request_that_takes_too_long():
 
 
 def test_a_body_that_never_ends():
-    with Running(body_timeout=0.3) as s:
+    with Running(paced, body_timeout=0.3) as s:
         s.wait_ready()
         host, port = s.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as sock:
@@ -142,10 +163,27 @@ def test_a_body_that_never_ends():
         assert s.idle()
 
 
+def test_headers_that_never_end():
+    """On a new connection, and on one that has asked something before."""
+    with Running(paced, body_timeout=0.3) as s:
+        s.wait_ready()
+        host, port = s.url.removeprefix("http://").split(":")
+        for before in (b"", b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"):
+            with socket.create_connection((host, int(port)), timeout=10) as sock:
+                sock.sendall(before)
+                got = b""
+                while before and not got.endswith(b"}"):
+                    got += sock.recv(4096)
+                sock.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n")
+                assert sock.recv(4096) == b""  # closed
+        with s.client.stream("POST", "/v1/completions", json=LONG | {"max_tokens": 800, "stream": True}) as r:  # a long answer is not silence
+            assert [line for line in r.iter_lines() if line][-1] == "data: [DONE]"
+
+
 # ---- loading, draining, ending ---------------------------------------------------------------------------------------
 def test_loading():
     go = threading.Event()
-    with Running(lambda: go.wait(20) and llm()) as s:
+    with Running(lambda: go.wait(20) and paced()) as s:
         until(lambda: s.client.get("/health").status_code == 503)
         assert s.client.get("/health").json() == {"status": "loading"}
         r = s.post("/v1/completions", prompt="a")
@@ -166,7 +204,7 @@ def test_a_model_that_does_not_load():
 
 
 def test_the_first_signal_drains():
-    with Running() as s:
+    with Running(paced) as s:
         s.wait_ready()
         with s.client.stream("POST", "/v1/completions", json=LONG | {"max_tokens": 300, "stream": True}) as r:
             lines = r.iter_lines()
@@ -186,7 +224,7 @@ def test_the_first_signal_drains():
 
 @pytest.mark.parametrize("how", ["second signal", "timeout"])
 def test_requests_are_cut_off_at_the_end(how):
-    with Running(shutdown_timeout=0.2 if how == "timeout" else 30.0) as s:
+    with Running(paced, shutdown_timeout=0.2 if how == "timeout" else 30.0) as s:
         s.wait_ready()
         stream, whole = Client(s, stream=True, **LONG), Client(s, **LONG)
         until(lambda: s.service.generated_tokens > 3)
@@ -200,7 +238,7 @@ def test_requests_are_cut_off_at_the_end(how):
 
 
 def test_an_engine_that_dies_ends_the_server(monkeypatch):
-    with Running() as s:
+    with Running(paced) as s:
         s.wait_ready()
         monkeypatch.setattr(s.service.engine._llm, "step", lambda: 1 / 0)
         assert s.error(503, prompt="a")["code"] == "engine_ended"
@@ -211,7 +249,7 @@ def test_an_engine_that_dies_ends_the_server(monkeypatch):
 # ---- poison ----------------------------------------------------------------------------------------------------------
 def test_one_poisoned_request_fails_alone(monkeypatch):
     """One sequence's logits become nan in the middle of a batch: the others say what they say alone."""
-    with Running(lambda: llm(speculate=0)) as s:
+    with Running(lambda: paced(speculate=0)) as s:
         s.wait_ready()
         good = dict(prompt=["the cat", "a dog"], seed=2, max_tokens=40, ignore_eos=True)
         want = [c["text"] for c in s.complete(**good)["choices"]]
@@ -231,7 +269,7 @@ def test_one_poisoned_request_fails_alone(monkeypatch):
 
 
 def test_a_request_that_leaves_no_token_is_the_callers_fault(monkeypatch):
-    with Running() as s:
+    with Running(paced) as s:
         s.wait_ready()
         monkeypatch.setattr("lamoe.engine.llm.sample", lambda logits, p, g=None: torch.multinomial(torch.zeros(3), 1))
         assert s.error(400, prompt="a")["code"] == "generation_failed"
@@ -239,7 +277,7 @@ def test_a_request_that_leaves_no_token_is_the_callers_fault(monkeypatch):
 
 
 def test_an_unexpected_error_is_a_plain_500(monkeypatch, caplog):
-    with Running() as s:
+    with Running(paced) as s:
         s.wait_ready()
         monkeypatch.setattr(s.service, "check_model", lambda name: 1 / 0)
         r = s.post("/tokenize", prompt="a")
@@ -252,7 +290,7 @@ def test_an_unexpected_error_is_a_plain_500(monkeypatch, caplog):
 def locked(tmp_path_factory):
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(f"{KEY}\n\n{OTHER}\n")
-    with Running(api_key_file=str(file)) as s:
+    with Running(paced, api_key_file=str(file)) as s:
         yield s
 
 
@@ -308,7 +346,7 @@ def test_no_log_line_holds_a_key_or_what_was_said(locked, caplog):
 # ---- names, types ----------------------------------------------------------------------------------------------------
 def test_a_foreign_page_cannot_use_a_server_on_loopback():
     """Under a name of its own that points here (DNS rebinding), or by a form's content types, which browsers send without asking first."""
-    with Running() as s:
+    with Running(paced) as s:
         s.wait_ready()
         for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil", ""):
             r = s.client.get("/lamoe/stats", headers={"host": host})
@@ -318,12 +356,12 @@ def test_a_foreign_page_cannot_use_a_server_on_loopback():
         for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
             assert s.client.post("/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": kind}).status_code == 415
         assert "access-control-allow-origin" not in s.client.get("/v1/models", headers={"origin": "http://evil.example"}).headers
-    with Running(allowed_hosts="box.lan, other.lan") as s:
+    with Running(paced, allowed_hosts="box.lan, other.lan") as s:
         assert [s.client.get("/page/x.js", headers={"host": h}).status_code for h in ("box.lan:80", "other.lan", "localhost")] == [404, 404, 403]
 
 
 def test_more_connections_than_allowed():
-    with Running(max_connections=3) as s:
+    with Running(paced, max_connections=3) as s:
         s.wait_ready()
         host, port = s.url.removeprefix("http://").split(":")
         idle = [socket.create_connection((host, int(port))) for _ in range(3)]
@@ -348,7 +386,7 @@ def test_many_clients_at_once_leave_nothing_behind():
 
             return await asyncio.gather(*map(one, range(40)))
 
-    with Running() as s:
+    with Running(paced) as s:
         s.wait_ready()
         codes = asyncio.run(main(s.url))
         assert set(codes) == {0, 200, 400} and codes.count(200) > 20

@@ -2,11 +2,15 @@
 
 import argparse
 import json
+import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -19,11 +23,20 @@ from lamoe.serve import settings
 from lamoe.serve.settings import Settings
 
 
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """cli.main(["serve", ...]) takes the process's logging over."""
+    root, access = logging.getLogger(), logging.getLogger("uvicorn.access")
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:], root.level, access.disabled = handlers, level, False
+
+
 class Process:
     """A server in a process of its own. `log`: its JSON lines so far."""
 
     def __init__(self, *words, cwd=None, **environment):
-        env = {k: v for k, v in os.environ.items() if not k.startswith("LAMOE_")} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
+        env = {k: v for k, v in os.environ.items() if not k.startswith("LAMOE_")} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LAMOE_THREADS": "1"} | environment
         self.process = subprocess.Popen([sys.executable, "-m", "lamoe", "serve", *map(str, words)], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         os.set_blocking(self.process.stderr.fileno(), False)
         self._text = b""
@@ -86,6 +99,26 @@ def test_sigterm_drains_and_a_second_one_aborts(trained, tmp_path):  # noqa: F81
         assert slow[0].status in (0, 503) and p.event("requests are cut off")["why"] == "a second signal"
 
 
+def test_sigterm_while_the_model_loads(trained):  # noqa: F811
+    with Process(trained, "--port", 0) as p:
+        until(lambda: p.event("listening"), 60)
+        p.process.send_signal(signal.SIGTERM)
+        assert p.process.wait(20) == 0 and p.event("stopped"), p._text
+
+
+def test_the_examples_of_the_readme(trained):  # noqa: F811
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split("## Serve it")[1].split("\n## ")[0]
+    shell, python = (re.search(rf"```{kind}\n(.*?)```", readme, re.DOTALL)[1] for kind in ("sh", "py"))
+    with Process(trained, "--port", 0) as p:
+        address = p.wait_ready().url.removeprefix("http://")
+        run = [(["sh", "-c", shell], '"role":"assistant"')] if shutil.which("curl") else []
+        for words, says in [*run, ([sys.executable, "-c", python], "")]:
+            words = [w.replace("127.0.0.1:8000", address) for w in words]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0 and says in done.stdout and done.stdout.strip(), done.stderr
+        assert sum(line.get("status") == 200 and line.get("generated_tokens", 0) > 0 for line in p.log) == len(run) + 1
+
+
 @pytest.mark.parametrize("words, says", [
     (["/nowhere"], "/nowhere"), (["--port", "99999", "x"], "--port is 99999"), (["a", "--model", "b"], "two models are named"), (["x", "--max-num-seqs", "0"], "--max-num-seqs is 0"),
     (["x", "--api-key", "a b\n"], "printable"), (["x", "--api-key-file", "/nowhere"], "/nowhere"), (["x", "--host", "nowhere.invalid"], "--host nowhere.invalid"), ([], "no trained model"),
@@ -115,7 +148,7 @@ def parse(*words, **environment) -> Settings:
 
 def test_every_flag_is_also_a_variable():
     values = {"host": "::1", "port": "9", "api_key": "k", "api_key_file": "f", "served_model_name": "m", "max_model_len": "99", "max_num_seqs": "3", "max_num_batched_tokens": "33",
-              "kv_cache_dtype": "6bit", "kv_cache_memory": "2GiB", "dtype": "float32", "threads": "2", "seed": "5", "max_queued_requests": "4", "max_choices": "5",
+              "kv_cache_dtype": "6bit", "quantization": "int4", "kv_cache_memory": "2GiB", "dtype": "float32", "threads": "2", "seed": "5", "max_queued_requests": "4", "max_choices": "5",
               "max_body_bytes": "1MB", "max_header_bytes": "9kb", "max_connections": "6", "request_timeout": "1.5", "body_timeout": "2", "shutdown_timeout": "0", "allowed_hosts": "a,b",
               "log_level": "debug"}
     assert set(values) == set(Settings.__dataclass_fields__)

@@ -46,6 +46,14 @@ def llm(family: str = "deepseek_v2", tok=tok, **options) -> LLM:
     return LLM(model(family), tok() if callable(tok) else tok, **options)
 
 
+def paced(**options) -> LLM:
+    """One that takes at least a millisecond a step, so that a test about what happens meanwhile has a meanwhile on any machine."""
+    engine = llm(**options)
+    step = engine.step
+    engine.step = lambda: time.sleep(0.001) or step()
+    return engine
+
+
 class Running:
     """`with Running(load, **settings) as server`: server.url, server.service, server.client (an httpx2 client on its URL)."""
 

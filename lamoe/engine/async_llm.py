@@ -36,10 +36,11 @@ class Run:
         """The reader gets this error next, after what has come already."""
         self._queue.put_nowait(error)
 
-    def close(self) -> None:
+    def close(self, last: Callable[[LLM], None] = lambda llm: None) -> None:
+        """`last` is called first, in the engine's thread, when there is something left to free. It must not raise."""
         if self._open:
             left, self._open = self._open, set()
-            self._engine._post(lambda llm: self._engine._drop(left))
+            self._engine._post(lambda llm: (last(llm), self._engine._drop(left)))
 
 
 class AsyncLLM:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -13,12 +13,14 @@ import torch
 
 from lamoe import accounting, codec, packed, packed_file
 from lamoe.cache import PagedCache
-from lamoe.config import did_you_mean
+from lamoe.config import ModelConfig, did_you_mean
 from lamoe.convert import load, read_config, resolve
 from lamoe.engine import prefix_file, runner
 from lamoe.engine.generate import TextStream
 from lamoe.engine.grammar import Matcher
+from lamoe.engine.lookup import Pace
 from lamoe.engine.pages import PagePool
+from lamoe.engine.plan import Plan, available_memory, fit
 from lamoe.engine.request import Output, Sequence
 from lamoe.engine.sampler import SamplingParams, sample
 from lamoe.engine.scheduler import Scheduler
@@ -40,7 +42,7 @@ class Delta:
 
 
 class LLM:
-    """A model with a paged cache and continuous batching.
+    """A model with a paged cache and continuous batching. ValueError, before any weight is read, when the memory does not suffice (engine/plan.py).
 
     model: a Transformer, a PackedModel, or the folder (packed or not) or hub id of one. weights: int8 | int4 quantises while loading (`lamoe
     quantize` does it once, for good). impl: "native" runs the compiled kernels, "torch" the torch ops; None takes native where it can. cache:
@@ -61,24 +63,23 @@ class LLM:
             raise ValueError(f"max_num_seqs {max_num_seqs} and page_size {page_size} must be at least 1, max_num_batched_tokens {max_num_batched_tokens} at least max_num_seqs")
         if threads:
             torch.set_num_threads(threads)
-        if not isinstance(model, (Transformer, PackedModel)):
+        options = (cache, cache_memory, max_model_len, max_num_seqs, page_size)
+        if isinstance(model, (Transformer, PackedModel)):
+            size, free = _weight_bytes(model), available_memory()
+            self._plan = fit(model.config, size, *options, None if free is None else free + size)  # the weights are there already
+        else:
             folder = resolve(model)
+            config, size = _ahead(folder, dtype, weights)  # before the weights are read
+            free = available_memory()
+            if free is not None and packed_file.is_packed(folder):
+                free += size  # mapped pages of a file: what does not fit is read again
+            self._plan = fit(config, size, *options, free)
             tokenizer = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
             model = load_runnable(folder, weights, dtype, threads, impl)
         self.model, self.runs = model, _packed(model, weights, impl, threads)  # what was given; what steps run on
-        self.tokenizer, c = tokenizer, model.config
-        self.max_model_len = c.max_position_embeddings if max_model_len is None else max_model_len
-        if not 1 < self.max_model_len <= c.max_position_embeddings:
-            raise ValueError(f"max_model_len is {max_model_len}; it must be from 2 to the model's max_position_embeddings {c.max_position_embeddings}")
-        page_bytes = page_size * c.num_hidden_layers * codec.row_bytes(cache, c.cache_row)
-        needed = math.ceil(self.max_model_len / page_size)
-        if cache_memory is None:
-            cache_memory = max(needed * page_bytes, min(4 * needed * page_bytes, 1 << 30))
-        if cache_memory < needed * page_bytes:
-            fits = cache_memory // page_bytes * page_size
-            raise ValueError(f"a cache of {accounting.human_bytes(cache_memory)} in {cache} holds {fits} tokens, less than max_model_len {self.max_model_len}, which needs "
-                             f"{accounting.human_bytes(needed * page_bytes)}; give more cache_memory, a smaller cache format, or max_model_len {max(fits, 2)}")
-        self.cache = PagedCache(c, cache_memory // page_bytes, page_size, cache, self.dtype)
+        self._plan = replace(self._plan, weights=_weight_bytes(self.runs))
+        self.tokenizer, self.max_model_len, c = tokenizer, self._plan.max_model_len, model.config
+        self.cache = PagedCache(c, self._plan.pages, page_size, cache, self.dtype)
         self.pool = PagePool(self.cache.pages, page_size)
         self.scheduler = Scheduler(self.pool, max_num_seqs, max_num_batched_tokens, speculate)
         self.eos_ids = tokenizer.stop_ids if tokenizer else frozenset({c.eos_token_id} - {None})
@@ -87,6 +88,7 @@ class LLM:
         self._inboxes: dict[int, deque[Delta]] = {}  # of those who wait in generate or stream
         self.prompt_tokens = self.cached_tokens = 0  # since the start; their ratio is the prefix hit rate
         self.drafted = self.accepted = 0  # tokens of drafts, since the start
+        self._pace = Pace()
 
     # ---- the simple way ------------------------------------------------------------------------------------------
     def generate(self, prompts: list[str | list[int]], params: SamplingParams | list[SamplingParams] = SamplingParams()) -> list[Output]:
@@ -146,27 +148,14 @@ class LLM:
                 return output
         return None
 
-    def plan(self) -> dict[str, int]:
-        """What was allocated, in bytes, and what it is good for: weights, cache, bytes_per_token (all layers), tokens (that the cache holds), sequences (of
-        max_model_len at once), expanded_bytes_per_token (what caching keys and values at 16 bits would cost)."""
-        c = self.model.config
-        tokens = self.cache.pages * self.cache.page_size
-        return {
-            "weights": self._weight_bytes(), "cache": self.cache.nbytes,
-            "bytes_per_token": self.cache.nbytes // tokens, "tokens": tokens, "max_model_len": self.max_model_len,
-            "sequences": self.cache.pages // math.ceil(self.max_model_len / self.cache.page_size),
-            "expanded_bytes_per_token": 2 * accounting.expanded_elements(c) if c.is_mla else self.cache.nbytes // tokens,
-        }
+    def plan(self) -> Plan:
+        """What weights and cache take, and what fits in; `describe()` says it in words."""
+        return self._plan
 
     @property
     def dtype(self) -> torch.dtype:
         """What attention computes in, and cache rows are read in."""
         return self.runs.dtype if isinstance(self.runs, PackedModel) else self.runs.embed.weight.dtype
-
-    def _weight_bytes(self) -> int:
-        if isinstance(self.runs, PackedModel):
-            return sum(self.runs.nbytes.values())
-        return sum(p.numel() * p.element_size() for p in self.runs.parameters())
 
     @property
     def busy(self) -> bool:
@@ -178,7 +167,11 @@ class LLM:
         work = self.scheduler.schedule()
         if not work:
             return []
+        alone = work[0] if len(work) == 1 and work[0][0].todo == 1 else None
+        begin = time.perf_counter()
         results = runner.run(self.runs, self.cache, work, self.count_experts)
+        if alone:
+            self._pace.saw(alone[1], time.perf_counter() - begin)
         for seq, n in work:
             self.scheduler.computed(seq, n - len(seq.draft))
         return self._deliver([delta for seq, logits in results for delta in self._follow(seq, logits)])
@@ -200,7 +193,7 @@ class LLM:
             deltas.append(self._advance(seq, row))
         if draft:
             accepted = len(deltas) - 1
-            seq.lookup.learn(len(draft), accepted, len(seq.tokens))
+            seq.lookup.learn(len(draft), accepted, len(seq.tokens), self._pace.cost(1 + len(draft)))
             self.drafted, self.accepted = self.drafted + len(draft), self.accepted + accepted
         return deltas
 
@@ -279,6 +272,19 @@ class LLM:
         """Read a file of `save_cache`: prompts that begin with its tokens need not compute them again. How many tokens of it are in the cache now.
         ValueError for another model or cache format, a damaged file, or one that does not fit."""
         return prefix_file.load(file, self.runs, self.cache, self.pool, self.max_model_len)
+
+
+def _weight_bytes(model: Transformer | PackedModel) -> int:
+    return sum(model.nbytes.values()) if isinstance(model, PackedModel) else sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _ahead(folder: Path, dtype: str | None, weights: str | None) -> tuple[ModelConfig, int]:
+    """The config of a model that is not loaded yet, and about how many bytes its weights will take."""
+    if packed_file.is_packed(folder):
+        return packed_file.any_config(folder), int(packed_file.bits(folder) * accounting.parameters(packed_file.any_config(folder)).total / 8)
+    config = read_config(folder)
+    bits = native.BITS.get(weights) or accounting.DTYPE_BITS.get(dtype or config.torch_dtype, 32)
+    return config, int(accounting.parameters(config).total * bits / 8)
 
 
 def load_runnable(folder: Path, weights: str | None = None, dtype: str | None = None, threads: int = 0, impl: str | None = None) -> Transformer | PackedModel:

@@ -117,12 +117,12 @@ async def create_embedding(body: wire.EmbeddingRequest, request: Request) -> Res
     async def embed() -> dict[str, Any]:
         data = []
         try:
-            async with service.scoring:
-                for i, ids in enumerate(items):
+            for i, ids in enumerate(items):
+                async with service.scoring:  # a text, not a request, at a time: a long list must not keep the others waiting
                     vector = await mean_state(engine, ids)
-                    if body.encoding_format == "base64":
-                        vector = base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
-                    data.append({"object": "embedding", "index": i, "embedding": vector})
+                if body.encoding_format == "base64":
+                    vector = base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
+                data.append({"object": "embedding", "index": i, "embedding": vector})
         except EngineDead:
             raise ended() from None
         tokens = sum(map(len, items))

@@ -23,6 +23,7 @@ from lamoe.serve.wire import ChatRequest, CompletionRequest, Message, Sampling, 
 from lamoe.tokenizer import Tokenizer
 
 FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
+MAX_LOGPROBS = 1 << 22  # entries that one request may ask for: they are all in memory until its end
 NEVER = -9999.0  # what OpenAI writes for the log of zero
 
 
@@ -134,11 +135,22 @@ async def complete(service: Service, body: CompletionRequest, id: str, log: dict
     prompts = await prompts_of(service, body.prompt)
     if body.suffix is not None:
         prompts = [await _fill_in(service, body, p) for p in prompts]
+    check_logprobs(service, prompts, params, bool(body.echo))
     say = Completions(service, id, body, prompts, params)
     if max_tokens == 0:
         service.admit(len(prompts))
-        return Reply(whole=say.only_prompts, close=lambda: service.release(len(prompts)), seconds=service.settings.request_timeout)
+        return Reply(whole=say.only_prompts, heavy=body.logprobs is not None, close=lambda: service.release(len(prompts)), seconds=service.settings.request_timeout)
     return _reply(service, say, await service.start(id, [(p, params) for p in prompts]), body, log)
+
+
+def check_logprobs(service: Service, prompts: list[list[int]], params: SamplingParams, echo: bool) -> None:
+    """400 for more log-probabilities than memory should be spent on."""
+    if params.logprobs is None:
+        return
+    tokens = sum(params.n * (min(params.max_tokens, service.max_model_len - len(p)) + (len(p) if echo else 0)) for p in prompts)
+    if tokens * (params.logprobs + 1) > MAX_LOGPROBS:
+        raise ApiError(400, f"up to {tokens} tokens with {params.logprobs + 1} log-probabilities each are more than {MAX_LOGPROBS}; ask for a smaller max_tokens, n or logprobs",
+                       "too_many_logprobs", "logprobs")
 
 
 async def _fill_in(service: Service, body: CompletionRequest, prefix: list[int]) -> list[int]:
@@ -175,6 +187,7 @@ async def chat(service: Service, body: ChatRequest, id: str, log: dict) -> Reply
     check_length(service, ids, "messages")
     max_tokens = body.max_completion_tokens or body.max_tokens or service.max_model_len
     params = await sampling(service, body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None, skip_special=not use_tools)
+    check_logprobs(service, [ids], params, False)
     return _reply(service, Chats(service, id, body, form), await service.start(id, [(ids, params)]), body, log)
 
 
@@ -218,14 +231,17 @@ def _reply(service: Service, say: Completions | Chats, job: Job, body: Sampling,
         job.close()
 
     how = {"events": lambda: _events(say, body)} if body.stream else {"whole": lambda: _whole(say, job)}
-    return Reply(**how, close=close, left=service.metrics.left.inc, seconds=service.settings.request_timeout)
+    return Reply(**how, close=close, left=service.metrics.left.inc, seconds=service.settings.request_timeout, heavy=bool(body.logprobs))
 
 
 async def _whole(say: Completions | Chats, job: Job) -> dict[str, Any]:
     await say.prepare()
     async for _ in job.deltas():
         pass
-    return say.head() | {"choices": [say.choice(i, job.outputs[i]) for i in range(job.sequences)], "usage": job.usage()}
+    def choices() -> list[dict[str, Any]]:
+        return [say.choice(i, job.outputs[i]) for i in range(job.sequences)]
+
+    return say.head() | {"choices": await asyncio.to_thread(choices) if say.body.logprobs else choices(), "usage": job.usage()}
 
 
 async def _events(say: Completions | Chats, body: Sampling) -> AsyncIterator[dict[str, Any]]:
@@ -273,8 +289,11 @@ class Completions:
         if not (self.body.echo and self.body.logprobs is not None):
             return
         try:
-            async with self.service.scoring:
-                self.scores = [await prompt_logprobs(self.service.ready(), p, self.body.logprobs) for p in self.prompts]
+            scores = []
+            for p in self.prompts:
+                async with self.service.scoring:
+                    scores.append(await prompt_logprobs(self.service.engine, p, self.body.logprobs))
+            self.scores = scores
         except EngineDead:
             raise ended() from None
 

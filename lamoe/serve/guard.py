@@ -18,6 +18,7 @@ from lamoe.serve.settings import Settings
 
 log = logging.getLogger("lamoe.serve")
 
+BODIES = 16  # of the largest size that may be in memory at once
 UNEXPECTED = ApiError(500, "the server failed at this request; its log says more under this request's id", "internal_error")
 PREFIX = {"/v1/completions": "cmpl", "/v1/chat/completions": "chatcmpl", "/v1/embeddings": "embd"}
 
@@ -32,6 +33,7 @@ class Guard:
 
     def __init__(self, app, settings: Settings, metrics):
         self.app, self.settings, self.metrics = app, settings, metrics
+        self.held, self.most_held = 0, BODIES * settings.max_body_bytes  # bytes of all bodies whose answers are not complete
         self.hosts, self.digests = settings.hosts(), [hashlib.sha256(k.encode()).digest() for k in settings.keys()]
 
     async def __call__(self, scope, receive, send) -> None:
@@ -102,9 +104,13 @@ class _Call:
         self.disconnected |= message["type"] == "http.disconnect"
         if message["type"] == "http.request":
             self.bytes += len(message.get("body", b""))
+            self.guard.held += len(message.get("body", b""))
             self.complete = not message.get("more_body", False)
             if self.bytes > self.guard.settings.max_body_bytes:
                 raise _too_large(self.guard.settings.max_body_bytes)
+            if self.guard.held > self.guard.most_held:
+                self.guard.metrics.rejected.inc()
+                raise ApiError(429, "too many large requests at once; try again later", "queue_full", headers={"Retry-After": "2", "Connection": "close"})
         return message
 
     async def send(self, message) -> None:
@@ -118,6 +124,7 @@ class _Call:
             await error.response()(self.scope, self._receive, self.send)
 
     def report(self) -> None:
+        self.guard.held -= self.bytes
         seconds = time.perf_counter() - self.started
         route = getattr(self.scope.get("route"), "path", "other")
         self.guard.metrics.answered(route, self.status or 499, seconds)

@@ -18,7 +18,9 @@ class Reply(Response):
     leaves, or `seconds` have passed, what was running is cancelled; `close()` is called in any case."""
 
     def __init__(self, *, whole: Callable[[], Coroutine[Any, Any, dict]] | None = None, events: Callable[[], AsyncIterator[dict]] | None = None,
-                 close: Callable[[], None] = lambda: None, left: Callable[[], None] = lambda: None, seconds: float = 1e6):
+                 close: Callable[[], None] = lambda: None, left: Callable[[], None] = lambda: None, seconds: float = 1e6, heavy: bool = False):
+        """heavy: the JSON may take long to write, so a thread does."""
+        self.heavy = heavy
         self.whole, self.events, self.close, self.left, self.seconds = whole, events, close, left, seconds
         self.status_code, self.background = 200, None
 
@@ -40,11 +42,13 @@ class Reply(Response):
     async def _send_whole(self, scope, receive, send) -> None:
         try:
             async with asyncio.timeout(self.seconds):
-                response = answer(await self.whole())
+                value = await self.whole()
+                response = await asyncio.to_thread(answer, value) if self.heavy else answer(value)
         except ApiError as e:
             response = e.response()
         except TimeoutError:
-            response = ApiError(408, f"the answer was not complete within {self.seconds:g} seconds (--request-timeout)", "timeout").response()
+            response = ApiError(408, f"the answer was not complete within {self.seconds:g} seconds (--request-timeout)", "timeout",
+                                headers={"X-Should-Retry": "false"}).response()
         await response(scope, receive, send)
 
     async def _stream(self, send) -> None:

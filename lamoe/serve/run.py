@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,9 +29,12 @@ def run(model: str, name: str, settings: Settings) -> int:
     """Serve the model at a folder or hub id until a signal; the exit code: 0 after draining, 1 when requests were cut off or something failed."""
     configure(settings.log_level)
     options = dict(cache=settings.kv_cache_dtype, cache_memory=settings.kv_cache_memory, max_model_len=settings.max_model_len, max_num_seqs=settings.max_num_seqs,
-                   max_num_batched_tokens=settings.max_num_batched_tokens, dtype=settings.dtype, threads=settings.threads,
-                   weights=settings.weights, count_experts=True)
-    return asyncio.run(Serving(lambda: LLM(model, **options), name, settings).run())
+                   max_num_batched_tokens=settings.max_num_batched_tokens, dtype=settings.dtype, threads=settings.threads, weights=settings.quantization, count_experts=True)
+    code = asyncio.run(Serving(lambda: LLM(model, **options), name, settings).run())
+    if any(t.name in ("lamoe-load", "lamoe-engine") for t in threading.enumerate()):  # still loading, or in a step of many seconds
+        sys.stderr.flush()
+        os._exit(code)  # an ordinary exit would take the ground from under their C++ code, which ends in abort()
+    return code
 
 
 class Serving:
@@ -49,7 +54,7 @@ class Serving:
         config = uvicorn.Config(self._app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False, timeout_keep_alive=30,
                                 h11_max_incomplete_event_size=2 * s.max_header_bytes, limit_concurrency=s.max_connections, timeout_graceful_shutdown=5)
         logging.getLogger("uvicorn.access").disabled = True  # it would log query strings
-        self.loop, server = asyncio.get_running_loop(), _Uvicorn(config)
+        self.loop, server = asyncio.get_running_loop(), _Uvicorn(config, s.body_timeout)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.loop.add_signal_handler(number, self.signal)
@@ -83,8 +88,8 @@ class Serving:
             self.loop.call_soon_threadsafe(self._failed)
             return
         plan = llm.plan()
-        log.info("ready", extra={"fields": {"seconds": round(time.perf_counter() - started, 2), "model": self.service.name, "weights": human_bytes(plan["weights"]),
-                                            "cache": human_bytes(plan["cache"]), "cache_tokens": plan["tokens"], "max_model_len": plan["max_model_len"]}})
+        log.info("ready", extra={"fields": {"seconds": round(time.perf_counter() - started, 2), "model": self.service.name, "weights": human_bytes(plan.weights),
+                                            "cache": human_bytes(plan.cache), "cache_tokens": plan.tokens, "max_model_len": plan.max_model_len}})
         self.loop.call_soon_threadsafe(self.service.begin, llm)
 
     def _failed(self) -> None:
@@ -119,11 +124,25 @@ class Serving:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Would close its socket at the first signal; but /health is to say 503 while the rest is answered."""
+    """uvicorn, except: it would close its socket at the first signal, but /health is to say 503 while the rest is answered; and it would wait for ever
+    for the headers of a request, but connections are limited, so whoever holds one without asking anything has `patience` seconds."""
+
+    def __init__(self, config: uvicorn.Config, patience: float):
+        super().__init__(config)
+        self._patience, self._since = patience, {}
 
     @contextmanager
     def capture_signals(self):
         yield  # Serving has its own
+
+    async def on_tick(self, counter: int) -> bool:
+        now, before = time.monotonic(), self._since
+        silent = [c for c in self.server_state.connections if c.timeout_keep_alive_task is None and (c.cycle is None or c.cycle.response_complete)]
+        self._since = {c: before.get(c, now) for c in silent}
+        for connection, since in self._since.items():
+            if now - since > self._patience:
+                connection.transport.close()
+        return await super().on_tick(counter)
 
 
 def _listen(host: str, port: int) -> socket.socket:

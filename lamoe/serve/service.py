@@ -152,12 +152,15 @@ class Service:
         layers = list(c.moe_layers)
         return {"layers": layers, "experts": c.n_routed_experts, "load": [[0] * c.n_routed_experts for _ in layers] if load is None else load.tolist()}
 
+    def remember(self, id: str, load: torch.Tensor | None) -> None:
+        self._experts[id] = load
+        while len(self._experts) > REMEMBERED:
+            self._experts.popitem(last=False)
+
     def finished(self, job: Job) -> None:
         self.release(job.sequences)
         del self.jobs[job.id]
-        self._experts[job.id] = _sum(list(job.experts.values()))
-        while len(self._experts) > REMEMBERED:
-            self._experts.popitem(last=False)
+        self.remember(job.id, _sum(list(job.experts.values())))
         self.mean_seconds += 0.2 * (time.monotonic() - job.started - self.mean_seconds)
 
 
@@ -216,8 +219,17 @@ class Job:
             return
         self._closed = True
         self._timer.cancel()
-        self.run.close()
         self.service.finished(self)
+        loop = asyncio.get_running_loop()
+
+        def count(llm: LLM) -> None:  # also of what is cut short, which has no output
+            load = _sum([*self.experts.values(), *map(llm.experts, self.run.ids)])
+            try:
+                loop.call_soon_threadsafe(self.service.remember, self.id, load)
+            except RuntimeError:
+                pass  # the loop has ended
+
+        self.run.close(count)
 
 
 def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:

@@ -84,6 +84,14 @@ def latest(run_dir: str | Path) -> Path | None:
     return None
 
 
+def model_of_run(run_dir: str | Path) -> Path:
+    """The model folder of a run's newest whole checkpoint. ValueError when it has none yet."""
+    last = latest(run_dir)
+    if last is None:
+        raise ValueError(f"{run_dir} is a training run without a checkpoint yet; wait for one, or set run.save_every")
+    return last / "model"
+
+
 def verify(path: str | Path) -> dict:
     """The manifest of a checkpoint, after every file's size and hash has been compared with it; ValueError names the damaged file."""
     path = Path(path)

@@ -24,6 +24,7 @@ import torch
 
 from lamoe import accounting, evals
 from lamoe import tokenizer as tokenizers
+from lamoe.config import CARRIED
 from lamoe.convert import hf
 from lamoe.model import Transformer
 from lamoe.routing import Training
@@ -65,7 +66,13 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
 
         # 2. model and optimizer
         config = recipe.model.replace(bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id)
-        model = Transformer(config).init_weights(recipe.run.seed)
+        model = Transformer(config)
+        if not recipe.run.init_from:
+            model.init_weights(recipe.run.seed)
+        elif last is None:
+            folder = _start_folder(recipe)
+            model.load_state_dict(hf.load(folder, torch.float32).state_dict())
+            screen.note(f"starting from the weights of {folder}")
         optimizer = MasterAdamW(model, recipe.optim) if recipe.run.dtype == "float32" else None
         if optimizer is None:
             masters = [p.detach().clone() for p in model.parameters()]
@@ -163,8 +170,8 @@ def prepare_tokenizer(recipe: Recipe, folder: Path, note=print) -> Tokenizer:
     """The recipe's tokenizer, or one trained on (a sample of) the training side of the split; kept in the run folder."""
     if (folder / "tokenizer.json").exists():
         tok = Tokenizer.load(folder)
-    elif recipe.data.tokenizer:
-        tok = Tokenizer.load(recipe.data.tokenizer)
+    elif recipe.data.tokenizer or recipe.run.init_from:
+        tok = Tokenizer.load(recipe.data.tokenizer or _model_folder(recipe.run.init_from))
     else:
         note(f"learning a vocabulary of {recipe.model.vocab_size} tokens")
         tok = tokenizers.train(_training_texts(recipe), recipe.model.vocab_size)
@@ -207,6 +214,23 @@ def measure_peak(dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> floa
         a @ b
         best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best
+
+
+def _model_folder(name: str) -> Path:
+    return checkpoint.model_of_run(name) if (Path(name) / "recipe.json").exists() else hf.resolve(name)
+
+
+# What may differ from the model a run starts with: how far it reads (YaRN), and what does not change what is computed
+_NOT_IN_WEIGHTS = CARRIED | {"rope_scaling", "rope_theta", "torch_dtype", "initializer_range"}
+
+
+def _start_folder(recipe: Recipe) -> Path:
+    """The model folder of run.init_from. ValueError when the recipe describes another model."""
+    folder = _model_folder(recipe.run.init_from)
+    was, mine = dataclasses.asdict(hf.read_config(folder)), dataclasses.asdict(recipe.model)
+    if other := [f"model.{k} is {mine[k]!r}, there {was[k]!r}" for k in mine if mine[k] != was[k] and k not in _NOT_IN_WEIGHTS]:
+        raise ValueError(f"the weights of run.init_from {folder} do not fit this recipe: {'; '.join(other[:5])}. Describe the same model, or start from another")
+    return folder
 
 
 # ---- parts of the story ----------------------------------------------------------------------------------------------------
@@ -272,6 +296,8 @@ def _claim(run: Path, recipe: Recipe, resume: bool, note=print) -> Path | None:
         raise ValueError(f"{run} holds {', '.join(strange)} but no recipe.json, so it is not a run folder; choose another --run.out")
     if last is None:
         stamp(list(recipe.data.sources))  # a source that is not there is said before anything is touched
+        if recipe.run.init_from:
+            _start_folder(recipe)
     if last is None and not resume and saved.exists():
         for name in ("tokenizer.json", "tokenizer_config.json"):  # of an attempt that saved nothing, perhaps with another recipe
             (run / "tokenizer" / name).unlink(missing_ok=True)

@@ -41,6 +41,7 @@ class Run:
     """[run]: length, output, and everything that does not change what is learnt."""
 
     out: str = "runs/model"
+    init_from: str = ""  # a run, a model folder or a hub id whose weights (and tokenizer) training starts with; empty: random weights
     steps: int = 1000
     dtype: str = "bfloat16"  # of the computation; masters are float32
     seed: int = 0

@@ -1,6 +1,6 @@
 """What a low-bit cache does to a model's predictions: every storage format beside the 16-bit cache, in one run.
 
-    python benchmarks/cache_quality.py runs/tiny [--tokens 20480] [--seq 256] [--threads 2]
+    python benchmarks/cache.py runs/tiny [--tokens 20480] [--seq 256] [--threads 2]
 
 Held-out rows of `seq` tokens, each inside one document, are predicted with teacher forcing while attention reads all keys and
 values, its own token's included, through encode and decode of the format. Columns: bytes of a cache row (one token, one layer) and bits per
@@ -117,16 +117,17 @@ def main() -> None:
     sums = dict(zip(codec.FORMATS, compare(model, ids, list(codec.FORMATS))))
 
     print(f"{step}: {targets} held-out tokens, {text_bytes} bytes, rows of {args.seq}; a cache row is {widths[0]} + {widths[1]} elements")
-    print("format  row bytes  bits/elt  bits/byte     change   top-1 same       KL   |  512 + 64: bytes  bits/elt  rel. error         encode   decode")
-    out = {"model": str(step), "targets": targets, "text_bytes": text_bytes, "widths": widths, "formats": {}}
+    print("| format | bytes of a row | bits an element | bits/byte | change | top-1 same | KL | bytes of 512 + 64 | bits an element | rel. rms error, Gaussian 512 / 64 "
+          "| encode | decode 4,096 rows |\n" + "|---" * 12 + "|")
+    out = {"model": step.parent.name, "targets": targets, "text_bytes": text_bytes, "widths": widths, "formats": {}}
     for name, s in sums.items():
         bpb = s["nats"] / math.log(2) / text_bytes
         r = {"row_bytes": codec.row_bytes(name, widths), "bits_per_element": codec.bits_per_element(name, widths), "bits_per_byte": bpb,
              "change_percent": 100 * (s["nats"] / sums["bf16"]["nats"] - 1), "top1_percent": 100 * s["same"] / targets, "kl": s["kl"] / targets,
              "v2_row_bytes": codec.row_bytes(name, (512, 64)), "v2_bits_per_element": codec.bits_per_element(name, (512, 64)), **on_gaussian(name)}
         out["formats"][name] = r
-        print(f"{name:6s} {r['row_bytes']:10d} {r['bits_per_element']:9.2f} {bpb:10.4f} {r['change_percent']:+9.4f}% {r['top1_percent']:11.2f}% {r['kl']:.2e}"
-              f"   | {r['v2_row_bytes']:15d} {r['v2_bits_per_element']:9.2f}  {r['relative_rms'][0]:.4f} {r['relative_rms'][1]:.4f} {r['encode_ms']:8.2f} ms {r['decode_ms']:5.2f} ms")
+        print(f"| {name} | {r['row_bytes']} | {r['bits_per_element']:.2f} | {bpb:.4f} | {r['change_percent']:+.4f} % | {r['top1_percent']:.2f} % | {r['kl']:.1e} | {r['v2_row_bytes']} | "
+              f"{r['v2_bits_per_element']:.2f} | {r['relative_rms'][0]:.4f} / {r['relative_rms'][1]:.4f} | {r['encode_ms']:.2f} ms | {r['decode_ms']:.2f} ms |")
     print(json.dumps(out))
 
 

@@ -1,0 +1,101 @@
+"""What a model and its cache take of the memory: decided before anything is allocated, refused when it cannot be, and said in words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from lamoe import accounting, codec
+from lamoe.accounting import human_bytes
+from lamoe.config import ModelConfig
+
+DEFAULT_BYTES = 1 << 30  # a cache is at most this large unless one full context needs more, or somebody says so
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes, all layers. `cache` is `pages` pages; `expanded_bytes_per_token`: full keys and values at 16 bits, what a program without a latent cache keeps."""
+
+    format: str
+    weights: int
+    cache: int
+    pages: int
+    page_size: int
+    bytes_per_token: int
+    expanded_bytes_per_token: int
+    max_model_len: int  # tokens of one sequence, prompt and output
+    max_num_seqs: int
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the cache, all sequences together."""
+        return self.pages * self.page_size
+
+    @property
+    def sequences(self) -> int:
+        """Of max_model_len tokens, at once."""
+        return self.pages // math.ceil(self.max_model_len / self.page_size)
+
+    def describe(self) -> str:
+        """Three lines for people."""
+        e, same = self.expanded_bytes_per_token, self.cache // self.expanded_bytes_per_token
+        expanded = f"; as expanded keys and values {e:,} ({e / self.bytes_per_token:.1f} x), the same memory would hold {same:,} tokens" if e > self.bytes_per_token else ""
+        most = f" (max_num_seqs lets {self.max_num_seqs} run)" if self.max_num_seqs < self.sequences else ""
+        return (f"weights {human_bytes(self.weights)}\n"
+                f"cache   {human_bytes(self.cache)} in {self.format}, {self.bytes_per_token:,} bytes a token{expanded}\n"
+                f"fits    {self.tokens:,} tokens: {self.sequences:,} sequence{'s' * (self.sequences != 1)} of {self.max_model_len:,} at once{most}")
+
+
+def fit(config: ModelConfig, weights: int, format: str, cache_memory: int | None, max_model_len: int | None, max_num_seqs: int, page_size: int,
+         available: int | None = None) -> Plan:
+    """Size the cache. weights: their bytes; cache_memory: bytes, None for enough for four full contexts but at most 1 GiB (one full context in any case);
+    max_model_len: None for the model's limit; available: bytes that weights and cache may take, None when nobody knows. ValueError, with the numbers and the largest value
+    that would do, when one sequence of max_model_len does not fit the cache, or weights and cache not the memory."""
+    limit = config.max_position_embeddings
+    if max_model_len is not None and not 1 < max_model_len <= limit:
+        raise ValueError(f"max_model_len is {max_model_len}; it must be from 2 to the model's max_position_embeddings {limit}")
+    length = limit if max_model_len is None else max_model_len
+    page = page_size * config.num_hidden_layers * codec.row_bytes(format, config.cache_row)
+    needed = math.ceil(length / page_size) * page
+    asked = cache_memory is not None
+    if not asked:
+        cache_memory = max(needed, min(4 * needed, DEFAULT_BYTES))
+        if available is not None:  # four contexts are a comfort, one is a need
+            cache_memory = max(needed, min(cache_memory, available - weights))
+    if cache_memory < needed:
+        fits = cache_memory // page * page_size
+        raise ValueError(f"a cache of {human_bytes(cache_memory)} in {format} holds {fits} tokens, less than max_model_len {length}, which needs "
+                         f"{human_bytes(needed)}; give more cache_memory, a smaller cache format, or max_model_len {max(fits, 2)}")
+    pages = cache_memory // page
+    if available is not None and weights + pages * page > available:
+        free = max(0, available - weights)
+        fits = free // page * page_size
+        if asked and free >= needed:
+            cure = f"lower cache_memory to at most {human_bytes(free)}"
+        elif fits >= 2:
+            cure = f"lower max_model_len to {fits}, or take a smaller cache format (4bit: {codec.row_bytes('4bit', config.cache_row) * config.num_hidden_layers:,} bytes a token)"
+        else:
+            cure = "free some memory, or take a smaller model"
+        raise ValueError(f"{human_bytes(weights)} of weights and a cache of {human_bytes(pages * page)} ({pages * page_size:,} tokens in {format}, {page // page_size:,} bytes a token) are more "
+                         f"than the {human_bytes(available)} of memory that are available; {cure}")
+    expanded = 2 * accounting.expanded_elements(config) if config.is_mla else page // page_size
+    return Plan(format, weights, pages * page, pages, page_size, page // page_size, expanded, length, max_num_seqs)
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process may still take: what the system calls available, or what is left of the limit of its control group if that is less.
+    None where neither can be read."""
+    found = []
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except (OSError, ValueError, IndexError):
+        pass
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            most, now = ((root / "sys/fs/cgroup" / name).read_text().strip() for name in (limit, used))
+            found += [max(0, int(most) - int(now))]
+        except (OSError, ValueError):  # "max" is no number and no limit
+            pass
+    return min(found, default=None)

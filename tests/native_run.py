@@ -1,0 +1,48 @@
+"""Sequences over a packed model and a poisoned cache, fed in any cuts and company: what the tests of the compiled model drive it with."""
+
+import torch
+
+from lamoe.cache import PagedCache
+from lamoe.packed import PackedModel
+
+
+class Run:
+    """Sequences by name. Pages are dealt out in random order; what is not written holds 0xFF, which is NaN in every format."""
+
+    def __init__(self, packed: PackedModel, format: str = "fp32", page: int = 16, pages: int = 64, seed: int = 0):
+        self.packed, self.cache = packed, PagedCache(packed.config, pages, page, format, packed.dtype)
+        self.cache.rows.fill_(0xFF)
+        self.free = torch.randperm(pages, generator=torch.Generator().manual_seed(seed)).tolist()
+        self.tokens: dict[str, list[int]] = {}
+        self.pages: dict[str, list[int]] = {}
+
+    def feed(self, work: dict[str, list[int]], experts: bool = False, rows: list[int] | None = None):
+        """One step: the next tokens of each sequence -> logits of all of them (or of `rows`) [N, vocabulary]; with the chosen experts when asked for."""
+        ids, positions, seqs, table = [], [], [], []
+        for name, new in work.items():
+            text, pages = self.tokens.setdefault(name, []), self.pages.setdefault(name, [])
+            positions += range(len(text), len(text) + len(new))
+            text += new
+            while len(pages) * self.cache.page_size < len(text):
+                pages.append(self.free.pop())
+            seqs.append([len(new), len(text), len(table)])
+            table += [*pages, 2**31 - 1, -7]  # what stands behind a sequence's pages is nobody's business
+            ids += new
+        rows = list(range(len(ids))) if rows is None else rows
+        logits, chosen = self.packed.run(ids, torch.tensor(positions), torch.tensor(seqs, dtype=torch.int32), torch.tensor(table, dtype=torch.int32),
+                                         self.cache, rows, experts=experts)
+        return (logits, chosen) if experts else logits
+
+    def all(self, text: list[int], cuts: list[int], name: str = "a") -> torch.Tensor:
+        """A whole text in pieces of `cuts` tokens, the last size again and again. -> logits [N, vocabulary]"""
+        out, at, cuts = [], 0, list(cuts)
+        while at < len(text):
+            size = cuts.pop(0) if len(cuts) > 1 else cuts[0]
+            out.append(self.feed({name: text[at : at + size]}))
+            at += size
+        return torch.cat(out)
+
+
+def distance(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest difference as a share of the largest logit; infinite when something is not finite."""
+    return float((got.double() - want.double()).abs().max() / want.double().abs().max()) if got.isfinite().all() else float("inf")
