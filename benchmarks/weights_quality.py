@@ -28,7 +28,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from cache_quality import single_document_rows
+from cache import single_document_rows
 
 import lamoe
 from lamoe import calibrate, packed_file

@@ -132,6 +132,8 @@ def evaluate_needle(model: Transformer, tok: Tokenizer, lengths: list[int], sour
     """Needles in haystacks of `sources` (train/sources.py says what a source is), at `depths` even depths of each length in tokens."""
     if depths < 2:
         raise ValueError(f"{depths} depths were asked for; at least 2 are needed, the beginning and the end")
+    if isinstance(model, PackedModel):
+        raise ValueError("the needle test runs on the torch model only; use the model that the packed one was made from, without --weights")
     make = evals.text_needle(tok, (doc.text for doc in read_documents(sources)))
     at = [i / (depths - 1) for i in range(depths)]
     found = evals.needle(model, make, lengths, at, draws, seed, note)
