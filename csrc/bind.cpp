@@ -59,11 +59,12 @@ Mat mat(int fmt, int64_t n, int64_t k, const In<uint8_t, 1>& data, float scale) 
   return {fmt, int(n), int(k), data.data(), scale};
 }
 
-auto pack(int fmt, In<float, 2> w, std::optional<In<float, 1>> importance, int threads, const std::string& isa) {
+auto pack(int fmt, In<float, 2> w, std::optional<In<float, 1>> importance, std::optional<In<float, 2>> feedback, int threads, const std::string& isa) {
   const Ops& op = table(isa);
   need(wrong_sizes(fmt, int64_t(w.shape(0)), int64_t(w.shape(1))));
   const int n = int(w.shape(0)), k = int(w.shape(1));
   need(!importance || importance->size() == size_t(k), "importance has one number per input");
+  need(!feedback || (feedback->shape(0) == size_t(k) && feedback->shape(1) == size_t(k)), "feedback is [inputs, inputs]");
   auto out = fresh<uint8_t>({mat_bytes(fmt, n, k)});
   Mat m{fmt, n, k, out.data(), 1.f};
   {
@@ -71,7 +72,7 @@ auto pack(int fmt, In<float, 2> w, std::optional<In<float, 1>> importance, int t
     m.scale = op.pack_scale(fmt, w.data(), k, n, k);
     Threads pool(thread_count(threads));
     Threads::Session awake(pool);
-    pool.run(tiles(n), [&](int t, int) { op.pack(m, out.data(), w.data(), k, importance ? importance->data() : nullptr, t); });
+    pool.run(tiles(n), [&](int t, int) { op.pack(m, out.data(), w.data(), k, importance ? importance->data() : nullptr, feedback ? feedback->data() : nullptr, t); });
   }
   return std::make_tuple(out, m.scale);
 }
@@ -300,7 +301,7 @@ NB_MODULE(_native, m) {
   m.def("features", [] { return std::string(cpu_features()); }, "The instruction sets that this CPU runs, best first.");
   // noconvert: an array of another type or order would be copied, silently, and for the cache's rows the copy would be written
   m.def("mat_bytes", [](int fmt, int64_t n, int64_t k) { need(wrong_sizes(fmt, n, k)); return mat_bytes(fmt, int(n), int(k)); });
-  m.def("pack", &pack, nb::arg("fmt"), nb::arg("w").noconvert(), nb::arg("importance").noconvert() = nb::none(), nb::arg("threads") = 1, nb::arg("isa") = "");
+  m.def("pack", &pack, nb::arg("fmt"), nb::arg("w").noconvert(), nb::arg("importance").noconvert() = nb::none(), nb::arg("feedback").noconvert() = nb::none(), nb::arg("threads") = 1, nb::arg("isa") = "");
   m.def("unpack", &unpack, nb::arg("fmt"), nb::arg("data").noconvert(), nb::arg("n"), nb::arg("k"), nb::arg("scale"), nb::arg("isa") = "");
   m.def("linear", &linear, nb::arg("fmt"), nb::arg("data").noconvert(), nb::arg("scale"), nb::arg("n"), nb::arg("x").noconvert(), nb::arg("isa") = "");
   m.def("probe", &probe, nb::arg("buffer").noconvert(), nb::arg("threads"), "(bytes read, int8, bf16, fp32 multiply-adds) per second.");

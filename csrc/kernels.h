@@ -10,7 +10,7 @@ void linear(const Mat& m, int t0, int t1, const Acts& x, int row0, int rows, flo
 void swiglu(const Seg& s, int block, const Acts& x, const Acts& act, void* scratch);
 
 float pack_scale(int fmt, const float* w, size_t ldw, int n, int k);
-void pack(const Mat& m, uint8_t* out, const float* w, size_t ldw, const float* importance, int tile);
+void pack(const Mat& m, uint8_t* out, const float* w, size_t ldw, const float* importance, const float* feedback, int tile);
 void unpack(const Mat& m, float* out, size_t ldo, int tile);
 
 void put_row(const Acts& a, int row, const float* x);

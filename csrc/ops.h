@@ -79,7 +79,9 @@ struct Lanes {
 struct Ops {
   const char* name;
   // weights
-  void (*pack)(const Mat& m, uint8_t* out, const float* w, size_t ldw, const float* importance, int tile);  // m.scale given; one tile
+  // m.scale given; one tile. importance [k] or null: weights of squared errors when a scale is chosen. feedback [k][k] or null, unit upper triangular:
+  // after input i is rounded with error e, input j > i is moved by -e * feedback[i][j] before its own turn
+  void (*pack)(const Mat& m, uint8_t* out, const float* w, size_t ldw, const float* importance, const float* feedback, int tile);
   float (*pack_scale)(int fmt, const float* w, size_t ldw, int n, int k);
   void (*unpack)(const Mat& m, float* out, size_t ldo, int tile);
   // activations: one row of k floats into row `row` of a (whatever of f, h, q is set)

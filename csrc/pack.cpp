@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "kernels.h"
 
@@ -78,6 +79,56 @@ Group4 best_int8(const float* x, float matrix_scale, int8_t* code) {
   return g;
 }
 
+// 16 rows, group by group. x holds them transposed, [input][row], and what is still to be rounded in it is moved by the errors made so far.
+void pack_low(const Mat& m, uint8_t* to, const float* w, size_t ldw, const float* importance, const float* feedback, int tile) {
+  const int k = m.k, groups = ceil_to(k, kBlock) / kGroup;
+  const float unit = m.fmt == INT8 ? 1.f : m.scale;
+  std::vector<float> x(size_t(groups) * kGroup * 16, 0.f);
+  for (int o = 0; o < kTile && tile * kTile + o < m.n; o++)
+    for (int i = 0; i < k; i++) x[size_t(i) * 16 + o] = w[(tile * kTile + o) * ldw + i] / unit;
+  for (int g = 0; g < groups; g++) {
+    uint8_t* block = to + size_t(g / 4) * (m.fmt == INT8 ? 1088 : 576);
+    const int first = g * kGroup, width = std::min(kGroup, std::max(0, k - first));
+    float error[16][16] = {};  // [input][row]
+    for (int o = 0; o < kTile; o++) {
+      float v[16], h[16];
+      for (int i = 0; i < 16; i++) v[i] = x[size_t(first + i) * 16 + o];
+      for (int i = 0; i < 16; i++) h[i] = importance && i < width ? importance[first + i] : 1.f;
+      int8_t code8[16];
+      const Group4 best = m.fmt == INT8 ? best_int8(v, m.scale, code8) : best_int4(v, importance ? h : nullptr);
+      block[(g % 4) * 16 + o] = best.scale;
+      const float step = scale_value(best.scale) * (m.fmt == INT8 ? m.scale : 1.f);
+      for (int i = 0; i < 16; i++) {
+        const int quad = (g % 4) * 4 + i / 4;
+        float stored;
+        if (m.fmt == INT8) {
+          const int c = feedback && step != 0.f ? int(std::clamp(std::nearbyint(v[i] / step), -127.f, 127.f)) : code8[i];
+          block[64 + quad * 64 + 4 * o + i % 4] = uint8_t(c + 128);
+          stored = float(c) * step;
+        } else {
+          const uint8_t c = feedback && step != 0.f ? nearest_level()[int(std::clamp(v[i] * (2.f / step) + 128.f, 0.f, 255.f))] : best.code[i];
+          block[64 + (quad / 2) * 64 + 4 * o + i % 4] |= uint8_t(c << (quad % 2 ? 4 : 0));
+          stored = float(kLevels[c] - 64) * step;
+        }
+        if (!feedback || i >= width) continue;
+        const float e = error[i][o] = v[i] - stored;
+        const float* row = feedback + size_t(first + i) * k + first;
+        for (int j = i + 1; j < width; j++) v[j] -= e * row[j];
+      }
+    }
+    if (!feedback) continue;
+    vf e[16];
+    for (int i = 0; i < 16; i++) e[i] = vset(0.f) - vload(error[i]);
+    for (int j = first + kGroup; j < k; j++) {
+      const float* f = feedback + size_t(first) * k + j;
+      vf moved = vload(x.data() + size_t(j) * 16);
+      UNROLL
+      for (int i = 0; i < 16; i++) moved = vfma(vset(f[size_t(i) * k]), e[i], moved);
+      vstore(x.data() + size_t(j) * 16, moved);
+    }
+  }
+}
+
 }  // namespace
 
 float pack_scale(int fmt, const float* w, size_t ldw, int n, int k) {
@@ -88,43 +139,22 @@ float pack_scale(int fmt, const float* w, size_t ldw, int n, int k) {
   return top == 0.f ? 1.f : std::max(top / (fmt == INT8 ? 127.f : kTop4) / 1.5f, std::numeric_limits<float>::denorm_min());
 }
 
-void pack(const Mat& m, uint8_t* out, const float* w, size_t ldw, const float* importance, int tile) {
+void pack(const Mat& m, uint8_t* out, const float* w, size_t ldw, const float* importance, const float* feedback, int tile) {
   const size_t size = tile_bytes(m.fmt, m.k);
   uint8_t* to = out + tile * size;
   std::memset(to, 0, size);
-  for (int o = 0; o < kTile; o++) {
-    const int row = tile * kTile + o;
-    const float* x = row < m.n ? w + row * ldw : nullptr;
-    if (m.fmt == FP32) {
-      for (int i = 0; x && i < m.k; i++) std::memcpy(to + (size_t(i) * 16 + o) * 4, x + i, 4);
-    } else if (m.fmt == BF16) {
-      for (int i = 0; x && i < m.k; i++) {
+  if (m.fmt == INT8 || m.fmt == INT4) {
+    pack_low(m, to, w, ldw, importance, feedback, tile);
+    return;
+  }
+  for (int o = 0; o < kTile && tile * kTile + o < m.n; o++) {
+    const float* x = w + (tile * kTile + o) * ldw;
+    for (int i = 0; i < m.k; i++) {
+      if (m.fmt == FP32) {
+        std::memcpy(to + (size_t(i) * 16 + o) * 4, x + i, 4);
+      } else {
         uint16_t h = float_to_bf16(x[i]);
         std::memcpy(to + (size_t(i / 2) * 16 + o) * 4 + 2 * (i % 2), &h, 2);
-      }
-    } else {
-      const int block_bytes = m.fmt == INT8 ? 1088 : 576;
-      for (int g = 0; g < ceil_to(m.k, kBlock) / kGroup; g++) {
-        uint8_t* block = to + size_t(g / 4) * block_bytes;
-        float v[16] = {}, h[16];
-        for (int i = 0; i < 16; i++) {
-          const int at = g * kGroup + i;
-          v[i] = x && at < m.k ? x[at] : 0.f;
-          h[i] = importance && at < m.k ? importance[at] : 1.f;
-        }
-        if (m.fmt == INT8) {
-          int8_t code[16];
-          block[(g % 4) * 16 + o] = best_int8(v, m.scale, code).scale;
-          for (int i = 0; i < 16; i++) block[64 + ((g % 4) * 4 + i / 4) * 64 + 4 * o + i % 4] = uint8_t(code[i] + 128);
-        } else {
-          for (float& y : v) y /= m.scale;
-          Group4 best = best_int4(v, importance ? h : nullptr);
-          block[(g % 4) * 16 + o] = best.scale;
-          for (int i = 0; i < 16; i++) {
-            const int quad = (g % 4) * 4 + i / 4;
-            block[64 + (quad / 2) * 64 + 4 * o + i % 4] |= uint8_t(best.code[i] << (quad % 2 ? 4 : 0));
-          }
-        }
       }
     }
   }

@@ -94,11 +94,20 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--needle-depths", type=int, default=5, metavar="N", help="at so many depths, from the beginning to the end")
     p.add_argument("--needle-draws", type=int, default=8, metavar="N", help="needles per depth and length")
     p.add_argument("--out", help="folder for report.md, report.json and report.png; default: the run folder, else nothing is written")
+    p.add_argument("--weights", choices=("fp32", "bf16", "int8", "int4"), help="measure the model with its weights in this format, on the compiled kernels")
+
+    p = verb(quantize, "pack a model's weights for the compiled kernels, into a folder that is memory-mapped; goes on where an interrupted call stopped")
+    p.add_argument("source", help="a run folder, a model folder or a hub id")
+    p.add_argument("target", help="a new folder")
+    p.add_argument("--weights", choices=("fp32", "bf16", "int8", "int4"), default="int4", help="int4: 4.5 bits a weight with all scales, int8: 8.5 (default: int4)")
+    p.add_argument("--calibrate", metavar="TEXT", help="a text source (file, folder, glob, .jsonl): the error of each weight is made up for by those after it, as inputs on that text go together")
+    p.add_argument("--calibrate-tokens", type=int, default=32768, help="tokens of it, spread evenly")
+    p.add_argument("--threads", type=int, default=0)
 
     p = verb(info, "parameters, FLOPs, cache bytes and memory of a model, from its config alone")
     p.add_argument("model", help=f"a preset ({', '.join(PRESETS)}), a run or model folder, a config.json or a hub id")
     p.add_argument("--context", type=int, help="cached tokens the figures are for")
-    p.add_argument("--weight-bits", type=float, default=16.0)
+    p.add_argument("--weight-bits", type=float, help="bits of a stored weight; default: 16, or what a packed model has")
     p.add_argument("--cache-bits", type=float, default=6.0)
     p.add_argument("--memory", type=parse_bytes, help="plan for this much memory, for example 16GB")
     p.add_argument("--json", action="store_true")
@@ -144,6 +153,7 @@ def _sampling(p: argparse.ArgumentParser, max_tokens: int, what: str) -> None:
     p.add_argument("--seed", type=int)
     p.add_argument("--stop", action="append", default=[], help=f"a text that ends {what}; may be given more than once")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; default: the model's own")
+    p.add_argument("--weights", choices=("fp32", "bf16", "int8", "int4"), help="quantise while loading; `lamoe quantize` does it once, for good")
     p.add_argument("--threads", type=int, default=0)
 
 
@@ -162,7 +172,8 @@ def train(args) -> int:
 
 
 def generate(args) -> int:
-    from lamoe.convert import read_config, resolve
+    from lamoe import packed_file
+    from lamoe.convert import resolve
     from lamoe.engine.llm import LLM
     from lamoe.engine.sampler import SamplingParams
     from lamoe.tokenizer import Tokenizer
@@ -172,9 +183,9 @@ def generate(args) -> int:
     tok = Tokenizer.load(folder)
     prompt = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
     ids = tok.encode(prompt, bos=tok.add_bos)
-    needed = max(2, min(len(ids) + args.max_tokens, read_config(folder).max_position_embeddings))
+    needed = max(2, min(len(ids) + args.max_tokens, packed_file.any_config(folder).max_position_embeddings))
     llm = LLM(folder, tok, cache=args.cache, cache_memory=args.kv_cache_memory, max_model_len=needed if args.max_model_len is None else args.max_model_len,
-              max_num_seqs=1, dtype=args.dtype, threads=args.threads)
+              max_num_seqs=1, dtype=args.dtype, weights=args.weights, threads=args.threads)
     deltas = llm.stream(ids, params)
     print(prompt, end="", flush=True)
     for delta in deltas:
@@ -191,7 +202,7 @@ def chat(args) -> int:
     from lamoe.engine.sampler import SamplingParams
 
     params = SamplingParams(args.temperature, args.top_p, args.top_k, args.min_p, args.seed, args.max_tokens, tuple(args.stop))
-    llm = LLM(find_model(args.model), cache=args.cache, dtype=args.dtype, threads=args.threads, max_model_len=args.max_model_len,
+    llm = LLM(find_model(args.model), cache=args.cache, dtype=args.dtype, weights=args.weights, threads=args.threads, max_model_len=args.max_model_len,
               cache_memory=args.kv_cache_memory, max_num_seqs=args.max_num_seqs)
     return run(llm, params, args.system, name=args.model)
 
@@ -215,7 +226,7 @@ def evaluate(args) -> int:
         raise ValueError("--seq-len needs --data; a run is measured at the length it was trained with")
     if args.needle and args.seq_len is not None:
         raise ValueError("--seq-len goes with text; the lengths of a needle test are those of --needle")
-    model, tok = _load(args.model, None, 0)
+    model, tok = _load(args.model, None, 0, args.weights)
     run = Path(args.model)
     if args.needle:
         result = report.evaluate_needle(model, tok, args.needle, args.data or ["austen"], args.needle_depths, args.needle_draws,
@@ -228,7 +239,7 @@ def evaluate(args) -> int:
         result = report.evaluate_run(model, tok, run)
     else:
         raise ValueError(f"{args.model} is not a run folder, so there is no held-out text; name some with --data")
-    out = Path(args.out) if args.out else run if not args.data and (run / "recipe.json").exists() else None
+    out = Path(args.out) if args.out else run if not args.data and not args.weights and (run / "recipe.json").exists() else None
     name = f"lamoe: {run.name or args.model}"
     text = report.needle_markdown(result, name) if args.needle else report.markdown(result, name)
     print(text)
@@ -248,8 +259,8 @@ def evaluate(args) -> int:
 def info(args) -> int:
     from lamoe import accounting
 
-    config, name = _config(args.model)
-    options = dict(name=name, context=args.context, weight_bits=args.weight_bits, cache_bits=args.cache_bits, memory_bytes=args.memory)
+    config, name, bits = _config(args.model)
+    options = dict(name=name, context=args.context, weight_bits=bits if args.weight_bits is None else args.weight_bits, cache_bits=args.cache_bits, memory_bytes=args.memory)
     if args.json:
         print(json.dumps(accounting.report(config, **options), indent=1))
     else:
@@ -267,7 +278,9 @@ def bench(args) -> int:
     import torch
 
     from lamoe import bench as b
-    from lamoe import packed, packed_file
+    from lamoe import packed_file
+    from lamoe.convert import resolve
+    from lamoe.engine import llm
     from lamoe.kernels import native
 
     if not native.available():
@@ -278,8 +291,8 @@ def bench(args) -> int:
     if args.model in PRESETS or args.model.endswith(".json"):
         model = b.random_model(_config(args.model)[0], args.weights, threads)
     else:
-        folder = find_model(args.model)
-        model = packed_file.load(folder, threads) if packed_file.is_packed(folder) else packed.PackedModel.of(_load(folder, None, threads)[0], args.weights, threads)
+        folder = resolve(find_model(args.model))
+        model = llm.load_runnable(folder, None if packed_file.is_packed(folder) else args.weights, None, threads)
     loaded = time.perf_counter() - begin
     limit = model.config.max_position_embeddings
     depths = [d for d in args.depth if d < limit]
@@ -314,6 +327,41 @@ def doctor(args) -> int:
     found = d.examine()
     print(json.dumps(found, indent=1) if args.json else d.render(found))
     return d.exit_code(found)
+
+
+def quantize(args) -> int:
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from lamoe import calibrate, packed, packed_file
+    from lamoe.accounting import human_bytes
+    from lamoe.convert import read_config, resolve
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    source = resolve(find_model(args.source))
+    config, options, done = read_config(source), {}, []
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(f"packing as {args.weights}", total=sum(packed.piece_bytes(p, packed.element(args.weights)) for p in packed.pieces(config, args.weights)))
+        if args.calibrate:
+            from lamoe.tokenizer import Tokenizer
+            from lamoe.train.sources import read_documents
+
+            if args.weights != "int4":
+                raise ValueError(f"--calibrate concerns int4; {args.weights} rounds every weight to the nearest value whatever its inputs are")
+            rows = calibrate.rows_of(Tokenizer.load(source), [d.text for d in read_documents([args.calibrate])], config, args.calibrate_tokens)
+            options = calibrate.options(source, config, rows, lambda layer: bar.update(task, description=f"calibrating, layer {layer}"))
+        for piece, size in packed_file.write(source, args.target, args.weights, **options):
+            bar.update(task, advance=size, description=f"packing as {args.weights}")
+            done.append(piece)
+    print(f"{'class':<20} {'weights':>16} {'bytes':>16} {'bits a weight':>14}  format")
+    for kind, c in packed.classes(config, args.weights, done).items():
+        print(f"{kind:<20} {c.elements:>16,} {c.bytes:>16,} {f'{8 * c.bytes / c.elements:.2f}' if c.elements else '-':>14}  {', '.join(c.formats)}")
+    total = sum(packed.piece_bytes(p, packed.element(args.weights)) for p in done)
+    print(f"wrote {args.target}: {human_bytes(total)}, {packed_file.bits(args.target):.2f} bits a weight in all")
+    return 0
 
 
 def convert(args) -> int:
@@ -357,31 +405,38 @@ def _ints(text: str) -> list[int]:
     return found
 
 
-def _load(name: str, dtype: str | None, threads: int):
+def _load(name: str, dtype: str | None, threads: int, weights: str | None):
+    """(Transformer, or PackedModel of a packed folder or where `weights` asks for one; tokenizer)."""
     import torch
 
+    from lamoe import packed_file
     from lamoe.convert import load, resolve
+    from lamoe.engine import llm
     from lamoe.tokenizer import Tokenizer
 
     if threads:
         torch.set_num_threads(threads)
     folder = resolve(find_model(name))
-    return load(folder, dtype), Tokenizer.load(folder)
+    if weights is None and not packed_file.is_packed(folder):
+        return load(folder, dtype), Tokenizer.load(folder)
+    return llm.load_runnable(folder, weights, dtype, threads), Tokenizer.load(folder)
 
 
-def _config(name: str) -> tuple[ModelConfig, str]:
+def _config(name: str) -> tuple[ModelConfig, str, float]:
+    """(config, name to show, bits of a stored weight)."""
     if name in PRESETS:
-        return ModelConfig.preset(name), name
+        return ModelConfig.preset(name), name, 16.0
     path = Path(find_model(name))
     if path.is_file():
-        return ModelConfig.from_file(path), str(path)
-    if path.is_dir():
-        return ModelConfig.from_file(path / "config.json"), str(path)
-    if name.count("/") != 1:
+        return ModelConfig.from_file(path), str(path), 16.0
+    if not path.is_dir() and name.count("/") != 1:
         raise ValueError(f"{name!r} is neither a preset{did_you_mean(name, PRESETS)} nor a folder, a config.json or a hub id; presets: {', '.join(PRESETS)}")
+    from lamoe import packed_file
     from lamoe.convert import read_config, resolve
 
-    return read_config(resolve(name)), name
+    folder = path if path.is_dir() else resolve(name)
+    shown = str(path) if path.is_dir() else name
+    return (*packed_file.read_config(folder)[:1], shown, packed_file.bits(folder)) if packed_file.is_packed(folder) else (read_config(folder), shown, 16.0)
 
 
 def _lengths(text: str) -> list[int]:

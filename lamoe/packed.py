@@ -7,7 +7,7 @@ of the same rounded values, so both forms are one model. File layout and loading
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -21,7 +21,9 @@ from lamoe.kernels import native
 from lamoe.model import Transformer
 
 WEIGHTS = tuple(native.FORMATS)
+COPY = "kv_b, 16-bit copies"  # for the expanded form
 Read = Callable[[str], torch.Tensor]  # the tensor of a Hugging Face name
+Weigh = Callable[["Piece", int], tuple[torch.Tensor, torch.Tensor] | None]  # (importance, feedback) of native.pack for matrix i of a piece
 
 
 class Piece(NamedTuple):
@@ -39,6 +41,22 @@ class Piece(NamedTuple):
     @property
     def key(self) -> str:
         return self.name if self.layer < 0 else f"layers.{self.layer}.{self.name}"
+
+    def kind(self, config: ModelConfig) -> str:
+        """The class of weights it belongs to."""
+        if self.name in ("w13", "w2"):
+            return "shared experts" if config.is_moe_layer(self.layer) else "dense ffn"
+        known = {"embed": "embedding", "head": "head", "gate": "router", "e13": "experts", "e2": "experts", "uk": "kv_b", "uv": "kv_b", "uk_rows": COPY, "uv_elem": COPY}
+        return "norms" if self.format is None else known.get(self.name, "attention")
+
+    def elements(self, config: ModelConfig) -> int:
+        """Weights of the checkpoint in it, without filling; 0 for a copy of weights that another piece has."""
+        if self.name in ("uk_rows", "uv_elem"):
+            return 0
+        if self.name in ("w13", "e13"):
+            dense = config.intermediate_size if not config.is_moe_layer(self.layer) else config.n_shared_experts * config.moe_intermediate_size
+            return 2 * (config.moe_intermediate_size if self.name == "e13" else dense) * self.k * self.count
+        return self.n * self.k * self.count
 
 
 def pieces(config: ModelConfig, weights: str) -> Iterator[Piece]:
@@ -142,7 +160,7 @@ def _uk_rows(kv_b: torch.Tensor, c: ModelConfig, fmt: str) -> torch.Tensor:
     return torch.nn.functional.pad(rows, (0, -rows.shape[1] % 64))
 
 
-def build(piece: Piece, read: Read, elem: str, importance: Callable[[Piece, int], torch.Tensor | None] = lambda piece, i: None) -> Iterator[tuple[torch.Tensor, float]]:
+def build(piece: Piece, read: Read, elem: str, weigh: Weigh = lambda piece, i: None) -> Iterator[tuple[torch.Tensor, float]]:
     """(uint8 bytes, scale) of each matrix of a piece; of a vector or raw elements one tensor of their bytes."""
     for i in range(piece.count):
         w = piece.build(read, i)
@@ -151,7 +169,7 @@ def build(piece: Piece, read: Read, elem: str, importance: Callable[[Piece, int]
         elif piece.format == "raw":
             yield w.detach().to(torch.float32 if elem == "fp32" else torch.bfloat16).contiguous().view(torch.uint8).flatten(), 1.0
         else:
-            yield native.pack(piece.format, w, importance(piece, i))
+            yield native.pack(piece.format, w, *(weigh(piece, i) or ()))
 
 
 def piece_bytes(piece: Piece, elem: str) -> int:
@@ -161,6 +179,34 @@ def piece_bytes(piece: Piece, elem: str) -> int:
     if piece.format == "raw":
         return piece.n * piece.k * (4 if elem == "fp32" else 2)
     return piece.count * native.mat_bytes(piece.format, piece.n, piece.k)
+
+
+class Class(NamedTuple):
+    """What a class of weights came to: weights of the checkpoint, packed bytes, formats."""
+
+    elements: int
+    bytes: int
+    formats: tuple[str, ...]
+
+
+def classes(config: ModelConfig, weights: str, done: Iterable[Piece]) -> dict[str, Class]:
+    """{class: what it came to} of packed pieces. ValueError when a class that `weights` says is quantised is not there or not quantised."""
+    elem, out = element(weights), {}
+    for p in done:
+        c = out.get(kind := p.kind(config), Class(0, 0, ()))
+        name = {None: "fp32", "raw": elem}.get(p.format, p.format)
+        out[kind] = Class(c.elements + p.elements(config), c.bytes + piece_bytes(p, elem), tuple(dict.fromkeys([*c.formats, name])))
+    fine = "int8" if weights == "int4" else weights
+    want = {"attention": weights, "head": weights} | ({"kv_b": fine} if config.is_mla else {})
+    if len(config.moe_layers) < config.num_hidden_layers:
+        want["dense ffn"] = weights
+    if config.is_moe:
+        want |= {"experts": weights} | ({"shared experts": weights} if config.n_shared_experts else {})
+    for kind, fmt in want.items():
+        found = out.get(kind, Class(0, 0, ()))
+        if found.formats != (fmt,) or not found.elements:
+            raise ValueError(f"{kind} should be {fmt} and " + (f"came out as {', '.join(found.formats)}" if found.elements else "matched no tensor") + "; this model was not quantised whole")
+    return out
 
 
 class PackedModel:
@@ -201,19 +247,23 @@ class PackedModel:
             weights = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype)
             if weights is None:
                 raise ValueError(f"the compiled kernels compute in float32 and bfloat16, and the model is {dtype}; use impl='torch'")
-        views = hf.views(model.config, dict(model.named_parameters()))
+        return cls.read(model.config, weights, hf.views(model.config, dict(model.named_parameters())).__getitem__, threads)
+
+    @classmethod
+    def read(cls, config: ModelConfig, weights: str, read: Read, threads: int = 0) -> PackedModel:
+        """Pack the tensors that `read` gives, one at a time."""
         elem, tensors = element(weights), {}
-        for piece in pieces(model.config, weights):
-            if piece.format in (None, "raw"):  # one array; where nothing needs a cast it is the Transformer's own memory
-                tensors[piece.key] = next(build(piece, views.__getitem__, elem))[0], [1.0]
+        for piece in pieces(config, weights):
+            if piece.format in (None, "raw"):  # one array; where nothing needs a cast it is the memory that `read` gave
+                tensors[piece.key] = next(build(piece, read, elem))[0], [1.0]
                 continue
             data, scales, at = native.room(piece_bytes(piece, elem)), [], 0
-            for part, scale in build(piece, views.__getitem__, elem):
+            for part, scale in build(piece, read, elem):
                 data[at : at + len(part)] = part
                 scales.append(scale)
                 at += len(part)
             tensors[piece.key] = data, scales
-        return cls(model.config, weights, tensors, threads)
+        return cls(config, weights, tensors, threads)
 
     def _turns(self, length: int) -> torch.Tensor:
         """[at least length, R]: cos | sin of every position. Made once and again when the text grows beyond it: most of a small step's time in Python."""

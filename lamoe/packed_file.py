@@ -1,6 +1,7 @@
-"""A packed model as a folder: config.json with `quantization_config` {"quant_method": "lamoe", "weights": FORMAT, "version"}, tokenizer files, and
-packed-NNNNN.safetensors, one file per layer plus one for embedding, norm and head, in kernel layout. Files are memory-mapped: loading reads
-headers only, processes share the pages, and a model larger than memory runs from disk.
+"""A packed model as a folder: config.json with `quantization_config` {"quant_method": "lamoe", "weights": FORMAT, "version", "source": what it was
+made from, "calibration": the rows it was calibrated on}, tokenizer files, and packed-NNNNN.safetensors in kernel layout, one for each layer and one
+for embedding, norm and head. Files are memory-mapped: loading reads headers only, processes share the pages, and a model larger than memory
+runs from disk.
 
 Writing streams: one tensor is in memory at a time, a file is complete when it has its name, and files that are already there are kept, so an
 interrupted `lamoe quantize` goes on where it stopped.
@@ -8,19 +9,21 @@ interrupted `lamoe quantize` goes on where it stopped.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lamoe import packed
+from lamoe import accounting, packed
 from lamoe.config import ModelConfig
 from lamoe.convert import hf, shards
-from lamoe.packed import PackedModel, Piece, Read
+from lamoe.packed import PackedModel, Piece, Read, Weigh
 
 METHOD, VERSION = "lamoe", 1
 _ALIGN = 64  # bytes; tiles are read in cache lines
@@ -54,39 +57,65 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, str]:
         raise ValueError(f"{folder}/config.json says weights {said.get('weights')!r}; known: {', '.join(packed.WEIGHTS)}")
     plain = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     plain.pop("quantization_config")
-    return ModelConfig.from_dict(plain), said["weights"]
+    try:
+        return ModelConfig.from_dict(plain), said["weights"]
+    except ValueError as e:
+        raise ValueError(f"{folder / 'config.json'}: {e}") from None
+
+
+def any_config(folder: str | Path) -> ModelConfig:
+    """The config of a model folder, packed or not."""
+    return read_config(folder)[0] if is_packed(folder) else hf.read_config(folder)
+
+
+def bits(folder: str | Path) -> float:
+    """Bits of a packed folder for each weight of the model, everything included."""
+    config, weights = read_config(folder)
+    return 8 * sum(packed.piece_bytes(p, packed.element(weights)) for p in packed.pieces(config, weights)) / accounting.parameters(config).total
 
 
 def files(config: ModelConfig, weights: str) -> dict[str, list[Piece]]:
-    """{file name: its pieces}."""
+    """{file name: its pieces}, layers first: calibration reaches the head last."""
     out: dict[str, list[Piece]] = {}
-    for piece in packed.pieces(config, weights):
-        out.setdefault(f"packed-{piece.layer + 1:05d}.safetensors", []).append(piece)
+    for piece in sorted(packed.pieces(config, weights), key=lambda p: p.layer < 0):
+        out.setdefault(_name(piece.layer), []).append(piece)
     return out
+
+
+def _name(layer: int) -> str:
+    return f"packed-{layer + 1:05d}.safetensors"
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------------
 def load(folder: str | Path, threads: int = 0) -> PackedModel:
-    """The packed model of a folder, memory-mapped. ValueError when a tensor is missing, extra or not of the config's size."""
+    """The packed model of a folder, memory-mapped. ValueError when a tensor is missing, extra, misplaced or not of the config's size."""
     folder = Path(folder)
     config, weights = read_config(folder)
+    there = len(list(folder.glob("packed-*.safetensors")))
+    if there <= config.num_hidden_layers:  # before the config's layers are counted one by one: it may name a billion
+        absent = next(name for i in range(-1, there + 1) if not (folder / (name := _name(i))).is_file())
+        raise ValueError(f"{folder} has {there} of {config.num_hidden_layers + 1} files ({absent} is missing); the packed model is incomplete, "
+                         "run `lamoe quantize` again (it goes on where it stopped)")
     elem, tensors = packed.element(weights), {}
     for name, pieces in files(config, weights).items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{folder} has no {name}; the packed model is incomplete, run `lamoe quantize` again (it goes on where it stopped)")
-        header = shards.read_header(path)
-        want = {p.key: packed.piece_bytes(p, elem) for p in pieces} | {f"{p.key}.scale": 4 * p.count for p in pieces}
-        wrong = [k for k in want.keys() | header.keys() if k not in header or k not in want or _bytes(header[k]) < want[k]]
+        path, header = folder / name, shards.read_header(folder / name)
+        want = {p.key: _padded(packed.piece_bytes(p, elem)) for p in pieces} | {f"{p.key}.scale": 4 * p.count for p in pieces}
+        wrong = [k for k in want.keys() | header.keys() if k not in header or k not in want or _bytes(header[k]) != want[k]]
         if wrong:
             raise ValueError(f"{path} does not hold the tensors of its config: {shards.few(sorted(wrong))} missing, extra or of another size")
         mapped = np.memmap(path, dtype=np.uint8, mode="c")  # private: nothing is ever written, and torch wants writable memory
         start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
         for piece in pieces:
             begin, scale = start + header[piece.key].begin, start + header[f"{piece.key}.scale"].begin
-            data = torch.from_numpy(mapped[begin : begin + want[piece.key]])
-            tensors[piece.key] = data, mapped[scale : scale + 4 * piece.count].view(np.float32).tolist()
+            scales = mapped[scale : scale + 4 * piece.count].view(np.float32)
+            if begin % _ALIGN or not np.isfinite(scales).all():
+                raise ValueError(f"{path}: {piece.key!r} does not lie at a multiple of {_ALIGN} bytes, or has scales that are no numbers; quantize the model again")
+            tensors[piece.key] = torch.from_numpy(mapped[begin : begin + packed.piece_bytes(piece, elem)]), scales.tolist()
     return PackedModel(config, weights, tensors, threads)
+
+
+def _padded(size: int) -> int:
+    return size + -size % _ALIGN  # safetensors has no holes, so a tensor is filled up itself
 
 
 def _bytes(found: shards.Found) -> int:
@@ -94,26 +123,43 @@ def _bytes(found: shards.Found) -> int:
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------------
-def write(source: str | Path, target: str | Path, weights: str, importance: Callable[[Piece, int], torch.Tensor | None] = lambda piece, i: None) -> Iterator[tuple[Piece, int]]:
-    """Pack the model folder `source` into `target`: yields (piece, bytes) after each one, for progress; finished when exhausted. Goes on where an earlier
-    call with the same source config and format stopped; ValueError when `target` holds something else."""
+def write(source: str | Path, target: str | Path, weights: str, weigh: Weigh = lambda piece, i: None,
+          calibration: str | None = None) -> Iterator[tuple[Piece, int]]:
+    """Pack the model folder `source` into `target`: yields (piece, bytes) after each one, for progress; finished when exhausted. `calibration` names what
+    `weigh` comes from; it is asked layer by layer. Goes on where an earlier call with the same weights, format and calibration stopped; ValueError when `target` holds
+    something else."""
     folder, target = hf.resolve(source), Path(target)
+    if is_packed(folder):
+        raise ValueError(f"{folder} is a packed model already; quantize the model it was made from")
     config = hf.read_config(folder)
+    read = reader(folder, config)
     plan = files(config, weights)
-    said = config.to_dict() | {"quantization_config": {"quant_method": METHOD, "weights": weights, "version": VERSION}}
+    said = {"quant_method": METHOD, "weights": weights, "version": VERSION, "source": _source(folder), "calibration": calibration}
     _check_target(target, said, set(plan))
     target.mkdir(parents=True, exist_ok=True)
-    shards.write_json(target / "config.json", said)
-    read = reader(folder, config)
+    shards.write_json(target / "config.json", config.to_dict() | {"quantization_config": said})
+    for extra in hf.EXTRAS:
+        if (folder / extra).is_file():
+            shards.copy(folder / extra, target / extra)
     for name, pieces in plan.items():
         if (target / name).exists():  # it got its name when it was complete
             yield from ((p, packed.piece_bytes(p, packed.element(weights))) for p in pieces)
         else:
-            yield from _write_file(target / name, pieces, weights, read, importance)
-    for extra in hf.EXTRAS:
-        if (folder / extra).is_file():
-            shards.copy(folder / extra, target / extra)
+            yield from _write_file(target / name, pieces, weights, read, weigh)
     shards.sync(target)
+
+
+def _source(folder: Path) -> str:
+    """Names a checkpoint by its sizes and samples of its bytes, so that two checkpoints of one run are not mixed."""
+    digest = hashlib.sha256()
+    for path in sorted({f.path for f in shards.scan(folder).values()}):
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            digest.update(f"{path.name} {size}".encode())
+            for i in range(64):
+                f.seek(i * max(0, size - 4096) // 63)
+                digest.update(f.read(4096))
+    return digest.hexdigest()[:16]
 
 
 def _check_target(target: Path, said: dict, names: set[str]) -> None:
@@ -123,11 +169,10 @@ def _check_target(target: Path, said: dict, names: set[str]) -> None:
     if not there:
         return
     ours = names | {f".{n}.part" for n in names} | {"config.json", *hf.EXTRAS}
-    strange = [n for n in there if n not in ours]
-    config = target / "config.json"
-    same = config.is_file() and json.loads(config.read_text(encoding="utf-8")) == said
-    if strange or not same:
-        raise ValueError(f"{target} is not empty and not the beginning of this packed model ({shards.few(strange or there)}); name another folder, or delete it")
+    strange, found = [n for n in there if n not in ours], _quantization(target)
+    if strange or found != said:
+        other = "" if strange or found.get("quant_method") != METHOD else "; " + ", ".join(f"{k} was {found.get(k)}, is {v}" for k, v in said.items() if found.get(k) != v)
+        raise ValueError(f"{target} is not empty and not the beginning of this packed model ({shards.few(strange or there)}{other}); name another folder, or delete it")
 
 
 def reader(folder: Path, config: ModelConfig) -> Read:
@@ -147,28 +192,32 @@ def reader(folder: Path, config: ModelConfig) -> Read:
     return read
 
 
-def _write_file(path: Path, pieces: list[Piece], weights: str, read: Read, importance) -> Iterator[tuple[Piece, int]]:
+def _write_file(path: Path, pieces: list[Piece], weights: str, read: Read, weigh: Weigh) -> Iterator[tuple[Piece, int]]:
     elem = packed.element(weights)
     sizes = [packed.piece_bytes(p, elem) for p in pieces]
     header, at = {}, 0
     for piece, size in zip(pieces, sizes):
-        size += -size % _ALIGN  # safetensors has no holes, so a tensor is filled up itself
-        header[piece.key] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
-        at += size
+        header[piece.key] = {"dtype": "U8", "shape": [_padded(size)], "data_offsets": [at, at + _padded(size)]}
+        at += _padded(size)
     for piece in pieces:
         header[f"{piece.key}.scale"] = {"dtype": "F32", "shape": [piece.count], "data_offsets": [at, at + 4 * piece.count]}
         at += 4 * piece.count
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % _ALIGN)
     part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as f:
+    with open(part, "ab") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is writing {path.parent}; let it finish") from None
+        f.truncate(0)
         f.write(len(text).to_bytes(8, "little") + text)
         scales = []
         for piece, size in zip(pieces, sizes):
-            for data, scale in packed.build(piece, read, elem, importance):
+            for data, scale in packed.build(piece, read, elem, weigh):
                 f.write(data.numpy())
                 scales.append(scale)
-            f.write(b"\0" * (-size % _ALIGN))
+            f.write(b"\0" * (_padded(size) - size))
             yield piece, size
         f.write(np.array(scales, dtype="<f4").tobytes())
         f.flush()

@@ -18,15 +18,18 @@ import torch
 
 from lamoe import accounting, evals
 from lamoe.config import ModelConfig
+from lamoe.engine import score
 from lamoe.engine.generate import generate
+from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
 from lamoe.model import Transformer
+from lamoe.packed import PackedModel
 from lamoe.tokenizer import Tokenizer
 from lamoe.train.data import heldout_rows, open_corpus
 from lamoe.train.sources import read_documents
 
 
-def evaluate_run(model: Transformer, tok: Tokenizer, run: Path) -> dict:
+def evaluate_run(model: Transformer | PackedModel, tok: Tokenizer, run: Path) -> dict:
     """The report of a training run: its held-out text per source, its metrics, and the model's speed now."""
     recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
     corpus, seq_len = open_corpus(run / "data"), recipe["data"]["seq_len"]
@@ -41,7 +44,7 @@ def evaluate_run(model: Transformer, tok: Tokenizer, run: Path) -> dict:
     return report
 
 
-def evaluate_texts(model: Transformer, tok: Tokenizer, sources: list[str], seq_len: int | None = None) -> dict:
+def evaluate_texts(model: Transformer | PackedModel, tok: Tokenizer, sources: list[str], seq_len: int | None = None) -> dict:
     """The report of any model on any texts (train/sources.py says what a source is)."""
     limit = model.config.max_position_embeddings
     seq_len = min(1024, limit) if seq_len is None else seq_len
@@ -63,13 +66,14 @@ def _rows(tok: Tokenizer, texts: Iterable[str], seq_len: int) -> Iterator[tuple[
             yield np.array(part + [part[-1]] * pad), np.array([0] * len(part) + list(range(1, pad + 1)), np.int32)
 
 
-def _measure(model: Transformer, tok: Tokenizer, texts: dict, seq_len: int, document_mask: bool) -> dict:
+def _measure(model: Transformer | PackedModel, tok: Tokenizer, texts: dict, seq_len: int, document_mask: bool) -> dict:
     rows, load, weight = [], 0, 0
     for source, (raw, windows) in texts.items():
         data = raw.encode("utf-8")
         if not data:
             continue
-        result = evals.text_loss(model, windows, 16, document_mask=document_mask)
+        packed = isinstance(model, PackedModel)
+        result = score.text_loss(model, windows, document_mask) if packed else evals.text_loss(model, windows, 16, document_mask=document_mask)
         load, weight = load + result.load * result.targets, weight + result.targets
         rows.append({
             "source": source, "bytes": len(data), "tokens": result.targets, "model": result.bits_per_byte(len(data)),
@@ -95,15 +99,17 @@ def _attention(config: ModelConfig) -> str:
     return {config.num_attention_heads: "MHA", 1: "MQA"}.get(config.n_kv_heads, "GQA")
 
 
-def _speed(model: Transformer, tok: Tokenizer, tokens: int = 96) -> dict:
+def _speed(model: Transformer | PackedModel, tok: Tokenizer, tokens: int = 96) -> dict:
     start = [tok.bos_id if tok.bos_id is not None else 0]
     params = SamplingParams(temperature=0.0, max_tokens=min(tokens, model.config.max_position_embeddings - 1), ignore_eos=True)
+    packed = isinstance(model, PackedModel)
+    stream = LLM(model, max_model_len=1 + params.max_tokens, speculate=0).stream(start, params) if packed else generate(model, start, params)
     times = [time.perf_counter()]
-    for _ in generate(model, start, params):
+    for _ in stream:
         times.append(time.perf_counter())
     steps = np.diff(times)
     steps = steps[min(8, len(steps) // 2) :]  # the prompt and the warming up
-    return {"tokens_per_s": 1 / statistics.median(steps), "threads": torch.get_num_threads(), "dtype": str(model.embed.weight.dtype)[6:]}
+    return {"tokens_per_s": 1 / statistics.median(steps), "threads": torch.get_num_threads(), "dtype": model.weights if packed else str(model.embed.weight.dtype)[6:]}
 
 
 def _training(run: Path, recipe: dict) -> dict:
@@ -126,6 +132,8 @@ def evaluate_needle(model: Transformer, tok: Tokenizer, lengths: list[int], sour
     """Needles in haystacks of `sources` (train/sources.py says what a source is), at `depths` even depths of each length in tokens."""
     if depths < 2:
         raise ValueError(f"{depths} depths were asked for; at least 2 are needed, the beginning and the end")
+    if isinstance(model, PackedModel):
+        raise ValueError("the needle test runs on the torch model only; use the model that the packed one was made from, without --weights")
     make = evals.text_needle(tok, (doc.text for doc in read_documents(sources)))
     at = [i / (depths - 1) for i in range(depths)]
     found = evals.needle(model, make, lengths, at, draws, seed, note)

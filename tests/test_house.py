@@ -17,7 +17,7 @@ LEVEL = {
     "cache": 2, "attention": 2, "moe": 2,
     "model": 3,
     "evals": 4, "convert": 4, "parallel": 4,
-    "packed": 5, "packed_file": 5,
+    "packed": 5, "packed_file": 5, "calibrate": 5,
     "engine": 6, "train": 6,
     "report": 7, "chat": 7, "bench": 7, "doctor": 7, "serve": 7,
     "cli": 8, "__main__": 9,

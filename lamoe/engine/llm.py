@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from lamoe import accounting, codec, packed
+from lamoe import accounting, codec, packed, packed_file
 from lamoe.cache import PagedCache
 from lamoe.config import ModelConfig, did_you_mean
+from lamoe.convert import load, read_config, resolve
 from lamoe.engine import prefix_file, runner
 from lamoe.engine.generate import TextStream
 from lamoe.engine.grammar import Matcher
@@ -68,9 +69,14 @@ class LLM:
             size, free = _weight_bytes(model), available_memory()
             self._plan = fit(model.config, size, *options, None if free is None else free + size)  # the weights are there already
         else:
-            self._plan = fit(*_ahead(model, dtype, weights), *options, available_memory())  # before the weights are read
-            model, tokenizer = _load(model, tokenizer, dtype, threads)
-            model = _packed(model, weights, impl, threads)  # and the Transformer it was made from goes
+            folder = resolve(model)
+            config, size = _ahead(folder, dtype, weights)  # before the weights are read
+            free = available_memory()
+            if free is not None and packed_file.is_packed(folder):
+                free += size  # mapped pages of a file: what does not fit is read again
+            self._plan = fit(config, size, *options, free)
+            tokenizer = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
+            model = load_runnable(folder, weights, dtype, threads, impl)
         self.model, self.runs = model, _packed(model, weights, impl, threads)  # what was given; what steps run on
         self._plan = replace(self._plan, weights=_weight_bytes(self.runs))
         self.tokenizer, self.max_model_len, c = tokenizer, self._plan.max_model_len, model.config
@@ -273,30 +279,28 @@ def _weight_bytes(model: Transformer | PackedModel) -> int:
     return sum(model.nbytes.values()) if isinstance(model, PackedModel) else sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def _ahead(source: str | Path, dtype: str | None, weights: str | None) -> tuple[ModelConfig, int]:
+def _ahead(folder: Path, dtype: str | None, weights: str | None) -> tuple[ModelConfig, int]:
     """The config of a model that is not loaded yet, and about how many bytes its weights will take."""
-    from lamoe import packed_file
-    from lamoe.convert import read_config, resolve
-
-    folder = resolve(source)
-    config, weights = packed_file.read_config(folder) if packed_file.is_packed(folder) else (read_config(folder), weights)
+    if packed_file.is_packed(folder):
+        return packed_file.any_config(folder), sum(p.stat().st_size for p in folder.glob("packed-*.safetensors"))
+    config = read_config(folder)
     bits = native.BITS.get(weights) or accounting.DTYPE_BITS.get(dtype or config.torch_dtype, 32)
     return config, int(accounting.parameters(config).total * bits / 8)
 
 
-def _load(source: str | Path, tokenizer: Tokenizer | None, dtype: str | None, threads: int) -> tuple[Transformer | PackedModel, Tokenizer | None]:
-    from lamoe import packed_file
-    from lamoe.convert import load, resolve
-
-    folder = resolve(source)
-    tokenizer = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
-    if not packed_file.is_packed(folder):
-        return load(folder, dtype), tokenizer
-    if dtype is not None:
-        raise ValueError(f"dtype is {dtype}, but {source} is a packed model, which has its own; leave dtype away")
-    if not native.available():
-        raise ValueError(f"{source} is packed for the compiled kernels, which are not there (or LAMOE_IMPL switches them off); install lamoe with a C++ compiler, or use the model it was made from")
-    return packed_file.load(folder, threads), tokenizer
+def load_runnable(folder: Path, weights: str | None = None, dtype: str | None = None, threads: int = 0, impl: str | None = None) -> Transformer | PackedModel:
+    """The model of a folder, packed or not, in the form that steps run on; LLM says what the options are."""
+    if packed_file.is_packed(folder):
+        if dtype is not None:
+            raise ValueError(f"dtype is {dtype}, but {folder} is a packed model, which has its own; leave dtype away")
+        if not native.available():
+            raise ValueError(f"{folder} is packed for the compiled kernels, which are not there (or LAMOE_IMPL switches them off); install lamoe with a "
+                             "C++ compiler, or use the model it was made from")
+        return _packed(packed_file.load(folder, threads), weights, impl, threads)
+    if weights is not None and dtype is None and impl != "torch" and native.available():
+        config = read_config(folder)  # a tensor at a time: the checkpoint itself need not fit into memory
+        return PackedModel.read(config, weights, packed_file.reader(folder, config), threads)
+    return _packed(load(folder, dtype), weights, impl, threads)  # and the Transformer it was made from goes
 
 
 def _packed(model: Transformer | PackedModel, weights: str | None, impl: str | None, threads: int) -> Transformer | PackedModel:

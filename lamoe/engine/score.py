@@ -3,10 +3,13 @@ engine's steps, so that a long text holds nobody up for longer than a long promp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
+from lamoe import evals
 from lamoe.cache import KVCache, PagedCache
 from lamoe.engine.async_llm import AsyncLLM
 from lamoe.engine.llm import LLM, token_logprobs
@@ -53,14 +56,42 @@ async def mean_state(engine: AsyncLLM, ids: list[int]) -> list[float]:
 def forward(model: Transformer | PackedModel, ids: list[int], chunk: int, logits: bool) -> Iterator[torch.Tensor]:
     """Logits [at most chunk, vocabulary] or final normed states [at most chunk, D] of `ids`, a chunk at a time."""
     if isinstance(model, PackedModel):
-        cache = PagedCache(model.config, -(-len(ids) // 16), 16, model.elem, model.dtype)
-        pages = torch.arange(cache.pages, dtype=torch.int32)
-        for at in range(0, len(ids), chunk):
-            part = ids[at : at + chunk]
-            seqs = torch.tensor([[len(part), at + len(part), 0]], dtype=torch.int32)
-            yield model.run(part, torch.arange(at, at + len(part)), seqs, pages, cache, list(range(len(part))), logits=logits)[0]
+        yield from (out for _, out, _ in steps(model, ids, chunk, logits))
         return
     plain = KVCache(model.config, 1, len(ids), model.embed.weight.dtype)
     for at in range(0, len(ids), chunk):
         h = model.hidden(torch.tensor([ids[at : at + chunk]]), plain)[0]
         yield model.logits(h) if logits else h
+
+
+def steps(model: PackedModel, ids: list[int], chunk: int, logits: bool, experts: bool = False) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """`ids` from an empty cache, a chunk at a time: (where it begins, its logits or states, its experts as PackedModel.run gives them)."""
+    cache = PagedCache(model.config, -(-len(ids) // 16), 16, model.elem, model.dtype)
+    pages = torch.arange(cache.pages, dtype=torch.int32)
+    for at in range(0, len(ids), chunk):
+        part = ids[at : at + chunk]
+        seqs = torch.tensor([[len(part), at + len(part), 0]], dtype=torch.int32)
+        yield at, *model.run(part, torch.arange(at, at + len(part)), seqs, pages, cache, list(range(len(part))), logits=logits, experts=experts)
+
+
+@torch.inference_mode()
+def text_loss(model: PackedModel, rows: Iterable[tuple[np.ndarray, np.ndarray]], document_mask: bool = True, chunk: int = 512) -> evals.TextLoss:
+    """evals.text_loss of a packed model: rows of (ids, segments), each [T + 1]; a token is a target when it continues its predecessor's segment. Segments
+    are sequences of their own (without `document_mask` whole rows are). chunk: tokens of a step, which bounds the logits in memory."""
+    nats, targets, load = 0.0, 0, np.zeros((len(model.config.moe_layers), model.config.n_routed_experts or 0))
+    for ids, segments in rows:
+        cuts = [0, *(1 + np.flatnonzero(segments[1:] != segments[:-1])).tolist(), len(ids)] if document_mask else [0, len(ids)]
+        for begin, end in zip(cuts, cuts[1:]):
+            if end - begin < 2:
+                continue
+            for at, logits, chosen in steps(model, ids[begin : end - 1].tolist(), chunk, True, model.config.is_moe):
+                goal = torch.from_numpy(np.asarray(ids[begin + at + 1 : begin + at + 1 + len(logits)], dtype=np.int64))
+                if not document_mask:
+                    place = slice(begin + at, begin + at + len(logits) + 1)
+                    goal[torch.from_numpy(segments[place][1:] != segments[place][:-1])] = -1
+                nats += float(F.cross_entropy(logits, goal, ignore_index=-1, reduction="sum"))
+                targets += int((goal >= 0).sum())
+                load += [np.bincount(layer.flatten(), minlength=load.shape[1]) for layer in chosen.numpy()] if len(chosen) else 0
+    if not targets:
+        raise ValueError("there is nothing to evaluate on: the rows hold no token that follows another of its document")
+    return evals.TextLoss(nats, targets, load / np.maximum(1, load.sum(-1, keepdims=True)))

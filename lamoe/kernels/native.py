@@ -62,17 +62,21 @@ def room(size: int) -> torch.Tensor:
 
 
 def mat_bytes(fmt: str, n: int, k: int) -> int:
-    """Bytes of a packed matrix of n outputs and k inputs."""
+    """Bytes of a packed matrix of n outputs and k inputs. ValueError beyond 2^30 of either."""
+    if not (0 < n <= 2**30 and 0 < k <= 2**30):
+        raise ValueError(f"a packed matrix has 1 to 2^30 outputs and inputs, asked for {n:,} x {k:,}")
     return lib.mat_bytes(FORMATS[fmt], n, k)
 
 
-def pack(fmt: str, w: torch.Tensor, importance: torch.Tensor | None = None, isa: str = "") -> tuple[torch.Tensor, float]:
-    """w [n, k] -> (uint8 [mat_bytes], scale of the matrix). importance [k]: how much a squared error of each input counts (int4).
-    ValueError for a weight that is not finite."""
+def pack(fmt: str, w: torch.Tensor, importance: torch.Tensor | None = None, feedback: torch.Tensor | None = None, isa: str = "") -> tuple[torch.Tensor, float]:
+    """w [n, k] -> (uint8 [mat_bytes], scale of the matrix). importance [k]: how much a squared error of each input counts where scales are searched (int4).
+    feedback [k, k], unit upper triangular: the rounding error e of input i moves each later input j by -e * feedback[i, j] before that is rounded
+    (calibrate.py makes it). ValueError for a weight that is not finite."""
     w = w.detach().to(torch.float32).contiguous()
     if not w.isfinite().all():
         raise ValueError(f"a weight matrix of shape {tuple(w.shape)} has values that are not finite; it cannot be packed")
-    data, scale = lib.pack(FORMATS[fmt], w.numpy(), None if importance is None else importance.to(torch.float32).contiguous().numpy(), torch.get_num_threads(), isa)
+    extra = [None if t is None else t.to(torch.float32).contiguous().numpy() for t in (importance, feedback)]
+    data, scale = lib.pack(FORMATS[fmt], w.numpy(), *extra, torch.get_num_threads(), isa)
     return torch.from_numpy(data), scale
 
 
