@@ -62,9 +62,7 @@ def room(size: int) -> torch.Tensor:
 
 
 def mat_bytes(fmt: str, n: int, k: int) -> int:
-    """Bytes of a packed matrix of n outputs and k inputs. ValueError beyond 2^30 of either."""
-    if not (0 < n <= 2**30 and 0 < k <= 2**30):
-        raise ValueError(f"a packed matrix has 1 to 2^30 outputs and inputs, asked for {n:,} x {k:,}")
+    """Bytes of a packed matrix of n outputs and k inputs."""
     return lib.mat_bytes(FORMATS[fmt], n, k)
 
 
