@@ -70,7 +70,7 @@ def test_every_isa_packs_the_same_bytes(isa):
     w = draw(33, 130)
     for fmt in native.FORMATS:
         for importance in (None, draw(130, seed=3).square()):
-            (a, s), (b, t) = native.pack(fmt, w, importance, isa), native.pack(fmt, w, importance, "scalar")
+            (a, s), (b, t) = native.pack(fmt, w, importance, isa=isa), native.pack(fmt, w, importance, isa="scalar")
             assert torch.equal(a, b) and s == t
 
 
