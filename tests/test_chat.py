@@ -1,5 +1,6 @@
 """The terminal chat: turns, prefix reuse, every command, what happens at the edges; and once in a real terminal."""
 
+import math
 import io
 import json
 import os
@@ -133,7 +134,7 @@ def test_why_a_reply_was_cut(llm):
 def test_failures_take_the_turn_back(llm):
     c = chat(llm)
     assert c.say("\ud800") is None and "surrogate" in c.err.getvalue()
-    with mock.patch("lamoe.engine.runner.run", lambda model, cache, work, *rest: [(seq, torch.full((1, 300), torch.nan)) for seq, _ in work]):
+    with mock.patch("lamoe.engine.runner.run", lambda model, cache, work, *rest: [(seq, torch.full((1, 300), torch.nan), [(math.nan, 0)]) for seq, _ in work]):
         assert c.say("hello") is None
     assert "the reply failed: the model's logits are not finite" in c.err.getvalue() and c.messages == [] and c.failures == 2
     llm.tokenizer = mock.Mock(wraps=llm.tokenizer, apply_chat=mock.Mock(side_effect=ValueError("the chat template failed: no system")))

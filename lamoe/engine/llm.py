@@ -175,7 +175,7 @@ class LLM:
             self._pace.saw(alone[1], time.perf_counter() - begin)
         for seq, n in work:
             self.scheduler.computed(seq, n - len(seq.draft))
-        return self._deliver([delta for seq, logits in results for delta in self._follow(seq, logits)])
+        return self._deliver([delta for result in results for delta in self._follow(*result)])
 
     def _deliver(self, deltas: list[Delta]) -> list[Delta]:
         for d in deltas:
@@ -183,28 +183,30 @@ class LLM:
                 self._inboxes[d.id].append(d)
         return deltas
 
-    def _follow(self, seq: Sequence, logits: torch.Tensor) -> list[Delta]:
+    def _follow(self, seq: Sequence, logits: torch.Tensor, looks: list[tuple[float, int]]) -> list[Delta]:
         """Sample behind the last token and, as long as the sample is what the draft says, behind each token of the draft."""
         draft, seq.draft = seq.draft, []
-        deltas = [self._advance(seq, logits[0])]
-        for guess, row in zip(draft, logits[1:]):
+        deltas = [self._advance(seq, logits[0], *looks[0])]
+        for guess, row, look in zip(draft, logits[1:], looks[1:]):
             if seq.finish or seq.tokens[-1] != guess:
                 break
             self.scheduler.computed(seq, 1)
-            deltas.append(self._advance(seq, row))
+            deltas.append(self._advance(seq, row, *look))
         if draft:
             accepted = len(deltas) - 1
             seq.lookup.learn(len(draft), accepted, len(seq.tokens), self._pace.cost(1 + len(draft)))
             self.drafted, self.accepted = self.drafted + len(draft), self.accepted + accepted
         return deltas
 
-    def _advance(self, seq: Sequence, logits: torch.Tensor) -> Delta:
+    def _advance(self, seq: Sequence, logits: torch.Tensor, total: float, best: int) -> Delta:
         p, text = seq.params, self._texts[seq.id]
         try:
-            if not math.isfinite(logits.sum()):  # NaN and infinities survive a sum; a fraction of the time of a look at each
+            if not math.isfinite(total):  # NaN and infinities survive a sum
                 raise ValueError("the model's logits are not finite")
             adjusted = p.adjust(logits, seq.tokens, seq.prompt_len, self.eos_ids)
-            token = sample(seq.matcher.mask(adjusted, p.ignore_eos) if seq.matcher else adjusted, p, seq.generator)
+            if seq.matcher:
+                adjusted = seq.matcher.mask(adjusted, p.ignore_eos)
+            token = best if p.temperature == 0 and adjusted is logits else sample(adjusted, p, seq.generator)
             if seq.matcher:
                 seq.matcher.accept(token)
         except (ValueError, RuntimeError) as e:  # one poisoned request fails alone
