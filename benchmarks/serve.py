@@ -67,9 +67,10 @@ class Server:
         self.log = open(folder.parent / "log.jsonl", "w+")
         self.process = subprocess.Popen([sys.executable, "-m", "lamoe", "serve", str(folder), "--port", "0", "--threads", str(threads), "--max-num-seqs", str(SEATS),
                                          "--max-queued-requests", str(QUEUE)], env=env, stderr=self.log, cwd=folder.parent)
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while not self.event("ready"):
             if self.process.poll() is not None or time.monotonic() > end:
+                self.process.kill()
                 raise RuntimeError(f"the server did not start: {self.lines()[-3:]}")
             time.sleep(0.1)
         self.port = int(self.event("listening")["url"].rsplit(":", 1)[1])

@@ -58,6 +58,8 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
+    request_queue_size = 128  # the default of 5 drops connections of a browser in a hurry, which then waits seconds before it knocks again
+
     def __init__(self, port: int = 0, delay: float = 0.001):
         super().__init__(("127.0.0.1", port), Handler)
         self.key, self.loading, self.down, self.bodies, self.dropped, self.delay, self.running, self.busy_left = None, False, False, [], 0, delay, 0, 0

@@ -2,13 +2,14 @@
 
 import base64
 import json
+import logging
 import math
 import re
 import struct
 
 import pytest
 import torch
-from tiny_server import CONTEXT, NAME, Running, llm, model, tok
+from tiny_server import CONTEXT, NAME, Running, llm, model, tok, until
 
 from lamoe.engine.sampler import SamplingParams
 from lamoe.serve.app import PAGE
@@ -300,6 +301,18 @@ def test_metrics(server):
         assert name in text
     generated = next(float(line.split()[1]) for line in text.splitlines() if line.startswith("lamoe_generated_tokens_total "))
     assert generated == server.client.get("/lamoe/stats").json()["generated_tokens"] and math.isfinite(generated)
+
+
+def test_what_is_polled_is_no_news_for_the_log(server, caplog):
+    with caplog.at_level(logging.DEBUG, "lamoe.serve"):
+        id = server.complete(max_tokens=1)["id"]
+        polled = ["/health", "/metrics", "/lamoe/stats", f"/lamoe/requests/{id}/experts"]
+        for path in [*polled, "/v1/models", "/lamoe/requests/cmpl-none/experts"]:
+            server.client.get(path)
+        until(lambda: sum(getattr(r, "fields", {}).get("path", "").endswith("none/experts") for r in caplog.records) == 1)
+    level = {r.fields["path"]: r.levelname for r in caplog.records if r.getMessage() == "request"}
+    assert [level[p] for p in polled] == ["DEBUG"] * 4
+    assert level["/v1/models"] == level["/v1/completions"] == level["/lamoe/requests/cmpl-none/experts"] == "INFO"  # what failed is news
 
 
 def test_page_files(server, tmp_path, monkeypatch):
