@@ -256,7 +256,8 @@ def test_one_poisoned_request_fails_alone(monkeypatch):
         run = runner.run
 
         def poisoned(*args):
-            return [(seq, logits * float("nan") if seq.tokens[1] == 66 and len(seq.tokens) > 8 else logits) for seq, logits in run(*args)]
+            nan = float("nan")
+            return [(seq, logits * nan, [(nan, 0)] * len(looks)) if seq.tokens[1] == 66 and len(seq.tokens) > 8 else (seq, logits, looks) for seq, logits, looks in run(*args)]
 
         monkeypatch.setattr(runner, "run", poisoned)
         bad = [Client(s, prompt=[65, 66, 67], max_tokens=40, ignore_eos=True, stream=stream, **more) for stream, more in ((False, {}), (True, {}), (False, {"n": 2}))]

@@ -118,7 +118,21 @@ class _Call:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self.id.encode()), (b"x-content-type-options", b"nosniff")]}
+        if message["type"] == "http.response.body" and not message.get("more_body") and self.bytes and not self.complete and not self.disconnected:
+            await self._send({**message, "more_body": True})
+            await self._discard()
+            message = {"type": "http.response.body"}
         await self._send(message)
+
+    async def _discard(self) -> None:
+        """Read on for a moment where a body was cut off: a connection that is closed over unread bytes is reset, and a reset takes the answer with it."""
+        try:
+            async with asyncio.timeout(1):
+                while (message := await self._receive()).get("more_body"):
+                    pass
+                self.disconnected |= message["type"] == "http.disconnect"
+        except TimeoutError:
+            pass
 
     async def fail(self, error: ApiError) -> None:
         if not self.status and not self.disconnected:
