@@ -43,7 +43,7 @@ struct Weights {  // keeps what the model points to
     const auto w = draws(size_t(n) * k, 0.3f);
     bytes.emplace_back(mat_bytes(fmt, n, k), 1);
     Mat m{fmt, n, k, bytes.back().p, ops().pack_scale(fmt, w.data(), k, n, k)};
-    for (int t = 0; t < tiles(n); t++) ops().pack(m, bytes.back().p, w.data(), k, nullptr, t);
+    for (int t = 0; t < tiles(n); t++) ops().pack(m, bytes.back().p, w.data(), k, nullptr, nullptr, t);
     return m;
   }
   const float* vec(int n) { return floats.emplace_back(draws(n)).data(); }
