@@ -187,19 +187,9 @@ void Model::attend(const Layer& l, int index, const std::vector<SeqStep>& seqs, 
     if (expand(s)) many(l, rows, s, cache);
   Acts a = acts(b_oin_, n, out);
   pool_.run(n, [&](int t, int) { ops().put_row(a, t, o_ + size_t(t) * out); });
-  const int d = config.hidden, per = n <= 2 ? 4 : 2;
-  pool_.run((tiles(d) + per - 1) / per, [&](int i, int thread) {
-    char* s = (char*)scratch(thread);
-    const int t0 = i * per, t1 = std::min(t0 + per, tiles(d)), width = std::min(d, t1 * kTile) - t0 * kTile;
-    constexpr int kChunk = 192;
-    float* y = (float*)s;
-    for (int r = 0; r < n; r += kChunk) {
-      const int count = std::min(kChunk, n - r);
-      ops().linear(tile_of(l.wo, t0), 0, t1 - t0, a, r, count, y, 64, s + size_t(kChunk) * 64 * 4);
-      for (int j = 0; j < count; j++)
-        for (int k = 0; k < width; k++) x_[size_t(r + j) * d + t0 * kTile + k] += y[64 * j + k];
-    }
-  });
+  Seg all;  // the output projection adds to x just as a down projection does
+  all.w2 = l.wo, all.rows = n;
+  down({all}, {&a});
 }
 
 // Few queries per sequence (decoding, drafts, short chunks): sixteen lanes of (token, head) over rows as they lie in the cache.

@@ -85,9 +85,9 @@ class Model {
   std::vector<Buffer> scratch_, thread_big_;
   size_t scratch_size_ = 0;
   bool use_h_ = false, use_q_ = false, use_f_ = false;
-  Buffer b_x_, b_in_, b_q_, b_qa_, b_qin_, b_kv_, b_k_, b_v_, b_full_, b_o_, b_oin_, b_states_, b_lanes_, b_heads_, b_heads2_, b_latents_, b_packed_, b_out_, b_ml_, b_gate_, b_shared_,
-      b_sorted_, b_act_, b_route_, b_final_;
-  float *x_ = nullptr, *q_ = nullptr, *kv_ = nullptr, *k_ = nullptr, *v_ = nullptr, *o_ = nullptr, *gate_ = nullptr;
+  Buffer b_x_, b_in_, b_q_, b_qa_, b_qin_, b_kv_, b_full_, b_o_, b_oin_, b_states_, b_lanes_, b_heads_, b_heads2_, b_latents_, b_packed_, b_out_, b_ml_, b_gate_, b_shared_,
+      b_sorted_, b_act_, b_final_;
+  float *x_ = nullptr, *q_ = nullptr, *kv_ = nullptr, *o_ = nullptr, *gate_ = nullptr;
   Acts in_;
   std::vector<int> expert_;      // [n][top_k]
   std::vector<float> weight_;    // [n][top_k]

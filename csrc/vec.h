@@ -74,7 +74,6 @@ INLINE vf vcvt(vw a) { return {_mm512_cvtepi32_ps(a.v)}; }
 INLINE vw wload(const void* p) { return {_mm512_loadu_si512(p)}; }
 INLINE void wstore(void* p, vw a) { _mm512_storeu_si512(p, a.v); }
 INLINE vw wset(int32_t x) { return {_mm512_set1_epi32(x)}; }
-INLINE vw wbytes(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))}; }  // sixteen signed bytes
 INLINE vw wfields(const uint8_t* p, int shift, int mask) {  // sixteen bytes, each (byte >> shift) & mask
   return {_mm512_and_si512(_mm512_srl_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(mask))};
 }
@@ -168,7 +167,6 @@ INLINE vf vcvt(vw x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}
 INLINE vw wload(const void* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)}; }
 INLINE void wstore(void* p, vw x) { _mm256_storeu_si256((__m256i*)p, x.a); _mm256_storeu_si256((__m256i*)p + 1, x.b); }
 INLINE vw wset(int32_t x) { __m256i v = _mm256_set1_epi32(x); return {v, v}; }
-INLINE vw wbytes(const int8_t* p) { return {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)), _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))}; }
 INLINE __m256i half_fields(const uint8_t* p, int shift, int mask) {
   return _mm256_and_si256(_mm256_srl_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(mask));
 }
@@ -296,7 +294,6 @@ INLINE vf vcvt(vw a) { vf r; EACH r.v[i] = float(a.v[i]); return r; }
 INLINE vw wload(const void* p) { vw r; std::memcpy(r.v, p, 64); return r; }
 INLINE void wstore(void* p, vw a) { std::memcpy(p, a.v, 64); }
 INLINE vw wset(int32_t x) { vw r; EACH r.v[i] = x; return r; }
-INLINE vw wbytes(const int8_t* p) { vw r; EACH r.v[i] = p[i]; return r; }
 INLINE vw wfields(const uint8_t* p, int shift, int mask) { vw r; EACH r.v[i] = p[i] >> shift & mask; return r; }
 INLINE vw wor_left(vw a, vw b, int shift) { EACH a.v[i] |= b.v[i] << shift; return a; }
 INLINE vf vload_bf16(const uint16_t* p) { vf r; EACH r.v[i] = bf16_to_float(p[i]); return r; }
@@ -357,8 +354,6 @@ INLINE vw interleave_bf16(const uint16_t* a, const uint16_t* b) { vw r; EACH r.v
 INLINE vw pair_bf16(vf a, vf b) { vw r; EACH r.v[i] = int32_t(uint32_t(float_to_bf16(a.v[i])) | uint32_t(float_to_bf16(b.v[i])) << 16); return r; }
 #undef EACH
 #endif
-
-INLINE vw wfloat(vf a) { vw r; static_assert(sizeof r == sizeof a); std::memcpy(&r, &a, 64); return r; }
 
 // e^x for x <= 88, relative error about 2e-7; x below -87 gives 0 or a denormal.
 INLINE vf vexp(vf x) {

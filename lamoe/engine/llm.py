@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 import math
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
