@@ -146,11 +146,20 @@ void combine(const float* states, size_t step, int count, int lane, int vw_, flo
 }
 
 void pack_lanes(int elem, const float* const* q, int n_lanes, int width, void* out) {
+  uint32_t* to = (uint32_t*)out;
   std::memset(out, 0, size_t(elem == FP32 ? width : width / 2) * 64);
   for (int i = 0; i < n_lanes; i++)
-    for (int c = 0; c < width; c++) {
-      if (elem == FP32) ((float*)out)[16 * c + i] = q[i][c];
-      else ((uint16_t*)out)[(c / 2) * 32 + 2 * i + c % 2] = float_to_bf16(q[i][c]);
+    for (int c = 0; c < width; c += 64) {
+      alignas(64) uint32_t words[64];
+      const int n = width - c < 64 ? width - c : 64, units = elem == FP32 ? n : n / 2;
+      if (elem == FP32) {
+        std::memcpy(words, q[i] + c, 4 * n);
+      } else {
+        for (int j = 0; j < n; j += 16) vstore_bf16((uint16_t*)words + j, vload_n(q[i] + c + j, n - j));
+      }
+      for (int u = 0; u < units; u++) to[16 * u + i] = words[u];
+      to += 16 * units;
+      if (c + 64 >= width) to = (uint32_t*)out;
     }
 }
 
@@ -203,7 +212,7 @@ void expand_keys(int elem, const uint8_t* latents, int latent_width, int t0, int
   for (int t = t0; t < t1; t += 2) {
     const int count = t + 2 <= t1 ? 2 : 1;
     const Mat m{elem, kTile * count, latent_width, latents + t * tile, 1.f};
-    linear(m, 0, count, uk, 0, uk.rows, tmp, 32, nullptr);
+    linear(m, 0, count, uk, 0, uk.rows, tmp, 32, nullptr, nullptr);
     for (int i = 0; i < count; i++) {
       uint8_t* to = (uint8_t*)out + size_t(t + i) * units * 64;
       const float* x = tmp + 16 * i;
@@ -221,7 +230,7 @@ void expand_values(const Mat& uv, const Acts& rows, int row0, int n, void* out, 
   const int width = ceil_to(uv.n, kTile), units = uv.fmt == FP32 ? n : (n + 1) / 2;
   for (int r = 0; r < n; r += kChunk) {
     const int count = n - r < kChunk ? n - r : kChunk;
-    linear(uv, 0, tiles(uv.n), rows, row0 + r, count, tmp, width, nullptr);
+    linear(uv, 0, tiles(uv.n), rows, row0 + r, count, tmp, width, nullptr, nullptr);
     for (int t = 0; t < tiles(uv.n); t++) {
       const int valid = uv.n - t * kTile;
       uint8_t* to = (uint8_t*)out + size_t(t) * units * 64;

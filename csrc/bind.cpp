@@ -133,7 +133,7 @@ auto linear(int fmt, In<uint8_t, 1> data, float scale, int64_t n, In<float, 2> x
   nb::gil_scoped_release free;
   Rows rows(op, m, x);
   std::vector<char> scratch(scratch_bytes(m.k));
-  op.linear(m, 0, tiles(n), rows.a, 0, rows.a.rows, out.data(), n, scratch.data());
+  op.linear(m, 0, tiles(n), rows.a, 0, rows.a.rows, out.data(), n, scratch.data(), nullptr);
   return out;
 }
 

@@ -163,7 +163,7 @@ void check_ops() {
           }
           auto out = draws(size_t(rows) * n);
           Bytes scratch(scratch_bytes(k));
-          op.linear(m, 0, tiles(n), a, 0, rows, out.data(), n, scratch.p);
+          op.linear(m, 0, tiles(n), a, 0, rows, out.data(), n, scratch.p, nullptr);
         }
       }
   for (int kind = 0; kind < 6; kind++)

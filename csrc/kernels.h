@@ -6,8 +6,8 @@
 namespace lamoe {
 namespace LAMOE_NS {
 
-void linear(const Mat& m, int t0, int t1, const Acts& x, int row0, int rows, float* out, ptrdiff_t ldo, void* scratch);
-void swiglu(const Seg& s, int block, const Acts& x, const Acts& act, void* scratch);
+void linear(const Mat& m, int t0, int t1, const Acts& x, int row0, int rows, float* out, ptrdiff_t ldo, void* scratch, const uint8_t* then);
+void swiglu(const Seg& s, int block, const Acts& x, const Acts& act, void* scratch, const uint8_t* then);
 
 float pack_scale(int fmt, const float* w, size_t ldw, int n, int k);
 void pack(const Mat& m, uint8_t* out, const float* w, size_t ldw, const float* importance, const float* feedback, int tile);

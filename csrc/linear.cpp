@@ -11,17 +11,22 @@ constexpr int kRows = 12, kRows2 = 6;  // rows of a micro-kernel, of one over tw
 #else
 constexpr int kRows = 4, kRows2 = 2;
 #endif
-constexpr int kAhead = 6144;  // bytes between a prefetch and its use
+constexpr int kAhead = 9216;  // bytes between a prefetch and its use
 constexpr int kDecodeFrom = 2 * kRows;  // from this many rows on a tile is decoded once, ahead of its rows
 
 // ---- INT8, INT4 --------------------------------------------------------------------------------------------------------
 // One group of four quads: weights as unsigned bytes, and the scales of the 16 outputs.
 template <int FMT>
 struct Packed {
-  const uint8_t* p;
-  INLINE void prefetch(int block) const {  // a few rows wait for memory: ask for what comes some blocks later
+  const uint8_t *p, *end, *then;  // reading goes on up to `end`, and from `then` on
+  // A few rows wait for memory: what comes some blocks later is asked for, a quarter with each group (all at once would hold up the loads behind).
+  INLINE const uint8_t* ahead(int block) const {
     const uint8_t* b = p + size_t(block) * (FMT == INT8 ? 1088 : 576) + kAhead;
-    for (int i = 0; i < (FMT == INT8 ? 17 : 9); i++) __builtin_prefetch(b + 64 * i, 0, 3);
+    return b < end ? b : then + (b - end);
+  }
+  INLINE void prefetch(const uint8_t* b, int g) const {
+    constexpr int kLines = FMT == INT8 ? 17 : 9;
+    for (int i = kLines * g / 4; i < kLines * (g + 1) / 4; i++) __builtin_prefetch(b + 64 * i, 0, 3);
   }
   INLINE void group(int block, int g, vw* w, vf& s) const {
     const uint8_t* b = p + size_t(block) * (FMT == INT8 ? 1088 : 576);
@@ -35,8 +40,12 @@ struct Packed {
   }
 };
 struct Decoded {  // [block][4 groups](16 scales, 4 x 64 bytes)
-  const uint8_t* p;
-  INLINE void prefetch(int) const {}
+  const uint8_t *p, *next;  // next: packed blocks to ask for meanwhile (null: none)
+  int lines;                // of `next`, for each block
+  INLINE const uint8_t* ahead(int block) const { return next + 64 * size_t(block) * lines; }
+  INLINE void prefetch(const uint8_t* b, int g) const {
+    for (int i = lines * g / 4; i < lines * (g + 1) / 4; i++) __builtin_prefetch(b + 64 * i, 0, 2);
+  }
   INLINE void group(int block, int g, vw* w, vf& s) const {
     const uint8_t* b = p + size_t(4 * block + g) * 320;
     s = vload((const float*)b);
@@ -60,13 +69,14 @@ void micro_int(const W* weights, int blocks, float scale, const Acts& x, int row
   UNROLL for (int t = 0; t < T; t++)
     UNROLL for (int m = 0; m < M; m++) total[t][m] = vzero();
   for (int b = 0; b < blocks; b++) {
-    weights[0].prefetch(b);
+    const uint8_t* ahead = weights[0].ahead(b);
     vf part[T][M];
     UNROLL for (int t = 0; t < T; t++)
       UNROLL for (int m = 0; m < M; m++) part[t][m] = vzero();
     UNROLL for (int g = 0; g < 4; g++) {
       vw w[T][4];
       vf ws[T];
+      weights[0].prefetch(ahead, g);
       UNROLL for (int t = 0; t < T; t++) weights[t].group(b, g, w[t], ws[t]);
       UNROLL for (int m = 0; m < M; m++) {
         const int8_t* y = q + m * stride + kBlock * b + kGroup * g;
@@ -96,11 +106,11 @@ void rows_int(const W* w, int blocks, float scale, const Acts& x, int row, int r
 }
 
 template <int FMT>
-void decode_tile(const uint8_t* p, int blocks, uint8_t* to) {
-  const Packed<FMT> packed{p};
+void decode_tile(const Packed<FMT>& packed, int blocks, uint8_t* to) {
   for (int b = 0; b < blocks; b++) {
-    packed.prefetch(b);
+    const uint8_t* ahead = packed.ahead(b);
     for (int g = 0; g < 4; g++, to += 320) {
+      packed.prefetch(ahead, g);
       vw w[4];
       vf s;
       packed.group(b, g, w, s);
@@ -111,22 +121,30 @@ void decode_tile(const uint8_t* p, int blocks, uint8_t* to) {
 }
 
 template <int FMT>
-void tiles_int(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, float* out, ptrdiff_t ldo, uint8_t* scratch) {
+void tiles_int(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, float* out, ptrdiff_t ldo, uint8_t* scratch, const uint8_t* then) {
   const int blocks = ceil_to(m.k, kBlock) / kBlock;
   const size_t size = tile_bytes(FMT, m.k), decoded = size_t(blocks) * 4 * 320;
+  const uint8_t* end = m.data + t1 * size;
+  if (!then) then = m.data + t0 * size;
   for (int t = t0; t < t1;) {
     const int pair = t + 2 <= t1 ? 2 : 1, n = m.n - kTile * t;
     const uint8_t* p = m.data + t * size;
     float* to = out + kTile * t;
     if (rows < kDecodeFrom) {
-      const Packed<FMT> w[2] = {{p}, {p + size}};
+      const Packed<FMT> w[1] = {{p, end, then}};
       rows_int<FMT, Packed<FMT>, 1, kRows>(w, blocks, m.scale, x, row, rows, to, ldo, n);
       t++;
     } else {
-      for (int i = 0; i < pair; i++) decode_tile<FMT>(p + i * size, blocks, scratch + i * decoded);
-      const Decoded w[2] = {{scratch}, {scratch + decoded}};
-      (pair == 2 ? rows_int<FMT, Decoded, 2, kRows2> : rows_int<FMT, Decoded, 1, kRows>)(w, blocks, m.scale, x, row, rows, to, ldo, n);
+      for (int i = 0; i < pair; i++) decode_tile<FMT>({p + i * size, end, then}, blocks, scratch + i * decoded);
       t += pair;
+      // the first rows ask for the tiles that are decoded next
+      const uint8_t* next = t < t1 ? m.data + t * size : then;
+      const Decoded first[2] = {{scratch, next, (t + 2 <= t1 || t >= t1 ? 2 : 1) * int(size / 64) / blocks}, {scratch + decoded, nullptr, 0}};
+      const Decoded w[2] = {{scratch, nullptr, 0}, {scratch + decoded, nullptr, 0}};
+      const auto go = pair == 2 ? rows_int<FMT, Decoded, 2, kRows2> : rows_int<FMT, Decoded, 1, kRows>;
+      const int some = pair == 2 ? kRows2 : kRows;
+      go(first, blocks, m.scale, x, row, some, to, ldo, n);
+      go(w, blocks, m.scale, x, row + some, rows - some, to + some * ldo, ldo, n);
     }
   }
 }
@@ -182,24 +200,25 @@ void tiles_unit(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, 
 
 }  // namespace
 
-void linear(const Mat& m, int t0, int t1, const Acts& x, int row0, int rows, float* out, ptrdiff_t ldo, void* scratch) {
+void linear(const Mat& m, int t0, int t1, const Acts& x, int row0, int rows, float* out, ptrdiff_t ldo, void* scratch, const uint8_t* then) {
   if (rows <= 0) return;
   if (m.fmt == FP32) return tiles_unit<FP32>(m, t0, t1, x, row0, rows, out, ldo);
   if (m.fmt == BF16) return tiles_unit<BF16>(m, t0, t1, x, row0, rows, out, ldo);
-  (m.fmt == INT8 ? tiles_int<INT8> : tiles_int<INT4>)(m, t0, t1, x, row0, rows, out, ldo, (uint8_t*)scratch);
+  (m.fmt == INT8 ? tiles_int<INT8> : tiles_int<INT4>)(m, t0, t1, x, row0, rows, out, ldo, (uint8_t*)scratch, then);
 }
 
 // One 64-wide block of F: gate and up products, silu(gate) * up * weight, and the activation rows as `down` wants them.
-void swiglu(const Seg& s, int block, const Acts& x, const Acts& act, void* scratch) {
+void swiglu(const Seg& s, int block, const Acts& x, const Acts& act, void* scratch, const uint8_t* then) {
   constexpr int kChunk = 192;  // rows at a time, so that gate and up stay in the cache
   const int f = s.w2.k, from = block * kBlock, width = from + kBlock <= f ? kBlock : f - from;
-  const int first = from / kTile, count = tiles(width), up = tiles(f);
+  const int first = from / kTile, count = tiles(width);
   float* both = (float*)scratch;
   uint8_t* rest = (uint8_t*)(both + size_t(kChunk) * 2 * kBlock);
   for (int r = 0; r < s.rows; r += kChunk) {
     const int rows = s.rows - r < kChunk ? s.rows - r : kChunk;
-    linear(tile_of(s.w13, first), 0, count, x, s.row0 + r, rows, both, 2 * kBlock, rest);
-    linear(tile_of(s.w13, up + first), 0, count, x, s.row0 + r, rows, both + kBlock, 2 * kBlock, rest);
+    const Mat gate = tile_of(s.w13, first), up = tile_of(s.w13, tiles(f) + first);
+    linear(gate, 0, count, x, s.row0 + r, rows, both, 2 * kBlock, rest, up.data);
+    linear(up, 0, count, x, s.row0 + r, rows, both + kBlock, 2 * kBlock, rest, r + rows < s.rows ? gate.data : then);
     for (int i = 0; i < rows; i++) {
       float* g = both + size_t(i) * 2 * kBlock;
       const vf weight = vset(s.weight ? s.weight[r + i] : 1.f);

@@ -111,9 +111,11 @@ void Model::products(const std::vector<Part>& parts, const Acts& x) {
   int items = 0;
   for (const Part& p : parts) items += (tiles(p.m->n) + per - 1) / per;
   pool_.run(items, [&](int i, int thread) {
-    for (const Part& p : parts) {
-      const int here = (tiles(p.m->n) + per - 1) / per;
-      if (i < here) return ops().linear(*p.m, i * per, std::min((i + 1) * per, tiles(p.m->n)), x, 0, x.rows, p.out, p.ldo, scratch(thread));
+    for (size_t k = 0; k < parts.size(); k++) {
+      const Part& p = parts[k];
+      const int all = tiles(p.m->n), here = (all + per - 1) / per, end = std::min((i + 1) * per, all);
+      const uint8_t* then = end < all ? p.m->data + end * tile_bytes(p.m->fmt, p.m->k) : k + 1 < parts.size() ? parts[k + 1].m->data : nullptr;
+      if (i < here) return ops().linear(*p.m, i * per, end, x, 0, x.rows, p.out, p.ldo, scratch(thread), then);
       i -= here;
     }
   });
@@ -213,7 +215,7 @@ void Model::few(const Layer& l, const uint8_t* rows, const std::vector<SeqStep>&
         op.put_row(a, head * n + i, from);
         std::memcpy(q + (size_t(i) * h + head) * kw + c.latent, from + c.nope, 4 * c.rope);
       }
-      op.linear(l.uk[head], 0, tiles(c.latent), a, head * n, n, q + size_t(head) * kw, ptrdiff_t(h) * kw, scratch(thread));
+      op.linear(l.uk[head], 0, tiles(c.latent), a, head * n, n, q + size_t(head) * kw, ptrdiff_t(h) * kw, scratch(thread), head + 1 < h ? l.uk[head + 1].data : nullptr);
     });
   }
   // lanes: blocks of up to sixteen (token, head) of one sequence and one kv head
@@ -319,7 +321,8 @@ void Model::few(const Layer& l, const uint8_t* rows, const std::vector<SeqStep>&
     }
     for (int t = 0, end; t < n; t = end) {  // runs of tokens that are neighbours in the step
       for (end = t + 1; end < n && token[end] == token[end - 1] + 1; end++) {}
-      op.linear(l.uv[head], 0, tiles(c.value), a, head * n + t, end - t, o_ + (size_t(token[t]) * h + head) * c.value, ptrdiff_t(h) * c.value, s + 65536);
+      op.linear(l.uv[head], 0, tiles(c.value), a, head * n + t, end - t, o_ + (size_t(token[t]) * h + head) * c.value, ptrdiff_t(h) * c.value, s + 65536,
+                head + 1 < h ? l.uv[head + 1].data : nullptr);
     }
   });
 }
@@ -388,14 +391,14 @@ void Model::many(const Layer& l, const uint8_t* rows, const SeqStep& seq, const 
             int visible[kQueryRows];
             float fix[kQueryRows];
             for (int t = 0; t < count; t++) visible[t] = seq.end - n + t0 + t + 1 - start - first;
-            op.linear(tile_of(key_mat, first / kTile), 0, tiles(cols), q, t0, count, (float*)scores, kValueRows, nullptr);
+            op.linear(tile_of(key_mat, first / kTile), 0, tiles(cols), q, t0, count, (float*)scores, kValueRows, nullptr, nullptr);
             float *m = ml + size_t(head) * n + t0, *sum = m + size_t(n) * h;
             op.softmax_rows(elem, (float*)scores, kValueRows, count, cols, visible, c.softmax_scale, m, sum, fix, probs, ldp);
             Acts p;
             p.rows = count, p.k = cols, p.stride = ldp;
             (elem == FP32 ? (void*&)p.f : (void*&)p.h) = probs;
             const Mat value_mat{elem, vw, cols, (const uint8_t*)values + v * values_size, 1.f};
-            op.linear(value_mat, 0, tiles(vw), p, 0, count, (float*)scores, ceil_to(vw, 16), nullptr);
+            op.linear(value_mat, 0, tiles(vw), p, 0, count, (float*)scores, ceil_to(vw, 16), nullptr, nullptr);
             for (int t = 0; t < count; t++) {
               float* o = out + (size_t(t0 + t) * h + head) * vw;
               const float* y = (const float*)scores + size_t(t) * ceil_to(vw, 16);
@@ -416,6 +419,9 @@ void Model::many(const Layer& l, const uint8_t* rows, const SeqStep& seq, const 
   });
 }
 
+// Where block `block` of the gate matrix of a segment begins.
+static const uint8_t* gate_block(const Seg& s, int block) { return tile_of(s.w13, block * (kBlock / kTile)).data; }
+
 void Model::feed_forward(const Layer& l, int n, int16_t* chosen) {
   const Config& c = config;
   const Ops& op = ops();
@@ -424,15 +430,16 @@ void Model::feed_forward(const Layer& l, int n, int16_t* chosen) {
   const int blocks = shared.rows ? (l.w2.k + kBlock - 1) / kBlock : 0;
   Acts shared_act = blocks ? acts(b_shared_, n, l.w2.k) : Acts();
   const int gates = l.gate.data ? tiles(c.experts) : 0;
-  if (gates) gate_ = room<float>(b_gate_, size_t(n) * c.experts);
-  pool_.run(gates + blocks, [&](int i, int thread) {
-    if (i < gates) op.linear(l.gate, i, i + 1, in_, 0, n, gate_, c.experts, scratch(thread));
-    else op.swiglu(shared, i - gates, in_, shared_act, scratch(thread));
-  });
+  const auto one_shared = [&](int i, int thread) { op.swiglu(shared, i, in_, shared_act, scratch(thread), gate_block(shared, i + 1)); };
   std::vector<Seg> segs;
   std::vector<const Acts*> out;
   if (blocks) segs.push_back(shared), out.push_back(&shared_act);
-  if (!gates) return down(segs, out);
+  if (!gates) {
+    pool_.run(blocks, one_shared);
+    return down(segs, out);
+  }
+  gate_ = room<float>(b_gate_, size_t(n) * c.experts);
+  products({{&l.gate, gate_, c.experts}}, in_);
   route(n, chosen);
   const int total = n * c.top_k;
   Acts sorted = acts(b_sorted_, total, c.hidden), act = acts(b_act_, total, c.moe_width);
@@ -454,7 +461,13 @@ void Model::feed_forward(const Layer& l, int n, int16_t* chosen) {
     if (s.rows) segs.push_back(s), out.push_back(&act);
   }
   const int per = (c.moe_width + kBlock - 1) / kBlock;
-  pool_.run(int(segs.size() - routed) * per, [&](int i, int thread) { op.swiglu(segs[routed + i / per], i % per, sorted, act, scratch(thread)); });
+  // The shared expert comes first: of a large batch it is a lot of arithmetic, and another thread reads routed experts from memory meanwhile.
+  pool_.run(blocks + int(segs.size() - routed) * per, [&](int i, int thread) {
+    if (i < blocks) return one_shared(i, thread);
+    const size_t k = routed + (i - blocks) / per;
+    const int block = (i - blocks) % per;
+    op.swiglu(segs[k], block, sorted, act, scratch(thread), block + 1 < per ? gate_block(segs[k], block + 1) : k + 1 < segs.size() ? segs[k + 1].w13.data : nullptr);
+  });
   down(segs, out);
 }
 
@@ -468,9 +481,12 @@ void Model::down(const std::vector<Seg>& segs, const std::vector<const Acts*>& a
     float* y = (float*)s;
     for (size_t k = 0; k < segs.size(); k++) {
       const Seg& g = segs[k];
+      const Mat m = tile_of(g.w2, i * 4);
+      const bool more = k + 1 < segs.size(), over = (i + 1) * kBlock < d;  // over: the next item is likely ours too
+      const uint8_t* then = more ? tile_of(segs[k + 1].w2, i * 4).data : over ? tile_of(segs[0].w2, (i + 1) * 4).data : nullptr;
       for (int r = 0; r < g.rows; r += kChunk) {
         const int rows = std::min(kChunk, g.rows - r);
-        ops().linear(tile_of(g.w2, i * 4), 0, tiles(width), *acts[k], g.row0 + r, rows, y, kBlock, s + size_t(kChunk) * kBlock * 4);
+        ops().linear(m, 0, tiles(width), *acts[k], g.row0 + r, rows, y, kBlock, s + size_t(kChunk) * kBlock * 4, r + rows < g.rows ? m.data : then);
         for (int j = 0; j < rows; j++) {
           float* x = x_ + size_t(g.token ? g.token[r + j] : r + j) * d + i * kBlock;
           for (int q = 0; q < width; q++) x[q] += y[j * kBlock + q];

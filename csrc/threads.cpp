@@ -12,7 +12,7 @@ void pause() {
 constexpr int kSpins = 4000;  // then give the core away between looks: another program may need it
 }  // namespace
 
-Threads::Threads(int n) {
+Threads::Threads(int n) : ranges_(new Range[size_t(n)]) {
   try {
     for (int i = 1; i < n; i++) workers_.emplace_back([this, i] { work(i); });
   } catch (...) {  // no more threads to be had
@@ -46,8 +46,11 @@ Threads::Session::~Session() { t_.awake_ = false; }
 // either they see it closed and leave, or the caller sees them inside. Both sides write one and then read the other, hence seq_cst.
 void Threads::go(int items, const void* f) {
   f_ = f;
-  items_ = items;
-  next_.store(0, std::memory_order_relaxed);
+  const int n = size();
+  for (int t = 0; t < n; t++) {
+    ranges_[t].next.store(int(int64_t(items) * t / n), std::memory_order_relaxed);
+    ranges_[t].end = int(int64_t(items) * (t + 1) / n);
+  }
   round_.fetch_add(1);
   take(0);
   round_.fetch_add(1);
@@ -60,10 +63,12 @@ void Threads::go(int items, const void* f) {
 
 void Threads::take(int thread) noexcept {
   try {
-    for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) call_(f_, i, thread);
+    for (int k = 0, n = size(); k < n; k++) {
+      Range& r = ranges_[(thread + k) % n];
+      for (int i; !failed_.load(std::memory_order_relaxed) && (i = r.next.fetch_add(1, std::memory_order_relaxed)) < r.end;) call_(f_, i, thread);
+    }
   } catch (...) {
     if (!failed_.exchange(true, std::memory_order_relaxed)) error_ = std::current_exception();
-    next_.store(items_, std::memory_order_relaxed);
   }
 }
 

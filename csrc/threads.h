@@ -1,12 +1,13 @@
-// A parallel_for over a few threads that spin between calls of one step and sleep between steps. Items are taken one by one from a
-// counter, so a thread that another program slows down takes fewer, and one that is not there at all is not waited for; what an item computes
-// never depends on who computes it.
+// A parallel_for over a few threads that spin between calls of one step and sleep between steps. Each thread goes through a range of its own, in
+// order (neighbours in memory are then read by one core, one behind the other), and takes single items of the others' ranges when it has done: one
+// that another program slows down does fewer, and one that is not there at all is not waited for. What an item computes never depends on who computes it.
 #pragma once
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -56,12 +57,15 @@ class Threads {
   std::atomic<bool> awake_{false}, end_{false};
   void (*call_)(const void*, int, int) = nullptr;
   const void* f_ = nullptr;
-  int items_ = 0;
   std::atomic<bool> failed_{false};
   std::exception_ptr error_;
-  alignas(64) std::atomic<int> next_{0};
+  struct alignas(64) Range {
+    std::atomic<int> next{0};
+    int end = 0;
+  };
+  std::unique_ptr<Range[]> ranges_;  // one for each thread
   alignas(64) std::atomic<uint32_t> round_{0};  // odd: open, workers may come in
-  alignas(64) std::atomic<int> inside_{0};      // workers that may be reading call_, f_, items_
+  alignas(64) std::atomic<int> inside_{0};      // workers that may be reading call_, f_, ranges_
 };
 
 }  // namespace lamoe

@@ -54,9 +54,9 @@ def announce() -> None:
 
 def room(size: int) -> torch.Tensor:
     """uint8 [size], in huge pages where the system has them: weights are read from end to end, and small pages cost a tenth of the bandwidth."""
-    if size < 1 << 22 or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if size < 1 << 21 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)
-    pages = mmap.mmap(-1, size)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # not shared, as is the default: that has small pages on most systems
     pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
 
