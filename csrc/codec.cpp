@@ -109,25 +109,27 @@ INLINE void put16(int elem, void* out, int at, vf v, int n) {
 // 64 elements at a time, where they lie side by side in every plane.
 template <int N>
 void decode_wide(const Block& b, const float* step, const uint8_t* codes, int elem, void* out) {
-  const Planes pl = planes(N);
-  const vf zero = vset(float(1 << (N - 1)));
+  constexpr int kBits[3] = {N == 8 ? 8 : 4, N == 5 ? 1 : N > 5 ? 2 : 0, N == 7 ? 1 : 0}, kPlanes = N == 7 ? 3 : N == 4 || N == 8 ? 1 : 2;
+  constexpr float zero = float(1 << (N - 1));
+  const uint8_t* plane[kPlanes];
+  int size[kPlanes], at[kPlanes] = {}, shift[kPlanes] = {};  // bytes of a plane; where in it, and in its bytes, element i lies
+  for (int p = 0; p < kPlanes; p++) plane[p] = p ? plane[p - 1] + size[p - 1] : codes, size[p] = b.W * kBits[p] / 8;
   for (int i = 0; i < b.w; i += 64) {
     vw code = wset(0);
-    const uint8_t* from = codes;
-    int shift = 0;
-    UNROLL for (int p = 0; p < kMaxPlanes; p++) {
-      if (p >= pl.n) break;
-      const int bits = pl.bits[p], size = b.W * bits / 8;
-      const vw field = bfields(from + i % size, bits * (i / size), (1 << bits) - 1);
-      code = p ? bor_left(code, field, shift) : field;
-      from += size, shift += bits;
+    UNROLL for (int p = 0, up = 0; p < kPlanes; up += kBits[p++]) {
+      const vw field = bfields(plane[p] + at[p], shift[p], (1 << kBits[p]) - 1);
+      code = p ? bor_left(code, field, up) : field;
+      if ((at[p] += 64) == size[p]) at[p] = 0, shift[p] += kBits[p];
     }
+    // code * step - zero * step is (code - zero) * step exactly: a step has at most 9 significant bits, a code 8
     const float* s = step + i / 16;
-    const vf v[4] = {(bfloats<0>(code) - zero) * vset(s[0]), (bfloats<1>(code) - zero) * vset(s[1]), (bfloats<2>(code) - zero) * vset(s[2]),
-                     (bfloats<3>(code) - zero) * vset(s[3])};
-    UNROLL for (int j = 0; j < 4; j++) {
-      if (elem == FP32) vstore((float*)out + i + 16 * j, v[j]);
-      else vstore_bf16((uint16_t*)out + i + 16 * j, v[j]);
+    const auto value = [&](vf code, int j) { return vfma(code, vset(s[j]), vset(-zero * s[j])); };
+    const vf v[4] = {value(bfloats<0>(code), 0), value(bfloats<1>(code), 1), value(bfloats<2>(code), 2), value(bfloats<3>(code), 3)};
+    if (elem == FP32) {
+      UNROLL for (int j = 0; j < 4; j++) vstore((float*)out + i + 16 * j, v[j]);
+    } else {
+      vstore_bf16((uint16_t*)out + i, v[0], v[1]);
+      vstore_bf16((uint16_t*)out + i + 32, v[2], v[3]);
     }
   }
 }

@@ -3,12 +3,17 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "ops.h"
 
 namespace lamoe {
 namespace scalar { extern const Ops table; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Ops table; }
+namespace avxvnni { extern const Ops table; }
 namespace avx512 { extern const Ops table; }
 #endif
 
@@ -16,6 +21,10 @@ namespace {
 bool has(const std::string& isa) {
 #if defined(__x86_64__)
   if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == "avxvnni") {
+    unsigned a = 0, b, c, d;
+    return has("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+  }
   if (isa == "avx512")
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
@@ -30,7 +39,7 @@ const Ops& choose() {
     if (!t) throw std::invalid_argument(std::string("LAMOE_ISA is '") + forced + "'; this CPU runs: " + cpu_features());
     return *t;
   }
-  for (const char* isa : {"avx512", "avx2"})
+  for (const char* isa : {"avx512", "avxvnni", "avx2"})
     if (const Ops* t = ops_by_name(isa)) return *t;
   return scalar::table;
 }
@@ -41,13 +50,18 @@ const Ops* ops_by_name(const char* name) {
   if (!has(isa)) return nullptr;
 #if defined(__x86_64__)
   if (isa == "avx512") return &avx512::table;
+  if (isa == "avxvnni") return &avxvnni::table;
   if (isa == "avx2") return &avx2::table;
 #endif
   return isa == "scalar" ? &scalar::table : nullptr;
 }
 
 const char* cpu_features() {
-  static const std::string all = std::string(has("avx512") ? "avx512, " : "") + (has("avx2") ? "avx2, " : "") + "scalar";
+  static const std::string all = [] {
+    std::string names;
+    for (const char* isa : {"avx512", "avxvnni", "avx2"}) names += has(isa) ? std::string(isa) + ", " : "";
+    return names + "scalar";
+  }();
   return all.c_str();
 }
 

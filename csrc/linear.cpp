@@ -7,9 +7,9 @@ namespace LAMOE_NS {
 namespace {
 
 #if defined(LAMOE_ISA_AVX512)
-constexpr int kRows = 12, kRows2 = 6;  // rows of a micro-kernel, of one over two tiles: what the registers hold
+constexpr int kRows = 12, kTiles = 2, kTileRows = 6, kUnitRows = 12;  // rows of a micro-kernel: INT8 / INT4; over kTiles decoded tiles at once; FP32 / BF16
 #else
-constexpr int kRows = 4, kRows2 = 2;
+constexpr int kRows = 8, kTiles = 1, kTileRows = 8, kUnitRows = 6;
 #endif
 constexpr int kAhead = 9216;  // bytes between a prefetch and its use
 constexpr int kDecodeFrom = 2 * kRows;  // from this many rows on a tile is decoded once, ahead of its rows
@@ -58,7 +58,7 @@ INLINE vw start(int32_t c) { return FMT == INT8 ? start_int8(c) : wset(c); }
 template <int FMT>
 INLINE vw dot(vw acc, vw w, const int8_t* x) { return FMT == INT8 ? dot_int8(acc, w, x) : dot_int4(acc, w, x); }
 
-// T tiles x M rows. T = 2 for many rows: an activation word that is in a register serves both tiles.
+// T tiles x M rows. Two tiles for many rows: an activation word that is in a register serves both tiles.
 template <int FMT, class W, int T, int M>
 void micro_int(const W* weights, int blocks, float scale, const Acts& x, int row, float* out, ptrdiff_t ldo, int n) {
   const int8_t* q = x.q + size_t(row) * x.stride;
@@ -127,7 +127,7 @@ void tiles_int(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, f
   const uint8_t* end = m.data + t1 * size;
   if (!then) then = m.data + t0 * size;
   for (int t = t0; t < t1;) {
-    const int pair = t + 2 <= t1 ? 2 : 1, n = m.n - kTile * t;
+    const int count = t + kTiles <= t1 ? kTiles : 1, n = m.n - kTile * t;
     const uint8_t* p = m.data + t * size;
     float* to = out + kTile * t;
     if (rows < kDecodeFrom) {
@@ -135,14 +135,14 @@ void tiles_int(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, f
       rows_int<FMT, Packed<FMT>, 1, kRows>(w, blocks, m.scale, x, row, rows, to, ldo, n);
       t++;
     } else {
-      for (int i = 0; i < pair; i++) decode_tile<FMT>({p + i * size, end, then}, blocks, scratch + i * decoded);
-      t += pair;
+      for (int i = 0; i < count; i++) decode_tile<FMT>({p + i * size, end, then}, blocks, scratch + i * decoded);
+      t += count;
       // the first rows ask for the tiles that are decoded next
       const uint8_t* next = t < t1 ? m.data + t * size : then;
-      const Decoded first[2] = {{scratch, next, (t + 2 <= t1 || t >= t1 ? 2 : 1) * int(size / 64) / blocks}, {scratch + decoded, nullptr, 0}};
+      const Decoded first[2] = {{scratch, next, (t + kTiles <= t1 || t >= t1 ? kTiles : 1) * int(size / 64) / blocks}, {scratch + decoded, nullptr, 0}};
       const Decoded w[2] = {{scratch, nullptr, 0}, {scratch + decoded, nullptr, 0}};
-      const auto go = pair == 2 ? rows_int<FMT, Decoded, 2, kRows2> : rows_int<FMT, Decoded, 1, kRows>;
-      const int some = pair == 2 ? kRows2 : kRows;
+      const auto go = count == kTiles ? rows_int<FMT, Decoded, kTiles, kTileRows> : rows_int<FMT, Decoded, 1, kRows>;
+      const int some = count == kTiles ? kTileRows : kRows;
       go(first, blocks, m.scale, x, row, some, to, ldo, n);
       go(w, blocks, m.scale, x, row + some, rows - some, to + some * ldo, ldo, n);
     }
@@ -189,10 +189,10 @@ void tiles_unit(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, 
       micro_unit<FMT, 4, 1>(w, tile, units, y, stride, to, ldo, n);
       t += 4;
     } else if (t + 2 <= t1) {
-      rows_unit<FMT, 2, kRows>(w, tile, units, y, stride, rows, to, ldo, n);
+      rows_unit<FMT, 2, kUnitRows>(w, tile, units, y, stride, rows, to, ldo, n);
       t += 2;
     } else {
-      rows_unit<FMT, 1, kRows>(w, tile, units, y, stride, rows, to, ldo, n);
+      rows_unit<FMT, 1, kUnitRows>(w, tile, units, y, stride, rows, to, ldo, n);
       t += 1;
     }
   }

@@ -1,17 +1,22 @@
 // The only file with intrinsics: sixteen lanes of float (vf) and sixteen 32-bit words (vw), on AVX-512, AVX2 or plain C++.
-// A kernel is written once against these and compiled once per ISA (CMakeLists.txt sets LAMOE_ISA_AVX512 / LAMOE_ISA_AVX2 / neither); every ISA
+// A kernel is written once against these and compiled once per ISA (CMakeLists.txt sets LAMOE_ISA_AVX512 / _AVXVNNI / _AVX2 / none); every ISA
 // adds up in the same order. A NEON version of this file is all another architecture needs.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#if defined(LAMOE_ISA_AVXVNNI)
+#define LAMOE_ISA_AVX2  // and the integer dot products of AVX-512 VNNI, 32 bytes wide
+#endif
 #if defined(LAMOE_ISA_AVX512) || defined(LAMOE_ISA_AVX2)
 #include <immintrin.h>
 #endif
 
 #if defined(LAMOE_ISA_AVX512)
 #define LAMOE_NS avx512
+#elif defined(LAMOE_ISA_AVXVNNI)
+#define LAMOE_NS avxvnni
 #elif defined(LAMOE_ISA_AVX2)
 #define LAMOE_NS avx2
 #else
@@ -80,6 +85,7 @@ INLINE vw wfields(const uint8_t* p, int shift, int mask) {  // sixteen bytes, ea
 INLINE vw wor_left(vw a, vw b, int shift) { return {_mm512_or_si512(a.v, _mm512_sll_epi32(b.v, _mm_cvtsi32_si128(shift)))}; }
 INLINE vf vload_bf16(const uint16_t* p) { return {(__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16)}; }
 INLINE void vstore_bf16(uint16_t* p, vf a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
+INLINE void vstore_bf16(uint16_t* p, vf a, vf b) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v)); }  // 32 of them
 // acc + sum over the two halves of each word, as bfloat16 pairs; acc + w * x. x is broadcast from 4 bytes.
 INLINE vf dot_bf16(vf acc, vw w, const void* x) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)_mm512_set1_epi32(*(const int32_t*)x))}; }
 INLINE vf dot_f32(vf acc, vw w, const void* x) { return {_mm512_fmadd_ps((__m512)w.v, _mm512_set1_ps(*(const float*)x), acc.v)}; }
@@ -186,6 +192,7 @@ INLINE void vstore_bf16(uint16_t* p, vf x) {
   __m256i t = _mm256_permute4x64_epi64(_mm256_packus_epi32(round_bf16(x.a), round_bf16(x.b)), 0xd8);
   _mm256_storeu_si256((__m256i*)p, t);
 }
+INLINE void vstore_bf16(uint16_t* p, vf x, vf y) { vstore_bf16(p, x); vstore_bf16(p + 16, y); }
 INLINE __m256 dot_half_bf16(__m256 acc, __m256i w, __m256 x0, __m256 x1) {
   acc = _mm256_fmadd_ps((__m256)_mm256_slli_epi32(w, 16), x0, acc);
   return _mm256_fmadd_ps((__m256)_mm256_and_si256(w, _mm256_set1_epi32(int(0xffff0000))), x1, acc);
@@ -199,6 +206,15 @@ INLINE vf dot_f32(vf acc, vw w, const void* x) {
   __m256 v = _mm256_broadcast_ss((const float*)x);
   return {_mm256_fmadd_ps((__m256)w.a, v, acc.a), _mm256_fmadd_ps((__m256)w.b, v, acc.b)};
 }
+#if defined(LAMOE_ISA_AVXVNNI)
+INLINE vw dot_int4(vw acc, vw w, const int8_t* x) {
+  __m256i v = _mm256_set1_epi32(*(const int32_t*)x);
+  return {_mm256_dpbusd_avx_epi32(acc.a, w.a, v), _mm256_dpbusd_avx_epi32(acc.b, w.b, v)};
+}
+INLINE vw dot_int8(vw acc, vw w, const int8_t* x) { return dot_int4(acc, w, x); }
+INLINE vw start_int8(int32_t c) { return wset(2 * c); }
+INLINE vw decode_int8(const uint8_t* p) { return wload(p); }
+#else
 INLINE __m256i dot4(__m256i acc, __m256i u8, __m256i s8) {  // the 16-bit pair sums must not saturate
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u8, s8), _mm256_set1_epi16(1)));
 }
@@ -216,6 +232,7 @@ INLINE vw decode_int8(const uint8_t* p) {
   __m256i m = _mm256_set1_epi8(char(0x80));
   return {_mm256_xor_si256(w.a, m), _mm256_xor_si256(w.b, m)};
 }
+#endif
 INLINE void decode_int4(const uint8_t* p, vw& low, vw& high) {
   const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kLevels)), mask = _mm256_set1_epi8(15);
   vw x = wload(p);
@@ -298,6 +315,7 @@ INLINE vw wfields(const uint8_t* p, int shift, int mask) { vw r; EACH r.v[i] = p
 INLINE vw wor_left(vw a, vw b, int shift) { EACH a.v[i] |= b.v[i] << shift; return a; }
 INLINE vf vload_bf16(const uint16_t* p) { vf r; EACH r.v[i] = bf16_to_float(p[i]); return r; }
 INLINE void vstore_bf16(uint16_t* p, vf a) { EACH p[i] = float_to_bf16(a.v[i]); }
+INLINE void vstore_bf16(uint16_t* p, vf a, vf b) { vstore_bf16(p, a); vstore_bf16(p + 16, b); }
 INLINE vf dot_bf16(vf acc, vw w, const void* x) {
   const uint16_t* y = (const uint16_t*)x;
   float x0 = bf16_to_float(y[0]), x1 = bf16_to_float(y[1]);
