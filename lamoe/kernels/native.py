@@ -10,7 +10,8 @@ How far from exact (tests/test_native.py holds every instruction set to it; g: t
     bf16         weights and inputs within 2^-8 of themselves
     int8         a weight within g / 225 or w / 2^23, whichever is more; an input within 1/254 of the largest of its block of 64
     int4         the root mean square error of a group at most 9/64 g (6 % of a normal weight was measured); inputs as int8
-A NaN or an infinity in an input row makes that row's results NaN or infinite, and no other's. int8 and int4 read a block of inputs below 1.5e-36 as zero.
+A NaN or an infinity in an input row makes that row's results NaN or infinite, and no other's. int8 and int4 read a block of inputs below 1.5e-36 as zero; their
+results are finite while the inputs' absolute values add up to at most 1.7e36, and beyond that right or not finite, never finite and wrong.
 A result depends on its row and its weights alone, not on the other rows of a batch, the number of threads or what else runs.
 """
 
