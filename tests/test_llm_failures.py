@@ -4,6 +4,7 @@ import asyncio
 import logging
 
 import pytest
+import torch
 from tiny_engine import EVERY, drain, greedy, idle, llm, prompts, tokens
 
 from lamoe.engine import runner
@@ -91,6 +92,21 @@ def test_no_memory_inside_the_kernels_is_the_end(monkeypatch):
     engine.add([1, 2], greedy())
     with pytest.raises(MemoryError):
         engine.step()
+
+
+@EVERY
+@native_too
+@pytest.mark.parametrize("budget", [64, 8])
+def test_numbers_that_are_none_stay_out_of_the_prefix_cache(family, impl, budget):
+    """NaN of a token reaches the rows before it (0 x NaN in masked attention). Who comes later with the same beginning must not find them."""
+    engine, (text,) = llm(family, impl=impl, max_num_batched_tokens=budget), [[t % 62 for t in p] for p in prompts(24)]
+    want = llm(family, impl=impl).generate([text + [5]], greedy(6, logit_bias={63: -100}))
+    with torch.no_grad():
+        engine.model.embed.weight[63] = float("nan")
+    (bad,) = engine.generate([text + [63, 2]], greedy(6))
+    assert bad.finish_reason == "error" and bad.internal and idle(engine)
+    outputs = engine.generate([text + [5]], greedy(6, logit_bias={63: -100}))
+    assert tokens(outputs) == tokens(want) and idle(engine)
 
 
 # ---- a sequence --------------------------------------------------------------------------------------------------------------------

@@ -221,6 +221,7 @@ class LLM:
     def _advance(self, seq: Sequence, logits: torch.Tensor, total: float, best: int) -> Delta:
         """The next token of a sequence. Whatever goes wrong with it (numbers, sampling, its grammar, its text) ends this one alone."""
         if not math.isfinite(total):  # NaN and infinities survive a sum
+            self.pool.forget(seq.pages)  # rows before the bad one may be bad too: a masked NaN has weight 0, and 0 x NaN is NaN
             return self._fail(seq, "the model's logits are not finite", internal=True)
         try:
             return self._choose(seq, logits, best)
