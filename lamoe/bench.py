@@ -49,15 +49,15 @@ class Machine:
 
 @dataclass
 class Line:
-    """One measurement: `new` tokens of each of `sequences`, behind `depth`. bytes: a pass reads at least; flops: of the model, 2 for a multiply-add.
+    """One measurement: `new` tokens of each of `sequences`, behind `depth`. bytes: a pass reads (`measure` counts them); flops: of the model, 2 for a multiply-add.
     peer: tokens/s of llama.cpp; read: bytes per second probed before, between and after ours, the peer's and ours again."""
 
     name: str
     new: int
     depth: int
     sequences: int
-    bytes: float
     flops: float
+    bytes: float = 0.0
     seconds: list[float] = field(default_factory=list)
     peer: list[float] = field(default_factory=list)
     read: list[float] = field(default_factory=list)
@@ -124,42 +124,34 @@ class Bench:
             rows.copy_(torch.randint(0, 64, rows.shape, dtype=torch.uint8))  # as a base at most 1 / 128
         self.pages = torch.arange(self.cache.pages, dtype=torch.int32)
 
-    def run(self, line: Line) -> None:
-        """One pass of what the line measures."""
-        if line.sequences > 1:
-            return self.run_batch(line.sequences, line.depth)
-        n, depth = line.new, line.depth
-        self._step(n, torch.arange(depth, depth + n), torch.tensor([[n, depth + n, 0]], dtype=torch.int32), [n - 1])
+    def run(self, line: Line, experts: bool = False) -> torch.Tensor:
+        """One pass of what the line measures; the chosen experts [MoE layers, tokens, K] when asked for. Many sequences have pages of their own while those last."""
+        n, depth, need = line.new, line.depth, (line.depth + line.new - 1) // self.cache.page_size + 1
+        begin = [(i * need) % max(self.cache.pages - need + 1, 1) for i in range(line.sequences)]
+        seqs = torch.tensor([[n, depth + n, b] for b in begin], dtype=torch.int32)
+        ids = torch.randint(self.config.vocab_size, (line.tokens,)).tolist()
+        rows = list(range(n - 1, line.tokens, n))
+        return self.model.run(ids, torch.arange(depth, depth + n).repeat(line.sequences), seqs, self.pages, self.cache, rows, experts=experts)[1]
 
-    def run_batch(self, sequences: int, depth: int) -> None:
-        """One token for each of many sequences, with pages of their own while those last."""
-        need = depth // self.cache.page_size + 1
-        begin = [(i * need) % max(self.cache.pages - need + 1, 1) for i in range(sequences)]
-        self._step(sequences, torch.full((sequences,), depth), torch.tensor([[1, depth + 1, b] for b in begin], dtype=torch.int32), list(range(sequences)))
+    def form(self, new: int, depth: int) -> str | None:
+        """Of attention under MLA, as Model::expand (csrc/model.cpp) picks it."""
+        return cheaper_form(self.config, new, depth + new) if self.config.is_mla else None
 
-    def _step(self, n, positions, seqs, rows):
-        ids = torch.randint(self.config.vocab_size, (n,)).tolist()
-        self.model.run(ids, positions, seqs, self.pages, self.cache, rows)
-
-    def weight_bytes(self, tokens: int, form: str = "absorb") -> float:
-        """Bytes of weights that a pass over `tokens` tokens reads at least: routed experts as many as an independent, uniform choice touches, a row of the
-        embedding for a token, and of W^UK and W^UV what the form reads: packed ones (absorb) or the 16-bit copies (expand)."""
-        c = self.config
-        touched = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** tokens if c.is_moe else 0.0
-        never = {"uk_rows", "uv_elem"} if form == "absorb" else {"uk", "uv"} if self.model.weights in ("int8", "int4") else {"uk"}  # else uv is its own copy
-        total = 0.0
+    def bytes(self, line: Line, chosen: torch.Tensor) -> float:
+        """Read by a pass that chose these experts (`run`): cache rows, the experts that anybody chose, a row of the embedding for a token, and of W^UK and
+        W^UV what the form reads: packed ones (absorb) or the 16-bit copies (expand). All other weights once."""
+        c, expand = self.config, self.form(line.new, line.depth) == "expand"
+        touched = sum(len(layer.unique()) for layer in chosen) / (len(chosen) * c.n_routed_experts) if len(chosen) else 0.0
+        never = {"uk_rows", "uv_elem"} if not expand else {"uk", "uv"} if self.model.weights in ("int8", "int4") else {"uk"}  # else uv is its own copy
+        total = line.sequences * line.depth * self.cache.nbytes / (self.cache.pages * self.cache.page_size)  # of all layers
         for key, size in self.model.nbytes.items():
             name = key.rsplit(".", 1)[-1]
-            part = touched if name in ("e13", "e2") else min(tokens / c.vocab_size, 1) if name == "embed" else 0 if name in never else 1
-            total += part * size
+            total += (touched if name in ("e13", "e2") else min(line.tokens / c.vocab_size, 1) if name == "embed" else 0 if name in never else 1) * size
         return total
 
     def line(self, name: str, new: int, depth: int, sequences: int = 1) -> Line:
-        """The measurement with what a pass of it reads and computes."""
-        row = self.cache.nbytes / (self.cache.pages * self.cache.page_size)  # all layers
-        form = cheaper_form(self.config, new, depth + new) if self.config.is_mla else None  # as Model::expand (csrc/model.cpp) has it
-        flops = accounting.forward_flops(self.config, new, depth, form, head_tokens=1).total
-        return Line(name, new, depth, sequences, self.weight_bytes(new * sequences, form or "absorb") + sequences * depth * row, sequences * flops)
+        """A measurement that has not been taken."""
+        return Line(name, new, depth, sequences, sequences * accounting.forward_flops(self.config, new, depth, self.form(new, depth), head_tokens=1).total)
 
     def lines(self, prefills: list[tuple[int, int]], depths: list[int], batches: list[int]) -> list[Line]:
         """Single tokens at depths, prompts (tokens, behind so many), one token for each of many sequences."""
@@ -171,7 +163,7 @@ def measure(bench: Bench, lines: list[Line], rounds: int, say: Callable[[str], N
     """Time passes of every line, one more ahead of them; short ones more often."""
     for line in lines:
         say(f"lamoe: {line.name}")
-        bench.run(line)
+        line.bytes = bench.bytes(line, bench.run(line, experts=True))
         for _ in range(rounds * (3 if line.tokens == 1 else 2 if line.new == 1 else 1)):
             begin = time.perf_counter()
             bench.run(line)

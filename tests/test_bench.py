@@ -91,7 +91,7 @@ def test_ours_and_the_peer_take_turns(tools):
 
 def test_a_tool_that_fails_is_quoted(tools):
     tools("llama-batched-bench", "")
-    line = bench.Line("decode at 0", 1, 0, 1, 1.0, 1.0)
+    line = bench.Line("decode at 0", 1, 0, 1, 1.0)
     tools("llama-bench", "", "error: unknown model architecture: 'mamba9'\nmain: failed to load model\n", 1)
     with pytest.raises(ValueError, match=r"(?s)code 1 and said: .*unknown model architecture: 'mamba9' main: failed"):
         bench.Peer(tools.model, 1).measure([line], print)
@@ -109,14 +109,24 @@ def test_bytes_of_a_pass_are_those_of_the_form_it_takes(weights):
         parts[p.name] = parts.get(p.name, 0) + packed.piece_bytes(p, elem)
     assert sum(parts.values()) == sum(run.model.nbytes.values())
     embed, routed, copies, uk, uv = parts.pop("embed"), parts.pop("e13") + parts.pop("e2"), parts.pop("uk_rows") + parts.pop("uv_elem", 0), parts.pop("uk"), parts.pop("uv")
-    share, rest = MLA.num_experts_per_tok / MLA.n_routed_experts, sum(parts.values())
-    assert run.weight_bytes(1) == pytest.approx(rest + uk + uv + embed / MLA.vocab_size + share * routed)
-    many = run.weight_bytes(90, "expand")
-    assert many == pytest.approx(rest + copies + (0 if weights in ("int8", "int4") else uv) + embed * min(90 / MLA.vocab_size, 1) + (1 - (1 - share) ** 90) * routed)
-    row = run.cache.nbytes / (run.cache.pages * run.cache.page_size)
-    assert run.line("", 1, 40).bytes == pytest.approx(run.weight_bytes(1) + 40 * row)
-    assert run.line("", 1, 16, 3).bytes == pytest.approx(run.weight_bytes(3) + 3 * 16 * row) and run.line("", 1, 16, 3).flops == 3 * run.line("", 1, 16).flops
-    assert run.line("", 90, 0).bytes == many  # a prompt is expanded
+    rest, row, experts = sum(parts.values()), run.cache.nbytes / (run.cache.pages * run.cache.page_size), len(MLA.moe_layers) * MLA.n_routed_experts
+    for line in (run.line("", 1, 40), run.line("", 1, 16, 3), run.line("", 90, 0), run.line("", 60, 30)):
+        chosen = run.run(line, experts=True)
+        assert chosen.shape == (len(MLA.moe_layers), line.tokens, MLA.num_experts_per_tok)
+        read = len({(layer, int(e)) for layer, each in enumerate(chosen) for e in each.flatten()})
+        attention = uk + uv if line.new == 1 else copies + (0 if weights in ("int8", "int4") else uv)  # a prompt is expanded
+        want = rest + attention + embed * min(line.tokens / MLA.vocab_size, 1) + routed * read / experts + line.sequences * line.depth * row
+        assert run.bytes(line, chosen) == pytest.approx(want)
+    assert run.line("", 1, 16, 3).flops == 3 * run.line("", 1, 16).flops
+
+
+def test_a_dense_model_is_measured_too():
+    run = bench.Bench(bench.random_model(tiny.config("llama", max_position_embeddings=256), "bf16", 1), "fp32", 200)
+    lines = run.lines([(20, 0), (20, 40)], [0, 50], [2])
+    bench.measure(run, lines, 1)
+    assert [len(x.seconds) for x in lines] == [3, 3, 1, 1, 2] and all(x.rate > 0 for x in lines)
+    weights = sum(run.model.nbytes.values()) - run.model.nbytes["embed"]
+    assert lines[0].bytes == pytest.approx(weights + run.model.nbytes["embed"] / run.config.vocab_size) and lines[1].bytes > lines[0].bytes
 
 
 def test_the_command_line(tmp_path, capsys, tools):
