@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <map>
@@ -134,6 +135,79 @@ auto linear(int fmt, In<uint8_t, 1> data, float scale, int64_t n, In<float, 2> x
   Rows rows(op, m, x);
   std::vector<char> scratch(scratch_bytes(m.k));
   op.linear(m, 0, tiles(n), rows.a, 0, rows.a.rows, out.data(), n, scratch.data(), nullptr);
+  return out;
+}
+
+auto rms_norm(In<float, 2> x, In<float, 1> w, float eps, const std::string& isa) {
+  const Ops& op = table(isa);
+  need(w.size() == x.shape(1), "a norm has one weight per column");
+  auto out = fresh<float>({x.shape(0), x.shape(1)});
+  nb::gil_scoped_release free;
+  for (size_t i = 0; i < x.shape(0); i++) op.rms_norm(x.data() + i * w.size(), w.data(), eps, out.data() + i * w.size(), int(w.size()));
+  return out;
+}
+
+auto rope(In<float, 2> x, In<float, 2> cos_sin, bool interleaved, const std::string& isa) {
+  const Ops& op = table(isa);
+  const size_t r = x.shape(1);
+  need(r % 2 == 0 && cos_sin.shape(0) == x.shape(0) && cos_sin.shape(1) == r, "rows have an even width, and as many cosines and sines");
+  auto out = fresh<float>({x.shape(0), r});
+  std::copy(x.data(), x.data() + x.size(), out.data());
+  nb::gil_scoped_release free;
+  for (size_t i = 0; i < x.shape(0); i++) op.rope(out.data() + i * r, cos_sin.data() + i * r, int(r), interleaved);
+  return out;
+}
+
+// Gate and up of `f` outputs each, in whole tiles, as a packed matrix; `out` is filled up to a whole block.
+auto swiglu(int fmt, In<uint8_t, 1> w13, float scale, int64_t f, In<float, 2> x, In<float, 1> weight, const std::string& isa) {
+  const Ops& op = table(isa);
+  need(wrong_sizes(fmt, f, f));
+  Seg s;
+  s.w13 = mat(fmt, 2 * ceil_to(int(f), kTile), int64_t(x.shape(1)), w13, scale);
+  s.w2.k = int(f);
+  need(x.shape(0) <= size_t(kMaxWidth) && weight.size() == x.shape(0), "there is one weight per row, and at most " + std::to_string(kMaxWidth) + " rows");
+  s.rows = int(x.shape(0)), s.weight = weight.data();
+  Acts act;
+  act.rows = s.rows, act.k = s.w2.k, act.stride = acts_stride(s.w2.k);
+  auto out = fresh<float>({x.shape(0), size_t(act.stride)});
+  act.f = out.data();
+  nb::gil_scoped_release free;
+  Rows rows(op, s.w13, x);
+  std::vector<char> scratch(scratch_bytes(s.w13.k));
+  for (int b = 0; b * kBlock < s.w2.k; b++) op.swiglu(s, b, rows.a, act, scratch.data(), nullptr);
+  return out;
+}
+
+// Up to sixteen queries against rows of the given element type, of which lane i sees those up to last[i]: tiles of 64 rows into partial states of `chunk`
+// rows, combined in the end.
+auto attend(int elem, In<uint8_t, 2> rows, In<float, 2> q, In<int32_t, 1> last, int k0, int v0, int vw, float scale, int chunk, const std::string& isa) {
+  const Ops& op = table(isa);
+  need(elem == FP32 || elem == BF16, "rows are fp32 or bf16");
+  const int e = elem == FP32 ? 4 : 2, stride = int(rows.shape(1)) / e, lanes = int(q.shape(0)), kw = int(q.shape(1)), n = int(rows.shape(0));
+  need(rows.shape(0) <= size_t(kMaxWidth) && rows.shape(1) <= 1 << 17 && rows.shape(1) % e == 0 && n > 0 && chunk > 0, "rows are at least one, of whole elements; so is a chunk");
+  need(lanes >= 1 && lanes <= 16 && last.size() == size_t(lanes), "there are from 1 to 16 queries with a last row each");
+  need(kw > 0 && kw % 2 == 0 && vw > 0 && std::min(k0, v0) >= 0 && k0 + int64_t(kw) <= stride && v0 + int64_t(vw) <= stride, "keys and values are columns of the rows, keys an even number");
+  int seen[16];
+  const float* each[16];
+  for (int i = 0; i < 16; i++) each[i] = q.data() + size_t(std::min(i, lanes - 1)) * kw, seen[i] = last.data()[std::min(i, lanes - 1)];
+  auto out = fresh<float>({size_t(lanes), size_t(vw)});
+  nb::gil_scoped_release free;
+  std::vector<uint8_t> tile(64 * rows.shape(1) + 64, 0xff), packed(size_t(kw) * e / 4 * 64), scratch(2 * 64 * 64);
+  op.pack_lanes(elem, each, lanes, kw, packed.data());
+  const size_t state = 32 + 16 * size_t(vw), chunks = (n + int64_t(chunk) - 1) / chunk;
+  std::vector<float> states(chunks * state, 0.f);
+  for (size_t c = 0; c < chunks; c++) {
+    float* p = states.data() + c * state;
+    std::fill(p, p + 16, -1e30f);
+    const int64_t end = std::min<int64_t>(n, (int64_t(c) + 1) * chunk);
+    for (int64_t r = int64_t(c) * chunk; r < end; r += 64) {
+      const int count = int(std::min<int64_t>(64, end - r));
+      std::fill(tile.begin(), tile.end(), 0xff);  // what lies behind the rows: NaN
+      std::copy(rows.data() + r * rows.shape(1), rows.data() + (r + count) * rows.shape(1), tile.begin());
+      op.attend_tile(elem, tile.data(), stride, count, int(r), k0, kw, v0, vw, scale, {packed.data(), seen}, lanes, p, p + 16, p + 32, scratch.data(), nullptr, 0);
+    }
+  }
+  for (int i = 0; i < lanes; i++) op.combine(states.data(), state, int(chunks), i, vw, out.data() + size_t(i) * vw);
   return out;
 }
 
@@ -304,6 +378,11 @@ NB_MODULE(_native, m) {
   m.def("pack", &pack, nb::arg("fmt"), nb::arg("w").noconvert(), nb::arg("importance").noconvert() = nb::none(), nb::arg("feedback").noconvert() = nb::none(), nb::arg("threads") = 1, nb::arg("isa") = "");
   m.def("unpack", &unpack, nb::arg("fmt"), nb::arg("data").noconvert(), nb::arg("n"), nb::arg("k"), nb::arg("scale"), nb::arg("isa") = "");
   m.def("linear", &linear, nb::arg("fmt"), nb::arg("data").noconvert(), nb::arg("scale"), nb::arg("n"), nb::arg("x").noconvert(), nb::arg("isa") = "");
+  m.def("rms_norm", &rms_norm, nb::arg("x").noconvert(), nb::arg("w").noconvert(), nb::arg("eps"), nb::arg("isa") = "");
+  m.def("rope", &rope, nb::arg("x").noconvert(), nb::arg("cos_sin").noconvert(), nb::arg("interleaved"), nb::arg("isa") = "");
+  m.def("swiglu", &swiglu, nb::arg("fmt"), nb::arg("w13").noconvert(), nb::arg("scale"), nb::arg("f"), nb::arg("x").noconvert(), nb::arg("weight").noconvert(), nb::arg("isa") = "");
+  m.def("attend", &attend, nb::arg("elem"), nb::arg("rows").noconvert(), nb::arg("q").noconvert(), nb::arg("last").noconvert(), nb::arg("k0"), nb::arg("v0"), nb::arg("vw"),
+        nb::arg("scale"), nb::arg("chunk"), nb::arg("isa") = "");
   m.def("probe", &probe, nb::arg("buffer").noconvert(), nb::arg("threads"), "(bytes read, int8, bf16, fp32 multiply-adds) per second.");
   m.def("encode", &encode, nb::arg("codec"), nb::arg("rows").noconvert(), nb::arg("isa") = "");
   m.def("decode", &decode, nb::arg("codec"), nb::arg("rows").noconvert(), nb::arg("isa") = "");

@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include <pthread.h>
+
 #include <utility>
 
 namespace lamoe {
@@ -10,85 +12,113 @@ void pause() {
 #endif
 }
 constexpr int kSpins = 4000;  // then give the core away between looks: another program may need it
+
+// A child of fork() has the thread that called it and no other: the first Session there begins with a new team. The lock is held across fork(), so a
+// child never finds it taken.
+std::mutex renewing;
+std::atomic<unsigned> forks{0};
+void watch_forks() {
+  static const int once = pthread_atfork([] { renewing.lock(); }, [] { renewing.unlock(); }, [] { forks++, renewing.unlock(); });
+  (void)once;
+}
 }  // namespace
 
-Threads::Threads(int n) : ranges_(new Range[size_t(n)]) {
+Threads::Threads(int n) : n_(n < 1 ? 1 : n) {
+  watch_forks();
+  born_ = forks.load();
+  team_ = new Team(n_);
+}
+
+Threads::~Threads() {
+  if (born_ != forks) return;
+  team_->stop();
+  delete team_;
+}
+
+void Threads::renew() {
+  std::lock_guard<std::mutex> lock(renewing);
+  if (born_ == forks) return;  // another thread has
+  team_ = new Team(n_);
+  born_ = forks.load();
+}
+
+Threads::Team::Team(int n) : ranges(new Range[size_t(n)]) {
   try {
-    for (int i = 1; i < n; i++) workers_.emplace_back([this, i] { work(i); });
+    for (int i = 1; i < n; i++) workers.emplace_back([this, i] { work(i); });
   } catch (...) {  // no more threads to be had
     stop();
     throw;
   }
 }
 
-Threads::~Threads() { stop(); }
-
-void Threads::stop() {
+void Threads::Team::stop() {
   {
-    std::lock_guard<std::mutex> lock(sleep_);
-    end_ = true;
+    std::lock_guard<std::mutex> lock(sleep);
+    end = true;
   }
-  wake_.notify_all();
-  for (auto& w : workers_) w.join();
+  wake.notify_all();
+  for (auto& w : workers) w.join();
 }
 
-Threads::Session::Session(Threads& t) : t_(t), one_(t.one_) {
+Threads::Session::Session(Threads& t) : t_(t) {
+  if (t.born_ != forks) t.renew();
+  one_ = std::unique_lock<std::mutex>(t.team_->one);
   {
-    std::lock_guard<std::mutex> lock(t_.sleep_);
-    t_.awake_ = true;
+    std::lock_guard<std::mutex> lock(t.team_->sleep);
+    t.team_->awake = true;
   }
-  t_.wake_.notify_all();
+  t.team_->wake.notify_all();
 }
 
-Threads::Session::~Session() { t_.awake_ = false; }
+Threads::Session::~Session() { t_.team_->awake = false; }
 
-// A round opens (round_ odd), its items are taken, it closes; then those who came in are waited for. Who enters (inside_) looks at round_ once more:
+// A round opens (round odd), its items are taken, it closes; then those who came in are waited for. Who enters (inside) looks at round once more:
 // either they see it closed and leave, or the caller sees them inside. Both sides write one and then read the other, hence seq_cst.
-void Threads::go(int items, const void* f) {
-  f_ = f;
+void Threads::Team::go(int items, const void* function) {
+  f = function;
   const int n = size();
   for (int t = 0; t < n; t++) {
-    ranges_[t].next.store(int(int64_t(items) * t / n), std::memory_order_relaxed);
-    ranges_[t].end = int(int64_t(items) * (t + 1) / n);
+    ranges[t].next.store(int(int64_t(items) * t / n), std::memory_order_relaxed);
+    ranges[t].end = int(int64_t(items) * (t + 1) / n);
   }
-  round_.fetch_add(1);
+  round.fetch_add(1);
   take(0);
-  round_.fetch_add(1);
-  for (int spins = 0; inside_.load(); spins++) spins < kSpins ? pause() : std::this_thread::yield();
-  if (failed_.load(std::memory_order_relaxed)) {
-    failed_.store(false, std::memory_order_relaxed);
-    std::rethrow_exception(std::exchange(error_, nullptr));
+  round.fetch_add(1);
+  for (int spins = 0; inside.load(); spins++) spins < kSpins ? pause() : std::this_thread::yield();
+  if (failed.load(std::memory_order_relaxed)) {
+    failed.store(false, std::memory_order_relaxed);
+    std::rethrow_exception(std::exchange(error, nullptr));
   }
 }
 
-void Threads::take(int thread) noexcept {
+void Threads::Team::take(int thread) noexcept {
   try {
     for (int k = 0, n = size(); k < n; k++) {
-      Range& r = ranges_[(thread + k) % n];
-      for (int i; !failed_.load(std::memory_order_relaxed) && (i = r.next.fetch_add(1, std::memory_order_relaxed)) < r.end;) call_(f_, i, thread);
+      Range& r = ranges[(thread + k) % n];
+      for (int i; !failed.load(std::memory_order_relaxed) && (i = r.next.fetch_add(1, std::memory_order_relaxed)) < r.end;) call(f, i, thread);
     }
   } catch (...) {
-    if (!failed_.exchange(true, std::memory_order_relaxed)) error_ = std::current_exception();
+    if (!failed.exchange(true, std::memory_order_relaxed)) error = std::current_exception();
   }
 }
 
-void Threads::work(int thread) {
+void Threads::Team::work(int thread) {
   uint32_t seen = 0;  // the last round that this thread was in
-  for (int spins = 0; !end_;) {
-    const uint32_t round = round_.load(std::memory_order_acquire);
-    if (round % 2 && round != seen) {
-      inside_.fetch_add(1);
-      if (const uint32_t now = round_.load(); now % 2) {
+  for (int spins = 0; !end;) {
+    const uint32_t at = round.load(std::memory_order_acquire);
+    if (at % 2 && at != seen) {
+      inside.fetch_add(1);
+      if (const uint32_t now = round.load(); now % 2) {
         seen = now;
         take(thread);
       }
-      inside_.fetch_sub(1);
+      inside.fetch_sub(1);
       spins = 0;
-    } else if (awake_) {
+    } else if (awake) {
       spins++ < kSpins ? pause() : std::this_thread::yield();
     } else {
-      std::unique_lock<std::mutex> lock(sleep_);
-      wake_.wait(lock, [&] { return awake_ || end_; });
+      std::unique_lock<std::mutex> lock(sleep);
+      wake.wait(lock, [&] { return awake || end; });
       spins = 0;
     }
   }

@@ -19,19 +19,19 @@ class Threads {
   explicit Threads(int n);
   ~Threads();
   Threads(const Threads&) = delete;
-  int size() const { return int(workers_.size()) + 1; }
+  int size() const { return n_; }
 
   // f(item, thread) for every item from 0 to items - 1. Not from two threads at once: the caller holds a Session. What f throws in any thread
   // is thrown here, once all threads have left f (items that nobody had begun are left out).
   template <class F>
   void run(int items, const F& f) {
     if (items <= 0) return;
-    if (workers_.empty() || items == 1) {
+    if (n_ == 1 || items == 1) {
       for (int i = 0; i < items; i++) f(i, 0);
       return;
     }
-    call_ = [](const void* g, int i, int t) { (*static_cast<const F*>(g))(i, t); };
-    go(items, &f);
+    team_->call = [](const void* g, int i, int t) { (*static_cast<const F*>(g))(i, t); };
+    team_->go(items, &f);
   }
 
   // While one exists the workers spin, ready at once. One at a time; a second caller waits.
@@ -46,26 +46,36 @@ class Threads {
   };
 
  private:
-  void go(int items, const void* f);
-  void work(int thread);
-  void take(int thread) noexcept;
-  void stop();
+  struct Team {
+    explicit Team(int n);
+    void go(int items, const void* f);
+    void work(int thread);
+    void take(int thread) noexcept;
+    void stop();
 
-  std::vector<std::thread> workers_;
-  std::mutex one_, sleep_;
-  std::condition_variable wake_;
-  std::atomic<bool> awake_{false}, end_{false};
-  void (*call_)(const void*, int, int) = nullptr;
-  const void* f_ = nullptr;
-  std::atomic<bool> failed_{false};
-  std::exception_ptr error_;
-  struct alignas(64) Range {
-    std::atomic<int> next{0};
-    int end = 0;
+    int size() const { return int(workers.size()) + 1; }
+
+    std::vector<std::thread> workers;
+    std::mutex one, sleep;
+    std::condition_variable wake;
+    std::atomic<bool> awake{false}, end{false};
+    void (*call)(const void*, int, int) = nullptr;
+    const void* f = nullptr;
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;
+    struct alignas(64) Range {
+      std::atomic<int> next{0};
+      int end = 0;
+    };
+    std::unique_ptr<Range[]> ranges;  // one for each thread
+    alignas(64) std::atomic<uint32_t> round{0};  // odd: open, workers may come in
+    alignas(64) std::atomic<int> inside{0};      // workers that may be reading call, f, ranges
   };
-  std::unique_ptr<Range[]> ranges_;  // one for each thread
-  alignas(64) std::atomic<uint32_t> round_{0};  // odd: open, workers may come in
-  alignas(64) std::atomic<int> inside_{0};      // workers that may be reading call_, f_, ranges_
+  void renew();
+
+  const int n_;
+  Team* team_;                      // left to itself, not freed, in a child of fork(): its threads are not there, its locks are in any state
+  std::atomic<unsigned> born_;      // forks before this team began
 };
 
 }  // namespace lamoe

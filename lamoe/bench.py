@@ -1,24 +1,28 @@
 """`lamoe bench`: how fast a model runs here, each figure beside what the machine could do, and beside llama.cpp in turn when that is at hand.
 
 A preset needs no checkpoint: its packed weights are made of random bytes. Speed does not depend on their values (routing is close to uniform). Every
-measurement is a median over rounds; before each group of them the machine is probed (bytes read per second, multiply-adds per second), because
-shared machines change their speed by the minute: compare shares and ratios, not seconds.
+measurement is a median over rounds; the machine is probed too (bytes read per second, multiply-adds per second), because shared machines change their
+speed by the minute: compare shares and ratios, not seconds. With a peer each row is measured in turn: ours, the peer, ours again, a probe beside each.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from lamoe import accounting, packed
+from lamoe.attention import cheaper_form
 from lamoe.cache import PagedCache
 from lamoe.config import ModelConfig
 from lamoe.kernels import native
@@ -45,13 +49,23 @@ class Machine:
 
 @dataclass
 class Line:
-    """One measurement. tokens: computed in one pass; bytes: read at least; flops: of the model, 2 for a multiply-add."""
+    """One measurement: `new` tokens of each of `sequences`, behind `depth`. bytes: a pass reads (`measure` counts them); flops: of the model, 2 for a multiply-add.
+    peer: tokens/s of llama.cpp; read: bytes per second probed before, between and after ours, the peer's and ours again."""
 
     name: str
-    tokens: int
-    bytes: float
+    new: int
+    depth: int
+    sequences: int
     flops: float
+    bytes: float = 0.0
     seconds: list[float] = field(default_factory=list)
+    peer: list[float] = field(default_factory=list)
+    read: list[float] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Computed in one pass."""
+        return self.new * self.sequences
 
     @property
     def median(self) -> float:
@@ -60,6 +74,11 @@ class Line:
     @property
     def rate(self) -> float:
         return self.tokens / self.median
+
+    @property
+    def ratio(self) -> float:
+        """Ours over the peer's, medians of both."""
+        return self.rate / statistics.median(self.peer)
 
 
 def random_model(config: ModelConfig, weights: str, threads: int = 0) -> PackedModel:
@@ -105,50 +124,55 @@ class Bench:
             rows.copy_(torch.randint(0, 64, rows.shape, dtype=torch.uint8))  # as a base at most 1 / 128
         self.pages = torch.arange(self.cache.pages, dtype=torch.int32)
 
-    def run(self, tokens: int, depth: int) -> None:
-        """One sequence: `tokens` new ones behind `depth`."""
-        self._step(tokens, torch.arange(depth, depth + tokens), torch.tensor([[tokens, depth + tokens, 0]], dtype=torch.int32), [tokens - 1])
+    def run(self, line: Line, experts: bool = False) -> torch.Tensor:
+        """One pass of what the line measures; the chosen experts [MoE layers, tokens, K] when asked for. Many sequences have pages of their own while those last."""
+        n, depth, need = line.new, line.depth, (line.depth + line.new - 1) // self.cache.page_size + 1
+        begin = [(i * need) % max(self.cache.pages - need + 1, 1) for i in range(line.sequences)]
+        seqs = torch.tensor([[n, depth + n, b] for b in begin], dtype=torch.int32)
+        ids = torch.randint(self.config.vocab_size, (line.tokens,)).tolist()
+        rows = list(range(n - 1, line.tokens, n))
+        return self.model.run(ids, torch.arange(depth, depth + n).repeat(line.sequences), seqs, self.pages, self.cache, rows, experts=experts)[1]
 
-    def run_batch(self, sequences: int, depth: int) -> None:
-        """One token for each of many sequences, with pages of their own while those last."""
-        need = depth // self.cache.page_size + 1
-        begin = [(i * need) % max(self.cache.pages - need + 1, 1) for i in range(sequences)]
-        self._step(sequences, torch.full((sequences,), depth), torch.tensor([[1, depth + 1, b] for b in begin], dtype=torch.int32), list(range(sequences)))
+    def form(self, new: int, depth: int) -> str | None:
+        """Of attention under MLA, as Model::expand (csrc/model.cpp) picks it."""
+        return cheaper_form(self.config, new, depth + new) if self.config.is_mla else None
 
-    def _step(self, n, positions, seqs, rows):
-        ids = torch.randint(self.config.vocab_size, (n,)).tolist()
-        self.model.run(ids, positions, seqs, self.pages, self.cache, rows)
-
-    def weight_bytes(self, tokens: int) -> float:
-        """Bytes of weights that a pass over `tokens` tokens reads at least: routed experts as many as an independent, uniform choice touches."""
-        c = self.config
-        touched = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** tokens if c.is_moe else 0.0
-        never = ("embed", "uk_rows", "uv_elem")
-        total = 0.0
+    def bytes(self, line: Line, chosen: torch.Tensor) -> float:
+        """Read by a pass that chose these experts (`run`): cache rows, the experts that anybody chose, a row of the embedding for a token, and of W^UK and
+        W^UV what the form reads: packed ones (absorb) or the 16-bit copies (expand). All other weights once."""
+        c, expand = self.config, self.form(line.new, line.depth) == "expand"
+        touched = sum(len(layer.unique()) for layer in chosen) / (len(chosen) * c.n_routed_experts) if len(chosen) else 0.0
+        never = {"uk_rows", "uv_elem"} if not expand else {"uk", "uv"} if self.model.weights in ("int8", "int4") else {"uk"}  # else uv is its own copy
+        total = line.sequences * line.depth * self.cache.nbytes / (self.cache.pages * self.cache.page_size)  # of all layers
         for key, size in self.model.nbytes.items():
             name = key.rsplit(".", 1)[-1]
-            total += 0 if name in never else touched * size if name in ("e13", "e2") else size
+            total += (touched if name in ("e13", "e2") else min(line.tokens / c.vocab_size, 1) if name == "embed" else 0 if name in never else 1) * size
         return total
 
-    def line(self, name: str, tokens: int, depth: int, sequences: int = 1) -> Line:
-        row = self.cache.nbytes / (self.cache.pages * self.cache.page_size)  # all layers
-        form = "absorb" if tokens == 1 and self.config.is_mla else None
-        flops = accounting.forward_flops(self.config, tokens, depth, form, head_tokens=1).total
-        return Line(name, tokens * sequences, self.weight_bytes(tokens * sequences) + sequences * depth * row, sequences * flops)
+    def line(self, name: str, new: int, depth: int, sequences: int = 1) -> Line:
+        """A measurement that has not been taken."""
+        return Line(name, new, depth, sequences, sequences * accounting.forward_flops(self.config, new, depth, self.form(new, depth), head_tokens=1).total)
+
+    def lines(self, prefills: list[tuple[int, int]], depths: list[int], batches: list[int]) -> list[Line]:
+        """Single tokens at depths, prompts (tokens, behind so many), one token for each of many sequences."""
+        return ([self.line(f"decode at {d:,}", 1, d) for d in depths] + [self.line(f"prefill {n:,}" + (f" at {d:,}" if d else ""), n, d) for n, d in prefills]
+                + [self.line(f"{b} sequences", 1, 16, b) for b in batches])
 
 
-def measure(bench: Bench, prefills: list[tuple[int, int]], depths: list[int], batches: list[int], rounds: int) -> list[Line]:
-    """Medians of passes: prompts (tokens, behind so many), single tokens at depths, one token for each of many sequences."""
-    jobs = [(bench.line(f"decode at {d:,}", 1, d), lambda d=d: bench.run(1, d), 3) for d in depths]
-    jobs += [(bench.line(f"prefill {n:,}" + (f" at {d:,}" if d else ""), n, d), lambda n=n, d=d: bench.run(n, d), 1) for n, d in prefills]
-    jobs += [(bench.line(f"{b} sequences", 1, 16, b), lambda b=b: bench.run_batch(b, 16), 2) for b in batches]
-    for line, go, times in jobs:
-        go()
-        for _ in range(rounds * times):
+def measure(bench: Bench, lines: list[Line], rounds: int, say: Callable[[str], None] = lambda text: None) -> None:
+    """Time passes of every line, one more ahead of them; short ones more often."""
+    for line in lines:
+        say(f"lamoe: {line.name}")
+        line.bytes = bench.bytes(line, bench.run(line, experts=True))
+        for _ in range(rounds * (3 if line.tokens == 1 else 2 if line.new == 1 else 1)):
             begin = time.perf_counter()
-            go()
+            bench.run(line)
             line.seconds.append(time.perf_counter() - begin)
-    return [line for line, _, _ in jobs]
+
+
+def progress(text: str) -> None:
+    """What runs now, for whoever waits, on stderr."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def table(lines: list[Line], machine: Machine, weights: str) -> str:
@@ -161,6 +185,14 @@ def table(lines: list[Line], machine: Machine, weights: str) -> str:
     return "\n".join(out)
 
 
+def figures(line: Line) -> dict:
+    """Of the JSON."""
+    out = {"tokens_per_s": line.rate, "gb_per_s": line.bytes / line.median / 1e9, "gflops": line.flops / line.median / 1e9}
+    if line.peer:
+        out |= {"peer_tokens_per_s": statistics.median(line.peer), "ratio": line.ratio, "read_gb_per_s": [r / 1e9 for r in line.read]}
+    return out
+
+
 def peak_rss() -> int:
     """The most bytes of memory this process had at once."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -170,28 +202,84 @@ def peak_rss() -> int:
 
 
 # ---- llama.cpp ---------------------------------------------------------------------------------------------------------
-def peer(model: str, threads: int, prompts: list[int], depths: list[int], batches: list[int]) -> dict[str, float]:
-    """tokens/s of llama.cpp on a GGUF file: {the name of our line: rate}. ValueError when llama-bench is not on PATH."""
-    tool = shutil.which("llama-bench")
-    if tool is None:
-        raise ValueError("llama-bench is not on PATH; build llama.cpp and put its bin folder there, or leave --peer away")
-    if not Path(model).is_file():
-        raise ValueError(f"--peer-model {model!r} is not a file; give the GGUF file that llama.cpp should run")
-    found: dict[str, float] = {}
-    base = [tool, "-m", model, "-t", str(threads), "-fa", "1", "-r", "2", "-o", "md"]
-    for name, test in [(f"decode at {d:,}", ["-p", "0", "-n", "16", "-d", str(d)]) for d in depths] + [(f"prefill {n:,}", ["-p", str(n), "-n", "0"]) for n in prompts]:
-        text = subprocess.run([*base, *test], capture_output=True, text=True, check=False).stdout
-        rates = re.findall(r"\|\s*([\d.]+) ± [\d.]+ \|", text)
-        if rates:
-            found[name] = float(rates[-1])
-    many = shutil.which("llama-batched-bench")
-    if many and batches:
-        text = subprocess.run([many, "-m", model, "-t", str(threads), "-fa", "on", "-npp", "16", "-ntg", "16", "-npl", ",".join(map(str, batches)), "-c", str(40 * max(batches))],
-                              capture_output=True, text=True, check=False).stdout
-        for row in re.findall(r"^\|\s*\d+ \|\s*\d+ \|\s*(\d+) \|(.*)$", text, re.M):
-            cells = row[1].split("|")
-            found[f"{row[0]} sequences"] = float(cells[4])
+class Peer:
+    """llama.cpp's own tools on a GGUF file. ValueError when a tool is not on PATH or there is no such file."""
+
+    def __init__(self, model: str, threads: int):
+        self.model, self.threads = model, threads
+        for tool in ("llama-bench", "llama-batched-bench"):
+            if shutil.which(tool) is None:
+                raise ValueError(f"{tool} is not on PATH; build llama.cpp and put its bin folder there, or leave --peer away")
+        if not Path(model).is_file():
+            raise ValueError(f"--peer-model {model!r} is not a file; give the GGUF file that llama.cpp should run")
+
+    def command(self, lines: list[Line]) -> list[str]:
+        """For lines of one depth, or of one number of sequences. llama-bench keeps the state of a depth it has filled: one fill serves prompts, decoding and
+        repetitions."""
+        base = ["-m", self.model, "-t", str(self.threads), "-fa"]
+        many, depth, prompts = lines[0].sequences, lines[0].depth, [str(x.new) for x in lines if x.new > 1]
+        if many > 1:  # twice
+            return ["llama-batched-bench", *base, "on", "-npp", str(depth), "-ntg", "16", "-npl", f"{many},{many}", "-c", str((depth + 24) * many), "--output-format", "jsonl"]
+        decode = "32" if len(prompts) < len(lines) else "0"
+        return ["llama-bench", *base, "1", "-r", "2", "-d", str(depth), "-p", ",".join(prompts) or "0", "-n", decode, "-o", "jsonl", "--progress"]
+
+    def measure(self, lines: list[Line], say: Callable[[str], None]) -> None:
+        """Add its tokens/s to lines that one command serves. ValueError with its last words when it fails."""
+        command = self.command(lines)
+        with tempfile.TemporaryFile("w+") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, errors="replace") as process:
+            try:
+                said = [""]
+                for text in process.stderr:
+                    said = [*said[-9:], text.strip()]
+                    if text.startswith("llama-bench: "):
+                        say(f"llama.cpp: {text.removeprefix('llama-bench: ').strip()}")
+                code = process.wait()
+            except BaseException:
+                process.kill()
+                raise
+            out.seek(0)
+            found = parse(out.read())
+        for line in lines:
+            rates = found.get((line.new, line.depth, line.sequences))
+            if code or not rates:
+                raise ValueError(f"{' '.join(command)} ended with code {code} and " + ("no figure for " + line.name if not code else "said: " + " ".join(said)))
+            line.peer += rates
+
+
+def parse(text: str) -> dict[tuple[int, int, int], list[float]]:
+    """Lines of JSON from llama-bench or llama-batched-bench -> {(tokens, depth, sequences): [tokens/s of each repetition]}, one token for decoding."""
+    found: dict[tuple[int, int, int], list[float]] = {}
+    for row in (json.loads(line) for line in text.splitlines() if line.startswith("{")):
+        if "speed_tg" in row:
+            found.setdefault((1, row["pp"], row["pl"]), []).append(row["speed_tg"])
+        else:
+            found.setdefault((row["n_prompt"] or 1, row["n_depth"], 1), []).extend(row["samples_ts"])
     return found
+
+
+def in_turn(bench: Bench, peer: Peer, lines: list[Line], rounds: int, read: Callable[[], float], say: Callable[[str], None]) -> None:
+    """Each line: ours, the peer, ours again, `read` (a probe) around each. Lines behind one depth go together, because the peer fills it anew each time."""
+    groups: dict[object, list[Line]] = {}
+    for x in lines:
+        groups.setdefault((x.depth,) if x.depth and x.sequences == 1 else x.name, []).append(x)
+    for group in groups.values():
+        reads = [read()]
+        measure(bench, group, rounds, say)
+        reads.append(read())
+        say("llama.cpp: " + ", ".join(x.name for x in group) + (f" (it fills {group[0].depth:,} tokens first)" if group[0].sequences == 1 and group[0].depth else ""))
+        peer.measure(group, say)
+        reads.append(read())
+        measure(bench, group, rounds, say)
+        reads.append(read())
+        for x in group:
+            x.read = reads
+            say(f"{x.name}: lamoe {x.rate:,.1f}, llama.cpp {statistics.median(x.peer):,.1f} tokens/s, {x.ratio:.2f} x")
+
+
+def peer_table(lines: list[Line]) -> str:
+    """Medians beside each other, in Markdown."""
+    out = ["| tokens/s | lamoe | llama.cpp | ratio | GB/s read, probed before ours, the peer, ours again, and after |", "|---|---|---|---|---|"]
+    return "\n".join(out + [f"| {x.name} | {x.rate:,.1f} | {statistics.median(x.peer):,.1f} | {x.ratio:.2f} x | {', '.join(f'{r / 1e9:.1f}' for r in x.read)} |" for x in lines])
 
 
 def versions(threads: int) -> dict:

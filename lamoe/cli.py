@@ -117,11 +117,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--weights", default="int4", help="fp32, bf16, int8 or int4; a packed folder has its own")
     p.add_argument("--cache", default="bf16", help="storage format of the cache: fp32, bf16, int8, 6bit or 4bit")
     p.add_argument("--threads", type=int, default=0)
-    p.add_argument("--prefill", type=_ints, default=[512, 2048], metavar="N,N", help="lengths of prompts")
-    p.add_argument("--depth", type=_ints, default=[0, 4096, 16384], metavar="N,N", help="cached tokens behind which one token is decoded (and, above 0, a prompt of 512)")
-    p.add_argument("--batch", type=_ints, default=[4, 16, 32], metavar="N,N", help="sequences that decode together")
+    p.add_argument("--prefill", type=_prompts, default="512,2048,512@4096", metavar="N,N@D", help="lengths of prompts; N@D: behind D cached tokens (default: %(default)s)")
+    p.add_argument("--depth", type=_ints, default="0,4096,16384", metavar="N,N", help="cached tokens behind which one token is decoded (default: %(default)s)")
+    p.add_argument("--batch", type=_ints, default="4,16,32", metavar="N,N", help="sequences that decode together (default: %(default)s)")
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--peer", choices=("llama.cpp",), help="measure it too, in turn, and print ratios; its llama-bench must be on PATH")
+    p.add_argument("--peer", choices=("llama.cpp",), help="measure it too, in turn, and print ratios; llama-bench and llama-batched-bench must be on PATH")
     p.add_argument("--peer-model", help="the GGUF file for the peer")
 
     p = verb(doctor, "what this machine and installation are, which kernels run, and whether they compute what they should; exit code 1 when something is wrong")
@@ -288,35 +288,32 @@ def bench(args) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     threads, begin = torch.get_num_threads(), time.perf_counter()
+    peer = b.Peer(args.peer_model or "", threads) if args.peer else None
+    b.progress(f"{args.model}: weights")
     if args.model in PRESETS or args.model.endswith(".json"):
         model = b.random_model(_config(args.model)[0], args.weights, threads)
     else:
         folder = resolve(find_model(args.model))
         model = llm.load_runnable(folder, None if packed_file.is_packed(folder) else args.weights, None, threads)
-    loaded = time.perf_counter() - begin
-    limit = model.config.max_position_embeddings
-    depths = [d for d in args.depth if d < limit]
-    prefills = [(n, 0) for n in args.prefill if n <= limit] + [(512, d) for d in depths if d and d + 512 <= limit]
+    loaded, limit = time.perf_counter() - begin, model.config.max_position_embeddings
+    depths, prefills = [d for d in args.depth if d < limit], [(n, d) for n, d in args.prefill if n + d <= limit]
+    if beyond := [f"--depth {d}" for d in args.depth if d not in depths] + [f"--prefill {n}@{d}" for n, d in args.prefill if (n, d) not in prefills]:
+        b.progress(f"left out, beyond the {limit:,} positions of the model: {', '.join(beyond)}")
     run = b.Bench(model, args.cache, max([n + d for n, d in prefills] + [d + 1 for d in depths] + [32 * x for x in args.batch] + [1]))
     largest = max(model.tensors.values(), key=lambda t: t[0].numel())[0]
-    machine = b.Machine.probe(threads, largest if largest.numel() > 1 << 28 else torch.zeros(1 << 29, dtype=torch.uint8))
-    lines = b.measure(run, prefills, depths, args.batch, args.rounds)
+    buffer = largest if largest.numel() > 1 << 28 else torch.zeros(1 << 29, dtype=torch.uint8)
+    machine, lines = b.Machine.probe(threads, buffer), run.lines(prefills, depths, args.batch)
+    if peer:
+        b.in_turn(run, peer, lines, args.rounds, lambda: b.Machine.probe(threads, buffer).read, b.progress)
+    else:
+        b.measure(run, lines, args.rounds, b.progress)
     weights = sum(model.nbytes.values())
     print(f"{args.model}: weights {model.weights}, {weights / 1e9:.2f} GB, ready in {loaded:.1f} s; cache {args.cache}; {threads} threads, {native.lib.isa()}; "
           f"peak memory {b.peak_rss() / 1e9:.2f} GB\n"
           f"probed: {machine.read / 1e9:.1f} GB/s read, {2 * machine.int8 / 1e9:.0f} Gop/s int8, {2 * machine.bf16 / 1e9:.0f} GFLOP/s bf16\n")
-    print(b.table(lines, machine, model.weights))
+    print(b.table(lines, machine, model.weights) + (f"\n\n{b.peer_table(lines)}" if peer else ""))
     result = {"model": args.model, "weights": model.weights, "cache": args.cache, "load_s": loaded, "weight_bytes": weights, "peak_rss": b.peak_rss(),
-              "probe": vars(machine), **b.versions(threads), "lines": {x.name: {"tokens_per_s": x.rate, "gb_per_s": x.bytes / x.median / 1e9, "gflops": x.flops / x.median / 1e9} for x in lines}}
-    if args.peer:
-        other = b.peer(args.peer_model or "", threads, args.prefill, depths, args.batch)
-        again = {x.name: x for x in b.measure(run, prefills, depths, args.batch, args.rounds)}  # ours on both sides of theirs
-        print("\n| | lamoe | llama.cpp | ratio |\n|---|---|---|---|")
-        for x in lines:
-            if x.name in other:
-                ours = (x.rate + again[x.name].rate) / 2
-                result["lines"][x.name] |= {"peer_tokens_per_s": other[x.name], "ratio": ours / other[x.name]}
-                print(f"| {x.name} | {ours:,.1f} | {other[x.name]:,.1f} | {ours / other[x.name]:.2f} x |")
+              "probe": vars(machine), **b.versions(threads), "lines": {x.name: b.figures(x) for x in lines}}
     print(json.dumps(result))
     return 0
 
@@ -392,6 +389,17 @@ def newest_run(folder: str = "runs") -> str:
     if newest is None or not runs[newest]:
         raise ValueError(f"there is no trained model under {folder}/; name a run folder, a model folder or a hub id, or make one with `make demo`")
     return str(newest)
+
+
+def _prompts(text: str) -> list[tuple[int, int]]:
+    """'512,512@4096' -> [(512, 0), (512, 4096)]: prompts of so many tokens, behind so many; nothing -> []."""
+    try:
+        found = [(int(n), int(d or 0)) for n, _, d in (x.partition("@") for x in text.split(",") if x.strip())]
+    except ValueError:
+        found = [(-1, 0)]
+    if any(n < 2 or d < 0 for n, d in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of prompts of at least 2 tokens; write it like 512,2048,512@4096")
+    return found
 
 
 def _ints(text: str) -> list[int]:

@@ -210,6 +210,27 @@ def test_inputs_of_any_size(fmt, isa, size):
 
 
 @isas
+@formats
+@pytest.mark.parametrize("k", [64, 1408])
+@pytest.mark.parametrize("weights", [1e-6, 1.0, 50.0])
+def test_huge_inputs_are_computed_or_not_finite(fmt, isa, k, weights):
+    """Up to the largest float: what is finite is right; and up to the limit that native.py states all of it is finite, the worst case included."""
+    for w in (draw(17, k) * weights, torch.full((17, k), weights), -torch.full((17, k), weights)):
+        data, scale = native.pack(fmt, w)
+        stored = native.unpack(fmt, data, 17, k, scale).double()
+        for total in (1e30, 1e34, 1.7e36, 1e37, 1e38, 3e38, 1e41):
+            for x in (torch.full((1, k), total / k, dtype=torch.float64).float(), draw(1, k).abs() / draw(1, k).abs().sum() * total, draw(1, k) / draw(1, k).abs().sum() * total):
+                if not x.isfinite().all():
+                    continue
+                want, got = x.double() @ stored.t(), native.linear(fmt, data, scale, 17, x, isa)
+                limit = 0.02 * (x.double().abs() @ stored.abs().t())
+                finite = got.isfinite()
+                assert ((got.double() - want).abs() <= limit)[finite].all()
+                if total <= 1.7e36 or fmt in ("fp32", "bf16"):
+                    assert finite[limit / 0.02 < 3e38].all(), total
+
+
+@isas
 def test_no_rows_no_results(isa):
     for fmt in native.FORMATS:
         data, scale = native.pack(fmt, draw(17, 65))

@@ -161,3 +161,19 @@ def test_giving_back_what_is_not_owned_is_an_error():
     pool.give_back([page])
     with pytest.raises(KeyError):
         pool.give_back([page])
+
+
+def test_forgotten_pages_are_found_no_more_and_come_back_free():
+    pool = PagePool(4, 2)
+    pages, names = [pool.take() for _ in range(3)], [content_hash(b"", [i, i]) for i in range(3)]
+    for page, name in zip(pages[:2], names):
+        pool.publish(page, name)
+    assert pool.share(names[0]) == pages[0]  # somebody else's too: it stays theirs
+    pool.forget(pages)
+    assert [pool.share(n) for n in names] == [None] * 3 and pool.owned == 3
+    pool.give_back(pages)
+    pool.give_back(pages[:1])
+    assert pool.owned == 0 and pool.available == 4 and not pool._kept and not pool._page_of and not pool._content_of
+    again = pool.take()
+    pool.publish(again, names[0])  # the content made anew
+    assert pool.share(names[0]) == again

@@ -269,6 +269,23 @@ def test_one_poisoned_request_fails_alone(monkeypatch):
         until(s.idle, 1.0)
 
 
+def test_a_pass_that_fails_ends_its_requests_and_not_the_server(monkeypatch, caplog):
+    with Running(paced) as s:
+        s.wait_ready()
+        body = dict(prompt="the cat", seed=2, max_tokens=20)
+        want = s.complete(**body)["choices"]
+        stream, whole = Client(s, stream=True, **LONG), Client(s, **LONG)
+        until(lambda: s.service.generated_tokens > 30)
+        with monkeypatch.context() as m:
+            m.setattr(runner, "run", lambda *args: {}["kernel"])
+            until(lambda: whole.received.endswith(b"}") and b"[DONE]" in stream.received)
+            assert s.error(500, prompt="a")["code"] == "generation_failed"
+        assert whole.status == 500 and all(b"an internal error ended it (KeyError)" in c.received and b"'kernel'" not in c.received for c in (stream, whole))
+        assert s.client.get("/health").status_code == 200 and s.complete(**body)["choices"] == want
+        assert any(r.exc_info and r.getMessage() == "a pass failed" for r in caplog.records if r.name == "lamoe.engine")
+        until(s.idle, 1.0)
+
+
 def test_a_request_that_leaves_no_token_is_the_callers_fault(monkeypatch):
     with Running(paced) as s:
         s.wait_ready()

@@ -111,7 +111,7 @@ class AsyncLLM:
         return not self._closed and self._dead is None
 
     @property
-    def error(self) -> Exception | None:
+    def error(self) -> BaseException | None:
         """What the thread died of, if it did."""
         return self._dead
 
@@ -151,7 +151,7 @@ class AsyncLLM:
                     for d in deltas:
                         if d.output is not None:
                             self._readers.pop(d.id, None)
-        except Exception as e:
+        except BaseException as e:  # whatever it is: those who wait must hear of it
             self._dead = e
         with self._wake:
             self._closed = True
@@ -168,9 +168,10 @@ class AsyncLLM:
             self._wake.wait_for(lambda: self._closed or self._inbox or self._llm.busy)
             if self._closed:
                 return False
-            actions, self._inbox = self._inbox, deque()
-        for action, _ in actions:
-            action(self._llm)
+            ready = len(self._inbox)
+        for _ in range(ready):
+            self._inbox[0][0](self._llm)
+            self._inbox.popleft()  # not before: who posted one that raises, or what lies behind it, is refused
         return True
 
 

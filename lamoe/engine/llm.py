@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -29,6 +30,9 @@ from lamoe.kernels import native
 from lamoe.model import Transformer
 from lamoe.packed import PackedModel
 from lamoe.tokenizer import Tokenizer
+
+log = logging.getLogger("lamoe.engine")
+_LOGGED = "an internal error ended it ({}); the log has the traceback"
 
 
 @dataclass(frozen=True)
@@ -164,18 +168,34 @@ class LLM:
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
-        """One pass of the model over what the scheduler chose; what it added."""
+        """One pass of the model over what the scheduler chose; what it added. When a pass fails, whom it fails for ends with an error, the others and
+        the engine go on. What is raised nevertheless has left the engine in a state that nothing is known about: use it no more."""
         work = self.scheduler.schedule()
         if not work:
             return []
         alone = work[0] if len(work) == 1 and work[0][0].todo == 1 else None
         begin = time.perf_counter()
-        results = runner.run(self.runs, self.cache, work, self.count_experts)
-        if alone:
+        results, failed = self._pass(work)
+        if alone and not failed:
             self._pace.saw(alone[1], time.perf_counter() - begin)
         for seq, n in work:
-            self.scheduler.computed(seq, n - len(seq.draft))
-        return self._deliver([delta for result in results for delta in self._follow(*result)])
+            if not seq.finish:
+                self.scheduler.computed(seq, n - len(seq.draft))
+        return self._deliver(failed + [delta for result in results for delta in self._follow(*result)])
+
+    def _pass(self, work: list[tuple[Sequence, int]]) -> tuple[list, list[Delta]]:
+        """(the results of runner.run, ends of sequences it failed for). A pass that fails has computed nothing: its rows count as unwritten, and only their
+        own sequences hold these pages. So it is tried again with each sequence alone, which tells whose fault it is, and takes less memory."""
+        try:
+            return runner.run(self.runs, self.cache, work, self.count_experts), []
+        except Exception as e:
+            if isinstance(e, MemoryError) and isinstance(self.runs, PackedModel):
+                raise  # the buffers of csrc/model.cpp believe then that they have grown
+            log.error("a pass failed", exc_info=e, extra={"fields": {"sequences": len(work), "tokens": sum(n for _, n in work)}})
+            if len(work) == 1:
+                return [], [self._fail(work[0][0], _LOGGED.format(type(e).__name__), internal=True)]
+        tried = [self._pass([one]) for one in work]
+        return [r for results, _ in tried for r in results], [d for _, failed in tried for d in failed]
 
     def _deliver(self, deltas: list[Delta]) -> list[Delta]:
         for d in deltas:
@@ -199,19 +219,33 @@ class LLM:
         return deltas
 
     def _advance(self, seq: Sequence, logits: torch.Tensor, total: float, best: int) -> Delta:
-        p, text = seq.params, self._texts[seq.id]
+        """The next token of a sequence. Whatever goes wrong with it (numbers, sampling, its grammar, its text) ends this one alone."""
+        if not math.isfinite(total):  # NaN and infinities survive a sum
+            self.pool.forget(seq.pages)  # rows before the bad one may be bad too: a masked NaN has weight 0, and 0 x NaN is NaN
+            return self._fail(seq, "the model's logits are not finite", internal=True)
         try:
-            if not math.isfinite(total):  # NaN and infinities survive a sum
-                raise ValueError("the model's logits are not finite")
-            adjusted = p.adjust(logits, seq.tokens, seq.prompt_len, self.eos_ids)
-            if seq.matcher:
-                adjusted = seq.matcher.mask(adjusted, p.ignore_eos)
-            token = best if p.temperature == 0 and adjusted is logits else sample(adjusted, p, seq.generator)
-            if seq.matcher:
-                seq.matcher.accept(token)
-        except (ValueError, RuntimeError) as e:  # one poisoned request fails alone
-            seq.error = str(e)
-            return Delta(seq.id, None, "", self._finish(seq, "error", text.all))
+            return self._choose(seq, logits, best)
+        except (ValueError, RuntimeError) as e:  # options or a grammar that leave nothing to choose
+            return self._fail(seq, str(e), internal=False)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # a panic of a library in Rust is no Exception
+            log.error("a sequence failed", exc_info=e)
+            return self._fail(seq, _LOGGED.format(type(e).__name__), internal=True)
+
+    def _fail(self, seq: Sequence, error: str, internal: bool) -> Delta:
+        """End a sequence with an error; Output says what internal means."""
+        seq.error, seq.internal = error, internal
+        return Delta(seq.id, None, "", self._finish(seq, "error", self._texts[seq.id].all))
+
+    def _choose(self, seq: Sequence, logits: torch.Tensor, best: int) -> Delta:
+        p, text = seq.params, self._texts[seq.id]
+        adjusted = p.adjust(logits, seq.tokens, seq.prompt_len, self.eos_ids)
+        if seq.matcher:
+            adjusted = seq.matcher.mask(adjusted, p.ignore_eos)
+        token = best if p.temperature == 0 and adjusted is logits else sample(adjusted, p, seq.generator)
+        if seq.matcher:
+            seq.matcher.accept(token)
         logprobs = None if p.logprobs is None else token_logprobs(logits, token, p.logprobs)
         if logprobs is not None:
             seq.logprobs.append(logprobs)
@@ -263,7 +297,7 @@ class LLM:
         self.prompt_tokens += seq.prompt_len
         self.cached_tokens += seq.cached
         return Output(seq.output, text, reason, seq.prompt_len, seq.cached, seq.logprobs if seq.params.logprobs is not None else None, seq.error,
-                      seq.experts)
+                      seq.experts, seq.internal)
 
     # ---- prefixes on disk ----------------------------------------------------------------------------------------
     def save_cache(self, file: str | Path, tokens: list[int]) -> int:

@@ -56,6 +56,13 @@ class PagePool:
         if content not in self._page_of and page not in self._content_of:
             self._page_of[content], self._content_of[page] = page, content
 
+    def forget(self, pages: list[int]) -> None:
+        """Nobody shall find these pages (owned ones) by their content any more."""
+        for page in pages:
+            content = self._content_of.pop(page, None)
+            if content is not None:
+                del self._page_of[content]
+
     def give_back(self, pages: list[int]) -> None:
         """End one ownership of each page. Later pages are given up first when space is needed: beginnings are what texts share."""
         for page in reversed(pages):

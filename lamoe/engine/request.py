@@ -15,7 +15,7 @@ from lamoe.engine.sampler import SamplingParams
 class Output:
     """A finished sequence. finish_reason: "stop" (EOS, a stop string, or a complete grammar), "length" (max_tokens or a full context), "abort" (cancelled), "error".
     logprobs: per token {token id: natural log of its probability} when asked for. cached_tokens: of the prompt, not computed again.
-    experts: see LLM.experts."""
+    experts: see LLM.experts. internal: the error is the model's or the engine's, not the request's own."""
 
     token_ids: list[int]
     text: str
@@ -25,6 +25,7 @@ class Output:
     logprobs: list[dict[int, float]] | None = None
     error: str | None = None
     experts: torch.Tensor | None = field(default=None, compare=False)
+    internal: bool = False
 
 
 @dataclass(eq=False)
@@ -47,6 +48,7 @@ class Sequence:
     logprobs: list[dict[int, float]] = field(default_factory=list)
     finish: str | None = None
     error: str | None = None
+    internal: bool = False
     experts: torch.Tensor | None = None
     preemptions: int = 0
     draft: list[int] = field(default_factory=list)

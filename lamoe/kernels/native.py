@@ -10,7 +10,8 @@ How far from exact (tests/test_native.py holds every instruction set to it; g: t
     bf16         weights and inputs within 2^-8 of themselves
     int8         a weight within g / 225 or w / 2^23, whichever is more; an input within 1/254 of the largest of its block of 64
     int4         the root mean square error of a group at most 9/64 g (6 % of a normal weight was measured); inputs as int8
-A NaN or an infinity in an input row makes that row's results NaN or infinite, and no other's. int8 and int4 read a block of inputs below 1.5e-36 as zero.
+A NaN or an infinity in an input row makes that row's results NaN or infinite, and no other's. int8 and int4 read a block of inputs below 1.5e-36 as zero; their
+results are finite while the inputs' absolute values add up to at most 1.7e36, and beyond that right or not finite, never finite and wrong.
 A result depends on its row and its weights alone, not on the other rows of a batch, the number of threads or what else runs.
 """
 
@@ -87,3 +88,27 @@ def linear(fmt: str, data: torch.Tensor, scale: float, n: int, x: torch.Tensor, 
     """x [m, k] float32 times the packed matrix [n, k] transposed -> float32 [m, n]. int8 and int4 round x to 8 bits in blocks of 64 with a scale
     each, bf16 to bfloat16; sums are exact integers per group, then float32."""
     return torch.from_numpy(lib.linear(FORMATS[fmt], data.numpy(), scale, n, x.contiguous().numpy(), isa))
+
+
+# ---- ops that a step is made of, one by one: for tests against ref.py --------------------------------------------------------------------------
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, isa: str = "") -> torch.Tensor:
+    """ref.rms_norm of float32 rows x [n, D], weight [D]."""
+    return torch.from_numpy(lib.rms_norm(x.contiguous().numpy(), weight.contiguous().numpy(), eps, isa))
+
+
+def rope(x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool, isa: str = "") -> torch.Tensor:
+    """Float32 rows x [n, R] turned, each by its row of cos_sin [n, R]: R / 2 cosines, then R / 2 sines."""
+    return torch.from_numpy(lib.rope(x.contiguous().numpy(), cos_sin.contiguous().numpy(), interleaved, isa))
+
+
+def swiglu(fmt: str, w13: torch.Tensor, scale: float, f: int, x: torch.Tensor, weight: torch.Tensor, isa: str = "") -> torch.Tensor:
+    """silu(gate) * up * weight of x [m, D]; w13: a packed matrix of F gates and F ups, each filled up to whole tiles of 16; weight [m] -> float32 [m, F filled
+    up to 64 with zeros]."""
+    return torch.from_numpy(lib.swiglu(FORMATS[fmt], w13.numpy(), scale, f, x.contiguous().numpy(), weight.contiguous().numpy(), isa))
+
+
+def attend(rows: torch.Tensor, q: torch.Tensor, last: torch.Tensor, k0: int, v0: int, vw: int, scale: float, chunk: int, isa: str = "") -> torch.Tensor:
+    """Attention of up to 16 queries q [L, kw] over cache rows [S, W] (float32 or bfloat16): keys in columns k0 .. k0 + kw, values in v0 .. v0 + vw; query i sees
+    rows 0 .. last[i] (int32). chunk: rows of a partial result. -> float32 [L, vw]"""
+    elem = "fp32" if rows.dtype == torch.float32 else "bf16"
+    return torch.from_numpy(lib.attend(FORMATS[elem], rows.contiguous().view(torch.uint8).numpy(), q.contiguous().numpy(), last.numpy(), k0, v0, vw, scale, chunk, isa))

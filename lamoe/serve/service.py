@@ -203,8 +203,7 @@ class Job:
         if delta.output.experts is not None:
             self.experts[index] = delta.output.experts
         if delta.output.finish_reason == "error":
-            broken = "not finite" in delta.output.error
-            raise ApiError(500 if broken else 400, f"generation failed: {delta.output.error}", "generation_failed")
+            raise ApiError(500 if delta.output.internal else 400, f"generation failed: {delta.output.error}", "generation_failed")
         if self._counts[index] > 1:
             self.service.metrics.between.observe((now - self._first[index]) / (self._counts[index] - 1))
 
