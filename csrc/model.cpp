@@ -24,8 +24,11 @@ int chunk_rows(int end) { return end <= 1024 ? 128 : 512; }
 
 void* Model::Buffer::get(size_t bytes) {
   if (bytes + 128 > size) {
-    size = bytes + bytes / 4 + 4096;
-    p.reset(new char[size]);
+    size = 0;  // until there is room: new may throw
+    p.reset();
+    const size_t room = bytes + bytes / 4 + 4096;
+    p.reset(new char[room]);
+    size = room;
   }
   return (void*)((uintptr_t(p.get()) + 63) / 64 * 64);
 }

@@ -2,6 +2,9 @@
 
 import asyncio
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,13 +88,37 @@ def test_a_pass_that_was_too_much_at_once_is_done_in_parts(monkeypatch):
     assert [int(o.experts.sum()) for o in outputs] == [len(c.moe_layers) * c.num_experts_per_tok * (len(p) + 5) for p in texts]  # each token counted once
 
 
+NO_MEMORY = """
+import resource
+from oracles import tiny
+from tiny_engine import greedy, idle, prompts, tokens
+from lamoe.engine.llm import LLM
+
+model = tiny.model(tiny.HARD.replace(max_position_embeddings=4096, vocab_size=64))
+def new():
+    return LLM(model.float(), cache="fp32", max_num_batched_tokens=4096, impl="native")
+
+texts = prompts(2400, 20, 30)
+want = tokens(new().generate(texts, greedy(6)))
+engine = new()
+engine.generate([[1, 2, 3]], greedy(4))  # what every step needs is there
+size = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize"))) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
+long, *short = engine.generate(texts, greedy(6))
+print(long.finish_reason, long.error)
+assert tokens(short) == want[1:] and tokens(engine.generate(texts[1:], greedy(6))) == want[1:] and idle(engine)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert tokens(engine.generate(texts, greedy(6))) == want
+"""
+
+
 @pytest.mark.skipif(native.lib is None, reason="needs the compiled kernels")
-def test_no_memory_inside_the_kernels_is_the_end(monkeypatch):
-    engine = llm(impl="native")
-    monkeypatch.setattr(runner, "run", lambda *args: (_ for _ in ()).throw(MemoryError()))
-    engine.add([1, 2], greedy())
-    with pytest.raises(MemoryError):
-        engine.step()
+def test_no_memory_inside_the_kernels_ends_whom_it_is_too_little_for():
+    """A process that may not grow. The buffers of the kernels must not believe that they have."""
+    tests = Path(__file__).parent
+    env = {"PATH": "", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "PYTHONPATH": f"{tests}:{tests.parent}"}
+    run = subprocess.run([sys.executable, "-c", NO_MEMORY], cwd=tests, env=env, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and run.stdout == f"error {INTERNAL.format('MemoryError')}\n", run.stdout + run.stderr
 
 
 @EVERY

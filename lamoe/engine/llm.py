@@ -189,8 +189,6 @@ class LLM:
         try:
             return runner.run(self.runs, self.cache, work, self.count_experts), []
         except Exception as e:
-            if isinstance(e, MemoryError) and isinstance(self.runs, PackedModel):
-                raise  # the buffers of csrc/model.cpp believe then that they have grown
             log.error("a pass failed", exc_info=e, extra={"fields": {"sequences": len(work), "tokens": sum(n for _, n in work)}})
             if len(work) == 1:
                 return [], [self._fail(work[0][0], _LOGGED.format(type(e).__name__), internal=True)]
