@@ -9,10 +9,12 @@ interrupted `lamoe quantize` goes on where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,8 +89,8 @@ def _name(layer: int) -> str:
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------------
-def load(folder: str | Path, threads: int = 0) -> PackedModel:
-    """The packed model of a folder, memory-mapped. ValueError when a tensor is missing, extra, misplaced or not of the config's size."""
+def load(folder: str | Path, threads: int = 0, free: int | None = None) -> PackedModel:
+    """The packed model of a folder, memory-mapped; in huge pages (where the file system can) when it takes less than `free` bytes. ValueError when a tensor is missing, extra, misplaced or not of the config's size."""
     folder = Path(folder)
     config, weights = read_config(folder)
     there = len(list(folder.glob("packed-*.safetensors")))
@@ -96,6 +98,8 @@ def load(folder: str | Path, threads: int = 0) -> PackedModel:
         absent = next(name for i in range(-1, there + 1) if not (folder / (name := _name(i))).is_file())
         raise ValueError(f"{folder} has {there} of {config.num_hidden_layers + 1} files ({absent} is missing); the packed model is incomplete, "
                          "run `lamoe quantize` again (it goes on where it stopped)")
+    # A model larger than memory reads its experts one by one, and two megabytes for each page fault would be too many.
+    huge = free is not None and sum(path.stat().st_size for path in folder.glob("packed-*.safetensors")) < free
     elem, tensors = packed.element(weights), {}
     for name, pieces in files(config, weights).items():
         path, header = folder / name, shards.read_header(folder / name)
@@ -104,6 +108,9 @@ def load(folder: str | Path, threads: int = 0) -> PackedModel:
         if wrong:
             raise ValueError(f"{path} does not hold the tensors of its config: {shards.few(sorted(wrong))} missing, extra or of another size")
         mapped = np.memmap(path, dtype=np.uint8, mode="c")  # private: nothing is ever written, and torch wants writable memory
+        if huge:
+            with contextlib.suppress(OSError, AttributeError):  # a system without them
+                mapped._mmap.madvise(mmap.MADV_HUGEPAGE)
         start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
         for piece in pieces:
             begin, scale = start + header[piece.key].begin, start + header[f"{piece.key}.scale"].begin

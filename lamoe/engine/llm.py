@@ -330,7 +330,7 @@ def load_runnable(folder: Path, weights: str | None = None, dtype: str | None = 
         if not native.available():
             raise ValueError(f"{folder} is packed for the compiled kernels, which are not there (or LAMOE_IMPL switches them off); install lamoe with a "
                              "C++ compiler, or use the model it was made from")
-        return _packed(packed_file.load(folder, threads), weights, impl, threads)
+        return _packed(packed_file.load(folder, threads, available_memory()), weights, impl, threads)
     if weights is not None and dtype is None and impl != "torch" and native.available():
         config = read_config(folder)  # a tensor at a time: the checkpoint itself need not fit into memory
         return PackedModel.read(config, weights, packed_file.reader(folder, config), threads)
