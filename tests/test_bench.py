@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 from oracles import tiny
 
 from lamoe import bench, cli, packed
@@ -145,3 +146,15 @@ def test_the_command_line(tmp_path, capsys, tools):
         with pytest.raises(SystemExit):
             cli.main(["bench", "tiny", "--prefill", bad])
         assert "write it like 512,2048,512@4096" in capsys.readouterr().err
+
+
+def test_tokens_of_random_weights_go_to_experts_of_their_own():
+    """As a trained model's do: weights with a mean drive all tokens in one direction, to the same few experts, and a batch would read too little."""
+    config = MLA.replace(hidden_size=1024, num_hidden_layers=8, n_routed_experts=32, num_experts_per_tok=4, moe_intermediate_size=256, first_k_dense_replace=1, vocab_size=512, n_group=1, topk_group=1)
+    model = bench.random_model(config, "int4", 1)
+    run = bench.Bench(model, "bf16", 16 * 32)
+    pages = torch.arange(16, dtype=torch.int32)
+    seqs = torch.tensor([[1, 1, i] for i in range(16)], dtype=torch.int32)
+    _, chosen = model.run(list(range(16)), torch.zeros(16, dtype=torch.int64), seqs, pages, run.cache, [0], experts=True)
+    touched = [len(layer.unique()) for layer in chosen]
+    assert min(touched) > 0.85 * 32 * (1 - (1 - 4 / 32) ** 16), touched
