@@ -104,9 +104,7 @@ def _fill(piece: Piece, elem: str, noise: torch.Tensor) -> tuple[torch.Tensor, l
         block, rms = (1088, 74.0) if kind == "int8" else (576, 37.0)
         # Scales of 0.5 with signs of their own: the levels of int4 are not zero on average, and a mean that all weights share would drive all tokens
         # in one direction and so to the same experts.
-        scales = out.view(-1, block)[:, :64]
-        torch.randint(0, 2, scales.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(2), out=scales)
-        scales.mul_(0x80).add_(0x70)
+        out.view(-1, block)[:, :64].bitwise_and_(0x80).bitwise_or_(0x70)
         return out, [0.02 / rms / 0.5] * piece.count
     return out, [1.0] * piece.count
 
