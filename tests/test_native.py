@@ -96,10 +96,11 @@ def test_the_unit_of_the_weights_does_not_matter(fmt, size):
 
 
 def test_int4_of_its_own_levels_is_exact():
-    """Groups made of the levels themselves, of either sign, at scales that the format has."""
-    w = torch.stack([LEVELS, -LEVELS, LEVELS.flip(0), LEVELS * 2]).float()
+    """Groups made of the levels themselves, of either sign, at scales that the format has: the largest weight makes the matrix's own scale 1."""
+    levels = LEVELS.float()
+    w = torch.stack([levels, -levels, levels.flip(0), levels * 1.25, levels * -0.375, levels / 1024, torch.full((16,), 84.0)])
     data, scale = native.pack("int4", w)
-    assert torch.allclose(native.unpack("int4", data, 4, 16, scale), w, rtol=0.07, atol=2)
+    assert scale == 1 and torch.equal(native.unpack("int4", data, len(w), 16, scale), w)
 
 
 def test_room_for_weights_may_have_huge_pages():
