@@ -26,6 +26,7 @@ from lamoe.packed import Piece, Read
 from lamoe.tokenizer import Tokenizer
 
 ROWS, LENGTH = 4, 512  # rows of a pass, tokens of a row
+CHARS, PIECE = 16, 8192  # characters that are tokenised for a token that is wanted, at most about; of a piece
 _LEAN = 128  # an expert's own mean counts as many tokens as it saw, its layer's as many as these
 _DAMP = 0.03  # of the mean second moment, added to all: what a text does not show may still come
 Moments = Callable[[int], torch.Tensor]  # of matrix i: mean of x x^T over its inputs x, float32 [K, K]
@@ -33,13 +34,26 @@ Moments = Callable[[int], torch.Tensor]  # of matrix i: mean of x x^T over its i
 
 def rows_of(tokenizer: Tokenizer, texts: list[str], config: ModelConfig, tokens: int) -> torch.Tensor:
     """About `tokens` tokens of the texts as ids [rows, T], rows spread evenly over them. ValueError for a text of less than 16."""
-    ids = [t for text in texts for t in tokenizer.encode(text, bos=tokenizer.add_bos)]
+    ids = [t for text in _sample(texts, CHARS * tokens) for t in tokenizer.encode(text, bos=tokenizer.add_bos)]
     length = min(LENGTH, config.max_position_embeddings, max(len(ids), 1))
     rows = np.array(ids[: len(ids) // length * length], dtype=np.int64).reshape(-1, length)
     if length < 16 or not len(rows):
         raise ValueError(f"the text to calibrate on has {len(ids)} tokens; give at least 16, better {tokens:,}")
     wanted = max(1, min(len(rows), tokens // length))
     return torch.from_numpy(rows[[i * len(rows) // wanted for i in range(wanted)]])
+
+
+def _sample(texts: list[str], limit: int) -> list[str]:
+    """The texts, or where they have more than `limit` characters, pieces of them that have about as many, spread evenly: the rest need not be tokenised."""
+    total, seen, kept, out = sum(map(len, texts)), 0, 0, []
+    if total <= limit:
+        return texts
+    for piece in (text[at : at + PIECE] for text in texts for at in range(0, len(text), PIECE)):
+        if kept * total <= seen * limit:
+            out.append(piece)
+            kept += len(piece)
+        seen += len(piece)
+    return out
 
 
 def options(folder: Path, config: ModelConfig, ids: torch.Tensor, progress: Callable[[int], None] = lambda layer: None) -> dict:
@@ -63,7 +77,9 @@ def options(folder: Path, config: ModelConfig, ids: torch.Tensor, progress: Call
 
 def solve(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Second moments [K, K] -> (importance [K], feedback [K, K]) of native.pack: with U the upper Cholesky factor of the damped inverse, 1 / U_ii^2 and
-    U_ij / U_ii."""
+    U_ij / U_ii. ValueError for moments that are not finite."""
+    if not h.isfinite().all():
+        raise ValueError("the squares of a matrix's inputs on the text to calibrate on are not finite: the model overflows there; quantize it without --calibrate, or check its weights")
     damp = _DAMP * h.diagonal().mean()
     h = h + torch.eye(len(h)) * (damp if damp > 0 else 1.0)
     u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
@@ -140,9 +156,12 @@ class _Experts:
         return self._leaning("activations", i, lambda e: self._weighted(e, through=True))
 
     def _leaning(self, what: str, i: int, rows: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        if what not in self.whole:  # the mean over all assignments of the layer
-            parts = [rows(e) for e in range(len(self.module.w13))]
-            self.whole[what] = sum(x.T @ x for x in parts) / max(1, sum(map(len, parts)))
+        if what not in self.whole:  # the mean over all assignments of the layer, an expert's rows at a time
+            total, count = 0, 0
+            for e in range(len(self.module.w13)):
+                x = rows(e)
+                total, count = total + x.T @ x, count + len(x)
+            self.whole[what] = total / max(1, count)
         mine = rows(i)
         return (mine.T @ mine + _LEAN * self.whole[what]) / (len(mine) + _LEAN)
 

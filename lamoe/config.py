@@ -68,6 +68,10 @@ class RopeScaling:
         for name in ("mscale", "mscale_all_dim"):
             if getattr(self, name) < 0:
                 raise ValueError(f"rope_scaling.{name} is {getattr(self, name)}; it must be at least 0")
+        for f in dataclasses.fields(self):  # so that powers and logarithms of them are numbers too
+            value = getattr(self, f.name)
+            if value > MAX_INT or 0 < value < 1 / MAX_INT:
+                raise ValueError(f"rope_scaling.{f.name} is {value}; it must be from 1 / {MAX_INT} to {MAX_INT}")
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,8 @@ class ModelConfig:
         for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "initializer_range"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.rope_scaling is not None and not self.rope_theta > 1:
+            raise ValueError(f"rope_theta is {self.rope_theta}; YaRN divides by its logarithm, so it must be above 1")
         if self.torch_dtype not in ("float32", "bfloat16", "float16", "float64"):
             raise ValueError(f"torch_dtype is {self.torch_dtype!r}; known: float32, bfloat16, float16, float64")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

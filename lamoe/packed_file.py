@@ -25,6 +25,7 @@ import torch
 from lamoe import accounting, packed
 from lamoe.config import ModelConfig
 from lamoe.convert import hf, shards
+from lamoe.kernels import native
 from lamoe.packed import PackedModel, Piece, Read, Weigh
 
 METHOD, VERSION = "lamoe", 1
@@ -102,11 +103,7 @@ def load(folder: str | Path, threads: int = 0, free: int | None = None) -> Packe
     huge = free is not None and sum(path.stat().st_size for path in folder.glob("packed-*.safetensors")) < free
     elem, tensors = packed.element(weights), {}
     for name, pieces in files(config, weights).items():
-        path, header = folder / name, shards.read_header(folder / name)
-        want = {p.key: _padded(packed.piece_bytes(p, elem)) for p in pieces} | {f"{p.key}.scale": 4 * p.count for p in pieces}
-        wrong = [k for k in want.keys() | header.keys() if k not in header or k not in want or _bytes(header[k]) != want[k]]
-        if wrong:
-            raise ValueError(f"{path} does not hold the tensors of its config: {shards.few(sorted(wrong))} missing, extra or of another size")
+        path, header = folder / name, _header(folder / name, pieces, elem)
         mapped = np.memmap(path, dtype=np.uint8, mode="c")  # private: nothing is ever written, and torch wants writable memory
         if huge:
             with contextlib.suppress(OSError, AttributeError):  # a system without them
@@ -121,12 +118,18 @@ def load(folder: str | Path, threads: int = 0, free: int | None = None) -> Packe
     return PackedModel(config, weights, tensors, threads)
 
 
+def _header(path: Path, pieces: list[Piece], elem: str) -> dict[str, shards.Found]:
+    """The header of a file that holds exactly these pieces. ValueError for any other."""
+    header = shards.read_header(path)
+    want = {p.key: ("U8", _padded(packed.piece_bytes(p, elem))) for p in pieces} | {f"{p.key}.scale": ("F32", p.count) for p in pieces}
+    wrong = [k for k in want.keys() | header.keys() if k not in header or k not in want or (header[k].dtype, math.prod(header[k].shape)) != want[k]]
+    if wrong:
+        raise ValueError(f"{path} does not hold the tensors of its config: {shards.few(sorted(wrong))} missing, extra or of another size")
+    return header
+
+
 def _padded(size: int) -> int:
     return size + -size % _ALIGN  # safetensors has no holes, so a tensor is filled up itself
-
-
-def _bytes(found: shards.Found) -> int:
-    return math.prod(found.shape) * shards.ITEM_BYTES[found.dtype]
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------------
@@ -135,6 +138,8 @@ def write(source: str | Path, target: str | Path, weights: str, weigh: Weigh = l
     """Pack the model folder `source` into `target`: yields (piece, bytes) after each one, for progress; finished when exhausted. `calibration` names what
     `weigh` comes from; it is asked layer by layer. Goes on where an earlier call with the same weights, format and calibration stopped; ValueError when `target` holds
     something else."""
+    if native.lib is None:
+        raise ValueError(f"packing needs the compiled kernels, which are not there ({native.missing()}); install lamoe with a C++ compiler")
     folder, target = hf.resolve(source), Path(target)
     if is_packed(folder):
         raise ValueError(f"{folder} is a packed model already; quantize the model it was made from")
@@ -149,7 +154,11 @@ def write(source: str | Path, target: str | Path, weights: str, weigh: Weigh = l
         if (folder / extra).is_file():
             shards.copy(folder / extra, target / extra)
     for name, pieces in plan.items():
-        if (target / name).exists():  # it got its name when it was complete
+        if (target / name).exists():  # it got its name when it was complete; what happened to it since is another matter
+            try:
+                _header(target / name, pieces, packed.element(weights))
+            except ValueError as e:
+                raise ValueError(f"{e}. Delete this file; the others are kept") from None
             yield from ((p, packed.piece_bytes(p, packed.element(weights))) for p in pieces)
         else:
             yield from _write_file(target / name, pieces, weights, read, weigh)
@@ -217,6 +226,8 @@ def _write_file(path: Path, pieces: list[Piece], weights: str, read: Read, weigh
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another process is writing {path.parent}; let it finish") from None
+        if not part.exists() or not os.path.samestat(os.fstat(f.fileno()), part.stat()):  # it has finished between our opening and locking
+            raise ValueError(f"another process was writing {path.parent}; call again, and what it made is kept")
         f.truncate(0)
         f.write(len(text).to_bytes(8, "little") + text)
         scales = []
@@ -229,5 +240,5 @@ def _write_file(path: Path, pieces: list[Piece], weights: str, read: Read, weigh
         f.write(np.array(scales, dtype="<f4").tobytes())
         f.flush()
         os.fsync(f.fileno())
-    os.replace(part, path)
+        os.replace(part, path)  # before the lock goes
     shards.sync(path.parent)

@@ -269,6 +269,11 @@ ERRORS = [
     (lambda: RopeScaling(beta_fast=1.0, beta_slow=1.0), r"rope_scaling needs beta_fast > beta_slow > 0, found 1.0 and 1.0"),
     (lambda: RopeScaling(mscale=-0.1), r"rope_scaling.mscale is -0.1; it must be at least 0"),
     (lambda: RopeScaling(mscale_all_dim=-0.1), r"rope_scaling.mscale_all_dim is -0.1; it must be at least 0"),
+    (lambda: RopeScaling(factor=10**30), r"rope_scaling.factor is 1000000000000000000000000000000; it must be from 1 / 2147483647 to 2147483647"),
+    (lambda: RopeScaling(mscale=1e308), r"rope_scaling.mscale is 1e\+308; it must be from"),
+    (lambda: RopeScaling(mscale_all_dim=1e308), r"rope_scaling.mscale_all_dim is 1e\+308; it must be from"),
+    (lambda: RopeScaling(beta_slow=5e-324), r"rope_scaling.beta_slow is 5e-324; it must be from"),
+    (moe(rope_theta=1.0), r"rope_theta is 1.0; YaRN divides by its logarithm, so it must be above 1"),
     # names
     (moe(hidden_sise=3), r"unknown key 'hidden_sise' in ModelConfig, did you mean 'hidden_size'\?"),
     (lambda: ModelConfig.preset("deepseekv2"), r"unknown preset 'deepseekv2', did you mean 'deepseek-v2'\?; known: deepseek-v2, "),

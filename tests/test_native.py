@@ -1,6 +1,9 @@
 """The compiled kernels op by op, on every instruction set of this CPU, against what they stand for. Whole models: test_native_model.py;
 hostile arguments: test_native_hostile.py."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -93,10 +96,24 @@ def test_the_unit_of_the_weights_does_not_matter(fmt, size):
 
 
 def test_int4_of_its_own_levels_is_exact():
-    """Groups made of the levels themselves, of either sign, at scales that the format has."""
-    w = torch.stack([LEVELS, -LEVELS, LEVELS.flip(0), LEVELS * 2]).float()
+    """Groups made of the levels themselves, of either sign, at scales that the format has: the largest weight makes the matrix's own scale 1."""
+    levels = LEVELS.float()
+    w = torch.stack([levels, -levels, levels.flip(0), levels * 1.25, levels * -0.375, levels / 1024, torch.full((16,), 84.0)])
     data, scale = native.pack("int4", w)
-    assert torch.allclose(native.unpack("int4", data, 4, 16, scale), w, rtol=0.07, atol=2)
+    assert scale == 1 and torch.equal(native.unpack("int4", data, len(w), 16, scale), w)
+
+
+def test_room_for_weights_may_have_huge_pages():
+    """Where the system grants them on request, what `room` gives is eligible: shared memory would need another switch."""
+    switch, maps = Path("/sys/kernel/mm/transparent_hugepage/enabled"), Path("/proc/self/smaps")
+    if not (switch.is_file() and maps.is_file()) or "[never]" in switch.read_text():
+        pytest.skip("this system has no huge pages on request")
+    data = native.room(8 << 20)
+    data.fill_(1)
+    for entry in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", maps.read_text())[1:]:
+        begin, end = (int(x, 16) for x in entry.split()[0].split("-"))
+        if begin <= data.data_ptr() < end:
+            assert re.search(r"^THPeligible: +1", entry, re.M) or int(re.search(r"^AnonHugePages: +(\d+)", entry, re.M)[1]), entry
 
 
 @formats

@@ -15,10 +15,11 @@ import pytest
 import torch
 from oracles import tiny
 from safetensors import safe_open
+from tiny_packed import FAMILIES, SMALL, contents, pack, source
 from tiny_run import trained, write_texts  # noqa: F401 (trained is a fixture)
 
 import lamoe
-from lamoe import accounting, calibrate, cli, evals, packed, packed_file
+from lamoe import accounting, cli, evals, packed, packed_file
 from lamoe.config import ModelConfig
 from lamoe.convert import hf
 from lamoe.engine import score
@@ -28,28 +29,9 @@ from lamoe.kernels import native
 from lamoe.packed import PackedModel
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled kernels are not there")
-SMALL = dict(max_position_embeddings=256)
-FAMILIES = {
-    "mla q_lora": tiny.HARD.replace(**SMALL),
-    "mla": tiny.V2_CASES["plain-rope-greedy-0dense"].replace(**SMALL),
-    "moe v1 mha": tiny.config("deepseek", **SMALL),
-    "gqa tied": tiny.config("llama", num_key_value_heads=2, tie_word_embeddings=True, **SMALL),
-    "odd widths": tiny.config(hidden_size=27, intermediate_size=75, moe_intermediate_size=27, n_shared_experts=1, vocab_size=71, kv_lora_rank=18, **SMALL),
-    "lite widths": tiny.config(hidden_size=64, num_hidden_layers=2, intermediate_size=10944 // 16, moe_intermediate_size=1408 // 16, **SMALL),
-}
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 WEIGHTS = pytest.mark.parametrize("weights", packed.WEIGHTS)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
-
-
-def source(folder: Path, family: str, seed: int = 0) -> Path:
-    """A saved tiny model."""
-    lamoe.save(tiny.model(FAMILIES[family], seed=seed, dtype=torch.float32), folder)
-    return folder
-
-
-def pack(source: Path, target: Path, weights: str = "int4", **options) -> list:
-    return [piece for piece, _ in packed_file.write(source, target, weights, **options)]
 
 
 def prompts(family: str) -> list[list[int]]:
@@ -58,10 +40,6 @@ def prompts(family: str) -> list[list[int]]:
 
 def tokens(llm: LLM, family: str) -> list[list[int]]:
     return [o.token_ids for o in llm.generate(prompts(family), GREEDY)]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
 # ---- the same model --------------------------------------------------------------------------------------------------------
@@ -258,6 +236,50 @@ def test_a_second_writer_waits_its_turn(tmp_path):
     packed_file.load(tmp_path / "out")
 
 
+def test_a_file_that_broke_after_it_was_complete_is_not_taken_for_finished(tmp_path):
+    model = source(tmp_path / "model", "mla")
+    pack(model, tmp_path / "out")
+    whole, file = contents(tmp_path / "out"), tmp_path / "out" / "packed-00002.safetensors"
+    for broken in (b"", file.read_bytes()[:-1], (tmp_path / "out" / "packed-00001.safetensors").read_bytes()):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match="packed-00002.*Delete this file; the others are kept"):
+            pack(model, tmp_path / "out")
+        file.unlink()
+        pack(model, tmp_path / "out")
+        assert contents(tmp_path / "out") == whole
+
+
+def test_a_writer_that_comes_while_another_ends(tmp_path, monkeypatch):
+    """It has opened the unfinished file when the other one finishes it: under its new name it must stay whole."""
+    model, real = source(tmp_path / "model", "mla"), packed_file.fcntl.flock
+
+    def first_the_other(f, how):
+        monkeypatch.setattr(packed_file.fcntl, "flock", real)
+        pack(model, tmp_path / "out")
+        real(f, how)
+
+    monkeypatch.setattr(packed_file.fcntl, "flock", first_the_other)
+    with pytest.raises(ValueError, match="another process was writing"):
+        pack(model, tmp_path / "out")
+    packed_file.load(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("packed-*"))) == FAMILIES["mla"].num_hidden_layers + 1
+
+
+def test_without_compiled_kernels_it_says_so_and_sizes_are_known(tmp_path, monkeypatch):
+    model = source(tmp_path / "model", "odd widths")
+    pack(model, tmp_path / "out")
+    sizes = [(fmt, n, k) for fmt in native.FORMATS for n in (1, 15, 16, 17, 100) for k in (1, 2, 3, 63, 64, 65, 1408)]
+    want, bits = [native.mat_bytes(*s) for s in sizes], packed_file.bits(tmp_path / "out")
+    monkeypatch.setattr(native, "lib", None)
+    monkeypatch.setattr(native, "_why", "no compiler")
+    assert [native.mat_bytes(*s) for s in sizes] == want and packed_file.bits(tmp_path / "out") == bits  # lamoe info
+    with pytest.raises(ValueError, match=r"packing needs the compiled kernels, which are not there \(no compiler\)"):
+        pack(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="packing needs the compiled kernels"):
+        native.pack("int4", torch.zeros(2, 2))
+
+
 def test_weights_that_are_no_numbers_are_refused(tmp_path):
     m = tiny.model(FAMILIES["mla"], dtype=torch.float32)
     with torch.no_grad():
@@ -302,6 +324,8 @@ HOSTILE = {
     "offset beyond the file": lambda h, d: h["layers.0.wq"].update(data_offsets=[x + 1 << 40 for x in h["layers.0.wq"]["data_offsets"]]),
     "overlap": lambda h, d: h["layers.0.wo"].update(data_offsets=h["layers.0.wq"]["data_offsets"], shape=h["layers.0.wq"]["shape"]),
     "negative": lambda h, d: h["layers.0.wq"].update(data_offsets=[-64, 0]),
+    "scales of another kind": lambda h, d: h["layers.0.wq.scale"].update(dtype="I32"),
+    "bytes of another kind": lambda h, d: h["layers.0.wq"].update(dtype="I8"),
     "misaligned": _misalign,
     "scale not a number": _nan_scale,
 }
@@ -373,102 +397,6 @@ def test_one_format_for_a_packed_model(tmp_path, monkeypatch):
     monkeypatch.setenv("LAMOE_IMPL", "ref")
     with pytest.raises(ValueError, match="compiled kernels, which are not there"):
         LLM(tmp_path / "out")
-
-
-# ---- calibration -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("family", ["mla q_lora", "mla", "moe v1 mha", "gqa tied"])
-def test_moments_are_those_of_the_model(tmp_path, family):
-    """Second moments of every linear's input, caught on the whole model, whose layers must be those that were walked one by one."""
-    c, model = FAMILIES[family], source(tmp_path / "model", family)
-    plain, ids, want = lamoe.load(model), tiny.ids(FAMILIES[family], 6, 20), {}
-    names = {f"layers.{i}.{n}": m for i, block in enumerate(plain.layers) for n, m in block.named_modules() if isinstance(m, torch.nn.Linear) and n != "attn.wkv_b"}
-    for name, module in names.items():
-        key = f"layers.{name.split('.')[1]}.{name.split('.')[-1]}"
-        module.register_forward_pre_hook(lambda m, a, key=key: want.update({key: a[0].flatten(0, -2).T @ a[0].flatten(0, -2) / a[0][..., 0].numel()}))
-    with torch.no_grad():
-        h = plain.hidden(ids)
-    want["head"] = h.flatten(0, 1).T @ h.flatten(0, 1) / h[..., 0].numel()
-    got = {}
-    for part in calibrate.moments(c, packed_file.reader(model, c), ids, torch.float32):
-        got |= part
-    for key, value in want.items():
-        assert torch.allclose(got[key](0), value, rtol=1e-4, atol=1e-6), key
-    quantised = {p.key for p in packed.pieces(c, "int4") if p.format == "int4"}
-    assert quantised == set(got)
-    for p in packed.pieces(c, "int4"):
-        if p.format == "int4":
-            assert got[p.key](p.count - 1).shape == (p.k, p.k)
-
-
-def test_experts_lean_on_their_layer():
-    """Many tokens: an expert's own moments, weighted. None: those of all."""
-    module = type("E", (), {"w13": torch.ones(3, 4, 2), "w2": torch.ones(3, 2, 2)})
-    x = torch.cat([torch.full((10000, 2), 2.0), torch.full((20000, 2), 1.0)])
-    expert, weight = torch.tensor([[0]] * 10000 + [[1]] * 20000), torch.tensor([[1.0]] * 10000 + [[0.5]] * 20000)
-    seen = calibrate._Experts(module)
-    for part in (slice(0, 12000), slice(12000, None)):
-        seen.add(module, (x[part], expert[part], weight[part]))
-    for i, want in enumerate((4, 0.25, (4 + 2 * 0.25) / 3)):
-        assert seen.inputs(i).flatten().tolist() == pytest.approx([want] * 4, rel=0.05)
-    swiglu = 4 / (1 + np.exp(-4)) * 4  # of gate = up = 2 + 2
-    assert seen.activations(0).flatten().tolist() == pytest.approx([swiglu**2] * 4, rel=0.05)
-
-
-def correlated(n: int, k: int, seed: int = 0) -> torch.Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, k, generator=g) @ torch.randn(k, k, generator=g) * torch.exp(torch.randn(k, generator=g))
-
-
-@pytest.mark.parametrize("k", [27, 64, 128, 200])
-@pytest.mark.parametrize("isa", re.split(r"\W+", native.lib.features()) if native.available() else [])
-def test_later_inputs_make_up_for_the_errors_of_earlier_ones(k, isa):
-    """On inputs that go together, the output error falls far below that of rounding each weight by itself, at the same bytes; codes are those of the
-    definition in plain torch."""
-    g = torch.Generator().manual_seed(1)
-    w, x = torch.randn(40, k, generator=g), correlated(4 * k, k)
-    importance, feedback = calibrate.solve(x.T @ x / len(x))
-    assert torch.equal(feedback.tril(-1), torch.zeros(k, k)) and torch.allclose(feedback.diagonal(), torch.ones(k))
-    plain, plain_scale = native.pack("int4", w, isa=isa)
-    data, scale = native.pack("int4", w, importance, feedback, isa=isa)
-    assert len(data) == len(plain) and scale == plain_scale
-    rounded = [native.unpack("int4", d, 40, k, s) for d, s in ((plain, plain_scale), (data, scale))]
-    before, after = (float((x @ (r - w).T).square().mean()) for r in rounded)
-    assert after < 0.6 * before
-    moved = w.clone()  # the recursion: what each column was when it was rounded
-    for i in range(k):
-        moved[:, i + 1 :] -= (moved[:, i] - rounded[1][:, i])[:, None] * feedback[i, i + 1 :]
-    near, far = ((m - rounded[1]).square().mean() / w.square().mean() for m in (moved, w))
-    assert near < 0.02 and far > near  # each column is near what it was to be by then, not near what it was
-
-
-def test_feedback_of_unrelated_inputs_changes_nothing():
-    w = torch.randn(33, 70, generator=torch.Generator().manual_seed(2))
-    importance, feedback = calibrate.solve(torch.eye(70))
-    assert torch.allclose(feedback, torch.eye(70), atol=1e-6)
-    assert torch.equal(native.pack("int4", w, importance, torch.eye(70))[0], native.pack("int4", w)[0])
-    importance, feedback = calibrate.solve(torch.zeros(70, 70))  # a text that never reached it
-    assert importance.isfinite().all() and torch.equal(feedback, torch.eye(70))
-
-
-def test_calibrated_errors_fall_where_inputs_are_large():
-    """Scales are searched by weighted squared errors: on inputs of very unequal sizes the output error becomes smaller, at the same bytes."""
-    g = torch.Generator().manual_seed(0)
-    w, spread = torch.randn(64, 128, generator=g), torch.exp(1.5 * torch.randn(128, generator=g))
-    x = torch.randn(500, 128, generator=g) * spread
-    errors = []
-    for importance in (None, x.square().mean(0)):
-        data, scale = native.pack("int4", w, importance)
-        errors.append(float((x @ (native.unpack("int4", data, 64, 128, scale) - w).T).square().mean()))
-    assert errors[1] < 0.9 * errors[0]
-
-
-def test_rows_to_calibrate_on(trained):  # noqa: F811
-    folder = Path(cli.find_model(str(trained)))
-    tok, c = lamoe.Tokenizer.load(folder), hf.read_config(folder)
-    rows = calibrate.rows_of(tok, ["the cat sat on the mat. " * 200, "the dog ran. " * 300], c, 256)
-    assert rows.shape[1] == c.max_position_embeddings and rows.shape[0] == 256 // rows.shape[1]
-    with pytest.raises(ValueError, match="tokens; give at least 16"):
-        calibrate.rows_of(tok, [""], c, 256)
 
 
 # ---- verbs -----------------------------------------------------------------------------------------------------------------

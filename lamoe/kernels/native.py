@@ -37,7 +37,7 @@ _said = False
 
 def available() -> bool:
     """Whether the compiled kernels can run here. LAMOE_IMPL=ref or fused (kernels/__init__.py) switches them off."""
-    return lib is not None and os.environ.get("LAMOE_IMPL", "") in ("", "native")
+    return lib is not None and not os.environ.get("LAMOE_IMPL")
 
 
 def missing() -> str:
@@ -63,14 +63,18 @@ def room(size: int) -> torch.Tensor:
 
 
 def mat_bytes(fmt: str, n: int, k: int) -> int:
-    """Bytes of a packed matrix of n outputs and k inputs."""
-    return lib.mat_bytes(FORMATS[fmt], n, k)
+    """Bytes of a packed matrix of n outputs and k inputs; also where the kernels are missing, for sizes are known from a config alone."""
+    if lib is not None:
+        return lib.mat_bytes(FORMATS[fmt], n, k)
+    return -(-n // 16) * {"fp32": 64 * k, "bf16": 64 * -(-k // 2), "int8": 1088 * -(-k // 64), "int4": 576 * -(-k // 64)}[fmt]
 
 
 def pack(fmt: str, w: torch.Tensor, importance: torch.Tensor | None = None, feedback: torch.Tensor | None = None, isa: str = "") -> tuple[torch.Tensor, float]:
     """w [n, k] -> (uint8 [mat_bytes], scale of the matrix). importance [k]: how much a squared error of each input counts where scales are searched (int4).
     feedback [k, k], unit upper triangular: the rounding error e of input i moves each later input j by -e * feedback[i, j] before that is rounded
-    (calibrate.py makes it). ValueError for a weight that is not finite."""
+    (calibrate.py makes it). ValueError for a weight that is not finite, and without the compiled kernels."""
+    if lib is None:
+        raise ValueError(f"packing needs the compiled kernels, which are not there ({_why}); install lamoe with a C++ compiler")
     w = w.detach().to(torch.float32).contiguous()
     if not w.isfinite().all():
         raise ValueError(f"a weight matrix of shape {tuple(w.shape)} has values that are not finite; it cannot be packed")
