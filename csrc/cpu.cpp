@@ -14,10 +14,13 @@ namespace scalar { extern const Ops table; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Ops table; }
 namespace avxvnni { extern const Ops table; }
+namespace avx512vnni { extern const Ops table; }
 namespace avx512 { extern const Ops table; }
 #endif
 
 namespace {
+constexpr const char* kBestFirst[] = {"avx512", "avx512vnni", "avxvnni", "avx2"};  // avx512: with VNNI and BF16
+
 bool has(const std::string& isa) {
 #if defined(__x86_64__)
   if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -25,9 +28,10 @@ bool has(const std::string& isa) {
     unsigned a = 0, b, c, d;
     return has("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
   }
-  if (isa == "avx512")
+  if (isa == "avx512vnni")
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+           __builtin_cpu_supports("avx512vnni");
+  if (isa == "avx512") return has("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 #endif
   return isa == "scalar";
 }
@@ -39,7 +43,7 @@ const Ops& choose() {
     if (!t) throw std::invalid_argument(std::string("LAMOE_ISA is '") + forced + "'; this CPU runs: " + cpu_features());
     return *t;
   }
-  for (const char* isa : {"avx512", "avxvnni", "avx2"})
+  for (const char* isa : kBestFirst)
     if (const Ops* t = ops_by_name(isa)) return *t;
   return scalar::table;
 }
@@ -50,6 +54,7 @@ const Ops* ops_by_name(const char* name) {
   if (!has(isa)) return nullptr;
 #if defined(__x86_64__)
   if (isa == "avx512") return &avx512::table;
+  if (isa == "avx512vnni") return &avx512vnni::table;
   if (isa == "avxvnni") return &avxvnni::table;
   if (isa == "avx2") return &avx2::table;
 #endif
@@ -59,7 +64,7 @@ const Ops* ops_by_name(const char* name) {
 const char* cpu_features() {
   static const std::string all = [] {
     std::string names;
-    for (const char* isa : {"avx512", "avxvnni", "avx2"}) names += has(isa) ? std::string(isa) + ", " : "";
+    for (const char* isa : kBestFirst) names += has(isa) ? std::string(isa) + ", " : "";
     return names + "scalar";
   }();
   return all.c_str();

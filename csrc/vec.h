@@ -1,6 +1,6 @@
 // The only file with intrinsics: sixteen lanes of float (vf) and sixteen 32-bit words (vw), on AVX-512, AVX2 or plain C++.
-// A kernel is written once against these and compiled once per ISA (CMakeLists.txt sets LAMOE_ISA_AVX512 / _AVXVNNI / _AVX2 / none); every ISA
-// adds up in the same order. A NEON version of this file is all another architecture needs.
+// A kernel is written once against these and compiled once per ISA (CMakeLists.txt sets LAMOE_ISA_AVX512 / _AVXVNNI / _AVX2 / none); lanes add
+// up in the same order on each (only the sum over the lanes of a vector, vsum, has orders of its own). A NEON version of this file is all another architecture needs.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -13,8 +13,10 @@
 #include <immintrin.h>
 #endif
 
-#if defined(LAMOE_ISA_AVX512)
+#if defined(LAMOE_ISA_AVX512) && defined(__AVX512BF16__)
 #define LAMOE_NS avx512
+#elif defined(LAMOE_ISA_AVX512)
+#define LAMOE_NS avx512vnni
 #elif defined(LAMOE_ISA_AVXVNNI)
 #define LAMOE_NS avxvnni
 #elif defined(LAMOE_ISA_AVX2)
@@ -84,10 +86,25 @@ INLINE vw wfields(const uint8_t* p, int shift, int mask) {  // sixteen bytes, ea
 }
 INLINE vw wor_left(vw a, vw b, int shift) { return {_mm512_or_si512(a.v, _mm512_sll_epi32(b.v, _mm_cvtsi32_si128(shift)))}; }
 INLINE vf vload_bf16(const uint16_t* p) { return {(__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16)}; }
-INLINE void vstore_bf16(uint16_t* p, vf a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
+#if defined(__AVX512BF16__)
+INLINE __m256i to_bf16(vf a) { return (__m256i)_mm512_cvtneps_pbh(a.v); }
 INLINE void vstore_bf16(uint16_t* p, vf a, vf b) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v)); }  // 32 of them
 // acc + sum over the two halves of each word, as bfloat16 pairs; acc + w * x. x is broadcast from 4 bytes.
 INLINE vf dot_bf16(vf acc, vw w, const void* x) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)_mm512_set1_epi32(*(const int32_t*)x))}; }
+#else
+INLINE __m256i to_bf16(vf a) {  // the upper halves, rounded; NaN stays NaN
+  const __m512i u = (__m512i)a.v, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0)));
+}
+INLINE void vstore_bf16(uint16_t* p, vf a, vf b) { _mm256_storeu_si256((__m256i*)p, to_bf16(a)); _mm256_storeu_si256((__m256i*)p + 1, to_bf16(b)); }
+INLINE vf dot_bf16(vf acc, vw w, const void* x) {
+  const __m512i u = _mm512_set1_epi32(*(const int32_t*)x), high = _mm512_set1_epi32(int(0xffff0000));
+  acc.v = _mm512_fmadd_ps((__m512)_mm512_slli_epi32(w.v, 16), (__m512)_mm512_slli_epi32(u, 16), acc.v);
+  return {_mm512_fmadd_ps((__m512)_mm512_and_si512(w.v, high), (__m512)_mm512_and_si512(u, high), acc.v)};
+}
+#endif
+INLINE void vstore_bf16(uint16_t* p, vf a) { _mm256_storeu_si256((__m256i*)p, to_bf16(a)); }
 INLINE vf dot_f32(vf acc, vw w, const void* x) { return {_mm512_fmadd_ps((__m512)w.v, _mm512_set1_ps(*(const float*)x), acc.v)}; }
 // acc + sum over four unsigned bytes of w times four signed bytes of x. The int4 levels are at most 120, int8 codes go to 255.
 INLINE vw dot_int4(vw acc, vw w, const int8_t* x) { return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(*(const int32_t*)x))}; }
@@ -131,7 +148,7 @@ INLINE vw interleave_bf16(const uint16_t* a, const uint16_t* b) {
   return {_mm512_or_si512(x, _mm512_slli_epi32(y, 16))};
 }
 INLINE vw pair_bf16(vf a, vf b) {
-  __m512i x = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a.v)), y = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(b.v));
+  __m512i x = _mm512_cvtepu16_epi32(to_bf16(a)), y = _mm512_cvtepu16_epi32(to_bf16(b));
   return {_mm512_or_si512(x, _mm512_slli_epi32(y, 16))};
 }
 

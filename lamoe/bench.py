@@ -25,6 +25,7 @@ from lamoe import accounting, packed
 from lamoe.attention import cheaper_form
 from lamoe.cache import PagedCache
 from lamoe.config import ModelConfig
+from lamoe.engine.plan import available_memory
 from lamoe.kernels import native
 from lamoe.packed import PackedModel, Piece
 
@@ -82,8 +83,12 @@ class Line:
 
 
 def random_model(config: ModelConfig, weights: str, threads: int = 0) -> PackedModel:
-    """A packed model of random weights with a standard deviation of about 0.02."""
+    """A packed model of random weights with a standard deviation of about 0.02. ValueError when memory has no room for it."""
     elem = packed.element(weights)
+    size, free = sum(packed.piece_bytes(p, elem) for p in packed.pieces(config, weights)), available_memory()
+    if free is not None and size > free:
+        raise ValueError(f"the weights in {weights} take {size / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are left; take a smaller model, fewer layers (num_hidden_layers in a config.json) "
+                         "or a narrower format")
     noise = torch.randint(0, 256, (_FILL,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return PackedModel(config, weights, {p.key: _fill(p, elem, noise) for p in packed.pieces(config, weights)}, threads)
 

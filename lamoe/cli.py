@@ -285,6 +285,8 @@ def bench(args) -> int:
 
     if not native.available():
         raise ValueError("the compiled kernels are not there, and bench measures them; install lamoe with a C++ compiler")
+    if args.rounds < 1 or args.threads < 0 or min(args.batch, default=1) < 1:
+        raise ValueError(f"--rounds is {args.rounds}, --threads {args.threads}, --batch {args.batch}; rounds and batches must be at least 1, threads at least 0 (0: all cores)")
     if args.threads:
         torch.set_num_threads(args.threads)
     threads, begin = torch.get_num_threads(), time.perf_counter()
@@ -308,7 +310,7 @@ def bench(args) -> int:
     else:
         b.measure(run, lines, args.rounds, b.progress)
     weights = sum(model.nbytes.values())
-    print(f"{args.model}: weights {model.weights}, {weights / 1e9:.2f} GB, ready in {loaded:.1f} s; cache {args.cache}; {threads} threads, {native.lib.isa()}; "
+    print(f"{args.model}: weights {model.weights}, {weights / 1e9:.3g} GB, ready in {loaded:.1f} s; cache {args.cache}; {threads} threads, {native.lib.isa()}; "
           f"peak memory {b.peak_rss() / 1e9:.2f} GB\n"
           f"probed: {machine.read / 1e9:.1f} GB/s read, {2 * machine.int8 / 1e9:.0f} Gop/s int8, {2 * machine.bf16 / 1e9:.0f} GFLOP/s bf16\n")
     print(b.table(lines, machine, model.weights) + (f"\n\n{b.peer_table(lines)}" if peer else ""))
