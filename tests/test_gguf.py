@@ -185,7 +185,7 @@ def test_scored_pieces_join_best_first(tmp_path, blank):
     ({"llama.block_count": 3}, {}, "9 of 29 tensors of its architecture are missing: 'blk.2"), ({"llama.feed_forward_length": 95}, {}, "is [96, 64], not [95, 64]"),
     ({"llama.block_count": 2**31 - 1}, {}, "says 2,147,483,647 layers"),
     ({"llama.feed_forward_length": 2**31 - 1}, {}, "not [2147483647, 64]"),
-    ({"llama.feed_forward_length": 2**31 - 1, "llama.embedding_length": 2**31 - 8}, {}, "cannot be built"), ({}, {"token_embd.weight": np.ones(64, np.float32)}, "m.gguf"),
+    ({"llama.feed_forward_length": 2**31 - 1, "llama.embedding_length": 2**31 - 8, "llama.rope.dimension_count": None}, {}, "cannot be built"), ({}, {"token_embd.weight": np.ones(64, np.float32)}, "m.gguf"),
     ({"llama.attention.head_count_kv": [2, 2]}, {}, "must be int"), ({}, {"rope_freqs.weight": np.ones(8, np.float32)}, "'rope_freqs.weight'"),
     ({}, {"blk.0.attn_q.bias": np.ones(64, np.float32)}, "1 tensors are not known"), ({}, {"token_embd.weight": None}, "no tensor token_embd.weight"),
     ({"tokenizer.ggml.tokens": None}, {}, "no vocabulary"), ({"tokenizer.ggml.model": "bert"}, {}, "kind 'bert'"), ({"tokenizer.ggml.merges": ["q qqq"]}, {}, "do not belong"),
