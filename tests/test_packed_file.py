@@ -1,0 +1,62 @@
+"""Packed folders whose writing was cut off or raced. (Layout, formats, hostile files: test_packed.py.)"""
+
+import fcntl
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import tiny
+
+import lamoe
+from lamoe import packed_file
+
+SIZES = dict(num_hidden_layers=2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    lamoe.save(tiny.model(tiny.config(**SIZES), dtype=torch.bfloat16), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_killed_while_it_wrote_the_config(source, tmp_path, monkeypatch):
+    list(packed_file.write(source, tmp_path / "whole", "int4"))
+    for done in (0, 1, 3):  # pieces of an earlier call; 0: killed in the first one
+        target = tmp_path / f"out{done}"
+        for _, _ in zip(range(done), packed_file.write(source, target, "int4")):
+            pass
+
+        def half(path, content):
+            path.write_text('{"architectures": ["Deep')
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(packed_file.shards, "write_json", half)
+            list(packed_file.write(source, target, "int4"))
+        list(packed_file.write(source, target, "int4"))
+        assert contents(target) == contents(tmp_path / "whole")
+
+
+def test_a_file_that_another_process_finished_meanwhile_is_not_cut_off(source, tmp_path, monkeypatch):
+    """Between the second process's open and its lock, the first renames the file: the second one holds the finished file now."""
+    target = tmp_path / "out"
+    list(packed_file.write(source, tmp_path / "whole", "int4"))
+    first, lock = packed_file.write(source, target, "int4"), fcntl.flock
+    for piece, _ in first:
+        if piece.name == "w2":
+            break  # the last piece of layer 0; its file has no name yet
+
+    def late(f, how):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        next(first)
+        return lock(f, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(ValueError, match="another process has just written .*packed-00001"):
+        list(packed_file.write(source, target, "int4"))
+    list(first)
+    assert contents(target) == contents(tmp_path / "whole")
