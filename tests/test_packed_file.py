@@ -8,7 +8,7 @@ import torch
 from oracles import tiny
 
 import lamoe
-from lamoe import packed_file
+from lamoe import calibrate, packed_file
 
 SIZES = dict(num_hidden_layers=2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
 
@@ -60,3 +60,13 @@ def test_a_file_that_another_process_finished_meanwhile_is_not_cut_off(source, t
         list(packed_file.write(source, target, "int4"))
     list(first)
     assert contents(target) == contents(tmp_path / "whole")
+
+
+def test_a_model_that_overflows_cannot_be_calibrated(tmp_path):
+    m = tiny.model(tiny.config(**SIZES), dtype=torch.float32)
+    with torch.no_grad():
+        m.layers[1].attn_norm.weight.fill_(1e30)  # finite, but not its square
+    lamoe.save(m, tmp_path / "model")
+    options = calibrate.options(tmp_path / "model", m.config, torch.arange(64).reshape(2, 32))
+    with pytest.raises(ValueError, match="not finite on this text"):
+        list(packed_file.write(tmp_path / "model", tmp_path / "out", "int4", **options))
