@@ -83,21 +83,29 @@ def moments(config: ModelConfig, read: Read, ids: torch.Tensor, dtype: torch.dty
     states = [read("model.embed_tokens.weight")[part].to(dtype) for part in ids.split(ROWS)]
     freqs = rope.freqs(config, torch.arange(ids.shape[1])[None], dtype)
     for layer in range(config.num_hidden_layers):
-        block, sums = _block(config, layer, read, dtype), {}
-        for name, module in block.named_modules():
-            if isinstance(module, torch.nn.Linear) and name != "attn.wkv_b":  # stays at 8 bits or more
-                module.register_forward_pre_hook(sums.setdefault(f"layers.{layer}.{name.split('.')[-1]}", _Linear()).add)
-            elif name == "ffn.experts":
-                experts = _Experts(module)
-                module.register_forward_pre_hook(experts.add)
-                sums |= {f"layers.{layer}.e13": experts.inputs, f"layers.{layer}.e2": experts.activations}
+        block = _block(config, layer, read, dtype)
+        sums = _watch(block, layer)
         states = [block(x, freqs) for x in states]
         yield {key: s.mean if isinstance(s, _Linear) else s for key, s in sums.items()}
+        del block, sums  # before the next layer's weights are there
     norm, head = RMSNorm(config.hidden_size, config.rms_norm_eps).to(dtype), _Linear()
     norm.weight.data.copy_(read("model.norm.weight"))
     for x in states:
         head.add(None, (norm(x),))
     yield {"head": head.mean}
+
+
+def _watch(block: Block, layer: int) -> dict[str, _Linear | Moments]:
+    """{piece key: what will gather the moments of its inputs while the block runs}."""
+    sums = {}
+    for name, module in block.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "attn.wkv_b":  # stays at 8 bits or more
+            module.register_forward_pre_hook(sums.setdefault(f"layers.{layer}.{name.split('.')[-1]}", _Linear()).add)
+        elif name == "ffn.experts":
+            experts = _Experts(module)
+            module.register_forward_pre_hook(experts.add)
+            sums |= {f"layers.{layer}.e13": experts.inputs, f"layers.{layer}.e2": experts.activations}
+    return sums
 
 
 def _block(config: ModelConfig, layer: int, read: Read, dtype: torch.dtype) -> Block:
@@ -116,11 +124,13 @@ class _Linear:
     """Second moments of a linear's inputs."""
 
     def __init__(self):
-        self.total, self.count = 0, 0
+        self.total, self.count = None, 0
 
     def add(self, module, args) -> None:
         x = args[0].flatten(0, -2).float()
-        self.total, self.count = self.total + x.T @ x, self.count + len(x)
+        self.total = x.new_zeros(x.shape[1], x.shape[1]) if self.total is None else self.total
+        self.total.addmm_(x.T, x)
+        self.count += len(x)
 
     def mean(self, i: int = 0) -> torch.Tensor:
         return self.total / self.count
@@ -137,18 +147,32 @@ class _Experts:
 
     @torch.inference_mode()
     def inputs(self, i: int) -> torch.Tensor:
-        return self._leaning("inputs", i, lambda e: self._weighted(e))
+        return self._leaning("inputs", self._weighted(i))
 
     @torch.inference_mode()
     def activations(self, i: int) -> torch.Tensor:
-        return self._leaning("activations", i, lambda e: self._weighted(e, through=True))
+        return self._leaning("activations", self._weighted(i, through=True))
 
-    def _leaning(self, what: str, i: int, rows: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    def _leaning(self, what: str, mine: torch.Tensor) -> torch.Tensor:
         if what not in self.whole:  # the mean over all assignments of the layer
-            parts = [rows(e) for e in range(len(self.module.w13))]
-            self.whole[what] = sum(x.T @ x for x in parts) / max(1, sum(map(len, parts)))
-        mine = rows(i)
+            total = self._all_inputs() if what == "inputs" else self._all_activations()
+            self.whole[what] = total / max(1, sum(expert.numel() for _, expert, _ in self.seen))
         return (mine.T @ mine + _LEAN * self.whole[what]) / (len(mine) + _LEAN)
+
+    def _all_inputs(self) -> torch.Tensor:
+        """A token that went to K experts counts K times, each time weighted: once with the sum of the squares, without asking where it went."""
+        total = 0
+        for x, _, weight in self.seen:
+            rows = x.float() * weight.float().square().sum(-1, keepdim=True).sqrt()
+            total = total + rows.T @ rows
+        return total
+
+    def _all_activations(self) -> torch.Tensor:
+        total = 0
+        for e in range(len(self.module.w13)):  # one expert's rows at a time: all of them are gigabytes
+            rows = self._weighted(e, through=True)
+            total = total + rows.T @ rows
+        return total
 
     def _weighted(self, e: int, through: bool = False) -> torch.Tensor:
         out = []
