@@ -140,7 +140,7 @@ class _Experts:
     """Second moments of what each expert sees, made when asked for: those of all at once would be larger than the layer."""
 
     def __init__(self, module):
-        self.module, self.seen, self.whole = module, [], {}
+        self.w13, self.seen, self.whole = module.w13, [], {}  # not the module: it holds this hook, and a circle would keep its weights
 
     def add(self, module, args) -> None:
         self.seen.append(args)  # x [N, D], expert [N, K], weight [N, K]
@@ -169,7 +169,7 @@ class _Experts:
 
     def _all_activations(self) -> torch.Tensor:
         total = 0
-        for e in range(len(self.module.w13)):  # one expert's rows at a time: all of them are gigabytes
+        for e in range(len(self.w13)):  # one expert's rows at a time: all of them are gigabytes
             rows = self._weighted(e, through=True)
             total = total + rows.T @ rows
         return total
@@ -180,6 +180,6 @@ class _Experts:
             token, k = (expert == e).nonzero(as_tuple=True)
             mine = x[token]
             if through:
-                mine = kernels.swiglu(torch.nn.functional.linear(mine, self.module.w13[e]))
+                mine = kernels.swiglu(torch.nn.functional.linear(mine, self.w13[e]))
             out.append(mine.float() * weight[token, k].float()[:, None])
         return torch.cat(out)

@@ -1,6 +1,9 @@
 """Packed folders whose writing was cut off or raced. (Layout, formats, hostile files: test_packed.py.)"""
 
 import fcntl
+import gc
+import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,45 @@ def test_a_file_that_another_process_finished_meanwhile_is_not_cut_off(source, t
         list(packed_file.write(source, target, "int4"))
     list(first)
     assert contents(target) == contents(tmp_path / "whole")
+
+
+def test_a_calibrated_folder_goes_on_where_it_stopped(source, tmp_path):
+    """The walk begins anew, at layer 0, and gives the layers that are left the same moments; only one layer's weights are alive at a time."""
+    config, ids = lamoe.convert.read_config(source), torch.arange(128).reshape(4, 32) * 7 % 64
+
+    def write(target: Path, calibrated: bool = True) -> list[int]:
+        walked = []
+        list(packed_file.write(source, target, "int4", **(calibrate.options(source, config, ids, walked.append) if calibrated else {})))
+        return walked
+
+    assert write(tmp_path / "whole") == [0, 1, 2] and write(tmp_path / "whole") == []
+    for kept in (0, 1, 2):
+        target = tmp_path / f"cut{kept}"
+        shutil.copytree(tmp_path / "whole", target)
+        for name in [f"packed-{n:05d}.safetensors" for n in (1, 2, 0)][kept:]:
+            (target / name).unlink()
+        assert write(target) == [0, 1, 2] and contents(target) == contents(tmp_path / "whole")
+    write(tmp_path / "plain", calibrated=False)
+    assert contents(tmp_path / "plain")["packed-00002.safetensors"] != contents(tmp_path / "whole")["packed-00002.safetensors"]
+
+
+def test_the_walk_keeps_one_layer(source):
+    alive, config = [], lamoe.convert.read_config(source)
+    build = calibrate._block
+    gc.disable()  # gigabytes must not wait for it
+
+    def watched(*args):
+        assert not any(ref() for ref in alive)
+        block = build(*args)
+        alive.extend(weakref.ref(p) for p in block.parameters())
+        return block
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(calibrate, "_block", watched)
+        for part in calibrate.moments(config, packed_file.reader(source, config), torch.arange(64).reshape(2, 32), torch.float32):
+            del part  # what options() does
+    gc.enable()
+    assert len(alive) > 20
 
 
 def test_a_model_that_overflows_cannot_be_calibrated(tmp_path):
