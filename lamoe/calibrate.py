@@ -75,7 +75,6 @@ def solve(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return d**-2, h.div_(d[:, None])
 
 
-@torch.inference_mode()
 def moments(config: ModelConfig, read: Read, ids: torch.Tensor, dtype: torch.dtype) -> Iterator[dict[str, Moments]]:
     """One dict for each layer, then one for the head: {piece key: second moments of its inputs}. read: the tensors of a checkpoint by name
     (packed_file.reader); ids [rows, T]."""
@@ -85,13 +84,15 @@ def moments(config: ModelConfig, read: Read, ids: torch.Tensor, dtype: torch.dty
     for layer in range(config.num_hidden_layers):
         block = _block(config, layer, read, dtype)
         sums = _watch(block, layer)
-        states = [block(x, freqs) for x in states]
+        with torch.inference_mode():  # not around the generator: torch's wrapper would keep what was yielded last
+            states = [block(x, freqs) for x in states]
         yield {key: s.mean if isinstance(s, _Linear) else s for key, s in sums.items()}
         del block, sums  # before the next layer's weights are there
     norm, head = RMSNorm(config.hidden_size, config.rms_norm_eps).to(dtype), _Linear()
     norm.weight.data.copy_(read("model.norm.weight"))
-    for x in states:
-        head.add(None, (norm(x),))
+    with torch.inference_mode():
+        for x in states:
+            head.add(None, (norm(x),))
     yield {"head": head.mean}
 
 
