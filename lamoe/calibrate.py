@@ -27,7 +27,8 @@ from lamoe.tokenizer import Tokenizer
 
 ROWS, LENGTH = 4, 512  # rows of a pass, tokens of a row
 _LEAN = 128  # an expert's own mean counts as many tokens as it saw, its layer's as many as these
-_DAMP = 0.03  # of the mean second moment, added to all: what a text does not show may still come
+_DAMP = 0.1  # of each input's own second moment, added to it: what a text does not show may still come
+_FLOOR = 1e-4  # of the mean one, added to all: for inputs that this text never moved
 Moments = Callable[[int], torch.Tensor]  # of matrix i: mean of x x^T over its inputs x, float32 [K, K]
 
 
@@ -66,8 +67,10 @@ def solve(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     U_ij / U_ii."""
     if not torch.isfinite(h).all():
         raise ValueError("the inputs of a matrix are not finite on this text, so it cannot be calibrated on; does the model compute in its dtype at all?")
-    damp, h = _DAMP * h.diagonal().mean(), h.clone()
-    h.diagonal().add_(damp if damp > 0 else 1.0)  # one [K, K] at a time is freed: 480 MB each for the dense layer of V2-Lite
+    h, own = h.clone(), h.diagonal().clone()
+    floor = _FLOOR * own.mean()
+    # Not a share of the mean: real models have inputs a thousand times larger than the others, and their mean would drown what the others tell.
+    h.diagonal().add_(_DAMP * own + (floor if floor > 0 else 1.0))  # one [K, K] at a time is freed: 480 MB each for the dense layer of V2-Lite
     h = torch.linalg.cholesky(h)
     h = torch.cholesky_inverse(h)
     h = torch.linalg.cholesky(h, upper=True)

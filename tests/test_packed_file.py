@@ -105,6 +105,16 @@ def test_the_walk_keeps_one_layer(tmp_path):
     assert len(alive) > 20
 
 
+def test_one_huge_input_does_not_drown_the_others():
+    """Real models have inputs a thousand times larger than the rest. What the others tell of one another must still be used."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 4, generator=g) @ torch.randn(4, 64, generator=g) + 0.05 * torch.randn(512, 64, generator=g)  # go together closely
+    plain = calibrate.solve(x.T @ x / len(x))[1]
+    x[:, 63] = 1000 * torch.randn(512, generator=g)
+    drowned = calibrate.solve(x.T @ x / len(x))[1]
+    assert plain[0, 1:63].norm() > 0.2 and drowned[0, 1:63].norm() > 0.5 * plain[0, 1:63].norm()
+
+
 def test_a_model_that_overflows_cannot_be_calibrated(tmp_path):
     m = tiny.model(tiny.config(**SIZES), dtype=torch.float32)
     with torch.no_grad():
