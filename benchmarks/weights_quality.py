@@ -12,7 +12,7 @@ Rows `kernels ...` are the packed model on the compiled kernels, activations rou
 of llama.cpp: Q4_0 and Q8_0 by the `gguf` package (pip install gguf; no extra of lamoe has it), K quants by llama.cpp's own library (--ggml: the folder of libggml-base.so), which want rows of
 256: shorter rows are filled up with zeros (the bits stated are the format's). Q4_K_M is its mixture: Q6_K for the head and for half of the
 layers' value and down projections, else Q4_K. "+ text": as --calibrate does it (int4), or with an importance matrix (K quants), over the same rows;
-"+ importance" is int4 with the same importance matrix and no error feedback. "int4, int8 head" is about as large as Q4_K_M.
+"+ importance" is int4 with the same importance matrix and no error feedback. "int4 with int8 head" is about as large as Q4_K_M.
 Last line: JSON.
 """
 
@@ -204,7 +204,7 @@ def main() -> None:
     found = {k: v for part in calibrate.moments(model.config, packed_file.reader(step, model.config), rows, torch.float32) for k, v in part.items()}
     formats = {"int8": (ours("int8"), {}), "Q8_0": (by_gguf("Q8_0"), {}), "int4": (ours("int4"), {}),
                "int4 + importance": (ours("int4", False), found), "int4 + text": (ours("int4"), found),
-               "int4, int8 head": (with_int8_head, {}), "int4, int8 head + text": (with_int8_head, found), "Q4_0": (by_gguf("Q4_0"), {})}
+               "int4 with int8 head": (with_int8_head, {}), "int4 with int8 head + text": (with_int8_head, found), "Q4_0": (by_gguf("Q4_0"), {})}
     if args.ggml:
         lib, mix = open_ggml(args.ggml), q4_k_m(model.config.num_hidden_layers)
         formats |= {"Q4_K": (by_ggml(lib, lambda d: "Q4_K"), {}), "Q4_K + text": (by_ggml(lib, lambda d: "Q4_K"), found),
@@ -214,7 +214,7 @@ def main() -> None:
     true = list(predict(plain, ids))
     base = -sum(float(t.gather(-1, part[:, 1:, None]).double().sum()) for t, part in zip(true, ids.split(4)))
     print(f"{step}: {ids.shape[0] * args.seq} tokens, {text_bytes} bytes, rows of {args.seq}; unrounded {base / math.log(2) / text_bytes:.4f} bits/byte")
-    print("format                  bits   rel. error  bits/byte     change         KL  top-1 same")
+    print("format                     bits   rel. error  bits/byte     change         KL  top-1 same")
     out = {"model": str(step), "tokens": ids.shape[0] * args.seq, "text_bytes": text_bytes, "bits_per_byte": base / math.log(2) / text_bytes, "formats": {}}
     for name in [*formats, *kernels]:
         if args.only and name not in args.only.split(","):
@@ -226,7 +226,7 @@ def main() -> None:
         r = compare(true, run, ids)
         r |= {"bits": bits, "relative_rms": error, "bits_per_byte": r["nats"] / math.log(2) / text_bytes, "change_percent": 100 * (r.pop("nats") / base - 1)}
         out["formats"][name] = r
-        print(f"{name:22s} {bits:5.2f} {error:11.4f} {r['bits_per_byte']:10.4f} {r['change_percent']:+9.4f}% {r['kl']:10.3e} {r['top1_percent']:10.2f}%", flush=True)
+        print(f"{name:25s} {bits:5.2f} {error:11.4f} {r['bits_per_byte']:10.4f} {r['change_percent']:+9.4f}% {r['kl']:10.3e} {r['top1_percent']:10.2f}%", flush=True)
     print(json.dumps(out))
 
 

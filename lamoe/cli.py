@@ -127,9 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     p = verb(doctor, "what this machine and installation are, which kernels run, and whether they compute what they should; exit code 1 when something is wrong")
     p.add_argument("--json", action="store_true")
 
-    p = verb(convert, "read a Hugging Face model folder and write it anew (checked, another dtype or shard size)")
-    p.add_argument("source")
+    p = verb(convert, "read a Hugging Face model folder and write it anew (checked, another dtype or shard size), or make one of a GGUF file")
+    p.add_argument("source", help="a run folder, a model folder, a hub id, or a .gguf file of the llama architecture (needs the extra lamoe[gguf])")
     p.add_argument("target")
+    p.add_argument("--tokenizer", metavar="FOLDER", help="take tokenizer and chat template from here instead of from the source")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     p.add_argument("--max-shard-size", type=parse_bytes, default=5_000_000_000)
     p.add_argument("--overwrite", action="store_true")
@@ -364,10 +365,13 @@ def quantize(args) -> int:
 
 
 def convert(args) -> int:
-    from lamoe.convert import load, resolve, save
+    from lamoe.convert import gguf, load, resolve, save
 
-    folder = resolve(find_model(args.source))
-    save(load(folder, args.dtype), args.target, max_shard_bytes=args.max_shard_size, extras_from=folder, overwrite=args.overwrite)
+    if args.source.endswith(".gguf"):
+        gguf.to_folder(args.source, args.target, dtype=args.dtype, tokenizer=args.tokenizer, max_shard_bytes=args.max_shard_size, overwrite=args.overwrite)
+    else:
+        folder = resolve(find_model(args.source))
+        save(load(folder, args.dtype), args.target, max_shard_bytes=args.max_shard_size, extras_from=args.tokenizer or folder, overwrite=args.overwrite)
     print(f"wrote {args.target}")
     return 0
 

@@ -29,6 +29,7 @@ from lamoe.kernels import native
 from lamoe.packed import PackedModel, Piece, Read, Weigh
 
 METHOD, VERSION = "lamoe", 1
+_CONFIG_PART = ".config.json.part"
 _ALIGN = 64  # bytes; tiles are read in cache lines
 
 
@@ -91,7 +92,8 @@ def _name(layer: int) -> str:
 
 # ---- reading ---------------------------------------------------------------------------------------------------------------
 def load(folder: str | Path, threads: int = 0, free: int | None = None) -> PackedModel:
-    """The packed model of a folder, memory-mapped; in huge pages (where the file system can) when it takes less than `free` bytes. ValueError when a tensor is missing, extra, misplaced or not of the config's size."""
+    """The packed model of a folder, memory-mapped; in huge pages (where the file system can) when it takes less than `free`
+    bytes. ValueError when a tensor is missing, extra, misplaced or not of the config's size."""
     folder = Path(folder)
     config, weights = read_config(folder)
     there = len(list(folder.glob("packed-*.safetensors")))
@@ -149,7 +151,8 @@ def write(source: str | Path, target: str | Path, weights: str, weigh: Weigh = l
     said = {"quant_method": METHOD, "weights": weights, "version": VERSION, "source": _source(folder), "calibration": calibration}
     _check_target(target, said, set(plan))
     target.mkdir(parents=True, exist_ok=True)
-    shards.write_json(target / "config.json", config.to_dict() | {"quantization_config": said})
+    shards.write_json(target / _CONFIG_PART, config.to_dict() | {"quantization_config": said})
+    os.replace(target / _CONFIG_PART, target / "config.json")  # whole or not there: half of one would look like another model to the call that goes on
     for extra in hf.EXTRAS:
         if (folder / extra).is_file():
             shards.copy(folder / extra, target / extra)
@@ -184,9 +187,9 @@ def _check_target(target: Path, said: dict, names: set[str]) -> None:
         raise ValueError(f"{target} is a file; a model is packed into a folder")
     if not there:
         return
-    ours = names | {f".{n}.part" for n in names} | {"config.json", *hf.EXTRAS}
+    ours = names | {f".{n}.part" for n in names} | {_CONFIG_PART, "config.json", *hf.EXTRAS}
     strange, found = [n for n in there if n not in ours], _quantization(target)
-    if strange or found != said:
+    if strange or found != said and there != [_CONFIG_PART]:
         other = "" if strange or found.get("quant_method") != METHOD else "; " + ", ".join(f"{k} was {found.get(k)}, is {v}" for k, v in said.items() if found.get(k) != v)
         raise ValueError(f"{target} is not empty and not the beginning of this packed model ({shards.few(strange or there)}{other}); name another folder, or delete it")
 

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import tokenizers
-from fetch_v2_vocab import build_deepseek_llm, v2_files, v3_files
+from fetch_v2_vocab import VOCABULARIES, build, v2_files, v3_files, vectors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers
@@ -439,19 +439,19 @@ def test_an_absurd_control_token_is_refused(tok):
 def v2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("v2")
     source = v2_files()
-    meta = build_deepseek_llm(source / "ggml-vocab-deepseek-llm.gguf", folder)
+    meta = build(source / "ggml-vocab-deepseek-llm.gguf", folder)
     return Tokenizer.load(folder), source, meta
 
 
 @pytest.mark.network
-def test_v2_vocabulary_matches_all_vectors(v2):
-    tok, source, _ = v2
-    texts = (source / "ggml-vocab-deepseek-llm.gguf.inp").read_bytes().decode("utf-8").split("\n__ggml_vocab_test__\n")
-    lines = (source / "ggml-vocab-deepseek-llm.gguf.out").read_text().split("\n")
-    assert len(texts) == 47 and len(lines) in (47, 48)
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_vocabularies_of_gguf_files_match_all_vectors(tmp_path, name):
+    gguf = v2_files() / f"ggml-vocab-{name}.gguf"
+    build(gguf, tmp_path)
+    tok, (texts, want) = Tokenizer.load(tmp_path), vectors(gguf)
+    assert len(texts) == len(want) == 47
     got = tok.encode_batch(texts)
-    wrong = [t for t, ids, line in zip(texts, got, lines) if ids != [int(i) for i in line.split()]]
-    assert wrong == []
+    assert [t for t, ids, line in zip(texts, got, want) if ids != line] == []
     assert [tok.decode(ids) for ids in got] == texts
 
 

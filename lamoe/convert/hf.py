@@ -135,7 +135,8 @@ def resolve(source: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise ValueError(f"{path} is a file; give the model folder that holds config.json and the weights")
+        hint = "make a folder of it first: lamoe convert FILE.gguf FOLDER" if path.suffix == ".gguf" else "give the model folder that holds config.json and the weights"
+        raise ValueError(f"{path} is a file; {hint}")
     if not isinstance(source, str) or not re.fullmatch(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", source, re.ASCII):
         raise ValueError(f"there is no folder {str(source)!r}, and it does not look like a hub id (owner/name); check the path")
     from huggingface_hub import snapshot_download  # here: it fixes the HF_* variables when imported
