@@ -42,6 +42,7 @@ bench-serve: $(READY)  ## two minutes of load on the server: 64 clients, some of
 
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lamoe needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=python3.11 or newer")'
+	@echo 'building $(VENV): downloads and a compilation, some minutes without a word'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,train,test]'
 	touch $@

@@ -150,12 +150,14 @@ void pack_lanes(int elem, const float* const* q, int n_lanes, int width, void* o
   std::memset(out, 0, size_t(elem == FP32 ? width : width / 2) * 64);
   for (int i = 0; i < n_lanes; i++)
     for (int c = 0; c < width; c += 64) {
-      alignas(64) uint32_t words[64];
+      uint32_t words[64];
       const int n = width - c < 64 ? width - c : 64, units = elem == FP32 ? n : n / 2;
       if (elem == FP32) {
         std::memcpy(words, q[i] + c, 4 * n);
       } else {
-        for (int j = 0; j < n; j += 16) vstore_bf16((uint16_t*)words + j, vload_n(q[i] + c + j, n - j));
+        uint16_t h[64];
+        for (int j = 0; j < n; j += 16) vstore_bf16(h + j, vload_n(q[i] + c + j, n - j));
+        std::memcpy(words, h, 2 * n);
       }
       for (int u = 0; u < units; u++) to[16 * u + i] = words[u];
       to += 16 * units;

@@ -86,7 +86,7 @@ struct Ops {
   void (*unpack)(const Mat& m, float* out, size_t ldo, int tile);
   // activations: one row of k floats into row `row` of a (whatever of f, h, q is set)
   void (*put_row)(const Acts& a, int row, const float* x);
-  // out[r, 16 t ..] = rows row0 .. row0+rows of x times tiles t0 .. t1, r counted from row0. then: what this thread will read next, asked for in time (or null)
+  // out[r, 16 t ..] = rows row0 .. row0+rows of x times tiles t0 .. t1, r counted from row0. then: what this thread will read next, asked for in time (null: unknown)
   void (*linear)(const Mat& m, int t0, int t1, const Acts& x, int row0, int rows, float* out, ptrdiff_t ldo, void* scratch, const uint8_t* then);
   // act block b (64 wide) of a segment: silu(gate) * up * weight -> rows of `act`
   void (*swiglu)(const Seg& s, int block, const Acts& x, const Acts& act, void* scratch, const uint8_t* then);

@@ -1,6 +1,6 @@
 """`lamoe bench`: how fast a model runs here, each figure beside what the machine could do, and beside llama.cpp in turn when that is at hand.
 
-A preset needs no checkpoint: its packed weights are made of random bytes. Speed does not depend on their values (routing is close to uniform). Every
+A preset needs no checkpoint: its packed weights are made of random bytes. Speed does not depend on their values as long as they have no mean in common: routing is then close to uniform. Every
 measurement is a median over rounds; the machine is probed too (bytes read per second, multiply-adds per second), because shared machines change their
 speed by the minute: compare shares and ratios, not seconds. With a peer each row is measured in turn: ours, the peer, ours again, a probe beside each.
 """

@@ -360,7 +360,7 @@ def quantize(args) -> int:
     for kind, c in packed.classes(config, args.weights, done).items():
         print(f"{kind:<20} {c.elements:>16,} {c.bytes:>16,} {f'{8 * c.bytes / c.elements:.2f}' if c.elements else '-':>14}  {', '.join(c.formats)}")
     total = sum(packed.piece_bytes(p, packed.element(args.weights)) for p in done)
-    print(f"wrote {args.target}: {human_bytes(total)}, {packed_file.bits(args.target):.2f} bits a weight in all")
+    print(f"{args.target} is complete: {human_bytes(total)}, {packed_file.bits(args.target):.2f} bits a weight in all")
     return 0
 
 

@@ -30,6 +30,7 @@ from lamoe.model import Transformer
 EXTRAS = {
     "serve": "lamoe serve, and structured output (regex, grammar, JSON schema)",
     "train": "pictures in reports, TensorBoard events",
+    "gguf": "lamoe convert of GGUF files",
     "test": "make test; of no use to a server, and neither is the chromium that tests of the page look for",
     "lm-eval": "make test-lm-eval",
 }
