@@ -146,7 +146,6 @@ void combine(const float* states, size_t step, int count, int lane, int vw_, flo
 }
 
 void pack_lanes(int elem, const float* const* q, int n_lanes, int width, void* out) {
-  uint32_t* to = (uint32_t*)out;
   std::memset(out, 0, size_t(elem == FP32 ? width : width / 2) * 64);
   for (int i = 0; i < n_lanes; i++)
     for (int c = 0; c < width; c += 64) {
@@ -159,9 +158,8 @@ void pack_lanes(int elem, const float* const* q, int n_lanes, int width, void* o
         for (int j = 0; j < n; j += 16) vstore_bf16(h + j, vload_n(q[i] + c + j, n - j));
         std::memcpy(words, h, 2 * n);
       }
-      for (int u = 0; u < units; u++) to[16 * u + i] = words[u];
-      to += 16 * units;
-      if (c + 64 >= width) to = (uint32_t*)out;
+      uint32_t* to = (uint32_t*)out + 16 * (elem == FP32 ? c : c / 2) + i;
+      for (int u = 0; u < units; u++) to[16 * u] = words[u];
     }
 }
 

@@ -11,7 +11,7 @@ constexpr int kMaxPlanes = 3;
 struct Planes {
   int n = 0, bits[kMaxPlanes] = {0, 0, 0};
 };
-Planes planes(int bits) {
+constexpr Planes planes(int bits) {
   switch (bits) {
     case 4: return {1, {4, 0, 0}};
     case 5: return {2, {4, 1, 0}};
@@ -109,17 +109,17 @@ INLINE void put16(int elem, void* out, int at, vf v, int n) {
 // 64 elements at a time, where they lie side by side in every plane.
 template <int N>
 void decode_wide(const Block& b, const float* step, const uint8_t* codes, int elem, void* out) {
-  constexpr int kBits[3] = {N == 8 ? 8 : 4, N == 5 ? 1 : N > 5 ? 2 : 0, N == 7 ? 1 : 0}, kPlanes = N == 7 ? 3 : N == 4 || N == 8 ? 1 : 2;
+  constexpr Planes pl = planes(N);
   constexpr float zero = float(1 << (N - 1));
-  const uint8_t* plane[kPlanes];
-  int size[kPlanes], at[kPlanes] = {}, shift[kPlanes] = {};  // bytes of a plane; where in it, and in its bytes, element i lies
-  for (int p = 0; p < kPlanes; p++) plane[p] = p ? plane[p - 1] + size[p - 1] : codes, size[p] = b.W * kBits[p] / 8;
+  const uint8_t* plane[pl.n];
+  int size[pl.n], at[pl.n] = {}, shift[pl.n] = {};  // bytes of a plane; where in it, and in its bytes, element i lies
+  for (int p = 0; p < pl.n; p++) plane[p] = p ? plane[p - 1] + size[p - 1] : codes, size[p] = b.W * pl.bits[p] / 8;
   for (int i = 0; i < b.w; i += 64) {
     vw code = wset(0);
-    UNROLL for (int p = 0, up = 0; p < kPlanes; up += kBits[p++]) {
-      const vw field = bfields(plane[p] + at[p], shift[p], (1 << kBits[p]) - 1);
+    UNROLL for (int p = 0, up = 0; p < pl.n; up += pl.bits[p++]) {
+      const vw field = bfields(plane[p] + at[p], shift[p], (1 << pl.bits[p]) - 1);
       code = p ? bor_left(code, field, up) : field;
-      if ((at[p] += 64) == size[p]) at[p] = 0, shift[p] += kBits[p];
+      if ((at[p] += 64) == size[p]) at[p] = 0, shift[p] += pl.bits[p];
     }
     // code * step - zero * step is (code - zero) * step exactly: a step has at most 9 significant bits, a code 8
     const float* s = step + i / 16;

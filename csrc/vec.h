@@ -97,7 +97,6 @@ INLINE __m256i to_bf16(vf a) {  // the upper halves, rounded; NaN stays NaN
   const __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0)));
 }
-INLINE void vstore_bf16(uint16_t* p, vf a, vf b) { _mm256_storeu_si256((__m256i*)p, to_bf16(a)); _mm256_storeu_si256((__m256i*)p + 1, to_bf16(b)); }
 INLINE vf dot_bf16(vf acc, vw w, const void* x) {
   const __m512i u = _mm512_set1_epi32(*(const int32_t*)x), high = _mm512_set1_epi32(int(0xffff0000));
   acc.v = _mm512_fmadd_ps((__m512)_mm512_slli_epi32(w.v, 16), (__m512)_mm512_slli_epi32(u, 16), acc.v);
@@ -209,7 +208,6 @@ INLINE void vstore_bf16(uint16_t* p, vf x) {
   __m256i t = _mm256_permute4x64_epi64(_mm256_packus_epi32(round_bf16(x.a), round_bf16(x.b)), 0xd8);
   _mm256_storeu_si256((__m256i*)p, t);
 }
-INLINE void vstore_bf16(uint16_t* p, vf x, vf y) { vstore_bf16(p, x); vstore_bf16(p + 16, y); }
 INLINE __m256 dot_half_bf16(__m256 acc, __m256i w, __m256 x0, __m256 x1) {
   acc = _mm256_fmadd_ps((__m256)_mm256_slli_epi32(w, 16), x0, acc);
   return _mm256_fmadd_ps((__m256)_mm256_and_si256(w, _mm256_set1_epi32(int(0xffff0000))), x1, acc);
@@ -332,7 +330,6 @@ INLINE vw wfields(const uint8_t* p, int shift, int mask) { vw r; EACH r.v[i] = p
 INLINE vw wor_left(vw a, vw b, int shift) { EACH a.v[i] |= b.v[i] << shift; return a; }
 INLINE vf vload_bf16(const uint16_t* p) { vf r; EACH r.v[i] = bf16_to_float(p[i]); return r; }
 INLINE void vstore_bf16(uint16_t* p, vf a) { EACH p[i] = float_to_bf16(a.v[i]); }
-INLINE void vstore_bf16(uint16_t* p, vf a, vf b) { vstore_bf16(p, a); vstore_bf16(p + 16, b); }
 INLINE vf dot_bf16(vf acc, vw w, const void* x) {
   const uint16_t* y = (const uint16_t*)x;
   float x0 = bf16_to_float(y[0]), x1 = bf16_to_float(y[1]);
@@ -388,6 +385,10 @@ INLINE vf bfloats(vw a) {
 INLINE vw interleave_bf16(const uint16_t* a, const uint16_t* b) { vw r; EACH r.v[i] = int32_t(uint32_t(a[i]) | uint32_t(b[i]) << 16); return r; }
 INLINE vw pair_bf16(vf a, vf b) { vw r; EACH r.v[i] = int32_t(uint32_t(float_to_bf16(a.v[i])) | uint32_t(float_to_bf16(b.v[i])) << 16); return r; }
 #undef EACH
+#endif
+
+#if !defined(__AVX512BF16__)
+INLINE void vstore_bf16(uint16_t* p, vf a, vf b) { vstore_bf16(p, a); vstore_bf16(p + 16, b); }
 #endif
 
 // e^x for x <= 88, relative error about 2e-7; x below -87 gives 0 or a denormal.

@@ -9,12 +9,10 @@ interrupted `lamoe quantize` goes on where it stopped.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import math
-import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +88,11 @@ def _name(layer: int) -> str:
     return f"packed-{layer + 1:05d}.safetensors"
 
 
+def stored_bytes(folder: Path) -> int:
+    """Of the weights of a packed folder."""
+    return sum(path.stat().st_size for path in folder.glob("packed-*.safetensors"))
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------------
 def load(folder: str | Path, threads: int = 0, free: int | None = None) -> PackedModel:
     """The packed model of a folder, memory-mapped; in huge pages (where the file system can) when it takes less than `free`
@@ -102,14 +105,13 @@ def load(folder: str | Path, threads: int = 0, free: int | None = None) -> Packe
         raise ValueError(f"{folder} has {there} of {config.num_hidden_layers + 1} files ({absent} is missing); the packed model is incomplete, "
                          "run `lamoe quantize` again (it goes on where it stopped)")
     # A model larger than memory reads its experts one by one, and two megabytes for each page fault would be too many.
-    huge = free is not None and sum(path.stat().st_size for path in folder.glob("packed-*.safetensors")) < free
+    huge = free is not None and stored_bytes(folder) < free
     elem, tensors = packed.element(weights), {}
     for name, pieces in files(config, weights).items():
         path, header = folder / name, _header(folder / name, pieces, elem)
         mapped = np.memmap(path, dtype=np.uint8, mode="c")  # private: nothing is ever written, and torch wants writable memory
         if huge:
-            with contextlib.suppress(OSError, AttributeError):  # a system without them
-                mapped._mmap.madvise(mmap.MADV_HUGEPAGE)
+            native.huge_pages(mapped._mmap)
         start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
         for piece in pieces:
             begin, scale = start + header[piece.key].begin, start + header[f"{piece.key}.scale"].begin

@@ -80,7 +80,7 @@ def test_logits_are_those_of_the_rounded_weights(tmp_path, family):
 def test_tokens_do_not_depend_on_the_instruction_set(tmp_path, family, weights):
     pack(source(tmp_path / "model", family), tmp_path / "packed", weights)
     code = "import sys, json; from lamoe import LLM, SamplingParams; l = LLM(sys.argv[1], threads=1); print([o.token_ids for o in l.generate(json.loads(sys.argv[2]), SamplingParams(temperature=0.0, max_tokens=12))])"
-    isas = [isa for isa in ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512") if isa in re.split(r"\W+", native.lib.features())]
+    isas = native.lib.features().split(", ")
     assert isas
     said = {isa: subprocess.run([sys.executable, "-c", code, tmp_path / "packed", json.dumps(prompts(family))], env={**os.environ, "LAMOE_ISA": isa},
                                 capture_output=True, text=True, check=True).stdout for isa in isas}

@@ -316,7 +316,7 @@ def _weight_bytes(model: Transformer | PackedModel) -> int:
 def _ahead(folder: Path, dtype: str | None, weights: str | None) -> tuple[ModelConfig, int]:
     """The config of a model that is not loaded yet, and about how many bytes its weights will take."""
     if packed_file.is_packed(folder):
-        return packed_file.any_config(folder), sum(p.stat().st_size for p in folder.glob("packed-*.safetensors"))
+        return packed_file.any_config(folder), packed_file.stored_bytes(folder)
     config = read_config(folder)
     bits = native.BITS.get(weights) or accounting.DTYPE_BITS.get(dtype or config.torch_dtype, 32)
     return config, int(accounting.parameters(config).total * bits / 8)

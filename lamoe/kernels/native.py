@@ -56,12 +56,17 @@ def announce() -> None:
 
 def room(size: int) -> torch.Tensor:
     """uint8 [size], in huge pages where the system has them: weights are read from end to end, and small pages cost a seventh of the bandwidth and more."""
-    if size < 1 << 21 or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if size < 1 << 21 or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(size, dtype=torch.uint8)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # not shared, as is the default: that has small pages on most systems
-    with contextlib.suppress(OSError):  # a kernel without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
+    huge_pages(pages)
     return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def huge_pages(pages: mmap.mmap) -> None:
+    """Ask for huge pages, where the system has them."""
+    with contextlib.suppress(OSError, AttributeError):
+        pages.madvise(mmap.MADV_HUGEPAGE)
 
 
 def mat_bytes(fmt: str, n: int, k: int) -> int:
