@@ -11,30 +11,25 @@ float probe_read(const uint8_t* p, size_t n) {  // n: a multiple of 256
   return vsum(a[0] + a[1] + a[2] + a[3]);
 }
 
-// 16 lanes x as many independent sums as the registers hold, `n` times; the multiply-adds done are in `done`.
+// 16 lanes x 16 independent sums, `n` times; the multiply-adds done are in `done`.
 float probe_dots(int fmt, long n, double* done) {
-#if defined(LAMOE_ISA_AVX512)
-  constexpr int kSums = 16;
-#else
-  constexpr int kSums = 6;  // of two registers each; more would be stored and loaded all the time
-#endif
   alignas(64) uint8_t w[64];
   alignas(64) int8_t x[64] = {};
   for (int i = 0; i < 64; i++) w[i] = 0x3f, x[i] = 0x3f;  // as floats near 1: denormals would be slow
   const vw v = wload(w);
   float sum = 0;
   if (fmt == INT8) {
-    vw acc[kSums];
-    UNROLL for (int i = 0; i < kSums; i++) acc[i] = wset(i);
-    for (long k = 0; k < n; k++) UNROLL for (int i = 0; i < kSums; i++) acc[i] = dot_int4(acc[i], v, x);
-    for (int i = 0; i < kSums; i++) sum += vsum(vcvt(acc[i]));
+    vw acc[16];
+    UNROLL for (int i = 0; i < 16; i++) acc[i] = wset(i);
+    for (long k = 0; k < n; k++) UNROLL for (int i = 0; i < 16; i++) acc[i] = dot_int4(acc[i], v, x);
+    for (int i = 0; i < 16; i++) sum += vsum(vcvt(acc[i]));
   } else {
-    vf acc[kSums];
-    UNROLL for (int i = 0; i < kSums; i++) acc[i] = vset(float(i));
-    for (long k = 0; k < n; k++) UNROLL for (int i = 0; i < kSums; i++) acc[i] = fmt == BF16 ? dot_bf16(acc[i], v, x) : dot_f32(acc[i], v, x);
-    for (int i = 0; i < kSums; i++) sum += vsum(acc[i]);
+    vf acc[16];
+    UNROLL for (int i = 0; i < 16; i++) acc[i] = vset(float(i));
+    for (long k = 0; k < n; k++) UNROLL for (int i = 0; i < 16; i++) acc[i] = fmt == BF16 ? dot_bf16(acc[i], v, x) : dot_f32(acc[i], v, x);
+    for (int i = 0; i < 16; i++) sum += vsum(acc[i]);
   }
-  *done = double(n) * kSums * 16 * (fmt == INT8 ? 4 : fmt == BF16 ? 2 : 1);
+  *done = double(n) * 16 * 16 * (fmt == INT8 ? 4 : fmt == BF16 ? 2 : 1);
   return sum;
 }
 
