@@ -3,6 +3,8 @@
 //                  576-wide key whose first 512 elements are the value; MHA / GQA / MQA: one kv head)
 //   rows_as_mat, rows_as_values, softmax_rows   many queries: rows become the weights of `linear`, scores and outputs its products
 // Rows and probabilities are BF16 or FP32 (`elem`); a unit is four bytes of them, sums are float.
+#include <limits>
+
 #include "kernels.h"
 
 namespace lamoe {
@@ -76,6 +78,15 @@ void add_lanes(int lanes, const uint8_t* rows, size_t stride, const uint8_t* p, 
   }
 }
 
+// Rows that a lane does not see: minus infinity.
+void hide(float* s, int n, int r0, const int* last, int n_lanes) {
+  int least = last[0];
+  for (int i = 1; i < n_lanes; i++) least = last[i] < least ? last[i] : least;
+  for (int t = least - r0 + 1 < 0 ? 0 : least - r0 + 1; t < n; t++)
+    for (int i = 0; i < n_lanes; i++)
+      if (r0 + t > last[i]) s[16 * t + i] = -INFINITY;
+}
+
 template <int E>
 void attend(const uint8_t* tile, size_t stride, int n, int r0, int k0, int kw, int v0, int vw_, float scale, const Lanes& lanes, int n_lanes, float* m, float* l,
             float* o, uint8_t* scratch, Ahead ahead) {
@@ -83,12 +94,8 @@ void attend(const uint8_t* tile, size_t stride, int n, int r0, int k0, int kw, i
   float* s = (float*)scratch;            // [64][16]
   uint8_t* p = scratch + 64 * 64;        // [64 or 32][16] words
   all_scores<E>(tile + size_t(k0) * kBytes, stride, (const uint8_t*)lanes.q, kw * kBytes / 4, n, s, ahead);
-  int least = lanes.last[0];
-  for (int i = 1; i < n_lanes; i++) least = lanes.last[i] < least ? lanes.last[i] : least;
   for (int t = 0; t < n; t++) vstore(s + 16 * t, vload(s + 16 * t) * vset(scale));
-  for (int t = least - r0 + 1 < 0 ? 0 : least - r0 + 1; t < n; t++)
-    for (int i = 0; i < n_lanes; i++)
-      if (r0 + t > lanes.last[i]) s[16 * t + i] = -INFINITY;
+  hide(s, n, r0, lanes.last, n_lanes);
   vf top = vload(m);
   for (int t = 0; t < n; t++) top = vmax(top, vload(s + 16 * t));
   const vf fix = vexp(vload(m) - top);
@@ -117,7 +124,126 @@ void attend(const uint8_t* tile, size_t stride, int n, int r0, int k0, int kw, i
   }
 }
 
+// ---- rows as integers ----------------------------------------------------------------------------------------------------
+// s[t][16] = (s[t] + step of row t * step of the lane * integer products) * scale
+template <int N>
+void score_ints(const int8_t* rows, size_t stride, const float* step, const int32_t* sums, const uint8_t* q, int units, vf lane, vf scale, float* s, Ahead& ahead) {
+  vw acc[N];
+  UNROLL for (int i = 0; i < N; i++) acc[i] = start_int8(sums[i]);
+  for (int u = 0; u < units; u++) {
+    const vw w = decode_int8(q + size_t(u) * 64);
+    ahead.next();
+    UNROLL for (int i = 0; i < N; i++) acc[i] = dot_int8(acc[i], w, rows + i * stride + size_t(u) * 4);
+  }
+  UNROLL for (int i = 0; i < N; i++) vstore(s + 16 * i, vfma(vcvt(acc[i]), lane * vset(step[i]), vload(s + 16 * i)) * scale);
+}
+
+template <int N = kScoreRows>
+void all_score_ints(const int8_t* rows, size_t stride, const float* step, const int32_t* sums, const uint8_t* q, int units, vf lane, vf scale, int n, float* s, Ahead& ahead) {
+  for (; n >= N; n -= N, rows += N * stride, step += N, sums += N, s += 16 * N) score_ints<N>(rows, stride, step, sums, q, units, lane, scale, s, ahead);
+  if constexpr (N > 1) {
+    if (n) all_score_ints<N / 2>(rows, stride, step, sums, q, units, lane, scale, n, s, ahead);
+  }
+}
+
+// o[lane][16 c ..] = o * fix[lane] + unit[lane] * the sum over fours of rows of weights times bytes; L lanes, C vectors of columns at once
+template <int L, int C>
+void add_ints(const uint8_t* quads, const uint8_t* p, int fours, float* o, int width, const float* fix, const float* unit) {
+  vw acc[L][C];
+  UNROLL for (int i = 0; i < L; i++)
+    UNROLL for (int c = 0; c < C; c++) acc[i][c] = wset(0);
+  for (int t = 0; t < fours; t++) {
+    vw w[C];
+    UNROLL for (int c = 0; c < C; c++) w[c] = wload(quads + (16 * c + t) * 64);
+    UNROLL for (int i = 0; i < L; i++)
+      UNROLL for (int c = 0; c < C; c++) acc[i][c] = dot_bytes(acc[i][c], w[c], p + 64 * t + 4 * i);
+  }
+  UNROLL for (int i = 0; i < L; i++)
+    UNROLL for (int c = 0; c < C; c++) {
+      float* to = o + size_t(i) * width + 16 * c;
+      vstore(to, vfma(vload(to), vset(fix[i]), vcvt(acc[i][c]) * vset(unit[i])));
+    }
+}
+
+template <int L, int C>
+void add_lane_ints(int lanes, const uint8_t* quads, const uint8_t* p, int fours, float* o, int width, const float* fix, const float* unit) {
+  for (; lanes >= L; lanes -= L, p += 4 * L, o += size_t(L) * width, fix += L, unit += L) add_ints<L, C>(quads, p, fours, o, width, fix, unit);
+  if constexpr (L > 1) {
+    if (lanes) add_lane_ints<L / 2, C>(lanes, quads, p, fours, o, width, fix, unit);
+  }
+}
+
 }  // namespace
+
+void pack_lanes_ints(const Codec& c, const float* const* q, int n_lanes, void* out) {
+  const int w = c.w[0];
+  uint8_t* words = (uint8_t*)out;
+  float* scale = (float*)(words + size_t(w) * 16);
+  std::memset(words, 128, size_t(w) * 16);
+  std::memset(scale, 0, 64);
+  const float* keys[16];
+  for (int i = 0; i < n_lanes; i++) {
+    keys[i] = q[i] + w;
+    vf top = vzero(), bad = vzero();
+    for (int j = 0; j < w; j += 16) top = vmax(top, vabs(vload(q[i] + j))), bad = bad + vload(q[i] + j) * vzero();
+    const float s = vhmax(top) / 127.f + vsum(bad);  // NaN where something is not finite
+    const bool some = s >= std::numeric_limits<float>::min();
+    scale[i] = s;
+    for (int j = 0; some && j < w; j += 64) {
+      int8_t codes[64];
+      for (int k = 0; k < 64; k += 16) vquant(codes + k, vload(q[i] + j + k) * vset(1.f / s));
+      for (int k = 0; k < 64; k++) words[size_t(j) * 16 + (k / 4 % 4 * 4 + k / 16) * 64 + 4 * i + k % 4] = uint8_t(codes[k] + 128);
+    }
+  }
+  pack_lanes(BF16, keys, n_lanes, c.w[1], scale + 16);
+}
+
+// Weights p of a lane become bytes: times the step of their rows, as shares of the largest of the tile. What rounding leaves over goes to the next row, so that
+// many small weights beside a large one keep their sum.
+void attend_ints(const Codec& c, const void* tile, int n, int r0, float scale, const Lanes& lanes, int n_lanes, float* m, float* l, float* o, void* scratch,
+                 const void* soon, size_t soon_bytes) {
+  const int width = c.w[0];
+  Ahead ahead{(const uint8_t*)soon, (const uint8_t*)soon + soon_bytes};
+  const int8_t* bytes = (const int8_t*)tile;
+  const uint8_t* quads = (const uint8_t*)tile + 64 * size_t(width);
+  const float* step = (const float*)(quads + 64 * size_t(width));
+  const int32_t* sums = (const int32_t*)(step + 64);
+  const uint8_t* q = (const uint8_t*)lanes.q;
+  const float* lane = (const float*)(q + size_t(width) * 16);
+  float* s = (float*)scratch;            // [64][16]
+  uint8_t* p = (uint8_t*)(s + 64 * 16);  // [16 fours][16 lanes][4]
+  all_scores<BF16>((const uint8_t*)(sums + 64), size_t(c.w[1]) * 2, (const uint8_t*)(lane + 16), c.w[1] / 2, n, s, ahead);
+  all_score_ints(bytes, width, step, sums, q, width / 4, vload(lane), vset(scale), n, s, ahead);
+  hide(s, n, r0, lanes.last, n_lanes);
+  vf top = vload(m), most = vzero();
+  for (int t = 0; t < n; t++) top = vmax(top, vload(s + 16 * t));
+  const vf fix = vexp(vload(m) - top);
+  vf sum = vload(l) * fix;
+  for (int t = 0; t < n; t++) {
+    const vf e = vexp(vload(s + 16 * t) - top), w = vmax(e * vset(step[t]), vzero());  // in this order NaN becomes 0; the sum keeps it
+    sum = sum + e;
+    vstore(s + 16 * t, w);
+    most = vmax(most, w);
+  }
+  const vf full = vset(float(kMostByte)), up = full / vmax(most, vset(1e-30f));
+  vf rest = vzero();
+  for (int t = 0; t < n; t += 4) {
+    vw word = wset(0);
+    UNROLL for (int j = 0; j < 4; j++) {
+      if (t + j >= n) break;
+      const vf x = vfma(vload(s + 16 * (t + j)), up, rest), r = vmin(vmax(vround(x), vzero()), full);
+      rest = x - r;
+      word = wor_left(word, wround(r), 8 * j);
+    }
+    wstore(p + size_t(t) * 16, word);
+  }
+  vstore(m, top);
+  vstore(l, sum);
+  float fixes[16], units[16];
+  vstore(fixes, fix);
+  vstore(units, most * vset(1.f / kMostByte));
+  for (int k = 0; k < width; k += 32) add_lane_ints<kOutLanes / 2, 2>(n_lanes, quads + size_t(k) * 64, p, (n + 3) / 4, o + k, width, fixes, units);
+}
 
 // scratch: 64 x 16 scores and as many probabilities. A tile's rows may be read up to 15 elements beyond v0 + vw: leave room behind the last one.
 void attend_tile(int elem, const void* tile, int stride, int n, int r0, int k0, int kw, int v0, int vw, float scale, const Lanes& lanes, int n_lanes, float* m,

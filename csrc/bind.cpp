@@ -219,6 +219,39 @@ Codec codec(const std::vector<int>& c) {  // kind, widths, bits, group, bytes of
   return r;
 }
 
+// The same over cache rows of a low-bit format whose latents are attended to as integers: q [L, latent + rope key] -> [L, latent]
+auto attend_ints(const std::vector<int>& format, In<uint8_t, 2> rows, In<float, 2> q, In<int32_t, 1> last, float scale, int chunk, const std::string& isa) {
+  const Ops& op = table(isa);
+  const Codec c = codec(format);
+  need(has_ints(c), "rows as integers are latents of 512 elements in 4 or 5 bits with an even number of rope elements");
+  const int lanes = int(q.shape(0)), kw = c.w[0] + c.w[1], n = int(rows.shape(0));
+  need(rows.shape(0) <= size_t(kMaxWidth) && n > 0 && chunk > 0 && chunk % 64 == 0 && rows.shape(1) == c.row, "rows are at least one, of the codec's bytes; a chunk is a multiple of 64");
+  need(lanes >= 1 && lanes <= 16 && last.size() == size_t(lanes) && q.shape(1) == size_t(kw), "there are from 1 to 16 queries, as wide as a row, with a last row each");
+  int seen[16];
+  const float* each[16];
+  for (int i = 0; i < 16; i++) each[i] = q.data() + size_t(std::min(i, lanes - 1)) * kw, seen[i] = last.data()[std::min(i, lanes - 1)];
+  auto out = fresh<float>({size_t(lanes), size_t(c.w[0])});
+  nb::gil_scoped_release free;
+  std::vector<uint8_t> tile(ints_tile_bytes(c), 0xff), packed(ints_lanes_bytes(c)), scratch(2 * 64 * 64);
+  op.pack_lanes_ints(c, each, lanes, packed.data());
+  const size_t state = 32 + 16 * size_t(c.w[0]), chunks = (n + int64_t(chunk) - 1) / chunk;
+  std::vector<float> states(chunks * state, 0.f);
+  for (size_t k = 0; k < chunks; k++) {
+    float* p = states.data() + k * state;
+    std::fill(p, p + 16, -1e30f);
+    const int64_t end = std::min<int64_t>(n, (int64_t(k) + 1) * chunk);
+    for (int64_t r = int64_t(k) * chunk; r < end; r += 64) {
+      const int count = int(std::min<int64_t>(64, end - r));
+      const uint8_t* at[64];
+      for (int i = 0; i < count; i++) at[i] = rows.data() + (r + i) * c.row;
+      op.decode_ints(c, at, count, tile.data());
+      op.attend_ints(c, tile.data(), count, int(r), scale, {packed.data(), seen}, lanes, p, p + 16, p + 32, scratch.data(), nullptr, 0);
+    }
+  }
+  for (int i = 0; i < lanes; i++) op.combine(states.data(), state, int(chunks), i, c.w[0], out.data() + size_t(i) * c.w[0]);
+  return out;
+}
+
 auto encode(const std::vector<int>& format, In<float, 2> rows, const std::string& isa) {
   const Ops& op = table(isa);
   const Codec c = codec(format);
@@ -383,6 +416,8 @@ NB_MODULE(_native, m) {
   m.def("swiglu", &swiglu, nb::arg("fmt"), nb::arg("w13").noconvert(), nb::arg("scale"), nb::arg("f"), nb::arg("x").noconvert(), nb::arg("weight").noconvert(), nb::arg("isa") = "");
   m.def("attend", &attend, nb::arg("elem"), nb::arg("rows").noconvert(), nb::arg("q").noconvert(), nb::arg("last").noconvert(), nb::arg("k0"), nb::arg("v0"), nb::arg("vw"),
         nb::arg("scale"), nb::arg("chunk"), nb::arg("isa") = "");
+  m.def("attend_ints", &attend_ints, nb::arg("codec"), nb::arg("rows").noconvert(), nb::arg("q").noconvert(), nb::arg("last").noconvert(), nb::arg("scale"),
+        nb::arg("chunk"), nb::arg("isa") = "");
   m.def("probe", &probe, nb::arg("buffer").noconvert(), nb::arg("threads"), "(bytes read, int8, bf16, fp32 multiply-adds) per second.");
   m.def("encode", &encode, nb::arg("codec"), nb::arg("rows").noconvert(), nb::arg("isa") = "");
   m.def("decode", &decode, nb::arg("codec"), nb::arg("rows").noconvert(), nb::arg("isa") = "");

@@ -175,7 +175,58 @@ void decode_block(const Block& b, const uint8_t* in, int elem, void* out) {
   }
 }
 
+void decode_any(const Block& b, const uint8_t* in, int elem, void* out) {
+  switch (b.n) {
+    case 4: return decode_block<4>(b, in, elem, out);
+    case 5: return decode_block<5>(b, in, elem, out);
+    case 6: return decode_block<6>(b, in, elem, out);
+    case 7: return decode_block<7>(b, in, elem, out);
+    default: return decode_block<8>(b, in, elem, out);
+  }
+}
+
+// A latent of 512 as signed bytes, 64 at a time and turned; their step and -64 x their sum. up: which halves are rounded up (neighbouring rows must
+// differ: what the mean of many rows gets from rounding is then nothing).
+template <int N>
+void decode_bytes(const Block& b, const uint8_t* in, int up, int8_t* out, float& step, int32_t& c) {
+  alignas(32) uint8_t some[32], factor[32];  // of groups; of each sixteen
+  bfactors(in + 1, b.group == 16 ? factor : some);
+  for (int g = 0; g < 16 && b.group == 32; g++) factor[2 * g] = factor[2 * g + 1] = some[g];
+  const uint8_t* low = in + 1 + b.factors;
+  const uint32_t ones = 0x01010101;
+  vw sum = wset(0);
+  UNROLL for (int i = 0; i < 8; i++) {
+    vw code = bfields(low + i % 4 * 64, i / 4 * 4, 15);
+    if (N == 5) code = bor_left(code, bfields(low + 256, i, 1), 4);
+    const vw bytes = bturn(bscale<N>(code, factor + 4 * i, up));
+    wstore(out + 64 * i, bytes);
+    sum = dot_bytes(sum, bytes, &ones);
+  }
+  step = base_table()[in[0]] * (1.f / (1 << (8 - N)));
+  c = -64 * wsum(sum);
+}
+
 }  // namespace
+
+void decode_ints(const Codec& c, const uint8_t* const* rows, int n, void* tile) {
+  const Block latent(c.w[0], c.bits[0], c.group), key(c.w[1], c.bits[1], c.group);
+  int8_t* bytes = (int8_t*)tile;
+  uint8_t* quads = (uint8_t*)tile + 64 * size_t(latent.w);
+  float* step = (float*)(quads + 64 * size_t(latent.w));
+  int32_t* sums = (int32_t*)(step + 64);
+  uint16_t* keys = (uint16_t*)(sums + 64);
+  for (int i = 0; i < n; i += 4) {
+    for (int j = i; j < i + 4 && j < n; j++) {
+      (latent.n == 4 ? decode_bytes<4> : decode_bytes<5>)(latent, rows[j], j % 2, bytes + size_t(j) * latent.w, step[j], sums[j]);
+      decode_any(key, rows[j] + latent.bytes(), BF16, keys + size_t(j) * key.w);
+    }
+    for (int k = 0; k < latent.w; k += 64) {
+      vw q[4];
+      bquads(bytes + size_t(i) * latent.w + k, latent.w, q);  // of rows beyond n whatever is there: their weight is 0
+      for (int j = 0; j < 4; j++) wstore(quads + (size_t(k / 16 + j) * 16 + i / 4) * 64, q[j]);
+    }
+  }
+}
 
 void encode(const Codec& c, const float* row, uint8_t* out) {
   const int w = c.w[0] + c.w[1];
@@ -198,13 +249,7 @@ void decode(const Codec& c, const uint8_t* in, int elem, void* out) {
   if (c.kind == 2) {
     for (int part = 0; part < 2; part++) {
       Block b(c.w[part], c.bits[part], c.group);
-      switch (b.n) {
-        case 4: decode_block<4>(b, in, elem, out); break;
-        case 5: decode_block<5>(b, in, elem, out); break;
-        case 6: decode_block<6>(b, in, elem, out); break;
-        case 7: decode_block<7>(b, in, elem, out); break;
-        default: decode_block<8>(b, in, elem, out); break;
-      }
+      decode_any(b, in, elem, out);
       in += b.bytes();
       out = (char*)out + size_t(c.w[part]) * (elem == FP32 ? 4 : 2);
     }

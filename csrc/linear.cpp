@@ -57,6 +57,8 @@ template <int FMT>
 INLINE vw start(int32_t c) { return FMT == INT8 ? start_int8(c) : wset(c); }
 template <int FMT>
 INLINE vw dot(vw acc, vw w, const int8_t* x) { return FMT == INT8 ? dot_int8(acc, w, x) : dot_int4(acc, w, x); }
+template <int FMT>
+INLINE vw dot(vw acc, vw w, vw x) { return FMT == INT8 ? dot_int8(acc, w, x) : dot_int4(acc, w, x); }
 
 // T tiles x M rows. Two tiles for many rows: an activation word that is in a register serves both tiles.
 template <int FMT, class W, int T, int M>
@@ -83,8 +85,14 @@ void micro_int(const W* weights, int blocks, float scale, const Acts& x, int row
         const int32_t from = c[m * (stride / kGroup) + 4 * b + g];
         vw acc[T];
         UNROLL for (int t = 0; t < T; t++) acc[t] = start<FMT>(from);
-        UNROLL for (int j = 0; j < 4; j++)
-          UNROLL for (int t = 0; t < T; t++) acc[t] = dot<FMT>(acc[t], w[t][j], y + 4 * j);
+        UNROLL for (int j = 0; j < 4; j++) {
+          if (T == 1) {
+            acc[0] = dot<FMT>(acc[0], w[0][j], y + 4 * j);
+          } else {
+            const vw word = wspread(y + 4 * j);
+            UNROLL for (int t = 0; t < T; t++) acc[t] = dot<FMT>(acc[t], w[t][j], word);
+          }
+        }
         UNROLL for (int t = 0; t < T; t++) part[t][m] = vfma(vcvt(acc[t]), ws[t], part[t][m]);
       }
     }

@@ -170,13 +170,14 @@ void Model::append(const Layer& l, int index, int n, const float* cos_sin, const
   });
 }
 
-// Multiply-adds per head of the two forms; the small products of the absorbed form and attention in few lanes run at about the same share of the peak.
+// Multiply-adds per head of the two forms; the small products of the absorbed form and attention in few lanes run at about the same share of the peak. A
+// single token is always absorbed: the first one of all would be cheaper expanded by a little, but this form reads bigger weights and has more passes.
 bool Model::expand(const SeqStep& s) const {
   const Config& c = config;
   const double t = s.count, rows = s.end;
   if (!c.latent) return t * (c.heads / c.kv_heads) > 48;
   const double up = double(c.latent) * (c.nope + c.value);
-  return rows * up + t * rows * (c.head_dim + c.value) < t * up + t * rows * (2 * c.latent + c.rope);
+  return t > 1 && rows * up + t * rows * (c.head_dim + c.value) < t * up + t * rows * (2 * c.latent + c.rope);
 }
 
 void Model::attend(const Layer& l, int index, const std::vector<SeqStep>& seqs, const Cache& cache) {
@@ -249,8 +250,9 @@ void Model::few(const Layer& l, const uint8_t* rows, const std::vector<SeqStep>&
     base += seqs[s].count;
   }
   begin.push_back(int(blocks.size()));
-  const size_t units = size_t(kw) * size_of(elem) / 4, state = 32 + 16 * size_t(vw);
-  char* lanes = (char*)b_lanes_.get(blocks.size() * units * 64);
+  const bool ints = c.latent && elem == BF16 && has_ints(cache.codec);
+  const size_t lanes_size = ints ? ints_lanes_bytes(cache.codec) : size_t(kw) * size_of(elem) * 16, state = 32 + 16 * size_t(vw);
+  char* lanes = (char*)b_lanes_.get(blocks.size() * lanes_size);
   float* partial = room<float>(b_states_, states * state);
   std::vector<int> last(blocks.size() * 16);
   pool_.run(int(blocks.size()), [&](int b, int) {
@@ -261,14 +263,16 @@ void Model::few(const Layer& l, const uint8_t* rows, const std::vector<SeqStep>&
       const SeqStep& s = seqs[blocks[b].seq];
       last[16 * b + i] = s.end - s.count + (token[t] - s.first);
     }
-    op.pack_lanes(elem, q, blocks[b].lanes, kw, lanes + b * units * 64);
+    if (ints) op.pack_lanes_ints(cache.codec, q, blocks[b].lanes, lanes + b * lanes_size);
+    else op.pack_lanes(elem, q, blocks[b].lanes, kw, lanes + b * lanes_size);
   });
   const int row = cache.codec.w[0] + cache.codec.w[1];
   pool_.run(int(items.size()), [&](int i, int thread) {
     const SeqStep& s = seqs[items[i].seq];
     const int size = chunk_rows(s.end), from = items[i].chunk * size, to = std::min(s.end, from + size);
-    char* tile = (char*)thread_big_[thread].get(size_t(kRowsTile) * row * size_of(elem) + 512 + 2 * 64 * 64);
-    char* tmp = tile + align(size_t(kRowsTile) * row * size_of(elem) + 64);
+    const size_t tile_size = ints ? ints_tile_bytes(cache.codec) : size_t(kRowsTile) * row * size_of(elem) + 64;
+    char* tile = (char*)thread_big_[thread].get(align(tile_size) + 2 * 64 * 64);
+    char* tmp = tile + align(tile_size);
     const int b0 = begin[items[i].seq], b1 = begin[items[i].seq + 1];
     for (int b = b0; b < b1; b++) {
       float* p = partial + (blocks[b].first_state + items[i].chunk) * state;
@@ -286,11 +290,11 @@ void Model::few(const Layer& l, const uint8_t* rows, const std::vector<SeqStep>&
       const int count = std::min(kRowsTile, to - r), next = std::min(kRowsTile, s.end - r - count);
       const uint8_t* here = as_is ? together(r, count) : nullptr;
       const uint8_t* soon = next > 0 ? together(r + count, next) : nullptr;
-      for (int j = 0; j < count && !here; j++) {
-        const int at = r + j;
-        const size_t slot = size_t(s.pages[at / cache.page]) * cache.page + at % cache.page;
-        op.decode(cache.codec, rows + slot * cache.codec.row, elem, tile + size_t(j) * row * size_of(elem));
-      }
+      const uint8_t* each[kRowsTile];
+      for (int j = 0; j < count && !here; j++) each[j] = rows + (size_t(s.pages[(r + j) / cache.page]) * cache.page + (r + j) % cache.page) * cache.codec.row;
+      if (ints) op.decode_ints(cache.codec, each, count, tile);
+      else
+        for (int j = 0; j < count && !here; j++) op.decode(cache.codec, each[j], elem, tile + size_t(j) * row * size_of(elem));
       // rows may be read a little beyond their end, and behind the last slot there is nothing
       if (here && here + size_t(count) * cache.codec.row + 64 > rows + cache.slots * cache.codec.row) {
         std::memcpy(tile, here, size_t(count) * cache.codec.row);
@@ -299,8 +303,12 @@ void Model::few(const Layer& l, const uint8_t* rows, const std::vector<SeqStep>&
       for (int b = b0; b < b1; b++) {
         float* p = partial + (blocks[b].first_state + items[i].chunk) * state;
         const int g = blocks[b].g;
-        op.attend_tile(elem, here ? (const char*)here : tile, row, count, r, g * kw, kw, c.latent ? 0 : kv * kw + g * vw, vw, c.softmax_scale,
-                       {lanes + b * units * 64, &last[16 * b]}, blocks[b].lanes, p, p + 16, p + 32, tmp, soon, b == b0 && soon ? size_t(next) * cache.codec.row : 0);
+        const Lanes some{lanes + b * lanes_size, &last[16 * b]};
+        const size_t soon_bytes = b == b0 && soon ? size_t(next) * cache.codec.row : 0;
+        if (ints) op.attend_ints(cache.codec, tile, count, r, c.softmax_scale, some, blocks[b].lanes, p, p + 16, p + 32, tmp, soon, soon_bytes);
+        else
+          op.attend_tile(elem, here ? (const char*)here : tile, row, count, r, g * kw, kw, c.latent ? 0 : kv * kw + g * vw, vw, c.softmax_scale, some, blocks[b].lanes, p,
+                         p + 16, p + 32, tmp, soon, soon_bytes);
       }
     }
   });

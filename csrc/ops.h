@@ -70,6 +70,19 @@ struct Codec {
   size_t row = 0;  // bytes
 };
 
+// Latents of 4 or 5 bits an element can be attended to as integers: a code times its group's factor, over 2 with 5 bits, is a signed byte of one step for
+// the whole latent (an odd product is off by half of it, a 30th of a code's own step where that is largest). A tile of them has, one behind the other,
+//   bytes of the latent, [64 rows][W]; of each 64 of them the sixteen words are turned as a 4 x 4 matrix
+//   the same by fours of rows, [W / 16][16][16 columns][4 rows]
+//   float step [64]; int32 -64 x the sum of the bytes [64]; the rope key in bfloat16 [64][R]
+// and the queries of 16 lanes have
+//   INT8 words of the latent's columns in the order of a tile's rows [W / 4][16 lanes], their scales [16], the rope part as pack_lanes has it
+inline bool has_ints(const Codec& c) {
+  return c.kind == 2 && (c.bits[0] == 4 || c.bits[0] == 5) && c.w[0] == 512 && (c.group == 16 || c.group == 32) && c.w[1] % 2 == 0;
+}
+inline size_t ints_tile_bytes(const Codec& c) { return size_t(64) * (2 * c.w[0] + 8 + 2 * c.w[1]) + 64; }
+inline size_t ints_lanes_bytes(const Codec& c) { return size_t(c.w[0]) * 16 + 64 + size_t(c.w[1]) * 32; }
+
 // Queries of up to 16 (token, head) lanes against rows in scratch; see attention.cpp
 struct Lanes {
   const void* q;    // [units of the key][16 lanes] words
@@ -100,6 +113,11 @@ struct Ops {
   // state: m[16], l[16], o[16][vw]; rows at index r0 .. r0+n of the pass. soon: memory that will be read next
   void (*attend_tile)(int elem, const void* tile, int stride, int n, int r0, int k0, int kw, int v0, int vw, float scale, const Lanes& lanes, int n_lanes,
                       float* m, float* l, float* o, void* scratch, const void* soon, size_t soon_bytes);
+  // the same over rows as integers (has_ints): a tile of n rows, queries, and attention; the latent's bytes are keys and values
+  void (*decode_ints)(const Codec& c, const uint8_t* const* rows, int n, void* tile);
+  void (*pack_lanes_ints)(const Codec& c, const float* const* q, int n_lanes, void* out);
+  void (*attend_ints)(const Codec& c, const void* tile, int n, int r0, float scale, const Lanes& lanes, int n_lanes, float* m, float* l, float* o, void* scratch,
+                      const void* soon, size_t soon_bytes);
   // partial states of `count` chunks, `step` floats apart (m, l, o as above), into one row of vw floats for a lane
   void (*combine)(const float* states, size_t step, int count, int lane, int vw, float* out);
   void (*pack_lanes)(int elem, const float* const* q, int n_lanes, int width, void* out);  // a query per lane -> [units][16]

@@ -105,9 +105,19 @@ INLINE vf dot_bf16(vf acc, vw w, const void* x) {
 #endif
 INLINE void vstore_bf16(uint16_t* p, vf a) { _mm256_storeu_si256((__m256i*)p, to_bf16(a)); }
 INLINE vf dot_f32(vf acc, vw w, const void* x) { return {_mm512_fmadd_ps((__m512)w.v, _mm512_set1_ps(*(const float*)x), acc.v)}; }
-// acc + sum over four unsigned bytes of w times four signed bytes of x. The int4 levels are at most 120, int8 codes go to 255.
-INLINE vw dot_int4(vw acc, vw w, const int8_t* x) { return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(*(const int32_t*)x))}; }
-INLINE vw dot_int8(vw acc, vw w, const int8_t* x) { return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(*(const int32_t*)x))}; }
+INLINE vw wspread(const void* x) { return {_mm512_set1_epi32(*(const int32_t*)x)}; }  // four bytes in every word
+// acc + sum over four unsigned bytes of w times four signed bytes of x. The int4 levels are at most 120, int8 codes go to 255. As assembly: through the
+// intrinsic gcc 12 copies each sum to another register and back in a loop, which costs up to a third of the speed.
+INLINE vw dot_int8(vw acc, vw w, vw x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(x.v));
+  return acc;
+}
+INLINE vw dot_int8(vw acc, vw w, const int8_t* x) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*(const int32_t*)x));
+  return acc;
+}
+INLINE vw dot_int4(vw acc, vw w, vw x) { return dot_int8(acc, w, x); }
+INLINE vw dot_int4(vw acc, vw w, const int8_t* x) { return dot_int8(acc, w, x); }
 INLINE vw start_int8(int32_t c) { return {_mm512_set1_epi32(2 * c)}; }
 INLINE vw decode_int8(const uint8_t* p) { return wload(p); }
 INLINE void decode_int4(const uint8_t* p, vw& low, vw& high) {  // 64 bytes of nibbles -> levels
@@ -139,8 +149,37 @@ INLINE void vfactors(const uint8_t* p, float base, float* out) {
   vstore(out, b * ((vf{_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(y)))} + one) * share));
   vstore(out + 16, b * ((vf{_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(y, 1)))} + one) * share));
 }
+// The same nibbles as bytes, f + 1.
+INLINE void bfactors(const uint8_t* p, uint8_t* out) {
+  const __m256i y = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)), low = _mm256_and_si256(y, _mm256_set1_epi16(15));
+  _mm256_storeu_si256((__m256i*)out, _mm256_add_epi8(_mm256_or_si256(low, _mm256_and_si256(_mm256_slli_epi16(y, 4), _mm256_set1_epi16(15 << 8))), _mm256_set1_epi8(1)));
+}
 template <int Q>
 INLINE vf bfloats(vw a) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(a.v, Q)))}; }
+// acc + sum over four signed bytes of w times four unsigned bytes of x, these at most kMostByte.
+constexpr int kMostByte = 255;
+INLINE vw dot_bytes(vw acc, vw w, const void* x) { return dot_int8(acc, wspread(x), w); }
+INLINE int32_t wsum(vw a) { return _mm512_reduce_add_epi32(a.v); }
+INLINE vw wround(vf a) { return {_mm512_cvtps_epi32(a.v)}; }
+// Sixty-four codes of N bits, less the middle one, times the factor (1 to 16) of their sixteen, over 2^(N-4): signed bytes. Halves go down
+// and up by turns, beginning with up where `up` is 1.
+template <int N>
+INLINE vw bscale(vw code, const uint8_t* f, int up) {
+  const __m512i at = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_inserti128_si256(_mm256_setzero_si256(), _mm_set1_epi8(1), 1)),
+                                        _mm256_inserti128_si256(_mm256_set1_epi8(2), _mm_set1_epi8(3), 1), 1);
+  const __m512i by = _mm512_mask_shuffle_epi8(_mm512_set1_epi8(1), 0x5555555555555555, _mm512_set1_epi32(*(const int32_t*)f), at);
+  const __m512i c = _mm512_sub_epi8(code.v, _mm512_set1_epi8(1 << (N - 1))), add = _mm512_set1_epi16(N == 4 ? 0 : up ? 1 : 1 << 8);
+  const __m512i x = _mm512_maddubs_epi16(by, _mm512_unpacklo_epi8(c, add)), y = _mm512_maddubs_epi16(by, _mm512_unpackhi_epi8(c, add));
+  return {_mm512_packs_epi16(_mm512_srai_epi16(x, N - 4), _mm512_srai_epi16(y, N - 4))};
+}
+// Sixteen words as a 4 x 4 matrix, transposed; and four rows of 64 bytes so turned, `stride` apart -> per column, sixteen at a time, its four bytes side by side.
+INLINE vw bturn(vw a) { return {_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), a.v)}; }
+INLINE void bquads(const int8_t* r, size_t stride, vw* out) {
+  const __m512i a = wload(r).v, b = wload(r + stride).v, c = wload(r + 2 * stride).v, d = wload(r + 3 * stride).v;
+  const __m512i ab = _mm512_unpacklo_epi8(a, b), cd = _mm512_unpacklo_epi8(c, d), ab2 = _mm512_unpackhi_epi8(a, b), cd2 = _mm512_unpackhi_epi8(c, d);
+  out[0].v = _mm512_unpacklo_epi16(ab, cd), out[1].v = _mm512_unpackhi_epi16(ab, cd);
+  out[2].v = _mm512_unpacklo_epi16(ab2, cd2), out[3].v = _mm512_unpackhi_epi16(ab2, cd2);
+}
 // Two rows of 16 bf16 -> 16 words (a low half, b high half).
 INLINE vw interleave_bf16(const uint16_t* a, const uint16_t* b) {
   __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)a)), y = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)b));
@@ -221,25 +260,23 @@ INLINE vf dot_f32(vf acc, vw w, const void* x) {
   __m256 v = _mm256_broadcast_ss((const float*)x);
   return {_mm256_fmadd_ps((__m256)w.a, v, acc.a), _mm256_fmadd_ps((__m256)w.b, v, acc.b)};
 }
+INLINE vw wspread(const void* x) { return wset(*(const int32_t*)x); }
 #if defined(LAMOE_ISA_AVXVNNI)
-INLINE vw dot_int4(vw acc, vw w, const int8_t* x) {
-  __m256i v = _mm256_set1_epi32(*(const int32_t*)x);
-  return {_mm256_dpbusd_avx_epi32(acc.a, w.a, v), _mm256_dpbusd_avx_epi32(acc.b, w.b, v)};
+INLINE vw dot_int8(vw acc, vw w, vw x) {
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc.a) : "x"(w.a), "x"(x.a));
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc.b) : "x"(w.b), "x"(x.b));
+  return acc;
 }
-INLINE vw dot_int8(vw acc, vw w, const int8_t* x) { return dot_int4(acc, w, x); }
+INLINE vw dot_int4(vw acc, vw w, vw x) { return dot_int8(acc, w, x); }
 INLINE vw start_int8(int32_t c) { return wset(2 * c); }
 INLINE vw decode_int8(const uint8_t* p) { return wload(p); }
 #else
 INLINE __m256i dot4(__m256i acc, __m256i u8, __m256i s8) {  // the 16-bit pair sums must not saturate
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u8, s8), _mm256_set1_epi16(1)));
 }
-INLINE vw dot_int4(vw acc, vw w, const int8_t* x) {
-  __m256i v = _mm256_set1_epi32(*(const int32_t*)x);
-  return {dot4(acc.a, w.a, v), dot4(acc.b, w.b, v)};
-}
-INLINE vw dot_int8(vw acc, vw w, const int8_t* x) {  // w is signed here: |w| * (x with w's sign) stays below 2^15
-  __m256i v = _mm256_set1_epi32(*(const int32_t*)x);
-  return {dot4(acc.a, _mm256_abs_epi8(w.a), _mm256_sign_epi8(v, w.a)), dot4(acc.b, _mm256_abs_epi8(w.b), _mm256_sign_epi8(v, w.b))};
+INLINE vw dot_int4(vw acc, vw w, vw x) { return {dot4(acc.a, w.a, x.a), dot4(acc.b, w.b, x.b)}; }
+INLINE vw dot_int8(vw acc, vw w, vw x) {  // w is signed here: |w| * (x with w's sign) stays below 2^15
+  return {dot4(acc.a, _mm256_abs_epi8(w.a), _mm256_sign_epi8(x.a, w.a)), dot4(acc.b, _mm256_abs_epi8(w.b), _mm256_sign_epi8(x.b, w.b))};
 }
 INLINE vw start_int8(int32_t) { return wset(0); }
 INLINE vw decode_int8(const uint8_t* p) {
@@ -248,6 +285,8 @@ INLINE vw decode_int8(const uint8_t* p) {
   return {_mm256_xor_si256(w.a, m), _mm256_xor_si256(w.b, m)};
 }
 #endif
+INLINE vw dot_int4(vw acc, vw w, const int8_t* x) { return dot_int4(acc, w, wspread(x)); }
+INLINE vw dot_int8(vw acc, vw w, const int8_t* x) { return dot_int8(acc, w, wspread(x)); }
 INLINE void decode_int4(const uint8_t* p, vw& low, vw& high) {
   const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kLevels)), mask = _mm256_set1_epi8(15);
   vw x = wload(p);
@@ -284,10 +323,52 @@ INLINE void vfactors(const uint8_t* p, float base, float* out) {
   _mm256_store_si256((__m256i*)t, y);
   for (int i = 0; i < 32; i++) out[i] = base * (float(t[i] + 1) * (1.f / 16));
 }
+INLINE void bfactors(const uint8_t* p, uint8_t* out) {
+  const __m256i y = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)), low = _mm256_and_si256(y, _mm256_set1_epi16(15));
+  _mm256_storeu_si256((__m256i*)out, _mm256_add_epi8(_mm256_or_si256(low, _mm256_and_si256(_mm256_slli_epi16(y, 4), _mm256_set1_epi16(15 << 8))), _mm256_set1_epi8(1)));
+}
 template <int Q>
 INLINE vf bfloats(vw x) {
   __m128i b = _mm256_extracti128_si256(Q < 2 ? x.a : x.b, Q % 2);
   return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(b, 8)))};
+}
+#if defined(LAMOE_ISA_AVXVNNI)
+constexpr int kMostByte = 255;
+INLINE vw dot_bytes(vw acc, vw w, const void* x) { return dot_int8(acc, wspread(x), w); }
+#else
+constexpr int kMostByte = 127;  // the 16-bit pair sums must not saturate
+INLINE vw dot_bytes(vw acc, vw w, const void* x) { return dot_int4(acc, wspread(x), w); }
+#endif
+INLINE int32_t wsum(vw x) { alignas(32) int32_t t[16]; wstore(t, x); int32_t s = 0; for (int i = 0; i < 16; i++) s += t[i]; return s; }
+INLINE vw wround(vf x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+template <int N>
+INLINE __m256i half_scale(__m256i code, __m256i f, int first, int up) {
+  const __m256i at = _mm256_inserti128_si256(_mm256_set1_epi16(short(0x8000 + first)), _mm_set1_epi16(short(0x8001 + first)), 1);
+  const __m256i by = _mm256_or_si256(_mm256_shuffle_epi8(f, at), _mm256_set1_epi16(1 << 8));
+  const __m256i c = _mm256_sub_epi8(code, _mm256_set1_epi8(1 << (N - 1))), add = _mm256_set1_epi16(N == 4 ? 0 : up ? 1 : 1 << 8);
+  const __m256i x = _mm256_maddubs_epi16(by, _mm256_unpacklo_epi8(c, add)), y = _mm256_maddubs_epi16(by, _mm256_unpackhi_epi8(c, add));
+  return _mm256_packs_epi16(_mm256_srai_epi16(x, N - 4), _mm256_srai_epi16(y, N - 4));
+}
+template <int N>
+INLINE vw bscale(vw code, const uint8_t* f, int up) {
+  const __m256i v = _mm256_set1_epi32(*(const int32_t*)f);
+  return {half_scale<N>(code.a, v, 0, up), half_scale<N>(code.b, v, 2, up)};
+}
+INLINE vw bturn(vw x) {
+  alignas(32) int32_t t[16], u[16];
+  wstore(t, x);
+  for (int i = 0; i < 16; i++) u[i] = t[i % 4 * 4 + i / 4];
+  return wload(u);
+}
+INLINE void bquads(const int8_t* r, size_t stride, vw* out) {
+  const vw a = wload(r), b = wload(r + stride), c = wload(r + 2 * stride), d = wload(r + 3 * stride);
+  auto half = [](__m256i a, __m256i b, __m256i c, __m256i d, __m256i* to) {
+    const __m256i ab = _mm256_unpacklo_epi8(a, b), cd = _mm256_unpacklo_epi8(c, d), ab2 = _mm256_unpackhi_epi8(a, b), cd2 = _mm256_unpackhi_epi8(c, d);
+    to[0] = _mm256_unpacklo_epi16(ab, cd), to[1] = _mm256_unpackhi_epi16(ab, cd), to[2] = _mm256_unpacklo_epi16(ab2, cd2), to[3] = _mm256_unpackhi_epi16(ab2, cd2);
+  };
+  __m256i x[4], y[4];
+  half(a.a, b.a, c.a, d.a, x), half(a.b, b.b, c.b, d.b, y);
+  for (int k = 0; k < 4; k++) out[k] = {x[k], y[k]};
 }
 INLINE vw interleave_bf16(const uint16_t* x, const uint16_t* y) {
   auto half = [](const uint16_t* x, const uint16_t* y) {
@@ -345,11 +426,14 @@ INLINE vf dot_f32(vf acc, vw w, const void* x) {
   EACH acc.v[i] += u.v[i] * f;
   return acc;
 }
-INLINE vw dot_int4(vw acc, vw w, const int8_t* x) {
-  EACH for (int j = 0; j < 4; j++) acc.v[i] += int32_t(uint32_t(w.v[i]) >> (8 * j) & 255) * x[j];
+INLINE vw wspread(const void* x) { int32_t v; std::memcpy(&v, x, 4); return wset(v); }
+INLINE vw dot_int8(vw acc, vw w, vw x) {
+  EACH for (int j = 0; j < 4; j++) acc.v[i] += int32_t(uint32_t(w.v[i]) >> (8 * j) & 255) * int8_t(uint32_t(x.v[i]) >> (8 * j) & 255);
   return acc;
 }
-INLINE vw dot_int8(vw acc, vw w, const int8_t* x) { return dot_int4(acc, w, x); }
+INLINE vw dot_int4(vw acc, vw w, vw x) { return dot_int8(acc, w, x); }
+INLINE vw dot_int4(vw acc, vw w, const int8_t* x) { return dot_int8(acc, w, wspread(x)); }
+INLINE vw dot_int8(vw acc, vw w, const int8_t* x) { return dot_int8(acc, w, wspread(x)); }
 INLINE vw start_int8(int32_t c) { return wset(2 * c); }
 INLINE vw decode_int8(const uint8_t* p) { return wload(p); }
 INLINE void decode_int4(const uint8_t* p, vw& low, vw& high) {
@@ -371,6 +455,9 @@ INLINE vw bfields(const uint8_t* p, int shift, int mask) {
   return wload(t);
 }
 INLINE vw bor_left(vw a, vw b, int shift) { EACH a.v[i] |= int32_t(uint32_t(b.v[i]) << shift); return a; }  // fields are small: nothing crosses a byte
+INLINE void bfactors(const uint8_t* p, uint8_t* out) {
+  for (int i = 0; i < 32; i++) out[i] = uint8_t((p[i / 2] >> (i % 2 ? 4 : 0) & 15) + 1);
+}
 INLINE void vfactors(const uint8_t* p, float base, float* out) {
   for (int i = 0; i < 32; i++) out[i] = base * (float((p[i / 2] >> (i % 2 ? 4 : 0) & 15) + 1) * (1.f / 16));
 }
@@ -381,6 +468,25 @@ INLINE vf bfloats(vw a) {
   vf r;
   EACH r.v[i] = float(t[16 * Q + i]);
   return r;
+}
+constexpr int kMostByte = 255;
+INLINE vw dot_bytes(vw acc, vw w, const void* x) { return dot_int8(acc, wspread(x), w); }
+INLINE int32_t wsum(vw a) { int32_t s = 0; EACH s += a.v[i]; return s; }
+INLINE vw wround(vf a) { vw r; EACH r.v[i] = int32_t(std::nearbyintf(a.v[i])); return r; }
+template <int N>
+INLINE vw bscale(vw code, const uint8_t* f, int up) {
+  uint8_t t[64];
+  wstore(t, code);
+  for (int i = 0; i < 64; i++) t[i] = uint8_t(((t[i] - (1 << (N - 1))) * f[i / 16] + (N == 4 ? 0 : (i + up) % 2)) >> (N - 4));
+  return wload(t);
+}
+INLINE vw bturn(vw a) { vw r; EACH r.v[i] = a.v[i % 4 * 4 + i / 4]; return r; }
+INLINE void bquads(const int8_t* r, size_t stride, vw* out) {
+  for (int k = 0; k < 4; k++) {
+    uint8_t t[64];
+    for (int i = 0; i < 64; i++) t[i] = uint8_t(r[size_t(i % 4) * stride + i / 16 * 16 + 4 * k + i / 4 % 4]);
+    out[k] = wload(t);
+  }
 }
 INLINE vw interleave_bf16(const uint16_t* a, const uint16_t* b) { vw r; EACH r.v[i] = int32_t(uint32_t(a[i]) | uint32_t(b[i]) << 16); return r; }
 INLINE vw pair_bf16(vf a, vf b) { vw r; EACH r.v[i] = int32_t(uint32_t(float_to_bf16(a.v[i])) | uint32_t(float_to_bf16(b.v[i])) << 16); return r; }

@@ -138,7 +138,9 @@ class Bench:
 
     def form(self, new: int, depth: int) -> str | None:
         """Of attention under MLA, as Model::expand (csrc/model.cpp) picks it."""
-        return cheaper_form(self.config, new, depth + new) if self.config.is_mla else None
+        if not self.config.is_mla:
+            return None
+        return "absorb" if new == 1 else cheaper_form(self.config, new, depth + new)
 
     def bytes(self, line: Line, chosen: torch.Tensor) -> float:
         """Read by a pass that chose these experts (`run`): cache rows, the experts that anybody chose, a row of the embedding for a token, and of W^UK and

@@ -28,7 +28,8 @@ CONFIGS = {
     "no-shared": tiny.config(n_shared_experts=0), "tied": tiny.config(tie_word_embeddings=True), "17-experts": tiny.config(n_routed_experts=17, num_experts_per_tok=5),
     "wide-latent": tiny.config(kv_lora_rank=192, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64), "many-heads": tiny.config(num_attention_heads=19),
     "llama-mqa-many": tiny.config("llama", num_attention_heads=20, num_key_value_heads=1, head_dim=18), "llama-gqa-5": tiny.config("llama", num_attention_heads=15, num_key_value_heads=3, head_dim=34),
-    "llama-wide-head": tiny.config("llama", head_dim=272, num_key_value_heads=2), "wide-value": tiny.config(v_head_dim=288, qk_nope_head_dim=16, kv_lora_rank=320),
+    "llama-wide-head": tiny.config("llama", head_dim=272, num_key_value_heads=2), "latent-512": tiny.config(kv_lora_rank=512, num_hidden_layers=2),
+    "wide-value": tiny.config(v_head_dim=288, qk_nope_head_dim=16, kv_lora_rank=320),
 }
 MLA = tiny.HARD.replace(max_position_embeddings=8192)
 GQA = tiny.config("llama", num_key_value_heads=2, max_position_embeddings=8192)
@@ -121,7 +122,7 @@ def test_the_chosen_experts_are_those_of_the_router(name):
 
 
 # ---- bit for bit --------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("weights, name", list(product(["fp32", "bf16", "int8", "int4"], ["odd", "lora-yarn-limited-1dense", "llama-gqa"])))
+@pytest.mark.parametrize("weights, name", [*product(["fp32", "bf16", "int8", "int4"], ["odd", "lora-yarn-limited-1dense", "llama-gqa"]), ("bf16", "latent-512")])
 def test_nothing_depends_on_threads_company_or_pages(weights, name):
     """Equal bits with 1, 2, 3 and 5 threads, with pages elsewhere, and beside others; what is poisoned would show."""
     c = CONFIGS[name]
@@ -229,6 +230,16 @@ def test_both_forms_read_the_same_rounded_weights():
         ids = text(p.config, 120)
         absorbed, expanded = Run(p, "bf16").all(ids, [1]), Run(p, "bf16").all(ids, [120])
         assert of_rows(absorbed, expanded).median() < limit
+
+
+@pytest.mark.parametrize("format", ["6bit", "4bit"])
+def test_rows_as_integers_lose_little_beside_what_the_format_loses(format):
+    """Latents of 512 in 4 and 5 bits are attended to as integers token by token, decoded and expanded in a long chunk."""
+    _, p = pack(CONFIGS["latent-512"], "bf16")
+    ids = text(p.config, 250)
+    exact, expanded, integers = (Run(p, f).all(ids, cuts)[150:] for f, cuts in (("bf16", [150]), (format, [150]), (format, [150, 1])))
+    lost = of_rows(expanded, exact).median()
+    assert of_rows(integers, expanded).median() < 0.3 * lost and of_rows(integers, exact).median() < 1.1 * lost
 
 
 # ---- engine -------------------------------------------------------------------------------------------------------------------------------

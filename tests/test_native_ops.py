@@ -5,7 +5,9 @@ import pytest
 import torch
 from test_native import EPS, ISAS, draw, formats, isas, seen
 
+from lamoe import codec
 from lamoe.kernels import native, ref
+from lamoe.packed import codec_numbers
 
 pytestmark = pytest.mark.skipif(native.lib is None, reason="needs the compiled kernels")
 NAN = float("nan")
@@ -124,6 +126,102 @@ def test_rows_that_a_lane_does_not_see_do_not_count(isa, dtype):
     assert torch.equal(got[:2], want[:2]) and got[2].isnan().all()
     short = native.attend(rows[:10], q[:1], torch.tensor([9], dtype=torch.int32), 0, 20, 20, 0.3, 64, isa)
     torch.testing.assert_close(got[:1], short, rtol=2.0**-7, atol=1e-3) if dtype == torch.bfloat16 else torch.testing.assert_close(got[:1], short)
+
+
+# ---- attention over rows as integers -----------------------------------------------------------------------------------------------------
+WIDTHS = (512, 64)
+
+
+def integers(name: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Stored rows -> the latents as csrc/ops.h has them (integers and a step a row), the rope keys; float64."""
+    latent, key = codec.decode(name, rows, WIDTHS, torch.float64)
+    unit = codec._from_e5m3(rows[:, 0]).double()[:, None] / 16
+    whole = latent / unit
+    assert torch.equal(whole, whole.round()) and whole.abs().max() <= 240
+    if name == "6bit":
+        up = (torch.arange(len(rows))[:, None] + torch.arange(512)) % 2
+        whole, unit = ((whole + up) / 2).floor(), 2 * unit
+    return whole, unit, key
+
+
+def attended_ints(name, rows, q, last, scale, most=255):
+    """The definition of native.attend_ints with one chunk, and how much the rounding of a single weight may move an output."""
+    whole, step, key = integers(name, rows)
+    out, quantum = [], []
+    for query, n in zip(q, last):
+        s = query[:512].abs().max() / 127
+        codes = (query[:512] * (1 / s)).round().double()
+        score = ((key[: n + 1] @ query[512:].bfloat16().double()) + (whole[: n + 1] @ codes) * step[: n + 1, 0] * s) * scale
+        p = (score - score.max()).exp()
+        o, moved = torch.zeros(512, dtype=torch.float64), 0.0
+        for t in range(0, int(n) + 1, 64):
+            w = p[t : t + 64] * step[t : min(t + 64, int(n) + 1), 0]
+            rest, largest = 0.0, w.max()
+            for i, x in enumerate(w * most / largest):
+                r = float((x + rest).round().clamp(0, most))
+                rest = float(x) + rest - r
+                o += r * largest / most * whole[t + i]
+            moved += float(largest) / most * 127
+        out.append(o / p.sum()), quantum.append(moved / float(p.sum()))
+    return torch.stack(out), torch.tensor(quantum)[:, None]
+
+
+def stored_rows(name: str, n: int, keys: torch.Tensor | None = None) -> torch.Tensor:
+    x = draw(n, 512, seed=3) * torch.exp(draw(n, 1, seed=4)) * torch.exp(draw(1, 512, seed=5))  # rows and groups of very different sizes
+    return codec.encode(name, (x, draw(n, 64, seed=6) if keys is None else keys))
+
+
+@isas
+@pytest.mark.parametrize("name", ["6bit", "4bit"])
+@pytest.mark.parametrize("lanes, n", [(1, 1), (3, 3), (16, 64), (5, 65), (16, 190), (8, 130)])
+@pytest.mark.parametrize("sharp", [0.003, 0.03, 0.3])
+def test_attention_over_integers(isa, name, lanes, n, sharp):
+    rows, q, numbers = stored_rows(name, n), draw(lanes, 576, seed=1), codec_numbers(name, WIDTHS)
+    last = torch.tensor([n - 1 - (i * 7) % n if i else n - 1 for i in range(lanes)], dtype=torch.int32)
+    got = native.attend_ints(numbers, rows, q, last, sharp, 1 << 20, isa)
+    want, quantum = attended_ints(name, rows, q, last, sharp, 127 if isa == "avx2" else 255)
+    assert ((got - want).abs() <= 6 * quantum + 1e-3 * want.abs().amax(1, keepdim=True)).all()  # float32 may round some weights the other way
+    assert (got - want).norm() < 0.01 * want.norm()
+    for i in range(lanes):  # a lane does not know its neighbours
+        assert torch.equal(native.attend_ints(numbers, rows, q[i : i + 1], last[i : i + 1], sharp, 1 << 20, isa), got[i : i + 1])
+
+
+@isas
+@pytest.mark.parametrize("name", ["6bit", "4bit"])
+def test_a_row_that_has_all_the_weight_comes_out_as_it_is(isa, name):
+    """Every row of a tile in turn: its integers to the last one."""
+    rows = stored_rows(name, 64, 30 * torch.eye(64))
+    whole, step, _ = integers(name, rows)
+    for first in range(0, 64, 16):
+        q = torch.zeros(16, 576)
+        q[range(16), range(512 + first, 528 + first)] = 30.0
+        got = native.attend_ints(codec_numbers(name, WIDTHS), rows, q, torch.full((16,), 63, dtype=torch.int32), 1.0, 64, isa)
+        want = (whole * step)[first : first + 16]
+        assert ((got - want).abs() <= 1e-6 * want.abs().amax(1, keepdim=True)).all()
+
+
+@isas
+@pytest.mark.parametrize("name", ["6bit", "4bit"])
+def test_integers_of_rows_and_queries_that_are_none(isa, name):
+    """What a lane does not see may be NaN; what it sees may not; nor may its query. Chunks are combined."""
+    rows, q, numbers = stored_rows(name, 200), draw(3, 576, seed=1), codec_numbers(name, WIDTHS)
+    last = torch.tensor([130, 190, 130], dtype=torch.int32)
+    want = native.attend_ints(numbers, rows, q, last, 0.05, 64, isa)
+    whole = native.attend_ints(numbers, rows, q, last, 0.05, 1 << 20, isa)
+    assert (whole - want).norm() < 0.01 * want.norm()
+    bad = rows.clone()
+    bad[140, 0] = 0xFF
+    q[2, 100] = float("inf")
+    got = native.attend_ints(numbers, bad, q, last, 0.05, 64, isa)
+    assert torch.equal(got[0], want[0]) and got[1:].isnan().all()
+    q[2] = 0
+    got = native.attend_ints(numbers, rows, q, last, 0.05, 64, isa)
+    assert torch.equal(got[:2], want[:2]) and got[2].isfinite().all()
+    for wrong in (lambda: native.attend_ints(codec_numbers("int8", WIDTHS), rows, q, last, 1.0, 64), lambda: native.attend_ints(numbers, rows, q, last, 1.0, 33),
+                  lambda: native.attend_ints(numbers, rows[:, 1:], q, last, 1.0, 64), lambda: native.attend_ints(numbers, rows, q[:, 1:], last, 1.0, 64),
+                  lambda: native.attend_ints(codec_numbers(name, (384, 64)), rows, q, last, 1.0, 64)):
+        with pytest.raises(ValueError):
+            wrong()
 
 
 def test_what_does_not_fit_is_refused():

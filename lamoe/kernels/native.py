@@ -123,3 +123,9 @@ def attend(rows: torch.Tensor, q: torch.Tensor, last: torch.Tensor, k0: int, v0:
     rows 0 .. last[i] (int32). chunk: rows of a partial result. -> float32 [L, vw]"""
     elem = "fp32" if rows.dtype == torch.float32 else "bf16"
     return torch.from_numpy(lib.attend(FORMATS[elem], rows.contiguous().view(torch.uint8).numpy(), q.contiguous().numpy(), last.numpy(), k0, v0, vw, scale, chunk, isa))
+
+
+def attend_ints(codec: list[int], rows: torch.Tensor, q: torch.Tensor, last: torch.Tensor, scale: float, chunk: int, isa: str = "") -> torch.Tensor:
+    """Absorbed attention of up to 16 queries q [L, latent + rope] over stored rows (uint8 [S, row bytes]; codec: packed.codec_numbers) as integers: the latent as
+    bytes with one step a row, queries of 8 bits, weights of 8 bits in each tile of 64 rows; the rope key in bfloat16. -> float32 [L, latent]"""
+    return torch.from_numpy(lib.attend_ints(codec, rows.contiguous().numpy(), q.contiguous().numpy(), last.numpy(), scale, chunk, isa))
