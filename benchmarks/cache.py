@@ -6,7 +6,10 @@ Held-out rows of `seq` tokens, each inside one document, are predicted with teac
 values, its own token's included, through encode and decode of the format. Columns: bytes of a cache row (one token, one layer) and bits per
 element; held-out bits per byte and their change against the bf16 cache; share of positions with the same most likely token; mean
 KL(bf16 || format) of the next token, in nats. Beside that, on Gaussian rows of 512 + 64 elements: relative root-mean-square error of
-each part, and milliseconds to encode and to decode 4,096 rows. Weights and arithmetic are float32. Last line: JSON.
+each part, and milliseconds to encode and to decode 4,096 rows. Weights and arithmetic are float32.
+
+Then the same predictions by the compiled kernels, token by token from caches of these formats, weights and attention in bfloat16: what they
+lose beyond the format is what attending to rows as integers does (latents of 512 elements in 6bit and 4bit). Last line: JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ import torch
 
 import lamoe
 from lamoe import codec
-from lamoe.cache import View
+from lamoe.cache import PagedCache, View
+from lamoe.kernels import native
+from lamoe.packed import PackedModel
 from lamoe.train import checkpoint
 from lamoe.train.data import heldout_rows, open_corpus
 
@@ -58,23 +63,33 @@ def single_document_rows(folder: Path, seq: int, tokens: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def compare(model: lamoe.Transformer, ids: torch.Tensor, formats: list, batch: int = 8, through=ThroughFormat) -> list[dict]:
-    """Sums over all positions of ids [rows, T + 1], one dict per format: nats, same (top-1 as bf16), kl; `through` makes the cache."""
+def compare(ids: torch.Tensor, formats: list, predict, batch: int = 8) -> list[dict]:
+    """Sums over all positions of ids [rows, T + 1], one dict per format: nats, same (top-1 as bf16), kl. predict(ids, format) -> log-probabilities
+    [rows, T, vocabulary]"""
     sums = [dict(nats=0.0, same=0, kl=0.0) for _ in formats]
     for part in ids.split(batch):
         goal = part[:, 1:, None]
-        true = predict(model, part, ThroughFormat("bf16"))
+        true = predict(part, "bf16")
         p, top = true.exp(), true.argmax(-1)
         for name, s in zip(formats, sums):
-            found = predict(model, part, through(name))
+            found = predict(part, name)
             s["nats"] -= found.gather(-1, goal).double().sum().item()
             s["same"] += int((found.argmax(-1) == top).sum())
             s["kl"] += float((p * (true - found)).sum(-1).double().sum())
     return sums
 
 
-def predict(model, ids, cache) -> torch.Tensor:
-    return model(ids[:, :-1], cache).log_softmax(-1)
+def by_kernels(packed: PackedModel, ids: torch.Tensor, name: str) -> torch.Tensor:
+    """Log-probabilities [rows, T, vocabulary] of all rows side by side, one token a step."""
+    rows, length = ids.shape[0], ids.shape[1] - 1
+    each = -(-length // 16)
+    cache = PagedCache(packed.config, rows * each, 16, name, packed.dtype)
+    pages = torch.arange(rows * each, dtype=torch.int32)
+    out = []
+    for at in range(length):
+        seqs = torch.tensor([[1, at + 1, i * each] for i in range(rows)], dtype=torch.int32)
+        out.append(packed.run(ids[:, at].tolist(), torch.full((rows,), at), seqs, pages, cache, list(range(rows)))[0].float().log_softmax(-1))
+    return torch.stack(out, 1)
 
 
 def on_gaussian(name: str, widths=(512, 64), rows: int = 4096, rounds: int = 9) -> dict:
@@ -114,7 +129,7 @@ def main() -> None:
     tokenizer = lamoe.Tokenizer.load(step / "model")
     text_bytes = sum(len(tokenizer.decode(row[1:].tolist()).encode()) for row in ids)
     targets, widths = ids.shape[0] * args.seq, model.config.cache_row
-    sums = dict(zip(codec.FORMATS, compare(model, ids, list(codec.FORMATS))))
+    sums = dict(zip(codec.FORMATS, compare(ids, list(codec.FORMATS), lambda part, name: model(part[:, :-1], ThroughFormat(name)).log_softmax(-1))))
 
     print(f"{step}: {targets} held-out tokens, {text_bytes} bytes, rows of {args.seq}; a cache row is {widths[0]} + {widths[1]} elements")
     print("| format | bytes of a row | bits an element | bits/byte | change | top-1 same | KL | bytes of 512 + 64 | bits an element | rel. rms error, Gaussian 512 / 64 "
@@ -128,6 +143,13 @@ def main() -> None:
         out["formats"][name] = r
         print(f"| {name} | {r['row_bytes']} | {r['bits_per_element']:.2f} | {bpb:.4f} | {r['change_percent']:+.4f} % | {r['top1_percent']:.2f} % | {r['kl']:.1e} | {r['v2_row_bytes']} | "
               f"{r['v2_bits_per_element']:.2f} | {r['relative_rms'][0]:.4f} / {r['relative_rms'][1]:.4f} | {r['encode_ms']:.2f} ms | {r['decode_ms']:.2f} ms |")
+    if native.available():
+        packed = PackedModel.of(lamoe.load(step / "model", dtype=torch.bfloat16), "bf16", args.threads)
+        formats = ["bf16", "int8", "6bit", "4bit"]
+        print("\n| by the kernels | change of bits/byte | top-1 same | KL |\n|---|---|---|---|")
+        for name, s in (found := dict(zip(formats, compare(ids, formats, lambda part, name: by_kernels(packed, part, name))))).items():
+            out["formats"][name]["kernels"] = r = {"change_percent": 100 * (s["nats"] / found["bf16"]["nats"] - 1), "top1_percent": 100 * s["same"] / targets, "kl": s["kl"] / targets}
+            print(f"| {name} | {r['change_percent']:+.4f} % | {r['top1_percent']:.2f} % | {r['kl']:.1e} |")
     print(json.dumps(out))
 
 

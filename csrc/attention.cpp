@@ -22,11 +22,12 @@ constexpr int kOutLanes = 4;
 template <int E>
 INLINE vf dot_unit(vf acc, vw w, const void* x) { return E == FP32 ? dot_f32(acc, w, x) : dot_bf16(acc, w, x); }
 
-// Lines of memory that will be wanted soon, asked for one by one while there is something to compute.
-struct Ahead {
-  const uint8_t *p, *end;
+struct Ahead : Soon {
   INLINE void next() {
     if (p < end) __builtin_prefetch(p, 0, 2), p += 64;
+  }
+  INLINE void after() {  // where loads are not what a loop waits for: among scores the same lines cost more than they bring
+    if (later < later_end) __builtin_prefetch(later, 0, 2), later += 64;
   }
 };
 
@@ -148,13 +149,14 @@ void all_score_ints(const int8_t* rows, size_t stride, const float* step, const 
 
 // o[lane][16 c ..] = o * fix[lane] + unit[lane] * the sum over fours of rows of weights times bytes; L lanes, C vectors of columns at once
 template <int L, int C>
-void add_ints(const uint8_t* quads, const uint8_t* p, int fours, float* o, int width, const float* fix, const float* unit) {
+void add_ints(const uint8_t* quads, const uint8_t* p, int fours, float* o, int width, const float* fix, const float* unit, Ahead& ahead) {
   vw acc[L][C];
   UNROLL for (int i = 0; i < L; i++)
     UNROLL for (int c = 0; c < C; c++) acc[i][c] = wset(0);
   for (int t = 0; t < fours; t++) {
     vw w[C];
     UNROLL for (int c = 0; c < C; c++) w[c] = wload(quads + (16 * c + t) * 64);
+    ahead.after();
     UNROLL for (int i = 0; i < L; i++)
       UNROLL for (int c = 0; c < C; c++) acc[i][c] = dot_bytes(acc[i][c], w[c], p + 64 * t + 4 * i);
   }
@@ -166,10 +168,10 @@ void add_ints(const uint8_t* quads, const uint8_t* p, int fours, float* o, int w
 }
 
 template <int L, int C>
-void add_lane_ints(int lanes, const uint8_t* quads, const uint8_t* p, int fours, float* o, int width, const float* fix, const float* unit) {
-  for (; lanes >= L; lanes -= L, p += 4 * L, o += size_t(L) * width, fix += L, unit += L) add_ints<L, C>(quads, p, fours, o, width, fix, unit);
+void add_lane_ints(int lanes, const uint8_t* quads, const uint8_t* p, int fours, float* o, int width, const float* fix, const float* unit, Ahead& ahead) {
+  for (; lanes >= L; lanes -= L, p += 4 * L, o += size_t(L) * width, fix += L, unit += L) add_ints<L, C>(quads, p, fours, o, width, fix, unit, ahead);
   if constexpr (L > 1) {
-    if (lanes) add_lane_ints<L / 2, C>(lanes, quads, p, fours, o, width, fix, unit);
+    if (lanes) add_lane_ints<L / 2, C>(lanes, quads, p, fours, o, width, fix, unit, ahead);
   }
 }
 
@@ -201,9 +203,9 @@ void pack_lanes_ints(const Codec& c, const float* const* q, int n_lanes, void* o
 // Weights p of a lane become bytes: times the step of their rows, as shares of the largest of the tile. What rounding leaves over goes to the next row, so that
 // many small weights beside a large one keep their sum.
 void attend_ints(const Codec& c, const void* tile, int n, int r0, float scale, const Lanes& lanes, int n_lanes, float* m, float* l, float* o, void* scratch,
-                 const void* soon, size_t soon_bytes) {
+                 const Soon& soon) {
   const int width = c.w[0];
-  Ahead ahead{(const uint8_t*)soon, (const uint8_t*)soon + soon_bytes};
+  Ahead ahead{soon};
   const int8_t* bytes = (const int8_t*)tile;
   const uint8_t* quads = (const uint8_t*)tile + 64 * size_t(width);
   const float* step = (const float*)(quads + 64 * size_t(width));
@@ -242,13 +244,13 @@ void attend_ints(const Codec& c, const void* tile, int n, int r0, float scale, c
   float fixes[16], units[16];
   vstore(fixes, fix);
   vstore(units, most * vset(1.f / kMostByte));
-  for (int k = 0; k < width; k += 32) add_lane_ints<kOutLanes / 2, 2>(n_lanes, quads + size_t(k) * 64, p, (n + 3) / 4, o + k, width, fixes, units);
+  for (int k = 0; k < width; k += 32) add_lane_ints<kOutLanes / 2, 2>(n_lanes, quads + size_t(k) * 64, p, (n + 3) / 4, o + k, width, fixes, units, ahead);
 }
 
 // scratch: 64 x 16 scores and as many probabilities. A tile's rows may be read up to 15 elements beyond v0 + vw: leave room behind the last one.
 void attend_tile(int elem, const void* tile, int stride, int n, int r0, int k0, int kw, int v0, int vw, float scale, const Lanes& lanes, int n_lanes, float* m,
-                 float* l, float* o, void* scratch, const void* soon, size_t soon_bytes) {
-  const Ahead ahead{(const uint8_t*)soon, (const uint8_t*)soon + soon_bytes};
+                 float* l, float* o, void* scratch, const Soon& soon) {
+  const Ahead ahead{soon};
   if (elem == FP32) attend<FP32>((const uint8_t*)tile, size_t(stride) * 4, n, r0, k0, kw, v0, vw, scale, lanes, n_lanes, m, l, o, (uint8_t*)scratch, ahead);
   else attend<BF16>((const uint8_t*)tile, size_t(stride) * 2, n, r0, k0, kw, v0, vw, scale, lanes, n_lanes, m, l, o, (uint8_t*)scratch, ahead);
 }

@@ -204,7 +204,7 @@ auto attend(int elem, In<uint8_t, 2> rows, In<float, 2> q, In<int32_t, 1> last, 
       const int count = int(std::min<int64_t>(64, end - r));
       std::fill(tile.begin(), tile.end(), 0xff);  // what lies behind the rows: NaN
       std::copy(rows.data() + r * rows.shape(1), rows.data() + (r + count) * rows.shape(1), tile.begin());
-      op.attend_tile(elem, tile.data(), stride, count, int(r), k0, kw, v0, vw, scale, {packed.data(), seen}, lanes, p, p + 16, p + 32, scratch.data(), nullptr, 0);
+      op.attend_tile(elem, tile.data(), stride, count, int(r), k0, kw, v0, vw, scale, {packed.data(), seen}, lanes, p, p + 16, p + 32, scratch.data(), {});
     }
   }
   for (int i = 0; i < lanes; i++) op.combine(states.data(), state, int(chunks), i, vw, out.data() + size_t(i) * vw);
@@ -245,7 +245,7 @@ auto attend_ints(const std::vector<int>& format, In<uint8_t, 2> rows, In<float, 
       const uint8_t* at[64];
       for (int i = 0; i < count; i++) at[i] = rows.data() + (r + i) * c.row;
       op.decode_ints(c, at, count, tile.data());
-      op.attend_ints(c, tile.data(), count, int(r), scale, {packed.data(), seen}, lanes, p, p + 16, p + 32, scratch.data(), nullptr, 0);
+      op.attend_ints(c, tile.data(), count, int(r), scale, {packed.data(), seen}, lanes, p, p + 16, p + 32, scratch.data(), {});
     }
   }
   for (int i = 0; i < lanes; i++) op.combine(states.data(), state, int(chunks), i, c.w[0], out.data() + size_t(i) * c.w[0]);

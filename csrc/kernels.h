@@ -22,11 +22,11 @@ void encode(const Codec& c, const float* row, uint8_t* out);
 void decode(const Codec& c, const uint8_t* in, int elem, void* out);
 
 void attend_tile(int elem, const void* tile, int stride, int n, int r0, int k0, int kw, int v0, int vw, float scale, const Lanes& lanes, int n_lanes, float* m,
-                 float* l, float* o, void* scratch, const void* soon, size_t soon_bytes);
+                 float* l, float* o, void* scratch, const Soon& soon);
 void decode_ints(const Codec& c, const uint8_t* const* rows, int n, void* tile);
 void pack_lanes_ints(const Codec& c, const float* const* q, int n_lanes, void* out);
 void attend_ints(const Codec& c, const void* tile, int n, int r0, float scale, const Lanes& lanes, int n_lanes, float* m, float* l, float* o, void* scratch,
-                 const void* soon, size_t soon_bytes);
+                 const Soon& soon);
 void combine(const float* states, size_t step, int count, int lane, int vw, float* out);
 void pack_lanes(int elem, const float* const* q, int n_lanes, int width, void* out);
 void rows_as_mat(int elem, const void* rows, int stride, int col, int width, int n, void* out);

@@ -12,6 +12,7 @@ constexpr int kRowsTile = 64;      // cache rows that are decoded together
 constexpr int kExpandRows = 1024;  // rows whose keys and values exist at once in the expanded form
 constexpr int kValueRows = 256;    // of those, how many share a softmax pass
 constexpr int kQueryRows = 24;
+constexpr size_t kLaterTile = 512 * 64, kLaterMost = 16 << 20;  // bytes of weights asked for during attention to a tile, and in all
 
 size_t align(size_t n) { return (n + 63) / 64 * 64; }
 int size_of(int elem) { return elem == FP32 ? 4 : 2; }
@@ -267,6 +268,22 @@ void Model::few(const Layer& l, const uint8_t* rows, const std::vector<SeqStep>&
     else op.pack_lanes(elem, q, blocks[b].lanes, kw, lanes + b * lanes_size);
   });
   const int row = cache.codec.w[0] + cache.codec.w[1];
+  // Attention to integers computes more than it reads: weights that every token needs after it come closer meanwhile, as far as a last-level cache holds them.
+  std::vector<std::pair<const uint8_t*, size_t>> later;
+  size_t all_later = 0;
+  const auto want = [&](const Mat& m) {
+    if (!m.data || !ints) return;
+    const size_t size = std::min(mat_bytes(m.fmt, m.n, m.k), kLaterMost - std::min(kLaterMost, all_later));
+    later.push_back({m.data, size}), all_later += size;
+  };
+  for (const Mat& m : l.uv) want(m);
+  for (const Mat* m : {&l.wo, &l.gate, &l.w13, &l.w2}) want(*m);
+  std::vector<size_t> tiles_before{0};
+  for (const Item& item : items) {
+    const int end = seqs[item.seq].end, size = chunk_rows(end);
+    tiles_before.push_back(tiles_before.back() + (std::min(end, (item.chunk + 1) * size) - item.chunk * size + kRowsTile - 1) / kRowsTile);
+  }
+  const size_t each_later = std::min(align(all_later / tiles_before.back()), kLaterTile);
   pool_.run(int(items.size()), [&](int i, int thread) {
     const SeqStep& s = seqs[items[i].seq];
     const int size = chunk_rows(s.end), from = items[i].chunk * size, to = std::min(s.end, from + size);
@@ -304,11 +321,22 @@ void Model::few(const Layer& l, const uint8_t* rows, const std::vector<SeqStep>&
         float* p = partial + (blocks[b].first_state + items[i].chunk) * state;
         const int g = blocks[b].g;
         const Lanes some{lanes + b * lanes_size, &last[16 * b]};
-        const size_t soon_bytes = b == b0 && soon ? size_t(next) * cache.codec.row : 0;
-        if (ints) op.attend_ints(cache.codec, tile, count, r, c.softmax_scale, some, blocks[b].lanes, p, p + 16, p + 32, tmp, soon, soon_bytes);
+        Soon coming;
+        if (b == b0) {
+          if (soon) coming.p = soon, coming.end = soon + size_t(next) * cache.codec.row;
+          size_t at = (tiles_before[i] + (r - from) / kRowsTile) * each_later;
+          for (const auto& [data, size] : later) {
+            if (at < size) {
+              coming.later = data + at, coming.later_end = data + std::min(size, at + each_later);
+              break;
+            }
+            at -= size;
+          }
+        }
+        if (ints) op.attend_ints(cache.codec, tile, count, r, c.softmax_scale, some, blocks[b].lanes, p, p + 16, p + 32, tmp, coming);
         else
           op.attend_tile(elem, here ? (const char*)here : tile, row, count, r, g * kw, kw, c.latent ? 0 : kv * kw + g * vw, vw, c.softmax_scale, some, blocks[b].lanes, p,
-                         p + 16, p + 32, tmp, soon, soon_bytes);
+                         p + 16, p + 32, tmp, coming);
       }
     }
   });

@@ -89,6 +89,11 @@ struct Lanes {
   const int* last;  // [16] last visible row of each lane, relative to the first row of the pass
 };
 
+// Memory that will be read: asked for line by line while there is something to compute. `p` to `end` next, `later` to `later_end` some time after that.
+struct Soon {
+  const uint8_t *p = nullptr, *end = nullptr, *later = nullptr, *later_end = nullptr;
+};
+
 struct Ops {
   const char* name;
   // weights
@@ -110,14 +115,14 @@ struct Ops {
   void (*encode)(const Codec& c, const float* row, uint8_t* out);
   void (*decode)(const Codec& c, const uint8_t* in, int elem, void* out);  // elem FP32 or BF16
   // attention over decoded rows (elem FP32 or BF16), keys at column k0 (kw wide), values at v0 (vw wide): one tile of up to 64 rows.
-  // state: m[16], l[16], o[16][vw]; rows at index r0 .. r0+n of the pass. soon: memory that will be read next
+  // state: m[16], l[16], o[16][vw]; rows at index r0 .. r0+n of the pass
   void (*attend_tile)(int elem, const void* tile, int stride, int n, int r0, int k0, int kw, int v0, int vw, float scale, const Lanes& lanes, int n_lanes,
-                      float* m, float* l, float* o, void* scratch, const void* soon, size_t soon_bytes);
+                      float* m, float* l, float* o, void* scratch, const Soon& soon);
   // the same over rows as integers (has_ints): a tile of n rows, queries, and attention; the latent's bytes are keys and values
   void (*decode_ints)(const Codec& c, const uint8_t* const* rows, int n, void* tile);
   void (*pack_lanes_ints)(const Codec& c, const float* const* q, int n_lanes, void* out);
   void (*attend_ints)(const Codec& c, const void* tile, int n, int r0, float scale, const Lanes& lanes, int n_lanes, float* m, float* l, float* o, void* scratch,
-                      const void* soon, size_t soon_bytes);
+                      const Soon& soon);
   // partial states of `count` chunks, `step` floats apart (m, l, o as above), into one row of vw floats for a lane
   void (*combine)(const float* states, size_t step, int count, int lane, int vw, float* out);
   void (*pack_lanes)(int elem, const float* const* q, int n_lanes, int width, void* out);  // a query per lane -> [units][16]
