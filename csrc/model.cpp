@@ -510,19 +510,22 @@ void Model::feed_forward(const Layer& l, int n, int16_t* chosen) {
   down(segs, out);
 }
 
-// x += w2 act of every segment. An item owns 64 columns of the output, so sums have one order: segments as they stand.
+// x += w2 act of every segment. An item owns 64 columns of the output, so its sums have one order: segments as they stand, or the first one last. That one
+// may have all tokens (a shared expert), which is arithmetic where the others are reading: by turns, so that not all threads are at it together.
 void Model::down(const std::vector<Seg>& segs, const std::vector<const Acts*>& acts) {
   constexpr int kChunk = 192;
-  const int d = config.hidden;
-  pool_.run((d + kBlock - 1) / kBlock, [&](int i, int thread) {
+  const int d = config.hidden, items = (d + kBlock - 1) / kBlock, count = int(segs.size());
+  pool_.run(items, [&](int i, int thread) {
+    const bool turned = (i + (i >= items / 2)) % 2;
     const int width = std::min(kBlock, d - i * kBlock);
     char* s = (char*)scratch(thread);
     float* y = (float*)s;
-    for (size_t k = 0; k < segs.size(); k++) {
+    for (int at = 0; at < count; at++) {
+      const int k = (at + turned) % count, next = (k + 1) % count;
       const Seg& g = segs[k];
       const Mat m = tile_of(g.w2, i * 4);
-      const bool more = k + 1 < segs.size(), over = (i + 1) * kBlock < d;  // over: the next item is likely ours too
-      const uint8_t* then = more ? tile_of(segs[k + 1].w2, i * 4).data : over ? tile_of(segs[0].w2, (i + 1) * 4).data : nullptr;
+      const bool more = at + 1 < count, over = i + 1 < items;  // over: the next item is likely ours too
+      const uint8_t* then = more ? tile_of(segs[next].w2, i * 4).data : over ? tile_of(segs[turned ? 0 : 1 % count].w2, (i + 1) * 4).data : nullptr;
       for (int r = 0; r < g.rows; r += kChunk) {
         const int rows = std::min(kChunk, g.rows - r);
         ops().linear(m, 0, tiles(width), *acts[k], g.row0 + r, rows, y, kBlock, s + size_t(kChunk) * kBlock * 4, r + rows < g.rows ? m.data : then);
