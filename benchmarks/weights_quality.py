@@ -9,7 +9,8 @@ root-mean-square error of the weights; bits per byte and its change against the 
 nats; share of positions with the same most likely token. W^UK and W^UV (kv_b_proj) have 8 bits in every format, as lamoe keeps them.
 
 Rows `kernels ...` are the packed model on the compiled kernels, activations rounded to 8 bits, attention in bfloat16, a bf16 cache; `folder NAME` is the same of
-what `lamoe quantize` made (--packed), whatever its options. Formats of llama.cpp: Q4_0 and Q8_0 by the `gguf` package (pip install gguf; no extra of lamoe has it), K quants by llama.cpp's own library (--ggml: the folder of libggml-base.so), which want rows of
+what `lamoe quantize` made (--packed), whatever its options.
+Formats of llama.cpp: Q4_0 and Q8_0 by the `gguf` package (pip install gguf; no extra of lamoe has it), K quants by llama.cpp's own library (--ggml: the folder of libggml-base.so), which want rows of
 256: shorter rows are filled up with zeros (the bits stated are the format's). Q4_K_M is its mixture: Q6_K for the head and for half of the
 layers' value and down projections, else Q4_K. "+ text": as --calibrate does it (int4), or with an importance matrix (K quants), over the same rows;
 "+ importance" is int4 with the same importance matrix and no error feedback. "int4 with int8 head" is about as large as Q4_K_M.
