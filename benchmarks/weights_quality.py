@@ -8,8 +8,9 @@ held-out rows of `seq` tokens with teacher forcing, in float32. Columns: bits a 
 root-mean-square error of the weights; bits per byte and its change against the unrounded model; mean KL(unrounded || rounded) of the next token in
 nats; share of positions with the same most likely token. W^UK and W^UV (kv_b_proj) have 8 bits in every format, as lamoe keeps them.
 
-Rows `kernels ...` are the packed model on the compiled kernels, activations rounded to 8 bits, attention in bfloat16, a bf16 cache. Formats
-of llama.cpp: Q4_0 and Q8_0 by the `gguf` package (pip install gguf; no extra of lamoe has it), K quants by llama.cpp's own library (--ggml: the folder of libggml-base.so), which want rows of
+Rows `kernels ...` are the packed model on the compiled kernels, activations rounded to 8 bits, attention in bfloat16, a bf16 cache; `folder NAME` is the same of
+what `lamoe quantize` made (--packed), whatever its options.
+Formats of llama.cpp: Q4_0 and Q8_0 by the `gguf` package (pip install gguf; no extra of lamoe has it), K quants by llama.cpp's own library (--ggml: the folder of libggml-base.so), which want rows of
 256: shorter rows are filled up with zeros (the bits stated are the format's). Q4_K_M is its mixture: Q6_K for the head and for half of the
 layers' value and down projections, else Q4_K. "+ text": as --calibrate does it (int4), or with an importance matrix (K quants), over the same rows;
 "+ importance" is int4 with the same importance matrix and no error feedback. "int4 with int8 head" is about as large as Q4_K_M.
@@ -31,7 +32,7 @@ import torch
 from cache import single_document_rows
 
 import lamoe
-from lamoe import calibrate, packed_file
+from lamoe import calibrate, packed, packed_file
 from lamoe.convert import hf
 from lamoe.engine import score
 from lamoe.kernels import native
@@ -148,6 +149,13 @@ def rounded(model: lamoe.Transformer, round_: Round, found: dict[str, torch.Tens
     return out, bits / weights, math.sqrt(error / power)
 
 
+def stated_bits(run: PackedModel) -> float:
+    """Of the matrices that `rounded` rounds, by their formats: without filling."""
+    found = packed.classes(run.config, run.weights, packed.pieces(run.config, run.weights, run.head), run.head)
+    every = [found[kind] for kind in ("attention", "dense ffn", "experts", "shared experts", "head") if kind in found]
+    return sum(native.BITS[c.formats[0]] * c.elements for c in every) / sum(c.elements for c in every)
+
+
 # ---- measuring -------------------------------------------------------------------------------------------------------------
 @torch.inference_mode()
 def predict(model, ids: torch.Tensor, batch: int = 4):
@@ -191,6 +199,7 @@ def main() -> None:
     parser.add_argument("--calibrate", action="append", help="text source; default: what the run was trained on")
     parser.add_argument("--calibrate-tokens", type=int, default=32768)
     parser.add_argument("--ggml", type=Path, help="a build of llama.cpp, for K quants")
+    parser.add_argument("--packed", type=Path, action="append", default=[], help="a folder that `lamoe quantize` made of this model")
     parser.add_argument("--only", help="formats, comma separated")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -199,9 +208,11 @@ def main() -> None:
     tokenizer, model = lamoe.Tokenizer.load(step), lamoe.load(step, dtype=torch.float32)
     ids = text_rows(tokenizer, args.text, args.seq, args.tokens) if args.text else single_document_rows(args.model / "data", args.seq, args.tokens)
     text_bytes = sum(len(tokenizer.decode(row[1:].tolist()).encode()) for row in ids)
-    texts = [d.text for d in read_documents(args.calibrate)] if args.calibrate else training_texts(args.model, tokenizer)
-    rows = calibrate.rows_of(tokenizer, texts, model.config, args.calibrate_tokens)
-    found = {k: v for part in calibrate.moments(model.config, packed_file.reader(step, model.config), rows, torch.float32) for k, v in part.items()}
+    wanted, found = args.only and args.only.split(","), {}
+    if not wanted or any(" + " in name for name in wanted):
+        texts = [d.text for d in read_documents(args.calibrate)] if args.calibrate else training_texts(args.model, tokenizer)
+        rows = calibrate.rows_of(tokenizer, texts, model.config, args.calibrate_tokens)
+        found = {k: v for part in calibrate.moments(model.config, packed_file.reader(step, model.config), rows, torch.float32) for k, v in part.items()}
     formats = {"int8": (ours("int8"), {}), "Q8_0": (by_gguf("Q8_0"), {}), "int4": (ours("int4"), {}),
                "int4 + importance": (ours("int4", False), found), "int4 + text": (ours("int4"), found),
                "int4 with int8 head": (with_int8_head, {}), "int4 with int8 head + text": (with_int8_head, found), "Q4_0": (by_gguf("Q4_0"), {})}
@@ -209,24 +220,28 @@ def main() -> None:
         lib, mix = open_ggml(args.ggml), q4_k_m(model.config.num_hidden_layers)
         formats |= {"Q4_K": (by_ggml(lib, lambda d: "Q4_K"), {}), "Q4_K + text": (by_ggml(lib, lambda d: "Q4_K"), found),
                     "Q4_K_M": (by_ggml(lib, mix), {}), "Q4_K_M + text": (by_ggml(lib, mix), found)}
-    kernels = {f"kernels {f}": f for f in ("bf16", "int8", "int4")}
+    kernels = {f"kernels {f}": (f, None) for f in ("bf16", "int8", "int4")} | {"kernels int4 with int8 head": ("int4", "int8")}
+    folders = {f"folder {folder.name}": folder for folder in args.packed}
     plain = untied(model)
     true = list(predict(plain, ids))
     base = -sum(float(t.gather(-1, part[:, 1:, None]).double().sum()) for t, part in zip(true, ids.split(4)))
     print(f"{step}: {ids.shape[0] * args.seq} tokens, {text_bytes} bytes, rows of {args.seq}; unrounded {base / math.log(2) / text_bytes:.4f} bits/byte")
-    print("format                     bits   rel. error  bits/byte     change         KL  top-1 same")
+    print("format                       bits   rel. error  bits/byte     change         KL  top-1 same")
     out = {"model": str(step), "tokens": ids.shape[0] * args.seq, "text_bytes": text_bytes, "bits_per_byte": base / math.log(2) / text_bytes, "formats": {}}
-    for name in [*formats, *kernels]:
-        if args.only and name not in args.only.split(","):
+    for name in [*formats, *kernels, *folders]:
+        if wanted and name not in wanted:
             continue
         if name in formats:
             run, bits, error = rounded(plain, *formats[name])
         else:
-            run, bits, error = PackedModel.of(model, kernels[name], args.threads), native.BITS[kernels[name]], float("nan")
+            run = packed_file.load(folders[name], args.threads) if name in folders else PackedModel.of(model, kernels[name][0], args.threads, kernels[name][1])
+            if run.config != model.config:
+                raise ValueError(f"{folders[name]} was not made of {step}: its config is another one")
+            bits, error = stated_bits(run), float("nan")
         r = compare(true, run, ids)
         r |= {"bits": bits, "relative_rms": error, "bits_per_byte": r["nats"] / math.log(2) / text_bytes, "change_percent": 100 * (r.pop("nats") / base - 1)}
         out["formats"][name] = r
-        print(f"{name:25s} {bits:5.2f} {error:11.4f} {r['bits_per_byte']:10.4f} {r['change_percent']:+9.4f}% {r['kl']:10.3e} {r['top1_percent']:10.2f}%", flush=True)
+        print(f"{name:27s} {bits:5.2f} {error:11.4f} {r['bits_per_byte']:10.4f} {r['change_percent']:+9.4f}% {r['kl']:10.3e} {r['top1_percent']:10.2f}%", flush=True)
     print(json.dumps(out))
 
 

@@ -82,15 +82,15 @@ class Line:
         return self.rate / statistics.median(self.peer)
 
 
-def random_model(config: ModelConfig, weights: str, threads: int = 0) -> PackedModel:
-    """A packed model of random weights with a standard deviation of about 0.02. ValueError when memory has no room for it."""
+def random_model(config: ModelConfig, weights: str, threads: int = 0, head: str | None = None) -> PackedModel:
+    """A packed model of random weights (weights, head: packed.pieces) with a standard deviation of about 0.02. ValueError when memory has no room for it."""
     elem = packed.element(weights)
-    size, free = sum(packed.piece_bytes(p, elem) for p in packed.pieces(config, weights)), available_memory()
+    size, free = sum(packed.piece_bytes(p, elem) for p in packed.pieces(config, weights, head)), available_memory()
     if free is not None and size > free:
         raise ValueError(f"the weights in {weights} take {size / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are left; take a smaller model, fewer layers (num_hidden_layers in a config.json) "
                          "or a narrower format")
     noise = torch.randint(0, 256, (_FILL,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return PackedModel(config, weights, {p.key: _fill(p, elem, noise) for p in packed.pieces(config, weights)}, threads)
+    return PackedModel(config, weights, {p.key: _fill(p, elem, noise) for p in packed.pieces(config, weights, head)}, threads, head)
 
 
 def _fill(piece: Piece, elem: str, noise: torch.Tensor) -> tuple[torch.Tensor, list[float]]:

@@ -95,11 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--needle-draws", type=int, default=8, metavar="N", help="needles per depth and length")
     p.add_argument("--out", help="folder for report.md, report.json and report.png; default: the run folder, else nothing is written")
     p.add_argument("--weights", choices=("fp32", "bf16", "int8", "int4"), help="measure the model with its weights in this format, on the compiled kernels")
+    _head(p)
 
     p = verb(quantize, "pack a model's weights for the compiled kernels, into a folder that is memory-mapped; goes on where an interrupted call stopped")
     p.add_argument("source", help="a run folder, a model folder or a hub id")
     p.add_argument("target", help="a new folder")
     p.add_argument("--weights", choices=("fp32", "bf16", "int8", "int4"), default="int4", help="int4: 4.5 bits a weight with all scales, int8: 8.5 (default: int4)")
+    _head(p)
     p.add_argument("--calibrate", metavar="TEXT", help="a text source (file, folder, glob, .jsonl): the error of each weight is made up for by those after it, as inputs on that text go together")
     p.add_argument("--calibrate-tokens", type=int, default=32768, help="tokens of it, spread evenly")
     p.add_argument("--threads", type=int, default=0)
@@ -115,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     p = verb(bench, "measure speed beside the machine's limits: load, prompts, decoding at depth, batches; a preset runs on random weights")
     p.add_argument("model", help=f"a preset ({', '.join(PRESETS)}) or a config.json, on random weights; or a packed folder, a run or a model folder")
     p.add_argument("--weights", default="int4", help="fp32, bf16, int8 or int4; a packed folder has its own")
+    _head(p)
     p.add_argument("--cache", default="bf16", help="storage format of the cache: fp32, bf16, int8, 6bit or 4bit")
     p.add_argument("--threads", type=int, default=0)
     p.add_argument("--prefill", type=_prompts, default="512,2048,512@4096", metavar="N,N@D", help="lengths of prompts; N@D: behind D cached tokens (default: %(default)s)")
@@ -135,6 +138,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--max-shard-size", type=parse_bytes, default=5_000_000_000)
     p.add_argument("--overwrite", action="store_true")
     return parser
+
+
+def _head(p: argparse.ArgumentParser) -> None:
+    """The format of the output head, beside --weights."""
+    p.add_argument("--head", choices=("fp32", "bf16", "int8", "int4"), help="another format for the output head alone, for example int8 with int4 weights (default: that of the weights)")
 
 
 def _memory(p: argparse.ArgumentParser, length: str, memory: str) -> None:
@@ -227,7 +235,7 @@ def evaluate(args) -> int:
         raise ValueError("--seq-len needs --data; a run is measured at the length it was trained with")
     if args.needle and args.seq_len is not None:
         raise ValueError("--seq-len goes with text; the lengths of a needle test are those of --needle")
-    model, tok = _load(args.model, None, 0, args.weights)
+    model, tok = _load(args.model, None, 0, args.weights, args.head)
     run = Path(args.model)
     if args.needle:
         result = report.evaluate_needle(model, tok, args.needle, args.data or ["austen"], args.needle_depths, args.needle_draws,
@@ -240,7 +248,7 @@ def evaluate(args) -> int:
         result = report.evaluate_run(model, tok, run)
     else:
         raise ValueError(f"{args.model} is not a run folder, so there is no held-out text; name some with --data")
-    out = Path(args.out) if args.out else run if not args.data and not args.weights and (run / "recipe.json").exists() else None
+    out = Path(args.out) if args.out else run if not args.data and not args.weights and not args.head and (run / "recipe.json").exists() else None
     name = f"lamoe: {run.name or args.model}"
     text = report.needle_markdown(result, name) if args.needle else report.markdown(result, name)
     print(text)
@@ -294,10 +302,10 @@ def bench(args) -> int:
     peer = b.Peer(args.peer_model or "", threads) if args.peer else None
     b.progress(f"{args.model}: weights")
     if args.model in PRESETS or args.model.endswith(".json"):
-        model = b.random_model(_config(args.model)[0], args.weights, threads)
+        model = b.random_model(_config(args.model)[0], args.weights, threads, args.head)
     else:
         folder = resolve(find_model(args.model))
-        model = llm.load_runnable(folder, None if packed_file.is_packed(folder) else args.weights, None, threads)
+        model = llm.load_runnable(folder, None if packed_file.is_packed(folder) else args.weights, None, threads, head=args.head)
     loaded, limit = time.perf_counter() - begin, model.config.max_position_embeddings
     depths, prefills = [d for d in args.depth if d < limit], [(n, d) for n, d in args.prefill if n + d <= limit]
     if beyond := [f"--depth {d}" for d in args.depth if d not in depths] + [f"--prefill {n}@{d}" for n, d in args.prefill if (n, d) not in prefills]:
@@ -311,11 +319,11 @@ def bench(args) -> int:
     else:
         b.measure(run, lines, args.rounds, b.progress)
     weights = sum(model.nbytes.values())
-    print(f"{args.model}: weights {model.weights}, {weights / 1e9:.3g} GB, ready in {loaded:.1f} s; cache {args.cache}; {threads} threads, {native.lib.isa()}; "
+    print(f"{args.model}: weights {model.weights}, head {model.head}, {weights / 1e9:.3g} GB, ready in {loaded:.1f} s; cache {args.cache}; {threads} threads, {native.lib.isa()}; "
           f"peak memory {b.peak_rss() / 1e9:.2f} GB\n"
           f"probed: {machine.read / 1e9:.1f} GB/s read, {2 * machine.int8 / 1e9:.0f} Gop/s int8, {2 * machine.bf16 / 1e9:.0f} GFLOP/s bf16\n")
     print(b.table(lines, machine, model.weights) + (f"\n\n{b.peer_table(lines)}" if peer else ""))
-    result = {"model": args.model, "weights": model.weights, "cache": args.cache, "load_s": loaded, "weight_bytes": weights, "peak_rss": b.peak_rss(),
+    result = {"model": args.model, "weights": model.weights, "head": model.head, "cache": args.cache, "load_s": loaded, "weight_bytes": weights, "peak_rss": b.peak_rss(),
               "probe": vars(machine), **b.versions(threads), "lines": {x.name: b.figures(x) for x in lines}}
     print(json.dumps(result))
     return 0
@@ -344,20 +352,20 @@ def quantize(args) -> int:
     config, options, done = read_config(source), {}, []
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(f"packing as {args.weights}", total=sum(packed.piece_bytes(p, packed.element(args.weights)) for p in packed.pieces(config, args.weights)))
+        task = bar.add_task(f"packing as {args.weights}", total=sum(packed.piece_bytes(p, packed.element(args.weights)) for p in packed.pieces(config, args.weights, args.head)))
         if args.calibrate:
             from lamoe.tokenizer import Tokenizer
             from lamoe.train.sources import read_documents
 
-            if args.weights != "int4":
+            if "int4" not in (args.weights, args.head):
                 raise ValueError(f"--calibrate concerns int4; {args.weights} rounds every weight to the nearest value whatever its inputs are")
             rows = calibrate.rows_of(Tokenizer.load(source), [d.text for d in read_documents([args.calibrate])], config, args.calibrate_tokens)
             options = calibrate.options(source, config, rows, lambda layer: bar.update(task, description=f"calibrating, layer {layer}"))
-        for piece, size in packed_file.write(source, args.target, args.weights, **options):
+        for piece, size in packed_file.write(source, args.target, args.weights, head=args.head, **options):
             bar.update(task, advance=size, description=f"packing as {args.weights}")
             done.append(piece)
     print(f"{'class':<20} {'weights':>16} {'bytes':>16} {'bits a weight':>14}  format")
-    for kind, c in packed.classes(config, args.weights, done).items():
+    for kind, c in packed.classes(config, args.weights, done, args.head).items():
         print(f"{kind:<20} {c.elements:>16,} {c.bytes:>16,} {f'{8 * c.bytes / c.elements:.2f}' if c.elements else '-':>14}  {', '.join(c.formats)}")
     total = sum(packed.piece_bytes(p, packed.element(args.weights)) for p in done)
     print(f"{args.target} is complete: {human_bytes(total)}, {packed_file.bits(args.target):.2f} bits a weight in all")
@@ -419,8 +427,8 @@ def _ints(text: str) -> list[int]:
     return found
 
 
-def _load(name: str, dtype: str | None, threads: int, weights: str | None):
-    """(Transformer, or PackedModel of a packed folder or where `weights` asks for one; tokenizer)."""
+def _load(name: str, dtype: str | None, threads: int, weights: str | None, head: str | None):
+    """(Transformer, or PackedModel of a packed folder or where `weights` or `head` asks for one; tokenizer)."""
     import torch
 
     from lamoe import packed_file
@@ -431,9 +439,9 @@ def _load(name: str, dtype: str | None, threads: int, weights: str | None):
     if threads:
         torch.set_num_threads(threads)
     folder = resolve(find_model(name))
-    if weights is None and not packed_file.is_packed(folder):
+    if weights is None and head is None and not packed_file.is_packed(folder):
         return load(folder, dtype), Tokenizer.load(folder)
-    return llm.load_runnable(folder, weights, dtype, threads), Tokenizer.load(folder)
+    return llm.load_runnable(folder, weights, dtype, threads, head=head), Tokenizer.load(folder)
 
 
 def _config(name: str) -> tuple[ModelConfig, str, float]:

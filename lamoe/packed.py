@@ -1,8 +1,9 @@
 """A model with its weights packed for the compiled kernels: made from a Transformer or from the tensors of a checkpoint, run one step at a time.
 
-What is quantised: every linear and every expert, in one format. Not the embedding (a lookup), the router (float32: near ties must not flip) and
-the norms. W^UK and W^UV are kept per head, W^UK transposed (it acts on the query), never below 8 bits; the expanded form reads a 16-bit copy made
-of the same rounded values, so both forms are one model. File layout and loading: packed_file.py.
+What is quantised: every linear and every expert, in one format; the output head (of tied embeddings: its copy) in another where that is asked for.
+Not the embedding (a lookup), the router (float32: near ties must not flip) and the norms. W^UK and W^UV are kept per head, W^UK transposed (it acts
+on the query), never below 8 bits; the expanded form reads a 16-bit copy made of the same rounded values, so both forms are one model. File layout
+and loading: packed_file.py.
 """
 
 from __future__ import annotations
@@ -59,17 +60,20 @@ class Piece(NamedTuple):
         return self.n * self.k * self.count
 
 
-def pieces(config: ModelConfig, weights: str) -> Iterator[Piece]:
-    """All tensors of a packed model in the order of a step. `weights`: fp32 | bf16 | int8 | int4. ValueError for a geometry the kernels lack."""
+def pieces(config: ModelConfig, weights: str, head: str | None = None) -> Iterator[Piece]:
+    """All tensors of a packed model in the order of a step. `weights`: fp32 | bf16 | int8 | int4, `head`: the same for the output head, None: as the others.
+    ValueError for another format and for a geometry the kernels lack."""
     if why := lacks(config):
         raise ValueError(why)
-    elem = element(weights)
+    elem, head = element(weights), head or weights
+    if head not in WEIGHTS:
+        raise ValueError(f"unknown format {head!r} of the output head; known: {', '.join(WEIGHTS)}")
     yield Piece(-1, "embed", "raw", config.vocab_size, config.hidden_size, 1, lambda read, i: read("model.embed_tokens.weight"))
     for layer in range(config.num_hidden_layers):
         yield from _layer(config, layer, weights, elem)
     yield _vector(-1, "norm", config.hidden_size, "model.norm")
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    yield Piece(-1, "head", weights, config.vocab_size, config.hidden_size, 1, lambda read, i: read(head))
+    source = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    yield Piece(-1, "head", head, config.vocab_size, config.hidden_size, 1, lambda read, i: read(source))
 
 
 def element(weights: str) -> str:
@@ -189,15 +193,15 @@ class Class(NamedTuple):
     formats: tuple[str, ...]
 
 
-def classes(config: ModelConfig, weights: str, done: Iterable[Piece]) -> dict[str, Class]:
-    """{class: what it came to} of packed pieces. ValueError when a class that `weights` says is quantised is not there or not quantised."""
+def classes(config: ModelConfig, weights: str, done: Iterable[Piece], head: str | None = None) -> dict[str, Class]:
+    """{class: what it came to} of packed pieces. ValueError when a class that `weights` or `head` (`pieces`) says is quantised is not there or not quantised."""
     elem, out = element(weights), {}
     for p in done:
         c = out.get(kind := p.kind(config), Class(0, 0, ()))
         name = {None: "fp32", "raw": elem}.get(p.format, p.format)
         out[kind] = Class(c.elements + p.elements(config), c.bytes + piece_bytes(p, elem), tuple(dict.fromkeys([*c.formats, name])))
     fine = "int8" if weights == "int4" else weights
-    want = {"attention": weights, "head": weights} | ({"kv_b": fine} if config.is_mla else {})
+    want = {"attention": weights, "head": head or weights} | ({"kv_b": fine} if config.is_mla else {})
     if len(config.moe_layers) < config.num_hidden_layers:
         want["dense ffn"] = weights
     if config.is_moe:
@@ -210,10 +214,10 @@ def classes(config: ModelConfig, weights: str, done: Iterable[Piece]) -> dict[st
 
 
 class PackedModel:
-    """Runs steps over a PagedCache. `tensors`: {piece.key: (uint8 1-D, scales)}; they stay referenced, not copied."""
+    """Runs steps over a PagedCache. `tensors`: {piece.key: (uint8 1-D, scales)}; they stay referenced, not copied. weights, head: formats (`pieces`)."""
 
-    def __init__(self, config: ModelConfig, weights: str, tensors: dict[str, tuple[torch.Tensor, list[float]]], threads: int = 0):
-        self.config, self.weights, self.elem = config, weights, element(weights)
+    def __init__(self, config: ModelConfig, weights: str, tensors: dict[str, tuple[torch.Tensor, list[float]]], threads: int = 0, head: str | None = None):
+        self.config, self.weights, self.head, self.elem = config, weights, head or weights, element(weights)
         self.tensors, self.dtype = tensors, torch.float32 if self.elem == "fp32" else torch.bfloat16
         self.nbytes = {key: data.numel() for key, (data, _) in tensors.items()}
         c = config
@@ -227,7 +231,7 @@ class PackedModel:
                              group_limited=c.topk_method == "group_limited_greedy", normalise=c.norm_topk_prob, routed_scale=c.routed_scaling_factor)
         self._table = torch.empty(0, c.rope_dim)
         self.native = native.lib.Model(settings, threads or torch.get_num_threads())
-        for piece in pieces(config, weights):
+        for piece in pieces(config, weights, head):
             data, scales = tensors[piece.key]
             array = data.numpy()
             if piece.format is None:
@@ -240,20 +244,20 @@ class PackedModel:
                     self.native.set(piece.layer, "uv_elem", native.FORMATS[piece.format], piece.n, piece.k, array, scales)
 
     @classmethod
-    def of(cls, model: Transformer, weights: str | None = None, threads: int = 0) -> PackedModel:
+    def of(cls, model: Transformer, weights: str | None = None, threads: int = 0, head: str | None = None) -> PackedModel:
         """Pack a Transformer's weights (None: in the format of its parameters, exactly)."""
         dtype = model.embed.weight.dtype
         if weights is None:
             weights = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype)
             if weights is None:
                 raise ValueError(f"the compiled kernels compute in float32 and bfloat16, and the model is {dtype}; use impl='torch'")
-        return cls.read(model.config, weights, hf.views(model.config, dict(model.named_parameters())).__getitem__, threads)
+        return cls.read(model.config, weights, hf.views(model.config, dict(model.named_parameters())).__getitem__, threads, head)
 
     @classmethod
-    def read(cls, config: ModelConfig, weights: str, read: Read, threads: int = 0) -> PackedModel:
+    def read(cls, config: ModelConfig, weights: str, read: Read, threads: int = 0, head: str | None = None) -> PackedModel:
         """Pack the tensors that `read` gives, one at a time."""
         elem, tensors = element(weights), {}
-        for piece in pieces(config, weights):
+        for piece in pieces(config, weights, head):
             if piece.format in (None, "raw"):  # one array; where nothing needs a cast it is the memory that `read` gave
                 tensors[piece.key] = next(build(piece, read, elem))[0], [1.0]
                 continue
@@ -263,7 +267,7 @@ class PackedModel:
                 scales.append(scale)
                 at += len(part)
             tensors[piece.key] = data, scales
-        return cls(config, weights, tensors, threads)
+        return cls(config, weights, tensors, threads, head)
 
     def _turns(self, length: int) -> torch.Tensor:
         """[at least length, R]: cos | sin of every position. Made once and again when the text grows beyond it: most of a small step's time in Python."""

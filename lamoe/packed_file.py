@@ -1,7 +1,7 @@
-"""A packed model as a folder: config.json with `quantization_config` {"quant_method": "lamoe", "weights": FORMAT, "version", "source": what it was
-made from, "calibration": the rows it was calibrated on}, tokenizer files, and packed-NNNNN.safetensors in kernel layout, one for each layer and one
-for embedding, norm and head. Files are memory-mapped: loading reads headers only, processes share the pages, and a model larger than memory
-runs from disk.
+"""A packed model as a folder: config.json with `quantization_config` {"quant_method": "lamoe", "weights": FORMAT, "head": FORMAT of the output head
+(folders of before have none: that of the weights), "version", "source": what it was made from, "calibration": the rows it was calibrated on},
+tokenizer files, and packed-NNNNN.safetensors in kernel layout, one for each layer and one for embedding, norm and head. Files are memory-mapped:
+loading reads headers only, processes share the pages, and a model larger than memory runs from disk.
 
 Writing streams: one tensor is in memory at a time, a file is complete when it has its name, and files that are already there are kept, so an
 interrupted `lamoe quantize` goes on where it stopped.
@@ -44,23 +44,24 @@ def _quantization(folder: Path) -> dict:
         found = json.loads(path.read_bytes()).get("quantization_config")
     except (ValueError, AttributeError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return {"head": found.get("weights")} | found if isinstance(found, dict) else {}
 
 
-def read_config(folder: str | Path) -> tuple[ModelConfig, str]:
-    """(config, weight format) of a packed folder."""
+def read_config(folder: str | Path) -> tuple[ModelConfig, str, str]:
+    """(config, weight format, format of the output head) of a packed folder."""
     folder = Path(folder)
     said = _quantization(folder)
     if said.get("quant_method") != METHOD:
         raise ValueError(f"{folder} is not a model packed by lamoe: its config.json has no quantization_config of quant_method {METHOD!r}; make one with `lamoe quantize`")
     if said.get("version") != VERSION:
         raise ValueError(f"{folder} was packed in layout version {said.get('version')!r}, this lamoe reads {VERSION}; quantize the model again")
-    if said.get("weights") not in packed.WEIGHTS:
-        raise ValueError(f"{folder}/config.json says weights {said.get('weights')!r}; known: {', '.join(packed.WEIGHTS)}")
+    for what in ("weights", "head"):
+        if said.get(what) not in packed.WEIGHTS:
+            raise ValueError(f"{folder}/config.json says {what} {said.get(what)!r}; known: {', '.join(packed.WEIGHTS)}")
     plain = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     plain.pop("quantization_config")
     try:
-        return ModelConfig.from_dict(plain), said["weights"]
+        return ModelConfig.from_dict(plain), said["weights"], said["head"]
     except ValueError as e:
         raise ValueError(f"{folder / 'config.json'}: {e}") from None
 
@@ -72,14 +73,14 @@ def any_config(folder: str | Path) -> ModelConfig:
 
 def bits(folder: str | Path) -> float:
     """Bits of a packed folder for each weight of the model, everything included."""
-    config, weights = read_config(folder)
-    return 8 * sum(packed.piece_bytes(p, packed.element(weights)) for p in packed.pieces(config, weights)) / accounting.parameters(config).total
+    config, weights, head = read_config(folder)
+    return 8 * sum(packed.piece_bytes(p, packed.element(weights)) for p in packed.pieces(config, weights, head)) / accounting.parameters(config).total
 
 
-def files(config: ModelConfig, weights: str) -> dict[str, list[Piece]]:
+def files(config: ModelConfig, weights: str, head: str) -> dict[str, list[Piece]]:
     """{file name: its pieces}, layers first: calibration reaches the head last."""
     out: dict[str, list[Piece]] = {}
-    for piece in sorted(packed.pieces(config, weights), key=lambda p: p.layer < 0):
+    for piece in sorted(packed.pieces(config, weights, head), key=lambda p: p.layer < 0):
         out.setdefault(_name(piece.layer), []).append(piece)
     return out
 
@@ -98,7 +99,7 @@ def load(folder: str | Path, threads: int = 0, free: int | None = None) -> Packe
     """The packed model of a folder, memory-mapped; in huge pages (where the file system can) when it takes less than `free`
     bytes. ValueError when a tensor is missing, extra, misplaced or not of the config's size."""
     folder = Path(folder)
-    config, weights = read_config(folder)
+    config, weights, head = read_config(folder)
     there = len(list(folder.glob("packed-*.safetensors")))
     if there <= config.num_hidden_layers:  # before the config's layers are counted one by one: it may name a billion
         absent = next(name for i in range(-1, there + 1) if not (folder / (name := _name(i))).is_file())
@@ -107,7 +108,7 @@ def load(folder: str | Path, threads: int = 0, free: int | None = None) -> Packe
     # A model larger than memory reads its experts one by one, and two megabytes for each page fault would be too many.
     huge = free is not None and stored_bytes(folder) < free
     elem, tensors = packed.element(weights), {}
-    for name, pieces in files(config, weights).items():
+    for name, pieces in files(config, weights, head).items():
         path, header = folder / name, _header(folder / name, pieces, elem)
         mapped = np.memmap(path, dtype=np.uint8, mode="c")  # private: nothing is ever written, and torch wants writable memory
         if huge:
@@ -119,7 +120,7 @@ def load(folder: str | Path, threads: int = 0, free: int | None = None) -> Packe
             if begin % _ALIGN or not np.isfinite(scales).all():
                 raise ValueError(f"{path}: {piece.key!r} does not lie at a multiple of {_ALIGN} bytes, or has scales that are no numbers; quantize the model again")
             tensors[piece.key] = torch.from_numpy(mapped[begin : begin + packed.piece_bytes(piece, elem)]), scales.tolist()
-    return PackedModel(config, weights, tensors, threads)
+    return PackedModel(config, weights, tensors, threads, head)
 
 
 def _header(path: Path, pieces: list[Piece], elem: str) -> dict[str, shards.Found]:
@@ -138,19 +139,19 @@ def _padded(size: int) -> int:
 
 # ---- writing ---------------------------------------------------------------------------------------------------------------
 def write(source: str | Path, target: str | Path, weights: str, weigh: Weigh = lambda piece, i: None,
-          calibration: str | None = None) -> Iterator[tuple[Piece, int]]:
-    """Pack the model folder `source` into `target`: yields (piece, bytes) after each one, for progress; finished when exhausted. `calibration` names what
-    `weigh` comes from; it is asked layer by layer. Goes on where an earlier call with the same weights, format and calibration stopped; ValueError when `target` holds
-    something else."""
+          calibration: str | None = None, head: str | None = None) -> Iterator[tuple[Piece, int]]:
+    """Pack the model folder `source` into `target`: yields (piece, bytes) after each one, for progress; finished when exhausted. `head`: another format for the output
+    head (packed.pieces). `calibration` names what `weigh` comes from; it is asked layer by layer. Goes on where an earlier call with the same weights, formats and
+    calibration stopped; ValueError when `target` holds something else."""
     if native.lib is None:
         raise ValueError(f"packing needs the compiled kernels, which are not there ({native.missing()}); install lamoe with a C++ compiler")
     folder, target = hf.resolve(source), Path(target)
     if is_packed(folder):
         raise ValueError(f"{folder} is a packed model already; quantize the model it was made from")
-    config = hf.read_config(folder)
+    config, head = hf.read_config(folder), head or weights
     read = reader(folder, config)
-    plan = files(config, weights)
-    said = {"quant_method": METHOD, "weights": weights, "version": VERSION, "source": _source(folder), "calibration": calibration}
+    plan = files(config, weights, head)
+    said = {"quant_method": METHOD, "weights": weights, "head": head, "version": VERSION, "source": _source(folder), "calibration": calibration}
     _check_target(target, said, set(plan))
     target.mkdir(parents=True, exist_ok=True)
     shards.write_json(target / _CONFIG_PART, config.to_dict() | {"quantization_config": said})

@@ -92,6 +92,7 @@ def test_refused_before_the_weights_are_read(trained):
     assert LLM(folder, dtype="bfloat16", impl="torch").plan().weights == weights // 2
     c = plain.model.config
     assert llm_module._ahead(folder, "bfloat16", None) == (c, 2 * accounting.parameters(c).total) and llm_module._ahead(folder, None, "int4")[1] == int(4.5 / 8 * accounting.parameters(c).total)
+    assert llm_module._ahead(folder, None, "int4", "int8")[1] == int(4.5 / 8 * accounting.parameters(c).total + c.vocab_size * c.hidden_size / 2)
     for weights in ("bf16", "int8", "int4") if native.available() else ():  # packed on the way: once it is there, the plan says what it is
         engine = LLM(folder, weights=weights)
         assert engine.plan().weights == sum(engine.runs.nbytes.values())

@@ -50,7 +50,7 @@ class LLM:
     """A model with a paged cache and continuous batching. ValueError, before any weight is read, when the memory does not suffice (engine/plan.py).
 
     model: a Transformer, a PackedModel, or the folder (packed or not) or hub id of one. weights: int8 | int4 quantises while loading (`lamoe
-    quantize` does it once, for good). impl: "native" runs the compiled kernels, "torch" the torch ops; None takes native where it can. cache:
+    quantize` does it once, for good); head: another format for the output head. impl: "native" runs the compiled kernels, "torch" the torch ops; None takes native where it can. cache:
     fp32 | bf16 | int8 | 6bit | 4bit. cache_memory: bytes of cache (default: enough for four full contexts, at most 1 GiB). max_model_len: the
     longest prompt + output; max_num_seqs: sequences running at once; max_num_batched_tokens: tokens of a step, which bounds how long a long
     prompt can hold up those who are decoding. speculate: while at most this many sequences run, drafts from the text so far are checked several
@@ -61,7 +61,7 @@ class LLM:
     def __init__(self, model: Transformer | PackedModel | str | Path, tokenizer: Tokenizer | None = None, *, cache: str = "bf16", cache_memory: int | None = None,
                  max_model_len: int | None = None, max_num_seqs: int = 64, max_num_batched_tokens: int = 512, page_size: int = 16,
                  speculate: int = 2, dtype: str | None = None, threads: int = 0, count_experts: bool = False,
-                 weights: str | None = None, impl: str | None = None):
+                 weights: str | None = None, head: str | None = None, impl: str | None = None):
         if cache not in codec.FORMATS:
             raise ValueError(f"unknown cache format {cache!r}{did_you_mean(cache, codec.FORMATS)}; known: {', '.join(codec.FORMATS)}")
         if max_num_seqs < 1 or max_num_batched_tokens < max_num_seqs or page_size < 1:
@@ -74,14 +74,14 @@ class LLM:
             self._plan = fit(model.config, size, *options, None if free is None else free + size)  # the weights are there already
         else:
             folder = resolve(model)
-            config, size = _ahead(folder, dtype, weights)  # before the weights are read
+            config, size = _ahead(folder, dtype, weights, head)  # before the weights are read
             free = available_memory()
             if free is not None and packed_file.is_packed(folder):
                 free += size  # mapped pages of a file: what does not fit is read again
             self._plan = fit(config, size, *options, free)
             tokenizer = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
-            model = load_runnable(folder, weights, dtype, threads, impl)
-        self.model, self.runs = model, _packed(model, weights, impl, threads)  # what was given; what steps run on
+            model = load_runnable(folder, weights, dtype, threads, impl, head)
+        self.model, self.runs = model, _packed(model, weights, impl, threads, head)  # what was given; what steps run on
         self._plan = replace(self._plan, weights=_weight_bytes(self.runs))
         self.tokenizer, self.max_model_len, c = tokenizer, self._plan.max_model_len, model.config
         self.cache = PagedCache(c, self._plan.pages, page_size, cache, self.dtype)
@@ -313,16 +313,18 @@ def _weight_bytes(model: Transformer | PackedModel) -> int:
     return sum(model.nbytes.values()) if isinstance(model, PackedModel) else sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def _ahead(folder: Path, dtype: str | None, weights: str | None) -> tuple[ModelConfig, int]:
+def _ahead(folder: Path, dtype: str | None, weights: str | None, head: str | None = None) -> tuple[ModelConfig, int]:
     """The config of a model that is not loaded yet, and about how many bytes its weights will take."""
     if packed_file.is_packed(folder):
         return packed_file.any_config(folder), packed_file.stored_bytes(folder)
     config = read_config(folder)
     bits = native.BITS.get(weights) or accounting.DTYPE_BITS.get(dtype or config.torch_dtype, 32)
-    return config, int(accounting.parameters(config).total * bits / 8)
+    more = native.BITS.get(head, bits) - bits
+    return config, int((accounting.parameters(config).total * bits + config.vocab_size * config.hidden_size * more) / 8)
 
 
-def load_runnable(folder: Path, weights: str | None = None, dtype: str | None = None, threads: int = 0, impl: str | None = None) -> Transformer | PackedModel:
+def load_runnable(folder: Path, weights: str | None = None, dtype: str | None = None, threads: int = 0, impl: str | None = None,
+                  head: str | None = None) -> Transformer | PackedModel:
     """The model of a folder, packed or not, in the form that steps run on; LLM says what the options are."""
     if packed_file.is_packed(folder):
         if dtype is not None:
@@ -330,29 +332,31 @@ def load_runnable(folder: Path, weights: str | None = None, dtype: str | None = 
         if not native.available():
             raise ValueError(f"{folder} is packed for the compiled kernels, which are not there (or LAMOE_IMPL switches them off); install lamoe with a "
                              "C++ compiler, or use the model it was made from")
-        return _packed(packed_file.load(folder, threads, available_memory()), weights, impl, threads)
+        return _packed(packed_file.load(folder, threads, available_memory()), weights, impl, threads, head)
     if weights is not None and dtype is None and impl != "torch" and native.available():
         config = read_config(folder)  # a tensor at a time: the checkpoint itself need not fit into memory
-        return PackedModel.read(config, weights, packed_file.reader(folder, config), threads)
-    return _packed(load(folder, dtype), weights, impl, threads)  # and the Transformer it was made from goes
+        return PackedModel.read(config, weights, packed_file.reader(folder, config), threads, head)
+    return _packed(load(folder, dtype), weights, impl, threads, head)  # and the Transformer it was made from goes
 
 
-def _packed(model: Transformer | PackedModel, weights: str | None, impl: str | None, threads: int) -> Transformer | PackedModel:
+def _packed(model: Transformer | PackedModel, weights: str | None, impl: str | None, threads: int, head: str | None) -> Transformer | PackedModel:
     """The model in the form that `impl` runs."""
     if impl not in (None, "native", "torch"):
         raise ValueError(f"impl is {impl!r}; known: native, torch")
     if isinstance(model, PackedModel):
         if impl == "torch" or weights not in (None, model.weights):
             raise ValueError(f"the model is packed as {model.weights}; it runs on the compiled kernels in that format only")
+        if head not in (None, model.head):
+            raise ValueError(f"the model is packed with its output head as {model.head}, asked for is {head}; leave head away, or quantize the model it was made from again")
         return model
     if impl == "torch" or not native.available():
-        if impl == "native" or weights is not None:
+        if impl == "native" or weights is not None or head is not None:
             raise ValueError("the compiled kernels are not there (or LAMOE_IMPL, impl='torch' switch them off), and quantised weights need them; install lamoe with a C++ compiler")
         native.announce()
         return model.eval()
-    if impl is None and weights is None and (model.embed.weight.dtype not in (torch.float32, torch.bfloat16) or packed.lacks(model.config)):
+    if impl is None and weights is None and head is None and (model.embed.weight.dtype not in (torch.float32, torch.bfloat16) or packed.lacks(model.config)):
         return model.eval()
-    return PackedModel.of(model, weights, threads)
+    return PackedModel.of(model, weights, threads, head)
 
 
 def token_logprobs(logits: torch.Tensor, token: int, top: int) -> dict[int, float]:
