@@ -103,8 +103,8 @@ def fit(config: ModelConfig, weights: int, format: str, cache_memory: int | None
         else:
             cure = "free some memory, or take a smaller model"
         attention = f", with {human_bytes(states)} for attention," if states else ""
-        raise ValueError(f"{human_bytes(weights)} of weights and a cache of {human_bytes(pages * page)} ({pages * page_size:,} tokens in {format}, {page // page_size:,} bytes a token){attention} are more "
-                         f"than the {human_bytes(available)} of memory that are available; {cure}")
+        raise ValueError(f"{human_bytes(weights)} of weights and a cache of {human_bytes(pages * page)} ({pages * page_size:,} tokens in {format}, {page // page_size:,} bytes a token)"
+                         f"{attention} are more than the {human_bytes(available)} of memory that are available; {cure}")
     expanded = 2 * accounting.expanded_elements(config) if config.is_mla else page // page_size
     return Plan(format, weights, pages * page, pages, page_size, page // page_size, expanded, length, max_num_seqs, states)
 
