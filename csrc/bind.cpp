@@ -364,6 +364,9 @@ class PyModel {
   }
 
   int threads() const { return m_.threads(); }
+  size_t state_bytes() const { return m_.state_bytes(); }
+  size_t state_limit() const { return m_.state_limit; }
+  void limit_states(size_t bytes) { m_.state_limit = bytes; }
 
  private:
   static Config config(nb::dict d) {
@@ -428,5 +431,7 @@ NB_MODULE(_native, m) {
       .def("raw", &PyModel::raw, nb::arg("layer"), nb::arg("name"), nb::arg("data").noconvert())
       .def("step", &PyModel::step, nb::arg("ids").noconvert(), nb::arg("cos_sin").noconvert(), nb::arg("seqs").noconvert(), nb::arg("pages").noconvert(),
            nb::arg("rows").noconvert(), nb::arg("page"), nb::arg("format"), nb::arg("out_rows").noconvert(), nb::arg("logits"), nb::arg("experts"))
-      .def_prop_ro("threads", &PyModel::threads);
+      .def_prop_ro("threads", &PyModel::threads)
+      .def_prop_ro("state_bytes", &PyModel::state_bytes)
+      .def_prop_rw("state_limit", &PyModel::state_limit, &PyModel::limit_states);
 }

@@ -215,6 +215,9 @@ void linear(const Mat& m, int t0, int t1, const Acts& x, int row0, int rows, flo
   (m.fmt == INT8 ? tiles_int<INT8> : tiles_int<INT4>)(m, t0, t1, x, row0, rows, out, ldo, (uint8_t*)scratch, then);
 }
 
+// e^89 is infinite in every instruction set, so gates far below zero give -0; the infinite ones NaN, because they are no results.
+INLINE static vf silu(vf x) { return x / (vset(1.f) + vexp(vmin(vset(89.f), vzero() - x))); }
+
 // One 64-wide block of F: gate and up products, silu(gate) * up * weight, and the activation rows as `down` wants them.
 void swiglu(const Seg& s, int block, const Acts& x, const Acts& act, void* scratch, const uint8_t* then) {
   constexpr int kChunk = 192;  // rows at a time, so that gate and up stay in the cache
@@ -231,7 +234,7 @@ void swiglu(const Seg& s, int block, const Acts& x, const Acts& act, void* scrat
       float* g = both + size_t(i) * 2 * kBlock;
       const vf weight = vset(s.weight ? s.weight[r + i] : 1.f);
       for (int j = 0; j < kBlock; j += 16) {
-        vf v = j < width ? vsilu(vload(g + j)) * vload(g + kBlock + j) * weight : vzero();
+        vf v = j < width ? silu(vload(g + j)) * vload(g + kBlock + j) * weight : vzero();
         vstore_n(g + j, v, 16);
       }
       for (int j = width; j < kBlock; j++) g[j] = 0.f;

@@ -181,14 +181,33 @@ bool Model::expand(const SeqStep& s) const {
   return t > 1 && rows * up + t * rows * (c.head_dim + c.value) < t * up + t * rows * (2 * c.latent + c.rope);
 }
 
+// What the partial states of `few` take at most for `count` tokens of a sequence of `end` rows: of chunk_rows(end) it has at most 8, or one for 512 rows.
+size_t Model::state_bytes(int count, int end) const {
+  const Config& c = config;
+  const int kv = c.latent ? 1 : c.kv_heads, chunks = end <= 4096 ? std::min((end + 127) / 128, 8) : (end + 511) / 512;
+  return size_t(kv) * ((count * (c.heads / kv) + 15) / 16) * chunks * (32 + 16 * size_t(c.latent ? c.latent : c.head_dim)) * sizeof(float);
+}
+
 void Model::attend(const Layer& l, int index, const std::vector<SeqStep>& seqs, const Cache& cache) {
   const Config& c = config;
   const uint8_t* rows = cache.rows + size_t(index) * cache.slots * cache.codec.row;
   const int n = seqs.back().first + seqs.back().count, out = c.heads * (c.latent ? c.value : c.head_dim);
   o_ = room<float>(b_o_, size_t(n) * out);
-  std::vector<SeqStep> absorbed;
-  for (const SeqStep& s : seqs)
-    if (!expand(s)) absorbed.push_back(s);
+  std::vector<SeqStep> absorbed;  // as many at once as their states may take; the tokens of one sequence too, cut by its own numbers alone
+  size_t taken = 0;
+  for (const SeqStep& s : seqs) {
+    if (expand(s)) continue;
+    const int most = int(std::max(size_t(1), state_limit / state_bytes(1, s.end)));
+    for (int at = 0; at < s.count; at += most) {
+      const int count = std::min(most, s.count - at), end = s.end - s.count + at + count;
+      const size_t size = state_bytes(count, end);
+      if (!absorbed.empty() && taken + size > state_limit) {
+        few(l, rows, absorbed, cache);
+        absorbed.clear(), taken = 0;
+      }
+      absorbed.push_back({s.first + at, count, end, s.pages}), taken += size;
+    }
+  }
   if (!absorbed.empty()) few(l, rows, absorbed, cache);
   for (const SeqStep& s : seqs)
     if (expand(s)) many(l, rows, s, cache);

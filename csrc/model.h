@@ -56,6 +56,8 @@ class Model {
   void step(const int32_t* ids, const float* cos_sin, int n, const std::vector<SeqStep>& seqs, const Cache& cache, const int32_t* out_rows, int r, float* logits,
             float* states, int16_t* chosen);
   int threads() const { return pool_.size(); }
+  size_t state_bytes() const { return b_states_.size; }  // partial results of attention, so far; lamoe/engine/plan.py says how many at most
+  size_t state_limit = size_t(128) << 20;                // of them at once, or what one token takes if that is more
 
  private:
   struct Part { const Mat* m; float* out; ptrdiff_t ldo; };
@@ -69,6 +71,7 @@ class Model {
   void route(int n, int16_t* chosen);
   void down(const std::vector<Seg>& segs, const std::vector<const Acts*>& acts);
   bool expand(const SeqStep& s) const;
+  size_t state_bytes(int count, int end) const;
 
   // Buffers grow and stay. Acts are laid out for the formats that the model's matrices have.
   struct Buffer {

@@ -11,25 +11,60 @@ float probe_read(const uint8_t* p, size_t n) {  // n: a multiple of 256
   return vsum(a[0] + a[1] + a[2] + a[3]);
 }
 
-// 16 lanes x 16 independent sums, `n` times; the multiply-adds done are in `done`.
+namespace {
+
+// From here on the compiler does not know the value of x, and x is in registers: a loop with it can neither be shortened nor keep copies in memory
+// (sums that are added up after a loop were stored in every turn of it, which was a third to two thirds of the time without AVX-512).
+// kSums: as many as hide the latency and leave room for the operands (one register for activations, two for weights; bfloat16: two and four, taken apart).
+#if defined(LAMOE_ISA_AVX512)
+template <class V>
+INLINE void hide(V& x) { asm volatile("" : "+v"(x.v)); }
+constexpr int kSumsInt = 16, kSumsBf16 = 16, kSumsF32 = 16;
+#elif defined(LAMOE_ISA_AVX2)
+template <class V>
+INLINE void hide(V& x) { asm volatile("" : "+x"(x.a), "+x"(x.b)); }
+constexpr int kSumsInt = 6, kSumsBf16 = 5, kSumsF32 = 6;  // of two registers each, out of sixteen
+#else
+template <class V>
+INLINE void hide(V& x) { asm volatile("" : "+m"(x)); }  // in no registers that could be named: a lower bound
+constexpr int kSumsInt = 4, kSumsBf16 = 16, kSumsF32 = 16;
+#endif
+
+// `n` times N sums, none of which waits for another. The operands stay where they are, so only the operation itself counts. OWN: each has weights of its own
+// as far as the compiler knows, or it would do all that comes before the addition once for all sums.
+template <int N, bool OWN, class V, class Dot>
+INLINE V repeat(long n, V start, vw w, Dot dot, double& done) {
+  V acc[N];
+  UNROLL for (int i = 0; i < N; i++) acc[i] = start;
+  for (long k = 0; k < n; k++)
+    UNROLL for (int i = 0; i < N; i++) {
+      if (OWN) hide(w);
+      acc[i] = dot(acc[i], w);
+      hide(acc[i]);
+    }
+  done = double(n) * N * 16;
+  return acc[0];
+}
+
+}  // namespace
+
+// 16 lanes of dot products of format fmt, out of registers; the multiply-adds done are in `done`, n times 4 to 16 sums of 16 lanes.
 float probe_dots(int fmt, long n, double* done) {
-  alignas(64) uint8_t w[64];
-  alignas(64) int8_t x[64] = {};
-  for (int i = 0; i < 64; i++) w[i] = 0x3f, x[i] = 0x3f;  // as floats near 1: denormals would be slow
-  const vw v = wload(w);
-  float sum = 0;
+  alignas(64) uint8_t bytes[64];
+  std::memset(bytes, 0x3f, 64);  // as floats near 1: denormals would be slow
+  asm volatile("" : "+m"(bytes));
+  const vw w = wload(bytes);
+  const void* x = bytes;
+  float sum;
   if (fmt == INT8) {
-    vw acc[16];
-    UNROLL for (int i = 0; i < 16; i++) acc[i] = wset(i);
-    for (long k = 0; k < n; k++) UNROLL for (int i = 0; i < 16; i++) acc[i] = dot_int4(acc[i], v, x);
-    for (int i = 0; i < 16; i++) sum += vsum(vcvt(acc[i]));
+    sum = vsum(vcvt(repeat<kSumsInt, true>(n, wset(1), w, [=](vw acc, vw w) { return dot_int4(acc, w, (const int8_t*)x); }, *done)));
+    *done *= 4;
+  } else if (fmt == BF16) {
+    sum = vsum(repeat<kSumsBf16, false>(n, vset(1.f), w, [=](vf acc, vw w) { return dot_bf16(acc, w, x); }, *done));
+    *done *= 2;
   } else {
-    vf acc[16];
-    UNROLL for (int i = 0; i < 16; i++) acc[i] = vset(float(i));
-    for (long k = 0; k < n; k++) UNROLL for (int i = 0; i < 16; i++) acc[i] = fmt == BF16 ? dot_bf16(acc[i], v, x) : dot_f32(acc[i], v, x);
-    for (int i = 0; i < 16; i++) sum += vsum(acc[i]);
+    sum = vsum(repeat<kSumsF32, false>(n, vset(1.f), w, [=](vf acc, vw w) { return dot_f32(acc, w, x); }, *done));
   }
-  *done = double(n) * 16 * 16 * (fmt == INT8 ? 4 : fmt == BF16 ? 2 : 1);
   return sum;
 }
 

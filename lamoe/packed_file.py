@@ -97,14 +97,17 @@ def stored_bytes(folder: Path) -> int:
 # ---- reading ---------------------------------------------------------------------------------------------------------------
 def load(folder: str | Path, threads: int = 0, free: int | None = None) -> PackedModel:
     """The packed model of a folder, memory-mapped; in huge pages (where the file system can) when it takes less than `free`
-    bytes. ValueError when a tensor is missing, extra, misplaced or not of the config's size."""
+    bytes. ValueError when a file or a tensor is missing, extra, misplaced or not of the config's size."""
     folder = Path(folder)
     config, weights, head = read_config(folder)
-    there = len(list(folder.glob("packed-*.safetensors")))
-    if there <= config.num_hidden_layers:  # before the config's layers are counted one by one: it may name a billion
-        absent = next(name for i in range(-1, there + 1) if not (folder / (name := _name(i))).is_file())
-        raise ValueError(f"{folder} has {there} of {config.num_hidden_layers + 1} files ({absent} is missing); the packed model is incomplete, "
+    there, count = {path.name for path in folder.glob("packed-*.safetensors")}, config.num_hidden_layers + 1
+    names = [_name(i - 1) for i in range(min(count, len(there) + 1))]  # enough to miss one: the config may name a billion
+    if absent := [name for name in names if name not in there]:
+        raise ValueError(f"{folder} has {len(there)} packed files and its config.json names {count} ({absent[0]} is missing); the packed model is incomplete, "
                          "run `lamoe quantize` again (it goes on where it stopped)")
+    if surplus := sorted(there.difference(names)):
+        raise ValueError(f"{folder} holds {shards.few(surplus)} beside the {count} files that its config.json names for {count - 1} layers: copies, "
+                         "or of another model, or config.json is. Delete what does not belong there")
     # A model larger than memory reads its experts one by one, and two megabytes for each page fault would be too many.
     huge = free is not None and stored_bytes(folder) < free
     elem, tensors = packed.element(weights), {}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -472,3 +473,13 @@ def test_config_json_names_the_class_that_others_look_for():
         out = config.to_dict()
         assert out["architectures"] == [FAMILIES[config.model_type]] and out["hidden_act"] == "silu" and out["attention_bias"] is False
         assert ("n_group" in out) == config.is_moe and ("q_lora_rank" in out) == config.is_mla
+
+
+def test_the_geometries_of_the_figures():
+    """What docs/LOG.md and README name is in the repository."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    tiny8, lite8 = (ModelConfig.from_file(folder / f"{name}.json") for name in ("tiny-8", "lite-8"))
+    assert lite8 == ModelConfig.preset("deepseek-v2-lite").replace(num_hidden_layers=8)
+    assert (tiny8.num_hidden_layers, tiny8.hidden_size, tiny8.num_attention_heads, tiny8.kv_lora_rank, tiny8.q_lora_rank, tiny8.cache_row) == (8, 512, 8, 128, None, (128, 32))
+    assert (tiny8.qk_nope_head_dim, tiny8.v_head_dim, tiny8.n_routed_experts, tiny8.num_experts_per_tok, tiny8.n_shared_experts) == (64, 64, 32, 4, 1)
+    assert (tiny8.moe_intermediate_size, tiny8.intermediate_size, tiny8.first_k_dense_replace, tiny8.vocab_size, accounting.parameters(tiny8).total) == (256, 1536, 1, 8192, 108_652_032)

@@ -132,3 +132,59 @@ def test_multiprocessing_with_fork():
         assert all(torch.equal(g, want) for g in got)
         print("done")
     """)
+
+
+def test_an_async_engine_says_that_it_is_not_in_the_child():
+    """Whatever its thread was doing at the fork, here holding the lock; the parent's goes on."""
+    scene("""
+        import asyncio
+        from lamoe.engine.async_llm import AsyncLLM, EngineDead
+        from lamoe.engine.llm import LLM
+        from lamoe.engine.sampler import SamplingParams
+
+        engine = AsyncLLM(LLM(tiny.model(tiny.HARD).float()))
+        params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+
+        def generate():
+            return asyncio.run(engine.generate(TEXT, params))[0].token_ids
+
+        async def use(do):
+            try:
+                await do()
+            except EngineDead as e:
+                return str(e)
+
+        async def read(deltas):
+            async for _ in deltas:
+                pass
+
+        def child():
+            assert not engine.alive and isinstance(EngineDead(), RuntimeError)
+            for do in (lambda: engine.generate(TEXT, params), lambda: read(engine.stream(TEXT, params)), lambda: read(run), lambda: engine.call(len),
+                       lambda: engine.open([(TEXT, params)])):
+                said = asyncio.run(use(do))
+                assert said.startswith(f"process {os.getpid()} asked an AsyncLLM made in process {os.getppid()}") and "after the fork" in said, said
+            run.close()
+            engine.close()
+            again = AsyncLLM(LLM(tiny.model(tiny.HARD).float()))  # what the message says
+            assert asyncio.run(again.generate(TEXT, params))[0].token_ids == want
+            again.close()
+
+        want = generate()
+        run = asyncio.run(engine.open([(TEXT, params)]))
+        held, go = threading.Event(), threading.Event()
+
+        def hold():
+            with engine._wake:
+                held.set()
+                go.wait()
+
+        threading.Thread(target=hold).start()
+        held.wait()
+        assert fork(child) == 0
+        go.set()
+        run.close()
+        assert generate() == want and engine.alive
+        engine.close()
+        print("done")
+    """)

@@ -13,6 +13,7 @@ from oracles import tiny
 from lamoe import codec, packed
 from lamoe.cache import Group, Step
 from lamoe.engine.llm import LLM
+from lamoe.engine.plan import STATES, state_bytes
 from lamoe.engine.sampler import SamplingParams
 from lamoe.kernels import native
 from lamoe.packed import PackedModel
@@ -108,6 +109,26 @@ def test_decoding_far_out_beside_short_ones():
     together = run.feed({k: ids[-1:] for k, ids in texts.items()})
     for row, ids in zip(together, texts.values()):
         assert distance(row, reference(m, ids)[-1]) < 1e-5
+
+
+@pytest.mark.parametrize("c", [MLA, GQA], ids=["mla", "gqa"])
+def test_partial_results_of_attention_take_at_most_what_they_may(c):
+    """Many sequences and tokens at once, cut into calls by the memory their states may take: the same bits, and never more than a token of the longest needs."""
+    c = c.replace(num_hidden_layers=2)
+    m, out, taken = pack(c)[1], {}, {}
+    kv, width = (1, c.kv_lora_rank) if c.is_mla else (2, c.qk_head_dim)
+    one = kv * 8 * 4 * (32 + 16 * width)  # a token has a block for each KV head; of 130 and of 1,100 rows there may be eight chunks, of 2,061 five
+    texts = {str(n): text(c, n + 12, seed=n) for n in (5, 130, 1100, 2000, 2049)}
+    for limit in (STATES, 1, 2 * one):
+        p = PackedModel(c, "fp32", m.tensors, 2)
+        assert p.native.state_limit == STATES
+        p.native.state_limit, run = limit, Run(p, pages=400)
+        for k, ids in texts.items():
+            run.feed({k: ids[:-12]}, rows=[0])
+        out[limit], taken[limit] = run.feed({k: ids[-12:] for k, ids in texts.items()}), p.native.state_bytes
+        assert out[limit].isfinite().all() and torch.equal(out[limit], out[STATES])
+    grown = [n + n // 4 + 4096 for n in (one, 2 * one)]
+    assert taken[1] <= grown[0] < taken[2 * one] <= grown[1] < taken[STATES] <= state_bytes(c, 2061, 5, 60)
 
 
 @pytest.mark.parametrize("name", ["plain-rope-greedy-0dense", "lora-yarn-limited-1dense", "17-experts", "normalised", "every-other-layer", "moe-v1 mha"])

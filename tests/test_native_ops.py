@@ -66,12 +66,18 @@ def test_swiglu(fmt, isa, f):
 @isas
 def test_swiglu_at_the_ends_of_silu(isa):
     """Gates from where exp overflows; one input, so that gate and up are what they look like."""
-    gates = torch.tensor([-1e10, -1000.0, -100.0, -88.0, -20.0, -0.0, 0.0, 20.0, 88.0, 100.0, 1e10, 1e30])
-    w13 = torch.stack([torch.nn.functional.pad(g, (0, 4)) for g in (gates, torch.ones(12))])
-    data, scale = native.pack("fp32", w13.flatten()[:, None])
-    got = native.swiglu("fp32", data, scale, 12, torch.ones(1, 1), torch.ones(1), isa)[0, :12]
-    want = torch.nn.functional.silu(gates.double())
-    assert ((got - want).abs() <= 1e-6 * want.abs() + 1e-24).all()
+    def silu(gates: torch.Tensor) -> torch.Tensor:
+        w13 = torch.stack([torch.nn.functional.pad(g, (0, -len(g) % 16)) for g in (gates, torch.ones(len(gates)))])
+        data, scale = native.pack("fp32", w13.flatten()[:, None])
+        return native.swiglu("fp32", data, scale, len(gates), torch.ones(1, 1), torch.ones(1), isa)[0, : len(gates)]
+
+    gates = torch.cat([torch.tensor([-0.0, 0.0, 20.0, 88.0, 89.0, 100.0, 1e10, 1e30, 3e38]), -torch.linspace(1, 100, 400)])
+    got, want = silu(gates), torch.nn.functional.silu(gates.double())
+    assert ((got - want).abs() <= (1e-6 + 1e-7 * gates.abs().clamp(max=100)) * want.abs() + 1e-36).all()  # exp takes x log2(e), rounded
+    far = silu(-torch.tensor([89.0, 100.0, 1000.0, 1e10, 1e30, 1e34, 1e36, 3e38]))
+    assert (far == 0).all() and far.signbit().all()
+    beyond = native.swiglu("fp32", native.pack("fp32", -torch.ones(32, 1) * 1e30)[0], 1.0, 16, torch.tensor([[1e30]]), torch.ones(1), isa)[0, :16]
+    assert not beyond.isfinite().any()  # gates that have overflown are no results, and 0 would look like one
 
 
 # ---- attention in lanes ------------------------------------------------------------------------------------------------------------------

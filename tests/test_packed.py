@@ -269,7 +269,7 @@ def test_without_compiled_kernels_it_says_so_and_sizes_are_known(tmp_path, monke
     model = source(tmp_path / "model", "odd widths")
     pack(model, tmp_path / "out")
     sizes = [(fmt, n, k) for fmt in native.FORMATS for n in (1, 15, 16, 17, 100) for k in (1, 2, 3, 63, 64, 65, 1408)]
-    want, bits = [native.mat_bytes(*s) for s in sizes], packed_file.bits(tmp_path / "out")
+    want, bits = [native.lib.mat_bytes(native.FORMATS[fmt], n, k) for fmt, n, k in sizes], packed_file.bits(tmp_path / "out")
     monkeypatch.setattr(native, "lib", None)
     monkeypatch.setattr(native, "_why", "no compiler")
     assert [native.mat_bytes(*s) for s in sizes] == want and packed_file.bits(tmp_path / "out") == bits  # lamoe info
@@ -356,6 +356,28 @@ def test_truncated_missing_swapped_files(tmp_path):
         packed_file.load(tmp_path / "out")
 
 
+def test_files_that_the_config_does_not_name(tmp_path):
+    """Of a model with more layers, or a copy: nobody can know which of them is meant, so none is read."""
+    pack(source(tmp_path / "model", "mla"), out := tmp_path / "out")
+    packed_file.load(out)
+    (out / "packed-00003.safetensors.bak").touch()
+    (out / ".packed-00009.safetensors.part").touch()
+    packed_file.load(out)  # no weights by their names
+    for name in ("packed-00004.safetensors", "packed-00001 (1).safetensors"):
+        shutil.copy(out / "packed-00001.safetensors", out / name)
+        with pytest.raises(ValueError, match=f"holds '{re.escape(name)}' beside the 4 files that its config.json names for 3 layers: .*Delete"):
+            packed_file.load(out)
+        (out / "packed-00002.safetensors").rename(tmp_path / "away")
+        with pytest.raises(ValueError, match=r"has 4 packed files and its config.json names 4 \(packed-00002.safetensors is missing\)"):
+            packed_file.load(out)
+        (tmp_path / "away").rename(out / "packed-00002.safetensors")
+        (out / name).unlink()
+    path = out / "config.json"
+    path.write_text(path.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'))
+    with pytest.raises(ValueError, match="holds 'packed-00003.safetensors' beside the 3 files that its config.json names for 2 layers"):
+        packed_file.load(out)
+
+
 def test_foreign_and_absurd_configs(tmp_path):
     model = source(tmp_path / "model", "mla")
     pack(model, tmp_path / "out")
@@ -379,8 +401,8 @@ def test_foreign_and_absurd_configs(tmp_path):
     assert "are more than" in says(num_hidden_layers=10**9)  # the plan, before anything is counted layer by layer
     with pytest.raises(ValueError, match="incomplete"):
         packed_file.load(tmp_path / "out")
-    assert "rows and columns" in says(n_routed_experts=10**9, n_group=None, topk_group=None)
-    assert "rows and columns" in says(vocab_size=2**31 - 1) and "limit is 2147483647" in says(vocab_size=2**40)
+    assert "does not hold the tensors" in says(n_routed_experts=10**9, n_group=None, topk_group=None)
+    assert "does not hold the tensors" in says(vocab_size=2**31 - 1) and "limit is 2147483647" in says(vocab_size=2**40)
     assert "quantization_config" in says(quantization_config={"quant_method": "gptq"})  # the plain loader's refusal
     assert "hidden_size" in says(hidden_size="many")
 

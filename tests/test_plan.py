@@ -10,11 +10,13 @@ from oracles import tiny
 from tiny_run import trained  # noqa: F401 (trained is a fixture)
 
 from lamoe import accounting, cli, codec
+from lamoe.accounting import human_bytes
 from lamoe.cache import PagedCache
 from lamoe.config import ModelConfig
 from lamoe.engine import llm as llm_module
 from lamoe.engine.llm import LLM
-from lamoe.engine.plan import available_memory, fit
+from lamoe.engine.plan import STATES, available_memory, fit, state_bytes
+from lamoe.engine.sampler import SamplingParams
 from lamoe.kernels import native
 from lamoe.train import checkpoint
 
@@ -49,6 +51,56 @@ def test_figures_of_lite():
     assert lite("6bit").bytes_per_token == 27 * 404
     plain = fit(ModelConfig.preset("deepseek-67b"), 1, "bf16", None, None, 1, 16)
     assert "expanded" not in plain.describe() and plain.bytes_per_token == plain.expanded_bytes_per_token
+
+
+LITE_STATE = 4 * (16 + 16 + 16 * 512)  # maximum, sum and latent of 16 lanes in float32
+
+
+@pytest.mark.parametrize("length, seqs, step, tokens, chunks", [
+    (100, 3, 3, 3, 1), (1000, 3, 3, 3, 8), (4096, 3, 3, 3, 8), (4097, 3, 3, 3, 9), (20_000, 10, 64, 64, 40), (128, 1, 512, 73, 1),
+    (4096, 1, 512, 163, 8)])  # n < 2^17 S / (2^17 + 768 S) tokens over S rows are absorbed
+def test_partial_results_of_attention(length, seqs, step, tokens, chunks):
+    """One token of Lite has 16 heads, one block of lanes; each block has a state for each chunk of rows."""
+    size = tokens * chunks * LITE_STATE
+    assert state_bytes(LITE, length, seqs, step) == size * 5 // 4 + 4096
+
+
+def test_partial_results_of_attention_are_bounded():
+    assert state_bytes(LITE, 163_840, 64, 512) == state_bytes(LITE, 32_768, 64, 512) == STATES * 5 // 4 + 4096
+    big = ModelConfig.preset("deepseek-v2")
+    assert state_bytes(big, 163_840, 64, 512) == STATES * 5 // 4 + 4096 > state_bytes(big, 20_000, 1, 1) == 8 * 40 * LITE_STATE * 5 // 4 + 4096
+    wide = big.replace(num_attention_heads=1024)  # one token has 64 blocks of 320 chunks
+    assert state_bytes(wide, 163_840, 1, 1) == 64 * 320 * LITE_STATE * 5 // 4 + 4096
+    dense = ModelConfig.preset("deepseek-67b")  # 64 heads over 8 of keys: more than 48 / 8 tokens of a sequence are expanded
+    assert state_bytes(dense, 4096, 2, 512) == 8 * (12 * 8 + 2 * 15) // 16 // 8 * 8 * 8 * 4 * (32 + 16 * 128) * 5 // 4 + 4096
+
+
+def test_the_plan_counts_them():
+    """In what is free, in what is refused and what is offered instead, and in words."""
+    partial, page = state_bytes(LITE, 1600, 3, 64), 16 * 31104
+    said = fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 100 * page + partial, 64)
+    assert said.pages == 100 and said.states == partial and said.describe().startswith(f"weights 31.41 GB; {human_bytes(partial)} at most for attention\ncache   49.77 MB")
+    assert "attention" not in lite(length=1600).describe()
+    with pytest.raises(ValueError, match=f"with {human_bytes(partial)} for attention, are more than .*lower max_model_len to 1584,"):
+        fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 100 * page + partial - 1, 64)
+    with pytest.raises(ValueError, match="max_model_len to 720,"):  # of less than 1,024 rows there are fewer chunks
+        fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 45 * page + state_bytes(LITE, 720, 3, 64), 64)
+    with pytest.raises(ValueError, match=re.escape(f"lower cache_memory to at most {human_bytes(101 * page)}")):
+        fit(LITE, LITE_16, "bf16", 200 * page, 1600, 3, 16, LITE_16 + 101 * page + partial, 64)
+
+
+@pytest.mark.skipif(not native.available(), reason="needs the compiled kernels")
+@pytest.mark.parametrize("c", [tiny.HARD, tiny.config("llama", num_key_value_heads=2, head_dim=10)], ids=["mla", "gqa"])
+def test_partial_results_of_attention_are_what_is_allocated(c):
+    """Seven sequences that decode at the end of their context, behind a prompt they share: to the byte what the plan says, where a token fills its blocks
+    (16 heads of a KV head), and never more."""
+    for heads in (32, 4):
+        m = tiny.model(c.replace(num_attention_heads=heads, max_position_embeddings=200, num_hidden_layers=2)).float()
+        engine = LLM(m, cache="fp32", page_size=4, max_num_seqs=7, max_num_batched_tokens=7)
+        engine.generate([tiny.ids(c, 189, seed=1).tolist()] * 7, SamplingParams(temperature=0.0, max_tokens=11, ignore_eos=True))
+        p, taken = engine.plan(), engine.runs.native.state_bytes
+        assert taken == p.states if heads == 32 else p.states // 3 < taken <= p.states, (heads, taken, p.states)
+    assert LLM(m, impl="torch").plan().states == 0
 
 
 def test_how_large_a_cache_is_when_nobody_says():

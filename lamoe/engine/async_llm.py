@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -13,7 +14,7 @@ from lamoe.engine.sampler import SamplingParams
 
 
 class EngineDead(RuntimeError):
-    """The engine's thread ended with an error (its cause); nothing more will come."""
+    """The engine's thread ended with an error (its cause), or is not in this process (a child of fork()); nothing more will come."""
 
 
 class Run:
@@ -25,6 +26,8 @@ class Run:
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
         while self._open:
+            if self._engine._forked:
+                raise self._engine._ended()
             item = await self._queue.get()
             if isinstance(item, Exception):
                 raise item
@@ -45,12 +48,12 @@ class Run:
 
 class AsyncLLM:
     """`async for delta in engine.stream(prompt, params)`; leaving the loop, or cancelling the task, frees the pages. The LLM belongs to the
-    thread from now on: use it only through `call`."""
+    thread from now on: use it only through `call`. A child of fork() has no such thread: there every request gets EngineDead."""
 
     def __init__(self, llm: LLM):
         self._llm, self._inbox, self._wake = llm, deque(), threading.Condition()
         self._readers: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Queue]] = {}
-        self._closed, self._dead = False, None
+        self._closed, self._dead, self._process = False, None, os.getpid()
         self._thread = threading.Thread(target=self._run, name="lamoe-engine", daemon=True)
         self._thread.start()
 
@@ -107,8 +110,8 @@ class AsyncLLM:
 
     @property
     def alive(self) -> bool:
-        """False once the thread ended, by `close` or by an error."""
-        return not self._closed and self._dead is None
+        """False once the thread ended, by `close` or by an error, and in a child of fork()."""
+        return not self._closed and self._dead is None and not self._forked
 
     @property
     def error(self) -> BaseException | None:
@@ -116,14 +119,24 @@ class AsyncLLM:
         return self._dead
 
     def close(self, timeout: float | None = None) -> None:
-        """End the thread after its current step; open requests get EngineDead."""
+        """End the thread after its current step; open requests get EngineDead. Nothing to do in a child of fork()."""
+        if self._forked:
+            return
         with self._wake:
             self._closed = True
             self._wake.notify()
         self._thread.join(timeout)
 
     # ---- the thread ----------------------------------------------------------------------------------------------
+    @property
+    def _forked(self) -> bool:
+        return os.getpid() != self._process
+
     def _post(self, action: Callable[[LLM], None], refuse: Callable[[Exception], None] | None = None) -> None:
+        if self._forked:  # the thread is not there, and may have held the lock
+            if refuse is not None:
+                refuse(self._ended())
+            return
         with self._wake:
             if self._closed or self._dead:
                 if refuse is not None:
@@ -138,6 +151,9 @@ class AsyncLLM:
             self._llm.cancel(i)
 
     def _ended(self) -> EngineDead:
+        if self._forked:
+            return EngineDead(f"process {os.getpid()} asked an AsyncLLM made in process {self._process}, whose thread is not here: a child of fork() has the thread that forked and "
+                              "no other. Make the AsyncLLM in the process that uses it, after the fork (or start that process by multiprocessing's 'spawn')")
         error = EngineDead("the engine was closed" if self._dead is None else f"the engine ended: {self._dead}")
         error.__cause__ = self._dead
         return error

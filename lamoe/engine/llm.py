@@ -68,21 +68,22 @@ class LLM:
             raise ValueError(f"max_num_seqs {max_num_seqs} and page_size {page_size} must be at least 1, max_num_batched_tokens {max_num_batched_tokens} at least max_num_seqs")
         if threads:
             torch.set_num_threads(threads)
+        step = max_num_batched_tokens if impl != "torch" and native.available() else 0
         options = (cache, cache_memory, max_model_len, max_num_seqs, page_size)
         if isinstance(model, (Transformer, PackedModel)):
             size, free = _weight_bytes(model), available_memory()
-            self._plan = fit(model.config, size, *options, None if free is None else free + size)  # the weights are there already
+            self._plan = fit(model.config, size, *options, None if free is None else free + size, step)  # the weights are there already
         else:
             folder = resolve(model)
             config, size = _ahead(folder, dtype, weights, head)  # before the weights are read
             free = available_memory()
             if free is not None and packed_file.is_packed(folder):
                 free += size  # mapped pages of a file: what does not fit is read again
-            self._plan = fit(config, size, *options, free)
+            self._plan = fit(config, size, *options, free, step)
             tokenizer = tokenizer or (Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None)
             model = load_runnable(folder, weights, dtype, threads, impl, head)
         self.model, self.runs = model, _packed(model, weights, impl, threads, head)  # what was given; what steps run on
-        self._plan = replace(self._plan, weights=_weight_bytes(self.runs))
+        self._plan = replace(self._plan, weights=_weight_bytes(self.runs), states=self._plan.states if isinstance(self.runs, PackedModel) else 0)
         self.tokenizer, self.max_model_len, c = tokenizer, self._plan.max_model_len, model.config
         self.cache = PagedCache(c, self._plan.pages, page_size, cache, self.dtype)
         self.pool = PagePool(self.cache.pages, page_size)

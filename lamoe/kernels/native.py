@@ -33,6 +33,7 @@ else:
 
 FORMATS: dict[str, int] = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 BITS: dict[str, float] = {"fp32": 32.0, "bf16": 16.0, "int8": 8.5, "int4": 4.5}
+BLOCK: dict[str, int] = {"fp32": 1, "bf16": 2, "int8": 64, "int4": 64}  # inputs that are stored together, for 16 outputs; both are filled up
 _said = False
 
 
@@ -70,10 +71,8 @@ def huge_pages(pages: mmap.mmap) -> None:
 
 
 def mat_bytes(fmt: str, n: int, k: int) -> int:
-    """Bytes of a packed matrix of n outputs and k inputs; also where the kernels are missing, for sizes are known from a config alone."""
-    if lib is not None:
-        return lib.mat_bytes(FORMATS[fmt], n, k)
-    return -(-n // 16) * {"fp32": 64 * k, "bf16": 64 * -(-k // 2), "int8": 1088 * -(-k // 64), "int4": 576 * -(-k // 64)}[fmt]
+    """Bytes of a packed matrix of n outputs and k inputs; known without the kernels, which refuse a matrix of any other size."""
+    return -(-n // 16) * -(-k // BLOCK[fmt]) * int(16 * BLOCK[fmt] * BITS[fmt] / 8)
 
 
 def pack(fmt: str, w: torch.Tensor, importance: torch.Tensor | None = None, feedback: torch.Tensor | None = None, isa: str = "") -> tuple[torch.Tensor, float]:
