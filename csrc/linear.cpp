@@ -86,7 +86,7 @@ void micro_int(const W* weights, int blocks, float scale, const Acts& x, int row
         vw acc[T];
         UNROLL for (int t = 0; t < T; t++) acc[t] = start<FMT>(from);
         UNROLL for (int j = 0; j < 4; j++) {
-          if (T == 1) {
+          if constexpr (T == 1) {
             acc[0] = dot<FMT>(acc[0], w[0][j], y + 4 * j);
           } else {
             const vw word = wspread(y + 4 * j);

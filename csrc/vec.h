@@ -25,7 +25,11 @@
 #define LAMOE_NS scalar
 #endif
 
+#if defined(LAMOE_ISA_AVX512) || defined(LAMOE_ISA_AVX2)
 #define UNROLL _Pragma("GCC unroll 16")
+#else
+#define UNROLL  // without vectors it would only keep the compiler busy, for minutes
+#endif
 #define INLINE inline __attribute__((always_inline))
 
 namespace lamoe {
@@ -431,9 +435,12 @@ INLINE vw dot_int8(vw acc, vw w, vw x) {
   EACH for (int j = 0; j < 4; j++) acc.v[i] += int32_t(uint32_t(w.v[i]) >> (8 * j) & 255) * int8_t(uint32_t(x.v[i]) >> (8 * j) & 255);
   return acc;
 }
+INLINE vw dot_int8(vw acc, vw w, const int8_t* x) {
+  EACH for (int j = 0; j < 4; j++) acc.v[i] += int32_t(uint32_t(w.v[i]) >> (8 * j) & 255) * x[j];
+  return acc;
+}
 INLINE vw dot_int4(vw acc, vw w, vw x) { return dot_int8(acc, w, x); }
-INLINE vw dot_int4(vw acc, vw w, const int8_t* x) { return dot_int8(acc, w, wspread(x)); }
-INLINE vw dot_int8(vw acc, vw w, const int8_t* x) { return dot_int8(acc, w, wspread(x)); }
+INLINE vw dot_int4(vw acc, vw w, const int8_t* x) { return dot_int8(acc, w, x); }
 INLINE vw start_int8(int32_t c) { return wset(2 * c); }
 INLINE vw decode_int8(const uint8_t* p) { return wload(p); }
 INLINE void decode_int4(const uint8_t* p, vw& low, vw& high) {
