@@ -53,11 +53,11 @@ float probe_dots(int fmt, long n, double* done) {
   alignas(64) uint8_t bytes[64];
   std::memset(bytes, 0x3f, 64);  // as floats near 1: denormals would be slow
   asm volatile("" : "+m"(bytes));
-  const vw w = wload(bytes);
+  const vw w = wload(bytes), word = wspread(bytes);
   const void* x = bytes;
   float sum;
   if (fmt == INT8) {
-    sum = vsum(vcvt(repeat<kSumsInt, true>(n, wset(1), w, [=](vw acc, vw w) { return dot_int4(acc, w, (const int8_t*)x); }, *done)));
+    sum = vsum(vcvt(repeat<kSumsInt, true>(n, wset(1), w, [=](vw acc, vw w) { return dot_int4(acc, w, word); }, *done)));
     *done *= 4;
   } else if (fmt == BF16) {
     sum = vsum(repeat<kSumsBf16, false>(n, vset(1.f), w, [=](vf acc, vw w) { return dot_bf16(acc, w, x); }, *done));
