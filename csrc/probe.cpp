@@ -26,8 +26,18 @@ INLINE void hide(V& x) { asm volatile("" : "+x"(x.a), "+x"(x.b)); }
 constexpr int kSumsInt = 6, kSumsBf16 = 5, kSumsF32 = 6;  // of two registers each, out of sixteen
 #else
 template <class V>
-INLINE void hide(V& x) { asm volatile("" : "+m"(x)); }  // in no registers that could be named: a lower bound
-constexpr int kSumsInt = 4, kSumsBf16 = 16, kSumsF32 = 16;
+INLINE void hide(V& x) {
+#if defined(__SSE2__)
+  typedef float quarter __attribute__((vector_size(16)));
+  quarter t[4];
+  std::memcpy(t, &x, 64);
+  asm volatile("" : "+x"(t[0]), "+x"(t[1]), "+x"(t[2]), "+x"(t[3]));
+  std::memcpy(&x, t, 64);
+#else
+  asm volatile("" : "+m"(x));  // in no registers that could be named: a lower bound
+#endif
+}
+constexpr int kSumsInt = 8, kSumsBf16 = 2, kSumsF32 = 2;
 #endif
 
 // `n` times N sums, none of which waits for another. The operands stay where they are, so only the operation itself counts. OWN: each has weights of its own
@@ -48,16 +58,16 @@ INLINE V repeat(long n, V start, vw w, Dot dot, double& done) {
 
 }  // namespace
 
-// 16 lanes of dot products of format fmt, out of registers; the multiply-adds done are in `done`, n times 4 to 16 sums of 16 lanes.
+// 16 lanes of dot products of format fmt, out of registers; the multiply-adds done are in `done`.
 float probe_dots(int fmt, long n, double* done) {
   alignas(64) uint8_t bytes[64];
   std::memset(bytes, 0x3f, 64);  // as floats near 1: denormals would be slow
   asm volatile("" : "+m"(bytes));
-  const vw w = wload(bytes);
+  const vw w = wload(bytes), word = wspread(bytes);
   const void* x = bytes;
   float sum;
   if (fmt == INT8) {
-    sum = vsum(vcvt(repeat<kSumsInt, true>(n, wset(1), w, [=](vw acc, vw w) { return dot_int4(acc, w, (const int8_t*)x); }, *done)));
+    sum = vsum(vcvt(repeat<kSumsInt, true>(n, wset(1), w, [=](vw acc, vw w) { return dot_int4(acc, w, word); }, *done)));
     *done *= 4;
   } else if (fmt == BF16) {
     sum = vsum(repeat<kSumsBf16, false>(n, vset(1.f), w, [=](vf acc, vw w) { return dot_bf16(acc, w, x); }, *done));

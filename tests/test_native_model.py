@@ -111,18 +111,18 @@ def test_decoding_far_out_beside_short_ones():
         assert distance(row, reference(m, ids)[-1]) < 1e-5
 
 
-@pytest.mark.parametrize("c", [MLA, GQA], ids=["mla", "gqa"])
-def test_partial_results_of_attention_take_at_most_what_they_may(c):
+@pytest.mark.parametrize("c, weights, format", [(MLA, "fp32", "fp32"), (GQA, "fp32", "fp32"), (MLA, "bf16", "6bit")], ids=["mla", "gqa", "mla 6bit"])
+def test_partial_results_of_attention_take_at_most_what_they_may(c, weights, format):
     """Many sequences and tokens at once, cut into calls by the memory their states may take: the same bits, and never more than a token of the longest needs."""
     c = c.replace(num_hidden_layers=2)
-    m, out, taken = pack(c)[1], {}, {}
+    m, out, taken = pack(c, weights)[1], {}, {}
     kv, width = (1, c.kv_lora_rank) if c.is_mla else (2, c.qk_head_dim)
     one = kv * 8 * 4 * (32 + 16 * width)  # a token has a block for each KV head; of 130 and of 1,100 rows there may be eight chunks, of 2,061 five
     texts = {str(n): text(c, n + 12, seed=n) for n in (5, 130, 1100, 2000, 2049)}
     for limit in (STATES, 1, 2 * one):
-        p = PackedModel(c, "fp32", m.tensors, 2)
+        p = PackedModel(c, weights, m.tensors, 2)
         assert p.native.state_limit == STATES
-        p.native.state_limit, run = limit, Run(p, pages=400)
+        p.native.state_limit, run = limit, Run(p, format, pages=400)
         for k, ids in texts.items():
             run.feed({k: ids[:-12]}, rows=[0])
         out[limit], taken[limit] = run.feed({k: ids[-12:] for k, ids in texts.items()}), p.native.state_bytes

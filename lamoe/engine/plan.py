@@ -59,7 +59,7 @@ def state_bytes(config: ModelConfig, max_model_len: int, max_num_seqs: int, step
     kv, width = (1, config.kv_lora_rank) if config.is_mla else (config.n_kv_heads, config.qk_head_dim)
     per = config.num_attention_heads // kv
     if config.is_mla:
-        most = bisect_left(range(1, step_tokens + 1), True, key=lambda n: cheaper_form(config, n, max_model_len) == "expand")
+        most = max(1, bisect_left(range(1, step_tokens + 1), True, key=lambda n: cheaper_form(config, n, max_model_len) == "expand"))  # single ones never are
     else:
         most = 48 // per
     tokens = min(step_tokens, max_num_seqs * most)
