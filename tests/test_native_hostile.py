@@ -118,7 +118,7 @@ def hide(config, drop: str | None = None, replace: dict | None = None):
     p = PackedModel.__new__(PackedModel)
     real = packed.pieces
     try:
-        packed.pieces = lambda c, w: (piece for piece in real(c, w) if piece.key != drop)
+        packed.pieces = lambda c, w, head: (piece for piece in real(c, w, head) if piece.key != drop)
         p.__init__(config, "fp32", tensors)
     finally:
         packed.pieces = real
