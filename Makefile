@@ -34,7 +34,7 @@ bench: $(READY)  ## training speed beside transformers, alternating
 asan tsan:  ## csrc/check.cpp under AddressSanitizer + UBSan, or ThreadSanitizer, on every instruction set of this CPU
 	cmake -S . -B build/$@ -DLAMOE_SANITIZE=$(if $(filter asan,$@),address$(,)undefined$(,)float-cast-overflow,thread) >/dev/null
 	cmake --build build/$@
-	@for isa in scalar avx2 avxvnni avx512vnni avx512; do \
+	@for isa in scalar avx2 avxvnni avx512vnni avx512 amx; do \
 	  if [ $$isa = scalar ] || LAMOE_ISA=$$isa build/$@/check list >/dev/null 2>&1; then LAMOE_ISA=$$isa build/$@/check || exit 1; fi; done
 
 bench-serve: $(READY)  ## two minutes of load on the server: 64 clients, some of them rude; and what HTTP costs a token

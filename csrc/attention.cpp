@@ -6,6 +6,9 @@
 #include <limits>
 
 #include "kernels.h"
+#if defined(LAMOE_ISA_AMX)
+#include "amx.h"
+#endif
 
 namespace lamoe {
 namespace LAMOE_NS {
@@ -25,6 +28,12 @@ INLINE vf dot_unit(vf acc, vw w, const void* x) { return E == FP32 ? dot_f32(acc
 struct Ahead : Soon {
   INLINE void next() {
     if (p < end) __builtin_prefetch(p, 0, 2), p += 64;
+  }
+  INLINE void next(int lines) {
+    for (; lines > 0 && p < end; lines--) next();
+  }
+  INLINE void after(int lines) {
+    for (; lines > 0 && later < later_end; lines--) after();
   }
   INLINE void after() {  // where loads are not what a loop waits for: among scores the same lines cost more than they bring
     if (later < later_end) __builtin_prefetch(later, 0, 2), later += 64;
@@ -79,6 +88,27 @@ void add_lanes(int lanes, const uint8_t* rows, size_t stride, const uint8_t* p, 
   }
 }
 
+// The same two on AMX, where the widths allow it.
+template <int E>
+INLINE bool scores_by_tiles(const uint8_t* rows, size_t stride, const uint8_t* q, int width, int n, float* s, Ahead& ahead) {
+#if defined(LAMOE_ISA_AMX)
+  if (E == BF16 && width % 32 == 0) return tile_scores<false>(rows, stride, q, width / 32, n, s, ahead), true;
+#endif
+  (void)rows, (void)stride, (void)q, (void)width, (void)n, (void)s, (void)ahead;
+  return false;
+}
+template <int E>
+INLINE bool values_by_tiles(int lanes, const uint8_t* rows, size_t stride, uint8_t* p, int n, float* o, int vw_) {
+#if defined(LAMOE_ISA_AMX)
+  if (E == BF16 && vw_ % 32 == 0) {
+    for (int t = (n + 1) / 2; t < 32; t++) wstore(p + 64 * t, wset(0));
+    return tile_values(lanes, rows, stride, p, n, o, vw_), true;
+  }
+#endif
+  (void)lanes, (void)rows, (void)stride, (void)p, (void)n, (void)o, (void)vw_;
+  return false;
+}
+
 // Rows that a lane does not see: minus infinity.
 void hide(float* s, int n, int r0, const int* last, int n_lanes) {
   int least = last[0];
@@ -94,7 +124,8 @@ void attend(const uint8_t* tile, size_t stride, int n, int r0, int k0, int kw, i
   constexpr int kBytes = E == FP32 ? 4 : 2;
   float* s = (float*)scratch;            // [64][16]
   uint8_t* p = scratch + 64 * 64;        // [64 or 32][16] words
-  all_scores<E>(tile + size_t(k0) * kBytes, stride, (const uint8_t*)lanes.q, kw * kBytes / 4, n, s, ahead);
+  const uint8_t* keys = tile + size_t(k0) * kBytes;
+  if (!scores_by_tiles<E>(keys, stride, (const uint8_t*)lanes.q, kw, n, s, ahead)) all_scores<E>(keys, stride, (const uint8_t*)lanes.q, kw * kBytes / 4, n, s, ahead);
   for (int t = 0; t < n; t++) vstore(s + 16 * t, vload(s + 16 * t) * vset(scale));
   hide(s, n, r0, lanes.last, n_lanes);
   vf top = vload(m);
@@ -119,6 +150,7 @@ void attend(const uint8_t* tile, size_t stride, int n, int r0, int k0, int kw, i
   }
   vstore(m, top);
   vstore(l, sum);
+  if (values_by_tiles<E>(n_lanes, tile + size_t(v0) * kBytes, stride, p, n, o, vw_)) return;
   for (int c = 0; c < vw_; c += 16) {
     const uint8_t* values = tile + size_t(v0 + c) * kBytes;
     add_lanes<E>(n_lanes, values, stride, p, n, o + c, vw_, vw_ - c);
@@ -214,8 +246,13 @@ void attend_ints(const Codec& c, const void* tile, int n, int r0, float scale, c
   const float* lane = (const float*)(q + size_t(width) * 16);
   float* s = (float*)scratch;            // [64][16]
   uint8_t* p = (uint8_t*)(s + 64 * 16);  // [16 fours][16 lanes][4]
-  all_scores<BF16>((const uint8_t*)(sums + 64), size_t(c.w[1]) * 2, (const uint8_t*)(lane + 16), c.w[1] / 2, n, s, ahead);
+  const uint8_t *keys = (const uint8_t*)(sums + 64), *key_lanes = (const uint8_t*)(lane + 16);
+  if (!scores_by_tiles<BF16>(keys, size_t(c.w[1]) * 2, key_lanes, c.w[1], n, s, ahead)) all_scores<BF16>(keys, size_t(c.w[1]) * 2, key_lanes, c.w[1] / 2, n, s, ahead);
+#if defined(LAMOE_ISA_AMX)
+  tile_score_ints((const uint8_t*)bytes, width, step, sums, q, width / 64, vload(lane), vset(scale), n, s, ahead);
+#else
   all_score_ints(bytes, width, step, sums, q, width / 4, vload(lane), vset(scale), n, s, ahead);
+#endif
   hide(s, n, r0, lanes.last, n_lanes);
   vf top = vload(m), most = vzero();
   for (int t = 0; t < n; t++) top = vmax(top, vload(s + 16 * t));
@@ -244,7 +281,12 @@ void attend_ints(const Codec& c, const void* tile, int n, int r0, float scale, c
   float fixes[16], units[16];
   vstore(fixes, fix);
   vstore(units, most * vset(1.f / kMostByte));
+#if defined(LAMOE_ISA_AMX)
+  for (int t = (n + 3) / 4; t < 16; t++) wstore(p + 64 * t, wset(0));
+  tile_value_ints(n_lanes, quads, p, o, width, fixes, units, ahead);
+#else
   for (int k = 0; k < width; k += 32) add_lane_ints<kOutLanes / 2, 2>(n_lanes, quads + size_t(k) * 64, p, (n + 3) / 4, o + k, width, fixes, units, ahead);
+#endif
 }
 
 // scratch: 64 x 16 scores and as many probabilities. A tile's rows may be read up to 15 elements beyond v0 + vw: leave room behind the last one.

@@ -1,6 +1,9 @@
 // Products of activation rows with packed weights. A result depends on its row and its weights alone: not on how many rows come along, nor on
 // threads, because every kernel adds up in one order (group by group, block by block).
 #include "kernels.h"
+#if defined(LAMOE_ISA_AMX)
+#include "amx.h"
+#endif
 
 namespace lamoe {
 namespace LAMOE_NS {
@@ -13,6 +16,12 @@ constexpr int kRows = 8, kTiles = 1, kTileRows = 8, kUnitRows = 6;
 #endif
 constexpr int kAhead = 9216;  // bytes between a prefetch and its use
 constexpr int kDecodeFrom = 2 * kRows;  // from this many rows on a tile is decoded once, ahead of its rows
+// Into L2 on Intel's cores (the only ones with these instructions and no more): what is on its way to L1 takes one of the few buffers that all loads wait in.
+#if defined(LAMOE_ISA_AMX) || defined(LAMOE_ISA_AVXVNNI) || (defined(LAMOE_ISA_AVX512) && !defined(__AVX512BF16__))
+constexpr int kPrefetchTo = 2;
+#else
+constexpr int kPrefetchTo = 3;
+#endif
 
 // ---- INT8, INT4 --------------------------------------------------------------------------------------------------------
 // One group of four quads: weights as unsigned bytes, and the scales of the 16 outputs.
@@ -26,7 +35,7 @@ struct Packed {
   }
   INLINE void prefetch(const uint8_t* b, int g) const {
     constexpr int kLines = FMT == INT8 ? 17 : 9;
-    for (int i = kLines * g / 4; i < kLines * (g + 1) / 4; i++) __builtin_prefetch(b + 64 * i, 0, 3);
+    for (int i = kLines * g / 4; i < kLines * (g + 1) / 4; i++) __builtin_prefetch(b + 64 * i, 0, kPrefetchTo);
   }
   INLINE void group(int block, int g, vw* w, vf& s) const {
     const uint8_t* b = p + size_t(block) * (FMT == INT8 ? 1088 : 576);
@@ -113,6 +122,16 @@ void rows_int(const W* w, int blocks, float scale, const Acts& x, int row, int r
   }
 }
 
+#if defined(LAMOE_ISA_AMX)
+constexpr bool kSignedTiles = true;
+template <int FMT>
+INLINE vw wsigned(vw w) { return {_mm512_sub_epi8(w.v, _mm512_set1_epi8(char(FMT == INT8 ? 128 : 64)))}; }
+#else
+constexpr bool kSignedTiles = false;
+template <int FMT>
+INLINE vw wsigned(vw w) { return w; }
+#endif
+
 template <int FMT>
 void decode_tile(const Packed<FMT>& packed, int blocks, uint8_t* to) {
   for (int b = 0; b < blocks; b++) {
@@ -123,7 +142,7 @@ void decode_tile(const Packed<FMT>& packed, int blocks, uint8_t* to) {
       vf s;
       packed.group(b, g, w, s);
       vstore((float*)to, s);
-      for (int j = 0; j < 4; j++) wstore(to + 64 + 64 * j, w[j]);
+      for (int j = 0; j < 4; j++) wstore(to + 64 + 64 * j, kSignedTiles ? wsigned<FMT>(w[j]) : w[j]);
     }
   }
 }
@@ -143,6 +162,11 @@ void tiles_int(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, f
       rows_int<FMT, Packed<FMT>, 1, kRows>(w, blocks, m.scale, x, row, rows, to, ldo, n);
       t++;
     } else {
+#if defined(LAMOE_ISA_AMX)
+      decode_tile<FMT>({p, end, then}, blocks, scratch);
+      linear_ints(scratch, blocks, m.scale, x, row, rows, to, ldo, n, ++t < t1 ? m.data + t * size : then, int(size / 64) / blocks);
+      continue;
+#endif
       for (int i = 0; i < count; i++) decode_tile<FMT>({p + i * size, end, then}, blocks, scratch + i * decoded);
       t += count;
       // the first rows ask for the tiles that are decoded next
@@ -189,6 +213,9 @@ void tiles_unit(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, 
   const size_t tile = tile_bytes(m.fmt, m.k), stride = size_t(x.stride) * (FMT == FP32 ? 4 : 2);
   const uint8_t* y = (FMT == FP32 ? (const uint8_t*)x.f : (const uint8_t*)x.h) + row * stride;
   const int units = FMT == FP32 ? m.k : (m.k + 1) / 2;
+#if defined(LAMOE_ISA_AMX)
+  if (FMT == BF16) return linear_bf16(m.data + t0 * tile, tile, t1 - t0, units, y, stride, rows, out + kTile * t0, ldo, m.n - kTile * t0);
+#endif
   for (int t = t0; t < t1;) {
     const uint8_t* w = m.data + t * tile;
     const int n = m.n - kTile * t;

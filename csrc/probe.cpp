@@ -1,5 +1,8 @@
 // What the machine can do at most, for the benchmarks' shares of it: bytes read per second, and dot-product instructions per second.
 #include "kernels.h"
+#if defined(LAMOE_ISA_AMX)
+#include "amx.h"
+#endif
 
 namespace lamoe {
 namespace LAMOE_NS {
@@ -66,6 +69,19 @@ float probe_dots(int fmt, long n, double* done) {
   const vw w = wload(bytes), word = wspread(bytes);
   const void* x = bytes;
   float sum;
+#if defined(LAMOE_ISA_AMX)
+  if (fmt != FP32) {
+    TileShapes shapes;
+    for (int i = 0; i < 8; i++) shapes.set(i, 16, 64);
+    shapes.load();
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>(), tile_zero<4>(), tile_zero<5>(), tile_zero<6>(), tile_zero<7>();
+    for (long k = 0; k < n; k++)
+      if (fmt == INT8) tile_ss<0, 4, 6>(), tile_ss<1, 4, 7>(), tile_ss<2, 5, 6>(), tile_ss<3, 5, 7>();
+      else tile_bf16<0, 4, 6>(), tile_bf16<1, 4, 7>(), tile_bf16<2, 5, 6>(), tile_bf16<3, 5, 7>();
+    *done = double(n) * 4 * 16 * 16 * (fmt == INT8 ? 64 : 32);
+    return 0.f;
+  }
+#endif
   if (fmt == INT8) {
     sum = vsum(vcvt(repeat<kSumsInt, true>(n, wset(1), w, [=](vw acc, vw w) { return dot_int4(acc, w, word); }, *done)));
     *done *= 4;

@@ -13,7 +13,9 @@
 #include <immintrin.h>
 #endif
 
-#if defined(LAMOE_ISA_AVX512) && defined(__AVX512BF16__)
+#if defined(LAMOE_ISA_AMX)
+#define LAMOE_NS amx
+#elif defined(LAMOE_ISA_AVX512) && defined(__AVX512BF16__)
 #define LAMOE_NS avx512
 #elif defined(LAMOE_ISA_AVX512)
 #define LAMOE_NS avx512vnni

@@ -1,5 +1,5 @@
 """The compiled kernels (csrc/, `lamoe._native`) as functions of torch tensors, when they are there. `available()` says whether; without them
-everything runs on torch ops, and `announce` says so once. LAMOE_ISA = scalar | avx2 | avxvnni | avx512vnni | avx512 forces an instruction set.
+everything runs on torch ops, and `announce` says so once. LAMOE_ISA = scalar | avx2 | avxvnni | avx512vnni | avx512 | amx forces an instruction set.
 
 Weight formats, group-wise over 16 inputs of one output (csrc/ops.h has the bytes):
     fp32, bf16   as they are
