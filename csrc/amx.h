@@ -2,8 +2,8 @@
 // only file with instructions; for the `amx` table alone. Whoever sets shapes does so anew in every call: other code of this thread (torch) uses tiles too.
 //   FP32 += pairs of bfloat16 (tdpbf16ps): rows [M][32 elements] x weights [16 pairs][16 outputs], which is how a BF16 matrix lies in memory (ops.h)
 //   INT32 += bytes (tdpb..d): rows [M][64] x weights [16 quads][16 outputs], which is how the quads of INT8 and INT4 lie once they are decoded
-// A sum of bfloat16 products has another order than vdpbf16ps has, so every BF16 product of this table is made here, one row or many: a result still
-// depends on its row and its weights alone. Sums of bytes are exact, and are those of the avx512 table to the bit.
+// A sum of bfloat16 products has another order than vdpbf16ps has, so whether tiles make it is a matter of widths alone, never of how many rows there are: a
+// result still depends on its row and its weights alone. Sums of bytes are exact, and are those of the avx512 table to the bit.
 #pragma once
 #include <type_traits>
 
@@ -18,19 +18,51 @@ struct TileShapes {  // of the eight registers, for as long as it lives
   TileShapes(const TileShapes&) = delete;
   ~TileShapes() { asm volatile("tilerelease" ::: "memory"); }
   INLINE void set(int tile, int rows, int bytes) { s_.rows[tile] = uint8_t(rows), s_.bytes[tile] = uint16_t(rows ? bytes : 0); }
-  INLINE void load() const { asm volatile("ldtilecfg %0" : : "m"(s_)); }
+  INLINE void load() const {
+    asm volatile("ldtilecfg %0" : : "m"(s_));
+#if defined(LAMOE_SANITIZED)
+    now() = s_;
+#endif
+  }
+#if defined(LAMOE_SANITIZED)  // they do not look into assembly: what a tile reads or writes is read or written once more for them
+  static void touch(int tile, void* p, size_t stride, bool write) {
+    for (int r = 0; r < now().rows[tile]; r++)
+      for (int i = 0; i < now().bytes[tile]; i++) {
+        volatile uint8_t* b = (uint8_t*)p + r * stride + i;
+        const uint8_t seen = *b;
+        if (write) *b = seen;
+      }
+  }
+#endif
 
  private:
-  struct alignas(64) {
+  struct alignas(64) Shapes {
     uint8_t palette = 1, start = 0, none[14] = {};
     uint16_t bytes[16] = {};
     uint8_t rows[16] = {};
   } s_;
+#if defined(LAMOE_SANITIZED)
+  static Shapes& now() {
+    static thread_local Shapes s;
+    return s;
+  }
+#endif
 };
+#if defined(LAMOE_SANITIZED)
+#define LAMOE_TOUCH(tile, p, stride, write) TileShapes::touch(tile, (void*)(p), stride, write)
+#else
+#define LAMOE_TOUCH(tile, p, stride, write) (void)0
+#endif
 
 template <int T> INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" : : "i"(T)); }
-template <int T> INLINE void tile_load(const void* p, size_t stride) { asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(T) : "memory"); }
-template <int T> INLINE void tile_store(void* p, size_t stride) { asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(T) : "memory"); }
+template <int T> INLINE void tile_load(const void* p, size_t stride) {
+  LAMOE_TOUCH(T, p, stride, false);
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(T) : "memory");
+}
+template <int T> INLINE void tile_store(void* p, size_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(T) : "memory");
+  LAMOE_TOUCH(T, p, stride, true);
+}
 template <int C, int A, int B> INLINE void tile_bf16() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B)); }
 template <int C, int A, int B> INLINE void tile_ss() { asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B)); }  // signed bytes
 template <int C, int A, int B> INLINE void tile_su() { asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B)); }  // B unsigned
@@ -123,65 +155,58 @@ inline void linear_bf16(const uint8_t* w, size_t tile, int count, int units, con
 }
 
 // ---- weights of 4 and 8 bits ---------------------------------------------------------------------------------------------
-// M rows (16 or 8) times one decoded tile: [block][4 groups](16 scales, 4 quads x 16 signed bytes). Each group has a sum of its own, so all of them leave the tile
-// registers through memory: while those of block b are made, those of b - 1 are stored and those of b - 2 become float, in the order of micro_int.
-template <int M>
-void block_ints(const uint8_t* w, int blocks, float scale, const Acts& x, int row, float* out, ptrdiff_t ldo, int n, const uint8_t* next, int lines) {
-  const int8_t* q = x.q + size_t(row) * x.stride;
+// 16 rows and more, 16 at a time (the last ones once more where they do not divide: the same results), times one tile of 16 outputs. decode(b, to) puts block b there:
+// [4 groups](16 scales, 4 quads x 16 signed bytes). Each group has a sum of its own, so all of them leave the tile registers through memory: while those of one
+// step are made, those of the step before are stored, and those before that become float, in the order of micro_int.
+constexpr int kIntRows = 16, kIntMost = 192, kDecodedBlock = 4 * 320;
+INLINE void shape_ints(TileShapes& shapes) {
+  for (int i = 0; i < 4; i++) shapes.set(i, kIntRows, 64);
+  shapes.set(4, kIntRows, kGroup), shapes.set(6, kGroup / 4, 64);
+  shapes.load();
+}
+template <class Decode>
+void linear_ints(const Decode& decode, int blocks, float scale, const Acts& x, int row, int rows, float* out, ptrdiff_t ldo, int n) {
   const size_t steps = size_t(x.stride / kBlock), stride = size_t(x.stride);
-  const float* s = x.s + size_t(row) * steps;
-  alignas(64) int32_t sums[2][4][M * 16];
-  alignas(64) float total[M * 16];
-  UNROLL for (int m = 0; m < M; m++) vstore(total + 16 * m, vzero());
-  for (int b = 0; b < blocks + 2; b++) {
-    const bool make = b < blocks, store = b > 0 && b <= blocks, add = b > 1;
-    vf part[M];
-    UNROLL for (int m = 0; m < M; m++) part[m] = vzero();
+  const int parts = (rows + kIntRows - 1) / kIntRows, all = parts * blocks;
+  alignas(64) uint8_t decoded[3][kDecodedBlock];
+  alignas(64) int32_t sums[2][4][kIntRows * 16];
+  alignas(64) float totals[kIntMost / kIntRows][kIntRows * 16];
+  std::memset(totals, 0, size_t(parts) * sizeof totals[0]);
+  const auto first = [&](int part) { return part + 1 < parts ? part * kIntRows : rows - kIntRows; };
+  int b = 0, part = 0, b_add = 0, part_add = 0;
+  for (int i = 0; i < all + 2; i++) {
+    const bool make = i < all, store = i > 0 && i <= all, add = i > 1;
+    if (make && part == 0) decode(b, decoded[b % 3]);
+    const int8_t* q = x.q + size_t(row + first(part)) * stride + kBlock * size_t(b);
+    const uint8_t *w = decoded[b % 3], *w_add = decoded[b_add % 3];
+    vf sum[kIntRows];
+    UNROLL for (int m = 0; m < kIntRows; m++) sum[m] = vzero();
     const auto group = [&](auto number) __attribute__((always_inline)) {
       constexpr int g = decltype(number)::value;
       if (add) {
-        const vf ws = vload((const float*)(w + (4 * size_t(b - 2) + g) * 320));
-        const int32_t* from = sums[b % 2][g];
-        UNROLL for (int m = 0; m < M; m++) part[m] = vfma(vcvt(wload(from + 16 * m)), ws, part[m]);
+        const vf ws = vload((const float*)(w_add + 320 * g));
+        const int32_t* from = sums[i % 2][g];
+        UNROLL for (int m = 0; m < kIntRows; m++) sum[m] = vfma(vcvt(wload(from + 16 * m)), ws, sum[m]);
       }
-      if (store) tile_store<g>(sums[(b - 1) % 2][g], 64);
+      if (store) tile_store<g>(sums[(i - 1) % 2][g], 64);
       if (make) {
-        for (int i = lines * g / 4; i < lines * (g + 1) / 4; i++) __builtin_prefetch(next + 64 * (size_t(b) * lines + i), 0, 2);
-        tile_load<4>(q + kBlock * size_t(b) + kGroup * g, stride);
-        tile_load<6>(w + (4 * size_t(b) + g) * 320 + 64, 64);
+        tile_load<4>(q + kGroup * g, stride);
+        tile_load<6>(w + 320 * g + 64, 64);
         tile_zero<g>();
         tile_ss<g, 4, 6>();
       }
     };
     group(std::integral_constant<int, 0>()), group(std::integral_constant<int, 1>()), group(std::integral_constant<int, 2>()), group(std::integral_constant<int, 3>());
-    for (int m = 0; add && m < M; m++) vstore(total + 16 * m, vfma(part[m], vset(s[m * steps + b - 2]), vload(total + 16 * m)));
-  }
-  UNROLL for (int m = 0; m < M; m++) vstore_n(out + m * ldo, vload(total + 16 * m) * vset(scale), n);
-}
-
-// out = rows (at least 8) times a decoded tile, n outputs. Blocks overlap where rows do not divide by their size: the same results once more. `next`: packed weights
-// to ask for meanwhile, `lines` of them for each block of inputs.
-inline void linear_ints(const uint8_t* w, int blocks, float scale, const Acts& x, int row, int rows, float* out, ptrdiff_t ldo, int n, const uint8_t* next, int lines) {
-  TileShapes shapes;
-  const auto shape = [&](int m) {
-    for (int i = 0; i < 4; i++) shapes.set(i, m, 64);
-    shapes.set(4, m, kGroup), shapes.set(6, kGroup / 4, 64);
-    shapes.load();
-  };
-  if (rows > 8) shape(16);
-  for (int r = 0; r < rows; lines = 0) {
-    if (rows - r > 8 && rows >= 16) {
-      const int at = rows - r < 16 ? rows - 16 : r;
-      block_ints<16>(w, blocks, scale, x, row + at, out + at * ldo, ldo, n, next, lines);
-      r = at + 16;
-    } else {
-      shape(8);
-      for (; r < rows; r += 8) {
-        const int at = rows - r < 8 ? rows - 8 : r;
-        block_ints<8>(w, blocks, scale, x, row + at, out + at * ldo, ldo, n, next, lines);
-      }
+    if (add) {
+      const float* s = x.s + size_t(row + first(part_add)) * steps + b_add;
+      float* total = totals[part_add];
+      UNROLL for (int m = 0; m < kIntRows; m++) vstore(total + 16 * m, vfma(sum[m], vset(s[m * steps]), vload(total + 16 * m)));
+      if (++part_add == parts) part_add = 0, b_add++;
     }
+    if (make && ++part == parts) part = 0, b++;
   }
+  for (int p = 0; p < parts; p++)
+    for (int m = 0; m < kIntRows; m++) vstore_n(out + (first(p) + m) * ldo, vload(totals[p] + 16 * m) * vset(scale), n);
 }
 
 // ---- attention -------------------------------------------------------------------------------------------------------------

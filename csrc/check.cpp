@@ -146,7 +146,7 @@ void check_ops() {
         const Mat m = w.mat(fmt, n, k);
         auto back = draws(size_t(n) * k);
         for (int t = 0; t < tiles(n); t++) op.unpack(m, back.data(), k, t);
-        for (int rows : {0, 1, 2, 5, 13, 27}) {
+        for (int rows : {0, 1, 2, 5, 13, 27, 55}) {
           Acts a;
           a.rows = rows, a.k = k, a.stride = acts_stride(k);
           const size_t size = size_t(rows) * a.stride;
@@ -199,7 +199,9 @@ std::vector<Config> configs() {
   gqa.layers = 2, gqa.vocab = 33, gqa.hidden = 48, gqa.heads = 6, gqa.kv_heads = 2, gqa.head_dim = 18, gqa.rope = 18, gqa.interleaved = false, gqa.softmax_scale = 0.2f;
   Config wide = mla;  // cache rows that are attended to as integers
   wide.layers = 2, wide.latent = 512, wide.heads = 17;
-  return {mla, lora, gqa, wide};
+  Config even = mla;  // widths that tiles of 32 elements divide
+  even.layers = 2, even.latent = 96, even.rope = 32, even.head_dim = even.nope + even.rope, even.heads = 17;
+  return {mla, lora, gqa, wide, even};
 }
 
 void check_models() {

@@ -122,16 +122,6 @@ void rows_int(const W* w, int blocks, float scale, const Acts& x, int row, int r
   }
 }
 
-#if defined(LAMOE_ISA_AMX)
-constexpr bool kSignedTiles = true;
-template <int FMT>
-INLINE vw wsigned(vw w) { return {_mm512_sub_epi8(w.v, _mm512_set1_epi8(char(FMT == INT8 ? 128 : 64)))}; }
-#else
-constexpr bool kSignedTiles = false;
-template <int FMT>
-INLINE vw wsigned(vw w) { return w; }
-#endif
-
 template <int FMT>
 void decode_tile(const Packed<FMT>& packed, int blocks, uint8_t* to) {
   for (int b = 0; b < blocks; b++) {
@@ -142,10 +132,25 @@ void decode_tile(const Packed<FMT>& packed, int blocks, uint8_t* to) {
       vf s;
       packed.group(b, g, w, s);
       vstore((float*)to, s);
-      for (int j = 0; j < 4; j++) wstore(to + 64 + 64 * j, kSignedTiles ? wsigned<FMT>(w[j]) : w[j]);
+      for (int j = 0; j < 4; j++) wstore(to + 64 + 64 * j, w[j]);
     }
   }
 }
+
+#if defined(LAMOE_ISA_AMX)
+template <int FMT>
+INLINE void decode_signed(const Packed<FMT>& packed, int block, uint8_t* to) {
+  const uint8_t* ahead = packed.ahead(block);
+  UNROLL for (int g = 0; g < 4; g++, to += 320) {
+    packed.prefetch(ahead, g);
+    vw w[4];
+    vf s;
+    packed.group(block, g, w, s);
+    vstore((float*)to, s);
+    UNROLL for (int j = 0; j < 4; j++) wstore(to + 64 + 64 * j, {_mm512_sub_epi8(w[j].v, _mm512_set1_epi8(char(FMT == INT8 ? 128 : 64)))});
+  }
+}
+#endif
 
 template <int FMT>
 void tiles_int(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, float* out, ptrdiff_t ldo, uint8_t* scratch, const uint8_t* then) {
@@ -153,6 +158,24 @@ void tiles_int(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, f
   const size_t size = tile_bytes(FMT, m.k), decoded = size_t(blocks) * 4 * 320;
   const uint8_t* end = m.data + t1 * size;
   if (!then) then = m.data + t0 * size;
+#if defined(LAMOE_ISA_AMX)
+  if (rows >= kIntRows) {
+    TileShapes shapes;
+    shape_ints(shapes);
+    const int rest = rows % kIntRows <= 6 ? rows % kIntRows : 0;  // so few are done sooner without tiles
+    for (int t = t0; t < t1; t++) {
+      const Packed<FMT> w{m.data + t * size, end, then};
+      const int n = m.n - kTile * t;
+      float* to = out + kTile * t;
+      for (int r = 0; r < rows - rest; r += kIntMost) {
+        const int from = rows - rest - r < kIntRows ? rows - rest - kIntRows : r, here = rows - rest - from < kIntMost ? rows - rest - from : kIntMost;
+        linear_ints([&](int b, uint8_t* decoded) { decode_signed<FMT>(w, b, decoded); }, blocks, m.scale, x, row + from, here, to + from * ldo, ldo, n);
+      }
+      rows_int<FMT, Packed<FMT>, 1, kRows>(&w, blocks, m.scale, x, row + rows - rest, rest, to + (rows - rest) * ldo, ldo, n);
+    }
+    return;
+  }
+#endif
   for (int t = t0; t < t1;) {
     const int count = t + kTiles <= t1 ? kTiles : 1, n = m.n - kTile * t;
     const uint8_t* p = m.data + t * size;
@@ -162,11 +185,6 @@ void tiles_int(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, f
       rows_int<FMT, Packed<FMT>, 1, kRows>(w, blocks, m.scale, x, row, rows, to, ldo, n);
       t++;
     } else {
-#if defined(LAMOE_ISA_AMX)
-      decode_tile<FMT>({p, end, then}, blocks, scratch);
-      linear_ints(scratch, blocks, m.scale, x, row, rows, to, ldo, n, ++t < t1 ? m.data + t * size : then, int(size / 64) / blocks);
-      continue;
-#endif
       for (int i = 0; i < count; i++) decode_tile<FMT>({p + i * size, end, then}, blocks, scratch + i * decoded);
       t += count;
       // the first rows ask for the tiles that are decoded next

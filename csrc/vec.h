@@ -1,5 +1,5 @@
-// The only file with intrinsics: sixteen lanes of float (vf) and sixteen 32-bit words (vw), on AVX-512, AVX2 or plain C++.
-// A kernel is written once against these and compiled once per ISA (CMakeLists.txt sets LAMOE_ISA_AVX512 / _AVXVNNI / _AVX2 / none); lanes add
+// The intrinsics (those of AMX are in amx.h): sixteen lanes of float (vf) and sixteen 32-bit words (vw), on AVX-512, AVX2 or plain C++.
+// A kernel is written once against these and compiled once per ISA (CMakeLists.txt sets LAMOE_ISA_AVX512, with or without _AMX, / _AVXVNNI / _AVX2 / none); lanes add
 // up in the same order on each (only the sum over the lanes of a vector, vsum, has orders of its own). A NEON version of this file is all another architecture needs.
 #pragma once
 #include <cmath>

@@ -182,6 +182,29 @@ def test_a_row_does_not_know_its_batch(fmt, isa):
         assert torch.equal(native.linear(fmt, data, scale, n, x.flip(0), isa), alone.flip(0))
 
 
+@pytest.mark.skipif("amx" not in ISAS, reason="needs a CPU with AMX")
+@pytest.mark.parametrize("fmt", ["int8", "int4"])
+@pytest.mark.parametrize("m", [16, 17, 22, 23, 31, 48, 192, 193, 199, 208, 215])
+def test_tiles_of_bytes_add_up_as_vectors_do(fmt, m):
+    """Around the sizes of its blocks of rows: 16, up to 192 at once, and up to 6 more without tiles."""
+    for n, k in [(130, 65), (17, 320)]:
+        data, scale = native.pack(fmt, draw(n, k))
+        x = draw(m, k, seed=m)
+        assert torch.equal(native.linear(fmt, data, scale, n, x, "amx"), native.linear(fmt, data, scale, n, x, "avx512"))
+
+
+@isas
+@formats
+def test_products_of_torch_in_between_change_nothing(fmt, isa):
+    """torch gives tile registers shapes of its own, in the thread that calls it."""
+    data, scale = native.pack(fmt, draw(130, 320))
+    x, other = draw(37, 320), draw(64, 64).bfloat16()
+    want, product = native.linear(fmt, data, scale, 130, x, isa), other @ other
+    for _ in range(3):
+        assert torch.equal(native.linear(fmt, data, scale, 130, x, isa), want)
+        assert torch.equal(other @ other, product)
+
+
 @isas
 @formats
 def test_bytes_around_a_matrix_and_its_rows_are_not_used(fmt, isa):
