@@ -1,14 +1,14 @@
-// Products on CPUs with AMX: eight tile registers of up to 16 rows x 64 bytes each, and instructions that multiply two of them into a third. Beside vec.h the
-// only file with instructions; for the `amx` table alone. Whoever sets shapes does so anew in every call: other code of this thread (torch) uses tiles too.
+// Products on CPUs with AMX: eight tile registers of up to 16 rows x 64 bytes each, and instructions that multiply two of them into a third. For
+// the `amx` table alone. Whoever sets shapes does so anew in every call: other code of this thread (torch) uses tiles too.
 //   FP32 += pairs of bfloat16 (tdpbf16ps): rows [M][32 elements] x weights [16 pairs][16 outputs], which is how a BF16 matrix lies in memory (ops.h)
-//   INT32 += bytes (tdpb..d): rows [M][64] x weights [16 quads][16 outputs], which is how the quads of INT8 and INT4 lie once they are decoded
+//   INT32 += bytes (tdpb..d): rows [M][64] x weights [16 quads][16 outputs]; of INT8 and INT4 weights only [M][16] x [4 quads][16], because each group of 16
+//   inputs has a scale of its own
 // A sum of bfloat16 products has another order than vdpbf16ps has, so whether tiles make it is a matter of widths alone, never of how many rows there are: a
 // result still depends on its row and its weights alone. Sums of bytes are exact, and are those of the avx512 table to the bit.
 #pragma once
 #include <type_traits>
 
-#include "ops.h"
-#include "vec.h"
+#include "kernels.h"
 
 namespace lamoe {
 namespace LAMOE_NS {
@@ -155,10 +155,13 @@ inline void linear_bf16(const uint8_t* w, size_t tile, int count, int units, con
 }
 
 // ---- weights of 4 and 8 bits ---------------------------------------------------------------------------------------------
-// 16 rows and more, 16 at a time (the last ones once more where they do not divide: the same results), times one tile of 16 outputs. decode(b, to) puts block b there:
+template <int FMT>
+INLINE vw signed_bytes(vw w) { return {_mm512_sub_epi8(w.v, _mm512_set1_epi8(char(FMT == INT8 ? 128 : 64)))}; }
+
+// 16 rows and more, 16 at a time (where they do not divide, the last 16 have some of those before: the same results), times one tile of 16 outputs. decode(b, to) puts block b there:
 // [4 groups](16 scales, 4 quads x 16 signed bytes). Each group has a sum of its own, so all of them leave the tile registers through memory: while those of one
 // step are made, those of the step before are stored, and those before that become float, in the order of micro_int.
-constexpr int kIntRows = 16, kIntMost = 192, kDecodedBlock = 4 * 320;
+constexpr int kIntRows = 16, kIntMost = 192;
 INLINE void shape_ints(TileShapes& shapes) {
   for (int i = 0; i < 4; i++) shapes.set(i, kIntRows, 64);
   shapes.set(4, kIntRows, kGroup), shapes.set(6, kGroup / 4, 64);

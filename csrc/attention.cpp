@@ -30,10 +30,10 @@ struct Ahead : Soon {
     if (p < end) __builtin_prefetch(p, 0, 2), p += 64;
   }
   INLINE void next(int lines) {
-    for (; lines > 0 && p < end; lines--) next();
+    for (; lines > 0; lines--) next();
   }
   INLINE void after(int lines) {
-    for (; lines > 0 && later < later_end; lines--) after();
+    for (; lines > 0; lines--) after();
   }
   INLINE void after() {  // where loads are not what a loop waits for: among scores the same lines cost more than they bring
     if (later < later_end) __builtin_prefetch(later, 0, 2), later += 64;
@@ -88,27 +88,6 @@ void add_lanes(int lanes, const uint8_t* rows, size_t stride, const uint8_t* p, 
   }
 }
 
-// The same two on AMX, where the widths allow it.
-template <int E>
-INLINE bool scores_by_tiles(const uint8_t* rows, size_t stride, const uint8_t* q, int width, int n, float* s, Ahead& ahead) {
-#if defined(LAMOE_ISA_AMX)
-  if (E == BF16 && width % 32 == 0) return tile_scores<false>(rows, stride, q, width / 32, n, s, ahead), true;
-#endif
-  (void)rows, (void)stride, (void)q, (void)width, (void)n, (void)s, (void)ahead;
-  return false;
-}
-template <int E>
-INLINE bool values_by_tiles(int lanes, const uint8_t* rows, size_t stride, uint8_t* p, int n, float* o, int vw_) {
-#if defined(LAMOE_ISA_AMX)
-  if (E == BF16 && vw_ % 32 == 0) {
-    for (int t = (n + 1) / 2; t < 32; t++) wstore(p + 64 * t, wset(0));
-    return tile_values(lanes, rows, stride, p, n, o, vw_), true;
-  }
-#endif
-  (void)lanes, (void)rows, (void)stride, (void)p, (void)n, (void)o, (void)vw_;
-  return false;
-}
-
 // Rows that a lane does not see: minus infinity.
 void hide(float* s, int n, int r0, const int* last, int n_lanes) {
   int least = last[0];
@@ -124,8 +103,12 @@ void attend(const uint8_t* tile, size_t stride, int n, int r0, int k0, int kw, i
   constexpr int kBytes = E == FP32 ? 4 : 2;
   float* s = (float*)scratch;            // [64][16]
   uint8_t* p = scratch + 64 * 64;        // [64 or 32][16] words
-  const uint8_t* keys = tile + size_t(k0) * kBytes;
-  if (!scores_by_tiles<E>(keys, stride, (const uint8_t*)lanes.q, kw, n, s, ahead)) all_scores<E>(keys, stride, (const uint8_t*)lanes.q, kw * kBytes / 4, n, s, ahead);
+  const uint8_t *keys = tile + size_t(k0) * kBytes, *q = (const uint8_t*)lanes.q, *values = tile + size_t(v0) * kBytes;
+#if defined(LAMOE_ISA_AMX)
+  if (E == BF16 && kw % 32 == 0) tile_scores<false>(keys, stride, q, kw / 32, n, s, ahead);
+  else
+#endif
+    all_scores<E>(keys, stride, q, kw * kBytes / 4, n, s, ahead);
   for (int t = 0; t < n; t++) vstore(s + 16 * t, vload(s + 16 * t) * vset(scale));
   hide(s, n, r0, lanes.last, n_lanes);
   vf top = vload(m);
@@ -150,11 +133,13 @@ void attend(const uint8_t* tile, size_t stride, int n, int r0, int k0, int kw, i
   }
   vstore(m, top);
   vstore(l, sum);
-  if (values_by_tiles<E>(n_lanes, tile + size_t(v0) * kBytes, stride, p, n, o, vw_)) return;
-  for (int c = 0; c < vw_; c += 16) {
-    const uint8_t* values = tile + size_t(v0 + c) * kBytes;
-    add_lanes<E>(n_lanes, values, stride, p, n, o + c, vw_, vw_ - c);
+#if defined(LAMOE_ISA_AMX)
+  if (E == BF16 && vw_ % 32 == 0) {
+    for (int t = (n + 1) / 2; t < 32; t++) wstore(p + 64 * t, wset(0));
+    return tile_values(n_lanes, values, stride, p, n, o, vw_);
   }
+#endif
+  for (int c = 0; c < vw_; c += 16) add_lanes<E>(n_lanes, values + size_t(c) * kBytes, stride, p, n, o + c, vw_, vw_ - c);
 }
 
 // ---- rows as integers ----------------------------------------------------------------------------------------------------
@@ -247,7 +232,11 @@ void attend_ints(const Codec& c, const void* tile, int n, int r0, float scale, c
   float* s = (float*)scratch;            // [64][16]
   uint8_t* p = (uint8_t*)(s + 64 * 16);  // [16 fours][16 lanes][4]
   const uint8_t *keys = (const uint8_t*)(sums + 64), *key_lanes = (const uint8_t*)(lane + 16);
-  if (!scores_by_tiles<BF16>(keys, size_t(c.w[1]) * 2, key_lanes, c.w[1], n, s, ahead)) all_scores<BF16>(keys, size_t(c.w[1]) * 2, key_lanes, c.w[1] / 2, n, s, ahead);
+#if defined(LAMOE_ISA_AMX)
+  if (c.w[1] % 32 == 0) tile_scores<false>(keys, size_t(c.w[1]) * 2, key_lanes, c.w[1] / 32, n, s, ahead);
+  else
+#endif
+    all_scores<BF16>(keys, size_t(c.w[1]) * 2, key_lanes, c.w[1] / 2, n, s, ahead);
 #if defined(LAMOE_ISA_AMX)
   tile_score_ints((const uint8_t*)bytes, width, step, sums, q, width / 64, vload(lane), vset(scale), n, s, ahead);
 #else
@@ -271,7 +260,7 @@ void attend_ints(const Codec& c, const void* tile, int n, int r0, float scale, c
     UNROLL for (int j = 0; j < 4; j++) {
       if (t + j >= n) break;
       const vf x = vfma(vload(s + 16 * (t + j)), up, rest), r = vmin(vmax(vround(x), vzero()), full);
-      rest = x - r;
+      rest = vmin(x - r, vset(0.5f));  // a little more is left of the largest weight, and that must not make a row count that a lane does not see
       word = wor_left(word, wround(r), 8 * j);
     }
     wstore(p + size_t(t) * 16, word);

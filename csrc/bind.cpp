@@ -407,7 +407,7 @@ class PyModel {
 
 NB_MODULE(_native, m) {
   m.doc() = "Kernels of lamoe. Use them through lamoe.kernels and lamoe.packed.";
-  m.def("isa", [] { return std::string(ops().name); }, "The instruction set in use: avx512, avx2 or scalar.");
+  m.def("isa", [] { return std::string(ops().name); }, "The instruction set in use, one of `features`.");
   m.def("features", [] { return std::string(cpu_features()); }, "The instruction sets that this CPU runs, best first.");
   // noconvert: an array of another type or order would be copied, silently, and for the cache's rows the copy would be written
   m.def("mat_bytes", [](int fmt, int64_t n, int64_t k) { need(wrong_sizes(fmt, n, k)); return mat_bytes(fmt, int(n), int(k)); });

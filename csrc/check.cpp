@@ -146,7 +146,7 @@ void check_ops() {
         const Mat m = w.mat(fmt, n, k);
         auto back = draws(size_t(n) * k);
         for (int t = 0; t < tiles(n); t++) op.unpack(m, back.data(), k, t);
-        for (int rows : {0, 1, 2, 5, 13, 27, 55}) {
+        for (int rows : {0, 1, 2, 5, 13, 21, 27, 55}) {
           Acts a;
           a.rows = rows, a.k = k, a.stride = acts_stride(k);
           const size_t size = size_t(rows) * a.stride;
@@ -183,6 +183,57 @@ void check_ops() {
           op.decode(format, row.p, BF16, h.data());
         }
       }
+  for (int lanes : {1, 3, 16})
+    for (int n : {1, 3, 15, 16, 17, 33, 48, 63, 64}) {
+      const std::vector<int> last(16, n / 2);
+      const auto state = [&](int vw) {
+        std::vector<float> s(32 + size_t(lanes) * vw);
+        std::fill(s.begin(), s.begin() + 16, -1e30f);
+        return s;
+      };
+      const auto queries = [&](int width) {
+        std::vector<std::vector<float>> q;
+        for (int i = 0; i < lanes; i++) q.push_back(draws(width));
+        return q;
+      };
+      const auto pointers = [](const std::vector<std::vector<float>>& q) {
+        std::vector<const float*> p;
+        for (const auto& x : q) p.push_back(x.data());
+        return p;
+      };
+      for (int elem : {FP32, BF16})
+        for (int kw : {18, 32, 96})
+          for (int vw : {17, 64}) {
+            const int stride = kw + vw, e = elem == FP32 ? 4 : 2;
+            Weights w;
+            const void* rows = w.raw(elem, size_t(n) * stride + (vw % 16 ? 15 : 0));  // as attention.cpp says
+            const auto q = queries(kw);
+            Bytes packed(size_t(kw) * e * 16), scratch(2 * 64 * 64);
+            op.pack_lanes(elem, pointers(q).data(), lanes, kw, packed.p);
+            auto s = state(vw);
+            op.attend_tile(elem, rows, stride, n, 0, 0, kw, kw, vw, 0.3f, {packed.p, last.data()}, lanes, s.data(), s.data() + 16, s.data() + 32, scratch.p, {});
+          }
+      for (int kind : {3, 4})
+        for (int rope : {2, 34, 64}) {
+          Config c;
+          c.latent = 512, c.rope = rope;
+          const Codec format = codec(c, kind);
+          std::vector<Bytes> rows;
+          std::vector<const uint8_t*> each;
+          for (int i = 0; i < n; i++) {
+            const auto x = draws(512 + rope);
+            rows.emplace_back(format.row);
+            op.encode(format, x.data(), rows.back().p);
+            each.push_back(rows.back().p);
+          }
+          const auto q = queries(512 + rope);
+          Bytes tile(ints_tile_bytes(format)), packed(ints_lanes_bytes(format)), scratch(2 * 64 * 64);
+          op.decode_ints(format, each.data(), n, tile.p);
+          op.pack_lanes_ints(format, pointers(q).data(), lanes, packed.p);
+          auto s = state(512);
+          op.attend_ints(format, tile.p, n, 0, 0.3f, {packed.p, last.data()}, lanes, s.data(), s.data() + 16, s.data() + 32, scratch.p, {});
+        }
+    }
   for (int n : {1, 15, 16, 17, 127}) {
     auto x = draws(n), w = draws(n), y = draws(n);
     op.rms_norm(x.data(), w.data(), 1e-6f, y.data(), n);

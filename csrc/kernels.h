@@ -6,6 +6,8 @@
 namespace lamoe {
 namespace LAMOE_NS {
 
+constexpr int kDecodedBlock = 4 * 320;  // bytes of 64 inputs of a tile of INT8 or INT4, decoded: [4 groups](16 scales, 4 quads of 16 outputs)
+
 void linear(const Mat& m, int t0, int t1, const Acts& x, int row0, int rows, float* out, ptrdiff_t ldo, void* scratch, const uint8_t* then);
 void swiglu(const Seg& s, int block, const Acts& x, const Acts& act, void* scratch, const uint8_t* then);
 

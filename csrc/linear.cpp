@@ -15,7 +15,11 @@ constexpr int kRows = 12, kTiles = 2, kTileRows = 6, kUnitRows = 12;  // rows of
 constexpr int kRows = 8, kTiles = 1, kTileRows = 8, kUnitRows = 6;
 #endif
 constexpr int kAhead = 9216;  // bytes between a prefetch and its use
+#if defined(LAMOE_ISA_AMX)
+constexpr int kDecodeFrom = kIntRows;
+#else
 constexpr int kDecodeFrom = 2 * kRows;  // from this many rows on a tile is decoded once, ahead of its rows
+#endif
 // Into L2 on Intel's cores (the only ones with these instructions and no more): what is on its way to L1 takes one of the few buffers that all loads wait in.
 #if defined(LAMOE_ISA_AMX) || defined(LAMOE_ISA_AVXVNNI) || (defined(LAMOE_ISA_AVX512) && !defined(__AVX512BF16__))
 constexpr int kPrefetchTo = 2;
@@ -48,6 +52,7 @@ struct Packed {
     }
   }
 };
+#if !defined(LAMOE_ISA_AMX)
 struct Decoded {  // [block][4 groups](16 scales, 4 x 64 bytes)
   const uint8_t *p, *next;  // next: packed blocks to ask for meanwhile (null: none)
   int lines;                // of `next`, for each block
@@ -61,6 +66,7 @@ struct Decoded {  // [block][4 groups](16 scales, 4 x 64 bytes)
     for (int j = 0; j < 4; j++) w[j] = wload(b + 64 + 64 * j);
   }
 };
+#endif
 
 template <int FMT>
 INLINE vw start(int32_t c) { return FMT == INT8 ? start_int8(c) : wset(c); }
@@ -122,81 +128,70 @@ void rows_int(const W* w, int blocks, float scale, const Acts& x, int row, int r
   }
 }
 
+// One block as `Decoded` has it; on AMX, which multiplies signed bytes, with those.
 template <int FMT>
-void decode_tile(const Packed<FMT>& packed, int blocks, uint8_t* to) {
-  for (int b = 0; b < blocks; b++) {
-    const uint8_t* ahead = packed.ahead(b);
-    for (int g = 0; g < 4; g++, to += 320) {
-      packed.prefetch(ahead, g);
-      vw w[4];
-      vf s;
-      packed.group(b, g, w, s);
-      vstore((float*)to, s);
-      for (int j = 0; j < 4; j++) wstore(to + 64 + 64 * j, w[j]);
-    }
-  }
-}
-
-#if defined(LAMOE_ISA_AMX)
-template <int FMT>
-INLINE void decode_signed(const Packed<FMT>& packed, int block, uint8_t* to) {
+INLINE void decode_block(const Packed<FMT>& packed, int block, uint8_t* to) {
   const uint8_t* ahead = packed.ahead(block);
-  UNROLL for (int g = 0; g < 4; g++, to += 320) {
+  for (int g = 0; g < 4; g++, to += 320) {
     packed.prefetch(ahead, g);
     vw w[4];
     vf s;
     packed.group(block, g, w, s);
     vstore((float*)to, s);
-    UNROLL for (int j = 0; j < 4; j++) wstore(to + 64 + 64 * j, {_mm512_sub_epi8(w[j].v, _mm512_set1_epi8(char(FMT == INT8 ? 128 : 64)))});
+#if defined(LAMOE_ISA_AMX)
+    for (int j = 0; j < 4; j++) wstore(to + 64 + 64 * j, signed_bytes<FMT>(w[j]));
+#else
+    for (int j = 0; j < 4; j++) wstore(to + 64 + 64 * j, w[j]);
+#endif
   }
 }
-#endif
 
 template <int FMT>
 void tiles_int(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, float* out, ptrdiff_t ldo, uint8_t* scratch, const uint8_t* then) {
   const int blocks = ceil_to(m.k, kBlock) / kBlock;
-  const size_t size = tile_bytes(FMT, m.k), decoded = size_t(blocks) * 4 * 320;
+  const size_t size = tile_bytes(FMT, m.k);
   const uint8_t* end = m.data + t1 * size;
   if (!then) then = m.data + t0 * size;
-#if defined(LAMOE_ISA_AMX)
-  if (rows >= kIntRows) {
-    TileShapes shapes;
-    shape_ints(shapes);
-    const int rest = rows % kIntRows <= 6 ? rows % kIntRows : 0;  // so few are done sooner without tiles
+  if (rows < kDecodeFrom) {
     for (int t = t0; t < t1; t++) {
       const Packed<FMT> w{m.data + t * size, end, then};
-      const int n = m.n - kTile * t;
-      float* to = out + kTile * t;
-      for (int r = 0; r < rows - rest; r += kIntMost) {
-        const int from = rows - rest - r < kIntRows ? rows - rest - kIntRows : r, here = rows - rest - from < kIntMost ? rows - rest - from : kIntMost;
-        linear_ints([&](int b, uint8_t* decoded) { decode_signed<FMT>(w, b, decoded); }, blocks, m.scale, x, row + from, here, to + from * ldo, ldo, n);
-      }
-      rows_int<FMT, Packed<FMT>, 1, kRows>(&w, blocks, m.scale, x, row + rows - rest, rest, to + (rows - rest) * ldo, ldo, n);
+      rows_int<FMT, Packed<FMT>, 1, kRows>(&w, blocks, m.scale, x, row, rows, out + kTile * t, ldo, m.n - kTile * t);
     }
     return;
   }
-#endif
+#if defined(LAMOE_ISA_AMX)
+  TileShapes shapes;
+  shape_ints(shapes);
+  const int rest = rows % kIntRows <= 6 ? rows % kIntRows : 0, most = rows - rest;  // so few are done sooner without tiles
+  for (int t = t0; t < t1; t++) {
+    const Packed<FMT> w{m.data + t * size, end, then};
+    const int n = m.n - kTile * t;
+    float* to = out + kTile * t;
+    for (int r = 0; r < most; r += kIntMost) {
+      const int from = most - r < kIntRows ? most - kIntRows : r, here = most - from < kIntMost ? most - from : kIntMost;
+      linear_ints([&](int b, uint8_t* decoded) { decode_block<FMT>(w, b, decoded); }, blocks, m.scale, x, row + from, here, to + from * ldo, ldo, n);
+    }
+    rows_int<FMT, Packed<FMT>, 1, kRows>(&w, blocks, m.scale, x, row + most, rest, to + most * ldo, ldo, n);
+  }
+  (void)scratch;
+#else
+  const size_t decoded = size_t(blocks) * kDecodedBlock;
   for (int t = t0; t < t1;) {
     const int count = t + kTiles <= t1 ? kTiles : 1, n = m.n - kTile * t;
-    const uint8_t* p = m.data + t * size;
     float* to = out + kTile * t;
-    if (rows < kDecodeFrom) {
-      const Packed<FMT> w[1] = {{p, end, then}};
-      rows_int<FMT, Packed<FMT>, 1, kRows>(w, blocks, m.scale, x, row, rows, to, ldo, n);
-      t++;
-    } else {
-      for (int i = 0; i < count; i++) decode_tile<FMT>({p + i * size, end, then}, blocks, scratch + i * decoded);
-      t += count;
-      // the first rows ask for the tiles that are decoded next
-      const uint8_t* next = t < t1 ? m.data + t * size : then;
-      const Decoded first[2] = {{scratch, next, (t + kTiles <= t1 || t >= t1 ? kTiles : 1) * int(size / 64) / blocks}, {scratch + decoded, nullptr, 0}};
-      const Decoded w[2] = {{scratch, nullptr, 0}, {scratch + decoded, nullptr, 0}};
-      const auto go = count == kTiles ? rows_int<FMT, Decoded, kTiles, kTileRows> : rows_int<FMT, Decoded, 1, kRows>;
-      const int some = count == kTiles ? kTileRows : kRows;
-      go(first, blocks, m.scale, x, row, some, to, ldo, n);
-      go(w, blocks, m.scale, x, row + some, rows - some, to + some * ldo, ldo, n);
-    }
+    for (int i = 0; i < count; i++)
+      for (int b = 0; b < blocks; b++) decode_block<FMT>({m.data + (t + i) * size, end, then}, b, scratch + i * decoded + size_t(b) * kDecodedBlock);
+    t += count;
+    // the first rows ask for the tiles that are decoded next
+    const uint8_t* next = t < t1 ? m.data + t * size : then;
+    const Decoded first[2] = {{scratch, next, (t + kTiles <= t1 || t >= t1 ? kTiles : 1) * int(size / 64) / blocks}, {scratch + decoded, nullptr, 0}};
+    const Decoded w[2] = {{scratch, nullptr, 0}, {scratch + decoded, nullptr, 0}};
+    const auto go = count == kTiles ? rows_int<FMT, Decoded, kTiles, kTileRows> : rows_int<FMT, Decoded, 1, kRows>;
+    const int some = count == kTiles ? kTileRows : kRows;
+    go(first, blocks, m.scale, x, row, some, to, ldo, n);
+    go(w, blocks, m.scale, x, row + some, rows - some, to + some * ldo, ldo, n);
   }
+#endif
 }
 
 // ---- FP32, BF16 --------------------------------------------------------------------------------------------------------

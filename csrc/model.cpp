@@ -182,7 +182,7 @@ bool Model::expand(const SeqStep& s) const {
 }
 
 // What the partial states of `few` take at most for `count` tokens of a sequence of `end` rows: of chunk_rows(end) it has at most 8, or one for 512 rows.
-size_t Model::state_bytes(int count, int end) const {
+size_t Model::most_state_bytes(int count, int end) const {
   const Config& c = config;
   const int kv = c.latent ? 1 : c.kv_heads, chunks = end <= 4096 ? std::min((end + 127) / 128, 8) : (end + 511) / 512;
   return size_t(kv) * ((count * (c.heads / kv) + 15) / 16) * chunks * (32 + 16 * size_t(c.latent ? c.latent : c.head_dim)) * sizeof(float);
@@ -197,10 +197,10 @@ void Model::attend(const Layer& l, int index, const std::vector<SeqStep>& seqs, 
   size_t taken = 0;
   for (const SeqStep& s : seqs) {
     if (expand(s)) continue;
-    const int most = int(std::max(size_t(1), state_limit / state_bytes(1, s.end)));
+    const int most = int(std::clamp(state_limit / most_state_bytes(1, s.end), size_t(1), size_t(s.count)));
     for (int at = 0; at < s.count; at += most) {
       const int count = std::min(most, s.count - at), end = s.end - s.count + at + count;
-      const size_t size = state_bytes(count, end);
+      const size_t size = most_state_bytes(count, end);
       if (!absorbed.empty() && taken + size > state_limit) {
         few(l, rows, absorbed, cache);
         absorbed.clear(), taken = 0;

@@ -71,7 +71,7 @@ class Model {
   void route(int n, int16_t* chosen);
   void down(const std::vector<Seg>& segs, const std::vector<const Acts*>& acts);
   bool expand(const SeqStep& s) const;
-  size_t state_bytes(int count, int end) const;
+  size_t most_state_bytes(int count, int end) const;
 
   // Buffers grow and stay. Acts are laid out for the formats that the model's matrices have.
   struct Buffer {

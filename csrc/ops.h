@@ -71,7 +71,7 @@ struct Codec {
 };
 
 // Latents of 4 or 5 bits an element can be attended to as integers: a code times its group's factor, over 2 with 5 bits, is a signed byte of one step for
-// the whole latent (an odd product is off by half of it, a 30th of a code's own step where that is largest). A tile of them has, one behind the other,
+// the whole latent (an odd product is off by half of it, at most a 15th of a code's own step where that is largest). A tile of them has, one behind the other,
 //   bytes of the latent, [64 rows][W]; of each 64 of them the sixteen words are turned as a 4 x 4 matrix
 //   the same by fours of rows, [W / 16][16][16 columns][4 rows]
 //   float step [64]; int32 -64 x the sum of the bytes [64]; the rope key in bfloat16 [64][R]

@@ -1,6 +1,6 @@
 // The intrinsics (those of AMX are in amx.h): sixteen lanes of float (vf) and sixteen 32-bit words (vw), on AVX-512, AVX2 or plain C++.
 // A kernel is written once against these and compiled once per ISA (CMakeLists.txt sets LAMOE_ISA_AVX512, with or without _AMX, / _AVXVNNI / _AVX2 / none); lanes add
-// up in the same order on each (only the sum over the lanes of a vector, vsum, has orders of its own). A NEON version of this file is all another architecture needs.
+// up in the same order on each (only the sum over the lanes of a vector, vsum, and what AMX makes of bfloat16 have orders of their own). A NEON version of this file is all another architecture needs.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -77,6 +77,7 @@ INLINE vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
 INLINE vf vfma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 INLINE vf vmax(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
 INLINE vf vmin(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
+INLINE vf vunless_less(vf a, vf x, vf y) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_NLT_UQ), a.v)}; }  // 0 where x < y, else a
 INLINE vf vabs(vf a) { return {_mm512_abs_ps(a.v)}; }
 INLINE vf vround(vf a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 INLINE vf vpow2(vf p, vf n) { return {_mm512_scalef_ps(p.v, n.v)}; }
@@ -221,6 +222,7 @@ INLINE vf operator/(vf x, vf y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps
 INLINE vf vfma(vf x, vf y, vf z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 INLINE vf vmax(vf x, vf y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 INLINE vf vmin(vf x, vf y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+INLINE vf vunless_less(vf z, vf x, vf y) { return {_mm256_and_ps(_mm256_cmp_ps(x.a, y.a, _CMP_NLT_UQ), z.a), _mm256_and_ps(_mm256_cmp_ps(x.b, y.b, _CMP_NLT_UQ), z.b)}; }
 INLINE vf vabs(vf x) { __m256 m = (__m256)_mm256_set1_epi32(0x7fffffff); return {_mm256_and_ps(x.a, m), _mm256_and_ps(x.b, m)}; }
 INLINE vf vround(vf x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
 INLINE __m256 pow2_half(__m256 p, __m256 n) {  // n from -126 to 127
@@ -403,6 +405,7 @@ INLINE vf operator/(vf a, vf b) { EACH a.v[i] /= b.v[i]; return a; }
 INLINE vf vfma(vf a, vf b, vf c) { EACH c.v[i] += a.v[i] * b.v[i]; return c; }
 INLINE vf vmax(vf a, vf b) { EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
 INLINE vf vmin(vf a, vf b) { EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
+INLINE vf vunless_less(vf a, vf x, vf y) { EACH a.v[i] = x.v[i] < y.v[i] ? 0.f : a.v[i]; return a; }
 INLINE vf vabs(vf a) { EACH a.v[i] = std::fabs(a.v[i]); return a; }
 INLINE vf vround(vf a) { EACH a.v[i] = std::nearbyintf(a.v[i]); return a; }
 INLINE vf vpow2(vf p, vf n) { EACH p.v[i] = std::ldexp(p.v[i], int(n.v[i])); return p; }
@@ -506,18 +509,17 @@ INLINE vw pair_bf16(vf a, vf b) { vw r; EACH r.v[i] = int32_t(uint32_t(float_to_
 INLINE void vstore_bf16(uint16_t* p, vf a, vf b) { vstore_bf16(p, a); vstore_bf16(p + 16, b); }
 #endif
 
-// e^x for x <= 88, relative error about 2e-7; x below -87 gives 0 or a denormal.
-INLINE vf vexp(vf x) {
-  x = vmax(vset(-87.f), x) * vset(1.44269504f);  // in this order NaN stays NaN
+// e^x for x <= 88, relative error about 2e-7; 0 for x below -87.
+INLINE vf vexp(vf given) {
+  const vf least = vset(-87.f), x = vmax(least, given) * vset(1.44269504f);  // in this order NaN stays NaN
   vf n = vround(x), f = x - n;
   vf p = vfma(f, vset(1.5403530e-4f), vset(1.3333558e-3f));
   p = vfma(f, p, vset(9.6181291e-3f));
   p = vfma(f, p, vset(5.5504109e-2f));
   p = vfma(f, p, vset(0.24022651f));
   p = vfma(f, p, vset(0.69314718f));
-  return vpow2(vfma(f, p, vset(1.f)), n);
+  return vunless_less(vpow2(vfma(f, p, vset(1.f)), n), given, least);
 }
-INLINE vf vsilu(vf x) { return x / (vset(1.f) + vexp(vmin(vset(80.f), vzero() - x))); }
 
 }  // namespace LAMOE_NS
 }  // namespace lamoe

@@ -163,6 +163,7 @@ def _sampling(p: argparse.ArgumentParser, max_tokens: int, what: str) -> None:
     p.add_argument("--stop", action="append", default=[], help=f"a text that ends {what}; may be given more than once")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; default: the model's own")
     p.add_argument("--weights", choices=("fp32", "bf16", "int8", "int4"), help="quantise while loading; `lamoe quantize` does it once, for good")
+    _head(p)
     p.add_argument("--threads", type=int, default=0)
 
 
@@ -194,7 +195,7 @@ def generate(args) -> int:
     ids = tok.encode(prompt, bos=tok.add_bos)
     needed = max(2, min(len(ids) + args.max_tokens, packed_file.any_config(folder).max_position_embeddings))
     llm = LLM(folder, tok, cache=args.cache, cache_memory=args.kv_cache_memory, max_model_len=needed if args.max_model_len is None else args.max_model_len,
-              max_num_seqs=1, dtype=args.dtype, weights=args.weights, threads=args.threads)
+              max_num_seqs=1, dtype=args.dtype, weights=args.weights, head=args.head, threads=args.threads)
     deltas = llm.stream(ids, params)
     print(prompt, end="", flush=True)
     for delta in deltas:
@@ -211,7 +212,7 @@ def chat(args) -> int:
     from lamoe.engine.sampler import SamplingParams
 
     params = SamplingParams(args.temperature, args.top_p, args.top_k, args.min_p, args.seed, args.max_tokens, tuple(args.stop))
-    llm = LLM(find_model(args.model), cache=args.cache, dtype=args.dtype, weights=args.weights, threads=args.threads, max_model_len=args.max_model_len,
+    llm = LLM(find_model(args.model), cache=args.cache, dtype=args.dtype, weights=args.weights, head=args.head, threads=args.threads, max_model_len=args.max_model_len,
               cache_memory=args.kv_cache_memory, max_num_seqs=args.max_num_seqs)
     return run(llm, params, args.system, name=args.model)
 

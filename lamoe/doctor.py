@@ -34,7 +34,7 @@ EXTRAS = {
     "test": "make test; of no use to a server, and neither is the chromium that tests of the page look for",
     "lm-eval": "make test-lm-eval",
 }
-FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")  # as Linux calls them
+FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16")  # as Linux calls them
 VARIABLES = ("LAMOE_IMPL", "LAMOE_ISA", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
 MARGIN = 1e-3  # of the largest value, by which two ways of adding up may differ; a wrong kernel is off by far more
 

@@ -119,7 +119,7 @@ def test_partial_results_of_attention_take_at_most_what_they_may(c, weights, for
     kv, width = (1, c.kv_lora_rank) if c.is_mla else (2, c.qk_head_dim)
     one = kv * 8 * 4 * (32 + 16 * width)  # a token has a block for each KV head; of 130 and of 1,100 rows there may be eight chunks, of 2,061 five
     texts = {str(n): text(c, n + 12, seed=n) for n in (5, 130, 1100, 2000, 2049)}
-    for limit in (STATES, 1, 2 * one):
+    for limit in (STATES, 1, 2 * one, 2**63):
         p = PackedModel(c, weights, m.tensors, 2)
         assert p.native.state_limit == STATES
         p.native.state_limit, run = limit, Run(p, format, pages=400)

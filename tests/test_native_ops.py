@@ -134,6 +134,16 @@ def test_rows_that_a_lane_does_not_see_do_not_count(isa, dtype):
     torch.testing.assert_close(got[:1], short, rtol=2.0**-7, atol=1e-3) if dtype == torch.bfloat16 else torch.testing.assert_close(got[:1], short)
 
 
+@isas
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_rows_that_a_lane_does_not_see_weigh_nothing_at_all(isa, dtype):
+    """Where all values that it sees are zero it gets zero, not 1e-38; on AMX too (widths of 32)."""
+    rows = draw(5, 96).to(dtype)
+    rows[:2, 32:] = 0
+    got = native.attend(rows, draw(1, 32, seed=1), torch.tensor([1], dtype=torch.int32), 0, 32, 64, 0.3, 64, isa)
+    assert torch.equal(got, torch.zeros(1, 64))
+
+
 # ---- attention over rows as integers -----------------------------------------------------------------------------------------------------
 WIDTHS = (512, 64)
 
@@ -228,6 +238,18 @@ def test_integers_of_rows_and_queries_that_are_none(isa, name):
                   lambda: native.attend_ints(codec_numbers(name, (384, 64)), rows, q, last, 1.0, 64)):
         with pytest.raises(ValueError):
             wrong()
+
+
+@isas
+def test_what_rounding_leaves_over_stays_with_what_is_seen(isa):
+    """The largest weight may come out a little above 255; cut to that, it leaves over a little more than a half, which made the row after it count."""
+    latent, key, q = torch.randn(3, 512, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 64), torch.zeros(1, 576)
+    latent[1] *= 3
+    key[0, 0] = key[1, 1] = 1
+    q[0, 512] = 0.1796875
+    rows, last = codec.encode("4bit", (latent, key)), torch.tensor([1], dtype=torch.int32)
+    alone, beside = (native.attend_ints(codec_numbers("4bit", WIDTHS), rows[:n], q, last, 0.11800399422645569, 64, isa) for n in (2, 3))
+    assert torch.equal(alone, beside)
 
 
 def test_what_does_not_fit_is_refused():

@@ -196,3 +196,11 @@ def test_the_verbs(trained, tmp_path, capsys):  # noqa: F811
         assert run("evaluate", *words, "--data", texts, "--seq-len", 32, "--out", tmp_path / "report") == 0
         losses.append(json.loads((tmp_path / "report" / "report.json").read_text())["heldout"])
     assert losses[0] == losses[1] != losses[2]
+    capsys.readouterr()
+    said = []
+    for words in ((trained, "--weights", "int4", "--head", "int8"), (tmp_path / "plain",)):
+        assert run("generate", "--model", *words, "--prompt", "the ", "--max-tokens", 12, "--temperature", 0) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].startswith("the ") and len(said[0]) > 8
+    assert run("generate", "--model", tmp_path / "plain", "--head", "int4", "--prompt", "the ") == 2
+    assert "head" in capsys.readouterr().err
