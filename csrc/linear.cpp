@@ -132,16 +132,16 @@ void rows_int(const W* w, int blocks, float scale, const Acts& x, int row, int r
 template <int FMT>
 INLINE void decode_block(const Packed<FMT>& packed, int block, uint8_t* to) {
   const uint8_t* ahead = packed.ahead(block);
-  for (int g = 0; g < 4; g++, to += 320) {
+  UNROLL for (int g = 0; g < 4; g++, to += 320) {
     packed.prefetch(ahead, g);
     vw w[4];
     vf s;
     packed.group(block, g, w, s);
     vstore((float*)to, s);
 #if defined(LAMOE_ISA_AMX)
-    for (int j = 0; j < 4; j++) wstore(to + 64 + 64 * j, signed_bytes<FMT>(w[j]));
+    UNROLL for (int j = 0; j < 4; j++) wstore(to + 64 + 64 * j, signed_bytes<FMT>(w[j]));
 #else
-    for (int j = 0; j < 4; j++) wstore(to + 64 + 64 * j, w[j]);
+    UNROLL for (int j = 0; j < 4; j++) wstore(to + 64 + 64 * j, w[j]);
 #endif
   }
 }
