@@ -158,15 +158,16 @@ inline void linear_bf16(const uint8_t* w, size_t tile, int count, int units, con
 template <int FMT>
 INLINE vw signed_bytes(vw w) { return {_mm512_sub_epi8(w.v, _mm512_set1_epi8(char(FMT == INT8 ? 128 : 64)))}; }
 
-// 16 rows and more, 16 at a time (where they do not divide, the last 16 have some of those before: the same results), times one tile of 16 outputs. decode(b, to) puts block b there:
-// [4 groups](16 scales, 4 quads x 16 signed bytes). Each group has a sum of its own, so all of them leave the tile registers through memory: while those of one
-// step are made, those of the step before are stored, and those before that become float, in the order of micro_int.
-constexpr int kIntRows = 16, kIntMost = 192;
+constexpr int kIntRows = 16, kIntMost = 192;  // of a block; at once
 INLINE void shape_ints(TileShapes& shapes) {
   for (int i = 0; i < 4; i++) shapes.set(i, kIntRows, 64);
   shapes.set(4, kIntRows, kGroup), shapes.set(6, kGroup / 4, 64);
   shapes.load();
 }
+
+// 16 rows and more, 16 at a time (where they do not divide, the last 16 have some of those before: the same results), times one tile of 16 outputs. decode(b, to)
+// puts block b there: [4 groups](16 scales, 4 quads x 16 signed bytes). Each group has a sum of its own, so all of them leave the tile registers through memory:
+// while those of one step are made, those of the step before are stored, and those before that become float, in the order of micro_int.
 template <class Decode>
 void linear_ints(const Decode& decode, int blocks, float scale, const Acts& x, int row, int rows, float* out, ptrdiff_t ldo, int n) {
   const size_t steps = size_t(x.stride / kBlock), stride = size_t(x.stride);
