@@ -6,6 +6,7 @@
 // A sum of bfloat16 products has another order than vdpbf16ps has, so whether tiles make it is a matter of widths alone, never of how many rows there are: a
 // result still depends on its row and its weights alone. Sums of bytes are exact, and are those of the avx512 table to the bit.
 #pragma once
+#include <initializer_list>
 #include <type_traits>
 
 #include "kernels.h"
@@ -24,10 +25,10 @@ struct TileShapes {  // of the eight registers, for as long as it lives
     now() = s_;
 #endif
   }
-#if defined(LAMOE_SANITIZED)  // they do not look into assembly: what a tile reads or writes is read or written once more for them
+#if defined(LAMOE_SANITIZED)  // they do not look into assembly: both ends of each row that a tile reads or writes are read or written once more for them
   static void touch(int tile, void* p, size_t stride, bool write) {
     for (int r = 0; r < now().rows[tile]; r++)
-      for (int i = 0; i < now().bytes[tile]; i++) {
+      for (int i : {0, now().bytes[tile] - 1}) {
         volatile uint8_t* b = (uint8_t*)p + r * stride + i;
         const uint8_t seen = *b;
         if (write) *b = seen;
