@@ -7,8 +7,8 @@ READY  := $(VENV)/.ready
 
 .PHONY: demo test test-lm-eval long needle bench bench-serve asan tsan clean
 
-demo: $(READY)  ## train a small DeepSeek-V2 on this machine, report on it, let it speak
-	$(BIN)/lamoe train recipes/tiny.toml $(if $(wildcard runs/tiny/latest),--resume)
+demo: $(READY)  ## train a small DeepSeek-V2 on this machine, report on it, let it speak; DEMO='--run.threads 1' where other programs keep the cores busy
+	$(BIN)/lamoe train recipes/tiny.toml $(DEMO) $(if $(wildcard runs/tiny/latest),--resume)
 	$(BIN)/lamoe evaluate runs/tiny
 	$(BIN)/lamoe info runs/tiny
 	@for prompt in 'def read(self, ' 'class Node:' 'It was a truth'; do echo; echo "--- $$prompt"; \

@@ -187,6 +187,8 @@ def table(lines: list[Line], machine: Machine, weights: str) -> str:
     for x in lines:
         out.append(f"| {x.name} | {x.rate:,.1f} | {1e3 * x.median:,.2f} | {x.bytes / x.median / 1e9:.1f} | {x.bytes / x.median / machine.read:.0%} | "
                    f"{x.flops / x.median / 1e9:,.0f} | {x.flops / x.median / peak:.0%} |")
+    if any(x.bytes / x.median > machine.read for x in lines):
+        out.append("\nMore than 100 % of the probed read: what is read again lies in the last-level cache, or other programs slowed the probe down.")
     return "\n".join(out)
 
 

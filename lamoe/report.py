@@ -19,7 +19,6 @@ import torch
 from lamoe import accounting, evals
 from lamoe.config import ModelConfig
 from lamoe.engine import score
-from lamoe.engine.generate import generate
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
 from lamoe.model import Transformer
@@ -102,14 +101,14 @@ def _attention(config: ModelConfig) -> str:
 def _speed(model: Transformer | PackedModel, tok: Tokenizer, tokens: int = 96) -> dict:
     start = [tok.bos_id if tok.bos_id is not None else 0]
     params = SamplingParams(temperature=0.0, max_tokens=min(tokens, model.config.max_position_embeddings - 1), ignore_eos=True)
-    packed = isinstance(model, PackedModel)
-    stream = LLM(model, max_model_len=1 + params.max_tokens, speculate=0).stream(start, params) if packed else generate(model, start, params)
+    llm = LLM(model, max_model_len=1 + params.max_tokens, max_num_seqs=1, speculate=0)  # as `lamoe generate` runs it
     times = [time.perf_counter()]
-    for _ in stream:
+    for _ in llm.stream(start, params):
         times.append(time.perf_counter())
     steps = np.diff(times)
     steps = steps[min(8, len(steps) // 2) :]  # the prompt and the warming up
-    return {"tokens_per_s": 1 / statistics.median(steps), "threads": torch.get_num_threads(), "dtype": model.weights if packed else str(model.embed.weight.dtype)[6:]}
+    return {"tokens_per_s": 1 / statistics.median(steps), "threads": torch.get_num_threads(), "dtype": model.weights if isinstance(model, PackedModel) else str(model.embed.weight.dtype)[6:],
+            "kernels": "compiled kernels" if isinstance(llm.runs, PackedModel) else "torch ops"}
 
 
 def _training(run: Path, recipe: dict) -> dict:
@@ -162,7 +161,7 @@ def markdown(r: dict, name: str) -> str:
         out += [f"| {i} | {min(row) * len(row):.2f} | {max(row) * len(row):.2f} |" for i, row in zip(r["moe_layers"], r["expert_load"])]
         out += [""]
     g, t = r["generation"], r.get("training")
-    out += ["## Speed", "", f"Generation, one sequence: {g['tokens_per_s']:.0f} tokens/s ({g['dtype']}, {g['threads']} thread{'s' * (g['threads'] != 1)})."]
+    out += ["## Speed", "", f"Generation, one sequence: {g['tokens_per_s']:.0f} tokens/s ({g['dtype']}, {g['kernels']}, {g['threads']} thread{'s' * (g['threads'] != 1)})."]
     if t:
         out += [f"Training: {t['steps']} steps, {t['tokens']:,} tokens ({t['epochs']:.2f} epochs), {t['tokens_per_s']:,.0f} tokens/s, "
                 f"{t['mfu']:.0%} of the GEMM peak measured at the start ({t['dtype']}). Medians over the run."]
