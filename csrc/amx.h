@@ -25,16 +25,18 @@ struct TileShapes {  // of the eight registers, for as long as it lives
     now() = s_;
 #endif
   }
-#if defined(LAMOE_SANITIZED)  // they do not look into assembly: both ends of each row that a tile reads or writes are read or written once more for them
-  static void touch(int tile, void* p, size_t stride, bool write) {
+  // Sanitizers do not look into assembly: both ends of each row that a tile reads or writes are read or written once more for them.
+  INLINE static void touch(int tile, const void* p, size_t stride, bool write) {
+#if defined(LAMOE_SANITIZED)
     for (int r = 0; r < now().rows[tile]; r++)
       for (int i : {0, now().bytes[tile] - 1}) {
         volatile uint8_t* b = (uint8_t*)p + r * stride + i;
         const uint8_t seen = *b;
         if (write) *b = seen;
       }
-  }
 #endif
+    (void)tile, (void)p, (void)stride, (void)write;
+  }
 
  private:
   struct alignas(64) Shapes {
@@ -49,20 +51,15 @@ struct TileShapes {  // of the eight registers, for as long as it lives
   }
 #endif
 };
-#if defined(LAMOE_SANITIZED)
-#define LAMOE_TOUCH(tile, p, stride, write) TileShapes::touch(tile, (void*)(p), stride, write)
-#else
-#define LAMOE_TOUCH(tile, p, stride, write) (void)0
-#endif
 
 template <int T> INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" : : "i"(T)); }
 template <int T> INLINE void tile_load(const void* p, size_t stride) {
-  LAMOE_TOUCH(T, p, stride, false);
+  TileShapes::touch(T, p, stride, false);
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(T) : "memory");
 }
 template <int T> INLINE void tile_store(void* p, size_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(T) : "memory");
-  LAMOE_TOUCH(T, p, stride, true);
+  TileShapes::touch(T, p, stride, true);
 }
 template <int C, int A, int B> INLINE void tile_bf16() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B)); }
 template <int C, int A, int B> INLINE void tile_ss() { asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B)); }  // signed bytes
@@ -260,7 +257,7 @@ void tile_score_ints(const uint8_t* rows, size_t stride, const float* step, cons
   alignas(64) int32_t products[64 * 16];
   tile_scores<true>(rows, stride, q, steps, n, products, ahead);
   for (int t = 0; t < n; t++) {
-    const vw sum = {_mm512_add_epi32(wload(products + 16 * t).v, _mm512_set1_epi32(2 * sums[t]))};
+    const vw sum = {_mm512_add_epi32(wload(products + 16 * t).v, start_int8(sums[t]).v)};
     vstore(s + 16 * t, vfma(vcvt(sum), lane * vset(step[t]), vload(s + 16 * t)) * scale);
   }
 }
@@ -275,16 +272,13 @@ inline void tile_values(int lanes, const uint8_t* rows, size_t stride, const uin
   shapes.load();
   tile_load<4>(turned, 128);
   tile_load<5>(turned + 64, 128);
-  std::memset(pairs, 0, sizeof pairs);
-  alignas(64) uint16_t low[32], high[32];
-  for (int i = 0; i < 16; i++) low[2 * i] = uint16_t(i), low[2 * i + 1] = uint16_t(32 + i), high[2 * i] = uint16_t(16 + i), high[2 * i + 1] = uint16_t(48 + i);
-  const __m512i at = wload(low).v, at2 = wload(high).v;
+  if (n % 32) std::memset(pairs, 0, sizeof pairs);  // rows beyond n weigh nothing, but nothing times what was there may be NaN
   for (int c = 0; c < vw_; c += 32) {
     const uint8_t* r = rows + 2 * size_t(c);
     for (int u = 0; 2 * u < n; u++, r += 2 * stride) {
-      const __m512i x = wload(r).v, y = 2 * u + 1 < n ? wload(r + stride).v : _mm512_setzero_si512();
-      wstore(pairs[u / 16][0] + 64 * (u % 16), {_mm512_permutex2var_epi16(x, at, y)});
-      wstore(pairs[u / 16][1] + 64 * (u % 16), {_mm512_permutex2var_epi16(x, at2, y)});
+      const uint16_t *x = (const uint16_t*)r, *y = (const uint16_t*)(2 * u + 1 < n ? r + stride : r);
+      wstore(pairs[u / 16][0] + 64 * (u % 16), interleave_bf16(x, y));
+      wstore(pairs[u / 16][1] + 64 * (u % 16), interleave_bf16(x + 16, y + 16));
     }
     tile_load<0>(o + c, size_t(vw_) * 4);
     tile_load<1>(o + c + 16, size_t(vw_) * 4);

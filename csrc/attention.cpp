@@ -32,11 +32,11 @@ struct Ahead : Soon {
   INLINE void next(int lines) {
     for (; lines > 0; lines--) next();
   }
-  INLINE void after(int lines) {
-    for (; lines > 0; lines--) after();
-  }
   INLINE void after() {  // where loads are not what a loop waits for: among scores the same lines cost more than they bring
     if (later < later_end) __builtin_prefetch(later, 0, 2), later += 64;
+  }
+  INLINE void after(int lines) {
+    for (; lines > 0; lines--) after();
   }
 };
 
@@ -421,13 +421,7 @@ void softmax_rows(int elem, float* scores, int lds, int rows, int cols, const in
     m[i] = now;
     vf sum = vzero();
     for (int c = 0; c < ldp; c += 16) {
-      vf e = c < n ? vexp(vload(s + c) - vset(now)) : vzero();
-      if (c < n && c + 16 > n) {  // beyond the visible ones: exactly nothing
-        float t[16];
-        vstore(t, e);
-        for (int j = n - c; j < 16; j++) t[j] = 0.f;
-        e = vload(t);
-      }
+      const vf e = c < n ? vexp(vload(s + c) - vset(now)) : vzero();  // exactly 0 beyond the visible ones
       sum = sum + e;
       if (elem == FP32) vstore_n((float*)p + size_t(i) * ldp + c, e, ldp - c);
       else vstore_bf16((uint16_t*)p + size_t(i) * ldp + c, e);
