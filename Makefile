@@ -19,7 +19,7 @@ test: $(READY)  ## all tests
 
 test-lm-eval: $(READY)  ## lm-eval against the server; apart, because installing lm-eval takes more than a minute
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,train,test,lm-eval]'
-	$(BIN)/python -m pytest tests/test_serve_lm_eval.py
+	$(BIN)/python -m pytest tests/serve/test_serve_lm_eval.py
 
 long: $(READY)  ## 128K positions: the slow test, then the cache's memory there against the closed form
 	$(BIN)/python -m pytest -m slow

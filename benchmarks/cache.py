@@ -25,10 +25,11 @@ import numpy as np
 import torch
 
 import lamoe
-from lamoe import codec
-from lamoe.cache import PagedCache, View
-from lamoe.kernels import native
-from lamoe.packed import PackedModel
+from lamoe.backends import cache_codec
+from lamoe.backends.paged_cache import PagedCache
+from lamoe.model.cache import View
+from lamoe.backends.cpu import native
+from lamoe.backends.cpu.packed import PackedModel
 from lamoe.train import checkpoint
 from lamoe.train.data import heldout_rows, open_corpus
 
@@ -42,8 +43,8 @@ class ThroughFormat:
         self.name = name
 
     def views(self, layer: int, *parts: torch.Tensor) -> list[View]:
-        rows = codec.encode(self.name, tuple(p.flatten(0, 1) for p in parts))
-        decoded = codec.decode(self.name, rows, tuple(p.shape[-1] for p in parts), parts[0].dtype)
+        rows = cache_codec.encode(self.name, tuple(p.flatten(0, 1) for p in parts))
+        decoded = cache_codec.decode(self.name, rows, tuple(p.shape[-1] for p in parts), parts[0].dtype)
         return [View(None, [d.view(p.shape) for d, p in zip(decoded, parts)], None)]
 
     def positions(self, tokens: int) -> torch.Tensor:
@@ -95,11 +96,11 @@ def by_kernels(packed: PackedModel, ids: torch.Tensor, name: str) -> torch.Tenso
 def on_gaussian(name: str, widths=(512, 64), rows: int = 4096, rounds: int = 9) -> dict:
     generator = torch.Generator().manual_seed(0)
     parts = tuple(torch.randn(rows, w, generator=generator) for w in widths)
-    stored = codec.encode(name, parts)
-    decoded = codec.decode(name, stored, widths, torch.float32)
+    stored = cache_codec.encode(name, parts)
+    decoded = cache_codec.decode(name, stored, widths, torch.float32)
     return {
-        "encode_ms": median_ms(lambda: codec.encode(name, parts), rounds),
-        "decode_ms": median_ms(lambda: codec.decode(name, stored, widths, torch.float32), rounds),
+        "encode_ms": median_ms(lambda: cache_codec.encode(name, parts), rounds),
+        "decode_ms": median_ms(lambda: cache_codec.decode(name, stored, widths, torch.float32), rounds),
         "relative_rms": [((d - p).norm() / p.norm()).item() for d, p in zip(decoded, parts)],
     }
 
@@ -129,7 +130,7 @@ def main() -> None:
     tokenizer = lamoe.Tokenizer.load(step / "model")
     text_bytes = sum(len(tokenizer.decode(row[1:].tolist()).encode()) for row in ids)
     targets, widths = ids.shape[0] * args.seq, model.config.cache_row
-    sums = dict(zip(codec.FORMATS, compare(ids, list(codec.FORMATS), lambda part, name: model(part[:, :-1], ThroughFormat(name)).log_softmax(-1))))
+    sums = dict(zip(cache_codec.FORMATS, compare(ids, list(cache_codec.FORMATS), lambda part, name: model(part[:, :-1], ThroughFormat(name)).log_softmax(-1))))
 
     print(f"{step}: {targets} held-out tokens, {text_bytes} bytes, rows of {args.seq}; a cache row is {widths[0]} + {widths[1]} elements")
     print("| format | bytes of a row | bits an element | bits/byte | change | top-1 same | KL | bytes of 512 + 64 | bits an element | rel. rms error, Gaussian 512 / 64 "
@@ -137,9 +138,9 @@ def main() -> None:
     out = {"model": step.parent.name, "targets": targets, "text_bytes": text_bytes, "widths": widths, "formats": {}}
     for name, s in sums.items():
         bpb = s["nats"] / math.log(2) / text_bytes
-        r = {"row_bytes": codec.row_bytes(name, widths), "bits_per_element": codec.bits_per_element(name, widths), "bits_per_byte": bpb,
+        r = {"row_bytes": cache_codec.row_bytes(name, widths), "bits_per_element": cache_codec.bits_per_element(name, widths), "bits_per_byte": bpb,
              "change_percent": 100 * (s["nats"] / sums["bf16"]["nats"] - 1), "top1_percent": 100 * s["same"] / targets, "kl": s["kl"] / targets,
-             "v2_row_bytes": codec.row_bytes(name, (512, 64)), "v2_bits_per_element": codec.bits_per_element(name, (512, 64)), **on_gaussian(name)}
+             "v2_row_bytes": cache_codec.row_bytes(name, (512, 64)), "v2_bits_per_element": cache_codec.bits_per_element(name, (512, 64)), **on_gaussian(name)}
         out["formats"][name] = r
         print(f"| {name} | {r['row_bytes']} | {r['bits_per_element']:.2f} | {bpb:.4f} | {r['change_percent']:+.4f} % | {r['top1_percent']:.2f} % | {r['kl']:.1e} | {r['v2_row_bytes']} | "
               f"{r['v2_bits_per_element']:.2f} | {r['relative_rms'][0]:.4f} / {r['relative_rms'][1]:.4f} | {r['encode_ms']:.2f} ms | {r['decode_ms']:.2f} ms |")

@@ -24,11 +24,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from lamoe import accounting, codec
-from lamoe.config import ModelConfig
+from lamoe.model import accounting
+from lamoe.backends import cache_codec
+from lamoe.model.config import ModelConfig
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
-from lamoe.model import Transformer
+from lamoe.model.transformer import Transformer
 
 BATCHES = (1, 4, 16, 32)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -175,7 +176,7 @@ def cache_bytes(tokens: int = 32768) -> dict:
     elements = tokens * accounting.cache_elements(c)
     print(f"\nThe cache of {tokens:,} tokens, {accounting.cache_elements(c):,} elements a token"
           f"\n| format | allocated | of the closed form | resident | bits an element | keys and values at 16 bits are larger by |\n|---|---|---|---|---|---|")
-    for name, bits in {"fp32": 32, "bf16": 16, **{f: 8 * codec.row_bytes(f, c.cache_row) / sum(c.cache_row) for f in ("int8", "6bit", "4bit")}}.items():
+    for name, bits in {"fp32": 32, "bf16": 16, **{f: 8 * cache_codec.row_bytes(f, c.cache_row) / sum(c.cache_row) for f in ("int8", "6bit", "4bit")}}.items():
         closed = elements * bits / 8
         before = resident()
         engine = LLM(model, cache=name, max_model_len=tokens, cache_memory=int(closed))
@@ -194,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in dict(rounds=5, steps=32, depth=4096, shared=2000, threads=2).items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--cache", default="bf16", choices=list(codec.FORMATS))
+    parser.add_argument("--cache", default="bf16", choices=list(cache_codec.FORMATS))
     args = parser.parse_args()
     if min(args.rounds, args.steps, args.depth, args.shared) < 1 or max(args.depth, args.shared) + args.steps + 64 > LONG:
         parser.error(f"rounds, steps, depth and shared must be at least 1; depth and shared leave room for the steps below {LONG} tokens")

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from lamoe import tokenizer
+from lamoe.text import tokenizer
 from lamoe.engine import grammar
 from lamoe.engine.grammar import Grammar
-from lamoe.tokenizer import Tokenizer
+from lamoe.text.tokenizer import Tokenizer
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0, "maximum": 150}, "mail": {"type": "string", "format": "email"},
                                            "tags": {"type": "array", "items": {"enum": ["new", "paid", "gone"]}}}, "required": ["name", "age", "mail", "tags"]}

@@ -20,12 +20,12 @@ from collections.abc import Iterator
 
 import torch
 
-from lamoe import codec
-from lamoe.accounting import human_bytes
-from lamoe.config import ModelConfig, RopeScaling
+from lamoe.backends import cache_codec
+from lamoe.model.accounting import human_bytes
+from lamoe.model.config import ModelConfig, RopeScaling
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
-from lamoe.model import Transformer
+from lamoe.model.transformer import Transformer
 
 LENGTHS = (32768, 131072)
 STEPS = 16  # decode steps that are timed at each length
@@ -50,7 +50,7 @@ def resident(t: torch.Tensor) -> int:
 
 def measure(m: Transformer, format: str) -> Iterator[dict]:
     c, generator = m.config, torch.Generator().manual_seed(0)
-    row = c.num_hidden_layers * codec.row_bytes(format, c.cache_row)
+    row = c.num_hidden_layers * cache_codec.row_bytes(format, c.cache_row)
     engine = LLM(m, cache=format, max_num_seqs=1, max_num_batched_tokens=2048, speculate=0)
     tokens = torch.randint(256, (LENGTHS[-1],), generator=generator).tolist()
     for length in LENGTHS:
@@ -75,7 +75,7 @@ def measure(m: Transformer, format: str) -> Iterator[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--formats", nargs="+", default=["bf16", "6bit"], choices=list(codec.FORMATS))
+    parser.add_argument("--formats", nargs="+", default=["bf16", "6bit"], choices=list(cache_codec.FORMATS))
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

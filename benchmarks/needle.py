@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 import lamoe
-from lamoe import evals, report
-from lamoe.config import ModelConfig, RopeScaling
-from lamoe.model import Transformer
+from lamoe.measure import needle, report
+from lamoe.model.config import ModelConfig, RopeScaling
+from lamoe.model.transformer import Transformer
 from lamoe.train.optim import MasterAdamW, Optim
 
 KEYS, WORDS = 32, 32  # ids: 0 the question mark, then the keys, then the words
@@ -60,7 +60,7 @@ def row(length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]
 
 
 def make(length: int, depth: float, draw: random.Random) -> tuple[list[int], list[int]]:
-    """One needle at `depth` among others, for evals.needle."""
+    """One needle at `depth` among others, for needle.needle."""
     key, *others = draw.sample(range(1, FIRST_WORD), 1 + DISTRACTORS)
     words = [draw.randrange(FIRST_WORD, FIRST_WORD + WORDS) for _ in range(length - 3)]
     at = round(depth * (len(words) - 2))
@@ -135,7 +135,7 @@ def main() -> None:
     trained = time.perf_counter() - begin
     depths, panels = [i / (args.depths - 1) for i in range(args.depths)], {}
     for name, model in models.items():
-        found = evals.needle(model.eval(), make, args.lengths, depths, args.draws, args.seed)
+        found = needle.needle(model.eval(), make, args.lengths, depths, args.draws, args.seed)
         panels[name] = {"lengths": args.lengths, "depths": depths, "draws": args.draws, "trained": LONG * LENGTH if "extended" in name else LENGTH, "found": found.tolist()}
         print(f"{name:24s} " + "  ".join(f"{n}: {share:.0%}" for n, share in zip(args.lengths, found.mean(0))), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 
 import lamoe
-from lamoe import tokenizer
-from lamoe.config import ModelConfig
+from lamoe.text import tokenizer
+from lamoe.model.config import ModelConfig
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
-from lamoe.model import Transformer
+from lamoe.model.transformer import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 SEATS, QUEUE, BATCH = 16, 40, 16  # sequences that run, that may wait; of part one

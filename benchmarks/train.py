@@ -29,9 +29,9 @@ CONTESTANTS = {
 def make_lamoe(batch: int, seq: int):
     import torch
 
-    from lamoe.config import ModelConfig
-    from lamoe.model import Transformer
-    from lamoe.routing import Balance, Training
+    from lamoe.model.config import ModelConfig
+    from lamoe.model.transformer import Transformer
+    from lamoe.model.routing import Balance, Training
     from lamoe.train.optim import MasterAdamW, Optim
 
     model = Transformer(ModelConfig.preset("small")).init_weights().to(torch.bfloat16)
@@ -54,7 +54,7 @@ def make_transformers(batch: int, seq: int, compiled: bool):
     import torch
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
-    from lamoe.config import ModelConfig
+    from lamoe.model.config import ModelConfig
 
     raw = {k: v for k, v in ModelConfig.preset("small").to_dict().items() if k not in ("architectures", "torch_dtype")}
     config = DeepseekV2Config(**raw)
@@ -111,8 +111,8 @@ def main() -> None:
 
     import torch
 
-    from lamoe import accounting
-    from lamoe.config import ModelConfig
+    from lamoe.model import accounting
+    from lamoe.model.config import ModelConfig
     from lamoe.train.loop import measure_peak
 
     torch.set_num_threads(args.threads)

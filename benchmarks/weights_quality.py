@@ -32,11 +32,11 @@ import torch
 from cache import single_document_rows
 
 import lamoe
-from lamoe import calibrate, packed, packed_file
-from lamoe.convert import hf
+from lamoe.backends.cpu import calibrate, packed, packed_file
+from lamoe.checkpoints import hf
 from lamoe.engine import score
-from lamoe.kernels import native
-from lamoe.packed import PackedModel
+from lamoe.backends.cpu import native
+from lamoe.backends.cpu.packed import PackedModel
 from lamoe.train import checkpoint
 from lamoe.train.data import open_corpus
 from lamoe.train.sources import read_documents

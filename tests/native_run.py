@@ -2,8 +2,8 @@
 
 import torch
 
-from lamoe.cache import PagedCache
-from lamoe.packed import PackedModel
+from lamoe.backends.paged_cache import PagedCache
+from lamoe.backends.cpu.packed import PackedModel
 
 
 class Run:

@@ -6,7 +6,7 @@ import torch
 from oracles import tiny
 
 import lamoe
-from lamoe import packed_file
+from lamoe.backends.cpu import packed_file
 
 SMALL = dict(max_position_embeddings=256)
 FAMILIES = {

@@ -11,7 +11,7 @@ import httpx2
 import torch
 from oracles import tiny
 
-from lamoe import tokenizer
+from lamoe.text import tokenizer
 from lamoe.engine.llm import LLM
 from lamoe.serve.run import Serving
 from lamoe.serve.settings import Settings

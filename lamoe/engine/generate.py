@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lamoe.cache import KVCache
+from lamoe.model.cache import KVCache
 from lamoe.engine.sampler import SamplingParams, sample
-from lamoe.model import Transformer
-from lamoe.tokenizer import Tokenizer
+from lamoe.model.transformer import Transformer
+from lamoe.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lamoe.tokenizer import Tokenizer
+from lamoe.text.tokenizer import Tokenizer
 
 MAX_CHARS = {"JSON schema": 64 << 10, "regular expression": 4 << 10, "Lark grammar": 32 << 10}
 MAX_DEPTH = 64  # objects and lists inside each other in a schema

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
-from lamoe import accounting, codec, packed, packed_file
-from lamoe.cache import PagedCache
-from lamoe.config import ModelConfig, did_you_mean
-from lamoe.convert import load, read_config, resolve
+from lamoe.model import accounting
+from lamoe.backends import cache_codec
+from lamoe.backends.cpu import packed, packed_file
+from lamoe.backends.paged_cache import PagedCache
+from lamoe.model.config import ModelConfig, did_you_mean
+from lamoe.checkpoints import load, read_config, resolve
 from lamoe.engine import prefix_file, runner
 from lamoe.engine.generate import TextStream
 from lamoe.engine.grammar import Matcher
@@ -26,10 +28,10 @@ from lamoe.engine.plan import Plan, available_memory, fit
 from lamoe.engine.request import Output, Sequence
 from lamoe.engine.sampler import SamplingParams, sample
 from lamoe.engine.scheduler import Scheduler
-from lamoe.kernels import native
-from lamoe.model import Transformer
-from lamoe.packed import PackedModel
-from lamoe.tokenizer import Tokenizer
+from lamoe.backends.cpu import native
+from lamoe.model.transformer import Transformer
+from lamoe.backends.cpu.packed import PackedModel
+from lamoe.text.tokenizer import Tokenizer
 
 log = logging.getLogger("lamoe.engine")
 _LOGGED = "an internal error ended it ({}); the log has the traceback"
@@ -62,8 +64,8 @@ class LLM:
                  max_model_len: int | None = None, max_num_seqs: int = 64, max_num_batched_tokens: int = 512, page_size: int = 16,
                  speculate: int = 2, dtype: str | None = None, threads: int = 0, count_experts: bool = False,
                  weights: str | None = None, head: str | None = None, impl: str | None = None):
-        if cache not in codec.FORMATS:
-            raise ValueError(f"unknown cache format {cache!r}{did_you_mean(cache, codec.FORMATS)}; known: {', '.join(codec.FORMATS)}")
+        if cache not in cache_codec.FORMATS:
+            raise ValueError(f"unknown cache format {cache!r}{did_you_mean(cache, cache_codec.FORMATS)}; known: {', '.join(cache_codec.FORMATS)}")
         if max_num_seqs < 1 or max_num_batched_tokens < max_num_seqs or page_size < 1:
             raise ValueError(f"max_num_seqs {max_num_seqs} and page_size {page_size} must be at least 1, max_num_batched_tokens {max_num_batched_tokens} at least max_num_seqs")
         if threads:

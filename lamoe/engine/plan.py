@@ -7,10 +7,11 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
-from lamoe import accounting, codec
-from lamoe.accounting import human_bytes
-from lamoe.attention import cheaper_form
-from lamoe.config import ModelConfig
+from lamoe.model import accounting
+from lamoe.backends import cache_codec
+from lamoe.model.accounting import human_bytes
+from lamoe.model.attention import cheaper_form
+from lamoe.model.config import ModelConfig
 
 STATES = 128 << 20  # Model::state_limit of csrc/model.h
 DEFAULT_BYTES = 1 << 30  # a cache is at most this large unless one full context needs more, or somebody says so
@@ -79,7 +80,7 @@ def fit(config: ModelConfig, weights: int, format: str, cache_memory: int | None
     if max_model_len is not None and not 1 < max_model_len <= limit:
         raise ValueError(f"max_model_len is {max_model_len}; it must be from 2 to the model's max_position_embeddings {limit}")
     length = limit if max_model_len is None else max_model_len
-    page = page_size * config.num_hidden_layers * codec.row_bytes(format, config.cache_row)
+    page = page_size * config.num_hidden_layers * cache_codec.row_bytes(format, config.cache_row)
 
     def partial(length: int) -> int:
         return state_bytes(config, length, max_num_seqs, step_tokens) if step_tokens else 0
@@ -99,7 +100,7 @@ def fit(config: ModelConfig, weights: int, format: str, cache_memory: int | None
         if asked and free >= needed:
             cure = f"lower cache_memory to at most {human_bytes(free)}"
         elif fits >= 2:
-            cure = f"lower max_model_len to {fits}, or take a smaller cache format (4bit: {codec.row_bytes('4bit', config.cache_row) * config.num_hidden_layers:,} bytes a token)"
+            cure = f"lower max_model_len to {fits}, or take a smaller cache format (4bit: {cache_codec.row_bytes('4bit', config.cache_row) * config.num_hidden_layers:,} bytes a token)"
         else:
             cure = "free some memory, or take a smaller model"
         attention = f", with {human_bytes(states)} for attention," if states else ""

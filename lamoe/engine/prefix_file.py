@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lamoe.cache import PagedCache
-from lamoe.convert import shards
+from lamoe.backends.paged_cache import PagedCache
+from lamoe.checkpoints import shards
 from lamoe.engine.pages import PagePool, content_hash
-from lamoe.model import Transformer
-from lamoe.packed import PackedModel
+from lamoe.model.transformer import Transformer
+from lamoe.backends.cpu.packed import PackedModel
 
 KIND = "lamoe cache"
 VERSION = "1"  # goes up with this layout, and with the layout of any storage format of codec.py

@@ -6,11 +6,11 @@ from itertools import accumulate, islice
 
 import torch
 
-from lamoe.cache import Group, PagedCache, Step
+from lamoe.backends.paged_cache import Group, PagedCache, Step
 from lamoe.engine.request import Sequence
-from lamoe.model import Transformer
-from lamoe.packed import PackedModel
-from lamoe.routing import Chosen
+from lamoe.model.transformer import Transformer
+from lamoe.backends.cpu.packed import PackedModel
+from lamoe.model.routing import Chosen
 
 SPREAD = 64  # decoding sequences share a group while the longest has at most 1.5 x the rows of the shortest, plus this
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lamoe.config import check_types
+from lamoe.model.config import check_types
 from lamoe.engine.grammar import Grammar
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lamoe import evals
-from lamoe.cache import KVCache, PagedCache
+from lamoe.engine.text_loss import TextLoss
+from lamoe.model.cache import KVCache
+from lamoe.backends.paged_cache import PagedCache
 from lamoe.engine.async_llm import AsyncLLM
 from lamoe.engine.llm import LLM, token_logprobs
-from lamoe.model import Transformer
-from lamoe.packed import PackedModel
+from lamoe.model.transformer import Transformer
+from lamoe.backends.cpu.packed import PackedModel
 
 
 async def prompt_logprobs(engine: AsyncLLM, ids: list[int], top: int) -> list[dict[int, float] | None]:
@@ -75,8 +76,8 @@ def steps(model: PackedModel, ids: list[int], chunk: int, logits: bool, experts:
 
 
 @torch.inference_mode()
-def text_loss(model: PackedModel, rows: Iterable[tuple[np.ndarray, np.ndarray]], document_mask: bool = True, chunk: int = 512) -> evals.TextLoss:
-    """evals.text_loss of a packed model: rows of (ids, segments), each [T + 1]; a token is a target when it continues its predecessor's segment. Segments
+def text_loss(model: PackedModel, rows: Iterable[tuple[np.ndarray, np.ndarray]], document_mask: bool = True, chunk: int = 512) -> TextLoss:
+    """text_loss of a packed model: rows of (ids, segments), each [T + 1]; a token is a target when it continues its predecessor's segment. Segments
     are sequences of their own (without `document_mask` whole rows are). chunk: tokens of a step, which bounds the logits in memory."""
     nats, targets, load = 0.0, 0, np.zeros((len(model.config.moe_layers), model.config.n_routed_experts or 0))
     for ids, segments in rows:
@@ -94,4 +95,4 @@ def text_loss(model: PackedModel, rows: Iterable[tuple[np.ndarray, np.ndarray]],
                 load += [np.bincount(layer.flatten(), minlength=load.shape[1]) for layer in chosen.numpy()] if len(chosen) else 0
     if not targets:
         raise ValueError("there is nothing to evaluate on: the rows hold no token that follows another of its document")
-    return evals.TextLoss(nats, targets, load / np.maximum(1, load.sum(-1, keepdims=True)))
+    return TextLoss(nats, targets, load / np.maximum(1, load.sum(-1, keepdims=True)))

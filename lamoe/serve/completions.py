@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from lamoe import tool_calls
+from lamoe.text import tool_calls
 from lamoe.engine.async_llm import EngineDead
 from lamoe.engine.grammar import Grammar
 from lamoe.engine.llm import Delta
@@ -20,7 +20,7 @@ from lamoe.serve.errors import ApiError
 from lamoe.serve.reply import Reply
 from lamoe.serve.service import Job, Service, ended, usage
 from lamoe.serve.wire import ChatRequest, CompletionRequest, Message, Sampling, Tool
-from lamoe.tokenizer import Tokenizer
+from lamoe.text.tokenizer import Tokenizer
 
 FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 MAX_LOGPROBS = 1 << 22  # entries that one request may ask for: they are all in memory until its end

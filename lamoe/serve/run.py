@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from lamoe.accounting import human_bytes
+from lamoe.model.accounting import human_bytes
 from lamoe.engine.llm import LLM
 from lamoe.serve.app import build
 from lamoe.serve.logs import configure

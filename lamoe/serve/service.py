@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lamoe import accounting
+from lamoe.model import accounting
 from lamoe.engine.async_llm import AsyncLLM, EngineDead, Run
 from lamoe.engine.llm import LLM, Delta
 from lamoe.engine.request import Output

@@ -20,7 +20,7 @@ from typing import Callable, Iterator
 
 import numpy as np
 
-from lamoe.config import did_you_mean
+from lamoe.model.config import did_you_mean
 from lamoe.train.checkpoint import remove_dead, temporary_name
 from lamoe.train.sources import Document, Plan, check_sources, plan_split, stamp
 

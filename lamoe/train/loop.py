@@ -12,7 +12,6 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import sys
 import threading
@@ -22,13 +21,14 @@ from pathlib import Path
 
 import torch
 
-from lamoe import accounting, evals
-from lamoe import tokenizer as tokenizers
-from lamoe.config import CARRIED
-from lamoe.convert import hf
-from lamoe.model import Transformer
-from lamoe.routing import Training
-from lamoe.tokenizer import Tokenizer
+from lamoe.model import accounting
+from lamoe.engine.text_loss import shift, text_loss
+from lamoe.text import tokenizer as tokenizers
+from lamoe.model.config import CARRIED
+from lamoe.checkpoints import hf
+from lamoe.model.transformer import Transformer
+from lamoe.model.routing import Training
+from lamoe.text.tokenizer import Tokenizer
 from lamoe.train import checkpoint, data
 from lamoe.train.optim import MasterAdamW
 from lamoe.train.recipe import Recipe
@@ -110,7 +110,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
                 seen = recipe.batch.before(step) * recipe.data.seq_len
                 size = recipe.batch.size_at(step)
                 ids, segments = map(torch.from_numpy, batches.next_batch(size))
-                targets = evals.shift(ids, segments)
+                targets = shift(ids, segments)
                 counted = (targets >= 0).sum().clamp_min(1)
                 protected = _protected(size, recipe, step)
                 parts = []  # (share of the targets, cross-entropy, balance loss, MoE records) of each micro-batch
@@ -159,7 +159,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
 def evaluate(model: Transformer, corpus: data.PackedCorpus, recipe: Recipe, max_tokens: int | None) -> dict[str, float]:
     """Held-out bits per byte (of the whole held-out text) or, on a part of it, bits per token: {"heldout_...": value}."""
     rows = data.heldout_rows(corpus, recipe.data.seq_len)
-    result = evals.text_loss(model, rows, recipe.batch.micro, max_tokens, recipe.data.document_mask)
+    result = text_loss(model, rows, recipe.batch.micro, max_tokens, recipe.data.document_mask)
     out = {"heldout_bits_per_token": result.bits_per_token, "heldout_perplexity": result.perplexity}
     if max_tokens is None:
         out["heldout_bits_per_byte"] = result.bits_per_byte(corpus.heldout_bytes())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lamoe.config import check_types
+from lamoe.model.config import check_types
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lamoe.config import ModelConfig, RopeScaling, check_types, did_you_mean
-from lamoe.routing import Balance
+from lamoe.model.config import ModelConfig, RopeScaling, check_types, did_you_mean
+from lamoe.model.routing import Balance
 from lamoe.train.optim import Batch, Optim
 
 

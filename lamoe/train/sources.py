@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator
 
-from lamoe.config import did_you_mean
+from lamoe.model.config import did_you_mean
 
 BUILT_IN = ("austen", "stdlib")
 AUSTEN = Path(__file__).resolve().parents[1] / "corpus" / "austen.tar.xz"

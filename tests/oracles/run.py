@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lamoe import routing
-from lamoe.model import Transformer
+from lamoe.model import routing
+from lamoe.model.transformer import Transformer
 from oracles import tiny
 
 

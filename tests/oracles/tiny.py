@@ -8,10 +8,10 @@ import textwrap
 
 import torch
 
-from lamoe import rope
-from lamoe.config import ModelConfig, RopeScaling
-from lamoe.convert.hf import table
-from lamoe.model import Transformer
+from lamoe.model import rope
+from lamoe.model.config import ModelConfig, RopeScaling
+from lamoe.checkpoints.hf import table
+from lamoe.model.transformer import Transformer
 
 _BASE = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
              max_position_embeddings=163840, torch_dtype="float32")

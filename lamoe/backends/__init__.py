@@ -1,0 +1,1 @@
+"""What runs a model: the torch ops on any device, or the compiled CPU kernels."""

@@ -1,0 +1,325 @@
+"""A conversation in the terminal: turns over one LLM, whose prefix cache holds what was said, so that a turn computes only what is new.
+
+Replies go to `out`; everything else (notices, answers of commands) to `err`, so that `lamoe chat` in a pipe prints replies only. Without a terminal
+every line of standard input is a turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from lamoe.model.accounting import human_bytes
+from lamoe.model.config import did_you_mean
+from lamoe.engine.llm import LLM
+from lamoe.engine.prefix_file import is_cache
+from lamoe.engine.request import Output
+from lamoe.engine.sampler import SamplingParams
+
+HELP = """/help           this list
+/clear          forget the conversation; the system text stays
+/system [TEXT]  show the system text, or set it; /system "" removes it
+/save FILE      write the conversation, and what is cached of it to FILE.cache.safetensors
+/load FILE      go on with a saved conversation
+/quit           leave (Ctrl-D too)
+A line that begins with \"\"\" opens a message of several lines; the next \"\"\" at the end of a line closes it. A message that itself begins with / is
+written with //. Ctrl-C stops the reply."""
+COMMANDS = ("/help", "/clear", "/system", "/save", "/load", "/quit")
+KIND, MAX_FILE_BYTES = "lamoe conversation", 64 << 20
+# On a terminal control characters are commands (move the cursor, change the title, ...), which a model must not be able to give
+_VISIBLE = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {0x7F: 0x2421} | {c: 0xFFFD for c in range(0x80, 0xA0)}
+
+
+class Chat:
+    """The conversation: `messages` ({"role", "content"}, a system text first when there is one) and what can be done with it. A turn or command that
+    fails says so on `err`, counts in `failures` and leaves the conversation as it was."""
+
+    def __init__(self, llm: LLM, params: SamplingParams, system: str | None = None, out: TextIO | None = None, err: TextIO | None = None, dim: bool = False):
+        if llm.tokenizer is None:
+            raise ValueError("a chat needs a tokenizer; use a model folder with tokenizer.json")
+        if params.n != 1:
+            raise ValueError(f"a chat has one reply a turn, n is {params.n}; leave it at 1")
+        self.llm, self.params, self.dim, self.failures = llm, params, dim, 0
+        self.out, self.err = out or sys.stdout, err or sys.stderr
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    # ---- turns ---------------------------------------------------------------------------------------------------
+    def say(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Output | None:
+        """One turn: print the reply to `text` as it comes, until it ends or `stopped()`. A reply that was stopped stays in the conversation as far as
+        it was shown; when nothing was, the turn is taken back. None when the turn failed."""
+        turn = [*self.messages, {"role": "user", "content": text}]
+        try:
+            output = self._reply(turn, stopped)
+        except ValueError as e:
+            return self._fail(str(e))
+        if output.finish_reason == "error":
+            return self._fail(f"the reply failed: {output.error}; the message is taken back")
+        reply = output.text.strip()  # a template sets its own blanks around a reply
+        if output.finish_reason == "abort":
+            self.note("[stopped]" if reply else "[stopped before the reply began; the message is taken back]")
+            if not reply:
+                return output
+        elif not reply:
+            self.note("[an empty reply]")
+        self.messages = [*turn, {"role": "assistant", "content": reply}]
+        if output.finish_reason == "length":
+            self._explain_length(output)
+        return output
+
+    def _reply(self, turn: list[dict], stopped: Callable[[], bool]) -> Output:
+        """Not through llm.stream: a long prompt takes many steps without a delta, and `stopped` is asked between all of them."""
+        ids = self.llm.tokenizer.apply_chat(turn)
+        if len(ids) >= self.llm.max_model_len:
+            raise ValueError(f"with this message the conversation has {len(ids)} tokens, and the context is {self.llm.max_model_len}, reply included; "
+                             "the message is not kept: shorten it, or /save FILE and /clear to start anew")
+        [id] = self.llm.add(ids, self.params)
+        output, began = None, False
+        try:
+            while output is None and not stopped():
+                for delta in self.llm.step():
+                    if delta.id == id:
+                        text = delta.text if began else delta.text.lstrip()
+                        began = began or bool(text)
+                        self._show(text)
+                        output = delta.output or output
+        finally:
+            output = output or self.llm.cancel(id)
+            self.out.write("\n")
+            self.out.flush()
+        return output
+
+    def _show(self, text: str) -> None:
+        self.out.write(text.translate(_VISIBLE) if self.out.isatty() else text)
+        self.out.flush()
+
+    def _explain_length(self, output: Output) -> None:
+        used, context = output.prompt_tokens + len(output.token_ids), self.llm.max_model_len
+        if used >= context:
+            self.note(f"[the context is full: {used} of {context} tokens; /save FILE keeps the conversation, /clear starts anew]")
+        else:
+            self.note(f"[cut at --max-tokens {self.params.max_tokens}]")
+
+    # ---- commands ------------------------------------------------------------------------------------------------
+    def command(self, line: str) -> bool:
+        """Do what a line that begins with / says. True: leave."""
+        name, _, rest = line.strip().partition(" ")
+        rest = rest.strip()
+        if name not in COMMANDS:
+            self._fail(f"unknown command {name!r}{did_you_mean(name, COMMANDS) or ';'} /help lists them; a message that itself begins with / is written with //")
+        elif name in ("/save", "/load") and not rest:
+            self._fail(f"{name} needs a file, for example {name} talk.json")
+        elif name in ("/help", "/clear", "/quit") and rest:
+            self._fail(f"{name} takes nothing after it, found {rest[:40]!r}")
+        else:
+            try:
+                getattr(self, name[1:])(*[rest] if name in ("/system", "/save", "/load") else ())
+            except (ValueError, OSError) as e:
+                self._fail(str(e))
+            return name == "/quit"
+        return False
+
+    def help(self) -> None:
+        self.note(HELP)
+
+    def quit(self) -> None:
+        """Nothing to do first."""
+
+    def clear(self) -> None:
+        self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
+        self.note("[the conversation is cleared]")
+
+    def system(self, text: str) -> None:
+        """Show the system text when `text` is empty, else set it for the whole conversation; '""' removes it."""
+        now = self.messages[0]["content"] if self.messages and self.messages[0]["role"] == "system" else None
+        if not text:
+            self.note(now or "[no system text]")
+            return
+        text = "" if text in ('""', "''") else text
+        rest = self.messages[1:] if now is not None else self.messages
+        self.messages = ([{"role": "system", "content": text}] if text else []) + rest
+        self.note("[system text set]" if text else "[system text removed]")
+
+    def save(self, file: str) -> None:
+        """Write the conversation to `file` (JSON) and the cache rows of its beginning, where there are any, beside it."""
+        path = Path(file).expanduser()
+        if path.exists():
+            _read(path)  # only a conversation is overwritten
+        rows = _cache_file(path)
+        if rows.exists() and not is_cache(rows):
+            raise ValueError(f"{rows} exists and is not a saved cache, so it is not overwritten; save to another name")
+        tokens = self.llm.tokenizer.apply_chat(self.messages, add_generation_prompt=False) if self.messages else []
+        try:
+            cached = f"{self.llm.save_cache(rows, tokens)} of {len(tokens)} tokens cached in {rows.name}"
+        except ValueError:
+            rows.unlink(missing_ok=True)  # of what was saved under this name before
+            cached = "nothing of it is in the cache"
+        _write(path, {"kind": KIND, "version": 1, "messages": self.messages})
+        self.note(f"[saved {len(self.messages)} messages to {path}; {cached}]")
+
+    def load(self, file: str) -> None:
+        """Replace the conversation by a saved one. Cache rows that do not suit this model are left aside, and said so: the text is what counts."""
+        path = Path(file).expanduser()
+        self.messages, rows = _read(path), _cache_file(path)
+        cached = "without cached rows, so its text is computed again"
+        if rows.exists():
+            try:
+                cached = f"{self.llm.load_cache(rows)} tokens of it are in the cache"
+            except (ValueError, OSError) as e:
+                cached = f"its cached rows are not used, so its text is computed again: {e}"
+        self.note(f"[loaded {len(self.messages)} messages from {path}; {cached}]")
+
+    # ---- what is said beside replies -----------------------------------------------------------------------------
+    def note(self, text: str) -> None:
+        text = text.translate(_VISIBLE) if self.err.isatty() else text
+        print(f"\x1b[2m{text}\x1b[0m" if self.dim else text, file=self.err, flush=True)
+
+    def _fail(self, text: str) -> None:
+        self.failures += 1
+        self.note(text)
+
+
+def run(llm: LLM, params: SamplingParams, system: str | None = None, name: str = "", stdin: TextIO | None = None, stdout: TextIO | None = None,
+        stderr: TextIO | None = None) -> int:
+    """Chat until the input ends or /quit. The exit code: 1 when there is no terminal and a line of the input failed, else 0."""
+    stdin = stdin or sys.stdin
+    terminal = stdin.isatty() and (stdout or sys.stdout).isatty()
+    colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    chat = Chat(llm, params, system, stdout, stderr, dim=colour and (stderr or sys.stderr).isatty())
+    if terminal:
+        chat.note(f"{name or 'model'} · context {llm.max_model_len} tokens · cache {llm.cache.format}, {human_bytes(llm.cache.nbytes)} · /help\n{llm.plan().describe()}")
+    if llm.tokenizer.chat_template is None:
+        chat.note("[this model comes without a chat template, so it may not be trained to chat; DeepSeek-V2's format is used]")
+    read = _reader(stdin, chat.out, terminal, colour)
+    leaving = False  # the last thing was a Ctrl-C at the prompt
+    while True:
+        try:
+            line = _message(read)
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            chat.out.write("\n")
+            if leaving:
+                return 0
+            chat.note("[/quit or Ctrl-C once more leaves]")
+            leaving = True
+            continue
+        leaving = False
+        if line is None:
+            if terminal:
+                print(file=chat.out, flush=True)
+            return 1 if chat.failures and not terminal else 0
+        with _Interrupt(terminal) as interrupt:
+            if line.startswith("/") and not line.startswith("//"):
+                if chat.command(line):
+                    return 1 if chat.failures and not terminal else 0
+            elif line.strip():
+                chat.say(line.removeprefix("/"), lambda: interrupt.asked)
+
+
+class _Interrupt:
+    """Inside, the first Ctrl-C only sets `asked`: raised anywhere, it could leave the engine between two states. The second one raises."""
+
+    def __init__(self, active: bool):
+        self.active, self.asked = active and threading.current_thread() is threading.main_thread(), False
+
+    def __enter__(self) -> _Interrupt:
+        if self.active:
+            self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.active:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _ask(self, *_) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+# ---- input -----------------------------------------------------------------------------------------------------------
+def _reader(stdin: TextIO, out: TextIO, terminal: bool, colour: bool) -> Callable[[str], str | None]:
+    """A function that reads one line, with the prompt before it on a terminal; None at the end of the input."""
+    if not terminal:
+        return lambda prompt: stdin.readline() or None
+    try:
+        import readline  # noqa: F401  (line editing and the history of this session; not on every system)
+        start, end = "\x01\x1b[1m\x02", "\x01\x1b[0m\x02"  # readline counts what is not between \x01 and \x02
+    except ImportError:
+        start, end = "\x1b[1m", "\x1b[0m"
+
+    def read(prompt: str) -> str | None:
+        prompt = f"{start}{prompt}{end}" if colour else prompt
+        if stdin is sys.stdin and out is sys.stdout:
+            try:
+                return input(prompt)
+            except EOFError:
+                return None
+        out.write(prompt)
+        out.flush()
+        return stdin.readline() or None
+
+    return read
+
+
+def _message(read: Callable[[str], str | None]) -> str | None:
+    """The next line, or the lines from one that begins with three quotes to one that ends with them."""
+    line = read("> ")
+    if line is None:
+        return None
+    line = line.rstrip("\r\n")
+    if not line.startswith('"""'):
+        return line
+    lines = [line[3:]]
+    while not lines[-1].rstrip().endswith('"""'):
+        more = read(". ")
+        if more is None:
+            break
+        lines.append(more.rstrip("\r\n"))
+    text = "\n".join(lines).rstrip().removesuffix('"""').strip("\n")
+    return f"/{text}" if text.startswith("/") else text  # not a command
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+def _cache_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.cache.safetensors")
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    """The messages of a saved conversation. ValueError when the file is anything else."""
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a conversation of more than {MAX_FILE_BYTES:,} is refused")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raw = None
+    if not isinstance(raw, dict) or raw.get("kind") != KIND:
+        raise ValueError(f"{path} is not a saved conversation; give a file that /save wrote, or to /save another name")
+    if raw.get("version") != 1:
+        raise ValueError(f"{path} is a conversation of version {str(raw.get('version'))[:20]}; this lamoe reads version 1")
+    messages = raw.get("messages")
+    for n, m in enumerate(messages if isinstance(messages, list) else [None]):
+        if not isinstance(m, dict) or set(m) != {"role", "content"} or not all(isinstance(v, str) for v in m.values()) \
+                or m["role"] not in ("user", "assistant", *(["system"] if n == 0 else [])):
+            raise ValueError(f"{path}: message {n} must be a role (system only first, user, assistant) and a content, found {str(m)[:60]!r}")
+    return messages
+
+
+def _write(path: Path, content: dict) -> None:
+    """All or nothing: the old file stays until the new one is on the disk."""
+    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "x", encoding="utf-8") as f:
+            f.write(json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Measuring a model and the machine: quality, speed, health."""

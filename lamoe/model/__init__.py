@@ -1,0 +1,1 @@
+"""The model from its configuration up: read transformer.py first."""

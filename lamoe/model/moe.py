@@ -1,0 +1,58 @@
+"""The feed-forward layers: SwiGLU MLP, and DeepSeekMoE = shared experts + routed experts (paper 2.2, eq. 20).
+
+Routed experts are stacked tensors, so that their products can be grouped over tokens sorted by expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lamoe import kernels
+from lamoe.model import routing
+from lamoe.model.config import ModelConfig
+from lamoe.model.layers import MLP
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts as two stacked tensors: w13 [E, 2F, D], w2 [E, D, F]."""
+
+    def __init__(self, n: int, dim: int, width: int):
+        super().__init__()
+        self.w13 = nn.Parameter(torch.empty(n, 2 * width, dim))
+        self.w2 = nn.Parameter(torch.empty(n, dim, width))
+
+    def forward(self, x, expert, weight):
+        return kernels.experts(x, expert, weight, self.w13, self.w2)
+
+
+class Gate(nn.Module):
+    """The router's weight [E, D]. It is used in float32 whatever its own dtype; see routing.route."""
+
+    def __init__(self, n: int, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n, dim))
+
+
+class MoE(nn.Module):
+    """x [B, T, D] -> [B, T, D]. N_s shared experts are one MLP of N_s times the width (a sum of SwiGLUs is a wider SwiGLU)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        d, f = config.hidden_size, config.moe_intermediate_size
+        self.gate = Gate(config.n_routed_experts, d)
+        self.experts = Experts(config.n_routed_experts, d, f)
+        self.shared = MLP(d, config.n_shared_experts * f) if config.n_shared_experts else None
+
+    def forward(self, x: torch.Tensor, training: routing.Training | routing.Chosen | None = None) -> torch.Tensor:
+        flat = x.flatten(0, 1)
+        r = routing.route(flat, self.gate.weight, self.config)
+        if isinstance(training, routing.Chosen):
+            training.layers.append(r.expert)
+        elif training is not None:
+            r = routing.train_route(r, x.shape[0], self.config, training)
+        out = self.experts(flat, r.expert, r.weight)
+        if self.shared is not None:
+            out = out + self.shared(flat)
+        return out.view_as(x)

@@ -1,0 +1,156 @@
+"""`lamoe quantize --calibrate`: second moments of a model's inputs, what is made of them, and the text they come from."""
+
+import re
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracles import tiny
+from tiny_packed import FAMILIES, pack, source
+from tiny_run import trained  # noqa: F401 (a fixture)
+
+import lamoe
+from lamoe.backends.cpu import calibrate, packed, packed_file
+from lamoe import cli
+from lamoe.checkpoints import hf
+from lamoe.backends.cpu import native
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled kernels are not there")
+
+
+@pytest.mark.parametrize("family", ["mla q_lora", "mla", "moe v1 mha", "gqa tied"])
+def test_moments_are_those_of_the_model(tmp_path, family):
+    """Second moments of every linear's input, caught on the whole model, whose layers must be those that were walked one by one."""
+    c, model = FAMILIES[family], source(tmp_path / "model", family)
+    plain, ids, want = lamoe.load(model), tiny.ids(FAMILIES[family], 6, 20), {}
+    names = {f"layers.{i}.{n}": m for i, block in enumerate(plain.layers) for n, m in block.named_modules() if isinstance(m, torch.nn.Linear) and n != "attn.wkv_b"}
+    for name, module in names.items():
+        key = f"layers.{name.split('.')[1]}.{name.split('.')[-1]}"
+        module.register_forward_pre_hook(lambda m, a, key=key: want.update({key: a[0].flatten(0, -2).T @ a[0].flatten(0, -2) / a[0][..., 0].numel()}))
+    with torch.no_grad():
+        h = plain.hidden(ids)
+    want["head"] = h.flatten(0, 1).T @ h.flatten(0, 1) / h[..., 0].numel()
+    got = {}
+    for part in calibrate.moments(c, packed_file.reader(model, c), ids, torch.float32):
+        got |= part
+    for key, value in want.items():
+        assert torch.allclose(got[key](0), value, rtol=1e-4, atol=1e-6), key
+    quantised = {p.key for p in packed.pieces(c, "int4") if p.format == "int4"}
+    assert quantised == set(got)
+    for p in packed.pieces(c, "int4"):
+        if p.format == "int4":
+            assert got[p.key](p.count - 1).shape == (p.k, p.k)
+
+
+def test_experts_lean_on_their_layer():
+    """Many tokens: an expert's own moments, weighted. None: those of all."""
+    module = type("E", (), {"w13": torch.ones(3, 4, 2), "w2": torch.ones(3, 2, 2)})
+    x = torch.cat([torch.full((10000, 2), 2.0), torch.full((20000, 2), 1.0)])
+    expert, weight = torch.tensor([[0]] * 10000 + [[1]] * 20000), torch.tensor([[1.0]] * 10000 + [[0.5]] * 20000)
+    seen = calibrate._Experts(module)
+    for part in (slice(0, 12000), slice(12000, None)):
+        seen.add(module, (x[part], expert[part], weight[part]))
+    for i, want in enumerate((4, 0.25, (4 + 2 * 0.25) / 3)):
+        assert seen.inputs(i).flatten().tolist() == pytest.approx([want] * 4, rel=0.05)
+    swiglu = 4 / (1 + np.exp(-4)) * 4  # of gate = up = 2 + 2
+    assert seen.activations(0).flatten().tolist() == pytest.approx([swiglu**2] * 4, rel=0.05)
+
+
+def test_the_rows_of_all_experts_never_exist_at_once(monkeypatch):
+    """At the sizes of V2 they are 4 GB."""
+    module = type("E", (), {"w13": torch.ones(8, 4, 2), "w2": torch.ones(8, 2, 2)})
+    seen, given, most = calibrate._Experts(module), [], []
+    seen.add(module, (torch.ones(80, 2), torch.arange(80)[:, None] % 8, torch.ones(80, 1)))
+    real = seen._weighted
+
+    def watched(e, through=False):
+        rows = real(e, through)
+        given.append(weakref.ref(rows))
+        most.append(sum(r() is not None for r in given))
+        return rows
+
+    monkeypatch.setattr(seen, "_weighted", watched)
+    seen.activations(0)
+    assert len(given) == 9 and max(most) <= 3
+
+
+def correlated(n: int, k: int, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, k, generator=g) @ torch.randn(k, k, generator=g) * torch.exp(torch.randn(k, generator=g))
+
+
+@pytest.mark.parametrize("k", [27, 64, 128, 200])
+@pytest.mark.parametrize("isa", re.split(r"\W+", native.lib.features()) if native.available() else [])
+def test_later_inputs_make_up_for_the_errors_of_earlier_ones(k, isa):
+    """On inputs that go together, the output error falls far below that of rounding each weight by itself, at the same bytes; codes are those of the
+    definition in plain torch."""
+    g = torch.Generator().manual_seed(1)
+    w, x = torch.randn(40, k, generator=g), correlated(4 * k, k)
+    importance, feedback = calibrate.solve(x.T @ x / len(x))
+    assert torch.equal(feedback.tril(-1), torch.zeros(k, k)) and torch.allclose(feedback.diagonal(), torch.ones(k))
+    plain, plain_scale = native.pack("int4", w, isa=isa)
+    data, scale = native.pack("int4", w, importance, feedback, isa=isa)
+    assert len(data) == len(plain) and scale == plain_scale
+    rounded = [native.unpack("int4", d, 40, k, s) for d, s in ((plain, plain_scale), (data, scale))]
+    before, after = (float((x @ (r - w).T).square().mean()) for r in rounded)
+    assert after < 0.6 * before
+    moved = w.clone()  # the recursion: what each column was when it was rounded
+    for i in range(k):
+        moved[:, i + 1 :] -= (moved[:, i] - rounded[1][:, i])[:, None] * feedback[i, i + 1 :]
+    near, far = ((m - rounded[1]).square().mean() / w.square().mean() for m in (moved, w))
+    assert near < 0.02 and far > near  # each column is near what it was to be by then, not near what it was
+
+
+def test_feedback_of_unrelated_inputs_changes_nothing():
+    w = torch.randn(33, 70, generator=torch.Generator().manual_seed(2))
+    importance, feedback = calibrate.solve(torch.eye(70))
+    assert torch.allclose(feedback, torch.eye(70), atol=1e-6)
+    assert torch.equal(native.pack("int4", w, importance / importance[0], torch.eye(70))[0], native.pack("int4", w)[0])  # the same for all, but ties
+    importance, feedback = calibrate.solve(torch.zeros(70, 70))  # a text that never reached it
+    assert importance.isfinite().all() and torch.equal(feedback, torch.eye(70))
+
+
+def test_calibrated_errors_fall_where_inputs_are_large():
+    """Scales are searched by weighted squared errors: on inputs of very unequal sizes the output error becomes smaller, at the same bytes."""
+    g = torch.Generator().manual_seed(0)
+    w, spread = torch.randn(64, 128, generator=g), torch.exp(1.5 * torch.randn(128, generator=g))
+    x = torch.randn(500, 128, generator=g) * spread
+    errors = []
+    for importance in (None, x.square().mean(0)):
+        data, scale = native.pack("int4", w, importance)
+        errors.append(float((x @ (native.unpack("int4", data, 64, 128, scale) - w).T).square().mean()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_rows_to_calibrate_on(trained):  # noqa: F811
+    folder = Path(cli.find_model(str(trained)))
+    tok, c = lamoe.Tokenizer.load(folder), hf.read_config(folder)
+    rows = calibrate.rows_of(tok, ["the cat sat on the mat. " * 200, "the dog ran. " * 300], c, 256)
+    assert rows.shape[1] == c.max_position_embeddings and rows.shape[0] == 256 // rows.shape[1]
+    with pytest.raises(ValueError, match="tokens; give at least 16"):
+        calibrate.rows_of(tok, [""], c, 256)
+
+
+@pytest.mark.parametrize("sizes", [[3_000_000], [100] * 30_000, [50, 2_000_000, 0, 7, 900_000, 20_000]])
+def test_no_more_of_a_long_text_is_tokenised_than_is_wanted(sizes):
+    """A gigabyte of text would take minutes for the 32,768 tokens of a default run."""
+    told = []
+    tokenizer = type("T", (), {"add_bos": False, "encode": lambda self, text, bos: told.append(text) or list(range(len(text) // 4))})()
+    texts = ["".join(chr(65 + (i + at // 100_000) % 60) for at in range(n)) for i, n in enumerate(sizes)]
+    rows = calibrate.rows_of(tokenizer, texts, FAMILIES["mla"], 4096)
+    assert rows.numel() == 4096
+    assert 0.5 * calibrate.CHARS * 4096 < sum(map(len, told)) < 1.5 * calibrate.CHARS * 4096 + calibrate.PIECE
+    assert len(set("".join(told))) > 0.2 * len(set("".join(texts)))  # from all over it
+    assert calibrate._sample(texts[:1], 10**9) == texts[:1]
+
+
+def test_moments_that_are_no_numbers_are_refused(tmp_path):
+    m = tiny.model(FAMILIES["mla"], dtype=torch.float32)
+    with torch.no_grad():
+        m.layers[1].attn_norm.weight.mul_(3e38)
+    lamoe.save(m, tmp_path / "model")
+    options = calibrate.options(tmp_path / "model", FAMILIES["mla"], tiny.ids(FAMILIES["mla"], 2, 20))
+    with pytest.raises(ValueError, match="to calibrate on are not finite.*without --calibrate"):
+        pack(tmp_path / "model", tmp_path / "out", **options)

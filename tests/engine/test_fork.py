@@ -1,0 +1,190 @@
+"""A child of fork() has no threads but one: the kernels there begin with new ones. Each scene is a process of its own, which must end by itself, as a
+program does, with everything freed."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from lamoe.backends.cpu import native
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="needs the compiled kernels")
+
+BEGIN = """
+import multiprocessing, os, sys, threading, time
+import torch
+from native_run import Run
+from oracles import tiny
+from lamoe.backends.cpu.packed import PackedModel
+
+TEXT = [(5 * i) % 60 + 1 for i in range(40)]
+
+def threads():  # of this process
+    return len(os.listdir("/proc/self/task"))
+
+def model(n):
+    return PackedModel.of(tiny.model(tiny.HARD), "int8", n)
+
+def fork(work):
+    '''Run work() in a child that ends as programs do; its exit code.'''
+    child = os.fork()
+    if child == 0:
+        work()
+        sys.exit()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+torch.set_num_threads(1)
+"""
+
+
+def scene(code: str) -> None:
+    tests = Path(__file__).parents[1]
+    program = subprocess.Popen([sys.executable, "-c", BEGIN + textwrap.dedent(code)], cwd=tests, env={"PATH": "", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": f"{tests}:{tests.parent}"},
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        out, _ = program.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(program.pid, signal.SIGKILL)  # with its children
+        raise
+    assert program.returncode == 0 and out.endswith("done\n"), out
+
+
+def test_children_and_grandchildren_compute_the_same_on_as_many_threads():
+    scene("""
+        packed = model(3)
+        want = Run(packed).all(TEXT, [7])
+        before = threads()
+
+        def child(deeper):
+            assert threads() == 1
+            got = Run(packed).all(TEXT, [7])
+            assert torch.equal(got, want) and threads() == before == 3 and packed.native.threads == 3
+            if deeper:
+                assert fork(lambda: child(False)) == 0
+                assert torch.equal(Run(packed).all(TEXT, [7]), want)
+
+        for _ in range(3):
+            assert fork(lambda: child(True)) == 0
+            assert torch.equal(Run(packed).all(TEXT, [7]), want) and threads() == 3
+        print("done")
+    """)
+
+
+def test_a_child_that_computes_nothing_can_end_and_free():
+    scene("""
+        packed = model(3)
+        Run(packed).all(TEXT, [7])
+
+        def free():
+            global packed
+            del packed
+            assert threads() == 1
+            other = model(2)
+            Run(other).all(TEXT, [7])
+            assert threads() == 2
+            del other
+            assert threads() == 1
+
+        assert fork(lambda: None) == 0 and fork(free) == 0
+        print("done")
+    """)
+
+
+def test_forks_in_the_middle_of_steps():
+    """Another thread is inside the kernels, whose locks and counters are then in any state. Its own model is copied half-way; the threads are not."""
+    scene("""
+        packed = model(2)
+        want, end = Run(packed).all(TEXT, [7]), False
+
+        def busy():
+            while not end:
+                Run(packed).all(TEXT, [7])
+
+        thread = threading.Thread(target=busy)
+        thread.start()
+        def child():
+            assert torch.equal(Run(packed).all(TEXT, [7]), want)
+            os._exit(0)
+        try:
+            for _ in range(3):
+                assert fork(child) == 0
+        finally:
+            end = True
+            thread.join()
+        print("done")
+    """)
+
+
+def test_multiprocessing_with_fork():
+    scene("""
+        packed = model(2)
+        want = Run(packed).all(TEXT, [7])
+
+        def compute(size):
+            return Run(packed).all(TEXT, [size])
+
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            got = pool.map(compute, [7, 7, 7, 7])
+        assert all(torch.equal(g, want) for g in got)
+        print("done")
+    """)
+
+
+def test_an_async_engine_says_that_it_is_not_in_the_child():
+    """Whatever its thread was doing at the fork, here holding the lock; the parent's goes on."""
+    scene("""
+        import asyncio
+        from lamoe.engine.async_llm import AsyncLLM, EngineDead
+        from lamoe.engine.llm import LLM
+        from lamoe.engine.sampler import SamplingParams
+
+        engine = AsyncLLM(LLM(tiny.model(tiny.HARD).float()))
+        params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+
+        def generate():
+            return asyncio.run(engine.generate(TEXT, params))[0].token_ids
+
+        async def use(do):
+            try:
+                await do()
+            except EngineDead as e:
+                return str(e)
+
+        async def read(deltas):
+            async for _ in deltas:
+                pass
+
+        def child():
+            assert not engine.alive and isinstance(EngineDead(), RuntimeError)
+            for do in (lambda: engine.generate(TEXT, params), lambda: read(engine.stream(TEXT, params)), lambda: read(run), lambda: engine.call(len),
+                       lambda: engine.open([(TEXT, params)])):
+                said = asyncio.run(use(do))
+                assert said.startswith(f"process {os.getpid()} asked an AsyncLLM made in process {os.getppid()}") and "after the fork" in said, said
+            run.close()
+            engine.close()
+            again = AsyncLLM(LLM(tiny.model(tiny.HARD).float()))  # what the message says
+            assert asyncio.run(again.generate(TEXT, params))[0].token_ids == want
+            again.close()
+
+        want = generate()
+        run = asyncio.run(engine.open([(TEXT, params)]))
+        held, go = threading.Event(), threading.Event()
+
+        def hold():
+            with engine._wake:
+                held.set()
+                go.wait()
+
+        threading.Thread(target=hold).start()
+        held.wait()
+        assert fork(child) == 0
+        go.set()
+        run.close()
+        assert generate() == want and engine.alive
+        engine.close()
+        print("done")
+    """)
