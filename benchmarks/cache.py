@@ -26,10 +26,10 @@ import torch
 
 import lamoe
 from lamoe.backends import cache_codec
-from lamoe.backends.paged_cache import PagedCache
-from lamoe.model.cache import View
 from lamoe.backends.cpu import native
 from lamoe.backends.cpu.packed import PackedModel
+from lamoe.backends.paged_cache import PagedCache
+from lamoe.model.cache import View
 from lamoe.train import checkpoint
 from lamoe.train.data import heldout_rows, open_corpus
 
@@ -44,7 +44,9 @@ class ThroughFormat:
 
     def views(self, layer: int, *parts: torch.Tensor) -> list[View]:
         rows = cache_codec.encode(self.name, tuple(p.flatten(0, 1) for p in parts))
-        decoded = cache_codec.decode(self.name, rows, tuple(p.shape[-1] for p in parts), parts[0].dtype)
+        decoded = cache_codec.decode(
+            self.name, rows, tuple(p.shape[-1] for p in parts), parts[0].dtype
+        )
         return [View(None, [d.view(p.shape) for d, p in zip(decoded, parts)], None)]
 
     def positions(self, tokens: int) -> torch.Tensor:
@@ -59,7 +61,9 @@ def single_document_rows(folder: Path, seq: int, tokens: int) -> torch.Tensor:
     rows = [ids for ids, segments in heldout_rows(open_corpus(folder), seq) if segments[-1] == 0]
     wanted = -(-tokens // seq)
     if len(rows) < wanted:
-        raise ValueError(f"the held-out text has {len(rows)} rows of {seq} tokens inside one document, asked for {wanted}; lower --tokens or --seq")
+        raise ValueError(
+            f"the held-out text has {len(rows)} rows of {seq} tokens inside one document, asked for {wanted}; lower --tokens or --seq"
+        )
     return torch.from_numpy(np.stack([rows[i * len(rows) // wanted] for i in range(wanted)]))
 
 
@@ -89,7 +93,13 @@ def by_kernels(packed: PackedModel, ids: torch.Tensor, name: str) -> torch.Tenso
     out = []
     for at in range(length):
         seqs = torch.tensor([[1, at + 1, i * each] for i in range(rows)], dtype=torch.int32)
-        out.append(packed.run(ids[:, at].tolist(), torch.full((rows,), at), seqs, pages, cache, list(range(rows)))[0].float().log_softmax(-1))
+        out.append(
+            packed.run(
+                ids[:, at].tolist(), torch.full((rows,), at), seqs, pages, cache, list(range(rows))
+            )[0]
+            .float()
+            .log_softmax(-1)
+        )
     return torch.stack(out, 1)
 
 
@@ -100,7 +110,9 @@ def on_gaussian(name: str, widths=(512, 64), rows: int = 4096, rounds: int = 9) 
     decoded = cache_codec.decode(name, stored, widths, torch.float32)
     return {
         "encode_ms": median_ms(lambda: cache_codec.encode(name, parts), rounds),
-        "decode_ms": median_ms(lambda: cache_codec.decode(name, stored, widths, torch.float32), rounds),
+        "decode_ms": median_ms(
+            lambda: cache_codec.decode(name, stored, widths, torch.float32), rounds
+        ),
         "relative_rms": [((d - p).norm() / p.norm()).item() for d, p in zip(decoded, parts)],
     }
 
@@ -116,7 +128,11 @@ def median_ms(run, rounds: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, help="a run folder of `lamoe train`: its latest checkpoint and its packed corpus")
+    parser.add_argument(
+        "run",
+        type=Path,
+        help="a run folder of `lamoe train`: its latest checkpoint and its packed corpus",
+    )
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
@@ -130,27 +146,71 @@ def main() -> None:
     tokenizer = lamoe.Tokenizer.load(step / "model")
     text_bytes = sum(len(tokenizer.decode(row[1:].tolist()).encode()) for row in ids)
     targets, widths = ids.shape[0] * args.seq, model.config.cache_row
-    sums = dict(zip(cache_codec.FORMATS, compare(ids, list(cache_codec.FORMATS), lambda part, name: model(part[:, :-1], ThroughFormat(name)).log_softmax(-1))))
+    sums = dict(
+        zip(
+            cache_codec.FORMATS,
+            compare(
+                ids,
+                list(cache_codec.FORMATS),
+                lambda part, name: model(part[:, :-1], ThroughFormat(name)).log_softmax(-1),
+            ),
+        )
+    )
 
-    print(f"{step}: {targets} held-out tokens, {text_bytes} bytes, rows of {args.seq}; a cache row is {widths[0]} + {widths[1]} elements")
-    print("| format | bytes of a row | bits an element | bits/byte | change | top-1 same | KL | bytes of 512 + 64 | bits an element | rel. rms error, Gaussian 512 / 64 "
-          "| encode | decode 4,096 rows |\n" + "|---" * 12 + "|")
-    out = {"model": step.parent.name, "targets": targets, "text_bytes": text_bytes, "widths": widths, "formats": {}}
+    print(
+        f"{step}: {targets} held-out tokens, {text_bytes} bytes, rows of {args.seq}; a cache row is {widths[0]} + {widths[1]} elements"
+    )
+    print(
+        "| format | bytes of a row | bits an element | bits/byte | change | top-1 same | KL | bytes of 512 + 64 | bits an element | rel. rms error, Gaussian 512 / 64 "
+        "| encode | decode 4,096 rows |\n" + "|---" * 12 + "|"
+    )
+    out = {
+        "model": step.parent.name,
+        "targets": targets,
+        "text_bytes": text_bytes,
+        "widths": widths,
+        "formats": {},
+    }
     for name, s in sums.items():
         bpb = s["nats"] / math.log(2) / text_bytes
-        r = {"row_bytes": cache_codec.row_bytes(name, widths), "bits_per_element": cache_codec.bits_per_element(name, widths), "bits_per_byte": bpb,
-             "change_percent": 100 * (s["nats"] / sums["bf16"]["nats"] - 1), "top1_percent": 100 * s["same"] / targets, "kl": s["kl"] / targets,
-             "v2_row_bytes": cache_codec.row_bytes(name, (512, 64)), "v2_bits_per_element": cache_codec.bits_per_element(name, (512, 64)), **on_gaussian(name)}
+        r = {
+            "row_bytes": cache_codec.row_bytes(name, widths),
+            "bits_per_element": cache_codec.bits_per_element(name, widths),
+            "bits_per_byte": bpb,
+            "change_percent": 100 * (s["nats"] / sums["bf16"]["nats"] - 1),
+            "top1_percent": 100 * s["same"] / targets,
+            "kl": s["kl"] / targets,
+            "v2_row_bytes": cache_codec.row_bytes(name, (512, 64)),
+            "v2_bits_per_element": cache_codec.bits_per_element(name, (512, 64)),
+            **on_gaussian(name),
+        }
         out["formats"][name] = r
-        print(f"| {name} | {r['row_bytes']} | {r['bits_per_element']:.2f} | {bpb:.4f} | {r['change_percent']:+.4f} % | {r['top1_percent']:.2f} % | {r['kl']:.1e} | {r['v2_row_bytes']} | "
-              f"{r['v2_bits_per_element']:.2f} | {r['relative_rms'][0]:.4f} / {r['relative_rms'][1]:.4f} | {r['encode_ms']:.2f} ms | {r['decode_ms']:.2f} ms |")
+        print(
+            f"| {name} | {r['row_bytes']} | {r['bits_per_element']:.2f} | {bpb:.4f} | {r['change_percent']:+.4f} % | {r['top1_percent']:.2f} % | {r['kl']:.1e} | {r['v2_row_bytes']} | "
+            f"{r['v2_bits_per_element']:.2f} | {r['relative_rms'][0]:.4f} / {r['relative_rms'][1]:.4f} | {r['encode_ms']:.2f} ms | {r['decode_ms']:.2f} ms |"
+        )
     if native.available():
-        packed = PackedModel.of(lamoe.load(step / "model", dtype=torch.bfloat16), "bf16", args.threads)
+        packed = PackedModel.of(
+            lamoe.load(step / "model", dtype=torch.bfloat16), "bf16", args.threads
+        )
         formats = ["bf16", "int8", "6bit", "4bit"]
         print("\n| by the kernels | change of bits/byte | top-1 same | KL |\n|---|---|---|---|")
-        for name, s in (found := dict(zip(formats, compare(ids, formats, lambda part, name: by_kernels(packed, part, name))))).items():
-            out["formats"][name]["kernels"] = r = {"change_percent": 100 * (s["nats"] / found["bf16"]["nats"] - 1), "top1_percent": 100 * s["same"] / targets, "kl": s["kl"] / targets}
-            print(f"| {name} | {r['change_percent']:+.4f} % | {r['top1_percent']:.2f} % | {r['kl']:.1e} |")
+        for name, s in (
+            found := dict(
+                zip(
+                    formats,
+                    compare(ids, formats, lambda part, name: by_kernels(packed, part, name)),
+                )
+            )
+        ).items():
+            out["formats"][name]["kernels"] = r = {
+                "change_percent": 100 * (s["nats"] / found["bf16"]["nats"] - 1),
+                "top1_percent": 100 * s["same"] / targets,
+                "kl": s["kl"] / targets,
+            }
+            print(
+                f"| {name} | {r['change_percent']:+.4f} % | {r['top1_percent']:.2f} % | {r['kl']:.1e} |"
+            )
     print(json.dumps(out))
 
 

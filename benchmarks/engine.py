@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from lamoe.model import accounting
 from lamoe.backends import cache_codec
-from lamoe.model.config import ModelConfig
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
+from lamoe.model import accounting
+from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
 
 BATCHES = (1, 4, 16, 32)
@@ -54,10 +54,21 @@ def endless(n: int) -> SamplingParams:
 
 def decoding(model: Transformer, batch: int, depth: int, steps: int, cache: str):
     """An engine with `batch` sequences behind `depth` tokens: call it for the seconds of each of `steps` steps."""
-    engine = LLM(model, cache=cache, max_model_len=LONG, max_num_seqs=batch, cache_memory=None if batch * depth < LONG else 1 << 29, speculate=0)
+    engine = LLM(
+        model,
+        cache=cache,
+        max_model_len=LONG,
+        max_num_seqs=batch,
+        cache_memory=None if batch * depth < LONG else 1 << 29,
+        speculate=0,
+    )
 
     def measure() -> float:
-        ids = [i for _ in range(batch) for i in engine.add(random_ids(depth), endless(steps + batch + depth))]
+        ids = [
+            i
+            for _ in range(batch)
+            for i in engine.add(random_ids(depth), endless(steps + batch + depth))
+        ]
         while any(s.todo > 1 for s in engine.scheduler.running) or engine.scheduler.waiting:
             engine.step()
         begin = time.perf_counter()
@@ -73,7 +84,9 @@ def decoding(model: Transformer, batch: int, depth: int, steps: int, cache: str)
 
 def decoding_transformers(dtype: str, depth: int, steps: int):
     """One sequence of transformers' DeepseekV2 behind `depth` tokens: call it for the seconds of a step."""
-    raw = {k: v for k, v in config(LONG).to_dict().items() if k not in ("architectures", "torch_dtype")}
+    raw = {
+        k: v for k, v in config(LONG).to_dict().items() if k not in ("architectures", "torch_dtype")
+    }
     c = transformers.DeepseekV2Config(**raw)
     c._experts_implementation = "grouped_mm"
     model = transformers.DeepseekV2ForCausalLM(c).to(DTYPES[dtype]).eval()
@@ -83,8 +96,14 @@ def decoding_transformers(dtype: str, depth: int, steps: int):
         out = model(input_ids=torch.randint(8192, (1, depth)), use_cache=True, logits_to_keep=1)
         for step in range(steps + 1):
             if step == 1:
-                begin = time.perf_counter()  # the first step grows the cache out of its prefill form
-            out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+                begin = (
+                    time.perf_counter()
+                )  # the first step grows the cache out of its prefill form
+            out = model(
+                input_ids=out.logits[:, -1:].argmax(-1),
+                past_key_values=out.past_key_values,
+                use_cache=True,
+            )
         return (time.perf_counter() - begin) / steps
 
     return measure
@@ -112,30 +131,51 @@ def spread(r: dict) -> str:
 def batched(args) -> tuple[dict, str]:
     """Tokens per second by batch and dtype, and the dtype that is faster at batch 16."""
     models = {dtype: lamoe_model(dtype) for dtype in DTYPES}
-    seconds = in_turn({(dtype, b): decoding(models[dtype], b, 16, args.steps, args.cache) for dtype in DTYPES for b in BATCHES}, args.rounds)
+    seconds = in_turn(
+        {
+            (dtype, b): decoding(models[dtype], b, 16, args.steps, args.cache)
+            for dtype in DTYPES
+            for b in BATCHES
+        },
+        args.rounds,
+    )
     best = min(DTYPES, key=lambda d: statistics.median(seconds[d, 16]))
-    print(f"\nDecoding, prompts of 16 tokens, {args.cache} cache, {args.steps} steps a round\n| weights | batch | ms a step | tokens/s | times batch 1 (range of rounds) |\n|---|---|---|---|---|")
+    print(
+        f"\nDecoding, prompts of 16 tokens, {args.cache} cache, {args.steps} steps a round\n| weights | batch | ms a step | tokens/s | times batch 1 (range of rounds) |\n|---|---|---|---|---|"
+    )
     result = {"dtype": best}
     for (dtype, b), s in seconds.items():
         # a ratio of tokens per second: b tokens in this step against one in the step of batch 1
         gain = {k: b * v for k, v in ratio(seconds[dtype, 1], s).items()}
         result[f"{dtype}_batch_{b}"] = {"tokens_per_s": b / statistics.median(s), "gain": gain}
-        print(f"| {dtype} | {b} | {1e3 * statistics.median(s):.2f} | {b / statistics.median(s):,.0f} | {spread(gain) if b > 1 else ''} |")
+        print(
+            f"| {dtype} | {b} | {1e3 * statistics.median(s):.2f} | {b / statistics.median(s):,.0f} | {spread(gain) if b > 1 else ''} |"
+        )
     return result, best
 
 
 def deep(args, dtype: str) -> dict:
     """Seconds of a step at depth, lamoe and both dtypes of transformers in turn."""
-    contestants = {f"lamoe {dtype}": decoding(lamoe_model(dtype), 1, args.depth, args.steps, args.cache)}
-    contestants |= {f"transformers {d}": decoding_transformers(d, args.depth, args.steps) for d in DTYPES}
+    contestants = {
+        f"lamoe {dtype}": decoding(lamoe_model(dtype), 1, args.depth, args.steps, args.cache)
+    }
+    contestants |= {
+        f"transformers {d}": decoding_transformers(d, args.depth, args.steps) for d in DTYPES
+    }
     seconds = in_turn(contestants, args.rounds)
-    print(f"\nDecoding one sequence at {args.depth:,} cached tokens\n| | ms a step | tokens/s | lamoe is faster by (range of rounds) |\n|---|---|---|---|")
+    print(
+        f"\nDecoding one sequence at {args.depth:,} cached tokens\n| | ms a step | tokens/s | lamoe is faster by (range of rounds) |\n|---|---|---|---|"
+    )
     result = {}
     for name, s in seconds.items():
         gain = ratio(s, seconds[f"lamoe {dtype}"])
         result[name] = {"tokens_per_s": 1 / statistics.median(s), "lamoe_ratio": gain}
-        print(f"| {name} | {1e3 * statistics.median(s):.2f} | {1 / statistics.median(s):.1f} | {'' if name.startswith('lamoe') else spread(gain)} |")
-    result["ratio"] = min(result[n]["lamoe_ratio"]["median"] for n in contestants if n.startswith("transformers"))
+        print(
+            f"| {name} | {1e3 * statistics.median(s):.2f} | {1 / statistics.median(s):.1f} | {'' if name.startswith('lamoe') else spread(gain)} |"
+        )
+    result["ratio"] = min(
+        result[n]["lamoe_ratio"]["median"] for n in contestants if n.startswith("transformers")
+    )
     return result
 
 
@@ -155,13 +195,19 @@ def first_token(args, dtype: str) -> dict:
     for _ in range(args.rounds + 1):
         shared = random_ids(args.shared)
         (a, none), (b, cached) = ask(shared), ask(shared)
-        assert none == 0 and cached == args.shared // 16 * 16, f"{none} and {cached} tokens were found in the cache"
+        assert none == 0 and cached == args.shared // 16 * 16, (
+            f"{none} and {cached} tokens were found in the cache"
+        )
         cold.append(a)
         hit.append(b)
     cold, hit = cold[1:], hit[1:]
     gain = ratio(cold, hit)
-    print(f"\nFirst token of {args.shared:,} shared tokens and 16 more ({dtype} weights)\n| | ms | shorter by (range of rounds) |\n|---|---|---|")
-    print(f"| cold | {1e3 * statistics.median(cold):.1f} | |\n| prefix hit | {1e3 * statistics.median(hit):.1f} | {spread(gain)} |")
+    print(
+        f"\nFirst token of {args.shared:,} shared tokens and 16 more ({dtype} weights)\n| | ms | shorter by (range of rounds) |\n|---|---|---|"
+    )
+    print(
+        f"| cold | {1e3 * statistics.median(cold):.1f} | |\n| prefix hit | {1e3 * statistics.median(hit):.1f} | {spread(gain)} |"
+    )
     return {"cold_s": statistics.median(cold), "hit_s": statistics.median(hit), "gain": gain}
 
 
@@ -174,9 +220,18 @@ def cache_bytes(tokens: int = 32768) -> dict:
     """What a cache of `tokens` tokens allocates, and what its pages add to the process when they are written."""
     model, c, result = lamoe_model("bf16", tokens), config(tokens), {}
     elements = tokens * accounting.cache_elements(c)
-    print(f"\nThe cache of {tokens:,} tokens, {accounting.cache_elements(c):,} elements a token"
-          f"\n| format | allocated | of the closed form | resident | bits an element | keys and values at 16 bits are larger by |\n|---|---|---|---|---|---|")
-    for name, bits in {"fp32": 32, "bf16": 16, **{f: 8 * cache_codec.row_bytes(f, c.cache_row) / sum(c.cache_row) for f in ("int8", "6bit", "4bit")}}.items():
+    print(
+        f"\nThe cache of {tokens:,} tokens, {accounting.cache_elements(c):,} elements a token"
+        f"\n| format | allocated | of the closed form | resident | bits an element | keys and values at 16 bits are larger by |\n|---|---|---|---|---|---|"
+    )
+    for name, bits in {
+        "fp32": 32,
+        "bf16": 16,
+        **{
+            f: 8 * cache_codec.row_bytes(f, c.cache_row) / sum(c.cache_row)
+            for f in ("int8", "6bit", "4bit")
+        },
+    }.items():
         closed = elements * bits / 8
         before = resident()
         engine = LLM(model, cache=name, max_model_len=tokens, cache_memory=int(closed))
@@ -186,8 +241,16 @@ def cache_bytes(tokens: int = 32768) -> dict:
         grown = resident() - before
         del engine
         expanded = 2 * tokens * accounting.expanded_elements(c) / allocated
-        result[name] = {"allocated": allocated, "closed_form": closed, "of_closed_form": allocated / closed, "resident": grown, "expanded_ratio": expanded}
-        print(f"| {name} | {accounting.human_bytes(allocated)} | {allocated / closed:.2%} | {accounting.human_bytes(grown)} | {bits:.2f} | {expanded:.1f} x |")
+        result[name] = {
+            "allocated": allocated,
+            "closed_form": closed,
+            "of_closed_form": allocated / closed,
+            "resident": grown,
+            "expanded_ratio": expanded,
+        }
+        print(
+            f"| {name} | {accounting.human_bytes(allocated)} | {allocated / closed:.2%} | {accounting.human_bytes(grown)} | {bits:.2f} | {expanded:.1f} x |"
+        )
     return result
 
 
@@ -197,8 +260,13 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--cache", default="bf16", choices=list(cache_codec.FORMATS))
     args = parser.parse_args()
-    if min(args.rounds, args.steps, args.depth, args.shared) < 1 or max(args.depth, args.shared) + args.steps + 64 > LONG:
-        parser.error(f"rounds, steps, depth and shared must be at least 1; depth and shared leave room for the steps below {LONG} tokens")
+    if (
+        min(args.rounds, args.steps, args.depth, args.shared) < 1
+        or max(args.depth, args.shared) + args.steps + 64 > LONG
+    ):
+        parser.error(
+            f"rounds, steps, depth and shared must be at least 1; depth and shared leave room for the steps below {LONG} tokens"
+        )
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     result = {"threads": args.threads, "rounds": args.rounds, "cache": args.cache}

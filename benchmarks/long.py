@@ -21,10 +21,10 @@ from collections.abc import Iterator
 import torch
 
 from lamoe.backends import cache_codec
-from lamoe.model.accounting import human_bytes
-from lamoe.model.config import ModelConfig, RopeScaling
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
+from lamoe.model.accounting import human_bytes
+from lamoe.model.config import ModelConfig, RopeScaling
 from lamoe.model.transformer import Transformer
 
 LENGTHS = (32768, 131072)
@@ -32,8 +32,20 @@ STEPS = 16  # decode steps that are timed at each length
 
 
 def model(layers: int) -> Transformer:
-    c = ModelConfig(vocab_size=256, hidden_size=64, num_hidden_layers=layers, num_attention_heads=1, kv_lora_rank=512, qk_nope_head_dim=16,
-                    qk_rope_head_dim=64, v_head_dim=16, intermediate_size=64, max_position_embeddings=163840, rope_scaling=RopeScaling(), torch_dtype="bfloat16")
+    c = ModelConfig(
+        vocab_size=256,
+        hidden_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+        kv_lora_rank=512,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=64,
+        v_head_dim=16,
+        intermediate_size=64,
+        max_position_embeddings=163840,
+        rope_scaling=RopeScaling(),
+        torch_dtype="bfloat16",
+    )
     return Transformer(c).init_weights().to(torch.bfloat16).eval()
 
 
@@ -43,7 +55,9 @@ def resident(t: torch.Tensor) -> int:
     first = t.data_ptr() // size * size
     pages = -(-(t.data_ptr() + t.untyped_storage().nbytes() - first) // size)
     seen = (ctypes.c_ubyte * pages)()
-    if ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(first), ctypes.c_size_t(pages * size), seen):
+    if ctypes.CDLL(None, use_errno=True).mincore(
+        ctypes.c_void_p(first), ctypes.c_size_t(pages * size), seen
+    ):
         raise OSError(ctypes.get_errno(), "mincore failed")
     return sum(b & 1 for b in bytes(seen)) * size
 
@@ -55,7 +69,10 @@ def measure(m: Transformer, format: str) -> Iterator[dict]:
     tokens = torch.randint(256, (LENGTHS[-1],), generator=generator).tolist()
     for length in LENGTHS:
         begin = time.perf_counter()
-        [id] = engine.add(tokens[: length - STEPS - 1], SamplingParams(temperature=0.0, max_tokens=4 * STEPS, ignore_eos=True))  # what is cached is not computed again
+        [id] = engine.add(
+            tokens[: length - STEPS - 1],
+            SamplingParams(temperature=0.0, max_tokens=4 * STEPS, ignore_eos=True),
+        )  # what is cached is not computed again
         computed = 0
         while not computed or engine.scheduler.running[0].todo > 1:
             engine.step()
@@ -68,27 +85,47 @@ def measure(m: Transformer, format: str) -> Iterator[dict]:
         step = (time.perf_counter() - begin) / (length - computed)
         closed = length * row
         owned = len(seq.pages) * engine.pool.page_size * row
-        yield {"format": format, "tokens": length, "closed_form": closed, "pages": owned, "of_closed_form": owned / closed, "resident": resident(engine.cache.rows),
-                "reserved": engine.cache.nbytes, "prefill_tokens_per_s": (length - STEPS - 1 - seq.cached) / prefill, "decode_ms": 1e3 * step}
+        yield {
+            "format": format,
+            "tokens": length,
+            "closed_form": closed,
+            "pages": owned,
+            "of_closed_form": owned / closed,
+            "resident": resident(engine.cache.rows),
+            "reserved": engine.cache.nbytes,
+            "prefill_tokens_per_s": (length - STEPS - 1 - seq.cached) / prefill,
+            "decode_ms": 1e3 * step,
+        }
         engine.cancel(id)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--formats", nargs="+", default=["bf16", "6bit"], choices=list(cache_codec.FORMATS))
+    parser.add_argument(
+        "--formats", nargs="+", default=["bf16", "6bit"], choices=list(cache_codec.FORMATS)
+    )
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     m = model(args.layers)
-    print(f"{args.layers} layer{'s' * (args.layers != 1)}, one head, rows of 512 + 64, YaRN factor 40 over 4,096; {args.threads} threads")
-    print("| format | tokens | closed form | pages owned | of the closed form | resident | of the closed form | reserved for 163,840 | prefill tokens/s | decode step |\n" + "|---" * 10 + "|")
+    print(
+        f"{args.layers} layer{'s' * (args.layers != 1)}, one head, rows of 512 + 64, YaRN factor 40 over 4,096; {args.threads} threads"
+    )
+    print(
+        "| format | tokens | closed form | pages owned | of the closed form | resident | of the closed form | reserved for 163,840 | prefill tokens/s | decode step |\n"
+        + "|---" * 10
+        + "|"
+    )
     rows = []
     for format in args.formats:
         for r in measure(m, format):
             rows.append(r)
-            print(f"| {format} | {r['tokens']:,} | {human_bytes(r['closed_form'])} | {human_bytes(r['pages'])} | {r['of_closed_form']:.2%} | {human_bytes(r['resident'])} | "
-                  f"{r['resident'] / r['closed_form']:.2%} | {human_bytes(r['reserved'])} | {r['prefill_tokens_per_s']:,.0f} | {r['decode_ms']:.1f} ms |", flush=True)
+            print(
+                f"| {format} | {r['tokens']:,} | {human_bytes(r['closed_form'])} | {human_bytes(r['pages'])} | {r['of_closed_form']:.2%} | {human_bytes(r['resident'])} | "
+                f"{r['resident'] / r['closed_form']:.2%} | {human_bytes(r['reserved'])} | {r['prefill_tokens_per_s']:,.0f} | {r['decode_ms']:.1f} ms |",
+                flush=True,
+            )
     print(json.dumps({"threads": args.threads, "rows": rows}))
     if any(abs(r["of_closed_form"] - 1) > 0.02 for r in rows):
         sys.exit("the pages are not within 2 % of the closed form")

@@ -24,29 +24,60 @@ from pathlib import Path
 import torch
 
 import lamoe
-from lamoe.text import tokenizer
-from lamoe.model.config import ModelConfig
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
+from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
+from lamoe.text import tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SEATS, QUEUE, BATCH = 16, 40, 16  # sequences that run, that may wait; of part one
-WORDS = "the cat sat on a mat and the dog ran to the hill while one bird sang of rain in spring".split()
+WORDS = (
+    "the cat sat on a mat and the dog ran to the hill while one bird sang of rain in spring".split()
+)
 DEEP = '{"type":"array","items":' * 300 + "{}" + "}" * 300
 GARBAGE: list[tuple[str, str, bytes, dict[str, str]]] = [  # method, path, body, headers
-    ("POST", "/v1/completions", b"{", {}), ("POST", "/v1/completions", b"", {}), ("POST", "/v1/completions", b"\xff\xfe\x00", {}), ("POST", "/v1/completions", b"[]", {}),
-    ("POST", "/v1/completions", b'{"prompt": "a", "max_tokens": 1e999}', {}), ("POST", "/v1/completions", b'{"prompt": "a", "temperature": NaN}', {}),
-    ("POST", "/v1/completions", b'{"prompt": "a", "n": 1000000000}', {}), ("POST", "/v1/completions", b'{"prompt": [-1, 99999999999999999999]}', {}),
-    ("POST", "/v1/completions", b'{"prompt": "\\ud800"}', {}), ("POST", "/v1/completions", b'{"prompt": "a", "max_tokns": 3}', {}),
-    ("POST", "/v1/completions", b'{"prompt": ""}', {}), ("POST", "/v1/completions", b"[" * 100_000, {}), ("POST", "/v1/completions", b'{"prompt": "a", "regex": "((a*)*)*("}', {}),
-    ("POST", "/v1/completions", json.dumps({"prompt": "word " * 100_000}).encode(), {}), ("POST", "/v1/completions", b'{"prompt": "a", "stop": ["", ""]}', {}),
-    ("POST", "/v1/completions", b'{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": %s}}}' % DEEP.encode(), {}),
-    ("POST", "/v1/chat/completions", b'{"messages": []}', {}), ("POST", "/v1/chat/completions", b'{"messages": [{"role": "root", "content": null}]}', {}),
-    ("POST", "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}], "logit_bias": {"x": 1}}', {}), ("POST", "/v1/embeddings", b'{"input": [[]]}', {}),
-    ("POST", "/tokenize", b'{"prompt": 3}', {}), ("POST", "/detokenize", b'{"tokens": [-3]}', {}), ("POST", "/v1/completions", b'{"prompt": "a"}', {"Content-Type": "text/plain"}),
-    ("GET", "/v1/nothing", b"", {}), ("DELETE", "/v1/completions", b"", {}), ("GET", "/page/..%2f..%2fapp.py", b"", {}), ("GET", "/lamoe/requests/%00/experts", b"", {}),
-    ("GET", "/v1/models", b"", {"X-Long": "x" * 50_000}), ("GET", "/v1/models", b"", {"Host": "evil.example"}), ("\x16\x03\x01", "\x00", b"\x00" * 64, {}),
+    ("POST", "/v1/completions", b"{", {}),
+    ("POST", "/v1/completions", b"", {}),
+    ("POST", "/v1/completions", b"\xff\xfe\x00", {}),
+    ("POST", "/v1/completions", b"[]", {}),
+    ("POST", "/v1/completions", b'{"prompt": "a", "max_tokens": 1e999}', {}),
+    ("POST", "/v1/completions", b'{"prompt": "a", "temperature": NaN}', {}),
+    ("POST", "/v1/completions", b'{"prompt": "a", "n": 1000000000}', {}),
+    ("POST", "/v1/completions", b'{"prompt": [-1, 99999999999999999999]}', {}),
+    ("POST", "/v1/completions", b'{"prompt": "\\ud800"}', {}),
+    ("POST", "/v1/completions", b'{"prompt": "a", "max_tokns": 3}', {}),
+    ("POST", "/v1/completions", b'{"prompt": ""}', {}),
+    ("POST", "/v1/completions", b"[" * 100_000, {}),
+    ("POST", "/v1/completions", b'{"prompt": "a", "regex": "((a*)*)*("}', {}),
+    ("POST", "/v1/completions", json.dumps({"prompt": "word " * 100_000}).encode(), {}),
+    ("POST", "/v1/completions", b'{"prompt": "a", "stop": ["", ""]}', {}),
+    (
+        "POST",
+        "/v1/completions",
+        b'{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": %s}}}'
+        % DEEP.encode(),
+        {},
+    ),
+    ("POST", "/v1/chat/completions", b'{"messages": []}', {}),
+    ("POST", "/v1/chat/completions", b'{"messages": [{"role": "root", "content": null}]}', {}),
+    (
+        "POST",
+        "/v1/chat/completions",
+        b'{"messages": [{"role": "user", "content": "a"}], "logit_bias": {"x": 1}}',
+        {},
+    ),
+    ("POST", "/v1/embeddings", b'{"input": [[]]}', {}),
+    ("POST", "/tokenize", b'{"prompt": 3}', {}),
+    ("POST", "/detokenize", b'{"tokens": [-3]}', {}),
+    ("POST", "/v1/completions", b'{"prompt": "a"}', {"Content-Type": "text/plain"}),
+    ("GET", "/v1/nothing", b"", {}),
+    ("DELETE", "/v1/completions", b"", {}),
+    ("GET", "/page/..%2f..%2fapp.py", b"", {}),
+    ("GET", "/lamoe/requests/%00/experts", b"", {}),
+    ("GET", "/v1/models", b"", {"X-Long": "x" * 50_000}),
+    ("GET", "/v1/models", b"", {"Host": "evil.example"}),
+    ("\x16\x03\x01", "\x00", b"\x00" * 64, {}),
 ]
 
 
@@ -63,10 +94,30 @@ class Server:
     """`lamoe serve` in a process of its own; its log is kept."""
 
     def __init__(self, folder: Path, threads: int):
-        env = {k: v for k, v in os.environ.items() if not k.startswith("LAMOE_")} | {"HF_HUB_OFFLINE": "1"}
+        env = {k: v for k, v in os.environ.items() if not k.startswith("LAMOE_")} | {
+            "HF_HUB_OFFLINE": "1"
+        }
         self.log = open(folder.parent / "log.jsonl", "w+")
-        self.process = subprocess.Popen([sys.executable, "-m", "lamoe", "serve", str(folder), "--port", "0", "--threads", str(threads), "--max-num-seqs", str(SEATS),
-                                         "--max-queued-requests", str(QUEUE)], env=env, stderr=self.log, cwd=folder.parent)
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "lamoe",
+                "serve",
+                str(folder),
+                "--port",
+                "0",
+                "--threads",
+                str(threads),
+                "--max-num-seqs",
+                str(SEATS),
+                "--max-queued-requests",
+                str(QUEUE),
+            ],
+            env=env,
+            stderr=self.log,
+            cwd=folder.parent,
+        )
         end = time.monotonic() + 120
         while not self.event("ready"):
             if self.process.poll() is not None or time.monotonic() > end:
@@ -77,7 +128,9 @@ class Server:
 
     def lines(self) -> list[dict]:
         self.log.seek(0)
-        return [json.loads(line) for line in self.log if line.startswith("{") and line.endswith("\n")]
+        return [
+            json.loads(line) for line in self.log if line.startswith("{") and line.endswith("\n")
+        ]
 
     def event(self, name: str) -> dict | None:
         return next((line for line in self.lines() if line["event"] == name), None)
@@ -92,13 +145,31 @@ class Server:
 
 
 # ---- a client that costs little -----------------------------------------------------------------------------------------------
-async def ask(port: int, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None, leave_after: float = math.inf) -> dict:
+async def ask(
+    port: int,
+    method: str,
+    path: str,
+    body: bytes = b"",
+    headers: dict[str, str] | None = None,
+    leave_after: float = math.inf,
+) -> dict:
     """One request on a connection of its own: {"status", "retry", "text", "times" (of events), "events"}. leave_after: events, then hang up; 0: at once."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     out = {"status": 0, "retry": 1, "times": [], "last": None, "sent": time.perf_counter()}
     try:
-        fields = {"Host": "127.0.0.1", "Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close", **(headers or {})}
-        writer.write(f"{method} {path} HTTP/1.1\r\n".encode() + "".join(f"{k}: {v}\r\n" for k, v in fields.items()).encode() + b"\r\n" + body)
+        fields = {
+            "Host": "127.0.0.1",
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            "Connection": "close",
+            **(headers or {}),
+        }
+        writer.write(
+            f"{method} {path} HTTP/1.1\r\n".encode()
+            + "".join(f"{k}: {v}\r\n" for k, v in fields.items()).encode()
+            + b"\r\n"
+            + body
+        )
         await writer.drain()
         if leave_after == 0:
             await asyncio.sleep(random.random() * 0.2)
@@ -126,7 +197,16 @@ async def ask(port: int, method: str, path: str, body: bytes = b"", headers: dic
 
 
 def streamed(prompt: str, tokens: int, **more) -> bytes:
-    return json.dumps({"prompt": prompt, "max_tokens": tokens, "stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}, **more}).encode()
+    return json.dumps(
+        {
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "stream": True,
+            "ignore_eos": True,
+            "stream_options": {"include_usage": True},
+            **more,
+        }
+    ).encode()
 
 
 async def gauges(port: int) -> dict[str, float]:
@@ -138,7 +218,9 @@ async def gauges(port: int) -> dict[str, float]:
 
 
 # ---- part one: overhead -------------------------------------------------------------------------------------------------------
-def overhead(port: int, folder: Path, threads: int, rounds: int, tokens: int = 128) -> dict[str, float]:
+def overhead(
+    port: int, folder: Path, threads: int, rounds: int, tokens: int = 128
+) -> dict[str, float]:
     """Seconds per token and sequence at batch 16, medians of rounds in turn: over HTTP, and of the engine with the same requests."""
     llm = LLM(folder, threads=threads, max_num_seqs=SEATS, count_experts=True)
     prompts = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(BATCH)]
@@ -146,7 +228,9 @@ def overhead(port: int, folder: Path, threads: int, rounds: int, tokens: int = 1
 
     async def http() -> float:
         begin = time.perf_counter()
-        done = await asyncio.gather(*(ask(port, "POST", "/v1/completions", streamed(p, tokens, seed=1)) for p in prompts))
+        done = await asyncio.gather(
+            *(ask(port, "POST", "/v1/completions", streamed(p, tokens, seed=1)) for p in prompts)
+        )
         seconds = time.perf_counter() - begin
         assert all(json.loads(d["last"])["usage"]["completion_tokens"] == tokens for d in done)
         return seconds / tokens
@@ -159,8 +243,11 @@ def overhead(port: int, folder: Path, threads: int, rounds: int, tokens: int = 1
 
     asyncio.run(http()), direct()
     pairs = [(asyncio.run(http()), direct()) for _ in range(rounds)]
-    return {"http_ms": 1e3 * statistics.median(a for a, _ in pairs), "engine_ms": 1e3 * statistics.median(b for _, b in pairs),
-            "overhead_ms": 1e3 * statistics.median(a - b for a, b in pairs)}
+    return {
+        "http_ms": 1e3 * statistics.median(a for a, _ in pairs),
+        "engine_ms": 1e3 * statistics.median(b for _, b in pairs),
+        "overhead_ms": 1e3 * statistics.median(a - b for a, b in pairs),
+    }
 
 
 # ---- part two: load -----------------------------------------------------------------------------------------------------------
@@ -169,31 +256,56 @@ class Load:
 
     def __init__(self, port: int, seconds: float):
         self.port, self.until, self.seconds = port, time.monotonic() + seconds, seconds
-        self.status: dict[str, Counter] = {kind: Counter() for kind in ("stream", "leaves", "garbage", "too many")}
+        self.status: dict[str, Counter] = {
+            kind: Counter() for kind in ("stream", "leaves", "garbage", "too many")
+        }
         self.first, self.places, self.tokens = [], [], 0
 
     async def client(self, number: int) -> None:
         rng = random.Random(number)
         while time.monotonic() < self.until:
             draw = rng.random()
-            kind = "garbage" if draw < 0.15 else "leaves" if draw < 0.3 else "too many" if draw < 0.33 else "stream"
+            kind = (
+                "garbage"
+                if draw < 0.15
+                else "leaves"
+                if draw < 0.3
+                else "too many"
+                if draw < 0.33
+                else "stream"
+            )
             retry = await getattr(self, kind.replace(" ", "_"))(rng)
             if retry and time.monotonic() < self.until:
                 await asyncio.sleep(min(retry, 2) * (0.5 + rng.random() / 2))
 
-    async def _generate(self, rng: random.Random, kind: str, leave_after: float = math.inf, **more) -> int:
+    async def _generate(
+        self, rng: random.Random, kind: str, leave_after: float = math.inf, **more
+    ) -> int:
         prompt = " ".join(rng.choices(WORDS, k=rng.randint(1, 60)))
         if rng.random() < 0.5:
             path, body = "/v1/completions", streamed(prompt, rng.randint(16, 96), **more)
         else:
-            path, body = "/v1/chat/completions", {"messages": [{"role": "user", "content": prompt}], "max_tokens": rng.randint(16, 96), "stream": True, "ignore_eos": True,
-                                                  "stream_options": {"include_usage": True}, **more}
+            path, body = (
+                "/v1/chat/completions",
+                {
+                    "messages": [{"role": "user", "content": prompt}],
+                    "max_tokens": rng.randint(16, 96),
+                    "stream": True,
+                    "ignore_eos": True,
+                    "stream_options": {"include_usage": True},
+                    **more,
+                },
+            )
             body = json.dumps(body).encode()
         got = await ask(self.port, "POST", path, body, leave_after=leave_after)
         cut = leave_after is not math.inf and got["status"] in (0, 200)
         complete = got["last"] is not None and b'"usage":{' in got["last"]
-        self.status[kind]["left" if cut else got["status"] if got["status"] != 200 or complete else "not complete"] += 1
-        skip = 1 if path.endswith("chat/completions") else 0  # a chat's first event says who speaks, before the first token
+        self.status[kind][
+            "left" if cut else got["status"] if got["status"] != 200 or complete else "not complete"
+        ] += 1
+        skip = (
+            1 if path.endswith("chat/completions") else 0
+        )  # a chat's first event says who speaks, before the first token
         if got["status"] == 200 and len(got["times"]) > skip and "n" not in more:
             self.first.append(got["times"][skip] - got["sent"])
             if complete:
@@ -209,7 +321,9 @@ class Load:
         return await self._generate(rng, "leaves", rng.choice((0, 1, 2, 5, 15)))
 
     async def too_many(self, rng) -> int:
-        return await self._generate(rng, "too many", n=rng.choice((8, SEATS + QUEUE, SEATS + QUEUE + 1)))
+        return await self._generate(
+            rng, "too many", n=rng.choice((8, SEATS + QUEUE, SEATS + QUEUE + 1))
+        )
 
     async def garbage(self, rng) -> int:
         got = await ask(self.port, *rng.choice(GARBAGE))
@@ -228,20 +342,37 @@ class Load:
             await asyncio.sleep(0.05)
         first = sorted(self.first)
         all_status = sum(self.status.values(), Counter())
-        return {"requests": all_status.total(), "status": {kind: {str(k): v for k, v in sorted(c.items(), key=str)} for kind, c in self.status.items()},
-                "errors_5xx": sum(v for k, v in all_status.items() if isinstance(k, int) and k >= 500), "incomplete": all_status["not complete"],
-                "left_at_end": left, "streams": len(first),
-                "ttft_s": {"p50": first[len(first) // 2], "p99": first[int(len(first) * 0.99)], "max": first[-1]},
-                # all who may be ahead, SEATS at a time, each for as long as the longest held its place; and the same for what runs now
-                "ttft_bound_s": (math.ceil(QUEUE / SEATS) + 1) * max(self.places), "tokens_per_s": now["lamoe_generated_tokens_total"] / self.seconds}
+        return {
+            "requests": all_status.total(),
+            "status": {
+                kind: {str(k): v for k, v in sorted(c.items(), key=str)}
+                for kind, c in self.status.items()
+            },
+            "errors_5xx": sum(v for k, v in all_status.items() if isinstance(k, int) and k >= 500),
+            "incomplete": all_status["not complete"],
+            "left_at_end": left,
+            "streams": len(first),
+            "ttft_s": {
+                "p50": first[len(first) // 2],
+                "p99": first[int(len(first) * 0.99)],
+                "max": first[-1],
+            },
+            # all who may be ahead, SEATS at a time, each for as long as the longest held its place; and the same for what runs now
+            "ttft_bound_s": (math.ceil(QUEUE / SEATS) + 1) * max(self.places),
+            "tokens_per_s": now["lamoe_generated_tokens_total"] / self.seconds,
+        }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=120.0, help="of load")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7, help="of the overhead's measurement")
-    parser.add_argument("--threads", type=int, default=1, help="of the engine, in the server and called directly")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of the engine, in the server and called directly"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp) / "tiny"
@@ -255,22 +386,47 @@ def main() -> int:
         finally:
             code = server.stop()
         errors = [line for line in server.lines() if line["level"] in ("error", "critical")]
-    wanted = {"no 5xx": load["errors_5xx"] == 0 and not errors, "no stream without its end": load["incomplete"] == 0, "nothing left in the cache": not any(load["left_at_end"].values()),
-              "p99 of the first token within the queue's bound": load["ttft_s"]["p99"] <= load["ttft_bound_s"], "less than 1 ms of overhead a token": cost["overhead_ms"] < 1.0,
-              "ends with code 0": code == 0}
-    print(f"{args.clients} clients, {args.seconds:g} s, {SEATS} sequences run, {QUEUE} may wait, {args.threads} thread(s) for the engine\n")
+    wanted = {
+        "no 5xx": load["errors_5xx"] == 0 and not errors,
+        "no stream without its end": load["incomplete"] == 0,
+        "nothing left in the cache": not any(load["left_at_end"].values()),
+        "p99 of the first token within the queue's bound": load["ttft_s"]["p99"]
+        <= load["ttft_bound_s"],
+        "less than 1 ms of overhead a token": cost["overhead_ms"] < 1.0,
+        "ends with code 0": code == 0,
+    }
+    print(
+        f"{args.clients} clients, {args.seconds:g} s, {SEATS} sequences run, {QUEUE} may wait, {args.threads} thread(s) for the engine\n"
+    )
     print("| clients that | requests | answers |\n|---|---|---|")
     for kind, seen in load["status"].items():
-        print(f"| {kind} | {sum(seen.values()):,} | {', '.join(f'{v:,} x {k}' for k, v in seen.items())} |")
+        print(
+            f"| {kind} | {sum(seen.values()):,} | {', '.join(f'{v:,} x {k}' for k, v in seen.items())} |"
+        )
     ttft = load["ttft_s"]
-    print(f"\ntime to first token of {load['streams']:,} streams: p50 {ttft['p50']:.2f} s, p99 {ttft['p99']:.2f} s, longest {ttft['max']:.2f} s; the queue allows {load['ttft_bound_s']:.2f} s")
+    print(
+        f"\ntime to first token of {load['streams']:,} streams: p50 {ttft['p50']:.2f} s, p99 {ttft['p99']:.2f} s, longest {ttft['max']:.2f} s; the queue allows {load['ttft_bound_s']:.2f} s"
+    )
     print(f"{load['tokens_per_s']:,.0f} tokens/s; left at the end: {load['left_at_end']}")
-    print(f"batch {BATCH}: {cost['http_ms']:.2f} ms a token over HTTP, {cost['engine_ms']:.2f} ms from the engine, overhead {cost['overhead_ms']:.2f} ms (median of pairs)\n")
+    print(
+        f"batch {BATCH}: {cost['http_ms']:.2f} ms a token over HTTP, {cost['engine_ms']:.2f} ms from the engine, overhead {cost['overhead_ms']:.2f} ms (median of pairs)\n"
+    )
     for name, kept in wanted.items():
         print(f"{'yes' if kept else 'NO '} {name}")
     for line in errors[:5]:
         print(line)
-    print(json.dumps({**load, **cost, "wanted": wanted, "seconds": args.seconds, "clients": args.clients, "threads": args.threads}))
+    print(
+        json.dumps(
+            {
+                **load,
+                **cost,
+                "wanted": wanted,
+                "seconds": args.seconds,
+                "clients": args.clients,
+                "threads": args.threads,
+            }
+        )
+    )
     return 0 if all(wanted.values()) else 1
 
 

@@ -30,8 +30,8 @@ def make_lamoe(batch: int, seq: int):
     import torch
 
     from lamoe.model.config import ModelConfig
-    from lamoe.model.transformer import Transformer
     from lamoe.model.routing import Balance, Training
+    from lamoe.model.transformer import Transformer
     from lamoe.train.optim import MasterAdamW, Optim
 
     model = Transformer(ModelConfig.preset("small")).init_weights().to(torch.bfloat16)
@@ -56,12 +56,18 @@ def make_transformers(batch: int, seq: int, compiled: bool):
 
     from lamoe.model.config import ModelConfig
 
-    raw = {k: v for k, v in ModelConfig.preset("small").to_dict().items() if k not in ("architectures", "torch_dtype")}
+    raw = {
+        k: v
+        for k, v in ModelConfig.preset("small").to_dict().items()
+        if k not in ("architectures", "torch_dtype")
+    }
     config = DeepseekV2Config(**raw)
     config._experts_implementation = "grouped_mm"
     model = DeepseekV2ForCausalLM(config).float().train()
     run = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     ids = torch.randint(0, 8192, (batch, seq + 1))
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -84,7 +90,11 @@ def work(args) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     begin = time.perf_counter()
-    step = make_lamoe(args.batch, args.seq) if args.worker == "lamoe" else make_transformers(args.batch, args.seq, args.worker == "compile")
+    step = (
+        make_lamoe(args.batch, args.seq)
+        if args.worker == "lamoe"
+        else make_transformers(args.batch, args.seq, args.worker == "compile")
+    )
     for _ in range(4):
         step()
     print(json.dumps({"warm_up": time.perf_counter() - begin}), flush=True)
@@ -96,7 +106,10 @@ def work(args) -> None:
             times.append(time.perf_counter() - begin)
         with open("/proc/self/status") as f:
             peak = next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
-        print(json.dumps({"seconds": statistics.median(times), "loss": loss, "peak_bytes": peak}), flush=True)
+        print(
+            json.dumps({"seconds": statistics.median(times), "loss": loss, "peak_bytes": peak}),
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -120,15 +133,25 @@ def main() -> None:
     flags = [f"--{k}={getattr(args, k)}" for k in ("rounds", "steps", "batch", "seq", "threads")]
     workers, warm = {}, {}
     for name in names:  # one after the other, so that nobody warms up against another
-        workers[name] = subprocess.Popen([sys.executable, __file__, f"--worker={name}", *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=subprocess.DEVNULL, text=True)
+        workers[name] = subprocess.Popen(
+            [sys.executable, __file__, f"--worker={name}", *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         line = workers[name].stdout.readline()
         if not line:
-            sys.exit(f"the contestant {CONTESTANTS[name]!r} died; run it alone to see why: python {__file__} --worker={name}")
+            sys.exit(
+                f"the contestant {CONTESTANTS[name]!r} died; run it alone to see why: python {__file__} --worker={name}"
+            )
         warm[name] = json.loads(line)["warm_up"]
         print(f"{CONTESTANTS[name]}: ready after {warm[name]:.0f} s", flush=True)
 
-    tokens, flops = args.batch * args.seq, accounting.training_flops(ModelConfig.preset("small"), args.seq)
+    tokens, flops = (
+        args.batch * args.seq,
+        accounting.training_flops(ModelConfig.preset("small"), args.seq),
+    )
     rounds = {n: [] for n in names}
     for _ in range(args.rounds):
         for name in names:
@@ -136,7 +159,14 @@ def main() -> None:
             workers[name].stdin.write("go\n")
             workers[name].stdin.flush()
             r = json.loads(workers[name].stdout.readline())
-            rounds[name].append({**r, "tokens_per_s": tokens / r["seconds"], "gflops": tokens / r["seconds"] * flops / 1e9, "gemm_peak_gflops": peak / 1e9})
+            rounds[name].append(
+                {
+                    **r,
+                    "tokens_per_s": tokens / r["seconds"],
+                    "gflops": tokens / r["seconds"] * flops / 1e9,
+                    "gemm_peak_gflops": peak / 1e9,
+                }
+            )
     for w in workers.values():
         w.stdin.close()
         w.wait()
@@ -144,18 +174,36 @@ def main() -> None:
     def median(name, key):
         return statistics.median(r[key] for r in rounds[name])
 
-    print(f"\n{flops / 1e6:.1f} MFLOP a token, {args.batch} x {args.seq} tokens a step, {args.threads} threads, {args.rounds} rounds of {args.steps} steps")
-    print("| | tokens/s | lamoe is faster by (median, range of rounds) | GFLOP/s | of the bf16 GEMM peak | peak memory | warm-up |")
+    print(
+        f"\n{flops / 1e6:.1f} MFLOP a token, {args.batch} x {args.seq} tokens a step, {args.threads} threads, {args.rounds} rounds of {args.steps} steps"
+    )
+    print(
+        "| | tokens/s | lamoe is faster by (median, range of rounds) | GFLOP/s | of the bf16 GEMM peak | peak memory | warm-up |"
+    )
     print("|---|---|---|---|---|---|---|")
     result = {}
     for name in names:
-        ratios = sorted(a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(rounds["lamoe"], rounds[name]))
+        ratios = sorted(
+            a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(rounds["lamoe"], rounds[name])
+        )
         share = statistics.median(r["gflops"] / r["gemm_peak_gflops"] for r in rounds[name])
-        result[name] = {"tokens_per_s": median(name, "tokens_per_s"), "lamoe_ratio": statistics.median(ratios), "gemm_peak_share": share,
-                        "gemm_peak_gflops": median(name, "gemm_peak_gflops"), "peak_bytes": max(r["peak_bytes"] for r in rounds[name]), "warm_up": warm[name]}
-        spread = f"{statistics.median(ratios):.2f} x ({ratios[0]:.2f} to {ratios[-1]:.2f})" if name != "lamoe" else ""
-        print(f"| {CONTESTANTS[name]} | {result[name]['tokens_per_s']:,.0f} | {spread} | {median(name, 'gflops'):.0f} | {share:.0%} of {result[name]['gemm_peak_gflops']:.0f} "
-              f"| {result[name]['peak_bytes'] / 1e9:.2f} GB | {warm[name]:.0f} s |")
+        result[name] = {
+            "tokens_per_s": median(name, "tokens_per_s"),
+            "lamoe_ratio": statistics.median(ratios),
+            "gemm_peak_share": share,
+            "gemm_peak_gflops": median(name, "gemm_peak_gflops"),
+            "peak_bytes": max(r["peak_bytes"] for r in rounds[name]),
+            "warm_up": warm[name],
+        }
+        spread = (
+            f"{statistics.median(ratios):.2f} x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            if name != "lamoe"
+            else ""
+        )
+        print(
+            f"| {CONTESTANTS[name]} | {result[name]['tokens_per_s']:,.0f} | {spread} | {median(name, 'gflops'):.0f} | {share:.0%} of {result[name]['gemm_peak_gflops']:.0f} "
+            f"| {result[name]['peak_bytes'] / 1e9:.2f} GB | {warm[name]:.0f} s |"
+        )
     print(json.dumps(result))
 
 

@@ -32,17 +32,24 @@ import torch
 from cache import single_document_rows
 
 import lamoe
-from lamoe.backends.cpu import calibrate, packed, packed_file
+from lamoe.backends.cpu import calibrate, native, packed, packed_file
+from lamoe.backends.cpu.packed import PackedModel
 from lamoe.checkpoints import hf
 from lamoe.engine import score
-from lamoe.backends.cpu import native
-from lamoe.backends.cpu.packed import PackedModel
 from lamoe.train import checkpoint
 from lamoe.train.data import open_corpus
 from lamoe.train.sources import read_documents
 
-GGML = {"Q4_0": (2, 4.5), "Q8_0": (8, 8.5), "Q4_K": (12, 4.5), "Q5_K": (13, 5.5), "Q6_K": (14, 6.5625)}
-Round = Callable[[str, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, float]]  # (disk name, weights [n, k], moments [k, k]) -> (rounded, bits)
+GGML = {
+    "Q4_0": (2, 4.5),
+    "Q8_0": (8, 8.5),
+    "Q4_K": (12, 4.5),
+    "Q5_K": (13, 5.5),
+    "Q6_K": (14, 6.5625),
+}
+Round = Callable[
+    [str, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, float]
+]  # (disk name, weights [n, k], moments [k, k]) -> (rounded, bits)
 
 
 # ---- formats ---------------------------------------------------------------------------------------------------------------
@@ -67,7 +74,9 @@ def by_gguf(name: str) -> Round:
     def round_(_, w, moments):
         block = gguf.GGML_QUANT_SIZES[kind][0]
         x = torch.nn.functional.pad(w, (0, -w.shape[1] % block)).numpy()
-        return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind))[:, : w.shape[1]], GGML[name][1]
+        return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind))[
+            :, : w.shape[1]
+        ], GGML[name][1]
 
     return round_
 
@@ -81,17 +90,39 @@ def by_ggml(lib: ctypes.CDLL, choose: Callable[[str], str]) -> Round:
         fill = -w.shape[1] % 256
         x = np.ascontiguousarray(torch.nn.functional.pad(w, (0, fill)).numpy())
         out = np.zeros(lib.ggml_row_size(GGML[name][0], x.shape[1]) * len(x), np.uint8)
-        weigh = None if moments is None else np.ascontiguousarray(torch.nn.functional.pad(moments.diagonal(), (0, fill)).numpy())
-        lib.ggml_quantize_chunk(GGML[name][0], x.ctypes.data, out.ctypes.data, 0, len(x), x.shape[1], None if weigh is None else weigh.ctypes.data)
-        return torch.from_numpy(gguf.quants.dequantize(out.reshape(len(x), -1), kind))[:, : w.shape[1]], GGML[name][1]
+        weigh = (
+            None
+            if moments is None
+            else np.ascontiguousarray(
+                torch.nn.functional.pad(moments.diagonal(), (0, fill)).numpy()
+            )
+        )
+        lib.ggml_quantize_chunk(
+            GGML[name][0],
+            x.ctypes.data,
+            out.ctypes.data,
+            0,
+            len(x),
+            x.shape[1],
+            None if weigh is None else weigh.ctypes.data,
+        )
+        return torch.from_numpy(gguf.quants.dequantize(out.reshape(len(x), -1), kind))[
+            :, : w.shape[1]
+        ], GGML[name][1]
 
     return round_
 
 
 def open_ggml(folder: Path) -> ctypes.CDLL:
     lib = ctypes.CDLL(str(next(p for p in folder.rglob("libggml-base.so"))))
-    lib.ggml_quantize_chunk.restype, lib.ggml_quantize_chunk.argtypes = ctypes.c_size_t, [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
-    lib.ggml_row_size.restype, lib.ggml_row_size.argtypes = ctypes.c_size_t, [ctypes.c_int, ctypes.c_int64]
+    lib.ggml_quantize_chunk.restype, lib.ggml_quantize_chunk.argtypes = (
+        ctypes.c_size_t,
+        [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p],
+    )
+    lib.ggml_row_size.restype, lib.ggml_row_size.argtypes = (
+        ctypes.c_size_t,
+        [ctypes.c_int, ctypes.c_int64],
+    )
     return lib
 
 
@@ -124,14 +155,26 @@ def moments_of(disk: str, found: dict[str, calibrate.Moments]) -> torch.Tensor |
     parts = disk.split(".")
     if disk.startswith("lm_head"):
         return found["head"](0)
-    own = {"q_proj": "wq", "q_a_proj": "wq_a", "q_b_proj": "wq_b", "kv_a_proj_with_mqa": "wkv_a", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo"}.get(parts[-2])
+    own = {
+        "q_proj": "wq",
+        "q_a_proj": "wq_a",
+        "q_b_proj": "wq_b",
+        "kv_a_proj_with_mqa": "wkv_a",
+        "k_proj": "wk",
+        "v_proj": "wv",
+        "o_proj": "wo",
+    }.get(parts[-2])
     if own is None:
         own = ("e" if "experts" in parts else "w") + ("2" if parts[-2] == "down_proj" else "13")
-    return found[f"layers.{parts[2]}.{own}"](int(parts[parts.index("experts") + 1]) if own[0] == "e" else 0)
+    return found[f"layers.{parts[2]}.{own}"](
+        int(parts[parts.index("experts") + 1]) if own[0] == "e" else 0
+    )
 
 
 @torch.no_grad()
-def rounded(model: lamoe.Transformer, round_: Round, found: dict[str, torch.Tensor]) -> tuple[lamoe.Transformer, float, float]:
+def rounded(
+    model: lamoe.Transformer, round_: Round, found: dict[str, torch.Tensor]
+) -> tuple[lamoe.Transformer, float, float]:
     """(a rounded copy, bits a weight, relative root-mean-square error of the weights)."""
     out = lamoe.Transformer(model.config).eval()
     out.load_state_dict(model.state_dict())
@@ -151,9 +194,17 @@ def rounded(model: lamoe.Transformer, round_: Round, found: dict[str, torch.Tens
 
 def stated_bits(run: PackedModel) -> float:
     """Of the matrices that `rounded` rounds, by their formats: without filling."""
-    found = packed.classes(run.config, run.weights, packed.pieces(run.config, run.weights, run.head), run.head)
-    every = [found[kind] for kind in ("attention", "dense ffn", "experts", "shared experts", "head") if kind in found]
-    return sum(native.BITS[c.formats[0]] * c.elements for c in every) / sum(c.elements for c in every)
+    found = packed.classes(
+        run.config, run.weights, packed.pieces(run.config, run.weights, run.head), run.head
+    )
+    every = [
+        found[kind]
+        for kind in ("attention", "dense ffn", "experts", "shared experts", "head")
+        if kind in found
+    ]
+    return sum(native.BITS[c.formats[0]] * c.elements for c in every) / sum(
+        c.elements for c in every
+    )
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------------
@@ -162,7 +213,12 @@ def predict(model, ids: torch.Tensor, batch: int = 4):
     """Log-probabilities of the next token, a few rows at a time: [rows, T, vocabulary]."""
     for part in ids.split(batch):
         if isinstance(model, PackedModel):
-            yield torch.stack([torch.cat(list(score.forward(model, row[:-1].tolist(), 512, True))) for row in part]).log_softmax(-1)
+            yield torch.stack(
+                [
+                    torch.cat(list(score.forward(model, row[:-1].tolist(), 512, True)))
+                    for row in part
+                ]
+            ).log_softmax(-1)
         else:
             yield model(part[:, :-1]).log_softmax(-1)
 
@@ -187,61 +243,131 @@ def text_rows(tokenizer: lamoe.Tokenizer, files: list[str], seq: int, tokens: in
 
 def training_texts(run: Path, tokenizer: lamoe.Tokenizer, most: int = 400) -> list[str]:
     train = open_corpus(run / "data").train
-    return [tokenizer.decode(train.document(i * len(train) // most)[1:-1]) for i in range(min(most, len(train)))]
+    return [
+        tokenizer.decode(train.document(i * len(train) // most)[1:-1])
+        for i in range(min(most, len(train)))
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", type=Path, help="a run folder of `lamoe train`, or a model folder with --text")
-    parser.add_argument("--text", action="append", help="text source to measure on instead of the run's held-out text")
+    parser.add_argument(
+        "model", type=Path, help="a run folder of `lamoe train`, or a model folder with --text"
+    )
+    parser.add_argument(
+        "--text",
+        action="append",
+        help="text source to measure on instead of the run's held-out text",
+    )
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--calibrate", action="append", help="text source; default: what the run was trained on")
+    parser.add_argument(
+        "--calibrate", action="append", help="text source; default: what the run was trained on"
+    )
     parser.add_argument("--calibrate-tokens", type=int, default=32768)
     parser.add_argument("--ggml", type=Path, help="a build of llama.cpp, for K quants")
-    parser.add_argument("--packed", type=Path, action="append", default=[], help="a folder that `lamoe quantize` made of this model")
+    parser.add_argument(
+        "--packed",
+        type=Path,
+        action="append",
+        default=[],
+        help="a folder that `lamoe quantize` made of this model",
+    )
     parser.add_argument("--only", help="formats, comma separated")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     step = args.model if args.text else checkpoint.latest(args.model) / "model"
     tokenizer, model = lamoe.Tokenizer.load(step), lamoe.load(step, dtype=torch.float32)
-    ids = text_rows(tokenizer, args.text, args.seq, args.tokens) if args.text else single_document_rows(args.model / "data", args.seq, args.tokens)
+    ids = (
+        text_rows(tokenizer, args.text, args.seq, args.tokens)
+        if args.text
+        else single_document_rows(args.model / "data", args.seq, args.tokens)
+    )
     text_bytes = sum(len(tokenizer.decode(row[1:].tolist()).encode()) for row in ids)
     wanted, found = args.only and args.only.split(","), {}
     if not wanted or any(" + " in name for name in wanted):
-        texts = [d.text for d in read_documents(args.calibrate)] if args.calibrate else training_texts(args.model, tokenizer)
+        texts = (
+            [d.text for d in read_documents(args.calibrate)]
+            if args.calibrate
+            else training_texts(args.model, tokenizer)
+        )
         rows = calibrate.rows_of(tokenizer, texts, model.config, args.calibrate_tokens)
-        found = {k: v for part in calibrate.moments(model.config, packed_file.reader(step, model.config), rows, torch.float32) for k, v in part.items()}
-    formats = {"int8": (ours("int8"), {}), "Q8_0": (by_gguf("Q8_0"), {}), "int4": (ours("int4"), {}),
-               "int4 + importance": (ours("int4", False), found), "int4 + text": (ours("int4"), found),
-               "int4 with int8 head": (with_int8_head, {}), "int4 with int8 head + text": (with_int8_head, found), "Q4_0": (by_gguf("Q4_0"), {})}
+        found = {
+            k: v
+            for part in calibrate.moments(
+                model.config, packed_file.reader(step, model.config), rows, torch.float32
+            )
+            for k, v in part.items()
+        }
+    formats = {
+        "int8": (ours("int8"), {}),
+        "Q8_0": (by_gguf("Q8_0"), {}),
+        "int4": (ours("int4"), {}),
+        "int4 + importance": (ours("int4", False), found),
+        "int4 + text": (ours("int4"), found),
+        "int4 with int8 head": (with_int8_head, {}),
+        "int4 with int8 head + text": (with_int8_head, found),
+        "Q4_0": (by_gguf("Q4_0"), {}),
+    }
     if args.ggml:
         lib, mix = open_ggml(args.ggml), q4_k_m(model.config.num_hidden_layers)
-        formats |= {"Q4_K": (by_ggml(lib, lambda d: "Q4_K"), {}), "Q4_K + text": (by_ggml(lib, lambda d: "Q4_K"), found),
-                    "Q4_K_M": (by_ggml(lib, mix), {}), "Q4_K_M + text": (by_ggml(lib, mix), found)}
-    kernels = {f"kernels {f}": (f, None) for f in ("bf16", "int8", "int4")} | {"kernels int4 with int8 head": ("int4", "int8")}
+        formats |= {
+            "Q4_K": (by_ggml(lib, lambda d: "Q4_K"), {}),
+            "Q4_K + text": (by_ggml(lib, lambda d: "Q4_K"), found),
+            "Q4_K_M": (by_ggml(lib, mix), {}),
+            "Q4_K_M + text": (by_ggml(lib, mix), found),
+        }
+    kernels = {f"kernels {f}": (f, None) for f in ("bf16", "int8", "int4")} | {
+        "kernels int4 with int8 head": ("int4", "int8")
+    }
     folders = {f"folder {folder.name}": folder for folder in args.packed}
     plain = untied(model)
     true = list(predict(plain, ids))
-    base = -sum(float(t.gather(-1, part[:, 1:, None]).double().sum()) for t, part in zip(true, ids.split(4)))
-    print(f"{step}: {ids.shape[0] * args.seq} tokens, {text_bytes} bytes, rows of {args.seq}; unrounded {base / math.log(2) / text_bytes:.4f} bits/byte")
-    print("format                       bits   rel. error  bits/byte     change         KL  top-1 same")
-    out = {"model": str(step), "tokens": ids.shape[0] * args.seq, "text_bytes": text_bytes, "bits_per_byte": base / math.log(2) / text_bytes, "formats": {}}
+    base = -sum(
+        float(t.gather(-1, part[:, 1:, None]).double().sum()) for t, part in zip(true, ids.split(4))
+    )
+    print(
+        f"{step}: {ids.shape[0] * args.seq} tokens, {text_bytes} bytes, rows of {args.seq}; unrounded {base / math.log(2) / text_bytes:.4f} bits/byte"
+    )
+    print(
+        "format                       bits   rel. error  bits/byte     change         KL  top-1 same"
+    )
+    out = {
+        "model": str(step),
+        "tokens": ids.shape[0] * args.seq,
+        "text_bytes": text_bytes,
+        "bits_per_byte": base / math.log(2) / text_bytes,
+        "formats": {},
+    }
     for name in [*formats, *kernels, *folders]:
         if wanted and name not in wanted:
             continue
         if name in formats:
             run, bits, error = rounded(plain, *formats[name])
         else:
-            run = packed_file.load(folders[name], args.threads) if name in folders else PackedModel.of(model, kernels[name][0], args.threads, kernels[name][1])
+            run = (
+                packed_file.load(folders[name], args.threads)
+                if name in folders
+                else PackedModel.of(model, kernels[name][0], args.threads, kernels[name][1])
+            )
             if run.config != model.config:
-                raise ValueError(f"{folders[name]} was not made of {step}: its config is another one")
+                raise ValueError(
+                    f"{folders[name]} was not made of {step}: its config is another one"
+                )
             bits, error = stated_bits(run), float("nan")
         r = compare(true, run, ids)
-        r |= {"bits": bits, "relative_rms": error, "bits_per_byte": r["nats"] / math.log(2) / text_bytes, "change_percent": 100 * (r.pop("nats") / base - 1)}
+        r |= {
+            "bits": bits,
+            "relative_rms": error,
+            "bits_per_byte": r["nats"] / math.log(2) / text_bytes,
+            "change_percent": 100 * (r.pop("nats") / base - 1),
+        }
         out["formats"][name] = r
-        print(f"{name:27s} {bits:5.2f} {error:11.4f} {r['bits_per_byte']:10.4f} {r['change_percent']:+9.4f}% {r['kl']:10.3e} {r['top1_percent']:10.2f}%", flush=True)
+        print(
+            f"{name:27s} {bits:5.2f} {error:11.4f} {r['bits_per_byte']:10.4f} {r['change_percent']:+9.4f}% {r['kl']:10.3e} {r['top1_percent']:10.2f}%",
+            flush=True,
+        )
     print(json.dumps(out))
 
 

@@ -17,10 +17,17 @@ import importlib
 
 __version__ = "0.1.0"
 _WHERE = {
-    "ModelConfig": "model.config", "RopeScaling": "model.config", "Transformer": "model.transformer", "KVCache": "model.cache",
+    "ModelConfig": "model.config",
+    "RopeScaling": "model.config",
+    "Transformer": "model.transformer",
+    "KVCache": "model.cache",
     "Tokenizer": "text.tokenizer",
-    "SamplingParams": "engine.sampler", "LLM": "engine.llm", "AsyncLLM": "engine.async_llm", "generate": "engine.generate",
-    "load": "checkpoints.hf", "save": "checkpoints.hf",
+    "SamplingParams": "engine.sampler",
+    "LLM": "engine.llm",
+    "AsyncLLM": "engine.async_llm",
+    "generate": "engine.generate",
+    "load": "checkpoints.hf",
+    "save": "checkpoints.hf",
 }
 _MODULES = {"accounting": "model.accounting"}
 __all__ = [*_WHERE, *_MODULES]

@@ -10,16 +10,37 @@ import warnings
 from unittest import mock
 
 import pytest
+
 from page_server import Server
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 if CHROMIUM is None:
-    warnings.warn("NO CHROMIUM: nothing of the page is tested. On Debian: apt-get install chromium", stacklevel=1)
-    pytest.skip("NO CHROMIUM: nothing of the page is tested. On Debian: apt-get install chromium", allow_module_level=True)
+    warnings.warn(
+        "NO CHROMIUM: nothing of the page is tested. On Debian: apt-get install chromium",
+        stacklevel=1,
+    )
+    pytest.skip(
+        "NO CHROMIUM: nothing of the page is tested. On Debian: apt-get install chromium",
+        allow_module_level=True,
+    )
 from playwright.sync_api import Page, expect, sync_playwright  # noqa: E402
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-WIDE, PHONE, NARROWEST = {"width": 1280, "height": 800}, {"width": 390, "height": 844}, {"width": 360, "height": 640}
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+WIDE, PHONE, NARROWEST = (
+    {"width": 1280, "height": 800},
+    {"width": 390, "height": 844},
+    {"width": 360, "height": 640},
+)
 PATIENCE = 30_000  # ms; a machine that others use too has stood still for ten seconds, and waiting costs nothing where all is well
 WATCH = "window.violations = []; addEventListener('securitypolicyviolation', e => violations.push(`${e.violatedDirective} ${e.blockedURI} ${e.sample}`))"
 expect.set_options(timeout=PATIENCE)
@@ -28,14 +49,20 @@ expect.set_options(timeout=PATIENCE)
 def in_memory() -> str | None:
     """A folder for the browser's profile and shared memory. On a disk that others keep busy, pages were seen to stand still for a minute; the small
     /dev/shm of containers does not do, though."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 1 << 30 else None
+    return (
+        "/dev/shm"
+        if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 1 << 30
+        else None
+    )
 
 
 @pytest.fixture(scope="module")
 def browser():
     with tempfile.TemporaryDirectory(dir=in_memory(), ignore_cleanup_errors=True) as folder:
         with mock.patch.dict(os.environ, TMPDIR=folder):
-            driver = sync_playwright().start()  # of the module, not the session: while it runs, no other test could use asyncio.run
+            driver = (
+                sync_playwright().start()
+            )  # of the module, not the session: while it runs, no other test could use asyncio.run
             b = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield b
         b.close()
@@ -67,15 +94,34 @@ class Tabs:
         page = (context or self.context(**options)).new_page()
         self.pages.append(page)
         page.on("pageerror", lambda e: self.wrong.append(f"error of the page: {e}"))
-        page.on("console", lambda m: self.wrong.append(f"console: {m.text}") if m.type == "error" and "Failed to load resource" not in m.text else None)
-        page.on("request", lambda r: self.wrong.append(f"request to {r.url}") if not r.url.startswith((url, "data:", "blob:")) else None)
+        page.on(
+            "console",
+            lambda m: (
+                self.wrong.append(f"console: {m.text}")
+                if m.type == "error" and "Failed to load resource" not in m.text
+                else None
+            ),
+        )
+        page.on(
+            "request",
+            lambda r: (
+                self.wrong.append(f"request to {r.url}")
+                if not r.url.startswith((url, "data:", "blob:"))
+                else None
+            ),
+        )
         page.goto(url)
         if ready:
             expect(page.locator("#dot")).to_have_class("dot ready")
         return page
 
     def close(self) -> list[str]:
-        found = self.wrong + [f"CSP: {v}" for p in self.pages if not p.is_closed() for v in p.evaluate("window.violations")]
+        found = self.wrong + [
+            f"CSP: {v}"
+            for p in self.pages
+            if not p.is_closed()
+            for v in p.evaluate("window.violations")
+        ]
         for c in self.contexts:
             c.close()
         return found
@@ -111,4 +157,6 @@ def reply(page: Page):
 
 
 def stored(page: Page) -> list[dict]:
-    return page.evaluate("Object.keys(localStorage).filter(k => k.startsWith('lamoe:c:')).map(k => JSON.parse(localStorage[k]))")
+    return page.evaluate(
+        "Object.keys(localStorage).filter(k => k.startsWith('lamoe:c:')).map(k => JSON.parse(localStorage[k]))"
+    )

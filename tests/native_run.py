@@ -2,21 +2,33 @@
 
 import torch
 
-from lamoe.backends.paged_cache import PagedCache
 from lamoe.backends.cpu.packed import PackedModel
+from lamoe.backends.paged_cache import PagedCache
 
 
 class Run:
     """Sequences by name. Pages are dealt out in random order; what is not written holds 0xFF, which is NaN in every format."""
 
-    def __init__(self, packed: PackedModel, format: str = "fp32", page: int = 16, pages: int = 64, seed: int = 0):
-        self.packed, self.cache = packed, PagedCache(packed.config, pages, page, format, packed.dtype)
+    def __init__(
+        self,
+        packed: PackedModel,
+        format: str = "fp32",
+        page: int = 16,
+        pages: int = 64,
+        seed: int = 0,
+    ):
+        self.packed, self.cache = (
+            packed,
+            PagedCache(packed.config, pages, page, format, packed.dtype),
+        )
         self.cache.rows.fill_(0xFF)
         self.free = torch.randperm(pages, generator=torch.Generator().manual_seed(seed)).tolist()
         self.tokens: dict[str, list[int]] = {}
         self.pages: dict[str, list[int]] = {}
 
-    def feed(self, work: dict[str, list[int]], experts: bool = False, rows: list[int] | None = None):
+    def feed(
+        self, work: dict[str, list[int]], experts: bool = False, rows: list[int] | None = None
+    ):
         """One step: the next tokens of each sequence -> logits of all of them (or of `rows`) [N, vocabulary]; with the chosen experts when asked for."""
         ids, positions, seqs, table = [], [], [], []
         for name, new in work.items():
@@ -26,11 +38,22 @@ class Run:
             while len(pages) * self.cache.page_size < len(text):
                 pages.append(self.free.pop())
             seqs.append([len(new), len(text), len(table)])
-            table += [*pages, 2**31 - 1, -7]  # what stands behind a sequence's pages is nobody's business
+            table += [
+                *pages,
+                2**31 - 1,
+                -7,
+            ]  # what stands behind a sequence's pages is nobody's business
             ids += new
         rows = list(range(len(ids))) if rows is None else rows
-        logits, chosen = self.packed.run(ids, torch.tensor(positions), torch.tensor(seqs, dtype=torch.int32), torch.tensor(table, dtype=torch.int32),
-                                         self.cache, rows, experts=experts)
+        logits, chosen = self.packed.run(
+            ids,
+            torch.tensor(positions),
+            torch.tensor(seqs, dtype=torch.int32),
+            torch.tensor(table, dtype=torch.int32),
+            self.cache,
+            rows,
+            experts=experts,
+        )
         return (logits, chosen) if experts else logits
 
     def all(self, text: list[int], cuts: list[int], name: str = "a") -> torch.Tensor:
@@ -45,4 +68,8 @@ class Run:
 
 def distance(got: torch.Tensor, want: torch.Tensor) -> float:
     """Largest difference as a share of the largest logit; infinite when something is not finite."""
-    return float((got.double() - want.double()).abs().max() / want.double().abs().max()) if got.isfinite().all() else float("inf")
+    return (
+        float((got.double() - want.double()).abs().max() / want.double().abs().max())
+        if got.isfinite().all()
+        else float("inf")
+    )

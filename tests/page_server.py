@@ -12,9 +12,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 PAGE = Path(__file__).resolve().parent.parent / "lamoe" / "serve" / "page"
-CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; base-uri 'none'; "
-       "form-action 'none'; frame-ancestors 'none'")
-TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript", ".txt": "text/plain"}
+CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".txt": "text/plain",
+}
 WINDOW, LAYERS, EXPERTS = 4096, 5, 16
 REPLY = """Attention keeps **one latent vector** per token instead of keys and values for every head. Three things follow:
 
@@ -62,7 +69,16 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, port: int = 0, delay: float = 0.001):
         super().__init__(("127.0.0.1", port), Handler)
-        self.key, self.loading, self.down, self.bodies, self.dropped, self.delay, self.running, self.busy_left = None, False, False, [], 0, delay, 0, 0
+        (
+            self.key,
+            self.loading,
+            self.down,
+            self.bodies,
+            self.dropped,
+            self.delay,
+            self.running,
+            self.busy_left,
+        ) = None, False, False, [], 0, delay, 0, 0
         self.used, self.generated, self.prompted, self.cached, self.speed = 0, 0, 0, 0, 0.0
         self.model = "deepseek-v2-tiny"
 
@@ -95,13 +111,28 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, body, content_type: str = "application/json", **headers):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        for name, value in {"content-type": content_type, "content-length": str(len(data)), **headers}.items():
+        for name, value in {
+            "content-type": content_type,
+            "content-length": str(len(data)),
+            **headers,
+        }.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(data)
 
     def refuse(self, status: int, message: str, **headers):
-        self.answer(status, {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}, **headers)
+        self.answer(
+            status,
+            {
+                "error": {
+                    "message": message,
+                    "type": "invalid_request_error",
+                    "param": None,
+                    "code": None,
+                }
+            },
+            **headers,
+        )
 
     def allowed(self) -> bool:
         s = self.server
@@ -132,15 +163,43 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/v1/models":
             self.answer(200, {"object": "list", "data": [{"id": s.model, "object": "model"}]})
         elif path == "/lamoe/stats":
-            self.answer(200, {
-                "model": s.model, "dtype": "bfloat16", "max_model_len": WINDOW, "running": s.running, "waiting": 0, "tokens_per_s": s.speed if s.running else 0.0,
-                "cache": {"format": "6bit", "used_bytes": s.used * 252, "total_bytes": 16384 * 252, "used_tokens": s.used, "total_tokens": 16384,
-                          "bytes_per_token": 252, "compare": {"mha": 4096, "gqa": 2048, "mqa": 1024}},
-                "prompt_tokens": s.prompted, "cached_tokens": s.cached, "generated_tokens": s.generated, "drafted": 120, "accepted": 78})
+            self.answer(
+                200,
+                {
+                    "model": s.model,
+                    "dtype": "bfloat16",
+                    "max_model_len": WINDOW,
+                    "running": s.running,
+                    "waiting": 0,
+                    "tokens_per_s": s.speed if s.running else 0.0,
+                    "cache": {
+                        "format": "6bit",
+                        "used_bytes": s.used * 252,
+                        "total_bytes": 16384 * 252,
+                        "used_tokens": s.used,
+                        "total_tokens": 16384,
+                        "bytes_per_token": 252,
+                        "compare": {"mha": 4096, "gqa": 2048, "mqa": 1024},
+                    },
+                    "prompt_tokens": s.prompted,
+                    "cached_tokens": s.cached,
+                    "generated_tokens": s.generated,
+                    "drafted": 120,
+                    "accepted": 78,
+                },
+            )
         elif path.startswith("/lamoe/requests/"):
             n = s.generated + 40
-            load = [[(n * ((7 * e * (layer + 3) + e * e) % 23)) // (40 + 9 * (e % 3)) for e in range(EXPERTS)] for layer in range(LAYERS)]
-            self.answer(200, {"layers": list(range(1, LAYERS + 1)), "experts": EXPERTS, "load": load})
+            load = [
+                [
+                    (n * ((7 * e * (layer + 3) + e * e) % 23)) // (40 + 9 * (e % 3))
+                    for e in range(EXPERTS)
+                ]
+                for layer in range(LAYERS)
+            ]
+            self.answer(
+                200, {"layers": list(range(1, LAYERS + 1)), "experts": EXPERTS, "load": load}
+            )
         else:
             self.refuse(404, "no such route")
 
@@ -163,7 +222,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def stream(self, said: str, word: str):
         s = self.server
-        text = {"evil": EVIL, "long": "\n\n".join(f"Paragraph {i}: {'word ' * 40}" for i in range(30)), "slow": "word " * 4000}.get(word, REPLY)
+        text = {
+            "evil": EVIL,
+            "long": "\n\n".join(f"Paragraph {i}: {'word ' * 40}" for i in range(30)),
+            "slow": "word " * 4000,
+        }.get(word, REPLY)
         if word == "full":
             text = "and so on " * 20
         pieces = [text[i : i + 5] for i in range(0, len(text), 5)]
@@ -171,23 +234,58 @@ class Handler(BaseHTTPRequestHandler):
         s.running, s.used, s.speed = s.running + 1, prompt, 1 / (s.delay + 0.001)
         s.prompted, s.cached = s.prompted + prompt, s.cached + 16
         self.send_response(200)
-        for name, value in {"content-type": "text/event-stream", "x-request-id": f"chatcmpl-{len(s.bodies)}", "connection": "close"}.items():
+        for name, value in {
+            "content-type": "text/event-stream",
+            "x-request-id": f"chatcmpl-{len(s.bodies)}",
+            "connection": "close",
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.close_connection = True
         n = 0
         try:
-            self.event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
+            self.event(
+                {
+                    "choices": [
+                        {
+                            "index": 0,
+                            "delta": {"role": "assistant", "content": ""},
+                            "finish_reason": None,
+                        }
+                    ]
+                }
+            )
             for piece in pieces:
                 if s.down or (word == "die" and n == 20):
                     return
                 time.sleep(s.delay)
-                self.event({"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]})
+                self.event(
+                    {"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]}
+                )
                 n, s.used, s.generated = n + 1, s.used + 1, s.generated + 1
-            self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": "length" if word in ("cut", "full") else "stop"}]})
+            self.event(
+                {
+                    "choices": [
+                        {
+                            "index": 0,
+                            "delta": {},
+                            "finish_reason": "length" if word in ("cut", "full") else "stop",
+                        }
+                    ]
+                }
+            )
             total = WINDOW if word == "full" else prompt + n
-            self.event({"choices": [], "usage": {"prompt_tokens": total - n, "completion_tokens": n, "total_tokens": total,
-                                                 "prompt_tokens_details": {"cached_tokens": 16}}})
+            self.event(
+                {
+                    "choices": [],
+                    "usage": {
+                        "prompt_tokens": total - n,
+                        "completion_tokens": n,
+                        "total_tokens": total,
+                        "prompt_tokens_details": {"cached_tokens": 16},
+                    },
+                }
+            )
             self.wfile.write(b"data: [DONE]\n\n")
         except OSError:
             s.dropped += 1
@@ -196,7 +294,9 @@ class Handler(BaseHTTPRequestHandler):
             s.used = 0
 
     def event(self, chunk: dict):
-        self.wfile.write(f"data: {json.dumps({'object': 'chat.completion.chunk', **chunk})}\n\n".encode())
+        self.wfile.write(
+            f"data: {json.dumps({'object': 'chat.completion.chunk', **chunk})}\n\n".encode()
+        )
         self.wfile.flush()
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from oracles import tiny
 
 from lamoe.engine.llm import LLM
 from lamoe.engine.request import Sequence
 from lamoe.engine.sampler import SamplingParams
+from oracles import tiny
 
 FAMILIES = {
     "mla": tiny.HARD,  # q_lora, YaRN, group-limited routing
@@ -18,8 +18,16 @@ CONTEXT = 96
 
 
 def llm(family: str = "mla", vocabulary: int = 64, changes: dict | None = None, **options) -> LLM:
-    c = FAMILIES[family].replace(max_position_embeddings=256, vocab_size=vocabulary, **(changes or {}))
-    options = {"cache": "fp32", "max_model_len": CONTEXT, "page_size": 4, "max_num_seqs": 8, **options}
+    c = FAMILIES[family].replace(
+        max_position_embeddings=256, vocab_size=vocabulary, **(changes or {})
+    )
+    options = {
+        "cache": "fp32",
+        "max_model_len": CONTEXT,
+        "page_size": 4,
+        "max_num_seqs": 8,
+        **options,
+    }
     return LLM(tiny.model(c, dtype=torch.float32), **options)
 
 
@@ -31,7 +39,9 @@ def greedy(n: int = 16, **more) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=n, **more)
 
 
-def reforward(m, prompt: list[int], n: int, adjust=lambda logits, ids: logits) -> tuple[list[int], list[torch.Tensor]]:
+def reforward(
+    m, prompt: list[int], n: int, adjust=lambda logits, ids: logits
+) -> tuple[list[int], list[torch.Tensor]]:
     """n greedy tokens by whole passes without a cache, and the logits of each."""
     ids, rows = list(prompt), []
     with torch.no_grad():
@@ -62,7 +72,13 @@ def watch(engine: LLM) -> tuple[list[list[tuple[Sequence, int]]], list[Sequence]
 
 def idle(engine: LLM) -> bool:
     """Nothing runs, waits, or holds a page."""
-    return not engine.busy and engine.pool.owned == 0 and engine.pool.available == engine.pool.total and not engine._texts and not engine._inboxes
+    return (
+        not engine.busy
+        and engine.pool.owned == 0
+        and engine.pool.available == engine.pool.total
+        and not engine._texts
+        and not engine._inboxes
+    )
 
 
 def tokens(outputs) -> list[list[int]]:

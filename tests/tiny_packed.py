@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
-from oracles import tiny
 
 import lamoe
 from lamoe.backends.cpu import packed_file
+from oracles import tiny
 
 SMALL = dict(max_position_embeddings=256)
 FAMILIES = {
@@ -14,8 +14,22 @@ FAMILIES = {
     "mla": tiny.V2_CASES["plain-rope-greedy-0dense"].replace(**SMALL),
     "moe v1 mha": tiny.config("deepseek", **SMALL),
     "gqa tied": tiny.config("llama", num_key_value_heads=2, tie_word_embeddings=True, **SMALL),
-    "odd widths": tiny.config(hidden_size=27, intermediate_size=75, moe_intermediate_size=27, n_shared_experts=1, vocab_size=71, kv_lora_rank=18, **SMALL),
-    "lite widths": tiny.config(hidden_size=64, num_hidden_layers=2, intermediate_size=10944 // 16, moe_intermediate_size=1408 // 16, **SMALL),
+    "odd widths": tiny.config(
+        hidden_size=27,
+        intermediate_size=75,
+        moe_intermediate_size=27,
+        n_shared_experts=1,
+        vocab_size=71,
+        kv_lora_rank=18,
+        **SMALL,
+    ),
+    "lite widths": tiny.config(
+        hidden_size=64,
+        num_hidden_layers=2,
+        intermediate_size=10944 // 16,
+        moe_intermediate_size=1408 // 16,
+        **SMALL,
+    ),
 }
 
 

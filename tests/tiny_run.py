@@ -12,10 +12,26 @@ import pytest
 from lamoe.train import checkpoint, loop
 from lamoe.train.recipe import Recipe
 
-MLA = dict(model_type="deepseek_v2", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
-MOE = dict(moe_intermediate_size=16, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1)
-BODY = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-            max_position_embeddings=64, initializer_range=0.05, torch_dtype="float32")
+MLA = dict(
+    model_type="deepseek_v2", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8
+)
+MOE = dict(
+    moe_intermediate_size=16,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    first_k_dense_replace=1,
+)
+BODY = dict(
+    vocab_size=300,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=64,
+    initializer_range=0.05,
+    torch_dtype="float32",
+)
 TIMINGS = ("tokens_per_s", "mfu")  # of metrics.jsonl: all else is reproducible
 
 
@@ -24,8 +40,11 @@ def write_texts(folder: Path, files: int = 40, seed: int = 0) -> Path:
     rng, folder = random.Random(seed), Path(folder)
     folder.mkdir(parents=True)
     for i in range(files):
-        body = "".join(f"the {rng.choice(('cat', 'dog', 'bird'))} {rng.choice(('sat', 'ran', 'sang'))} on the {rng.choice(('mat', 'hill'))} "
-                       f"of {''.join(rng.choices('abcdefgh', k=3))}.\n" for _ in range(1 + i % 7))
+        body = "".join(
+            f"the {rng.choice(('cat', 'dog', 'bird'))} {rng.choice(('sat', 'ran', 'sang'))} on the {rng.choice(('mat', 'hill'))} "
+            f"of {''.join(rng.choices('abcdefgh', k=3))}.\n"
+            for _ in range(1 + i % 7)
+        )
         (folder / f"{i:02d}.txt").write_text(f"file {i}\n{body}")
     return folder
 
@@ -64,18 +83,32 @@ def state(folder: Path) -> dict:
     """A checkpoint's state without the process-wide random generators, and the bytes of its weights."""
     out = checkpoint.load_tensors(Path(folder) / "state.safetensors")
     del out["rng"]
-    return {**out, "weights": b"".join(p.read_bytes() for p in sorted((Path(folder) / "model").glob("*.safetensors")))}
+    return {
+        **out,
+        "weights": b"".join(
+            p.read_bytes() for p in sorted((Path(folder) / "model").glob("*.safetensors"))
+        ),
+    }
 
 
 def write_toml(path: Path, raw: dict) -> Path:
     """JSON's strings, numbers, lists and booleans are TOML's."""
-    path.write_text("".join(f"[{s}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items()) for s, keys in raw.items()))
+    path.write_text(
+        "".join(
+            f"[{s}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items())
+            for s, keys in raw.items()
+        )
+    )
     return path
 
 
 @functools.cache
 def _trained(base: Path) -> Path:
-    raw = raw_recipe(write_texts(base / "texts"), base / "run", run=dict(steps=40, eval_every=20, eval_tokens=200, save_every=20))
+    raw = raw_recipe(
+        write_texts(base / "texts"),
+        base / "run",
+        run=dict(steps=40, eval_every=20, eval_tokens=200, save_every=20),
+    )
     train(raw)
     return base / "run"
 

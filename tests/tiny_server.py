@@ -9,12 +9,12 @@ import time
 
 import httpx2
 import torch
-from oracles import tiny
 
-from lamoe.text import tokenizer
 from lamoe.engine.llm import LLM
 from lamoe.serve.run import Serving
 from lamoe.serve.settings import Settings
+from lamoe.text import tokenizer
+from oracles import tiny
 
 CONTEXT = 4096
 NAME = "tiny"
@@ -23,8 +23,15 @@ WORDS = "the cat sat on a mat and the dog ran to the hill while one bird sang of
 TOOL_TEMPLATE = (
     "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m['role'] + ': ' }}{{ m['content'] or '' }}"
     "{% for c in m.get('tool_calls') or [] %}{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>' + c['function']['name'] + '\\n```json\\n' + "
-    "c['function']['arguments'] + '\\n```<｜tool▁call▁end｜>' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}")
-TOOL_TOKENS = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>")
+    "c['function']['arguments'] + '\\n```<｜tool▁call▁end｜>' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+TOOL_TOKENS = (
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁sep｜>",
+)
 
 
 @functools.cache
@@ -38,11 +45,20 @@ def tok(tools: bool = False, fim: bool = True) -> tokenizer.Tokenizer:
 
 @functools.cache
 def model(family: str = "deepseek_v2"):
-    return tiny.model(tiny.config(family, vocab_size=300, max_position_embeddings=CONTEXT), dtype=torch.float32)
+    return tiny.model(
+        tiny.config(family, vocab_size=300, max_position_embeddings=CONTEXT), dtype=torch.float32
+    )
 
 
 def llm(family: str = "deepseek_v2", tok=tok, **options) -> LLM:
-    options = {"cache": "fp32", "page_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 128, "count_experts": True, **options}
+    options = {
+        "cache": "fp32",
+        "page_size": 4,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 128,
+        "count_experts": True,
+        **options,
+    }
     return LLM(model(family), tok() if callable(tok) else tok, **options)
 
 
@@ -107,7 +123,11 @@ class Running:
         return r.json()
 
     def chat(self, text="hello", **body) -> dict:
-        r = self.post("/v1/chat/completions", messages=[{"role": "user", "content": text}] if isinstance(text, str) else text, **body)
+        r = self.post(
+            "/v1/chat/completions",
+            messages=[{"role": "user", "content": text}] if isinstance(text, str) else text,
+            **body,
+        )
         assert r.status_code == 200, r.text
         return r.json()
 
@@ -124,13 +144,25 @@ class Running:
         """The error object of a request that must fail so."""
         r = self.post(path, **body)
         assert r.status_code == status, r.text
-        assert set(r.json()) == {"error"} and set(r.json()["error"]) == {"message", "type", "param", "code"}
+        assert set(r.json()) == {"error"} and set(r.json()["error"]) == {
+            "message",
+            "type",
+            "param",
+            "code",
+        }
         return r.json()["error"]
 
     def idle(self) -> bool:
         """Nothing runs, waits, is counted, or holds a page."""
         s = self.client.get("/lamoe/stats").json()
-        return not s["running"] and not s["waiting"] and not s["cache"]["used_bytes"] and not self.service.jobs and not self.service.admitted and not self.service.requests
+        return (
+            not s["running"]
+            and not s["waiting"]
+            and not s["cache"]["used_bytes"]
+            and not self.service.jobs
+            and not self.service.admitted
+            and not self.service.requests
+        )
 
 
 def until(condition, seconds: float = 20.0):

@@ -21,7 +21,14 @@ import zlib
 from pathlib import Path
 
 TARGET = Path(__file__).resolve().parents[1] / "lamoe" / "corpus" / "austen.tar.xz"
-TITLES = ("emma", "mansfield-park", "northanger-abbey", "persuasion", "pride-and-prejudice", "sense-and-sensibility")  # order in the package
+TITLES = (
+    "emma",
+    "mansfield-park",
+    "northanger-abbey",
+    "persuasion",
+    "pride-and-prejudice",
+    "sense-and-sensibility",
+)  # order in the package
 MODERN_NOTE = "\n\nA NOTE ON THE TEXT\n\n"  # a modern publisher's words, at the end of Northanger Abbey: not the author's, so left out
 SHORT = 55  # columns; prose is wrapped at about 70, so a line shorter than this inside a paragraph was broken on purpose
 
@@ -34,7 +41,9 @@ def string_vectors(rdb: bytes):
         raw = stream.decompress(rdb[at + 4 :])
         (size,) = struct.unpack_from(">I", rdb, at)
         if len(raw) != size:
-            raise ValueError(f"record at byte {at} says {size} bytes and holds {len(raw)}: not an R lazy-load database")
+            raise ValueError(
+                f"record at byte {at} says {size} bytes and holds {len(raw)}: not an R lazy-load database"
+            )
         yield read_strings(raw)
         at = len(rdb) - len(stream.unused_data)
 
@@ -54,7 +63,9 @@ def read_strings(raw: bytes) -> list[str]:
     for _ in range(count):
         flags, length = struct.unpack_from(">Ii", raw, at)
         if flags & 0xFF != 9 or length < 0:
-            raise ValueError(f"expected a string at byte {at}, found type {flags & 0xFF} of length {length}")
+            raise ValueError(
+                f"expected a string at byte {at}, found type {flags & 0xFF} of length {length}"
+            )
         lines.append(raw[at + 8 : at + 8 + length].decode("utf-8"))
         at += 8 + length
     return lines
@@ -63,7 +74,13 @@ def read_strings(raw: bytes) -> list[str]:
 def reflow(lines: list[str]) -> str:
     """Paragraphs on one line each, a blank line between them. Verse, addresses and signatures keep their line breaks."""
     paragraphs = re.split(r"\n(?:[ \t]*\n)+", "\n".join(lines).strip())
-    return "\n\n".join(join_lines([re.sub(r"[ \t]+", " ", line.strip()) for line in p.split("\n")]) for p in paragraphs) + "\n"
+    return (
+        "\n\n".join(
+            join_lines([re.sub(r"[ \t]+", " ", line.strip()) for line in p.split("\n")])
+            for p in paragraphs
+        )
+        + "\n"
+    )
 
 
 def join_lines(lines: list[str]) -> str:
@@ -88,8 +105,12 @@ def archive(texts: dict[str, str]) -> bytes:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("deb", type=Path, help="r-cran-janeaustenr_*.deb, as `apt-get download` leaves it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "deb", type=Path, help="r-cran-janeaustenr_*.deb, as `apt-get download` leaves it"
+    )
     parser.add_argument("--out", type=Path, default=TARGET)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -97,8 +118,13 @@ def main():
         rdb = Path(folder, "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
     novels = list(string_vectors(rdb))
     if len(novels) != len(TITLES):
-        raise ValueError(f"{args.deb} holds {len(novels)} texts, expected the {len(TITLES)} novels {', '.join(TITLES)}")
-    texts = {f"{title}.txt": reflow(lines).split(MODERN_NOTE)[0].rstrip() + "\n" for title, lines in zip(TITLES, novels)}
+        raise ValueError(
+            f"{args.deb} holds {len(novels)} texts, expected the {len(TITLES)} novels {', '.join(TITLES)}"
+        )
+    texts = {
+        f"{title}.txt": reflow(lines).split(MODERN_NOTE)[0].rstrip() + "\n"
+        for title, lines in zip(TITLES, novels)
+    }
     packed = archive(texts)
     args.out.write_bytes(packed)
     for name, text in texts.items():

@@ -53,7 +53,9 @@ def row_bytes(name: str, widths: tuple[int, int]) -> int:
     """Bytes of one stored row of parts of `widths` elements, scales and padding included."""
     check_format(name)
     if len(widths) != 2 or min(widths) < 1:
-        raise ValueError(f"a cache row has two parts of at least one element, found widths {tuple(widths)}")
+        raise ValueError(
+            f"a cache row has two parts of at least one element, found widths {tuple(widths)}"
+        )
     if name in _PLAIN:
         return sum(widths) * _PLAIN[name].itemsize
     group = _LOW_BIT[name][3]
@@ -97,16 +99,25 @@ def group_of(name: str) -> int:
 
 def check_format(name: str) -> None:
     if name not in FORMATS:
-        raise ValueError(f"unknown cache format {name!r}{did_you_mean(name, FORMATS)}; known: {', '.join(FORMATS)}")
+        raise ValueError(
+            f"unknown cache format {name!r}{did_you_mean(name, FORMATS)}; known: {', '.join(FORMATS)}"
+        )
 
 
 # ---- encode and decode -----------------------------------------------------------------------------------------------------
 def encode(name: str, parts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """The rows of parts (a [N, w0], b [N, w1]), floating point. -> uint8 [N, row_bytes(name, (w0, w1))]"""
     a, b = parts
-    if a.dim() != 2 or b.dim() != 2 or len(a) != len(b) or not (a.is_floating_point() and b.is_floating_point()):
-        raise ValueError("encode takes two floating-point tensors [N, w0] and [N, w1], found "
-                         + " and ".join(f"{x.dtype} {tuple(x.shape)}" for x in parts))
+    if (
+        a.dim() != 2
+        or b.dim() != 2
+        or len(a) != len(b)
+        or not (a.is_floating_point() and b.is_floating_point())
+    ):
+        raise ValueError(
+            "encode takes two floating-point tensors [N, w0] and [N, w1], found "
+            + " and ".join(f"{x.dtype} {tuple(x.shape)}" for x in parts)
+        )
     widths = (a.shape[1], b.shape[1])
     out = torch.empty(len(a), row_bytes(name, widths), dtype=torch.uint8, device=a.device)
     if name in _PLAIN:
@@ -120,21 +131,31 @@ def encode(name: str, parts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     return out
 
 
-def decode(name: str, rows: torch.Tensor, widths: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(
+    name: str, rows: torch.Tensor, widths: tuple[int, int], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What `encode` stored: rows uint8 [N, row_bytes] -> (a [N, w0], b [N, w1]) in `dtype`, computed in float32."""
     size = row_bytes(name, widths)
     if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != size:
-        raise ValueError(f"rows of format {name!r} and widths {tuple(widths)} are uint8 [N, {size}], found {rows.dtype} {tuple(rows.shape)}")
+        raise ValueError(
+            f"rows of format {name!r} and widths {tuple(widths)} are uint8 [N, {size}], found {rows.dtype} {tuple(rows.shape)}"
+        )
     if name in _PLAIN:
         stored = _PLAIN[name]
         cut = widths[0] * stored.itemsize
         # a copy of each part, which also puts it where its element type may begin
-        return tuple(r.clone(memory_format=torch.contiguous_format).view(stored).to(dtype) for r in (rows[:, :cut], rows[:, cut:]))
+        return tuple(
+            r.clone(memory_format=torch.contiguous_format).view(stored).to(dtype)
+            for r in (rows[:, :cut], rows[:, cut:])
+        )
     if not len(rows):
         return tuple(rows.new_empty(0, w, dtype=dtype) for w in widths)
     group, bits = _LOW_BIT[name][3], part_bits(name, widths)
     cut = _block_bytes(widths[0], bits[0], group)
-    return (_decode_block(rows[:, :cut], widths[0], bits[0], group, dtype), _decode_block(rows[:, cut:], widths[1], bits[1], group, dtype))
+    return (
+        _decode_block(rows[:, :cut], widths[0], bits[0], group, dtype),
+        _decode_block(rows[:, cut:], widths[1], bits[1], group, dtype),
+    )
 
 
 # ---- one block -------------------------------------------------------------------------------------------------------------
@@ -160,7 +181,9 @@ def _encode_block(x: torch.Tensor, n: int, group: int, out: torch.Tensor) -> Non
     w = x.shape[1]
     group, groups, factor_bytes = min(group, w), _groups(w, group), _factor_bytes(w, group)
     x = F.pad(x, (0, groups * group - w)).unflatten(1, (groups, group))
-    need = x.abs().amax(-1) / _half(n)  # [N, groups]: the step that just reaches the largest element
+    need = x.abs().amax(-1) / _half(
+        n
+    )  # [N, groups]: the step that just reaches the largest element
     base = _to_e5m3(need.amax(1))
     out[:, 0] = base
     step = _from_e5m3(base)[:, None]
@@ -169,11 +192,24 @@ def _encode_block(x: torch.Tensor, n: int, group: int, out: torch.Tensor) -> Non
         step = step * (f / 16)
         f = F.pad((f - 1).to(torch.uint8), (0, 2 * factor_bytes - groups))
         out[:, 1 : 1 + factor_bytes] = f[:, 0::2] | f[:, 1::2] << 4
-    codes = (x / step[..., None]).nan_to_num(0.0, 0.0, 0.0).round_().clamp_(-_half(n), _half(n)).add_(2 ** (n - 1)).to(torch.uint8)
-    _pack(F.pad(codes.flatten(1)[:, :w], (0, -w % 8), value=2 ** (n - 1)), n, out[:, 1 + factor_bytes :])
+    codes = (
+        (x / step[..., None])
+        .nan_to_num(0.0, 0.0, 0.0)
+        .round_()
+        .clamp_(-_half(n), _half(n))
+        .add_(2 ** (n - 1))
+        .to(torch.uint8)
+    )
+    _pack(
+        F.pad(codes.flatten(1)[:, :w], (0, -w % 8), value=2 ** (n - 1)),
+        n,
+        out[:, 1 + factor_bytes :],
+    )
 
 
-def _decode_block(rows: torch.Tensor, w: int, n: int, group: int, dtype: torch.dtype) -> torch.Tensor:
+def _decode_block(
+    rows: torch.Tensor, w: int, n: int, group: int, dtype: torch.dtype
+) -> torch.Tensor:
     """rows uint8 [N, block bytes] -> [N, w]"""
     group, groups, factor_bytes = min(group, w), _groups(w, group), _factor_bytes(w, group)
     step = _from_e5m3(rows[:, 0])[:, None]
@@ -181,7 +217,9 @@ def _decode_block(rows: torch.Tensor, w: int, n: int, group: int, dtype: torch.d
         f = rows[:, 1 : 1 + factor_bytes]
         f = torch.stack((f & 15, f >> 4), -1).flatten(1)[:, :groups]
         step = step * ((f.to(torch.float32) + 1) / 16)
-    codes = _unpack(rows[:, 1 + factor_bytes :], n).view(torch.int8).sub_(2 ** (n - 1))  # wraps into place at n = 8
+    codes = (
+        _unpack(rows[:, 1 + factor_bytes :], n).view(torch.int8).sub_(2 ** (n - 1))
+    )  # wraps into place at n = 8
     codes = F.pad(codes[:, :w], (0, groups * group - w)).unflatten(1, (groups, group))
     return codes.to(torch.float32).mul_(step[..., None]).flatten(1)[:, :w].to(dtype).contiguous()
 
@@ -210,12 +248,22 @@ def _unpack(rows: torch.Tensor, n: int) -> torch.Tensor:
 
 def _spread(plane: torch.Tensor, p: int, shift: int) -> torch.Tensor:
     """Fields of p bits, uint8 [N, S] -> uint8 [N, 8 S / p], each shifted left by `shift`. Eight bytes at a time where S allows it."""
-    plane = plane.clone(memory_format=torch.contiguous_format)  # a slice of rows begins anywhere; an int64 may not
+    plane = plane.clone(
+        memory_format=torch.contiguous_format
+    )  # a slice of rows begins anywhere; an int64 may not
     if p == 8:
         return plane
     word, ones = (torch.int64, 0x0101010101010101) if plane.shape[1] % 8 == 0 else (torch.uint8, 1)
-    fields = plane.view(word)[:, None, :] >> torch.arange(0, 8, p, dtype=word, device=plane.device)[:, None]
-    return fields.bitwise_and_(ones * (2**p - 1)).bitwise_left_shift_(shift).view(torch.uint8).flatten(1)
+    fields = (
+        plane.view(word)[:, None, :]
+        >> torch.arange(0, 8, p, dtype=word, device=plane.device)[:, None]
+    )
+    return (
+        fields.bitwise_and_(ones * (2**p - 1))
+        .bitwise_left_shift_(shift)
+        .view(torch.uint8)
+        .flatten(1)
+    )
 
 
 def _to_e5m3(x: torch.Tensor) -> torch.Tensor:

@@ -17,13 +17,30 @@ class PagedCache:
     """`pages` pages of `page_size` rows in storage format `format`: one byte tensor [layers, pages * page_size, row bytes]. A slot is a row's
     number, page * page_size + place. Rows are read in `dtype`. Which page belongs to whom is engine/pages.py's business."""
 
-    def __init__(self, config: ModelConfig, pages: int, page_size: int = 16, format: str = "bf16", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        config: ModelConfig,
+        pages: int,
+        page_size: int = 16,
+        format: str = "bf16",
+        dtype: torch.dtype = torch.float32,
+    ):
         if pages < 1 or page_size < 1:
-            raise ValueError(f"a paged cache needs at least one page of one row, asked for {pages} of {page_size}")
-        self.widths, self.page_size, self.pages, self.format, self.dtype = config.cache_row, page_size, pages, format, dtype
+            raise ValueError(
+                f"a paged cache needs at least one page of one row, asked for {pages} of {page_size}"
+            )
+        self.widths, self.page_size, self.pages, self.format, self.dtype = (
+            config.cache_row,
+            page_size,
+            pages,
+            format,
+            dtype,
+        )
         row = cache_codec.row_bytes(format, self.widths)
         # numpy's zeros, not torch's: the system gives the memory when it is written, so a cache takes what its tokens take, not what it may come to
-        self.rows = torch.from_numpy(np.zeros((config.num_hidden_layers, pages * page_size, row), np.uint8))
+        self.rows = torch.from_numpy(
+            np.zeros((config.num_hidden_layers, pages * page_size, row), np.uint8)
+        )
 
     @property
     def nbytes(self) -> int:
@@ -36,7 +53,10 @@ class PagedCache:
     def read(self, layer: int, slots: torch.Tensor) -> list[torch.Tensor]:
         """The parts of slots [b, S], [b, S, width] each."""
         stored = self.rows[layer].index_select(0, slots.flatten())
-        return [part.unflatten(0, slots.shape) for part in cache_codec.decode(self.format, stored, self.widths, self.dtype)]
+        return [
+            part.unflatten(0, slots.shape)
+            for part in cache_codec.decode(self.format, stored, self.widths, self.dtype)
+        ]
 
 
 class Group(NamedTuple):
@@ -61,7 +81,9 @@ class Step:
 
     def __post_init__(self):
         n = len(self.position)
-        assert len(self.slot) == n and [g.tokens.start for g in self.groups] + [n] == [0] + [g.tokens.stop for g in self.groups]
+        assert len(self.slot) == n and [g.tokens.start for g in self.groups] + [n] == [0] + [
+            g.tokens.stop for g in self.groups
+        ]
 
     def positions(self, tokens: int) -> torch.Tensor:
         return self.position[None]

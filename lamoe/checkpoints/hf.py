@@ -18,17 +18,28 @@ from typing import NamedTuple
 
 import torch
 
-from lamoe.model.config import ModelConfig
 from lamoe.checkpoints import shards
 from lamoe.checkpoints.shards import Found, few
+from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that old checkpoints carry and every config implies.
 _HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 # What travels with the weights from `extras_from`, unread.
-EXTRAS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+EXTRAS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------------
@@ -42,16 +53,26 @@ class Entry(NamedTuple):
 
 def table(config: ModelConfig) -> list[Entry]:
     """Every tensor of the config's checkpoint and its place in the model. The places tile every parameter exactly once."""
-    entries = [Entry("model.embed_tokens.weight", "embed.weight"), Entry("model.norm.weight", "norm.weight")]
+    entries = [
+        Entry("model.embed_tokens.weight", "embed.weight"),
+        Entry("model.norm.weight", "norm.weight"),
+    ]
     if not config.tie_word_embeddings:
         entries.append(Entry("lm_head.weight", "head.weight"))
     for i in range(config.num_hidden_layers):
         disk, own = f"model.layers.{i}.", f"layers.{i}."
-        entries += [Entry(f"{disk}{a}.weight", f"{own}{b}.weight") for a, b in _attention(config) + _NORMS]
+        entries += [
+            Entry(f"{disk}{a}.weight", f"{own}{b}.weight") for a, b in _attention(config) + _NORMS
+        ]
         if config.is_moe_layer(i):
             entries += _moe(config, f"{disk}mlp.", f"{own}ffn.")
         else:
-            entries += _swiglu(f"{disk}mlp.", f"{own}ffn.w13.weight", f"{own}ffn.w2.weight", config.intermediate_size)
+            entries += _swiglu(
+                f"{disk}mlp.",
+                f"{own}ffn.w13.weight",
+                f"{own}ffn.w2.weight",
+                config.intermediate_size,
+            )
     return entries
 
 
@@ -63,9 +84,15 @@ def _attention(config: ModelConfig) -> list[tuple[str, str]]:
         return [(f"self_attn.{x}_proj", f"attn.w{x}") for x in "qkvo"]
     query = [("self_attn.q_proj", "attn.wq")]
     if config.q_lora_rank is not None:
-        query = [("self_attn.q_a_proj", "attn.wq_a"), ("self_attn.q_a_layernorm", "attn.q_norm"), ("self_attn.q_b_proj", "attn.wq_b")]
+        query = [
+            ("self_attn.q_a_proj", "attn.wq_a"),
+            ("self_attn.q_a_layernorm", "attn.q_norm"),
+            ("self_attn.q_b_proj", "attn.wq_b"),
+        ]
     return query + [
-        ("self_attn.kv_a_proj_with_mqa", "attn.wkv_a"), ("self_attn.kv_a_layernorm", "attn.kv_norm"), ("self_attn.kv_b_proj", "attn.wkv_b"),
+        ("self_attn.kv_a_proj_with_mqa", "attn.wkv_a"),
+        ("self_attn.kv_a_layernorm", "attn.kv_norm"),
+        ("self_attn.kv_b_proj", "attn.wkv_b"),
         ("self_attn.o_proj", "attn.wo"),
     ]
 
@@ -74,9 +101,16 @@ def _moe(config: ModelConfig, disk: str, own: str) -> list[Entry]:
     width = config.moe_intermediate_size
     entries = [Entry(f"{disk}gate.weight", f"{own}gate.weight")]
     for e in range(config.n_routed_experts):
-        entries += _swiglu(f"{disk}experts.{e}.", f"{own}experts.w13", f"{own}experts.w2", width, (e,))
+        entries += _swiglu(
+            f"{disk}experts.{e}.", f"{own}experts.w13", f"{own}experts.w2", width, (e,)
+        )
     if config.n_shared_experts:  # one SwiGLU as wide as all shared experts together
-        entries += _swiglu(f"{disk}shared_experts.", f"{own}shared.w13.weight", f"{own}shared.w2.weight", config.n_shared_experts * width)
+        entries += _swiglu(
+            f"{disk}shared_experts.",
+            f"{own}shared.w13.weight",
+            f"{own}shared.w2.weight",
+            config.n_shared_experts * width,
+        )
     return entries
 
 
@@ -105,7 +139,9 @@ def views(config: ModelConfig, parameters: Mapping[str, torch.Tensor]) -> dict[s
 
 
 # ---- in --------------------------------------------------------------------------------------------------------------------
-def load(source: str | Path, dtype: torch.dtype | str | None = None, device: str | torch.device = "cpu") -> Transformer:
+def load(
+    source: str | Path, dtype: torch.dtype | str | None = None, device: str | torch.device = "cpu"
+) -> Transformer:
     """The model of a Hugging Face folder or hub id (`owner/name`), in eval mode.
 
     dtype: of all parameters; None is the config's torch_dtype. Tensors stored in another float type are cast. Peak memory is the
@@ -119,11 +155,20 @@ def load(source: str | Path, dtype: torch.dtype | str | None = None, device: str
     model = _meta_model(config, folder, len(found))
     tied = _check(folder, config, found, views(config, dict(model.named_parameters())))
 
-    parameters = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
+    parameters = {
+        name: torch.empty(p.shape, dtype=dtype, device=device)
+        for name, p in model.named_parameters()
+    }
     places = views(config, parameters)
-    shards.stream({n: f for n, f in found.items() if n in places}, lambda name, tensor: places[name].copy_(tensor))
+    shards.stream(
+        {n: f for n, f in found.items() if n in places},
+        lambda name, tensor: places[name].copy_(tensor),
+    )
     if tied is not None:
-        shards.stream({"lm_head.weight": tied}, lambda _, tensor: _check_tied(folder, tensor, parameters["embed.weight"]))
+        shards.stream(
+            {"lm_head.weight": tied},
+            lambda _, tensor: _check_tied(folder, tensor, parameters["embed.weight"]),
+        )
     model.load_state_dict(parameters, assign=True)
     return model.eval()
 
@@ -135,16 +180,32 @@ def resolve(source: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        hint = "make a folder of it first: lamoe convert FILE.gguf FOLDER" if path.suffix == ".gguf" else "give the model folder that holds config.json and the weights"
+        hint = (
+            "make a folder of it first: lamoe convert FILE.gguf FOLDER"
+            if path.suffix == ".gguf"
+            else "give the model folder that holds config.json and the weights"
+        )
         raise ValueError(f"{path} is a file; {hint}")
-    if not isinstance(source, str) or not re.fullmatch(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", source, re.ASCII):
-        raise ValueError(f"there is no folder {str(source)!r}, and it does not look like a hub id (owner/name); check the path")
+    if not isinstance(source, str) or not re.fullmatch(
+        r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", source, re.ASCII
+    ):
+        raise ValueError(
+            f"there is no folder {str(source)!r}, and it does not look like a hub id (owner/name); check the path"
+        )
     from huggingface_hub import snapshot_download  # here: it fixes the HF_* variables when imported
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.jinja"], ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(
+                source,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+                ignore_patterns=["*/*"],
+            )
+        )
     except (OSError, ValueError) as e:
-        raise ValueError(f"there is no folder {source!r}, and the hub did not give a model of this name: {e}") from e
+        raise ValueError(
+            f"there is no folder {source!r}, and the hub did not give a model of this name: {e}"
+        ) from e
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -153,7 +214,9 @@ def read_config(folder: str | Path) -> ModelConfig:
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
     if path.stat().st_size > shards.MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a config of more than {shards.MAX_JSON_BYTES:,} bytes is refused")
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes; a config of more than {shards.MAX_JSON_BYTES:,} bytes is refused"
+        )
     return ModelConfig.from_file(path)
 
 
@@ -168,11 +231,15 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
 def _meta_model(config: ModelConfig, folder: Path, tensors: int) -> Transformer:
     """The model without storage. A config of a billion layers must not cost more than the files that come with it, so the counts
     are compared with the number of stored tensors first."""
-    experts = (config.n_routed_experts or 0) * (len(config.moe_layers) if config.num_hidden_layers <= tensors else 1)
+    experts = (config.n_routed_experts or 0) * (
+        len(config.moe_layers) if config.num_hidden_layers <= tensors else 1
+    )
     for what, count in (("layers", config.num_hidden_layers), ("routed experts in all", experts)):
         if count > tensors:
-            raise ValueError(f"{folder}/config.json says {count:,} {what}, but the weights are only {tensors:,} tensors; "
-                             "they do not belong together")
+            raise ValueError(
+                f"{folder}/config.json says {count:,} {what}, but the weights are only {tensors:,} tensors; "
+                "they do not belong together"
+            )
     try:
         with torch.device("meta"):
             return Transformer(config)
@@ -180,38 +247,65 @@ def _meta_model(config: ModelConfig, folder: Path, tensors: int) -> Transformer:
         raise ValueError(f"{folder}/config.json asks for a model that cannot be built: {e}") from e
 
 
-def _check(folder: Path, config: ModelConfig, found: dict[str, Found], want: Mapping[str, torch.Tensor]) -> Found | None:
+def _check(
+    folder: Path, config: ModelConfig, found: dict[str, Found], want: Mapping[str, torch.Tensor]
+) -> Found | None:
     """Stored tensors against the config, from headers alone. Returns the stored lm_head of a tied model when there is one."""
     missing = [n for n in want if n not in found]
     tied = found.get("lm_head.weight") if config.tie_word_embeddings else None
-    extra = [n for n in found if n not in want and n != "lm_head.weight" and not _HARMLESS.fullmatch(n)]  # an untied lm_head is in want
+    extra = [
+        n for n in found if n not in want and n != "lm_head.weight" and not _HARMLESS.fullmatch(n)
+    ]  # an untied lm_head is in want
     if missing:
-        hint = "; a model that shares the embedding needs tie_word_embeddings: true" if missing == ["lm_head.weight"] else ""
+        hint = (
+            "; a model that shares the embedding needs tie_word_embeddings: true"
+            if missing == ["lm_head.weight"]
+            else ""
+        )
         more = f", and {len(extra)} are there that it does not know: {few(extra)}" if extra else ""
-        raise ValueError(f"{folder}: {len(missing)} of {len(want)} tensors of the config are missing: {few(missing)}{more}{hint}")
+        raise ValueError(
+            f"{folder}: {len(missing)} of {len(want)} tensors of the config are missing: {few(missing)}{more}{hint}"
+        )
     if extra:
-        raise ValueError(f"{folder}: {len(extra)} tensors do not belong to the config: {few(extra)}; "
-                         "config.json and the weights must be of one model")
+        raise ValueError(
+            f"{folder}: {len(extra)} tensors do not belong to the config: {few(extra)}; "
+            "config.json and the weights must be of one model"
+        )
     checked = dict(want)
     if tied:
         checked["lm_head.weight"] = want["model.embed_tokens.weight"]
-    shapes = [f"{n!r} is {list(found[n].shape)}, not {list(t.shape)}" for n, t in checked.items() if found[n].shape != tuple(t.shape)]
+    shapes = [
+        f"{n!r} is {list(found[n].shape)}, not {list(t.shape)}"
+        for n, t in checked.items()
+        if found[n].shape != tuple(t.shape)
+    ]
     if shapes:
-        raise ValueError(f"{folder}: {len(shapes)} tensors do not have the shape of the config: {_first(shapes)}")
+        raise ValueError(
+            f"{folder}: {len(shapes)} tensors do not have the shape of the config: {_first(shapes)}"
+        )
     types = [f"{n!r} is {found[n].dtype}" for n in checked if found[n].dtype not in _FLOATS]
     if types:
-        raise ValueError(f"{folder}: {len(types)} tensors are not plain floats ({', '.join(_FLOATS)}): {_first(types)}; "
-                         "use an unquantised checkpoint")
+        raise ValueError(
+            f"{folder}: {len(types)} tensors are not plain floats ({', '.join(_FLOATS)}): {_first(types)}; "
+            "use an unquantised checkpoint"
+        )
     return tied
 
 
 def check_tensors(folder: Path, config: ModelConfig, found: dict[str, Found]) -> None:
     """ValueError when the stored tensors, told by their headers, are not those of the config."""
-    _check(folder, config, found, views(config, dict(_meta_model(config, folder, len(found)).named_parameters())))
+    _check(
+        folder,
+        config,
+        found,
+        views(config, dict(_meta_model(config, folder, len(found)).named_parameters())),
+    )
 
 
 def _first(lines: list[str], show: int = 3) -> str:
-    return "; ".join(lines[:show]) + (f"; and {len(lines) - show} more" if len(lines) > show else "")
+    return "; ".join(lines[:show]) + (
+        f"; and {len(lines) - show} more" if len(lines) > show else ""
+    )
 
 
 def _check_tied(folder: Path, stored: torch.Tensor, embed: torch.Tensor):
@@ -224,7 +318,11 @@ def _check_tied(folder: Path, stored: torch.Tensor, embed: torch.Tensor):
 
 # ---- out -------------------------------------------------------------------------------------------------------------------
 def save(
-    model: Transformer, folder: str | Path, *, max_shard_bytes: int = 5_000_000_000, extras_from: str | Path | None = None,
+    model: Transformer,
+    folder: str | Path,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    extras_from: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write `model` as a Hugging Face folder that transformers, vLLM and SGLang load: config.json (torch_dtype = the parameters'),
@@ -234,11 +332,19 @@ def save(
     All or nothing: everything is written and synced beside the target and renamed at the end. With overwrite=True an existing
     model folder is replaced as a whole; a folder that holds anything else is refused.
     """
-    if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes is {max_shard_bytes!r}; it must be a whole number of bytes, at least 1")
+    if (
+        isinstance(max_shard_bytes, bool)
+        or not isinstance(max_shard_bytes, int)
+        or max_shard_bytes < 1
+    ):
+        raise ValueError(
+            f"max_shard_bytes is {max_shard_bytes!r}; it must be a whole number of bytes, at least 1"
+        )
     if extras_from is not None and not Path(extras_from).is_dir():
         raise ValueError(f"extras_from is {str(extras_from)!r}, which is not a folder")
-    target = Path(os.path.realpath(Path(folder).expanduser()))  # through a symlink, so that the link stays
+    target = Path(
+        os.path.realpath(Path(folder).expanduser())
+    )  # through a symlink, so that the link stays
     _check_target(target, overwrite)
     tensors = views(model.config, dict(model.named_parameters()))
     config = model.config.replace(torch_dtype=_common_dtype(model))
@@ -263,22 +369,34 @@ def _check_target(target: Path, overwrite: bool):
     if not there:
         return
     if not overwrite:
-        raise ValueError(f"{target} is not empty ({few(there)}); pass overwrite=True to replace a model, or name another folder")
+        raise ValueError(
+            f"{target} is not empty ({few(there)}); pass overwrite=True to replace a model, or name another folder"
+        )
     ours = {"config.json", shards.INDEX, *EXTRAS}
-    strange = [n for n in there if n not in ours and not re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", n)]
+    strange = [
+        n
+        for n in there
+        if n not in ours and not re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", n)
+    ]
     if strange:
-        raise ValueError(f"{target} holds more than a model lamoe saved ({few(strange)}), and overwriting would delete it; "
-                         "move that away or name another folder")
+        raise ValueError(
+            f"{target} holds more than a model lamoe saved ({few(strange)}), and overwriting would delete it; "
+            "move that away or name another folder"
+        )
 
 
 def _common_dtype(model: Transformer) -> str:
     names = {dtype: name for name, dtype in DTYPES.items()}
     dtypes = {p.dtype for p in model.parameters()}
     if len(dtypes) != 1 or not dtypes <= set(names):
-        raise ValueError(f"the parameters have the types {', '.join(sorted(map(str, dtypes)))}; a saved model has one of "
-                         f"{', '.join(DTYPES)}: use model.to(dtype)")
+        raise ValueError(
+            f"the parameters have the types {', '.join(sorted(map(str, dtypes)))}; a saved model has one of "
+            f"{', '.join(DTYPES)}: use model.to(dtype)"
+        )
     if any(p.is_meta for p in model.parameters()):
-        raise ValueError("the model is on the meta device and has no weights to save; load or initialise it first")
+        raise ValueError(
+            "the model is on the meta device and has no weights to save; load or initialise it first"
+        )
     return names[dtypes.pop()]
 
 

@@ -29,8 +29,25 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_JSON_BYTES = 16 * 2**20
 MAX_DIMS = 8
 ITEM_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
-    "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1, "C64": 8,
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
+    "F8_E8M0": 1,
+    "C64": 8,
 }
 
 
@@ -52,7 +69,9 @@ def scan(folder: Path) -> dict[str, Found]:
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() and index.is_file():
-        raise ValueError(f"{folder} has both {SINGLE} and {INDEX}, so it is not clear which weights are meant; delete the stale one")
+        raise ValueError(
+            f"{folder} has both {SINGLE} and {INDEX}, so it is not clear which weights are meant; delete the stale one"
+        )
     if single.is_file():
         return read_header(single)
     if index.is_file():
@@ -67,29 +86,45 @@ def _scan_index(index: Path) -> dict[str, Found]:
         path = index.parent / shard
         if not path.is_file():
             count = list(placed.values()).count(shard)
-            raise ValueError(f"{index} places {count} tensors in {shard}, which is not there; download it again")
+            raise ValueError(
+                f"{index} places {count} tensors in {shard}, which is not there; download it again"
+            )
         header = read_header(path)
         absent = [name for name, where in placed.items() if where == shard and name not in header]
         if absent:
-            raise ValueError(f"{index} places {few(absent)} in {shard}, but that shard does not hold {'it' if len(absent) == 1 else 'them'}")
+            raise ValueError(
+                f"{index} places {few(absent)} in {shard}, but that shard does not hold {'it' if len(absent) == 1 else 'them'}"
+            )
         twice = [name for name in header if name in found]
         if twice:
-            raise ValueError(f"{path} holds {few(twice)}, which another shard of {INDEX} holds too; a tensor must be in one shard only")
-        found.update(header)  # a tensor the index does not list stays in: the caller reports it as extra
+            raise ValueError(
+                f"{path} holds {few(twice)}, which another shard of {INDEX} holds too; a tensor must be in one shard only"
+            )
+        found.update(
+            header
+        )  # a tensor the index does not list stays in: the caller reports it as extra
     return found
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     size = index.stat().st_size
     if size > MAX_JSON_BYTES:
-        raise ValueError(f"{index} has {size:,} bytes; an index of more than {MAX_JSON_BYTES:,} bytes is refused")
+        raise ValueError(
+            f"{index} has {size:,} bytes; an index of more than {MAX_JSON_BYTES:,} bytes is refused"
+        )
     placed = _parse(index.read_bytes(), str(index)).get("weight_map")
     if not isinstance(placed, dict) or not placed:
-        raise ValueError(f"{index} has no weight_map object that says which shard holds which tensor")
+        raise ValueError(
+            f"{index} has no weight_map object that says which shard holds which tensor"
+        )
     for name, shard in placed.items():
         # The name is checked, not what it resolves to: in the hub's cache every file is a symlink out of the folder.
-        if not isinstance(shard, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors", shard):
-            raise ValueError(f"{index} places {name!r} in {shard!r}; only plain .safetensors file names of the same folder are allowed")
+        if not isinstance(shard, str) or not re.fullmatch(
+            r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors", shard
+        ):
+            raise ValueError(
+                f"{index} places {name!r} in {shard!r}; only plain .safetensors file names of the same folder are allowed"
+            )
     return placed
 
 
@@ -99,13 +134,19 @@ def read_header(path: Path) -> dict[str, Found]:
         size = os.fstat(f.fileno()).st_size
         head = f.read(8)
         if len(head) < 8:
-            raise ValueError(f"{path} has {size} bytes, too few for a safetensors file; it is truncated, download or save it again")
+            raise ValueError(
+                f"{path} has {size} bytes, too few for a safetensors file; it is truncated, download or save it again"
+            )
         length = int.from_bytes(head, "little")
         if length > MAX_JSON_BYTES:
-            raise ValueError(f"{path} claims a header of {length:,} bytes, more than the {MAX_JSON_BYTES:,} allowed; is it safetensors?")
+            raise ValueError(
+                f"{path} claims a header of {length:,} bytes, more than the {MAX_JSON_BYTES:,} allowed; is it safetensors?"
+            )
         if length > size - 8:
-            raise ValueError(f"{path} claims a header of {length:,} bytes but has only {size:,} bytes in all; "
-                             "it is truncated or not safetensors")
+            raise ValueError(
+                f"{path} claims a header of {length:,} bytes but has only {size:,} bytes in all; "
+                "it is truncated or not safetensors"
+            )
         raw = f.read(length)
     header = _parse(raw, f"the header of {path}")
     meta = header.pop("__metadata__", {})
@@ -113,7 +154,10 @@ def read_header(path: Path) -> dict[str, Found]:
         raise ValueError(f"{path}: __metadata__ must map strings to strings")
     spans = {name: _check_entry(path, name, entry) for name, entry in header.items()}
     _check_tiling(path, spans, size - 8 - length, size)
-    return {name: Found(path, header[name]["dtype"], tuple(header[name]["shape"]), begin) for name, (begin, _) in spans.items()}
+    return {
+        name: Found(path, header[name]["dtype"], tuple(header[name]["shape"]), begin)
+        for name, (begin, _) in spans.items()
+    }
 
 
 def _parse(raw: bytes, where: str) -> dict:
@@ -139,40 +183,58 @@ def _parse(raw: bytes, where: str) -> dict:
 def _check_entry(path: Path, name: str, entry) -> tuple[int, int]:
     """The byte span of one header entry, when dtype, shape and span agree with one another."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{path}: the entry of {name!r} must have exactly dtype, shape and data_offsets, found {str(entry)[:100]}")
+        raise ValueError(
+            f"{path}: the entry of {name!r} must have exactly dtype, shape and data_offsets, found {str(entry)[:100]}"
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise ValueError(f"{path}: {name!r} has unknown dtype {str(dtype)[:40]!r}; known: {', '.join(ITEM_BYTES)}")
+        raise ValueError(
+            f"{path}: {name!r} has unknown dtype {str(dtype)[:40]!r}; known: {', '.join(ITEM_BYTES)}"
+        )
     if not _counts(shape) or len(shape) > MAX_DIMS:
-        raise ValueError(f"{path}: {name!r} has shape {str(shape)[:100]}; it must be at most {MAX_DIMS} whole numbers >= 0")
+        raise ValueError(
+            f"{path}: {name!r} has shape {str(shape)[:100]}; it must be at most {MAX_DIMS} whole numbers >= 0"
+        )
     if not _counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"{path}: {name!r} has data_offsets {str(offsets)[:100]}; they must be two whole numbers >= 0")
+        raise ValueError(
+            f"{path}: {name!r} has data_offsets {str(offsets)[:100]}; they must be two whole numbers >= 0"
+        )
     begin, end = offsets
     need = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != need:
-        raise ValueError(f"{path}: {name!r} of shape {shape} in {dtype} needs {need:,} bytes, "
-                         f"but its data_offsets {offsets} span {end - begin:,}")
+        raise ValueError(
+            f"{path}: {name!r} of shape {shape} in {dtype} needs {need:,} bytes, "
+            f"but its data_offsets {offsets} span {end - begin:,}"
+        )
     return begin, end
 
 
 def _counts(values) -> bool:
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)  # type(): True is an int too
+    return isinstance(values, list) and all(
+        type(v) is int and 0 <= v < 2**63 for v in values
+    )  # type(): True is an int too
 
 
 def _check_tiling(path: Path, spans: dict[str, tuple[int, int]], data: int, size: int):
     """The spans must cover the `data` bytes after the header exactly: no overlap, no hole, nothing beyond, nothing left over."""
     promised = max((end for _, end in spans.values()), default=0)
     if promised > data:
-        raise ValueError(f"{path} has {size:,} bytes, but its header promises {size - data + promised:,}; "
-                         "it is truncated, download or save it again")
+        raise ValueError(
+            f"{path} has {size:,} bytes, but its header promises {size - data + promised:,}; "
+            "it is truncated, download or save it again"
+        )
     at = 0
     for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
         if begin != at:
             what = "overlaps the tensor before it" if begin < at else "leaves a hole before it"
-            raise ValueError(f"{path}: {name!r} starts at byte {begin:,} of the data, expected {at:,}; it {what}")
+            raise ValueError(
+                f"{path}: {name!r} starts at byte {begin:,} of the data, expected {at:,}; it {what}"
+            )
         at = end
     if at != data:
-        raise ValueError(f"{path} has {data - at:,} bytes after its last tensor ({size:,} bytes, the header promises {size - data + at:,})")
+        raise ValueError(
+            f"{path} has {data - at:,} bytes after its last tensor ({size:,} bytes, the header promises {size - data + at:,})"
+        )
 
 
 def _no_weights(folder: Path) -> str:
@@ -205,28 +267,42 @@ def stream(found: Mapping[str, Found], use: Callable[[str, torch.Tensor], None])
 def few(names: Iterable[str], show: int = 3) -> str:
     """'a', 'b', 'c' and 12 more"""
     names = list(names)
-    return ", ".join(map(repr, names[:show])) + (f" and {len(names) - show} more" if len(names) > show else "")
+    return ", ".join(map(repr, names[:show])) + (
+        f" and {len(names) - show} more" if len(names) > show else ""
+    )
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------------
 def write(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: int):
     """Write named tensors to an existing empty folder: one model.safetensors, or shards of at most `max_shard_bytes` of data
     (a larger single tensor has a shard of its own) and their index. Views are written without a copy; every file is synced."""
-    from huggingface_hub import split_state_dict_into_shards_factory  # here: it fixes the HF_* variables when imported
+    from huggingface_hub import (
+        split_state_dict_into_shards_factory,  # here: it fixes the HF_* variables when imported
+    )
 
     plan = split_state_dict_into_shards_factory(
-        dict(tensors), get_storage_size=lambda t: t.numel() * t.element_size(), filename_pattern="model{suffix}.safetensors",
+        dict(tensors),
+        get_storage_size=lambda t: t.numel() * t.element_size(),
+        filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
     for filename, names in plan.filename_to_tensors.items():
         try:  # {"format": "pt"} is what transformers looks for
-            save_file({n: tensors[n].detach().contiguous() for n in names}, folder / filename, metadata={"format": "pt"})
+            save_file(
+                {n: tensors[n].detach().contiguous() for n in names},
+                folder / filename,
+                metadata={"format": "pt"},
+            )
         except SafetensorError as e:  # the library's word for a full disk
             raise OSError(f"{folder / filename} could not be written: {e}") from None
-        (folder / filename).chmod(0o666 & ~_umask(folder))  # safetensors makes its files private; a model is shared like any other file
+        (folder / filename).chmod(
+            0o666 & ~_umask(folder)
+        )  # safetensors makes its files private; a model is shared like any other file
         sync(folder / filename)
     if plan.is_sharded:
-        write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+        write_json(
+            folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        )
 
 
 def _umask(folder: Path) -> int:

@@ -16,12 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from lamoe.model.accounting import human_bytes
-from lamoe.model.config import did_you_mean
 from lamoe.engine.llm import LLM
 from lamoe.engine.prefix_file import is_cache
 from lamoe.engine.request import Output
 from lamoe.engine.sampler import SamplingParams
+from lamoe.model.accounting import human_bytes
+from lamoe.model.config import did_you_mean
 
 HELP = """/help           this list
 /clear          forget the conversation; the system text stays
@@ -34,14 +34,26 @@ written with //. Ctrl-C stops the reply."""
 COMMANDS = ("/help", "/clear", "/system", "/save", "/load", "/quit")
 KIND, MAX_FILE_BYTES = "lamoe conversation", 64 << 20
 # On a terminal control characters are commands (move the cursor, change the title, ...), which a model must not be able to give
-_VISIBLE = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {0x7F: 0x2421} | {c: 0xFFFD for c in range(0x80, 0xA0)}
+_VISIBLE = (
+    {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}
+    | {0x7F: 0x2421}
+    | {c: 0xFFFD for c in range(0x80, 0xA0)}
+)
 
 
 class Chat:
     """The conversation: `messages` ({"role", "content"}, a system text first when there is one) and what can be done with it. A turn or command that
     fails says so on `err`, counts in `failures` and leaves the conversation as it was."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None = None, out: TextIO | None = None, err: TextIO | None = None, dim: bool = False):
+    def __init__(
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        system: str | None = None,
+        out: TextIO | None = None,
+        err: TextIO | None = None,
+        dim: bool = False,
+    ):
         if llm.tokenizer is None:
             raise ValueError("a chat needs a tokenizer; use a model folder with tokenizer.json")
         if params.n != 1:
@@ -63,7 +75,11 @@ class Chat:
             return self._fail(f"the reply failed: {output.error}; the message is taken back")
         reply = output.text.strip()  # a template sets its own blanks around a reply
         if output.finish_reason == "abort":
-            self.note("[stopped]" if reply else "[stopped before the reply began; the message is taken back]")
+            self.note(
+                "[stopped]"
+                if reply
+                else "[stopped before the reply began; the message is taken back]"
+            )
             if not reply:
                 return output
         elif not reply:
@@ -77,8 +93,10 @@ class Chat:
         """Not through llm.stream: a long prompt takes many steps without a delta, and `stopped` is asked between all of them."""
         ids = self.llm.tokenizer.apply_chat(turn)
         if len(ids) >= self.llm.max_model_len:
-            raise ValueError(f"with this message the conversation has {len(ids)} tokens, and the context is {self.llm.max_model_len}, reply included; "
-                             "the message is not kept: shorten it, or /save FILE and /clear to start anew")
+            raise ValueError(
+                f"with this message the conversation has {len(ids)} tokens, and the context is {self.llm.max_model_len}, reply included; "
+                "the message is not kept: shorten it, or /save FILE and /clear to start anew"
+            )
         [id] = self.llm.add(ids, self.params)
         output, began = None, False
         try:
@@ -102,7 +120,9 @@ class Chat:
     def _explain_length(self, output: Output) -> None:
         used, context = output.prompt_tokens + len(output.token_ids), self.llm.max_model_len
         if used >= context:
-            self.note(f"[the context is full: {used} of {context} tokens; /save FILE keeps the conversation, /clear starts anew]")
+            self.note(
+                f"[the context is full: {used} of {context} tokens; /save FILE keeps the conversation, /clear starts anew]"
+            )
         else:
             self.note(f"[cut at --max-tokens {self.params.max_tokens}]")
 
@@ -112,7 +132,9 @@ class Chat:
         name, _, rest = line.strip().partition(" ")
         rest = rest.strip()
         if name not in COMMANDS:
-            self._fail(f"unknown command {name!r}{did_you_mean(name, COMMANDS) or ';'} /help lists them; a message that itself begins with / is written with //")
+            self._fail(
+                f"unknown command {name!r}{did_you_mean(name, COMMANDS) or ';'} /help lists them; a message that itself begins with / is written with //"
+            )
         elif name in ("/save", "/load") and not rest:
             self._fail(f"{name} needs a file, for example {name} talk.json")
         elif name in ("/help", "/clear", "/quit") and rest:
@@ -137,7 +159,11 @@ class Chat:
 
     def system(self, text: str) -> None:
         """Show the system text when `text` is empty, else set it for the whole conversation; '""' removes it."""
-        now = self.messages[0]["content"] if self.messages and self.messages[0]["role"] == "system" else None
+        now = (
+            self.messages[0]["content"]
+            if self.messages and self.messages[0]["role"] == "system"
+            else None
+        )
         if not text:
             self.note(now or "[no system text]")
             return
@@ -153,10 +179,18 @@ class Chat:
             _read(path)  # only a conversation is overwritten
         rows = _cache_file(path)
         if rows.exists() and not is_cache(rows):
-            raise ValueError(f"{rows} exists and is not a saved cache, so it is not overwritten; save to another name")
-        tokens = self.llm.tokenizer.apply_chat(self.messages, add_generation_prompt=False) if self.messages else []
+            raise ValueError(
+                f"{rows} exists and is not a saved cache, so it is not overwritten; save to another name"
+            )
+        tokens = (
+            self.llm.tokenizer.apply_chat(self.messages, add_generation_prompt=False)
+            if self.messages
+            else []
+        )
         try:
-            cached = f"{self.llm.save_cache(rows, tokens)} of {len(tokens)} tokens cached in {rows.name}"
+            cached = (
+                f"{self.llm.save_cache(rows, tokens)} of {len(tokens)} tokens cached in {rows.name}"
+            )
         except ValueError:
             rows.unlink(missing_ok=True)  # of what was saved under this name before
             cached = "nothing of it is in the cache"
@@ -185,17 +219,28 @@ class Chat:
         self.note(text)
 
 
-def run(llm: LLM, params: SamplingParams, system: str | None = None, name: str = "", stdin: TextIO | None = None, stdout: TextIO | None = None,
-        stderr: TextIO | None = None) -> int:
+def run(
+    llm: LLM,
+    params: SamplingParams,
+    system: str | None = None,
+    name: str = "",
+    stdin: TextIO | None = None,
+    stdout: TextIO | None = None,
+    stderr: TextIO | None = None,
+) -> int:
     """Chat until the input ends or /quit. The exit code: 1 when there is no terminal and a line of the input failed, else 0."""
     stdin = stdin or sys.stdin
     terminal = stdin.isatty() and (stdout or sys.stdout).isatty()
     colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     chat = Chat(llm, params, system, stdout, stderr, dim=colour and (stderr or sys.stderr).isatty())
     if terminal:
-        chat.note(f"{name or 'model'} · context {llm.max_model_len} tokens · cache {llm.cache.format}, {human_bytes(llm.cache.nbytes)} · /help\n{llm.plan().describe()}")
+        chat.note(
+            f"{name or 'model'} · context {llm.max_model_len} tokens · cache {llm.cache.format}, {human_bytes(llm.cache.nbytes)} · /help\n{llm.plan().describe()}"
+        )
     if llm.tokenizer.chat_template is None:
-        chat.note("[this model comes without a chat template, so it may not be trained to chat; DeepSeek-V2's format is used]")
+        chat.note(
+            "[this model comes without a chat template, so it may not be trained to chat; DeepSeek-V2's format is used]"
+        )
     read = _reader(stdin, chat.out, terminal, colour)
     leaving = False  # the last thing was a Ctrl-C at the prompt
     while True:
@@ -227,7 +272,10 @@ class _Interrupt:
     """Inside, the first Ctrl-C only sets `asked`: raised anywhere, it could leave the engine between two states. The second one raises."""
 
     def __init__(self, active: bool):
-        self.active, self.asked = active and threading.current_thread() is threading.main_thread(), False
+        self.active, self.asked = (
+            active and threading.current_thread() is threading.main_thread(),
+            False,
+        )
 
     def __enter__(self) -> _Interrupt:
         if self.active:
@@ -245,13 +293,19 @@ class _Interrupt:
 
 
 # ---- input -----------------------------------------------------------------------------------------------------------
-def _reader(stdin: TextIO, out: TextIO, terminal: bool, colour: bool) -> Callable[[str], str | None]:
+def _reader(
+    stdin: TextIO, out: TextIO, terminal: bool, colour: bool
+) -> Callable[[str], str | None]:
     """A function that reads one line, with the prompt before it on a terminal; None at the end of the input."""
     if not terminal:
         return lambda prompt: stdin.readline() or None
     try:
         import readline  # noqa: F401  (line editing and the history of this session; not on every system)
-        start, end = "\x01\x1b[1m\x02", "\x01\x1b[0m\x02"  # readline counts what is not between \x01 and \x02
+
+        start, end = (
+            "\x01\x1b[1m\x02",
+            "\x01\x1b[0m\x02",
+        )  # readline counts what is not between \x01 and \x02
     except ImportError:
         start, end = "\x1b[1m", "\x1b[0m"
 
@@ -295,20 +349,32 @@ def _cache_file(path: Path) -> Path:
 def _read(path: Path) -> list[dict[str, str]]:
     """The messages of a saved conversation. ValueError when the file is anything else."""
     if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a conversation of more than {MAX_FILE_BYTES:,} is refused")
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes; a conversation of more than {MAX_FILE_BYTES:,} is refused"
+        )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raw = None
     if not isinstance(raw, dict) or raw.get("kind") != KIND:
-        raise ValueError(f"{path} is not a saved conversation; give a file that /save wrote, or to /save another name")
+        raise ValueError(
+            f"{path} is not a saved conversation; give a file that /save wrote, or to /save another name"
+        )
     if raw.get("version") != 1:
-        raise ValueError(f"{path} is a conversation of version {str(raw.get('version'))[:20]}; this lamoe reads version 1")
+        raise ValueError(
+            f"{path} is a conversation of version {str(raw.get('version'))[:20]}; this lamoe reads version 1"
+        )
     messages = raw.get("messages")
     for n, m in enumerate(messages if isinstance(messages, list) else [None]):
-        if not isinstance(m, dict) or set(m) != {"role", "content"} or not all(isinstance(v, str) for v in m.values()) \
-                or m["role"] not in ("user", "assistant", *(["system"] if n == 0 else [])):
-            raise ValueError(f"{path}: message {n} must be a role (system only first, user, assistant) and a content, found {str(m)[:60]!r}")
+        if (
+            not isinstance(m, dict)
+            or set(m) != {"role", "content"}
+            or not all(isinstance(v, str) for v in m.values())
+            or m["role"] not in ("user", "assistant", *(["system"] if n == 0 else []))
+        ):
+            raise ValueError(
+                f"{path}: message {n} must be a role (system only first, user, assistant) and a content, found {str(m)[:60]!r}"
+            )
     return messages
 
 

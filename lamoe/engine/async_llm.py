@@ -62,7 +62,9 @@ class AsyncLLM:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
         for _, params in requests:
             if params.grammar is not None and self._llm.tokenizer is not None:
-                await asyncio.to_thread(params.grammar.prepare, self._llm.tokenizer)  # neither this loop nor the engine waits while it compiles
+                await asyncio.to_thread(
+                    params.grammar.prepare, self._llm.tokenizer
+                )  # neither this loop nor the engine waits while it compiles
 
         def add(llm: LLM) -> list[int]:
             ids = llm.add_all(requests)
@@ -72,11 +74,21 @@ class AsyncLLM:
         adding = asyncio.ensure_future(self.call(add))
         try:
             return Run(self, await asyncio.shield(adding), queue)
-        except asyncio.CancelledError:  # the request may have been added already: take it out again when it is
-            adding.add_done_callback(lambda done: None if done.cancelled() or done.exception() else self._post(lambda llm: self._drop(done.result())))
+        except (
+            asyncio.CancelledError
+        ):  # the request may have been added already: take it out again when it is
+            adding.add_done_callback(
+                lambda done: (
+                    None
+                    if done.cancelled() or done.exception()
+                    else self._post(lambda llm: self._drop(done.result()))
+                )
+            )
             raise
 
-    async def stream(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> AsyncIterator[Delta]:
+    async def stream(
+        self, prompt: str | list[int], params: SamplingParams = SamplingParams()
+    ) -> AsyncIterator[Delta]:
         """Deltas of the n sequences of one request as they come. ValueError when it is not valid, EngineDead when the engine ended."""
         run = await self.open([(prompt, params)])
         try:
@@ -85,7 +97,9 @@ class AsyncLLM:
         finally:
             run.close()
 
-    async def generate(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> list[Output]:
+    async def generate(
+        self, prompt: str | list[int], params: SamplingParams = SamplingParams()
+    ) -> list[Output]:
         """The finished outputs of one request, one per sample."""
         done = {d.id: d.output async for d in self.stream(prompt, params) if d.output is not None}
         return [done[i] for i in sorted(done)]
@@ -132,7 +146,9 @@ class AsyncLLM:
     def _forked(self) -> bool:
         return os.getpid() != self._process
 
-    def _post(self, action: Callable[[LLM], None], refuse: Callable[[Exception], None] | None = None) -> None:
+    def _post(
+        self, action: Callable[[LLM], None], refuse: Callable[[Exception], None] | None = None
+    ) -> None:
         if self._forked:  # the thread is not there, and may have held the lock
             if refuse is not None:
                 refuse(self._ended())
@@ -152,9 +168,13 @@ class AsyncLLM:
 
     def _ended(self) -> EngineDead:
         if self._forked:
-            return EngineDead(f"process {os.getpid()} asked an AsyncLLM made in process {self._process}, whose thread is not here: a child of fork() has the thread that forked and "
-                              "no other. Make the AsyncLLM in the process that uses it, after the fork (or start that process by multiprocessing's 'spawn')")
-        error = EngineDead("the engine was closed" if self._dead is None else f"the engine ended: {self._dead}")
+            return EngineDead(
+                f"process {os.getpid()} asked an AsyncLLM made in process {self._process}, whose thread is not here: a child of fork() has the thread that forked and "
+                "no other. Make the AsyncLLM in the process that uses it, after the fork (or start that process by multiprocessing's 'spawn')"
+            )
+        error = EngineDead(
+            "the engine was closed" if self._dead is None else f"the engine ended: {self._dead}"
+        )
         error.__cause__ = self._dead
         return error
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lamoe.model.cache import KVCache
 from lamoe.engine.sampler import SamplingParams, sample
+from lamoe.model.cache import KVCache
 from lamoe.model.transformer import Transformer
 from lamoe.text.tokenizer import Tokenizer
 
@@ -23,8 +23,13 @@ class Piece:
     finish_reason: str | None = None
 
 
-def generate(model: Transformer, prompt: list[int], params: SamplingParams, tokenizer: Tokenizer | None = None,
-             eos_ids: frozenset[int] = frozenset()) -> Iterator[Piece]:
+def generate(
+    model: Transformer,
+    prompt: list[int],
+    params: SamplingParams,
+    tokenizer: Tokenizer | None = None,
+    eos_ids: frozenset[int] = frozenset(),
+) -> Iterator[Piece]:
     """Continue `prompt` (token ids, BOS included where the model wants one). With a tokenizer the pieces carry text and its
     stop_ids end the output, stop strings need one. ValueError, before anything runs, for an empty prompt, an id outside the
     vocabulary, or a prompt that leaves no room in the context."""
@@ -32,13 +37,25 @@ def generate(model: Transformer, prompt: list[int], params: SamplingParams, toke
     if not prompt:
         raise ValueError("the prompt has no tokens; give at least one, for example BOS")
     if room < 1:
-        raise ValueError(f"the prompt has {len(prompt)} tokens and leaves no room in the model's context of {model.config.max_position_embeddings}; shorten it")
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens and leaves no room in the model's context of {model.config.max_position_embeddings}; shorten it"
+        )
     if params.stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer")
     matcher = None if params.grammar is None else params.grammar.start(tokenizer)
     if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
-        raise ValueError(f"the prompt has token ids from {min(prompt)} to {max(prompt)}; the vocabulary has {model.config.vocab_size}")
-    return _steps(model, prompt, params, tokenizer, eos_ids or (tokenizer.stop_ids if tokenizer else frozenset()), min(params.max_tokens, room), matcher)
+        raise ValueError(
+            f"the prompt has token ids from {min(prompt)} to {max(prompt)}; the vocabulary has {model.config.vocab_size}"
+        )
+    return _steps(
+        model,
+        prompt,
+        params,
+        tokenizer,
+        eos_ids or (tokenizer.stop_ids if tokenizer else frozenset()),
+        min(params.max_tokens, room),
+        matcher,
+    )
 
 
 @torch.inference_mode()
@@ -50,7 +67,9 @@ def _steps(model, prompt, params, tokenizer, eos_ids, limit, matcher) -> Iterato
     for step in range(limit):
         h = model.hidden(torch.tensor([new], device=weight.device), cache)
         logits = params.adjust(model.logits(h[0, -1]), tokens, len(prompt), eos_ids)
-        token = sample(matcher.mask(logits, params.ignore_eos) if matcher else logits, params, generator)
+        token = sample(
+            matcher.mask(logits, params.ignore_eos) if matcher else logits, params, generator
+        )
         if matcher:
             matcher.accept(token)
         tokens.append(token)
@@ -72,8 +91,15 @@ def _steps(model, prompt, params, tokenizer, eos_ids, limit, matcher) -> Iterato
 class TextStream:
     """Pieces of text as tokens come, with what could be the beginning of a stop string held back until it is not. `all` is what was shown."""
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: tuple[str, ...], skip_special: bool = True):
-        self.stream, self.stop, self.held, self.all = tokenizer.stream(skip_special=skip_special) if tokenizer else None, stop, "", ""
+    def __init__(
+        self, tokenizer: Tokenizer | None, stop: tuple[str, ...], skip_special: bool = True
+    ):
+        self.stream, self.stop, self.held, self.all = (
+            tokenizer.stream(skip_special=skip_special) if tokenizer else None,
+            stop,
+            "",
+            "",
+        )
 
     def add(self, token: int) -> tuple[str, bool]:
         """(text to show, whether a stop string was completed)."""
@@ -84,7 +110,9 @@ class TextStream:
         if found:
             self.held = ""
             return self._show(text[: min(found)]), True
-        keep = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        keep = max(
+            (n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0
+        )
         self.held = text[len(text) - keep :]
         return self._show(text[: len(text) - keep]), False
 

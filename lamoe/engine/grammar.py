@@ -30,10 +30,25 @@ MAX_BRANCHES = 2000  # repeats and alternatives of a regular expression or Lark 
 MAX_MULTIPLE = 10_000  # multipleOf without its zeros: the states its remainder needs
 MAX_SECONDS = 5.0  # of compiling, for who waits; the limits below end the rest
 _STACK = 256 << 20  # bytes of address space; only what is used becomes memory
-_LIMITS = {"max_items_in_row": 2500, "initial_lexer_fuel": 300_000, "step_lexer_fuel": 50_000, "step_max_items": 10_000, "max_lexer_states": 20_000,
-           "max_grammar_size": 100_000, "precompute_large_lexemes": False, "verbose_errors": False}
+_LIMITS = {
+    "max_items_in_row": 2500,
+    "initial_lexer_fuel": 300_000,
+    "step_lexer_fuel": 50_000,
+    "step_max_items": 10_000,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 100_000,
+    "precompute_large_lexemes": False,
+    "verbose_errors": False,
+}
 # One blank, or a line end with its indentation, where JSON allows white space: enough to write it any usual way, and a model cannot write blanks for ever
-_JSON = {"item_separator": ",", "key_separator": ":", "whitespace_flexible": True, "whitespace_pattern": r"[ ]|\r?\n[ \t]{0,40}", "coerce_one_of": False, "lenient": False}
+_JSON = {
+    "item_separator": ",",
+    "key_separator": ":",
+    "whitespace_flexible": True,
+    "whitespace_pattern": r"[ ]|\r?\n[ \t]{0,40}",
+    "coerce_one_of": False,
+    "lenient": False,
+}
 # Text that a grammar leaves no choice about is sampled like any other: working it out ahead takes seconds and gigabytes for (ab{10000}c){10000}
 _TAIL = '\n%llguidance {"no_forcing": true}\n'
 _starting = threading.Lock()
@@ -47,7 +62,9 @@ class Grammar:
     kind: str
     text: str
     source: str = field(repr=False, compare=False)  # in the library's own terms
-    _ready: list = field(default_factory=list, init=False, repr=False, compare=False)  # at most one (weak reference to a Tokenizer, its compiled LLMatcher)
+    _ready: list = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )  # at most one (weak reference to a Tokenizer, its compiled LLMatcher)
 
     @classmethod
     def json_object(cls) -> Grammar:
@@ -64,7 +81,11 @@ class Grammar:
         except (TypeError, ValueError) as e:
             raise ValueError(f"the JSON schema is not JSON: {e}") from None
         _check_length("JSON schema", text)
-        return cls._checked("JSON schema", text, lambda lib: "start: %json " + json.dumps({**json.loads(text), "x-guidance": _JSON}))
+        return cls._checked(
+            "JSON schema",
+            text,
+            lambda lib: "start: %json " + json.dumps({**json.loads(text), "x-guidance": _JSON}),
+        )
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
@@ -73,8 +94,14 @@ class Grammar:
         _check_length("regular expression", pattern)
         _check_repeats("regular expression", pattern)
         if re.search(r"(?<!\\)(\\\\)*\\\Z", pattern):
-            raise ValueError("the regular expression ends with a backslash that escapes nothing; for a backslash write two")
-        return cls._checked("regular expression", pattern, lambda lib: f"start: /{lib.regex_to_lark(pattern or '()', 'dws')}/")
+            raise ValueError(
+                "the regular expression ends with a backslash that escapes nothing; for a backslash write two"
+            )
+        return cls._checked(
+            "regular expression",
+            pattern,
+            lambda lib: f"start: /{lib.regex_to_lark(pattern or '()', 'dws')}/",
+        )
 
     @classmethod
     def lark(cls, text: str) -> Grammar:
@@ -82,14 +109,19 @@ class Grammar:
         under a schema. ValueError for one that does not parse or is beyond the limits."""
         _check_length("Lark grammar", text)
         _check_repeats("Lark grammar", text)
-        for word, instead in (("%llguidance", "the limits are the server's"), ("temperature", "give it with the other sampling options")):
+        for word, instead in (
+            ("%llguidance", "the limits are the server's"),
+            ("temperature", "give it with the other sampling options"),
+        ):
             if re.search(rf"{word}\s*[={{]", text):
                 raise ValueError(f"a Lark grammar cannot set {word}; {instead}")
         for at in (m.end() for m in re.finditer(r"%json\s*", text)):
             try:
                 _check_schema(json.JSONDecoder().raw_decode(text, at)[0])
             except (json.JSONDecodeError, RecursionError) as e:
-                raise ValueError(f"%json in the Lark grammar is not followed by a JSON schema: {e}") from None
+                raise ValueError(
+                    f"%json in the Lark grammar is not followed by a JSON schema: {e}"
+                ) from None
         return cls._checked("Lark grammar", text, lambda lib: text)
 
     @classmethod
@@ -98,7 +130,9 @@ class Grammar:
 
         def check() -> str:
             source = lib.LLMatcher.grammar_from_lark(convert(lib) + _TAIL)
-            failed, messages = lib.LLMatcher.validate_grammar_with_warnings(source, limits=lib.LLParserLimits(**_LIMITS))
+            failed, messages = lib.LLMatcher.validate_grammar_with_warnings(
+                source, limits=lib.LLParserLimits(**_LIMITS)
+            )
             if failed:
                 raise ValueError(messages[0])
             return source
@@ -110,10 +144,15 @@ class Grammar:
         Thread-safe; call it where waiting harms nobody, before a request goes to the engine."""
         if self._prepared(tokenizer) is not None:
             return
-        lib, vocabulary = _library(), _vocabulary(tokenizer)  # reading a large vocabulary, once, is not the grammar's time
+        lib, vocabulary = (
+            _library(),
+            _vocabulary(tokenizer),
+        )  # reading a large vocabulary, once, is not the grammar's time
 
         def compile_():
-            matcher = lib.LLMatcher(vocabulary, self.source, limits=lib.LLParserLimits(**_LIMITS), log_level=0)
+            matcher = lib.LLMatcher(
+                vocabulary, self.source, limits=lib.LLParserLimits(**_LIMITS), log_level=0
+            )
             probe = matcher.deep_copy()
             if not matcher.is_error():
                 probe.compute_bitmask()
@@ -128,7 +167,9 @@ class Grammar:
     def start(self, tokenizer: Tokenizer | None) -> Matcher:
         """A Matcher at the beginning of an output. Compiles first when `prepare` has not; errors as there, and ValueError without a tokenizer."""
         if tokenizer is None:
-            raise ValueError("a grammar needs a tokenizer: it is about text, and this model has only token ids")
+            raise ValueError(
+                "a grammar needs a tokenizer: it is about text, and this model has only token ids"
+            )
         self.prepare(tokenizer)
         return Matcher(self, tokenizer, self._prepared(tokenizer).deep_copy())
 
@@ -153,7 +194,11 @@ class Matcher:
         bits = np.frombuffer(self._inner.compute_bitmask(), dtype=np.uint8)
         self._check()
         fits = torch.zeros(len(logits), dtype=torch.bool)
-        unpacked = torch.from_numpy(np.unpackbits(bits, bitorder="little", count=min(self._vocabulary, len(logits), 8 * len(bits)))).bool()
+        unpacked = torch.from_numpy(
+            np.unpackbits(
+                bits, bitorder="little", count=min(self._vocabulary, len(logits), 8 * len(bits))
+            )
+        ).bool()
         fits[: len(unpacked)] = unpacked
         ends = [i for i in self._eos if i < len(fits) and fits[i]]
         if ignore_eos:
@@ -182,17 +227,34 @@ def _check_length(kind: str, text: Any) -> None:
     if not isinstance(text, str):
         raise ValueError(f"a {kind} must be a str, found {type(text).__name__}")
     if len(text.encode("utf-8", "surrogatepass")) > MAX_CHARS[kind]:
-        raise ValueError(f"the {kind} has {len(text.encode('utf-8', 'surrogatepass'))} bytes; at most {MAX_CHARS[kind]} are taken")
+        raise ValueError(
+            f"the {kind} has {len(text.encode('utf-8', 'surrogatepass'))} bytes; at most {MAX_CHARS[kind]} are taken"
+        )
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise ValueError(f"the {kind} holds a lone surrogate, which no UTF-8 text can match")
 
 
 def _check_repeats(kind: str, pattern: str) -> None:
-    most = max((int(n) for m in re.finditer(r"\{\s*(\d{0,30})\s*,?\s*(\d{0,30})\s*\}|~\s*(\d{1,30})(?:\s*\.\.\s*(\d{1,30}))?", pattern) for n in m.groups() if n), default=0)
+    most = max(
+        (
+            int(n)
+            for m in re.finditer(
+                r"\{\s*(\d{0,30})\s*,?\s*(\d{0,30})\s*\}|~\s*(\d{1,30})(?:\s*\.\.\s*(\d{1,30}))?",
+                pattern,
+            )
+            for n in m.groups()
+            if n
+        ),
+        default=0,
+    )
     if most > MAX_REPEAT:
-        raise ValueError(f"the {kind} repeats something {most} times; at most {MAX_REPEAT}. Leave the bound out, or make max_tokens the limit")
+        raise ValueError(
+            f"the {kind} repeats something {most} times; at most {MAX_REPEAT}. Leave the bound out, or make max_tokens the limit"
+        )
     if (branches := len(re.findall(r"[?*+|{~]", pattern))) > MAX_BRANCHES:
-        raise ValueError(f"the {kind} has {branches} repeats and alternatives; at most {MAX_BRANCHES}")
+        raise ValueError(
+            f"the {kind} has {branches} repeats and alternatives; at most {MAX_BRANCHES}"
+        )
 
 
 def _check_schema(schema: Any) -> None:
@@ -200,34 +262,53 @@ def _check_schema(schema: Any) -> None:
     if not isinstance(schema, dict):
         raise ValueError(f"a JSON schema must be an object, found {type(schema).__name__}")
     if "x-guidance" in schema:
-        raise ValueError("x-guidance in a JSON schema is not taken: white space and separators are not the schema's to choose")
+        raise ValueError(
+            "x-guidance in a JSON schema is not taken: white space and separators are not the schema's to choose"
+        )
     todo, multiple, seen = [(schema, 1)], 1, 0
     while todo:
         value, depth = todo.pop()
         seen += 1
         if depth > MAX_DEPTH or seen > MAX_CHARS["JSON schema"]:
-            raise ValueError(f"the JSON schema is nested deeper than {MAX_DEPTH} or has more than {MAX_CHARS['JSON schema']} values; make it flatter, "
-                             "give repeated parts a name in $defs")
+            raise ValueError(
+                f"the JSON schema is nested deeper than {MAX_DEPTH} or has more than {MAX_CHARS['JSON schema']} values; make it flatter, "
+                "give repeated parts a name in $defs"
+            )
         if isinstance(value, dict):
             if not all(isinstance(k, str) for k in value):
-                raise ValueError(f"the JSON schema has a key that is not a str: {next(k for k in value if not isinstance(k, str))!r}")
+                raise ValueError(
+                    f"the JSON schema has a key that is not a str: {next(k for k in value if not isinstance(k, str))!r}"
+                )
             by_pattern = value.get("patternProperties")
-            for pattern in (value.get("pattern"), *(by_pattern if isinstance(by_pattern, dict) else ())):
+            for pattern in (
+                value.get("pattern"),
+                *(by_pattern if isinstance(by_pattern, dict) else ()),
+            ):
                 if isinstance(pattern, str):
                     _check_length("regular expression", pattern)
                     _check_repeats("regular expression", pattern)
             if isinstance(p := value.get("properties"), dict) and len(p) > MAX_PROPERTIES:
-                raise ValueError(f"an object of the JSON schema has {len(p)} properties; at most {MAX_PROPERTIES}")
-            multiple = math.lcm(multiple, _remainders(value.get("multipleOf")))  # an allOf may bring any of them together
+                raise ValueError(
+                    f"an object of the JSON schema has {len(p)} properties; at most {MAX_PROPERTIES}"
+                )
+            multiple = math.lcm(
+                multiple, _remainders(value.get("multipleOf"))
+            )  # an allOf may bring any of them together
             todo += ((v, depth + 1) for v in value.values())
         elif isinstance(value, (list, tuple)):
             todo += ((v, depth + 1) for v in value)
     if multiple > MAX_MULTIPLE:
-        raise ValueError(f"the values of multipleOf in the JSON schema have a common multiple of {multiple} (zeros at the end not counted); at most {MAX_MULTIPLE}")
+        raise ValueError(
+            f"the values of multipleOf in the JSON schema have a common multiple of {multiple} (zeros at the end not counted); at most {MAX_MULTIPLE}"
+        )
 
 
 def _remainders(multiple_of: Any) -> int:
-    if type(multiple_of) not in (int, float) or not math.isfinite(multiple_of) or not 1e-30 < abs(multiple_of) < 1e30:
+    if (
+        type(multiple_of) not in (int, float)
+        or not math.isfinite(multiple_of)
+        or not 1e-30 < abs(multiple_of) < 1e30
+    ):
         return 1  # nothing the library would take
     digits = "".join(map(str, Decimal(repr(multiple_of)).normalize().as_tuple().digits))
     return int(digits)
@@ -236,7 +317,9 @@ def _remainders(multiple_of: Any) -> int:
 # ---- the library ---------------------------------------------------------------------------------------------------------
 def _library():
     if importlib.util.find_spec("llguidance") is None:
-        raise ValueError("structured output needs the package llguidance, which is not installed; it is in the extra: pip install 'lamoe[serve]'")
+        raise ValueError(
+            "structured output needs the package llguidance, which is not installed; it is in the extra: pip install 'lamoe[serve]'"
+        )
     import llguidance
 
     return llguidance
@@ -244,7 +327,12 @@ def _library():
 
 def _compiling(kind: str, work):
     """The result of work() from a thread with a deep stack: the library recurses along references and rules, and would end the process."""
-    result: list = [None, ValueError(f"the {kind} takes more than {MAX_SECONDS:g} seconds to compile; make it simpler")]
+    result: list = [
+        None,
+        ValueError(
+            f"the {kind} takes more than {MAX_SECONDS:g} seconds to compile; make it simpler"
+        ),
+    ]
 
     def run() -> None:
         try:
@@ -268,10 +356,14 @@ def _compiling(kind: str, work):
 
 def _sentence(kind: str, error: str) -> str:
     text = " ".join(error.replace("<non-verbose/>", "").split())
-    text = text.replace("Enable 'coerce_one_of' option to approximate oneOf with anyOf", "Use anyOf")
+    text = text.replace(
+        "Enable 'coerce_one_of' option to approximate oneOf with anyOf", "Use anyOf"
+    )
     text = re.sub(r" \d+ \| %llguidance \{.*", "", text)
     if kind != "Lark grammar":  # the place in a Lark grammar that nobody wrote
-        text = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", text.split(" 1 | start:")[0])
+        text = re.sub(
+            r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", text.split(" 1 | start:")[0]
+        )
     return f"the {kind} cannot be followed: {text if len(text) <= 300 else text[:297] + '...'}"
 
 
@@ -280,13 +372,24 @@ class _Words:
 
     def __init__(self, tokenizer: Tokenizer):
         n = tokenizer.vocab_size
-        self.tokens = [tokenizer._bytes(i) for i in range(n)] + [b"<end>"]  # the last one: an EOS for vocabularies without
-        self.special_token_ids = sorted({*tokenizer._control_ids, *tokenizer._skipped, *(i for i in tokenizer.stop_ids if i < n), n})
+        self.tokens = [tokenizer._bytes(i) for i in range(n)] + [
+            b"<end>"
+        ]  # the last one: an EOS for vocabularies without
+        self.special_token_ids = sorted(
+            {
+                *tokenizer._control_ids,
+                *tokenizer._skipped,
+                *(i for i in tokenizer.stop_ids if i < n),
+                n,
+            }
+        )
         self.eos_token_id, self.bos_token_id = n, tokenizer.bos_id
         self._tokenizer = weakref.ref(tokenizer)  # or neither would ever be freed
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return self._tokenizer().encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
+        return self._tokenizer().encode(
+            text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+        )
 
 
 _vocabularies: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -299,7 +402,10 @@ def _vocabulary(tokenizer: Tokenizer):
         if tokenizer not in _vocabularies:
             lib, n = _library(), tokenizer.vocab_size
             eos = sorted(i for i in tokenizer.stop_ids if i < n) or [n]
-            made = (lib.LLTokenizer(lib.TokenizerWrapper(_Words(tokenizer)), eos_token=eos) if tokenizer._byte_level
-                    else lib.LLTokenizer(tokenizer.inner.to_str(), n_vocab=n + 1, eos_token=eos))
+            made = (
+                lib.LLTokenizer(lib.TokenizerWrapper(_Words(tokenizer)), eos_token=eos)
+                if tokenizer._byte_level
+                else lib.LLTokenizer(tokenizer.inner.to_str(), n_vocab=n + 1, eos_token=eos)
+            )
             _vocabularies[tokenizer] = made
         return _vocabularies[tokenizer]

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 
 NGRAM = 3  # tokens that must match
 LONGEST = 12
-REST, LONGEST_REST = 24, 192  # tokens of plain decoding after drafts have failed altogether; twice as many each time in a row
+REST, LONGEST_REST = (
+    24,
+    192,
+)  # tokens of plain decoding after drafts have failed altogether; twice as many each time in a row
 
 
 @dataclass
@@ -30,7 +33,9 @@ class Lookup:
 
     def propose(self, tokens: list[int], room: int) -> list[int]:
         """At most `room` tokens that may come next, or none."""
-        for end in range(max(self.indexed, NGRAM), len(tokens)):  # the n-gram at the very end is the question, not an answer
+        for end in range(
+            max(self.indexed, NGRAM), len(tokens)
+        ):  # the n-gram at the very end is the question, not an answer
             self.where[tuple(tokens[end - NGRAM : end])] = end
         self.indexed = len(tokens)
         if not self.length and len(tokens) >= self.resume:
@@ -65,4 +70,8 @@ class Pace:
 
     def cost(self, tokens: int) -> float:
         """Of a pass over so many tokens, in plain steps; 1 while either is unknown."""
-        return self.seconds[tokens] / self.seconds[1] if 1 in self.seconds and tokens in self.seconds else 1.0
+        return (
+            self.seconds[tokens] / self.seconds[1]
+            if 1 in self.seconds and tokens in self.seconds
+            else 1.0
+        )

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lamoe.backends.cpu.packed import PackedModel
 from lamoe.backends.paged_cache import PagedCache
 from lamoe.checkpoints import shards
 from lamoe.engine.pages import PagePool, content_hash
 from lamoe.model.transformer import Transformer
-from lamoe.backends.cpu.packed import PackedModel
 
 KIND = "lamoe cache"
 VERSION = "1"  # goes up with this layout, and with the layout of any storage format of codec.py
@@ -35,9 +35,15 @@ WHOLE_BYTES, SAMPLES, SAMPLE_BYTES = 1 << 20, 256, 4096
 def digest(model: Transformer | PackedModel) -> str:
     """sha256 over the config and the weights. Of a tensor above 1 MiB 256 evenly spread blocks of 4 KiB are hashed, the first and the last
     among them, so that it takes a moment for a model of any size: any training changes it, a change to single numbers of a large matrix may not."""
-    config = {k: v for k, v in model.config.to_dict().items() if k != "torch_dtype"}  # how they were stored; how they are is hashed below
+    config = {
+        k: v for k, v in model.config.to_dict().items() if k != "torch_dtype"
+    }  # how they were stored; how they are is hashed below
     h = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    named = {n: t for n, (t, _) in model.tensors.items()} if isinstance(model, PackedModel) else model.state_dict()
+    named = (
+        {n: t for n, (t, _) in model.tensors.items()}
+        if isinstance(model, PackedModel)
+        else model.state_dict()
+    )
     for name, tensor in sorted(named.items()):
         flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         h.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -51,7 +57,13 @@ def digest(model: Transformer | PackedModel) -> str:
     return h.hexdigest()
 
 
-def save(file: str | Path, tokens: list[int], model: Transformer | PackedModel, cache: PagedCache, pool: PagePool) -> int:
+def save(
+    file: str | Path,
+    tokens: list[int],
+    model: Transformer | PackedModel,
+    cache: PagedCache,
+    pool: PagePool,
+) -> int:
     """Write the rows of the longest beginning of `tokens` (ids) whose full pages are in the cache; how many tokens that is. All or nothing: an
     existing file stays until the new one is on the disk. ValueError when nothing of it is cached, or `file` exists and is something else."""
     file = Path(file)
@@ -65,15 +77,23 @@ def save(file: str | Path, tokens: list[int], model: Transformer | PackedModel, 
                 break
             pages.append(page)
         if not pages:
-            raise ValueError(f"nothing of these {len(tokens)} tokens is in the cache to be saved: it holds full pages of {pool.page_size} tokens of prompts "
-                             "that ran, until the space is needed; run a prompt with them first")
+            raise ValueError(
+                f"nothing of these {len(tokens)} tokens is in the cache to be saved: it holds full pages of {pool.page_size} tokens of prompts "
+                "that ran, until the space is needed; run a prompt with them first"
+            )
         _write(file, tokens[: len(pages) * pool.page_size], pages, model, cache)
     finally:
         pool.give_back(pages)
     return len(pages) * pool.page_size
 
 
-def load(file: str | Path, model: Transformer | PackedModel, cache: PagedCache, pool: PagePool, max_tokens: int) -> int:
+def load(
+    file: str | Path,
+    model: Transformer | PackedModel,
+    cache: PagedCache,
+    pool: PagePool,
+    max_tokens: int,
+) -> int:
     """Put a saved beginning among the kept pages, so that the next prompts that begin with it need not compute it; how many tokens of it are there
     (full pages of this cache). Less recently used pages make room. ValueError for a file that is damaged, is not a saved cache, is of another
     model or format, or does not fit in `max_tokens` (the longest text) or the pages that no running sequence holds."""
@@ -88,8 +108,10 @@ def load(file: str | Path, model: Transformer | PackedModel, cache: PagedCache, 
             pages.append(page)
         missing = len(contents) - len(pages)
         if missing > pool.available:
-            raise ValueError(f"{file} needs {missing} more pages of {pool.page_size} tokens, and {pool.available} of {pool.total} are not in use; "
-                             "wait until running requests end, or give more cache_memory")
+            raise ValueError(
+                f"{file} needs {missing} more pages of {pool.page_size} tokens, and {pool.available} of {pool.total} are not in use; "
+                "wait until running requests end, or give more cache_memory"
+            )
         new = [pool.take() for _ in range(missing)]
         _read(file, start, len(tokens), cache, pages=new, first=len(pages) * pool.page_size)
         for page, content in zip(new, contents[len(pages) :]):
@@ -109,14 +131,24 @@ def is_cache(file: str | Path) -> bool:
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------------
-def _write(file: Path, tokens: list[int], pages: list[int], model: Transformer | PackedModel, cache: PagedCache) -> None:
+def _write(
+    file: Path,
+    tokens: list[int],
+    pages: list[int],
+    model: Transformer | PackedModel,
+    cache: PagedCache,
+) -> None:
     """The format by hand, because the library would want all rows once more in memory, gathered."""
     layers, _, row = cache.rows.shape
     n, ids = len(tokens), torch.tensor(tokens, dtype=torch.int64).numpy()
     header = {
         "__metadata__": _expected(model, cache),
         "tokens": {"dtype": "I64", "shape": [n], "data_offsets": [0, ids.nbytes]},
-        "rows": {"dtype": "U8", "shape": [layers, n, row], "data_offsets": [ids.nbytes, ids.nbytes + layers * n * row]},
+        "rows": {
+            "dtype": "U8",
+            "shape": [layers, n, row],
+            "data_offsets": [ids.nbytes, ids.nbytes + layers * n * row],
+        },
     }
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
@@ -147,42 +179,78 @@ def _read(file: Path, start: int, n: int, cache: PagedCache, pages: list[int], f
                 while into:  # one read gives at most 2 GiB
                     got = f.readinto(into)
                     if not got:
-                        raise ValueError(f"{file} ends in the middle of its rows; it was changed while it was read, save it again")
+                        raise ValueError(
+                            f"{file} ends in the middle of its rows; it was changed while it was read, save it again"
+                        )
                     into = into[got:]
 
 
-def _check(file: Path, model: Transformer | PackedModel, cache: PagedCache, max_tokens: int) -> tuple[list[int], int]:
+def _check(
+    file: Path, model: Transformer | PackedModel, cache: PagedCache, max_tokens: int
+) -> tuple[list[int], int]:
     """The tokens of a file that belongs to this model and cache, and where its rows start. ValueError when it does not."""
     found = shards.read_header(file)
-    meta, want, n_layers, row = _metadata(file), _expected(model, cache), cache.rows.shape[0], cache.rows.shape[2]
+    meta, want, n_layers, row = (
+        _metadata(file),
+        _expected(model, cache),
+        cache.rows.shape[0],
+        cache.rows.shape[2],
+    )
     if meta.get("kind") != KIND or set(found) != {"tokens", "rows"}:
-        raise ValueError(f"{file} is not a saved cache (tensors {shards.few(found) or 'none'}); give a file that save_cache wrote")
+        raise ValueError(
+            f"{file} is not a saved cache (tensors {shards.few(found) or 'none'}); give a file that save_cache wrote"
+        )
     if meta.get("version") != VERSION:
-        raise ValueError(f"{file} is a saved cache of version {meta.get('version')!r}; this lamoe reads version {VERSION}: save it again")
-    for key, hint in (("format", "load the model with cache={0!r}, or save it again in this one"), ("widths", "it is of another kind of model"),
-                      ("dtype", "load the model in that dtype, or save it again in this one"), ("model", "use the model it was saved with, or save it again")):
+        raise ValueError(
+            f"{file} is a saved cache of version {meta.get('version')!r}; this lamoe reads version {VERSION}: save it again"
+        )
+    for key, hint in (
+        ("format", "load the model with cache={0!r}, or save it again in this one"),
+        ("widths", "it is of another kind of model"),
+        ("dtype", "load the model in that dtype, or save it again in this one"),
+        ("model", "use the model it was saved with, or save it again"),
+    ):
         if meta.get(key) != want[key]:
-            raise ValueError(f"{file} has the {_NAMES[key]} {str(meta.get(key))[:80]!r}, this one has {want[key]!r}; {hint.format(str(meta.get(key))[:20])}")
+            raise ValueError(
+                f"{file} has the {_NAMES[key]} {str(meta.get(key))[:80]!r}, this one has {want[key]!r}; {hint.format(str(meta.get(key))[:20])}"
+            )
     tokens, rows = found["tokens"], found["rows"]
     n = tokens.shape[0] if len(tokens.shape) == 1 else -1
     if (tokens.dtype, rows.dtype) != ("I64", "U8") or n < 1 or rows.shape != (n_layers, n, row):
-        raise ValueError(f"{file} holds tokens {tokens.dtype} {list(tokens.shape)} and rows {rows.dtype} {list(rows.shape)}; this model and cache format need "
-                         f"I64 [n] and U8 [{n_layers}, n, {row}] with n at least 1")
+        raise ValueError(
+            f"{file} holds tokens {tokens.dtype} {list(tokens.shape)} and rows {rows.dtype} {list(rows.shape)}; this model and cache format need "
+            f"I64 [n] and U8 [{n_layers}, n, {row}] with n at least 1"
+        )
     if n > max_tokens:
-        raise ValueError(f"{file} holds {n} tokens, more than max_model_len {max_tokens}; raise max_model_len or save a shorter text")
+        raise ValueError(
+            f"{file} holds {n} tokens, more than max_model_len {max_tokens}; raise max_model_len or save a shorter text"
+        )
     ids, vocab = _tokens(file), model.config.vocab_size
     if min(ids) < 0 or max(ids) >= vocab:
-        raise ValueError(f"{file} has token ids from {min(ids)} to {max(ids)}; the vocabulary has {vocab}")
+        raise ValueError(
+            f"{file} has token ids from {min(ids)} to {max(ids)}; the vocabulary has {vocab}"
+        )
     with open(file, "rb") as f:
         return ids, 8 + int.from_bytes(f.read(8), "little") + rows.begin
 
 
-_NAMES = {"format": "cache format", "widths": "row widths", "dtype": "dtype", "model": "model digest"}
+_NAMES = {
+    "format": "cache format",
+    "widths": "row widths",
+    "dtype": "dtype",
+    "model": "model digest",
+}
 
 
 def _expected(model: Transformer | PackedModel, cache: PagedCache) -> dict[str, str]:
-    return {"kind": KIND, "version": VERSION, "format": cache.format, "widths": " ".join(map(str, cache.widths)),
-            "dtype": str(cache.dtype).removeprefix("torch."), "model": digest(model)}
+    return {
+        "kind": KIND,
+        "version": VERSION,
+        "format": cache.format,
+        "widths": " ".join(map(str, cache.widths)),
+        "dtype": str(cache.dtype).removeprefix("torch."),
+        "model": digest(model),
+    }
 
 
 def _metadata(file: Path) -> dict[str, str]:

@@ -39,8 +39,12 @@ class Sequence:
     params: SamplingParams
     limit: int  # most tokens in all: max_tokens or the context, whichever is less
     generator: torch.Generator | None = None
-    matcher: Matcher | None = None  # where the output stands in the grammar; it goes on with sampled tokens only, so preemption does not touch it
-    leader: Sequence | None = None  # a sibling with the same prompt that goes first, so that the others find its pages
+    matcher: Matcher | None = (
+        None  # where the output stands in the grammar; it goes on with sampled tokens only, so preemption does not touch it
+    )
+    leader: Sequence | None = (
+        None  # a sibling with the same prompt that goes first, so that the others find its pages
+    )
     computed: int = 0
     cached: int = 0
     pages: list[int] = field(default_factory=list)

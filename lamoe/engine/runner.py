@@ -6,23 +6,30 @@ from itertools import accumulate, islice
 
 import torch
 
+from lamoe.backends.cpu.packed import PackedModel
 from lamoe.backends.paged_cache import Group, PagedCache, Step
 from lamoe.engine.request import Sequence
-from lamoe.model.transformer import Transformer
-from lamoe.backends.cpu.packed import PackedModel
 from lamoe.model.routing import Chosen
+from lamoe.model.transformer import Transformer
 
 SPREAD = 64  # decoding sequences share a group while the longest has at most 1.5 x the rows of the shortest, plus this
 
 
-def run(model: Transformer | PackedModel, cache: PagedCache, work: list[tuple[Sequence, int]], count_experts: bool = False) -> list[tuple[Sequence, torch.Tensor, list[tuple[float, int]]]]:
+def run(
+    model: Transformer | PackedModel,
+    cache: PagedCache,
+    work: list[tuple[Sequence, int]],
+    count_experts: bool = False,
+) -> list[tuple[Sequence, torch.Tensor, list[tuple[float, int]]]]:
     """Compute the next n tokens of each (sequence, n), its draft included. (sequence, logits [1 + draft, vocabulary], the sum and the place of the
     largest of each row) of those whose last token was among them: what comes after that token and after each token of the draft. count_experts: add the experts that computed them to each
     sequence's `experts` (a model with MoE layers only)."""
     decode = sorted((seq for seq, n in work if n == 1), key=lambda s: s.computed)
     ordered = [(seq, 1) for seq in decode] + [(seq, n) for seq, n in work if n > 1]
     ids = [t for seq, n in ordered for t in (seq.tokens[seq.computed :] + seq.draft)[:n]]
-    position = torch.tensor([at for seq, n in ordered for at in range(seq.computed, seq.computed + n)])
+    position = torch.tensor(
+        [at for seq, n in ordered for at in range(seq.computed, seq.computed + n)]
+    )
     ready, rows, end = [], [], 0
     for seq, n in ordered:
         end += n
@@ -39,12 +46,20 @@ def run(model: Transformer | PackedModel, cache: PagedCache, work: list[tuple[Se
     plain = logits.numpy()
     looks = iter(list(zip(plain.sum(-1).tolist(), plain.argmax(-1).tolist())))
     counts = [1 + len(seq.draft) for seq in ready]
-    return [(seq, rows, list(islice(looks, n))) for seq, rows, n in zip(ready, logits.split(counts), counts)]
+    return [
+        (seq, rows, list(islice(looks, n)))
+        for seq, rows, n in zip(ready, logits.split(counts), counts)
+    ]
 
 
 def _torch(model: Transformer, cache: PagedCache, ordered, ids, position, rows, count_experts):
     slots = {seq.id: _slots(seq, seq.computed + n, cache.page_size) for seq, n in ordered}
-    step = Step(cache, position, torch.cat([slots[seq.id][-n:] for seq, n in ordered]), _groups(ordered, slots))
+    step = Step(
+        cache,
+        position,
+        torch.cat([slots[seq.id][-n:] for seq, n in ordered]),
+        _groups(ordered, slots),
+    )
     chosen = Chosen() if count_experts else None
     h = model.hidden(torch.tensor([ids]), step, training=chosen)[0]
     return model.logits(h[rows]) if rows else None, torch.stack(chosen.layers) if chosen else None
@@ -53,7 +68,9 @@ def _torch(model: Transformer, cache: PagedCache, ordered, ids, position, rows, 
 def _native(model: PackedModel, cache: PagedCache, ordered, ids, position, rows, count_experts):
     used = [seq.pages[: -(-(seq.computed + n) // cache.page_size)] for seq, n in ordered]
     begin = [0, *accumulate(map(len, used))]
-    seqs = torch.tensor([[n, seq.computed + n, at] for (seq, n), at in zip(ordered, begin)], dtype=torch.int32)
+    seqs = torch.tensor(
+        [[n, seq.computed + n, at] for (seq, n), at in zip(ordered, begin)], dtype=torch.int32
+    )
     pages = torch.tensor([page for pages in used for page in pages], dtype=torch.int32)
     logits, chosen = model.run(ids, position, seqs, pages, cache, rows, experts=count_experts)
     return logits, chosen.long()
@@ -63,7 +80,11 @@ def _count(ordered: list[tuple[Sequence, int]], expert: torch.Tensor, experts: i
     """Add expert [MoE layers, tokens, K] to the counters of the sequences that the tokens belong to, in order."""
     owner = torch.repeat_interleave(torch.tensor([n for _, n in ordered]))
     counts = torch.zeros(len(ordered), expert.shape[0], experts, dtype=torch.int64)
-    counts.index_put_((owner[None, :, None], torch.arange(expert.shape[0])[:, None, None], expert), torch.ones((), dtype=torch.int64), accumulate=True)
+    counts.index_put_(
+        (owner[None, :, None], torch.arange(expert.shape[0])[:, None, None], expert),
+        torch.ones((), dtype=torch.int64),
+        accumulate=True,
+    )
     for (seq, _), count in zip(ordered, counts):
         seq.experts = count if seq.experts is None else seq.experts + count
 
@@ -79,7 +100,11 @@ def _groups(ordered: list[tuple[Sequence, int]], slots: dict[int, torch.Tensor])
     groups, at = [], 0
     while at < len(ordered):
         shortest, end = len(slots[ordered[at][0].id]), at + 1
-        while end < len(ordered) and ordered[at][1] == ordered[end][1] == 1 and len(slots[ordered[end][0].id]) <= 1.5 * shortest + SPREAD:
+        while (
+            end < len(ordered)
+            and ordered[at][1] == ordered[end][1] == 1
+            and len(slots[ordered[end][0].id]) <= 1.5 * shortest + SPREAD
+        ):
             end += 1
         token = sum(n for _, n in ordered[:at])
         members = [slots[seq.id] for seq, _ in ordered[at:end]]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lamoe.model.config import check_types
 from lamoe.engine.grammar import Grammar
+from lamoe.model.config import check_types
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,14 @@ class SamplingParams:
 
     def __post_init__(self):
         if isinstance(self.stop, (str, list)):
-            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+            object.__setattr__(
+                self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+            )
         check_types(self)
         if not 0 <= self.temperature <= 100:  # also refuses nan
-            raise ValueError(f"temperature is {self.temperature}; it must be between 0 (greedy) and 100")
+            raise ValueError(
+                f"temperature is {self.temperature}; it must be between 0 (greedy) and 100"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
@@ -56,17 +60,28 @@ class SamplingParams:
         if not 1 <= self.n <= 128:
             raise ValueError(f"n is {self.n}; it must be from 1 to 128")
         if not 0 <= self.min_tokens <= self.max_tokens:
-            raise ValueError(f"min_tokens is {self.min_tokens}; it must be from 0 to max_tokens {self.max_tokens}")
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}; it must be from 0 to max_tokens {self.max_tokens}"
+            )
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be between -2 and 2")
         if not 0 < self.repetition_penalty <= 10:
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and at most 10 (1 switches it off)")
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and at most 10 (1 switches it off)"
+            )
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise ValueError(f"logprobs is {self.logprobs}; it must be from 0 to 20")
         for token, bias in (self.logit_bias or {}).items():
-            if type(token) is not int or token < 0 or type(bias) not in (int, float) or not -100 <= bias <= 100:
-                raise ValueError(f"logit_bias has {token!r}: {bias!r}; it maps token ids to numbers from -100 to 100")
+            if (
+                type(token) is not int
+                or token < 0
+                or type(bias) not in (int, float)
+                or not -100 <= bias <= 100
+            ):
+                raise ValueError(
+                    f"logit_bias has {token!r}: {bias!r}; it maps token ids to numbers from -100 to 100"
+                )
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1")
         if any(not s for s in self.stop):
@@ -75,18 +90,32 @@ class SamplingParams:
     def generator(self, sample: int = 0) -> torch.Generator | None:
         return None if self.seed is None else torch.Generator().manual_seed(self.seed + sample)
 
-    def adjust(self, logits: torch.Tensor, tokens: list[int], prompt_len: int, eos_ids: frozenset[int]) -> torch.Tensor:
+    def adjust(
+        self, logits: torch.Tensor, tokens: list[int], prompt_len: int, eos_ids: frozenset[int]
+    ) -> torch.Tensor:
         """logits [vocabulary] after penalties, bias and min_tokens, for a sequence of `tokens` so far. The input is left alone."""
         out = logits
         if self.repetition_penalty != 1:
             seen = torch.tensor(sorted(set(tokens)))
-            out = out.index_copy(0, seen, torch.where(out[seen] > 0, out[seen] / self.repetition_penalty, out[seen] * self.repetition_penalty))
+            out = out.index_copy(
+                0,
+                seen,
+                torch.where(
+                    out[seen] > 0,
+                    out[seen] / self.repetition_penalty,
+                    out[seen] * self.repetition_penalty,
+                ),
+            )
         if (self.presence_penalty or self.frequency_penalty) and len(tokens) > prompt_len:
             seen, counts = torch.tensor(tokens[prompt_len:]).unique(return_counts=True)
-            out = out.index_add(0, seen, -(self.presence_penalty + self.frequency_penalty * counts).to(out.dtype))
+            out = out.index_add(
+                0, seen, -(self.presence_penalty + self.frequency_penalty * counts).to(out.dtype)
+            )
         if self.logit_bias:
             ids = torch.tensor(list(self.logit_bias))
-            out = out.index_add(0, ids, torch.tensor(list(self.logit_bias.values()), dtype=out.dtype))
+            out = out.index_add(
+                0, ids, torch.tensor(list(self.logit_bias.values()), dtype=out.dtype)
+            )
         if len(tokens) - prompt_len < self.min_tokens and eos_ids and not self.ignore_eos:
             out = out.index_fill(0, torch.tensor(sorted(eos_ids)), float("-inf"))
         return out
@@ -95,13 +124,17 @@ class SamplingParams:
 def probabilities(logits: torch.Tensor, p: SamplingParams) -> torch.Tensor:
     """The distribution that `sample` draws from, float32 [vocabulary]; logits [vocabulary]. temperature must be above 0."""
     logits = logits.float()
-    logits = (logits - logits.max()) / max(p.temperature, torch.finfo(torch.float32).tiny)  # at most 0: nothing overflows to inf
+    logits = (logits - logits.max()) / max(
+        p.temperature, torch.finfo(torch.float32).tiny
+    )  # at most 0: nothing overflows to inf
     if p.top_k and p.top_k < logits.numel():
         logits = logits.masked_fill(logits < logits.topk(p.top_k).values[-1], float("-inf"))
     if p.top_p < 1:
         ordered, order = logits.sort(descending=True, stable=True)
         mass = ordered.softmax(0)
-        beyond = mass.cumsum(0) - mass >= p.top_p  # the mass before a token already suffices; the first one always stays
+        beyond = (
+            mass.cumsum(0) - mass >= p.top_p
+        )  # the mass before a token already suffices; the first one always stays
         logits = logits.index_fill(0, order[beyond], float("-inf"))
     probs = logits.softmax(0)
     if p.min_p:
@@ -110,7 +143,9 @@ def probabilities(logits: torch.Tensor, p: SamplingParams) -> torch.Tensor:
     return probs
 
 
-def sample(logits: torch.Tensor, p: SamplingParams, generator: torch.Generator | None = None) -> int:
+def sample(
+    logits: torch.Tensor, p: SamplingParams, generator: torch.Generator | None = None
+) -> int:
     """One token id from logits [vocabulary]."""
     if p.temperature == 0:
         return int(logits.argmax())

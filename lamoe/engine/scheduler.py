@@ -17,7 +17,12 @@ class Scheduler:
 
     def __init__(self, pool: PagePool, max_sequences: int, max_tokens: int, speculate: int = 0):
         """speculate: drafts are made while at most this many sequences run; with more, batching fills the machine by itself."""
-        self.pool, self.max_sequences, self.max_tokens, self.speculate = pool, max_sequences, max_tokens, speculate
+        self.pool, self.max_sequences, self.max_tokens, self.speculate = (
+            pool,
+            max_sequences,
+            max_tokens,
+            speculate,
+        )
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -57,7 +62,9 @@ class Scheduler:
             self.running.append(seq)
             prefill.append((seq, n))
             budget -= n
-        if not decode and not prefill and self.running:  # prompts hold all pages and none can go on: the oldest must
+        if (
+            not decode and not prefill and self.running
+        ):  # prompts hold all pages and none can go on: the oldest must
             seq = self.running[0]
             n = min(seq.todo, self.max_tokens)
             if self._make_room(seq, n):
@@ -91,7 +98,14 @@ class Scheduler:
     # ---- pages ---------------------------------------------------------------------------------------------------
     def _next_waiting(self) -> Sequence | None:
         """The first that need not wait for a sibling's prompt."""
-        return next((s for s in self.waiting if s.leader is None or s.leader.finish or s.leader.computed >= s.prompt_len), None)
+        return next(
+            (
+                s
+                for s in self.waiting
+                if s.leader is None or s.leader.finish or s.leader.computed >= s.prompt_len
+            ),
+            None,
+        )
 
     def _reuse(self, seq: Sequence) -> None:
         """Take over kept or shared pages that hold the beginning of seq; at least its last token stays to be computed."""

@@ -36,8 +36,13 @@ class TextLoss:
 
 
 @torch.no_grad()
-def text_loss(model: Transformer, rows: Iterable[tuple[np.ndarray, np.ndarray]], batch: int = 8, max_tokens: int | None = None,
-              document_mask: bool = True) -> TextLoss:
+def text_loss(
+    model: Transformer,
+    rows: Iterable[tuple[np.ndarray, np.ndarray]],
+    batch: int = 8,
+    max_tokens: int | None = None,
+    document_mask: bool = True,
+) -> TextLoss:
     """Loss of every target in `rows` of (ids, segments), each [T + 1]; a token is a target when it continues its predecessor's
     segment. No token is dropped by the router here. `max_tokens`: at most about that many, in rows spread evenly."""
     nats, targets, load = 0.0, 0, 0
@@ -56,8 +61,16 @@ def text_loss(model: Transformer, rows: Iterable[tuple[np.ndarray, np.ndarray]],
         if watch.records:
             load = load + torch.stack([r.load for r in watch.records]).numpy()
     if not targets:
-        raise ValueError("there is nothing to evaluate on: the rows hold no token that follows another of its document")
-    return TextLoss(nats, targets, load / np.maximum(1, np.sum(load, -1, keepdims=True)) if np.ndim(load) else np.zeros((0, 0)))
+        raise ValueError(
+            "there is nothing to evaluate on: the rows hold no token that follows another of its document"
+        )
+    return TextLoss(
+        nats,
+        targets,
+        load / np.maximum(1, np.sum(load, -1, keepdims=True))
+        if np.ndim(load)
+        else np.zeros((0, 0)),
+    )
 
 
 def shift(ids: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:

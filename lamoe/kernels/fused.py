@@ -57,7 +57,11 @@ class _Rope(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return ref.rope(dy, ctx.freqs.conj(), ctx.interleaved), None, None  # a rotation's transpose turns back
+        return (
+            ref.rope(dy, ctx.freqs.conj(), ctx.interleaved),
+            None,
+            None,
+        )  # a rotation's transpose turns back
 
 
 def rope(x, freqs, interleaved):
@@ -97,7 +101,9 @@ def swiglu(x):
 
 # ---- attention -----------------------------------------------------------------------------------------------------
 _ROWS = 128  # query rows per block: the causal half beyond a block's last row is never computed
-_KEEP_BYTES = 1 << 26  # probabilities are kept for the backward pass up to this size per call, else computed again
+_KEEP_BYTES = (
+    1 << 26
+)  # probabilities are kept for the backward pass up to this size per call, else computed again
 
 
 def _blocks(t: int, s: int) -> list[tuple[int, int, int]]:
@@ -152,7 +158,13 @@ class _Attend(Function):
             dq[:, :, a:b] = ds @ k[:, :, :end]
             dk = _add_to(dk, ds.transpose(2, 3) @ q[:, :, a:b])
             dv = _add_to(dv, p.transpose(2, 3) @ dout[:, :, a:b])
-        return dq.mul_(ctx.scale).transpose(1, 2), dk.to(q.dtype).transpose(1, 2), dv.to(q.dtype).transpose(1, 2), None, None
+        return (
+            dq.mul_(ctx.scale).transpose(1, 2),
+            dk.to(q.dtype).transpose(1, 2),
+            dv.to(q.dtype).transpose(1, 2),
+            None,
+            None,
+        )
 
 
 def _add_to(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
@@ -190,10 +202,14 @@ class _Plan:
         if total >= _PAD * n_experts:
             padded = (counts + _PAD - 1) // _PAD * _PAD
         gap = (padded - counts).cumsum(0) - (padded - counts)  # padding before each expert's rows
-        slot = torch.arange(total, device=expert.device) + gap.repeat_interleave(counts, output_size=total)
+        slot = torch.arange(total, device=expert.device) + gap.repeat_interleave(
+            counts, output_size=total
+        )
         self.counts, rows = padded.tolist(), int(padded.sum())
         self.order = flat.new_zeros(rows).index_copy_(0, slot, by_expert[:total])
-        self.real = torch.zeros(rows, 1, dtype=torch.bool, device=expert.device).index_fill_(0, slot, True)
+        self.real = torch.zeros(rows, 1, dtype=torch.bool, device=expert.device).index_fill_(
+            0, slot, True
+        )
         self.place = flat.new_zeros(n * k).index_copy_(0, by_expert[:total], slot)
         self.kept = None if total == n * k else (expert < n_experts).unsqueeze(-1)
         self.token, self.shape = self.order // k, (n, k)
@@ -206,10 +222,14 @@ class _Plan:
         n, k = self.shape
         if rows.shape[0] == 0:
             return rows.new_zeros(n, rows.shape[1])
-        if self.kept is None:  # embedding_bag gathers and adds in one pass, ten times as fast as the two
+        if (
+            self.kept is None
+        ):  # embedding_bag gathers and adds in one pass, ten times as fast as the two
             return F.embedding_bag(self.place.view(n, k), rows, mode="sum")
         per_token = self.kept.view(n, k).sum(1)
-        return F.embedding_bag(self.place[self.kept.flatten()], rows, per_token.cumsum(0) - per_token, mode="sum")
+        return F.embedding_bag(
+            self.place[self.kept.flatten()], rows, per_token.cumsum(0) - per_token, mode="sum"
+        )
 
     def products(self, rows: torch.Tensor, mats: torch.Tensor, out: torch.Tensor) -> None:
         """out[expert's rows] = rows[expert's rows] @ mats[expert]."""
@@ -252,7 +272,9 @@ class _Experts(Function):
         torch.index_select(x, 0, plan.token, out=rows)
         plan.outer(dh, rows, dw13)
         plan.products(dh, w13, rows)
-        dweight = dws[plan.place] if dws.shape[0] else dws.new_zeros(weight.numel())  # everything may have been dropped
+        dweight = (
+            dws[plan.place] if dws.shape[0] else dws.new_zeros(weight.numel())
+        )  # everything may have been dropped
         if plan.kept is not None:
             dweight.masked_fill_(~plan.kept.flatten(), 0)
         return plan.combine(rows), None, dweight.view(plan.shape), dw13, dw2
@@ -279,7 +301,11 @@ class _CrossEntropy(Function):
         dh = torch.empty_like(h) if grad else None
         dhead = torch.zeros_like(head, dtype=work) if grad else None
         for a in range(0, h.shape[0], _LOSS_ROWS):
-            rows, t, on = h[a : a + _LOSS_ROWS], targets[a : a + _LOSS_ROWS].clamp_min(0)[:, None], counted[a : a + _LOSS_ROWS, None]
+            rows, t, on = (
+                h[a : a + _LOSS_ROWS],
+                targets[a : a + _LOSS_ROWS].clamp_min(0)[:, None],
+                counted[a : a + _LOSS_ROWS, None],
+            )
             logits = rows @ head.t()
             top = logits.amax(-1, keepdim=True)
             p = _copy(logits, work).sub_(top)

@@ -35,7 +35,13 @@ def visible(t: int, s: int, segments: torch.Tensor | None, device=None) -> torch
     return mask
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, segments: torch.Tensor | None = None) -> torch.Tensor:
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    segments: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Causal attention: q [B, T, H, d], k [B, S, G, d], v [B, S, G, V] -> [B, T, H, V]; queries are the last T of S positions.
     Logits in the dtype of q, softmax in float32 (at least)."""
     t, s, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
@@ -46,17 +52,28 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, segm
     return torch.einsum("bhts,bshv->bthv", p, v)
 
 
-def mla_attend(q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, scale: float,
-               first: torch.Tensor | None = None) -> torch.Tensor:
+def mla_attend(
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    scale: float,
+    first: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Absorbed attention over the latent cache itself: q_latent [B, T, H, C], q_rope [B, T, H, R], latent [B, S, C],
     k_rope [B, S, R] -> [B, T, H, C] (weighted sums of latents). Queries are the last T of S positions; rows before `first` [B] are
     padding. `scale` is that of the full query, never 1/sqrt(C + R)."""
     t, s = q_latent.shape[1], latent.shape[1]
-    logits = (torch.einsum("bthc,bsc->bhts", q_latent, latent) + torch.einsum("bthr,bsr->bhts", q_rope, k_rope)) * scale
+    logits = (
+        torch.einsum("bthc,bsc->bhts", q_latent, latent)
+        + torch.einsum("bthr,bsr->bhts", q_rope, k_rope)
+    ) * scale
     if t > 1:
         logits = logits.masked_fill(~visible(t, s, None, latent.device)[:, None], float("-inf"))
     if first is not None:
-        logits = logits.masked_fill((torch.arange(s, device=first.device) < first[:, None])[:, None, None], float("-inf"))
+        logits = logits.masked_fill(
+            (torch.arange(s, device=first.device) < first[:, None])[:, None, None], float("-inf")
+        )
     p = logits.softmax(-1, dtype=torch.promote_types(latent.dtype, torch.float32)).to(latent.dtype)
     return torch.einsum("bhts,bsc->bthc", p, latent)
 
@@ -67,7 +84,9 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def experts(x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+def experts(
+    x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor
+) -> torch.Tensor:
     """sum_k weight[n, k] * FFN_expert[n, k](x[n]): x [N, D], expert [N, K] (id E: nobody), weight [N, K] float32,
     w13 [E, 2F, D], w2 [E, D, F] -> [N, D]. The weight multiplies the F-wide activation; the sum over k is in float32."""
     out = torch.zeros(x.shape, dtype=weight.dtype, device=x.device)

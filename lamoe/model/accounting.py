@@ -41,8 +41,16 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        return (self.embedding + self.head + self.attention + self.dense_ffn + self.routed_experts + self.shared_experts
-                + self.router + self.norms)
+        return (
+            self.embedding
+            + self.head
+            + self.attention
+            + self.dense_ffn
+            + self.routed_experts
+            + self.shared_experts
+            + self.router
+            + self.norms
+        )
 
     @property
     def activated_body(self) -> int:
@@ -65,9 +73,18 @@ def attention_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     d, h = config.hidden_size, config.num_attention_heads
     if not config.is_mla:
         keys = config.n_kv_heads * config.qk_head_dim
-        return {"wq": (h * config.qk_head_dim, d), "wk": (keys, d), "wv": (keys, d), "wo": (d, h * config.qk_head_dim)}
+        return {
+            "wq": (h * config.qk_head_dim, d),
+            "wk": (keys, d),
+            "wv": (keys, d),
+            "wo": (d, h * config.qk_head_dim),
+        }
     c, q = config.kv_lora_rank, config.q_lora_rank
-    queries = {"wq": (h * config.qk_head_dim, d)} if q is None else {"wq_a": (q, d), "wq_b": (h * config.qk_head_dim, q)}
+    queries = (
+        {"wq": (h * config.qk_head_dim, d)}
+        if q is None
+        else {"wq_a": (q, d), "wq_b": (h * config.qk_head_dim, q)}
+    )
     return queries | {
         "wkv_a": (c + config.qk_rope_head_dim, d),
         "wkv_b": (h * (config.qk_nope_head_dim + config.v_head_dim), c),
@@ -118,7 +135,13 @@ class Flops:
         return self.projections + self.latent + self.attention + self.feed_forward + self.head
 
 
-def forward_flops(config: ModelConfig, tokens: int = 1, depth: int = 0, form: str | None = None, head_tokens: int | None = None) -> Flops:
+def forward_flops(
+    config: ModelConfig,
+    tokens: int = 1,
+    depth: int = 0,
+    form: str | None = None,
+    head_tokens: int | None = None,
+) -> Flops:
     """FLOPs of one forward pass of `tokens` new tokens of one sequence behind `depth` cached ones.
 
     Counted: every product with a weight matrix (router and head included) and attention's two products, causally: token t
@@ -170,7 +193,9 @@ def decode_flops(config: ModelConfig, depth: int, form: str | None = None) -> Fl
     return forward_flops(config, 1, depth, form)
 
 
-def prefill_flops(config: ModelConfig, tokens: int, depth: int = 0, form: str | None = None) -> Flops:
+def prefill_flops(
+    config: ModelConfig, tokens: int, depth: int = 0, form: str | None = None
+) -> Flops:
     """FLOPs of reading a whole prompt of `tokens` behind `depth` cached ones; only the last position needs logits."""
     return forward_flops(config, tokens, depth, form, head_tokens=1)
 
@@ -184,8 +209,18 @@ def cache_elements(config: ModelConfig) -> int:
 def plain_twin(config: ModelConfig, kv_heads: int) -> ModelConfig:
     """The same model with ordinary attention: `kv_heads` = heads is MHA, 1 is MQA, between them GQA. Of an MLA model the twin's
     heads are v_head_dim wide, the paper's d_h (ValueError if that is odd: nothing for rotary pairs)."""
-    mla = {"model_type": "deepseek", "q_lora_rank": None, "kv_lora_rank": None, "qk_nope_head_dim": None, "qk_rope_head_dim": None,
-           "v_head_dim": None} if config.is_mla else {}
+    mla = (
+        {
+            "model_type": "deepseek",
+            "q_lora_rank": None,
+            "kv_lora_rank": None,
+            "qk_nope_head_dim": None,
+            "qk_rope_head_dim": None,
+            "v_head_dim": None,
+        }
+        if config.is_mla
+        else {}
+    )
     return config.replace(**mla, head_dim=config.value_head_dim, num_key_value_heads=kv_heads)
 
 
@@ -197,15 +232,25 @@ def gqa_groups(config: ModelConfig) -> int:
 
 def cache_twins(config: ModelConfig) -> dict[str, int]:
     """Elements per token of MHA / GQA / MQA caches of the same model, 2 n_g d_h l, and of MLA's own keys and values kept expanded."""
-    groups = {"MHA": config.num_attention_heads, f"GQA, {gqa_groups(config)} groups": gqa_groups(config), "MQA": 1}
-    twins = {name: 2 * g * config.value_head_dim * config.num_hidden_layers for name, g in groups.items()}
+    groups = {
+        "MHA": config.num_attention_heads,
+        f"GQA, {gqa_groups(config)} groups": gqa_groups(config),
+        "MQA": 1,
+    }
+    twins = {
+        name: 2 * g * config.value_head_dim * config.num_hidden_layers for name, g in groups.items()
+    }
     return twins | ({"expanded K, V": expanded_elements(config)} if config.is_mla else {})
 
 
 def expanded_elements(config: ModelConfig) -> int:
     """Elements per token when full keys and values of every head are cached, as a program without latent cache does."""
     per_head = config.qk_head_dim + config.value_head_dim
-    return config.num_hidden_layers * (config.num_attention_heads if config.is_mla else config.n_kv_heads) * per_head
+    return (
+        config.num_hidden_layers
+        * (config.num_attention_heads if config.is_mla else config.n_kv_heads)
+        * per_head
+    )
 
 
 def equivalent_groups(config: ModelConfig) -> float:
@@ -222,7 +267,9 @@ def stored_bytes(elements: int, bits: float) -> float:
 def cache_saving(config: ModelConfig, bits: float, other: ModelConfig, other_bits: float) -> float:
     """Share of `other`'s cache that `config` does without, 0 to 1 (negative: it needs more). Paper: 0.9334 for V2 at 6 bit
     beside DeepSeek 67B at 16."""
-    return 1 - stored_bytes(cache_elements(config), bits) / stored_bytes(cache_elements(other), other_bits)
+    return 1 - stored_bytes(cache_elements(config), bits) / stored_bytes(
+        cache_elements(other), other_bits
+    )
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -242,8 +289,14 @@ class MemoryPlan:
     expanded_sequences: int  # the same with full keys and values cached
 
 
-def plan(config: ModelConfig, weight_bits: float, cache_bits: float, memory_bytes: int, context: int | None = None,
-         reserve_bytes: int = 0) -> MemoryPlan:
+def plan(
+    config: ModelConfig,
+    weight_bits: float,
+    cache_bits: float,
+    memory_bytes: int,
+    context: int | None = None,
+    reserve_bytes: int = 0,
+) -> MemoryPlan:
     """What fits in `memory_bytes`, with every parameter at `weight_bits` and every cached element at `cache_bits` on average.
 
     context: tokens per sequence; None means max_position_embeddings. reserve_bytes: kept free for activations, the program
@@ -257,19 +310,40 @@ def plan(config: ModelConfig, weight_bits: float, cache_bits: float, memory_byte
     _check_count("reserve_bytes", reserve_bytes, 0)
     _check_count("memory_bytes", memory_bytes, 1)
     if context > limit:
-        raise ValueError(f"a context of {context:,} tokens was asked for, but the model's max_position_embeddings is {limit:,}; ask for less")
+        raise ValueError(
+            f"a context of {context:,} tokens was asked for, but the model's max_position_embeddings is {limit:,}; ask for less"
+        )
     n = parameters(config).total
     weights = math.ceil(stored_bytes(n, weight_bits))
     free = memory_bytes - reserve_bytes - weights
     if free < 0:
         fits = 8 * (memory_bytes - reserve_bytes) / n
-        fix = f"at most {fits:.2f} bits per weight would fit" if fits >= 1 else "no storage format is that small"
+        fix = (
+            f"at most {fits:.2f} bits per weight would fit"
+            if fits >= 1
+            else "no storage format is that small"
+        )
         kept = f" ({human_bytes(reserve_bytes)} of it reserved)" if reserve_bytes else ""
-        raise ValueError(f"{n:,} parameters at {weight_bits:g} bits are {human_bytes(weights)}, more than the {human_bytes(memory_bytes)} of memory{kept}; {fix}")
-    row, expanded = stored_bytes(cache_elements(config), cache_bits), stored_bytes(expanded_elements(config), cache_bits)
+        raise ValueError(
+            f"{n:,} parameters at {weight_bits:g} bits are {human_bytes(weights)}, more than the {human_bytes(memory_bytes)} of memory{kept}; {fix}"
+        )
+    row, expanded = (
+        stored_bytes(cache_elements(config), cache_bits),
+        stored_bytes(expanded_elements(config), cache_bits),
+    )
     tokens = math.floor(free / row)
-    return MemoryPlan(memory_bytes, reserve_bytes, weights, row, expanded, tokens, min(tokens, limit), context, tokens // context,
-                      math.floor(free / expanded) // context)
+    return MemoryPlan(
+        memory_bytes,
+        reserve_bytes,
+        weights,
+        row,
+        expanded,
+        tokens,
+        min(tokens, limit),
+        context,
+        tokens // context,
+        math.floor(free / expanded) // context,
+    )
 
 
 @dataclass(frozen=True)
@@ -293,20 +367,37 @@ def training_memory(config: ModelConfig) -> TrainingMemory:
     return TrainingMemory(2 * n, 2 * n, 4 * n, 4 * n, 4 * n)
 
 
-def decode_bytes(config: ModelConfig, depth: int, weight_bits: float, cache_bits: float, sequences: int = 1) -> float:
+def decode_bytes(
+    config: ModelConfig, depth: int, weight_bits: float, cache_bits: float, sequences: int = 1
+) -> float:
     """Bytes a decode step must read at least, for `sequences` each behind `depth` tokens: the weights in use once, every cached
     row once. Of a MoE layer's experts an independent, uniform choice touches E (1 - (1 - K/E)^sequences)."""
     _check_count("sequences", sequences, 1)
     _check_count("depth", depth, 0)
     p = parameters(config)
-    touched = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** sequences if config.is_moe else 0.0
+    touched = (
+        1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** sequences
+        if config.is_moe
+        else 0.0
+    )
     weights = p.activated - p.routed_active + touched * p.routed_experts
-    return stored_bytes(weights, weight_bits) + stored_bytes(sequences * depth * cache_elements(config), cache_bits)
+    return stored_bytes(weights, weight_bits) + stored_bytes(
+        sequences * depth * cache_elements(config), cache_bits
+    )
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
-def report(config: ModelConfig, *, name: str | None = None, sequence: int | None = None, context: int | None = None,
-           weight_bits: float | None = None, cache_bits: float = 6, memory_bytes: int | None = None, reserve_bytes: int = 0) -> dict[str, Any]:
+def report(
+    config: ModelConfig,
+    *,
+    name: str | None = None,
+    sequence: int | None = None,
+    context: int | None = None,
+    weight_bits: float | None = None,
+    cache_bits: float = 6,
+    memory_bytes: int | None = None,
+    reserve_bytes: int = 0,
+) -> dict[str, Any]:
     """Everything above as one JSON-serialisable dict.
 
     sequence: training length (None: the model's limit, at most 4096). context: tokens a sequence may grow to (None: the model's limit).
@@ -318,7 +409,9 @@ def report(config: ModelConfig, *, name: str | None = None, sequence: int | None
     for what, value in (("sequence", sequence), ("context", context)):
         _check_count(what, value, 1)
         if value > limit:
-            raise ValueError(f"{what} is {value:,}, but the model's max_position_embeddings is {limit:,}; ask for less")
+            raise ValueError(
+                f"{what} is {value:,}, but the model's max_position_embeddings is {limit:,}; ask for less"
+            )
     weight_bits = DTYPE_BITS[config.torch_dtype] if weight_bits is None else weight_bits
     p, elements = parameters(config), cache_elements(config)
     baseline = ModelConfig.preset("deepseek-67b")
@@ -327,13 +420,27 @@ def report(config: ModelConfig, *, name: str | None = None, sequence: int | None
     return {
         "name": name or config.model_type,
         "config": config.to_dict(),
-        "parameters": {"total": p.total, "activated_body": p.activated_body, "activated": p.activated, "activated_all": p.activated_all,
-                       **dataclasses.asdict(p)},
+        "parameters": {
+            "total": p.total,
+            "activated_body": p.activated_body,
+            "activated": p.activated,
+            "activated_all": p.activated_all,
+            **dataclasses.asdict(p),
+        },
         "flops": {
             "sequence": sequence,
             "training_per_token": training_flops(config, sequence),
-            "prefill_per_token": {form or "plain": prefill_flops(config, sequence, form=form).total / sequence for form in forms},
-            "decode": [{"depth": s, **{form or "plain": decode_flops(config, s, form).total for form in forms}} for s in depths],
+            "prefill_per_token": {
+                form or "plain": prefill_flops(config, sequence, form=form).total / sequence
+                for form in forms
+            },
+            "decode": [
+                {
+                    "depth": s,
+                    **{form or "plain": decode_flops(config, s, form).total for form in forms},
+                }
+                for s in depths
+            ],
         },
         "cache": {
             "elements_per_token": elements,
@@ -343,13 +450,22 @@ def report(config: ModelConfig, *, name: str | None = None, sequence: int | None
             "saving_against_67b": {str(b): cache_saving(config, b, baseline, 16) for b in BITS},
         },
         "memory": {
-            "weight_bits": weight_bits, "cache_bits": cache_bits, "context": context,
+            "weight_bits": weight_bits,
+            "cache_bits": cache_bits,
+            "context": context,
             "weight_bytes": stored_bytes(p.total, weight_bits),
             "cache_bytes_per_token": stored_bytes(elements, cache_bits),
             "decode_bytes_read": decode_bytes(config, context - 1, weight_bits, cache_bits),
-            "training": {**dataclasses.asdict(training_memory(config)), "total": training_memory(config).total},
+            "training": {
+                **dataclasses.asdict(training_memory(config)),
+                "total": training_memory(config).total,
+            },
         },
-        "plan": None if memory_bytes is None else dataclasses.asdict(plan(config, weight_bits, cache_bits, memory_bytes, context, reserve_bytes)),
+        "plan": None
+        if memory_bytes is None
+        else dataclasses.asdict(
+            plan(config, weight_bits, cache_bits, memory_bytes, context, reserve_bytes)
+        ),
     }
 
 
@@ -362,42 +478,86 @@ def render(config: ModelConfig, **options):
     r = report(config, **options)
 
     def table(title: str, *columns: str, note: str = ""):
-        t = Table(title=title, title_justify="left", title_style="bold cyan", caption=note or None, caption_justify="left",
-                  caption_style="dim", box=None, padding=(0, 2, 0, 0), header_style="dim", show_header=any(columns))
+        t = Table(
+            title=title,
+            title_justify="left",
+            title_style="bold cyan",
+            caption=note or None,
+            caption_justify="left",
+            caption_style="dim",
+            box=None,
+            padding=(0, 2, 0, 0),
+            header_style="dim",
+            show_header=any(columns),
+        )
         t.add_column("", min_width=32)
         for column in columns:
             t.add_column(column, justify="right", min_width=9)
         return t
 
     p, memory = r["parameters"], r["memory"]
-    head = Text.assemble((r["name"], "bold"), f"  {human_count(p['total'])} parameters, {human_count(p['activated'])} activated per token, "
-                         f"{human_bytes(memory['cache_bytes_per_token'])} of {memory['cache_bits']:g}-bit cache per token")
+    head = Text.assemble(
+        (r["name"], "bold"),
+        f"  {human_count(p['total'])} parameters, {human_count(p['activated'])} activated per token, "
+        f"{human_bytes(memory['cache_bytes_per_token'])} of {memory['cache_bits']:g}-bit cache per token",
+    )
     shape = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     shape.add_column(style="dim")
     for label, text in _shape_lines(config):
         shape.add_row(label, text)
-    parts = [head, shape, _parameter_table(table, config, p), _flops_table(table, config, r["flops"]), _cache_table(table, config, r),
-             _memory_table(table, r)] + ([_plan_table(table, r)] if r["plan"] else [])
+    parts = [
+        head,
+        shape,
+        _parameter_table(table, config, p),
+        _flops_table(table, config, r["flops"]),
+        _cache_table(table, config, r),
+        _memory_table(table, r),
+    ] + ([_plan_table(table, r)] if r["plan"] else [])
     return Group(*(x for part in parts for x in (part, Text())))
 
 
 def _shape_lines(c: ModelConfig):
     moe, layers = len(c.moe_layers), c.num_hidden_layers
     kinds = f", {layers - moe} dense + {moe} mixture of experts" if moe else ", all dense"
-    yield "shape", f"{layers} layers{kinds}, {c.hidden_size:,} wide, vocabulary {c.vocab_size:,}{' (head tied)' if c.tie_word_embeddings else ''}"
+    yield (
+        "shape",
+        f"{layers} layers{kinds}, {c.hidden_size:,} wide, vocabulary {c.vocab_size:,}{' (head tied)' if c.tie_word_embeddings else ''}",
+    )
     if c.is_mla:
-        latents = f"latent {c.kv_lora_rank:,}" + (f", query latent {c.q_lora_rank:,}" if c.q_lora_rank else "")
-        yield "attention", f"MLA, {c.num_attention_heads} heads of {c.qk_nope_head_dim} + {c.qk_rope_head_dim} rotary, values {c.v_head_dim}, {latents}"
+        latents = f"latent {c.kv_lora_rank:,}" + (
+            f", query latent {c.q_lora_rank:,}" if c.q_lora_rank else ""
+        )
+        yield (
+            "attention",
+            f"MLA, {c.num_attention_heads} heads of {c.qk_nope_head_dim} + {c.qk_rope_head_dim} rotary, values {c.v_head_dim}, {latents}",
+        )
     else:
         yield "attention", f"{_plain_name(c)}, {c.num_attention_heads} heads of {c.qk_head_dim}"
     if c.is_moe:
-        groups = f", from {c.topk_group} of {c.n_group} groups" if c.topk_method == "group_limited_greedy" else ""
-        yield "experts", (f"top {c.num_experts_per_tok} of {c.n_routed_experts} routed{groups}, + {c.n_shared_experts} shared, "
-                          f"each {c.moe_intermediate_size:,} wide")
+        groups = (
+            f", from {c.topk_group} of {c.n_group} groups"
+            if c.topk_method == "group_limited_greedy"
+            else ""
+        )
+        yield (
+            "experts",
+            (
+                f"top {c.num_experts_per_tok} of {c.n_routed_experts} routed{groups}, + {c.n_shared_experts} shared, "
+                f"each {c.moe_intermediate_size:,} wide"
+            ),
+        )
     if moe < layers:
         yield "dense FFN", f"{c.intermediate_size:,} wide"
     yarn = c.rope_scaling
-    yield "context", f"{c.max_position_embeddings:,} tokens" + (f" (YaRN x{yarn.factor:g} from {yarn.original_max_position_embeddings:,})" if yarn else "")
+    yield (
+        "context",
+        f"{c.max_position_embeddings:,} tokens"
+        + (
+            f" (YaRN x{yarn.factor:g} from {yarn.original_max_position_embeddings:,})"
+            if yarn
+            else ""
+        ),
+    )
 
 
 def _plain_name(c: ModelConfig) -> str:
@@ -410,29 +570,69 @@ def _parameter_table(table, c: ModelConfig, p: dict):
     note = f"activated: with the head only; {human_count(p['activated_body'])} without it, {human_count(p['activated_all'])} with embedding too"
     t = table("Parameters", "one layer", "total", "share", "activated", note=note)
     moe = len(c.moe_layers)
-    one = {"attention": p["attention_per_layer"], "dense_ffn": p["dense_ffn_per_layer"], "routed_experts": (c.n_routed_experts or 0) * p["routed_expert"],
-           "shared_experts": c.n_shared_experts * p["routed_expert"], "router": p["router"] // moe if moe else 0}
-    for part in ("embedding", "attention", "dense_ffn", "routed_experts", "shared_experts", "router", "norms", "head"):
-        active = {"embedding": 0, "routed_experts": p["routed_active"], "head": p["head_active"]}.get(part, p[part])
+    one = {
+        "attention": p["attention_per_layer"],
+        "dense_ffn": p["dense_ffn_per_layer"],
+        "routed_experts": (c.n_routed_experts or 0) * p["routed_expert"],
+        "shared_experts": c.n_shared_experts * p["routed_expert"],
+        "router": p["router"] // moe if moe else 0,
+    }
+    for part in (
+        "embedding",
+        "attention",
+        "dense_ffn",
+        "routed_experts",
+        "shared_experts",
+        "router",
+        "norms",
+        "head",
+    ):
+        active = {
+            "embedding": 0,
+            "routed_experts": p["routed_active"],
+            "head": p["head_active"],
+        }.get(part, p[part])
         if p[part] or active:
-            t.add_row(part.replace("_", " ").replace("ffn", "FFN"), human_count(one[part]) if part in one else "", human_count(p[part]),
-                      f"{p[part] / p['total']:.1%}", human_count(active) if active else "-")
+            t.add_row(
+                part.replace("_", " ").replace("ffn", "FFN"),
+                human_count(one[part]) if part in one else "",
+                human_count(p[part]),
+                f"{p[part] / p['total']:.1%}",
+                human_count(active) if active else "-",
+            )
     t.add_row("all", "", f"{p['total']:,}", "", human_count(p["activated"]), style="bold")
     return t
 
 
 def _flops_table(table, c: ModelConfig, f: dict):
-    note = "expand makes keys and values of every latent anew, absorb attends over the latents; the cheaper in bold" if c.is_mla else ""
-    t = table("FLOPs per token, matrix products", *(("expand", "absorb") if c.is_mla else ("",)), note=note)
+    note = (
+        "expand makes keys and values of every latent anew, absorb attends over the latents; the cheaper in bold"
+        if c.is_mla
+        else ""
+    )
+    t = table(
+        "FLOPs per token, matrix products",
+        *(("expand", "absorb") if c.is_mla else ("",)),
+        note=note,
+    )
 
     def row(name, costs: dict):
         best = min(costs.values())
-        t.add_row(name, *(f"[bold]{human_flops(n)}[/]" if n == best and c.is_mla else human_flops(n) for n in costs.values()))
+        t.add_row(
+            name,
+            *(
+                f"[bold]{human_flops(n)}[/]" if n == best and c.is_mla else human_flops(n)
+                for n in costs.values()
+            ),
+        )
 
     t.add_row(f"training, sequences of {f['sequence']:,}", human_flops(f["training_per_token"]))
     row(f"prefill of {f['sequence']:,}", f["prefill_per_token"])
     for step in f["decode"]:
-        row(f"decode behind {step['depth']:,}", {form: n for form, n in step.items() if form != "depth"})
+        row(
+            f"decode behind {step['depth']:,}",
+            {form: n for form, n in step.items() if form != "depth"},
+        )
     return t
 
 
@@ -440,15 +640,28 @@ def _cache_table(table, c: ModelConfig, r: dict):
     cache, own = r["cache"], "MLA" if c.is_mla else _plain_name(c)
     mine, saving = cache["elements_per_token"], cache["saving_against_67b"]["6"]
     note = f"a row as wide as {cache['equivalent_groups']:.4g} GQA groups; at 6 bit {saving:.1%} less than DeepSeek 67B at 16 bit"
-    t = table("Cache per token, all layers", "elements", *(f"{b} bit" for b in BITS), "x ours", note=note)
+    t = table(
+        "Cache per token, all layers", "elements", *(f"{b} bit" for b in BITS), "x ours", note=note
+    )
 
     def row(name, n, style=""):
-        t.add_row(name, f"{n:,}", *(human_bytes(stored_bytes(n, b)) for b in BITS), f"{n / mine:.2f}", style=style)
+        t.add_row(
+            name,
+            f"{n:,}",
+            *(human_bytes(stored_bytes(n, b)) for b in BITS),
+            f"{n / mine:.2f}",
+            style=style,
+        )
 
     row(f"this model ({own})", mine, "bold")
     for name, n in cache["twins"].items():
         if name != own:
-            row("its keys and values, expanded" if name == "expanded K, V" else f"same model as {name}", n)
+            row(
+                "its keys and values, expanded"
+                if name == "expanded K, V"
+                else f"same model as {name}",
+                n,
+            )
     if c != ModelConfig.preset("deepseek-67b"):
         row("DeepSeek 67B (GQA, 8 groups)", cache["deepseek_67b"])
     return t
@@ -456,15 +669,27 @@ def _cache_table(table, c: ModelConfig, r: dict):
 
 def _memory_table(table, r: dict):
     m = r["memory"]
-    t = table("Memory", *(f"{b} bit" for b in BITS), note=f"training state (16 bytes a parameter, no activations): {human_bytes(m['training']['total'])}")
+    t = table(
+        "Memory",
+        *(f"{b} bit" for b in BITS),
+        note=f"training state (16 bytes a parameter, no activations): {human_bytes(m['training']['total'])}",
+    )
     t.add_row("weights", *(human_bytes(stored_bytes(r["parameters"]["total"], b)) for b in BITS))
-    t.add_row(f"cache of {m['context']:,} tokens", *(human_bytes(stored_bytes(r["cache"]["elements_per_token"] * m["context"], b)) for b in BITS))
+    t.add_row(
+        f"cache of {m['context']:,} tokens",
+        *(
+            human_bytes(stored_bytes(r["cache"]["elements_per_token"] * m["context"], b))
+            for b in BITS
+        ),
+    )
     return t
 
 
 def _plan_table(table, r: dict):
     m, fit = r["memory"], r["plan"]
-    reserved = f", {human_bytes(fit['reserve_bytes'])} of it reserved" if fit["reserve_bytes"] else ""
+    reserved = (
+        f", {human_bytes(fit['reserve_bytes'])} of it reserved" if fit["reserve_bytes"] else ""
+    )
     t = table(f"Plan for {human_bytes(fit['memory_bytes'])}{reserved}", "")
     t.add_row(f"weights at {m['weight_bits']:g} bit", human_bytes(fit["weight_bytes"]))
     t.add_row(f"cache at {m['cache_bits']:g} bit", f"{fit['cache_tokens']:,} tokens fit")

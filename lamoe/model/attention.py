@@ -31,7 +31,9 @@ class Attention(nn.Module):
 
     def forward(self, x, freqs, cache: Cache | None = None, segments=None, form: str | None = None):
         width = self.config.qk_head_dim
-        q, k, v = (w(x).unflatten(-1, (-1, width)) for w in (self.wq, self.wk, self.wv))  # [B, T, heads, d]
+        q, k, v = (
+            w(x).unflatten(-1, (-1, width)) for w in (self.wq, self.wk, self.wv)
+        )  # [B, T, heads, d]
         q = kernels.rope(q, freqs, self.config.rope_interleaved)
         k = kernels.rope(k, freqs, self.config.rope_interleaved)
 
@@ -41,7 +43,9 @@ class Attention(nn.Module):
 
         if cache is None:
             return self.wo(kernels.attend(q, k, v, self.scale, segments).flatten(2))
-        return self.wo(over_views(cache.views(self.layer, k.flatten(2), v.flatten(2)), (q,), attend).flatten(2))
+        return self.wo(
+            over_views(cache.views(self.layer, k.flatten(2), v.flatten(2)), (q,), attend).flatten(2)
+        )
 
 
 class MLA(nn.Module):
@@ -70,7 +74,9 @@ class MLA(nn.Module):
         latent = self.kv_norm(latent)  # [B, T, C]; the rope key gets no norm
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         q_rope = kernels.rope(q_rope, freqs, c.rope_interleaved)
-        k_rope = kernels.rope(k_rope[:, :, None], freqs, c.rope_interleaved)[:, :, 0]  # [B, T, R], one for all heads
+        k_rope = kernels.rope(k_rope[:, :, None], freqs, c.rope_interleaved)[
+            :, :, 0
+        ]  # [B, T, R], one for all heads
 
         def attend(q_nope, q_rope, latent, k_rope, first):
             if (form or cheaper_form(c, q_nope.shape[1], latent.shape[1])) == "expand":
@@ -83,7 +89,9 @@ class MLA(nn.Module):
         elif segments is None:
             out = attend(q_nope, q_rope, latent, k_rope, None)
         elif form == "absorb":
-            raise ValueError("the absorbed form is for decoding and takes no segments; use form='expand' for packed documents")
+            raise ValueError(
+                "the absorbed form is for decoding and takes no segments; use form='expand' for packed documents"
+            )
         else:
             out = self.expand(q_nope, q_rope, latent, k_rope, segments)
         return self.wo(out.flatten(2))
@@ -95,7 +103,10 @@ class MLA(nn.Module):
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         k_rope = k_rope[:, :, None].expand(-1, -1, c.num_attention_heads, -1)
         # heads before tokens in memory, the order in which attention reads them
-        q, k = (torch.cat([a.transpose(1, 2), b.transpose(1, 2)], -1).transpose(1, 2) for a, b in ((q_nope, q_rope), (k_nope, k_rope)))
+        q, k = (
+            torch.cat([a.transpose(1, 2), b.transpose(1, 2)], -1).transpose(1, 2)
+            for a, b in ((q_nope, q_rope), (k_nope, k_rope))
+        )
         return kernels.attend(q, k, v, self.scale, segments)
 
     def absorb(self, q_nope, q_rope, latent, k_rope, first=None):
@@ -113,7 +124,11 @@ def over_views(views: list[View], queries: tuple[torch.Tensor, ...], attend) -> 
     group. -> [B, T, H, V]"""
     parts = []
     for tokens, rows, first in views:
-        mine = queries if tokens is None else [q[0, tokens].unflatten(0, (rows[0].shape[0], -1)) for q in queries]
+        mine = (
+            queries
+            if tokens is None
+            else [q[0, tokens].unflatten(0, (rows[0].shape[0], -1)) for q in queries]
+        )
         parts.append(attend(*mine, *rows, first).flatten(0, 1))
     return torch.cat(parts).unflatten(0, queries[0].shape[:2])
 

@@ -36,11 +36,22 @@ class Cache(Protocol):
 class KVCache:
     """Room for `capacity` tokens of `batch` sequences: two tensors [layers, B, capacity, width]. `length` tokens are filled."""
 
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype = torch.float32, device="cpu"):
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device="cpu",
+    ):
         if batch < 1 or capacity < 1:
-            raise ValueError(f"a cache needs room for at least one sequence and one token, asked for {batch} x {capacity}")
+            raise ValueError(
+                f"a cache needs room for at least one sequence and one token, asked for {batch} x {capacity}"
+            )
         shape = (config.num_hidden_layers, batch, capacity)
-        self.rows = [torch.empty(*shape, width, dtype=dtype, device=device) for width in config.cache_row]
+        self.rows = [
+            torch.empty(*shape, width, dtype=dtype, device=device) for width in config.cache_row
+        ]
         self.length = 0
 
     @property
@@ -56,9 +67,13 @@ class KVCache:
         `length` moves only with `advance`, once all layers have written."""
         batch, end = new[0].shape[0], self.length + new[0].shape[1]
         if batch != self.rows[0].shape[1]:
-            raise ValueError(f"{batch} sequences do not go into a cache made for {self.rows[0].shape[1]}; make one cache per batch")
+            raise ValueError(
+                f"{batch} sequences do not go into a cache made for {self.rows[0].shape[1]}; make one cache per batch"
+            )
         if end > self.capacity:
-            raise ValueError(f"{end} tokens do not fit in a cache of {self.capacity}; make the cache larger or the text shorter")
+            raise ValueError(
+                f"{end} tokens do not fit in a cache of {self.capacity}; make the cache larger or the text shorter"
+            )
         for rows, part in zip(self.rows, new):
             rows[layer, :, self.length : end] = part
         return [rows[layer, :, :end] for rows in self.rows]

@@ -45,7 +45,9 @@ class MoE(nn.Module):
         self.experts = Experts(config.n_routed_experts, d, f)
         self.shared = MLP(d, config.n_shared_experts * f) if config.n_shared_experts else None
 
-    def forward(self, x: torch.Tensor, training: routing.Training | routing.Chosen | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, training: routing.Training | routing.Chosen | None = None
+    ) -> torch.Tensor:
         flat = x.flatten(0, 1)
         r = routing.route(flat, self.gate.weight, self.config)
         if isinstance(training, routing.Chosen):

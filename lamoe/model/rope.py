@@ -39,10 +39,18 @@ def amplitude(config: ModelConfig) -> float:
 def yarn_ramp_limits(y: RopeScaling, dim: int, theta: float) -> tuple[int, int]:
     """(low, high): pairs up to `low` keep their frequency, pairs from `high` on are slowed by `factor`. (10, 23) for V2."""
 
-    def pair_turning(rotations: float) -> float:  # the pair that turns this often within the original context
-        return dim * math.log(y.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+    def pair_turning(
+        rotations: float,
+    ) -> float:  # the pair that turns this often within the original context
+        return (
+            dim
+            * math.log(y.original_max_position_embeddings / (rotations * 2 * math.pi))
+            / (2 * math.log(theta))
+        )
 
-    return max(math.floor(pair_turning(y.beta_fast)), 0), min(math.ceil(pair_turning(y.beta_slow)), dim - 1)
+    return max(math.floor(pair_turning(y.beta_fast)), 0), min(
+        math.ceil(pair_turning(y.beta_slow)), dim - 1
+    )
 
 
 def inv_freq(config: ModelConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -60,7 +68,9 @@ def inv_freq(config: ModelConfig, dtype: torch.dtype = torch.float32) -> torch.T
     return 1.0 / (y.factor * turns) * (1 - keep) + plain * keep
 
 
-def freqs(config: ModelConfig, positions: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def freqs(
+    config: ModelConfig, positions: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Rotation of each pair at each position as unit complex numbers times `amplitude`: [..., R / 2], complex64 (complex128 for
     dtype float64). `positions`: integers of any shape."""
     work = torch.float64 if dtype == torch.float64 else torch.float32

@@ -53,23 +53,35 @@ def choose(scores: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, tor
 class Balance:
     """The training-time part of routing, from the recipe. Devices are virtual: contiguous blocks of E / devices experts."""
 
-    expert: float = 0.003  # alpha_1: the paper's 236B recipe. (Released configs say 0.001, which was Lite's.)
+    expert: float = (
+        0.003  # alpha_1: the paper's 236B recipe. (Released configs say 0.001, which was Lite's.)
+    )
     device: float = 0.05  # alpha_2
     communication: float = 0.02  # alpha_3
     devices: int = 1  # D
-    capacity_factor: float = 0.0  # a device's budget in units of the average load; 0: nothing is dropped. Paper: 1.0
+    capacity_factor: float = (
+        0.0  # a device's budget in units of the average load; 0: nothing is dropped. Paper: 1.0
+    )
     keep_share: float = 0.1  # share of sequences whose tokens are never dropped
 
     def check(self, config: ModelConfig) -> None:
         for name in ("expert", "device", "communication", "capacity_factor", "keep_share"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"balance.{name} is {getattr(self, name)}; it must not be negative")
+                raise ValueError(
+                    f"balance.{name} is {getattr(self, name)}; it must not be negative"
+                )
         if self.keep_share > 1:
-            raise ValueError(f"balance.keep_share is {self.keep_share}; it is a share of the sequences, at most 1")
+            raise ValueError(
+                f"balance.keep_share is {self.keep_share}; it is a share of the sequences, at most 1"
+            )
         if config.is_moe and (self.devices < 1 or config.n_routed_experts % self.devices):
-            raise ValueError(f"balance.devices is {self.devices}; it must divide n_routed_experts {config.n_routed_experts}")
+            raise ValueError(
+                f"balance.devices is {self.devices}; it must divide n_routed_experts {config.n_routed_experts}"
+            )
         if config.topk_method == "group_limited_greedy" and self.devices not in (1, config.n_group):
-            raise ValueError(f"balance.devices is {self.devices}, but the router limits tokens over n_group {config.n_group} groups; use that number, or 1")
+            raise ValueError(
+                f"balance.devices is {self.devices}, but the router limits tokens over n_group {config.n_group} groups; use that number, or 1"
+            )
 
 
 def reach(config: ModelConfig, devices: int) -> int:
@@ -82,7 +94,9 @@ def reach(config: ModelConfig, devices: int) -> int:
 class LayerRecord:
     """What one MoE layer did in one training step. All detached but the three losses."""
 
-    losses: torch.Tensor  # [3] unweighted: expert, device, communication; 1 when routing is even (see balance_losses)
+    losses: (
+        torch.Tensor
+    )  # [3] unweighted: expert, device, communication; 1 when routing is even (see balance_losses)
     load: torch.Tensor  # [E] int64 chosen assignments, before dropping
     dropped: torch.Tensor  # [] int64 assignments dropped
     entropy: torch.Tensor  # [] mean entropy of a token's scores, nats
@@ -110,11 +124,15 @@ class Training:
         """alpha_1 L_ExpBal + alpha_2 L_DevBal + alpha_3 L_CommBal, summed over layers (each layer balances itself)."""
         if not self.records:
             return torch.zeros(())
-        alphas = torch.tensor([self.balance.expert, self.balance.device, self.balance.communication])
+        alphas = torch.tensor(
+            [self.balance.expert, self.balance.device, self.balance.communication]
+        )
         return (torch.stack([r.losses for r in self.records]).sum(0) * alphas).sum()
 
 
-def balance_losses(scores: torch.Tensor, expert: torch.Tensor, config: ModelConfig, devices: int) -> torch.Tensor:
+def balance_losses(
+    scores: torch.Tensor, expert: torch.Tensor, config: ModelConfig, devices: int
+) -> torch.Tensor:
     """The three sums of eq. 23-31 without their alphas, [3]: expert, device, communication.
 
     scores [B, T, E], expert [B, T, K]: computed for each sequence on its own and averaged over B, so that the value does not
@@ -124,7 +142,9 @@ def balance_losses(scores: torch.Tensor, expert: torch.Tensor, config: ModelConf
     b, t, e = scores.shape
     k = expert.shape[-1]
     flat = expert.reshape(b, -1)
-    f = scores.new_zeros(b, e).scatter_add_(1, flat, scores.new_ones(flat.shape)) * (e / (k * t))  # f_i
+    f = scores.new_zeros(b, e).scatter_add_(1, flat, scores.new_ones(flat.shape)) * (
+        e / (k * t)
+    )  # f_i
     p = scores.mean(1)  # P_i
     f_device = f.unflatten(1, (devices, -1)).mean(-1)  # f'_i
     p_device = p.unflatten(1, (devices, -1)).sum(-1)  # P'_i = P''_i
@@ -134,8 +154,14 @@ def balance_losses(scores: torch.Tensor, expert: torch.Tensor, config: ModelConf
     return torch.stack([s.mean() for s in sums])
 
 
-def keep_mask(affinity: torch.Tensor, expert: torch.Tensor, n_experts: int, devices: int, capacity_factor: float,
-              protected: torch.Tensor | None = None) -> torch.Tensor:
+def keep_mask(
+    affinity: torch.Tensor,
+    expert: torch.Tensor,
+    n_experts: int,
+    devices: int,
+    capacity_factor: float,
+    protected: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Device-level token dropping: which assignments stay, [N, K] bool.
 
     A device's budget is capacity_factor * N K / devices assignments of this batch, rounded up. On a device over its budget the
@@ -147,7 +173,9 @@ def keep_mask(affinity: torch.Tensor, expert: torch.Tensor, n_experts: int, devi
     device = (expert // (n_experts // devices)).flatten()
     rank_by = affinity.detach().flatten().to(torch.float64)
     if protected is not None:
-        rank_by = rank_by + 2.0 * protected.repeat_interleave(k)  # scores are at most 1, so protected ones come first
+        rank_by = rank_by + 2.0 * protected.repeat_interleave(
+            k
+        )  # scores are at most 1, so protected ones come first
     order = rank_by.argsort(descending=True, stable=True)
     order = order[device[order].argsort(stable=True)]  # by device, best first
     counts = device.bincount(minlength=devices)
@@ -163,16 +191,24 @@ def train_route(r: Route, batch: int, config: ModelConfig, training: Training) -
     """Record the layer's balance losses and load, and drop assignments over budget: a dropped one gets expert E (nobody) and
     weight 0, so the token keeps its residual and shared experts. f is counted before dropping."""
     e, b = config.n_routed_experts, training.balance
-    losses = balance_losses(r.scores.unflatten(0, (batch, -1)), r.expert.unflatten(0, (batch, -1)), config, b.devices)
+    losses = balance_losses(
+        r.scores.unflatten(0, (batch, -1)), r.expert.unflatten(0, (batch, -1)), config, b.devices
+    )
     expert, weight = r.expert, r.weight
     dropped = torch.zeros((), dtype=torch.int64)
     if b.capacity_factor:
         per_seq = expert.shape[0] // batch
-        protected = None if training.protected is None else training.protected.repeat_interleave(per_seq)
-        keep = keep_mask(r.scores.gather(1, expert), expert, e, b.devices, b.capacity_factor, protected)
+        protected = (
+            None if training.protected is None else training.protected.repeat_interleave(per_seq)
+        )
+        keep = keep_mask(
+            r.scores.gather(1, expert), expert, e, b.devices, b.capacity_factor, protected
+        )
         dropped = (~keep).sum()
         expert, weight = expert.masked_fill(~keep, e), weight * keep
     with torch.no_grad():
         entropy = torch.special.entr(r.scores).sum(-1).mean()
-    training.records.append(LayerRecord(losses, r.expert.flatten().bincount(minlength=e), dropped, entropy))
+    training.records.append(
+        LayerRecord(losses, r.expert.flatten().bincount(minlength=e), dropped, entropy)
+    )
     return Route(r.scores, expert, weight)

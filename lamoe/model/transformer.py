@@ -13,10 +13,9 @@ from torch import nn
 from lamoe import kernels
 from lamoe.model import rope, routing
 from lamoe.model.attention import MLA, Attention
-from lamoe.model.layers import RMSNorm, linear
 from lamoe.model.cache import Cache
 from lamoe.model.config import ModelConfig
-from lamoe.model.layers import MLP
+from lamoe.model.layers import MLP, RMSNorm, linear
 from lamoe.model.moe import MoE
 
 
@@ -28,7 +27,11 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = (MLA if config.is_mla else Attention)(config, layer)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.ffn = MoE(config) if config.is_moe_layer(layer) else MLP(config.hidden_size, config.intermediate_size)
+        self.ffn = (
+            MoE(config)
+            if config.is_moe_layer(layer)
+            else MLP(config.hidden_size, config.intermediate_size)
+        )
 
     def forward(self, x, freqs, cache=None, segments=None, training=None, form=None):
         x = x + self.attn(self.attn_norm(x), freqs, cache, segments, form)
@@ -59,17 +62,30 @@ class Transformer(nn.Module):
         """[vocabulary, D]."""
         return self.embed.weight if self.config.tie_word_embeddings else self.head.weight
 
-    def hidden(self, ids, cache: Cache | None = None, segments=None, training: routing.Training | routing.Chosen | None = None, form=None):
+    def hidden(
+        self,
+        ids,
+        cache: Cache | None = None,
+        segments=None,
+        training: routing.Training | routing.Chosen | None = None,
+        form=None,
+    ):
         """Final normed states [B, T, D]: what the head reads."""
-        positions = torch.arange(ids.shape[-1])[None] if cache is None else cache.positions(ids.shape[-1])
+        positions = (
+            torch.arange(ids.shape[-1])[None] if cache is None else cache.positions(ids.shape[-1])
+        )
         check_ids(ids, self.config, positions)
         if segments is not None and (cache is not None or segments.shape != ids.shape):
-            raise ValueError(f"segments must have the shape of ids {tuple(ids.shape)} and go without a cache, found {tuple(segments.shape)}"
-                             + (" and a cache" if cache is not None else ""))
+            raise ValueError(
+                f"segments must have the shape of ids {tuple(ids.shape)} and go without a cache, found {tuple(segments.shape)}"
+                + (" and a cache" if cache is not None else "")
+            )
         if form not in (None, "expand", "absorb"):
             raise ValueError(f"form is {form!r}; known: expand, absorb")
         x = self.embed(ids)
-        freqs = rope.freqs(self.config, positions.to(ids.device), x.dtype)  # [1, T, R / 2], one table for all layers
+        freqs = rope.freqs(
+            self.config, positions.to(ids.device), x.dtype
+        )  # [1, T, R / 2], one table for all layers
         for block in self.layers:
             x = block(x, freqs, cache, segments, training, form)
         if cache is not None:
@@ -105,9 +121,15 @@ class Transformer(nn.Module):
 
 def check_ids(ids: torch.Tensor, config: ModelConfig, positions: torch.Tensor) -> None:
     if ids.dim() != 2 or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"ids must be integers of shape [batch, tokens] with at least one of each, found {ids.dtype} {tuple(ids.shape)}")
+        raise ValueError(
+            f"ids must be integers of shape [batch, tokens] with at least one of each, found {ids.dtype} {tuple(ids.shape)}"
+        )
     low, high = ids.aminmax()
     if low < 0 or high >= config.vocab_size:
-        raise ValueError(f"token id {int(low if low < 0 else high)} is outside the vocabulary of {config.vocab_size} tokens")
+        raise ValueError(
+            f"token id {int(low if low < 0 else high)} is outside the vocabulary of {config.vocab_size} tokens"
+        )
     if (end := int(positions.max()) + 1) > config.max_position_embeddings:
-        raise ValueError(f"{end} positions are more than the model's max_position_embeddings {config.max_position_embeddings}; shorten the text")
+        raise ValueError(
+            f"{end} positions are more than the model's max_position_embeddings {config.max_position_embeddings}; shorten the text"
+        )

@@ -25,25 +25,54 @@ from lamoe.serve.reply import Reply
 from lamoe.serve.service import Service, ended
 
 PAGE = Path(__file__).parent / "page"
-TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml",
-         ".png": "image/png", ".woff2": "font/woff2", ".txt": "text/plain; charset=utf-8"}
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".woff2": "font/woff2",
+    ".txt": "text/plain; charset=utf-8",
+}
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; "
-                               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin", "Cache-Control": "no-cache"}
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
 MAX_DEPTH, MAX_KEYS = 64, 4096
 
-SAYS = {400: "something in the request is not valid", 401: "no valid API key", 403: "the Host header names another server", 404: "not here", 408: "it took too long",
-        413: "the body is too large", 415: "not JSON", 429: "the queue is full; see Retry-After", 431: "the headers are too large",
-        503: "loading, shutting down, or the engine ended; see Retry-After"}
+SAYS = {
+    400: "something in the request is not valid",
+    401: "no valid API key",
+    403: "the Host header names another server",
+    404: "not here",
+    408: "it took too long",
+    413: "the body is too large",
+    415: "not JSON",
+    429: "the queue is full; see Retry-After",
+    431: "the headers are too large",
+    503: "loading, shutting down, or the engine ended; see Retry-After",
+}
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {s: {"model": wire.Error, "description": SAYS[s]} for s in (401, 403, 431, 503, *statuses)}
+    return {
+        s: {"model": wire.Error, "description": SAYS[s]} for s in (401, 403, 431, 503, *statuses)
+    }
 
 
 POSTED = errors(400, 404, 408, 413, 415, 429)
-EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "with stream: true: objects with object *.chunk, then [DONE]"}}}
+EVENTS = {
+    "text/event-stream": {
+        "schema": {
+            "type": "string",
+            "description": "with stream: true: objects with object *.chunk, then [DONE]",
+        }
+    }
+}
 router = APIRouter()
 
 
@@ -54,7 +83,9 @@ class _Body(Request):
         try:
             value = from_json(await self.body(), allow_inf_nan=False)
         except ValueError as e:
-            raise ApiError(400, f"the body is not valid JSON: {str(e)[:200]}", "invalid_json") from None
+            raise ApiError(
+                400, f"the body is not valid JSON: {str(e)[:200]}", "invalid_json"
+            ) from None
         _check_shape(value)
         return value
 
@@ -82,8 +113,20 @@ def _check_shape(value: Any) -> None:
         deeper = []
         for item in level:
             if isinstance(item, dict) and len(item) > MAX_KEYS:
-                raise ApiError(400, f"an object of the body has {len(item)} keys; the limit is {MAX_KEYS}", "invalid_json")
-            deeper += [v for v in (item.values() if isinstance(item, dict) else item) if isinstance(v, (dict, list))] if isinstance(item, (dict, list)) else []
+                raise ApiError(
+                    400,
+                    f"an object of the body has {len(item)} keys; the limit is {MAX_KEYS}",
+                    "invalid_json",
+                )
+            deeper += (
+                [
+                    v
+                    for v in (item.values() if isinstance(item, dict) else item)
+                    if isinstance(v, (dict, list))
+                ]
+                if isinstance(item, (dict, list))
+                else []
+            )
         level = deeper
 
 
@@ -92,13 +135,18 @@ def _service(request: Request) -> Service:
 
 
 # ---- generating ------------------------------------------------------------------------------------------------------
-@router.post("/v1/completions", responses=POSTED | {200: {"model": wire.Completion, "content": EVENTS}})
+@router.post(
+    "/v1/completions", responses=POSTED | {200: {"model": wire.Completion, "content": EVENTS}}
+)
 async def create_completion(body: wire.CompletionRequest, request: Request) -> Response:
     """Continue one or several prompts."""
     return await completions.complete(_service(request), body, request.state.id, request.state.log)
 
 
-@router.post("/v1/chat/completions", responses=POSTED | {200: {"model": wire.ChatCompletion, "content": EVENTS}})
+@router.post(
+    "/v1/chat/completions",
+    responses=POSTED | {200: {"model": wire.ChatCompletion, "content": EVENTS}},
+)
 async def create_chat_completion(body: wire.ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     return await completions.chat(_service(request), body, request.state.id, request.state.log)
@@ -118,7 +166,9 @@ async def create_embedding(body: wire.EmbeddingRequest, request: Request) -> Res
         data = []
         try:
             for i, ids in enumerate(items):
-                async with service.scoring:  # a text, not a request, at a time: a long list must not keep the others waiting
+                async with (
+                    service.scoring
+                ):  # a text, not a request, at a time: a long list must not keep the others waiting
                     vector = await mean_state(engine, ids)
                 if body.encoding_format == "base64":
                     vector = base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
@@ -126,9 +176,19 @@ async def create_embedding(body: wire.EmbeddingRequest, request: Request) -> Res
         except EngineDead:
             raise ended() from None
         tokens = sum(map(len, items))
-        return {"object": "list", "model": service.name, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+        return {
+            "object": "list",
+            "model": service.name,
+            "data": data,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
 
-    return Reply(whole=embed, close=lambda: service.release(len(items)), left=service.metrics.left.inc, seconds=service.settings.request_timeout)
+    return Reply(
+        whole=embed,
+        close=lambda: service.release(len(items)),
+        left=service.metrics.left.inc,
+        seconds=service.settings.request_timeout,
+    )
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -142,11 +202,22 @@ async def tokenize(body: wire.TokenizeRequest, request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give one of prompt and messages", "invalid_value", "prompt")
     if body.messages is not None:
-        ids = await completions.chat_ids(service, body.messages, body.tools, body.add_generation_prompt)
+        ids = await completions.chat_ids(
+            service, body.messages, body.tools, body.add_generation_prompt
+        )
     else:
-        ids = await completions.in_thread("prompt", tok.encode, body.prompt, bos=tok.add_bos and body.add_special_tokens)
+        ids = await completions.in_thread(
+            "prompt", tok.encode, body.prompt, bos=tok.add_bos and body.add_special_tokens
+        )
     strings = [completions.token_text(tok, t) for t in ids] if body.return_token_strs else None
-    return answer({"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids, "token_strs": strings})
+    return answer(
+        {
+            "count": len(ids),
+            "max_model_len": service.max_model_len,
+            "tokens": ids,
+            "token_strs": strings,
+        }
+    )
 
 
 @router.post("/detokenize", responses=POSTED | {200: {"model": wire.Detokenized}})
@@ -156,7 +227,13 @@ async def detokenize(body: wire.DetokenizeRequest, request: Request) -> Response
     service.ready()
     service.check_model(body.model)
     tok = completions.need_tokenizer(service, "detokenize")
-    return answer({"prompt": await completions.in_thread("tokens", tok.decode, body.tokens, skip_special=False)})
+    return answer(
+        {
+            "prompt": await completions.in_thread(
+                "tokens", tok.decode, body.tokens, skip_special=False
+            )
+        }
+    )
 
 
 @router.get("/tokenizer_info", responses=errors(400) | {200: {"model": wire.TokenizerInfo}})
@@ -165,14 +242,23 @@ async def tokenizer_info(request: Request) -> Response:
     service = _service(request)
     service.ready()
     tok = completions.need_tokenizer(service, "tokenizer_info")
-    names = {f"{kind}_token": None if id is None else tok.inner.id_to_token(id) for kind, id in (("bos", tok.bos_id), ("eos", tok.eos_id), ("pad", tok.pad_id))}
+    names = {
+        f"{kind}_token": None if id is None else tok.inner.id_to_token(id)
+        for kind, id in (("bos", tok.bos_id), ("eos", tok.eos_id), ("pad", tok.pad_id))
+    }
     return answer({**names, "add_bos_token": tok.add_bos, "chat_template": tok.chat_template})
 
 
 # ---- about the server ------------------------------------------------------------------------------------------------
 def _model(service: Service) -> dict[str, Any]:
     service.ready()
-    return {"id": service.name, "object": "model", "created": service.created, "owned_by": "lamoe", "max_model_len": service.max_model_len}
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "lamoe",
+        "max_model_len": service.max_model_len,
+    }
 
 
 @router.get("/v1/models", responses=errors() | {200: {"model": wire.Models}})
@@ -188,19 +274,41 @@ async def retrieve_model(model: str, request: Request) -> Response:
     return answer(_model(_service(request)))
 
 
-@router.get("/health", responses={200: {"model": wire.Health}, 503: {"model": wire.Health}, 403: {"model": wire.Error}, 431: {"model": wire.Error}})
+@router.get(
+    "/health",
+    responses={
+        200: {"model": wire.Health},
+        503: {"model": wire.Health},
+        403: {"model": wire.Error},
+        431: {"model": wire.Error},
+    },
+)
 async def health(request: Request) -> Response:
     """200 while requests are answered, 503 while the model loads and while the server shuts down. Needs no key."""
     service = _service(request)
-    state = "failed" if service.engine is not None and not service.engine.alive and service.state == "ok" else service.state
-    return answer({"status": state}, 200 if state == "ok" else 503, None if state == "ok" else {"Retry-After": "5"})
+    state = (
+        "failed"
+        if service.engine is not None and not service.engine.alive and service.state == "ok"
+        else service.state
+    )
+    return answer(
+        {"status": state},
+        200 if state == "ok" else 503,
+        None if state == "ok" else {"Retry-After": "5"},
+    )
 
 
-@router.get("/metrics", responses=errors() | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
+@router.get(
+    "/metrics",
+    responses=errors() | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
 async def metrics(request: Request) -> Response:
     """Prometheus' text form."""
     service = _service(request)
-    return Response(service.metrics.text(await service.stats()), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(
+        service.metrics.text(await service.stats()),
+        media_type="text/plain; version=0.0.4; charset=utf-8",
+    )
 
 
 @router.get("/lamoe/stats", responses=errors() | {200: {"model": wire.Stats}})
@@ -236,7 +344,13 @@ def _page_file(name: str) -> Response:
 # ---- putting it together ---------------------------------------------------------------------------------------------
 def build(service: Service) -> Guard:
     """The ASGI application of a service."""
-    app = FastAPI(title="lamoe", version=__version__, docs_url=None, redoc_url=None, description=_about(service.settings.keys()))
+    app = FastAPI(
+        title="lamoe",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        description=_about(service.settings.keys()),
+    )
     app.state.service = service
     app.include_router(router)
     app.openapi = lambda: _describe(app, bool(service.settings.keys()))
@@ -253,8 +367,15 @@ async def _invalid(request: Request, e: RequestValidationError) -> Response:
 async def _http_error(request: Request, e: HTTPException) -> Response:
     if isinstance(e, ApiError):
         return e.response()
-    says = {404: "there is no such route", 405: "this route does not take that method"}.get(e.status_code, str(e.detail))
-    return ApiError(e.status_code, says, {404: "not_found", 405: "method_not_allowed"}.get(e.status_code), headers=e.headers).response()
+    says = {404: "there is no such route", 405: "this route does not take that method"}.get(
+        e.status_code, str(e.detail)
+    )
+    return ApiError(
+        e.status_code,
+        says,
+        {404: "not_found", 405: "method_not_allowed"}.get(e.status_code),
+        headers=e.headers,
+    ).response()
 
 
 async def _unexpected(request: Request, e: Exception) -> Response:
@@ -264,7 +385,9 @@ async def _unexpected(request: Request, e: Exception) -> Response:
 def _describe(app: FastAPI, locked: bool) -> dict[str, Any]:
     """FastAPI's description, with the key where there is one; invalid requests are answered with 400 here, not its 422."""
     if app.openapi_schema is None:
-        found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        found = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
         for operation in (o for path in found["paths"].values() for o in path.values()):
             operation["responses"].pop("422", None)
         if locked:
@@ -276,4 +399,6 @@ def _describe(app: FastAPI, locked: bool) -> dict[str, Any]:
 
 
 def _about(keys: tuple[str, ...]) -> str:
-    return "DeepSeek-V2 models over the API that OpenAI defined. " + ("Every call but /health needs `Authorization: Bearer KEY`." if keys else "No key is needed.")
+    return "DeepSeek-V2 models over the API that OpenAI defined. " + (
+        "Every call but /health needs `Authorization: Bearer KEY`." if keys else "No key is needed."
+    )

@@ -19,14 +19,25 @@ from lamoe.serve.settings import Settings
 log = logging.getLogger("lamoe.serve")
 
 BODIES = 16  # of the largest size that may be in memory at once
-UNEXPECTED = ApiError(500, "the server failed at this request; its log says more under this request's id", "internal_error")
+UNEXPECTED = ApiError(
+    500,
+    "the server failed at this request; its log says more under this request's id",
+    "internal_error",
+)
 PREFIX = {"/v1/completions": "cmpl", "/v1/chat/completions": "chatcmpl", "/v1/embeddings": "embd"}
-POLLED = ("/health", "/metrics", "/lamoe/stats", "/lamoe/requests/{id}/experts")  # each second, by scrapers and the page: no news
+POLLED = (
+    "/health",
+    "/metrics",
+    "/lamoe/stats",
+    "/lamoe/requests/{id}/experts",
+)  # each second, by scrapers and the page: no news
 
 
 def is_open(method: str, path: str) -> bool:
     """What needs no key: the health of the server, and the page, which carries no data."""
-    return method in ("GET", "HEAD") and (path in ("/health", "/", "/favicon.ico") or path.startswith("/page/"))
+    return method in ("GET", "HEAD") and (
+        path in ("/health", "/", "/favicon.ico") or path.startswith("/page/")
+    )
 
 
 class Guard:
@@ -34,8 +45,14 @@ class Guard:
 
     def __init__(self, app, settings: Settings, metrics):
         self.app, self.settings, self.metrics = app, settings, metrics
-        self.held, self.most_held = 0, BODIES * settings.max_body_bytes  # bytes of all bodies whose answers are not complete
-        self.hosts, self.digests = settings.hosts(), [hashlib.sha256(k.encode()).digest() for k in settings.keys()]
+        self.held, self.most_held = (
+            0,
+            BODIES * settings.max_body_bytes,
+        )  # bytes of all bodies whose answers are not complete
+        self.hosts, self.digests = (
+            settings.hosts(),
+            [hashlib.sha256(k.encode()).digest() for k in settings.keys()],
+        )
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -48,7 +65,11 @@ class Guard:
             await call.fail(e)
         except Exception as e:
             if not call.disconnected:
-                log.error("unexpected error", exc_info=e, extra={"fields": {"id": call.id, "path": scope["path"]}})
+                log.error(
+                    "unexpected error",
+                    exc_info=e,
+                    extra={"fields": {"id": call.id, "path": scope["path"]}},
+                )
             await call.fail(UNEXPECTED)
         finally:
             call.report()
@@ -56,20 +77,51 @@ class Guard:
     def check(self, scope) -> None:
         """ApiError for what is refused before anything is read."""
         headers = scope["headers"]
-        size = sum(len(k) + len(v) + 4 for k, v in headers) + len(scope["raw_path"]) + len(scope["query_string"])
+        size = (
+            sum(len(k) + len(v) + 4 for k, v in headers)
+            + len(scope["raw_path"])
+            + len(scope["query_string"])
+        )
         if size > self.settings.max_header_bytes:
-            raise ApiError(431, f"the headers have {size} bytes; the limit is {self.settings.max_header_bytes} (--max-header-bytes)", "headers_too_large")
+            raise ApiError(
+                431,
+                f"the headers have {size} bytes; the limit is {self.settings.max_header_bytes} (--max-header-bytes)",
+                "headers_too_large",
+            )
         fields: dict[bytes, bytes] = dict(headers)
         if self.hosts is not None and _host(fields.get(b"host", b"")) not in self.hosts:
-            raise ApiError(403, "this server does not answer to the name in the Host header; use 127.0.0.1 or localhost, or start it with --allowed-hosts", "host_not_allowed")
-        if self.digests and not is_open(scope["method"], scope["path"]) and not self.knows(fields.get(b"authorization", b"")):
-            raise ApiError(401, "this server needs an API key: send it as `Authorization: Bearer KEY`", "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+            raise ApiError(
+                403,
+                "this server does not answer to the name in the Host header; use 127.0.0.1 or localhost, or start it with --allowed-hosts",
+                "host_not_allowed",
+            )
+        if (
+            self.digests
+            and not is_open(scope["method"], scope["path"])
+            and not self.knows(fields.get(b"authorization", b""))
+        ):
+            raise ApiError(
+                401,
+                "this server needs an API key: send it as `Authorization: Bearer KEY`",
+                "invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
         if scope["method"] in ("POST", "PUT", "PATCH"):
             kind = fields.get(b"content-type", b"").split(b";")[0].strip().lower()
-            if kind != b"application/json":  # also what keeps foreign web pages out: a browser asks before it sends this type elsewhere
-                raise ApiError(415, "send JSON, with the header Content-Type: application/json", "unsupported_media_type")
+            if (
+                kind != b"application/json"
+            ):  # also what keeps foreign web pages out: a browser asks before it sends this type elsewhere
+                raise ApiError(
+                    415,
+                    "send JSON, with the header Content-Type: application/json",
+                    "unsupported_media_type",
+                )
             length = fields.get(b"content-length", b"0")
-            if not length.isdigit() or len(length) > 18 or int(length) > self.settings.max_body_bytes:
+            if (
+                not length.isdigit()
+                or len(length) > 18
+                or int(length) > self.settings.max_body_bytes
+            ):
                 raise _too_large(self.settings.max_body_bytes)
 
     def knows(self, authorization: bytes) -> bool:
@@ -89,7 +141,13 @@ class _Call:
         self.id = f"{PREFIX.get(scope['path'], 'req')}-{uuid.uuid4().hex}"
         self.fields: dict[str, Any] = {}
         self.state = scope["state"] = {**scope.get("state", {}), "id": self.id, "log": self.fields}
-        self.started, self.status, self.bytes, self.complete, self.disconnected = time.perf_counter(), 0, 0, False, False
+        self.started, self.status, self.bytes, self.complete, self.disconnected = (
+            time.perf_counter(),
+            0,
+            0,
+            False,
+            False,
+        )
         self.deadline = time.monotonic() + guard.settings.body_timeout
 
     async def receive(self):
@@ -100,8 +158,12 @@ class _Call:
                 async with asyncio.timeout(max(self.deadline - time.monotonic(), 0)):
                     message = await self._receive()
             except TimeoutError:
-                raise ApiError(408, f"the body did not come within {self.guard.settings.body_timeout:g} seconds (--body-timeout)", "body_timeout",
-                               headers={"Connection": "close"}) from None
+                raise ApiError(
+                    408,
+                    f"the body did not come within {self.guard.settings.body_timeout:g} seconds (--body-timeout)",
+                    "body_timeout",
+                    headers={"Connection": "close"},
+                ) from None
         self.disconnected |= message["type"] == "http.disconnect"
         if message["type"] == "http.request":
             self.bytes += len(message.get("body", b""))
@@ -111,14 +173,32 @@ class _Call:
                 raise _too_large(self.guard.settings.max_body_bytes)
             if self.guard.held > self.guard.most_held:
                 self.guard.metrics.rejected.inc()
-                raise ApiError(429, "too many large requests at once; try again later", "queue_full", headers={"Retry-After": "2", "Connection": "close"})
+                raise ApiError(
+                    429,
+                    "too many large requests at once; try again later",
+                    "queue_full",
+                    headers={"Retry-After": "2", "Connection": "close"},
+                )
         return message
 
     async def send(self, message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self.id.encode()), (b"x-content-type-options", b"nosniff")]}
-        if message["type"] == "http.response.body" and not message.get("more_body") and self.bytes and not self.complete and not self.disconnected:
+            message = {
+                **message,
+                "headers": [
+                    *message.get("headers", ()),
+                    (b"x-request-id", self.id.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                ],
+            }
+        if (
+            message["type"] == "http.response.body"
+            and not message.get("more_body")
+            and self.bytes
+            and not self.complete
+            and not self.disconnected
+        ):
             await self._send({**message, "more_body": True})
             await self._discard()
             message = {"type": "http.response.body"}
@@ -144,13 +224,30 @@ class _Call:
         route = getattr(self.scope.get("route"), "path", "other")
         self.guard.metrics.answered(route, self.status or 499, seconds)
         quiet = route in POLLED and self.status < 400
-        log.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": {
-            "id": self.id, "method": self.scope["method"], "path": self.scope["path"][:200], "status": self.status or 499, "ms": round(seconds * 1e3, 1),
-            "client": (self.scope.get("client") or ("", 0))[0], **self.fields}})
+        log.log(
+            logging.DEBUG if quiet else logging.INFO,
+            "request",
+            extra={
+                "fields": {
+                    "id": self.id,
+                    "method": self.scope["method"],
+                    "path": self.scope["path"][:200],
+                    "status": self.status or 499,
+                    "ms": round(seconds * 1e3, 1),
+                    "client": (self.scope.get("client") or ("", 0))[0],
+                    **self.fields,
+                }
+            },
+        )
 
 
 def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body is larger than {limit} bytes (--max-body-bytes)", "body_too_large", headers={"Connection": "close"})
+    return ApiError(
+        413,
+        f"the body is larger than {limit} bytes (--max-body-bytes)",
+        "body_too_large",
+        headers={"Connection": "close"},
+    )
 
 
 def _host(value: bytes) -> str:

@@ -48,7 +48,9 @@ class ResponseFormat(Wire):
 class Sampling(Wire):
     """What both kinds of completion share."""
 
-    model: Name | None = Field(None, description="the served model's name; may be left out, there is only one")
+    model: Name | None = Field(
+        None, description="the served model's name; may be left out, there is only one"
+    )
     n: int | None = Field(None, ge=1, le=128)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
@@ -61,23 +63,42 @@ class Sampling(Wire):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    logit_bias: Annotated[dict[Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-                          Field(max_length=1024)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[
+                Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")],
+                Annotated[float, Field(ge=-100, le=100)],
+            ],
+            Field(max_length=1024),
+        ]
+        | None
+    ) = None
     min_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
-    regex: Annotated[str, StringConstraints(max_length=1 << 16)] | None = Field(None, description="the output matches this regular expression")
-    grammar: Annotated[str, StringConstraints(max_length=1 << 18)] | None = Field(None, description="the output is a sentence of this Lark grammar")
+    regex: Annotated[str, StringConstraints(max_length=1 << 16)] | None = Field(
+        None, description="the output matches this regular expression"
+    )
+    grammar: Annotated[str, StringConstraints(max_length=1 << 18)] | None = Field(
+        None, description="the output is a sentence of this Lark grammar"
+    )
     user: Name | None = Field(None, description="goes into the log line of the request")
 
 
 class CompletionRequest(Sampling):
     prompt: Text | Texts | Tokens | TokenLists
-    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="default 16; 0 only with echo")
-    suffix: Text | None = Field(None, description="fill in the middle between prompt and suffix; needs a tokenizer with the tokens for it")
+    max_tokens: int | None = Field(
+        None, ge=0, le=MAX_TOKENS, description="default 16; 0 only with echo"
+    )
+    suffix: Text | None = Field(
+        None,
+        description="fill in the middle between prompt and suffix; needs a tokenizer with the tokens for it",
+    )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
-    best_of: int | None = Field(None, ge=1, le=128, description="only the value of n: other samples would be thrown away")
+    best_of: int | None = Field(
+        None, ge=1, le=128, description="only the value of n: other samples would be thrown away"
+    )
 
 
 class Part(Wire):
@@ -123,12 +144,16 @@ class Tool(Wire):
 class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description="default: what the context leaves")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=MAX_TOKENS, description="default: what the context leaves"
+    )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
-    parallel_tool_calls: bool | None = Field(None, description="false: only the first call of a reply is returned")
+    parallel_tool_calls: bool | None = Field(
+        None, description="false: only the first call of a reply is returned"
+    )
 
 
 class EmbeddingRequest(Wire):
@@ -145,8 +170,12 @@ class TokenizeRequest(Wire):
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
     tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
-    add_special_tokens: bool = Field(True, description="BOS before a prompt, where the model wants one")
-    add_generation_prompt: bool = Field(True, description="of messages: end where the assistant's reply begins")
+    add_special_tokens: bool = Field(
+        True, description="BOS before a prompt, where the model wants one"
+    )
+    add_generation_prompt: bool = Field(
+        True, description="of messages: end where the assistant's reply begins"
+    )
     return_token_strs: bool = False
 
 

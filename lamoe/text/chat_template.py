@@ -40,19 +40,31 @@ MAX_SECONDS = 5.0
 BASE_WORK = 20_000_000  # characters handled, loop turns and calls a rendering may spend, beside 50 for each character of the messages
 _NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 
-_FILTERS = frozenset("""abs bool capitalize count d default dictsort e escape first float int items join last length list lower map max min
-    reject rejectattr replace reverse round safe select selectattr sort string sum title tojson trim unique upper""".split())
-_STR_METHODS = frozenset("""capitalize count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace istitle
+_FILTERS = frozenset(
+    """abs bool capitalize count d default dictsort e escape first float int items join last length list lower map max min
+    reject rejectattr replace reverse round safe select selectattr sort string sum title tojson trim unique upper""".split()
+)
+_STR_METHODS = frozenset(
+    """capitalize count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace istitle
     isupper join lower lstrip removeprefix removesuffix replace rfind rindex rsplit rstrip split splitlines startswith strip swapcase
-    title upper partition rpartition""".split())
+    title upper partition rpartition""".split()
+)
 
 
-def render(source: str, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
-           control_tokens: Sequence[str] = (), **variables: Any) -> tuple[str, str]:
+def render(
+    source: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    control_tokens: Sequence[str] = (),
+    **variables: Any,
+) -> tuple[str, str]:
     """Render a conversation; gives (text, mark), see above. ValueError for messages the template cannot take, and for a template
     that does not parse, raises, reaches for what the sandbox forbids, or asks for more work than a chat needs."""
     if len(source) > MAX_TEMPLATE_CHARS:
-        raise ValueError(f"the chat template has {len(source)} characters; more than {MAX_TEMPLATE_CHARS} is refused")
+        raise ValueError(
+            f"the chat template has {len(source)} characters; more than {MAX_TEMPLATE_CHARS} is refused"
+        )
     _check_messages(messages, tools, source)
     mark = _free_mark([source, *control_tokens, *variables.values()], [messages, tools])
     shield = _Shield(control_tokens, mark)
@@ -61,7 +73,9 @@ def render(source: str, messages: Sequence[Mapping[str, Any]], *, tools: Sequenc
     try:
         text = env.compile_metered(source).render(messages=turns, tools=shield(tools), **variables)
     except jinja2.TemplateSyntaxError as e:
-        raise ValueError(f"the chat template does not parse: {e.message} (line {e.lineno})") from None
+        raise ValueError(
+            f"the chat template does not parse: {e.message} (line {e.lineno})"
+        ) from None
     except SecurityError as e:
         raise ValueError(f"the chat template asks for something the sandbox forbids: {e}") from None
     except jinja2.TemplateError as e:
@@ -76,21 +90,29 @@ def render(source: str, messages: Sequence[Mapping[str, Any]], *, tools: Sequenc
 # ---- messages ------------------------------------------------------------------------------------------------------------
 def _check_messages(messages: Any, tools: Any, source: str):
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        raise ValueError(f"messages must be a list with at least one {{'role': ..., 'content': ...}}, found {_short(messages)}")
+        raise ValueError(
+            f"messages must be a list with at least one {{'role': ..., 'content': ...}}, found {_short(messages)}"
+        )
     does_tools = re.search(r"\btools?\b", source) is not None
     if tools is not None:
         _check_tools(tools, source)
     for n, message in enumerate(messages):
         if not isinstance(message, Mapping) or not all(isinstance(k, str) for k in message):
-            raise ValueError(f"message {n} must be an object with role and content, found {_short(message)}")
+            raise ValueError(
+                f"message {n} must be an object with role and content, found {_short(message)}"
+            )
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant", "tool"):
             raise ValueError(f"message {n} has role {role!r}; known: system, user, assistant, tool")
         calls = message.get("tool_calls")
         if (role == "tool" or calls) and not does_tools:
-            raise ValueError(f"message {n} is about a tool call, but this model's chat template does not know tools")
+            raise ValueError(
+                f"message {n} is about a tool call, but this model's chat template does not know tools"
+            )
         if not isinstance(content, str) and not (content is None and role == "assistant" and calls):
-            raise ValueError(f"message {n} (role {role}): content must be a str, found {_short(content)}")
+            raise ValueError(
+                f"message {n} (role {role}): content must be a str, found {_short(content)}"
+            )
 
 
 def _check_tools(tools: Any, source: str):
@@ -100,9 +122,17 @@ def _check_tools(tools: Any, source: str):
     except (jinja2.TemplateSyntaxError, RecursionError):
         return  # rendering says what is wrong
     if not any(n.name == "tools" and n.ctx == "load" for n in names):
-        raise ValueError("tools were given, but this model's chat template does not know tools; leave them out")
-    if isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence) or not all(isinstance(t, Mapping) for t in tools):
-        raise ValueError(f"tools must be a list of objects {{'type': 'function', 'function': {{'name': ...}}}}, found {_short(tools)}")
+        raise ValueError(
+            "tools were given, but this model's chat template does not know tools; leave them out"
+        )
+    if (
+        isinstance(tools, (str, Mapping))
+        or not isinstance(tools, Sequence)
+        or not all(isinstance(t, Mapping) for t in tools)
+    ):
+        raise ValueError(
+            f"tools must be a list of objects {{'type': 'function', 'function': {{'name': ...}}}}, found {_short(tools)}"
+        )
 
 
 def _short(value: Any) -> str:
@@ -133,19 +163,27 @@ def _free_mark(fixed: list[str], said: Any) -> str:
         for char in [c for c in free if c in text]:
             del free[char]
     if not free:
-        raise ValueError("the conversation uses all 32 noncharacters U+FDD0 to U+FDEF; remove at least one, they carry no text")
+        raise ValueError(
+            "the conversation uses all 32 noncharacters U+FDD0 to U+FDEF; remove at least one, they carry no text"
+        )
     return next(iter(free))
 
 
 @functools.lru_cache(maxsize=16)
 def _beginnings_of(tokens: frozenset[str]) -> re.Pattern:
-    def after(rests: list[str]) -> str:  # a tree of characters: thousands of tokens cost no more than one
+    def after(
+        rests: list[str],
+    ) -> str:  # a tree of characters: thousands of tokens cost no more than one
         by_first: dict[str, list[str]] = {}
         for rest in rests:
             by_first.setdefault(rest[:1], []).append(rest[1:])
         ends = by_first.pop("", None) is not None
         branches = "|".join(re.escape(c) + after(more) for c, more in sorted(by_first.items()))
-        return f"(?:{branches}){'?' if ends else ''}" if len(by_first) > 1 or (ends and branches) else branches
+        return (
+            f"(?:{branches}){'?' if ends else ''}"
+            if len(by_first) > 1 or (ends and branches)
+            else branches
+        )
 
     return re.compile(f"(?=({after(sorted(tokens))}))")
 
@@ -155,7 +193,9 @@ def beginnings_of(tokens: Iterable[str]) -> re.Pattern | None:
     None when there are no tokens. ValueError for one that is longer than any real control token."""
     tokens = frozenset(tokens)
     if (longest := max(map(len, tokens), default=0)) > MAX_CONTROL_CHARS:
-        raise ValueError(f"a control token has {longest} characters; more than {MAX_CONTROL_CHARS} is refused")
+        raise ValueError(
+            f"a control token has {longest} characters; more than {MAX_CONTROL_CHARS} is refused"
+        )
     return _beginnings_of(tokens) if tokens else None
 
 
@@ -203,19 +243,37 @@ class _ChatSandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self, work: int):
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation], finalize=self._output)
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[loopcontrols, _Generation],
+            finalize=self._output,
+        )
         self._work, self._deadline, self._literal = work, time.monotonic() + MAX_SECONDS, 0
-        known = {name: f for name, f in self.filters.items() if name in _FILTERS} | {"tojson": _tojson, "join": _join}
-        self.filters = {name: self._metered(f) for name, f in known.items()} | {"_each": self._each, "_part": self._output}
-        self.globals = {"range": self.globals["range"], "dict": dict, "namespace": self.globals["namespace"],
-                        "raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        known = {name: f for name, f in self.filters.items() if name in _FILTERS} | {
+            "tojson": _tojson,
+            "join": _join,
+        }
+        self.filters = {name: self._metered(f) for name, f in known.items()} | {
+            "_each": self._each,
+            "_part": self._output,
+        }
+        self.globals = {
+            "range": self.globals["range"],
+            "dict": dict,
+            "namespace": self.globals["namespace"],
+            "raise_exception": _raise_exception,
+            "strftime_now": _strftime_now,
+        }
 
     def compile_metered(self, source: str) -> jinja2.Template:
         """Every loop goes through `_each` and every operand of `~` through `_part`: neither can be intercepted otherwise."""
         tree = self.parse(source)
         self._literal = _literal_chars(tree)
         for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "_each", [nodes.Const(_literal_chars(loop))], [], None, None)
+            loop.iter = nodes.Filter(
+                loop.iter, "_each", [nodes.Const(_literal_chars(loop))], [], None, None
+            )
         for concat in tree.find_all(nodes.Concat):
             concat.nodes = [nodes.Filter(n, "_part", [], [], None, None) for n in concat.nodes]
         return self.from_string(tree.set_environment(self))
@@ -253,14 +311,19 @@ class _ChatSandbox(ImmutableSandboxedEnvironment):
             yield item
 
     def _metered(self, filter_):
-        @functools.wraps(filter_)  # also copies jinja's note on what the filter wants as its first argument
+        @functools.wraps(
+            filter_
+        )  # also copies jinja's note on what the filter wants as its first argument
         def paid(*args, **kwargs):
             for a in (*args, *kwargs.values()):
-                if not isinstance(a, (jinja2.Environment, jinja2.runtime.Context, jinja2.nodes.EvalContext)):
+                if not isinstance(
+                    a, (jinja2.Environment, jinja2.runtime.Context, jinja2.nodes.EvalContext)
+                ):
                     self._pay_for(a)
             if filter_ is self._plain_replace:
                 self._pay_for_replace(*args[1:4])
             return filter_(*args, **kwargs)
+
         return paid
 
     _plain_replace = staticmethod(jinja2.filters.FILTERS["replace"])
@@ -277,13 +340,19 @@ class _ChatSandbox(ImmutableSandboxedEnvironment):
             self._pay_for(right)
         return super().call_binop(context, operator, left, right)
 
-    def wrap_str_format(self, value):  # str.format is not among our methods; jinja2 would hand it out before asking
+    def wrap_str_format(
+        self, value
+    ):  # str.format is not among our methods; jinja2 would hand it out before asking
         return None
 
     def is_safe_attribute(self, obj, attr, value):
-        return super().is_safe_attribute(obj, attr, value) and (not isinstance(obj, str) or attr in _STR_METHODS)
+        return super().is_safe_attribute(obj, attr, value) and (
+            not isinstance(obj, str) or attr in _STR_METHODS
+        )
 
-    def call(self, context, function, /, *args, **kwargs):  # every call a template writes comes through here
+    def call(
+        self, context, function, /, *args, **kwargs
+    ):  # every call a template writes comes through here
         self._pay(50 + (self._literal if isinstance(function, Macro) else 0))
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if isinstance(owner, str):
@@ -314,7 +383,9 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
     """jinja2's own escapes <, > and & for web pages; a model shall read what was meant. (transformers does the same.)"""
     if isinstance(value, Undefined):
         raise ValueError("tojson of something that is not defined")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=min(int(indent), 8) if indent else None)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=min(int(indent), 8) if indent else None
+    )
 
 
 def _join(values: Any, separator: str = "") -> str:
@@ -322,8 +393,12 @@ def _join(values: Any, separator: str = "") -> str:
 
 
 def _strftime_now(pattern: str) -> str:
-    if len(pattern) > 100 or re.search(r"%[^A-Za-z%]*\d", pattern):  # some C libraries pad to any width: %1000000000d
-        raise ValueError(f"strftime_now takes a short date format without widths, found {pattern[:100]!r}")
+    if len(pattern) > 100 or re.search(
+        r"%[^A-Za-z%]*\d", pattern
+    ):  # some C libraries pad to any width: %1000000000d
+        raise ValueError(
+            f"strftime_now takes a short date format without widths, found {pattern[:100]!r}"
+        )
     return datetime.now().strftime(pattern)
 
 

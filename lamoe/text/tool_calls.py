@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-MAX_CALLS = 128  # beginnings of calls that are looked at in a reply; what comes after them stays text
+MAX_CALLS = (
+    128  # beginnings of calls that are looked at in a reply; what comes after them stays text
+)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
 
 
@@ -29,17 +31,23 @@ class Form:
 
 DEEPSEEK = Form(  # V3 and R1: a kind, then the name and a block of JSON; V3.1: the name, then JSON
     ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
-    re.compile(r"(?:<｜tool▁calls▁begin｜>\s*+)?<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>([^\n<]{1,128})\n```json\s*+|([^\n<]{1,128})<｜tool▁sep｜>\s*+)"),
+    re.compile(
+        r"(?:<｜tool▁calls▁begin｜>\s*+)?<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>([^\n<]{1,128})\n```json\s*+|([^\n<]{1,128})<｜tool▁sep｜>\s*+)"
+    ),
     re.compile(r"\s*+(?:```\s*+)?(?:<｜tool▁call▁end｜>(?:\s*+<｜tool▁calls▁end｜>)?|\Z)"),
 )
-TAGS = Form(("<tool_call>",), re.compile(r"<tool_call>\s*+"), re.compile(r"\s*+(?:</tool_call>|\Z)"))
+TAGS = Form(
+    ("<tool_call>",), re.compile(r"<tool_call>\s*+"), re.compile(r"\s*+(?:</tool_call>|\Z)")
+)
 
 
 def form_of(template: str | None) -> Form | None:
     """How a chat template has tool calls written; None when it has none, or in a way not known here."""
     if template is None or not re.search(r"\btools?\b", template):
         return None
-    return DEEPSEEK if DEEPSEEK.marks[1] in template else TAGS if TAGS.marks[0] in template else None
+    return (
+        DEEPSEEK if DEEPSEEK.marks[1] in template else TAGS if TAGS.marks[0] in template else None
+    )
 
 
 def parse(form: Form, text: str) -> tuple[str, list[dict[str, Any]]]:
@@ -47,11 +55,19 @@ def parse(form: Form, text: str) -> tuple[str, list[dict[str, Any]]]:
     the text comes back as it was."""
     calls, said, at = [], [], 0
     for m in islice(form.head.finditer(text), MAX_CALLS):
-        found = _call(form, text, m) if m.start() >= at else None  # a head inside another call's JSON is part of that
+        found = (
+            _call(form, text, m) if m.start() >= at else None
+        )  # a head inside another call's JSON is part of that
         if found is not None:
             said.append(text[at : m.start()])
             name, arguments, at = found
-            calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": arguments}})
+            calls.append(
+                {
+                    "id": f"call_{uuid.uuid4().hex[:24]}",
+                    "type": "function",
+                    "function": {"name": name, "arguments": arguments},
+                }
+            )
     if not calls:
         return text, []
     later = [s.strip() for s in (*said[1:], text[at:])]
@@ -72,8 +88,18 @@ class Splitter:
             return ""
         text = self._held + text
         found = [at for mark in self._form.marks if (at := text.find(mark)) >= 0]
-        keep = max((n for mark in self._form.marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
-        end = len(text[: min(found) if found else len(text) - keep].rstrip())  # blanks before calls are not part of the text
+        keep = max(
+            (
+                n
+                for mark in self._form.marks
+                for n in range(1, len(mark))
+                if text.endswith(mark[:n])
+            ),
+            default=0,
+        )
+        end = len(
+            text[: min(found) if found else len(text) - keep].rstrip()
+        )  # blanks before calls are not part of the text
         if found:
             self._inside.append(text[end:])
         self._held = "" if found else text[end:]
@@ -117,4 +143,6 @@ _JSON = json.JSONDecoder(parse_constant=_refuse)
 
 def _written(arguments: dict) -> str:
     text = json.dumps(arguments, ensure_ascii=False)
-    return json.dumps(arguments) if any("\ud800" <= c <= "\udfff" for c in text) else text  # half a surrogate pair has no UTF-8
+    return (
+        json.dumps(arguments) if any("\ud800" <= c <= "\udfff" for c in text) else text
+    )  # half a surrogate pair has no UTF-8

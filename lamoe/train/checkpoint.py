@@ -26,8 +26,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 MANIFEST = "manifest.json"
-_STEP = re.compile(r"step-(\d{8,})(\.old)?")  # .old: a complete checkpoint of the same step, while it is being replaced
-_NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}  # "folders cannot be flushed here"
+_STEP = re.compile(
+    r"step-(\d{8,})(\.old)?"
+)  # .old: a complete checkpoint of the same step, while it is being replaced
+_NO_FSYNC = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EBADF,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+}  # "folders cannot be flushed here"
 
 
 def save(run_dir: str | Path, step: int, write: Callable[[Path], None], keep: int = 3) -> Path:
@@ -39,7 +48,9 @@ def save(run_dir: str | Path, step: int, write: Callable[[Path], None], keep: in
     """
     run_dir = Path(run_dir)
     if step < 0 or keep < 0:
-        raise ValueError(f"step {step} and keep {keep} must both be at least 0 (keep 0 keeps every checkpoint)")
+        raise ValueError(
+            f"step {step} and keep {keep} must both be at least 0 (keep 0 keeps every checkpoint)"
+        )
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_dead(run_dir, "step")
     temp = run_dir / temporary_name("step")
@@ -52,7 +63,9 @@ def save(run_dir: str | Path, step: int, write: Callable[[Path], None], keep: in
     except OSError as e:
         shutil.rmtree(temp, ignore_errors=True)
         before = [p.name for p, _ in _complete(run_dir)]
-        still = f"{before[0]} is complete and untouched" if before else "there is no earlier checkpoint"
+        still = (
+            f"{before[0]} is complete and untouched" if before else "there is no earlier checkpoint"
+        )
         cure = "; free some space on the disk" if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         words = f"the checkpoint of step {step} could not be saved in {run_dir}: {e.strerror or e}; {still}{cure}"
         raise OSError(e.errno, words, e.filename) from e
@@ -80,7 +93,9 @@ def latest(run_dir: str | Path) -> Path | None:
             warnings.warn(f"{complaint}; using {path.name} instead", stacklevel=2)
         return path
     if complaints:
-        raise ValueError(f"no checkpoint in {run_dir} is complete: {'; '.join(complaints)}. Restore one from a copy, or start elsewhere")
+        raise ValueError(
+            f"no checkpoint in {run_dir} is complete: {'; '.join(complaints)}. Restore one from a copy, or start elsewhere"
+        )
     return None
 
 
@@ -88,7 +103,9 @@ def model_of_run(run_dir: str | Path) -> Path:
     """The model folder of a run's newest whole checkpoint. ValueError when it has none yet."""
     last = latest(run_dir)
     if last is None:
-        raise ValueError(f"{run_dir} is a training run without a checkpoint yet; wait for one, or set run.save_every")
+        raise ValueError(
+            f"{run_dir} is a training run without a checkpoint yet; wait for one, or set run.save_every"
+        )
     return last / "model"
 
 
@@ -101,9 +118,13 @@ def verify(path: str | Path) -> dict:
         if not file.is_file():
             raise ValueError(f"checkpoint {path} is damaged: {name} is missing")
         if (size := file.stat().st_size) != facts["bytes"]:
-            raise ValueError(f"checkpoint {path} is damaged: {name} has {size} bytes, expected {facts['bytes']}")
+            raise ValueError(
+                f"checkpoint {path} is damaged: {name} has {size} bytes, expected {facts['bytes']}"
+            )
         if _sha256(file) != facts["sha256"]:
-            raise ValueError(f"checkpoint {path} is damaged: the contents of {name} do not match its hash")
+            raise ValueError(
+                f"checkpoint {path} is damaged: the contents of {name} do not match its hash"
+            )
     return manifest
 
 
@@ -120,7 +141,9 @@ def remove_dead(folder: Path, label: str):
     """
     ours = re.compile(rf"\.{re.escape(label)}(\.old)?\.tmp-{re.escape(socket.gethostname())}-(\d+)")
     for path in folder.iterdir():
-        if (match := ours.fullmatch(path.name)) and (int(match[2]) == os.getpid() or not _alive(int(match[2]))):
+        if (match := ours.fullmatch(path.name)) and (
+            int(match[2]) == os.getpid() or not _alive(int(match[2]))
+        ):
             shutil.rmtree(path)
 
 
@@ -136,7 +159,11 @@ def _alive(pid: int) -> bool:
 
 def _steps(run_dir: Path) -> list[Path]:
     """All checkpoint folders, the last saved first; those whose manifest cannot be read come first of all, to be complained about."""
-    found = [p for p in run_dir.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()] if run_dir.is_dir() else []
+    found = (
+        [p for p in run_dir.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
+        if run_dir.is_dir()
+        else []
+    )
     order = {p: m["sequence"] for p, m in _complete(run_dir)}
     return sorted(found, key=lambda p: (order.get(p, math.inf), p.name), reverse=True)
 
@@ -158,14 +185,23 @@ def _seal(folder: Path, step: int, sequence: int):
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise ValueError(f"a checkpoint holds files and folders only; {path.name} is something else")
+            raise ValueError(
+                f"a checkpoint holds files and folders only; {path.name} is something else"
+            )
         if path.is_file():
-            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            files[path.relative_to(folder).as_posix()] = {
+                "bytes": path.stat().st_size,
+                "sha256": _sha256(path),
+            }
             _flush(path)
     if not files or MANIFEST in files:
-        raise ValueError(f"write() must put at least one file into the checkpoint, none of them named {MANIFEST}; "
-                         f"found {', '.join(files) or 'none'}")
-    (folder / MANIFEST).write_bytes(_manifest_bytes({"step": step, "sequence": sequence, "files": files}))
+        raise ValueError(
+            f"write() must put at least one file into the checkpoint, none of them named {MANIFEST}; "
+            f"found {', '.join(files) or 'none'}"
+        )
+    (folder / MANIFEST).write_bytes(
+        _manifest_bytes({"step": step, "sequence": sequence, "files": files})
+    )
     _flush(folder / MANIFEST)
     for path in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
         _flush_folder(path)
@@ -274,9 +310,13 @@ def save_tensors(path: str | Path, state: Any):
         save_file(tensors, path, metadata={"format": "pt", "lamoe_state": json.dumps(structure)})
     except SafetensorError as e:  # the library hides the operating system's error in its text
         code = re.search(r"os error (\d+)", str(e))
-        raise OSError(int(code[1]) if code else errno.EIO, f"{path} could not be written: {e}") from e
+        raise OSError(
+            int(code[1]) if code else errno.EIO, f"{path} could not be written: {e}"
+        ) from e
     except RuntimeError as e:
-        raise ValueError(f"{path} was not written: tensors that overlap in memory cannot be saved, clone them first ({e})") from None
+        raise ValueError(
+            f"{path} was not written: tensors that overlap in memory cannot be saved, clone them first ({e})"
+        ) from None
 
 
 def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> Any:
@@ -284,15 +324,21 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> Any:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             structure = json.loads((file.metadata() or {})["lamoe_state"])
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # a mapped tensor would follow its file
+            tensors = {
+                name: file.get_tensor(name).clone() for name in file.keys()
+            }  # a mapped tensor would follow its file
         return _unpack(structure, tensors)
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is not a file that save_tensors wrote, or is damaged: {type(e).__name__}: {e}") from None
+        raise ValueError(
+            f"{path} is not a file that save_tensors wrote, or is damaged: {type(e).__name__}: {e}"
+        ) from None
 
 
 def _pack(value: Any, where: str, tensors: dict[str, torch.Tensor], names: dict[int, str]) -> Any:
     """The JSON form: containers are one-key objects, tensors become names. One tensor met twice is stored once."""
-    identity = id(value)  # of what the caller holds: the id of a converted array could be given out again
+    identity = id(
+        value
+    )  # of what the caller holds: the id of a converted array could be given out again
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, torch.Tensor):
@@ -303,14 +349,27 @@ def _pack(value: Any, where: str, tensors: dict[str, torch.Tensor], names: dict[
     if isinstance(value, dict):
         for key in value:
             if type(key) not in (str, int):
-                raise ValueError(f"{where} has the key {key!r} of type {type(key).__name__}; only str and int keys can be saved")
-        return {"dict": [[k, _pack(v, where + (f".{k}" if isinstance(k, str) else f"[{k}]"), tensors, names)] for k, v in value.items()]}
+                raise ValueError(
+                    f"{where} has the key {key!r} of type {type(key).__name__}; only str and int keys can be saved"
+                )
+        return {
+            "dict": [
+                [k, _pack(v, where + (f".{k}" if isinstance(k, str) else f"[{k}]"), tensors, names)]
+                for k, v in value.items()
+            ]
+        }
     if type(value) in (list, tuple):
-        return {type(value).__name__: [_pack(v, f"{where}[{i}]", tensors, names) for i, v in enumerate(value)]}
+        return {
+            type(value).__name__: [
+                _pack(v, f"{where}[{i}]", tensors, names) for i, v in enumerate(value)
+            ]
+        }
     if value is None or type(value) in (bool, int, float, str):
         return value
-    raise ValueError(f"{where} is a {type(value).__module__}.{type(value).__name__}; tensors, dicts, lists, tuples and plain values can "
-                     "be saved (nothing is pickled)")
+    raise ValueError(
+        f"{where} is a {type(value).__module__}.{type(value).__name__}; tensors, dicts, lists, tuples and plain values can "
+        "be saved (nothing is pickled)"
+    )
 
 
 def _unpack(structure: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -332,7 +391,13 @@ def rng_state() -> dict:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": {"kind": kind, "keys": keys.astype(np.int64), "position": position, "has_gauss": has_gauss, "gauss": gauss},
+        "numpy": {
+            "kind": kind,
+            "keys": keys.astype(np.int64),
+            "position": position,
+            "has_gauss": has_gauss,
+            "gauss": gauss,
+        },
         "python": {"version": version, "words": np.array(words, np.int64), "gauss": next_gauss},
     }
 
@@ -341,11 +406,21 @@ def set_rng_state(state: dict):
     """Undo of `rng_state`. Another number of CUDA devices is refused: their random numbers would silently differ."""
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if len(state["cuda"]) != devices:
-        raise ValueError(f"the checkpoint holds random states of {len(state['cuda'])} CUDA devices, this machine has {devices}; "
-                         "resume on as many, or leave the random states out")
+        raise ValueError(
+            f"the checkpoint holds random states of {len(state['cuda'])} CUDA devices, this machine has {devices}; "
+            "resume on as many, or leave the random states out"
+        )
     torch.set_rng_state(state["torch"].cpu())
     if devices:
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
     n, p = state["numpy"], state["python"]
-    np.random.set_state((n["kind"], np.asarray(n["keys"]).astype(np.uint32), n["position"], n["has_gauss"], n["gauss"]))
+    np.random.set_state(
+        (
+            n["kind"],
+            np.asarray(n["keys"]).astype(np.uint32),
+            n["position"],
+            n["has_gauss"],
+            n["gauss"],
+        )
+    )
     random.setstate((p["version"], tuple(int(w) for w in p["words"]), p["gauss"]))

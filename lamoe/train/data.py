@@ -25,11 +25,17 @@ from lamoe.train.checkpoint import remove_dead, temporary_name
 from lamoe.train.sources import Document, Plan, check_sources, plan_split, stamp
 
 FORMAT = "lamoe packed corpus 1"
-PIECE = 1 << 18  # characters handed to the tokenizer at once: a novel or a dump of a forum is cut after a line end near this
-BATCH = 1 << 22  # characters per call of encode_batch: bounds memory, and keeps the tokenizer's threads busy
+PIECE = (
+    1 << 18
+)  # characters handed to the tokenizer at once: a novel or a dump of a forum is cut after a line end near this
+BATCH = (
+    1 << 22
+)  # characters per call of encode_batch: bounds memory, and keeps the tokenizer's threads busy
 EPOCH_LIMIT = 1 << 32  # seeds and epochs are 32-bit words of the shuffle's seed
 
-Progress = Callable[[int, int | None, str], None]  # bytes done, bytes in all (None when not known yet), what is being done
+Progress = Callable[
+    [int, int | None, str], None
+]  # bytes done, bytes in all (None when not known yet), what is being done
 
 
 @dataclass(frozen=True)
@@ -86,14 +92,25 @@ class PackedCorpus:
         if source is None:
             return np.ones(len(self.heldout), bool)
         if source not in names:
-            raise ValueError(f"this corpus has no source {source!r}{did_you_mean(source, names)}; it has {', '.join(names)}")
+            raise ValueError(
+                f"this corpus has no source {source!r}{did_you_mean(source, names)}; it has {', '.join(names)}"
+            )
         return self.heldout.sources == names.index(source)
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------------
-def prepare(sources: list[str], encode_batch: Callable[[list[str]], list[list[int]]], bos_id: int, eos_id: int, vocab_size: int,
-            tokenizer_hash: str, out_dir: str | Path, holdout: float = 0.02, seed: int = 0,
-            progress: Progress | None = None) -> PackedCorpus:
+def prepare(
+    sources: list[str],
+    encode_batch: Callable[[list[str]], list[list[int]]],
+    bos_id: int,
+    eos_id: int,
+    vocab_size: int,
+    tokenizer_hash: str,
+    out_dir: str | Path,
+    holdout: float = 0.02,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> PackedCorpus:
     """Tokenise `sources` into the folder `out_dir`, or open it when it already holds exactly that.
 
     `encode_batch` gives ids without BOS and EOS. About `holdout` (0 to 0.5) of every source's bytes are held out: whole documents,
@@ -104,8 +121,16 @@ def prepare(sources: list[str], encode_batch: Callable[[list[str]], list[list[in
     """
     folder = Path(out_dir)
     _check_settings(bos_id, eos_id, vocab_size, holdout, seed)
-    key = {"sources": check_sources(sources), "stamp": stamp(sources), "tokenizer": tokenizer_hash, "bos_id": bos_id, "eos_id": eos_id,
-           "vocab_size": vocab_size, "holdout": holdout, "seed": seed}
+    key = {
+        "sources": check_sources(sources),
+        "stamp": stamp(sources),
+        "tokenizer": tokenizer_hash,
+        "bos_id": bos_id,
+        "eos_id": eos_id,
+        "vocab_size": vocab_size,
+        "holdout": holdout,
+        "seed": seed,
+    }
     if (old := _existing(folder)) is not None and old.get("key") == key:
         try:
             return open_corpus(folder)
@@ -129,17 +154,25 @@ def open_corpus(folder: str | Path) -> PackedCorpus:
     meta = _existing(folder)
     if meta is None:
         raise ValueError(f"{folder} holds no packed corpus (no meta.json); make one with prepare()")
-    return PackedCorpus(folder, meta, *(_open_split(folder, name, meta) for name in ("train", "heldout")))
+    return PackedCorpus(
+        folder, meta, *(_open_split(folder, name, meta) for name in ("train", "heldout"))
+    )
 
 
 def _check_settings(bos_id: int, eos_id: int, vocab_size: int, holdout: float, seed: int):
     if not 1 <= vocab_size <= 1 << 32:
-        raise ValueError(f"vocab_size is {vocab_size}; token ids are stored in 16 or 32 bits, so it must be 1 to 2**32")
+        raise ValueError(
+            f"vocab_size is {vocab_size}; token ids are stored in 16 or 32 bits, so it must be 1 to 2**32"
+        )
     for name, value in (("bos_id", bos_id), ("eos_id", eos_id)):
         if not isinstance(value, int) or not 0 <= value < vocab_size:
-            raise ValueError(f"{name} is {value}; documents are marked by it, so it must be a token id below vocab_size {vocab_size}")
+            raise ValueError(
+                f"{name} is {value}; documents are marked by it, so it must be a token id below vocab_size {vocab_size}"
+            )
     if not 0 <= holdout <= 0.5:
-        raise ValueError(f"holdout is {holdout}; it is the share of the text kept for evaluation, 0 to 0.5 (0.02 is usual)")
+        raise ValueError(
+            f"holdout is {holdout}; it is the share of the text kept for evaluation, 0 to 0.5 (0.02 is usual)"
+        )
     _check_seed(seed)
 
 
@@ -153,7 +186,9 @@ def _existing(folder: Path) -> dict | None:
     path = folder / "meta.json"
     if not path.is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} exists and is not a packed corpus; nothing was written. Name another folder, or remove it")
+            raise ValueError(
+                f"{folder} exists and is not a packed corpus; nothing was written. Name another folder, or remove it"
+            )
         return None
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -161,24 +196,38 @@ def _existing(folder: Path) -> dict | None:
     except ValueError:
         known = False
     if not known:
-        raise ValueError(f"{path} is not of the format {FORMAT!r}; nothing was written. Remove {folder}, or name another folder")
+        raise ValueError(
+            f"{path} is not of the format {FORMAT!r}; nothing was written. Remove {folder}, or name another folder"
+        )
     return meta
 
 
 def _open_split(folder: Path, name: str, meta: dict) -> Split:
-    path, index_path, dtype = folder / f"{name}.bin", folder / f"{name}.index.npy", np.dtype(meta["dtype"])
+    path, index_path, dtype = (
+        folder / f"{name}.bin",
+        folder / f"{name}.index.npy",
+        np.dtype(meta["dtype"]),
+    )
     count, documents = meta[name]["tokens"], meta[name]["documents"]
     size = path.stat().st_size if path.is_file() else None
     if size != count * dtype.itemsize:
-        found = "is missing" if size is None else f"has {size} bytes, expected {count * dtype.itemsize}"
-        raise ValueError(f"{path} {found}: the packed corpus is damaged; remove {folder} and prepare it again")
+        found = (
+            "is missing" if size is None else f"has {size} bytes, expected {count * dtype.itemsize}"
+        )
+        raise ValueError(
+            f"{path} {found}: the packed corpus is damaged; remove {folder} and prepare it again"
+        )
     try:
         index = np.load(index_path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
-        raise ValueError(f"{index_path} cannot be read ({e}): the packed corpus is damaged; remove {folder} and prepare it again") from None
+        raise ValueError(
+            f"{index_path} cannot be read ({e}): the packed corpus is damaged; remove {folder} and prepare it again"
+        ) from None
     if index.shape != (documents, 3) or index.dtype != np.int64:
-        raise ValueError(f"{index_path} is {index.dtype} {index.shape}, expected int64 {(documents, 3)}: the packed corpus is damaged; "
-                         f"remove {folder} and prepare it again")
+        raise ValueError(
+            f"{index_path} is {index.dtype} {index.shape}, expected int64 {(documents, 3)}: the packed corpus is damaged; "
+            f"remove {folder} and prepare it again"
+        )
     tokens = np.memmap(path, dtype, mode="r") if count else np.zeros(0, dtype)
     return Split(tokens, *np.ascontiguousarray(index.T))
 
@@ -222,7 +271,13 @@ class _SplitWriter:
     """Appends tokens to one split's file and keeps its index; memory is the index alone."""
 
     def __init__(self, folder: Path, name: str, dtype, bos_id: int, eos_id: int):
-        self.folder, self.name, self.dtype, self.bos_id, self.eos_id = folder, name, dtype, bos_id, eos_id
+        self.folder, self.name, self.dtype, self.bos_id, self.eos_id = (
+            folder,
+            name,
+            dtype,
+            bos_id,
+            eos_id,
+        )
         self.file = open(folder / f"{name}.bin", "wb")
         self.index, self.tokens, self.hash = array("q"), 0, hashlib.sha256()
 
@@ -242,16 +297,35 @@ class _SplitWriter:
         index = np.array(self.index, np.int64).reshape(-1, 3)
         np.save(self.folder / f"{self.name}.index.npy", index)
         self.hash.update(index[:, :2].tobytes())
-        return {"documents": len(index), "tokens": self.tokens, "bytes": int(index[:, 1].sum()), "sha256": self.hash.hexdigest()}
+        return {
+            "documents": len(index),
+            "tokens": self.tokens,
+            "bytes": int(index[:, 1].sum()),
+            "sha256": self.hash.hexdigest(),
+        }
 
 
 def _pack(folder: Path, key: dict, encode_batch, progress: Progress):
     """Read everything a second time, now tokenising, and write all files of the corpus; meta.json comes last."""
     plan = plan_split(key["sources"], key["holdout"], key["seed"], progress)
     dtype = np.dtype("<u2" if key["vocab_size"] <= 1 << 16 else "<u4")
-    writers = {name: _SplitWriter(folder, name, dtype, key["bos_id"], key["eos_id"]) for name in ("train", "heldout")}
-    tallies = [{"source": s, "documents": c.documents, "bytes": c.bytes, "skipped": dict(c.skipped), "tokens": 0, "heldout_documents": 0,
-                "heldout_bytes": 0, "heldout_tokens": 0} for s, c in plan.counts.items()]
+    writers = {
+        name: _SplitWriter(folder, name, dtype, key["bos_id"], key["eos_id"])
+        for name in ("train", "heldout")
+    }
+    tallies = [
+        {
+            "source": s,
+            "documents": c.documents,
+            "bytes": c.bytes,
+            "skipped": dict(c.skipped),
+            "tokens": 0,
+            "heldout_documents": 0,
+            "heldout_bytes": 0,
+            "heldout_tokens": 0,
+        }
+        for s, c in plan.counts.items()
+    ]
     total, done = sum(c.bytes for c in plan.counts.values()), 0
     with open(folder / "heldout.jsonl", "w", encoding="ascii") as names:
         for batch in _batches(plan):
@@ -264,12 +338,26 @@ def _pack(folder: Path, key: dict, encode_batch, progress: Progress):
                     tally["heldout_documents"] += piece.last
                     tally["heldout_bytes"] += piece.size * piece.last
                     if piece.last:
-                        names.write(json.dumps({"source": tally["source"], "name": piece.name, "bytes": piece.size}) + "\n")
+                        names.write(
+                            json.dumps(
+                                {"source": tally["source"], "name": piece.name, "bytes": piece.size}
+                            )
+                            + "\n"
+                        )
             done += sum(len(piece.text.encode("utf-8")) for piece in batch)
             progress(done, total, "tokenizing")
     splits = {name: writer.close() for name, writer in writers.items()}
-    fingerprint = hashlib.sha256((splits["train"]["sha256"] + splits["heldout"]["sha256"]).encode()).hexdigest()
-    meta = {"format": FORMAT, "key": key, "dtype": dtype.str, "fingerprint": fingerprint, **splits, "sources": tallies}
+    fingerprint = hashlib.sha256(
+        (splits["train"]["sha256"] + splits["heldout"]["sha256"]).encode()
+    ).hexdigest()
+    meta = {
+        "format": FORMAT,
+        "key": key,
+        "dtype": dtype.str,
+        "fingerprint": fingerprint,
+        **splits,
+        "sources": tallies,
+    }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
@@ -296,19 +384,26 @@ def _encode(encode_batch, batch: list[_Piece], key: dict) -> Iterator[np.ndarray
         ids = np.asarray(row, np.int64)
         where = f"document {piece.name!r} of source {key['sources'][piece.source]!r}"
         if len(ids) and (ids.min() < 0 or ids.max() >= key["vocab_size"]):
-            raise ValueError(f"{where} encodes to ids {ids.min()} to {ids.max()}, outside vocab_size {key['vocab_size']}; "
-                             "the tokenizer and its vocab_size do not belong together")
+            raise ValueError(
+                f"{where} encodes to ids {ids.min()} to {ids.max()}, outside vocab_size {key['vocab_size']}; "
+                "the tokenizer and its vocab_size do not belong together"
+            )
         if np.any((ids == key["bos_id"]) | (ids == key["eos_id"])):
-            raise ValueError(f"{where} encodes to BOS {key['bos_id']} or EOS {key['eos_id']} inside the text; those mark where documents "
-                             "begin and end, so encode_batch must neither add them nor read them out of plain text")
+            raise ValueError(
+                f"{where} encodes to BOS {key['bos_id']} or EOS {key['eos_id']} inside the text; those mark where documents "
+                "begin and end, so encode_batch must neither add them nor read them out of plain text"
+            )
         yield ids
 
 
 def _describe(tally: dict) -> str:
     ratio = f", {tally['bytes'] / tally['tokens']:.2f} bytes a token" if tally["tokens"] else ""
     left_out = ", ".join(f"{n} {why}" for why, n in sorted(tally["skipped"].items()))
-    return (f"{tally['source']}: {tally['documents']:,} documents, {tally['bytes'] / 1e6:.2f} MB, {tally['tokens']:,} tokens{ratio}; "
-            f"held out {tally['heldout_documents']:,} ({tally['heldout_bytes'] / 1e6:.2f} MB)" + (f"; left out: {left_out}" if left_out else ""))
+    return (
+        f"{tally['source']}: {tally['documents']:,} documents, {tally['bytes'] / 1e6:.2f} MB, {tally['tokens']:,} tokens{ratio}; "
+        f"held out {tally['heldout_documents']:,} ({tally['heldout_bytes'] / 1e6:.2f} MB)"
+        + (f"; left out: {left_out}" if left_out else "")
+    )
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------------
@@ -322,16 +417,26 @@ class Batches:
     times as large.
     """
 
-    def __init__(self, corpus: PackedCorpus, seq_len: int, seed: int = 0, rank: int = 0, world: int = 1):
+    def __init__(
+        self, corpus: PackedCorpus, seq_len: int, seed: int = 0, rank: int = 0, world: int = 1
+    ):
         _check_seq_len(seq_len)
         _check_seed(seed)
         if not 0 <= rank < world:
             raise ValueError(f"rank is {rank} of {world}; it must be from 0 to world - 1")
-        self.corpus, self.seq_len, self.seed, self.rank, self.world = corpus, seq_len, seed, rank, world
+        self.corpus, self.seq_len, self.seed, self.rank, self.world = (
+            corpus,
+            seq_len,
+            seed,
+            rank,
+            world,
+        )
         self.rows = 0  # rows taken so far by all ranks together
         self._lengths = corpus.train.lengths
         self._window = max(1, len(corpus.train.tokens) // (seq_len + 1))  # rows
-        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of the epochs in use: a window may touch two
+        self._orders: dict[
+            int, tuple[np.ndarray, np.ndarray]
+        ] = {}  # of the epochs in use: a window may touch two
         self._deal: tuple[int, np.ndarray] | None = None
 
     @property
@@ -343,7 +448,10 @@ class Batches:
         """ids int64 [n, seq_len + 1] and segments int32 [n, seq_len + 1]: documents within a row numbered from 0, in order."""
         if n < 1:
             raise ValueError(f"a batch of {n} rows was asked for; it must be at least 1")
-        ids, segments = np.empty((n, self.seq_len + 1), np.int64), np.empty((n, self.seq_len + 1), np.int32)
+        ids, segments = (
+            np.empty((n, self.seq_len + 1), np.int64),
+            np.empty((n, self.seq_len + 1), np.int32),
+        )
         for i in range(n):
             self._fill(self._shuffled(self.rows + i * self.world + self.rank), ids[i], segments[i])
         self.rows += n * self.world
@@ -351,26 +459,44 @@ class Batches:
 
     def state_dict(self) -> dict:
         """All that is needed to go on: plain numbers and strings, the same on every rank."""
-        return {"rows": self.rows, "seq_len": self.seq_len, "seed": self.seed, "corpus": self.corpus.fingerprint}
+        return {
+            "rows": self.rows,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "corpus": self.corpus.fingerprint,
+        }
 
     def load_state_dict(self, state: dict):
         """Go on from `state`. Another corpus, seq_len or seed would give other rows, so it is refused; another world is fine."""
         mine = self.state_dict()
         if set(state) != set(mine):
-            raise ValueError(f"the data state has the keys {sorted(state)}, expected {sorted(mine)}; it is not from this version's sampler")
-        for name, what in (("corpus", "the packed text"), ("seq_len", "seq_len"), ("seed", "the data seed")):
+            raise ValueError(
+                f"the data state has the keys {sorted(state)}, expected {sorted(mine)}; it is not from this version's sampler"
+            )
+        for name, what in (
+            ("corpus", "the packed text"),
+            ("seq_len", "seq_len"),
+            ("seed", "the data seed"),
+        ):
             if state[name] != mine[name]:
-                raise ValueError(f"cannot resume: {what} is {mine[name]}, the checkpoint was written with {state[name]}; resume with the "
-                                 "same sources, tokenizer, split, seq_len and seed, or start a new run")
+                raise ValueError(
+                    f"cannot resume: {what} is {mine[name]}, the checkpoint was written with {state[name]}; resume with the "
+                    "same sources, tokenizer, split, seq_len and seed, or start a new run"
+                )
         if not isinstance(state["rows"], int) or state["rows"] < 0:
-            raise ValueError(f"the data state says {state['rows']!r} rows were taken; it must be a whole number >= 0")
+            raise ValueError(
+                f"the data state says {state['rows']!r} rows were taken; it must be a whole number >= 0"
+            )
         self.rows = state["rows"]
 
     def _shuffled(self, row: int) -> int:
         """Which row of the stream is dealt out as number `row`."""
         window, place = divmod(row, self._window)
         if self._deal is None or self._deal[0] != window:
-            self._deal = (window, np.random.RandomState([self.seed, 1, window]).permutation(self._window))
+            self._deal = (
+                window,
+                np.random.RandomState([self.seed, 1, window]).permutation(self._window),
+            )
         return window * self._window + int(self._deal[1][place])
 
     def _fill(self, row: int, ids: np.ndarray, segments: np.ndarray):
@@ -379,7 +505,9 @@ class Batches:
             epoch, offset = divmod(row * width + filled, len(self.corpus.train.tokens))
             order, ends = self._epoch_order(epoch)
             place = int(np.searchsorted(ends, offset, side="right"))
-            left = self.corpus.train.document(int(order[place]))[offset - int(ends[place]) :]  # counted from the document's end
+            left = self.corpus.train.document(int(order[place]))[
+                offset - int(ends[place]) :
+            ]  # counted from the document's end
             take = min(len(left), width - filled)
             ids[filled : filled + take] = left[:take]
             segments[filled : filled + take] = segment
@@ -389,11 +517,15 @@ class Batches:
         """The epoch's order of documents and where each ends in its stream. RandomState: numpy promises its streams never change."""
         if epoch not in self._orders:
             order = np.random.RandomState([self.seed, 0, epoch]).permutation(len(self._lengths))
-            self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) == 1} | {epoch: (order, np.cumsum(self._lengths[order]))}
+            self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) == 1} | {
+                epoch: (order, np.cumsum(self._lengths[order]))
+            }
         return self._orders[epoch]
 
 
-def heldout_rows(corpus: PackedCorpus, seq_len: int, source: str | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def heldout_rows(
+    corpus: PackedCorpus, seq_len: int, source: str | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The held-out text once: rows of ids int64 [seq_len + 1] and segments int32 [seq_len + 1], in fixed order.
 
     Rows overlap by one token, so each token but BOS is a target (segments[j] == segments[j - 1]) exactly once; context starts anew with
@@ -403,7 +535,9 @@ def heldout_rows(corpus: PackedCorpus, seq_len: int, source: str | None = None) 
     _check_seq_len(seq_len)
     wanted = np.flatnonzero(corpus._of(source))
     if not len(wanted):
-        raise ValueError(f"{corpus.folder} holds no held-out text{f' of {source!r}' if source else ''}; prepare it with holdout above 0")
+        raise ValueError(
+            f"{corpus.folder} holds no held-out text{f' of {source!r}' if source else ''}; prepare it with holdout above 0"
+        )
     # the documents of a source lie side by side, as they were read
     lengths, start = corpus.heldout.lengths[wanted], int(corpus.heldout.starts[wanted[0]])
     tokens, ends = corpus.heldout.tokens[start : start + int(lengths.sum())], np.cumsum(lengths)
@@ -418,4 +552,6 @@ def heldout_rows(corpus: PackedCorpus, seq_len: int, source: str | None = None) 
 
 def _check_seq_len(seq_len: int):
     if seq_len < 1:
-        raise ValueError(f"seq_len is {seq_len}; a row needs at least one token to predict, so it must be at least 1")
+        raise ValueError(
+            f"seq_len is {seq_len}; a row needs at least one token to predict, so it must be at least 1"
+        )

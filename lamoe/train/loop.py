@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
-from lamoe.model import accounting
-from lamoe.engine.text_loss import shift, text_loss
-from lamoe.text import tokenizer as tokenizers
-from lamoe.model.config import CARRIED
 from lamoe.checkpoints import hf
-from lamoe.model.transformer import Transformer
+from lamoe.engine.text_loss import shift, text_loss
+from lamoe.model import accounting
+from lamoe.model.config import CARRIED
 from lamoe.model.routing import Training
+from lamoe.model.transformer import Transformer
+from lamoe.text import tokenizer as tokenizers
 from lamoe.text.tokenizer import Tokenizer
 from lamoe.train import checkpoint, data
 from lamoe.train.optim import MasterAdamW
@@ -39,7 +39,9 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None
 
-TOKENIZER_BYTES = 24 << 20  # a vocabulary is learnt from at most about this much of the training text
+TOKENIZER_BYTES = (
+    24 << 20
+)  # a vocabulary is learnt from at most about this much of the training text
 
 
 class Stopped(RuntimeError):
@@ -58,14 +60,18 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
         # 1. text -> tokens
         tok = prepare_tokenizer(recipe, run / "tokenizer", screen.note)
         if last is not None and (run / "data" / "meta.json").exists():
-            corpus = data.open_corpus(run / "data")  # as it was packed, even if the sources have changed or gone since
+            corpus = data.open_corpus(
+                run / "data"
+            )  # as it was packed, even if the sources have changed or gone since
         else:
             corpus = prepare_corpus(recipe, tok, run / "data", screen.note)
         screen.note(corpus.describe())
         batches = data.Batches(corpus, recipe.data.seq_len, recipe.run.seed)
 
         # 2. model and optimizer
-        config = recipe.model.replace(bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id)
+        config = recipe.model.replace(
+            bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id
+        )
         model = Transformer(config)
         if not recipe.run.init_from:
             model.init_weights(recipe.run.seed)
@@ -93,14 +99,23 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
         total = recipe.batch.before(recipe.run.steps) * recipe.data.seq_len
         peak = measure_peak(model.embed.weight.dtype)
         flops = accounting.training_flops(config, recipe.data.seq_len)
-        screen.note(f"{accounting.parameters(config).total:,} parameters, {flops / 1e6:.1f} MFLOP a token; "
-                    f"measured {recipe.run.dtype} GEMM peak {peak / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads")
+        screen.note(
+            f"{accounting.parameters(config).total:,} parameters, {flops / 1e6:.1f} MFLOP a token; "
+            f"measured {recipe.run.dtype} GEMM peak {peak / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads"
+        )
 
         def save() -> Path:
             def write(folder: Path):
                 hf.save(model, folder / "model", extras_from=run / "tokenizer")
-                checkpoint.save_tensors(folder / "state.safetensors", {
-                    "step": step, "optimizer": optimizer.state_dict(), "data": batches.state_dict(), "rng": checkpoint.rng_state()})
+                checkpoint.save_tensors(
+                    folder / "state.safetensors",
+                    {
+                        "step": step,
+                        "optimizer": optimizer.state_dict(),
+                        "data": batches.state_dict(),
+                        "rng": checkpoint.rng_state(),
+                    },
+                )
 
             return checkpoint.save(run, step, write, recipe.run.keep)
 
@@ -134,19 +149,41 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
 
                 tokens = size * recipe.data.seq_len
                 seconds = time.perf_counter() - begin
-                log.step(step, recipe, tokens=seen + tokens, epoch=round(batches.epoch, 4), loss=loss, balance=sum(p[2] for p in parts), lr=lr,
-                         grad_norm=norm, batch=size, tokens_per_s=tokens / seconds, mfu=tokens / seconds * flops / peak,
-                         gemm_peak=peak,
-                         records=[p[3] for p in parts])
-                if recipe.run.eval_every and len(corpus.heldout) and step % recipe.run.eval_every == 0 and step < recipe.run.steps:
+                log.step(
+                    step,
+                    recipe,
+                    tokens=seen + tokens,
+                    epoch=round(batches.epoch, 4),
+                    loss=loss,
+                    balance=sum(p[2] for p in parts),
+                    lr=lr,
+                    grad_norm=norm,
+                    batch=size,
+                    tokens_per_s=tokens / seconds,
+                    mfu=tokens / seconds * flops / peak,
+                    gemm_peak=peak,
+                    records=[p[3] for p in parts],
+                )
+                if (
+                    recipe.run.eval_every
+                    and len(corpus.heldout)
+                    and step % recipe.run.eval_every == 0
+                    and step < recipe.run.steps
+                ):
                     log.heldout(step, evaluate(model, corpus, recipe, recipe.run.eval_tokens))
-                if recipe.run.save_every and step % recipe.run.save_every == 0 and step < recipe.run.steps:
+                if (
+                    recipe.run.save_every
+                    and step % recipe.run.save_every == 0
+                    and step < recipe.run.steps
+                ):
                     last, saved = save(), step
 
             # 4. the end, planned or not
             if stop.asked and step < recipe.run.steps:
                 last = save()
-                screen.note(f"stopped by {stop.asked} after step {step} of {recipe.run.steps}; saved {last}. Go on with: the same command and --resume")
+                screen.note(
+                    f"stopped by {stop.asked} after step {step} of {recipe.run.steps}; saved {last}. Go on with: the same command and --resume"
+                )
                 return last
             if last is None or saved != step:
                 last = save()
@@ -156,7 +193,9 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
         return last
 
 
-def evaluate(model: Transformer, corpus: data.PackedCorpus, recipe: Recipe, max_tokens: int | None) -> dict[str, float]:
+def evaluate(
+    model: Transformer, corpus: data.PackedCorpus, recipe: Recipe, max_tokens: int | None
+) -> dict[str, float]:
     """Held-out bits per byte (of the whole held-out text) or, on a part of it, bits per token: {"heldout_...": value}."""
     rows = data.heldout_rows(corpus, recipe.data.seq_len)
     result = text_loss(model, rows, recipe.batch.micro, max_tokens, recipe.data.document_mask)
@@ -176,9 +215,13 @@ def prepare_tokenizer(recipe: Recipe, folder: Path, note=print) -> Tokenizer:
         note(f"learning a vocabulary of {recipe.model.vocab_size} tokens")
         tok = tokenizers.train(_training_texts(recipe), recipe.model.vocab_size)
     if tok.vocab_size > recipe.model.vocab_size:
-        raise ValueError(f"the tokenizer has {tok.vocab_size} tokens, more than model.vocab_size {recipe.model.vocab_size}; raise model.vocab_size")
+        raise ValueError(
+            f"the tokenizer has {tok.vocab_size} tokens, more than model.vocab_size {recipe.model.vocab_size}; raise model.vocab_size"
+        )
     if tok.bos_id is None or tok.eos_id is None:
-        raise ValueError(f"the tokenizer of {recipe.data.tokenizer} names no BOS or EOS token; documents are marked by both")
+        raise ValueError(
+            f"the tokenizer of {recipe.data.tokenizer} names no BOS or EOS token; documents are marked by both"
+        )
     if not (folder / "tokenizer.json").exists():
         tok.save(folder)
     return tok
@@ -186,7 +229,12 @@ def prepare_tokenizer(recipe: Recipe, folder: Path, note=print) -> Tokenizer:
 
 def _training_texts(recipe: Recipe):
     """An even sample of the training side of the split, in pieces (a source may be one large file)."""
-    plan = plan_split(list(recipe.data.sources), recipe.data.holdout, recipe.run.seed, lambda done, total, what: None)
+    plan = plan_split(
+        list(recipe.data.sources),
+        recipe.data.holdout,
+        recipe.run.seed,
+        lambda done, total, what: None,
+    )
     share = TOKENIZER_BYTES / max(1, sum(c.bytes for c in plan.counts.values()))
     pick = random.Random(recipe.run.seed)
     for number, doc in plan.documents():
@@ -199,13 +247,24 @@ def _training_texts(recipe: Recipe):
 def prepare_corpus(recipe: Recipe, tok: Tokenizer, folder: Path, note=print) -> data.PackedCorpus:
     note(f"packing {', '.join(recipe.data.sources)}")
     digest = hashlib.sha256(tok.inner.to_str().encode()).hexdigest()
-    return data.prepare(list(recipe.data.sources), tok.encode_batch, tok.bos_id, tok.eos_id, tok.vocab_size, digest, folder,
-                        recipe.data.holdout, recipe.run.seed)
+    return data.prepare(
+        list(recipe.data.sources),
+        tok.encode_batch,
+        tok.bos_id,
+        tok.eos_id,
+        tok.vocab_size,
+        digest,
+        folder,
+        recipe.data.holdout,
+        recipe.run.seed,
+    )
 
 
 def measure_peak(dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> float:
     """FLOP/s of the machine's best matrix product in this dtype, now: the denominator of MFU. Takes well under a second."""
-    generator = torch.Generator().manual_seed(0)  # its own: a resumed run must find the global one where it left it
+    generator = torch.Generator().manual_seed(
+        0
+    )  # its own: a resumed run must find the global one where it left it
     a, b = (torch.randn(size, size, generator=generator).to(dtype) for _ in range(2))
     a @ b
     best = math.inf
@@ -217,7 +276,9 @@ def measure_peak(dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> floa
 
 
 def _model_folder(name: str) -> Path:
-    return checkpoint.model_of_run(name) if (Path(name) / "recipe.json").exists() else hf.resolve(name)
+    return (
+        checkpoint.model_of_run(name) if (Path(name) / "recipe.json").exists() else hf.resolve(name)
+    )
 
 
 # What may differ from the model a run starts with: how far it reads (YaRN), and what does not change what is computed
@@ -228,14 +289,32 @@ def _start_folder(recipe: Recipe) -> Path:
     """The model folder of run.init_from. ValueError when the recipe describes another model."""
     folder = _model_folder(recipe.run.init_from)
     was, mine = dataclasses.asdict(hf.read_config(folder)), dataclasses.asdict(recipe.model)
-    if other := [f"model.{k} is {mine[k]!r}, there {was[k]!r}" for k in mine if mine[k] != was[k] and k not in _NOT_IN_WEIGHTS]:
-        raise ValueError(f"the weights of run.init_from {folder} do not fit this recipe: {'; '.join(other[:5])}. Describe the same model, or start from another")
+    if other := [
+        f"model.{k} is {mine[k]!r}, there {was[k]!r}"
+        for k in mine
+        if mine[k] != was[k] and k not in _NOT_IN_WEIGHTS
+    ]:
+        raise ValueError(
+            f"the weights of run.init_from {folder} do not fit this recipe: {'; '.join(other[:5])}. Describe the same model, or start from another"
+        )
     return folder
 
 
 # ---- parts of the story ----------------------------------------------------------------------------------------------------
-_FREE = ("run.out", "run.threads", "run.log_every", "run.eval_every", "run.eval_tokens", "run.save_every", "run.keep")  # may change on resume
-_SPOKEN = ("optim.lr", "optim.warmup_steps", "optim.clip")  # may too, the cure of a run that blew up, but it is said
+_FREE = (
+    "run.out",
+    "run.threads",
+    "run.log_every",
+    "run.eval_every",
+    "run.eval_tokens",
+    "run.save_every",
+    "run.keep",
+)  # may change on resume
+_SPOKEN = (
+    "optim.lr",
+    "optim.warmup_steps",
+    "optim.clip",
+)  # may too, the cure of a run that blew up, but it is said
 
 
 @contextmanager
@@ -248,7 +327,9 @@ def _locked(run: Path):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"another process trains in {run}; wait for it, or choose another --run.out") from None
+                raise ValueError(
+                    f"another process trains in {run}; wait for it, or choose another --run.out"
+                ) from None
             except OSError:
                 pass  # a file system without locks
         try:
@@ -266,11 +347,18 @@ def _read_recipe(file: Path) -> dict:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         known = {f.name for f in dataclasses.fields(Recipe)}
-        if isinstance(raw, dict) and set(raw) <= known and {"model", "run"} <= set(raw) and all(isinstance(v, dict) for v in raw.values()):
+        if (
+            isinstance(raw, dict)
+            and set(raw) <= known
+            and {"model", "run"} <= set(raw)
+            and all(isinstance(v, dict) for v in raw.values())
+        ):
             return raw
     except ValueError:
         pass
-    raise ValueError(f"{file} is not the recipe of a lamoe run, so {file.parent} is left alone; choose another --run.out")
+    raise ValueError(
+        f"{file} is not the recipe of a lamoe run, so {file.parent} is left alone; choose another --run.out"
+    )
 
 
 def _claim(run: Path, recipe: Recipe, resume: bool, note=print) -> Path | None:
@@ -279,27 +367,51 @@ def _claim(run: Path, recipe: Recipe, resume: bool, note=print) -> Path | None:
     was = _read_recipe(saved) if saved.exists() else None
     last = checkpoint.latest(run) if run.is_dir() else None
     if last is not None and not resume:
-        raise ValueError(f"{run} holds a run already ({last.name}); add --resume to go on with it, or choose another --run.out")
+        raise ValueError(
+            f"{run} holds a run already ({last.name}); add --resume to go on with it, or choose another --run.out"
+        )
     if resume and last is None and not saved.exists():
-        raise ValueError(f"nothing to resume: {run} holds no checkpoint; leave --resume out to start")
+        raise ValueError(
+            f"nothing to resume: {run} holds no checkpoint; leave --resume out to start"
+        )
     if last is not None or (resume and saved.exists()):
         was = was or {}
-        spoken = [f"{s}.{k} was {was[s][k]!r}, now {mine[s][k]!r}" for s, k in (name.split(".") for name in _SPOKEN)
-                  if was.get(s, {}).get(k) != mine[s][k] and k in was.get(s, {})]
+        spoken = [
+            f"{s}.{k} was {was[s][k]!r}, now {mine[s][k]!r}"
+            for s, k in (name.split(".") for name in _SPOKEN)
+            if was.get(s, {}).get(k) != mine[s][k] and k in was.get(s, {})
+        ]
         if spoken:
             note(f"from here on {'; '.join(spoken)}")
-        changed = [f"{s}.{k} was {was.get(s, {}).get(k)!r}, now {mine.get(s, {}).get(k)!r}" for s in mine for k in {**was.get(s, {}), **mine[s]}
-                   if was.get(s, {}).get(k) != mine[s].get(k) and f"{s}.{k}" not in _FREE + _SPOKEN]
+        changed = [
+            f"{s}.{k} was {was.get(s, {}).get(k)!r}, now {mine.get(s, {}).get(k)!r}"
+            for s in mine
+            for k in {**was.get(s, {}), **mine[s]}
+            if was.get(s, {}).get(k) != mine[s].get(k) and f"{s}.{k}" not in _FREE + _SPOKEN
+        ]
         if changed:
-            raise ValueError(f"cannot resume {run} with another recipe: {'; '.join(changed[:5])}. Use the same recipe, or another --run.out")
-    if last is None and not saved.exists() and (strange := [n for n in ("tokenizer", "data", "metrics.jsonl") if (run / n).exists()]):
-        raise ValueError(f"{run} holds {', '.join(strange)} but no recipe.json, so it is not a run folder; choose another --run.out")
+            raise ValueError(
+                f"cannot resume {run} with another recipe: {'; '.join(changed[:5])}. Use the same recipe, or another --run.out"
+            )
+    if (
+        last is None
+        and not saved.exists()
+        and (strange := [n for n in ("tokenizer", "data", "metrics.jsonl") if (run / n).exists()])
+    ):
+        raise ValueError(
+            f"{run} holds {', '.join(strange)} but no recipe.json, so it is not a run folder; choose another --run.out"
+        )
     if last is None:
-        stamp(list(recipe.data.sources))  # a source that is not there is said before anything is touched
+        stamp(
+            list(recipe.data.sources)
+        )  # a source that is not there is said before anything is touched
         if recipe.run.init_from:
             _start_folder(recipe)
     if last is None and not resume and saved.exists():
-        for name in ("tokenizer.json", "tokenizer_config.json"):  # of an attempt that saved nothing, perhaps with another recipe
+        for name in (
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ):  # of an attempt that saved nothing, perhaps with another recipe
             (run / "tokenizer" / name).unlink(missing_ok=True)
     temporary = saved.with_suffix(".tmp")
     temporary.write_text(json.dumps(mine, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -313,11 +425,18 @@ def _protected(size: int, recipe: Recipe, step: int) -> torch.Tensor:
     return torch.rand(size, generator=generator) < recipe.balance.keep_share
 
 
-def _autopsy(run: Path, step: int, ids, segments, loss: float, norm: float, last: Path | None) -> str:
+def _autopsy(
+    run: Path, step: int, ids, segments, loss: float, norm: float, last: Path | None
+) -> str:
     file = run / f"bad-batch-{step}.safetensors"
-    checkpoint.save_tensors(file, {"ids": ids, "segments": segments, "loss": loss, "grad_norm": norm})
-    back = (f"Go on from {last} with --resume and a lower --optim.lr, a smaller --optim.clip or a longer --optim.warmup_steps" if last is not None
-            else "No checkpoint was saved yet: start again with a lower --optim.lr or a longer --optim.warmup_steps")
+    checkpoint.save_tensors(
+        file, {"ids": ids, "segments": segments, "loss": loss, "grad_norm": norm}
+    )
+    back = (
+        f"Go on from {last} with --resume and a lower --optim.lr, a smaller --optim.clip or a longer --optim.warmup_steps"
+        if last is not None
+        else "No checkpoint was saved yet: start again with a lower --optim.lr or a longer --optim.warmup_steps"
+    )
     return f"step {step}: loss {loss}, gradient norm {norm}. Stopped before the weights changed; the batch is in {file}. {back}"
 
 
@@ -349,8 +468,18 @@ class _Log:
 
     def __init__(self, run: Path, step: int, screen: _Screen):
         self.file, self.screen = run / "metrics.jsonl", screen
-        if self.file.exists():  # lines after the checkpoint belong to steps that will be taken again
-            lines = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step] if step else []
+        if (
+            self.file.exists()
+        ):  # lines after the checkpoint belong to steps that will be taken again
+            lines = (
+                [
+                    line
+                    for line in self.file.read_text(encoding="utf-8").splitlines()
+                    if _step_of(line) <= step
+                ]
+                if step
+                else []
+            )
             temporary = self.file.with_suffix(".tmp")
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
             os.replace(temporary, self.file)
@@ -360,7 +489,9 @@ class _Log:
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         except ImportError:
             self.board = None
-            screen.note("TensorBoard is not installed (pip install 'lamoe[train]'); metrics go to metrics.jsonl only")
+            screen.note(
+                "TensorBoard is not installed (pip install 'lamoe[train]'); metrics go to metrics.jsonl only"
+            )
 
     def step(self, step: int, recipe: Recipe, records, **values):
         self.screen.step(step, values)
@@ -370,7 +501,10 @@ class _Log:
 
     def heldout(self, step: int, values: dict[str, float]):
         self.write(step, values)
-        self.screen.note(f"step {step}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in values.items()))
+        self.screen.note(
+            f"step {step}: "
+            + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in values.items())
+        )
 
     def write(self, step: int, values: dict):
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
@@ -404,13 +538,20 @@ def router_metrics(records: list[list], devices: int) -> dict:
     if not records or not records[0]:
         return {}
     layers = list(zip(*records))
-    load = torch.stack([torch.stack([r.load for r in layer]).sum(0) for layer in layers])  # [layers, E]
+    load = torch.stack(
+        [torch.stack([r.load for r in layer]).sum(0) for layer in layers]
+    )  # [layers, E]
     share = load / load.sum(1, keepdim=True)
-    losses = torch.stack([torch.stack([r.losses.detach() for r in layer]).mean(0) for layer in layers]).mean(0)
+    losses = torch.stack(
+        [torch.stack([r.losses.detach() for r in layer]).mean(0) for layer in layers]
+    ).mean(0)
     return {
-        "balance_expert": losses[0].item(), "balance_device": losses[1].item(), "balance_communication": losses[2].item(),
+        "balance_expert": losses[0].item(),
+        "balance_device": losses[1].item(),
+        "balance_communication": losses[2].item(),
         "load_max_over_mean": (share.max(1).values * load.shape[1]).mean().item(),
-        "router_entropy": sum(r.entropy.item() for layer in layers for r in layer) / sum(map(len, layers)),
+        "router_entropy": sum(r.entropy.item() for layer in layers for r in layer)
+        / sum(map(len, layers)),
         "drop_rate": (sum(int(r.dropped) for layer in layers for r in layer) / load.sum()).item(),
         "expert_load": [[round(v, 5) for v in row] for row in share.tolist()],
     }
@@ -438,7 +579,11 @@ class _Screen:
         if self.bar:
             self.bar.update(self.task, completed=step, info=line)
         elif step % self.recipe.run.log_every == 0 or step in (1, total):
-            print(f"step {step}/{total}  {line}" + (f"  {left:.0f} s left" if step > self.first else ""), flush=True)
+            print(
+                f"step {step}/{total}  {line}"
+                + (f"  {left:.0f} s left" if step > self.first else ""),
+                flush=True,
+            )
 
 
 @contextmanager
@@ -447,8 +592,20 @@ def _screen(recipe: Recipe, quiet: bool):
         yield _Screen(recipe, quiet)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("train"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[info]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("train"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[info]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         yield _Screen(recipe, quiet, bar, bar.add_task("train", total=recipe.run.steps, info=""))

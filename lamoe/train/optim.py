@@ -20,7 +20,10 @@ class Optim:
 
     lr: float = 2.4e-4  # peak
     warmup_steps: int = 2000  # linear from 0
-    decay_at: tuple[float, ...] = (0.6, 0.9)  # shares of the training tokens after which lr is multiplied by decay
+    decay_at: tuple[float, ...] = (
+        0.6,
+        0.9,
+    )  # shares of the training tokens after which lr is multiplied by decay
     decay: float = 0.316
     beta1: float = 0.9
     beta2: float = 0.95
@@ -32,14 +35,24 @@ class Optim:
         check_types(self, "optim.")
         for name in ("lr", "decay", "eps", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be a finite number above 0")
+                raise ValueError(
+                    f"optim.{name} is {getattr(self, name)}; it must be a finite number above 0"
+                )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+                raise ValueError(
+                    f"optim.{name} is {getattr(self, name)}; it must be at least 0 and below 1"
+                )
         if not 0 <= self.weight_decay < float("inf") or self.warmup_steps < 0:
-            raise ValueError(f"optim.weight_decay is {self.weight_decay} and optim.warmup_steps {self.warmup_steps}; both must be finite and not negative")
-        if list(self.decay_at) != sorted(self.decay_at) or not all(0 < s <= 1 for s in self.decay_at):
-            raise ValueError(f"optim.decay_at is {list(self.decay_at)}; it must be rising shares of the training, each above 0 and at most 1")
+            raise ValueError(
+                f"optim.weight_decay is {self.weight_decay} and optim.warmup_steps {self.warmup_steps}; both must be finite and not negative"
+            )
+        if list(self.decay_at) != sorted(self.decay_at) or not all(
+            0 < s <= 1 for s in self.decay_at
+        ):
+            raise ValueError(
+                f"optim.decay_at is {list(self.decay_at)}; it must be rising shares of the training, each above 0 and at most 1"
+            )
 
     def lr_at(self, step: int, share: float) -> float:
         """Learning rate of step `step` (from 0), before which `share` of all tokens were seen."""
@@ -60,11 +73,21 @@ class Batch:
     def __post_init__(self):
         check_types(self, "batch.")
         if self.size < 1 or self.micro < 1:
-            raise ValueError(f"batch.size {self.size} and batch.micro {self.micro} must be at least 1")
+            raise ValueError(
+                f"batch.size {self.size} and batch.micro {self.micro} must be at least 1"
+            )
         if self.size % self.micro:
-            raise ValueError(f"batch.size {self.size} is not a multiple of batch.micro {self.micro}; gradients are accumulated over whole micro-batches")
-        if bool(self.ramp_from) != bool(self.ramp_steps) or not 0 <= self.ramp_from <= self.size or self.ramp_steps < 0:
-            raise ValueError(f"batch.ramp_from {self.ramp_from} and batch.ramp_steps {self.ramp_steps} go together, with ramp_from at most batch.size {self.size}")
+            raise ValueError(
+                f"batch.size {self.size} is not a multiple of batch.micro {self.micro}; gradients are accumulated over whole micro-batches"
+            )
+        if (
+            bool(self.ramp_from) != bool(self.ramp_steps)
+            or not 0 <= self.ramp_from <= self.size
+            or self.ramp_steps < 0
+        ):
+            raise ValueError(
+                f"batch.ramp_from {self.ramp_from} and batch.ramp_steps {self.ramp_steps} go together, with ramp_from at most batch.size {self.size}"
+            )
 
     def size_at(self, step: int) -> int:
         """Sequences of step `step` (from 0)."""
@@ -85,10 +108,16 @@ class MasterAdamW:
     def __init__(self, model: nn.Module, o: Optim):
         self.params = list(model.parameters())
         # a float32 weight is its own master
-        self.masters = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in self.params]
-        groups = [{"params": [m for m in self.masters if m.dim() > 1], "weight_decay": o.weight_decay},
-                  {"params": [m for m in self.masters if m.dim() <= 1], "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
+        self.masters = [
+            p.detach() if p.dtype == torch.float32 else p.detach().float() for p in self.params
+        ]
+        groups = [
+            {"params": [m for m in self.masters if m.dim() > 1], "weight_decay": o.weight_decay},
+            {"params": [m for m in self.masters if m.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(
+            groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=True
+        )
         self.max_norm = o.clip
 
     def collect(self) -> None:
@@ -127,4 +156,6 @@ class MasterAdamW:
     def load_state_dict(self, state: dict) -> None:
         torch._foreach_copy_(self.masters, state["masters"])
         self._write_back()
-        self.adamw.load_state_dict({"state": state["adamw"], "param_groups": self.adamw.state_dict()["param_groups"]})
+        self.adamw.load_state_dict(
+            {"state": state["adamw"], "param_groups": self.adamw.state_dict()["param_groups"]}
+        )

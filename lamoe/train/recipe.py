@@ -33,7 +33,9 @@ class Data:
         if not self.sources:
             raise ValueError("data.sources is empty; name at least one source, for example stdlib")
         if not 0 <= self.holdout <= 0.5:
-            raise ValueError(f"data.holdout is {self.holdout}; it is the share of the text kept for evaluation, 0 to 0.5")
+            raise ValueError(
+                f"data.holdout is {self.holdout}; it is the share of the text kept for evaluation, 0 to 0.5"
+            )
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class Run:
     threads: int = 0  # 0: torch's choice
     log_every: int = 10
     eval_every: int = 0  # 0: at the end only
-    eval_tokens: int = 65536  # of the evaluations on the way; the last one reads all that is held out
+    eval_tokens: int = (
+        65536  # of the evaluations on the way; the last one reads all that is held out
+    )
     save_every: int = 0  # 0: at the end only (and on Ctrl-C or SIGTERM)
     keep: int = 2  # checkpoints; 0 keeps all
 
@@ -56,7 +60,16 @@ class Run:
         check_types(self, "run.")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"run.dtype is {self.dtype!r}; known: bfloat16, float32")
-        for name, low in dict(steps=1, threads=0, log_every=1, eval_every=0, eval_tokens=1, save_every=0, keep=0, seed=0).items():
+        for name, low in dict(
+            steps=1,
+            threads=0,
+            log_every=1,
+            eval_every=0,
+            eval_tokens=1,
+            save_every=0,
+            keep=0,
+            seed=0,
+        ).items():
             if getattr(self, name) < low:
                 raise ValueError(f"run.{name} is {getattr(self, name)}; it must be at least {low}")
         if self.seed >= 1 << 32:
@@ -79,21 +92,31 @@ class Recipe:
     def __post_init__(self):
         check_types(self.balance, "balance.")
         self.balance.check(self.model)
-        if self.model.is_moe:  # the coefficient that trained the model is the one its config.json tells others about
-            object.__setattr__(self, "model", self.model.replace(aux_loss_alpha=float(self.balance.expert)))
+        if (
+            self.model.is_moe
+        ):  # the coefficient that trained the model is the one its config.json tells others about
+            object.__setattr__(
+                self, "model", self.model.replace(aux_loss_alpha=float(self.balance.expert))
+            )
         if self.data.seq_len > self.model.max_position_embeddings:
-            raise ValueError(f"data.seq_len {self.data.seq_len} is more than model.max_position_embeddings {self.model.max_position_embeddings}")
+            raise ValueError(
+                f"data.seq_len {self.data.seq_len} is more than model.max_position_embeddings {self.model.max_position_embeddings}"
+            )
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Recipe:
         sections = {f.name: f for f in dataclasses.fields(cls)}
         for name, value in raw.items():
             if name not in sections:
-                raise ValueError(f"unknown section [{name}] in the recipe{did_you_mean(name, sections)}; known: {', '.join(sections)}")
+                raise ValueError(
+                    f"unknown section [{name}] in the recipe{did_you_mean(name, sections)}; known: {', '.join(sections)}"
+                )
             if not isinstance(value, dict):
                 raise ValueError(f"{name} must be a section with keys, found {value!r}")
         parts: dict[str, Any] = {"model": _model(dict(raw.get("model", {})))}
-        for name, kind in dict(data=Data, optim=Optim, batch=Batch, balance=Balance, run=Run).items():
+        for name, kind in dict(
+            data=Data, optim=Optim, batch=Batch, balance=Balance, run=Run
+        ).items():
             parts[name] = _section(kind, name, raw.get(name, {}))
         return cls(**parts)
 
@@ -103,8 +126,13 @@ class Recipe:
         string, a comma-separated one a list where the key takes a list. ValueError says what is unknown and what was meant."""
         path = Path(path)
         if not path.is_file():
-            near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-            raise ValueError(f"no recipe at {path}{did_you_mean(path.name, near)}" + (f"; there are {', '.join(near)}" if near else ""))
+            near = (
+                sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+            )
+            raise ValueError(
+                f"no recipe at {path}{did_you_mean(path.name, near)}"
+                + (f"; there are {', '.join(near)}" if near else "")
+            )
         try:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
@@ -112,7 +140,9 @@ class Recipe:
         try:
             for section, key, value in _parse(overrides):
                 if not isinstance(raw.setdefault(section, {}), dict):
-                    raise ValueError(f"{section} must be a section with keys, found {raw[section]!r}")
+                    raise ValueError(
+                        f"{section} must be a section with keys, found {raw[section]!r}"
+                    )
                 raw[section][key] = value
             return cls.from_dict(raw)
         except ValueError as e:
@@ -131,8 +161,12 @@ def _section(kind, name: str, raw: dict[str, Any]):
     known = [f.name for f in dataclasses.fields(kind)]
     for key in raw:
         if key not in known:
-            raise ValueError(f"unknown key {name}.{key}{did_you_mean(key, known)}; known: {', '.join(known)}")
-    lists = {f.name: str(f.type) for f in dataclasses.fields(kind) if str(f.type).startswith("tuple")}
+            raise ValueError(
+                f"unknown key {name}.{key}{did_you_mean(key, known)}; known: {', '.join(known)}"
+            )
+    lists = {
+        f.name: str(f.type) for f in dataclasses.fields(kind) if str(f.type).startswith("tuple")
+    }
     fixed = {}
     for key, value in raw.items():
         if key in lists:
@@ -147,13 +181,19 @@ def _section(kind, name: str, raw: dict[str, Any]):
 def _model(raw: dict[str, Any]) -> ModelConfig:
     preset = raw.pop("preset", None)
     if isinstance(raw.get("rope_scaling"), dict):
-        raw["rope_scaling"] = _section(RopeScaling, "model.rope_scaling", {k: v for k, v in raw["rope_scaling"].items() if k not in ("type", "rope_type")})
+        raw["rope_scaling"] = _section(
+            RopeScaling,
+            "model.rope_scaling",
+            {k: v for k, v in raw["rope_scaling"].items() if k not in ("type", "rope_type")},
+        )
     known = ["preset", *(f.name for f in dataclasses.fields(ModelConfig))]
     for key in raw:
         if key not in known:
             raise ValueError(f"unknown key model.{key}{did_you_mean(key, known)}")
     if preset is None and not raw:
-        raise ValueError("the recipe says no model; give model.preset, for example tiny, or the fields of a config")
+        raise ValueError(
+            "the recipe says no model; give model.preset, for example tiny, or the fields of a config"
+        )
     return ModelConfig(**raw) if preset is None else ModelConfig.preset(preset).replace(**raw)
 
 

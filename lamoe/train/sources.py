@@ -33,7 +33,9 @@ _JSONL = re.compile(r"(?P<path>.*\.jsonl(?:\.gz|\.xz)?)(?::(?P<field>[^:/\\]+))?
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 _OTHER_PACKERS = (".zst", ".bz2", ".zip", ".7z", ".tar", ".tgz", ".parquet")
 _DAMAGED = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, tarfile.TarError)
-_SNIFF = 1 << 16  # bytes looked at before a whole file is read, so that a folder with a disk image in it stays cheap
+_SNIFF = (
+    1 << 16
+)  # bytes looked at before a whole file is read, so that a folder with a disk image in it stays cheap
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class Counts:
 
     def __str__(self):
         left_out = ", ".join(f"{n} {why}" for why, n in sorted(self.skipped.items()))
-        return f"{self.documents:,} documents, {self.bytes / 1e6:.2f} MB" + (f" (left out: {left_out})" if left_out else "")
+        return f"{self.documents:,} documents, {self.bytes / 1e6:.2f} MB" + (
+            f" (left out: {left_out})" if left_out else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ class _NotText(Exception):
     """Internal: the reason why a file met in a folder was passed over."""
 
 
-def read_documents(sources: list[str], counts: dict[str, Counts] | None = None) -> Iterator[Document]:
+def read_documents(
+    sources: list[str], counts: dict[str, Counts] | None = None
+) -> Iterator[Document]:
     """Every document of `sources`, in the order given and sorted by name within a source; identical texts only once.
 
     `counts`, when given, is filled with one `Counts` per source. Memory: the largest single document, and about 120 bytes per
@@ -100,23 +106,34 @@ def read_documents(sources: list[str], counts: dict[str, Counts] | None = None) 
                         yield Document(source, name, text, len(data))
             except _NotText as reason:
                 if entry.asked:
-                    raise ValueError(f"source {source!r}: {entry.path} is {reason}, not UTF-8 text{_advice(entry.path)}") from None
+                    raise ValueError(
+                        f"source {source!r}: {entry.path} is {reason}, not UTF-8 text{_advice(entry.path)}"
+                    ) from None
                 count.skipped[str(reason)] += 1
         if not count.documents:
-            why = ", ".join(f"{n} {reason}" for reason, n in sorted(count.skipped.items())) or "it holds no files"
-            raise ValueError(f"source {source!r} gives no text ({why}); name a source with UTF-8 text, or leave it out of the list")
+            why = (
+                ", ".join(f"{n} {reason}" for reason, n in sorted(count.skipped.items()))
+                or "it holds no files"
+            )
+            raise ValueError(
+                f"source {source!r} gives no text ({why}); name a source with UTF-8 text, or leave it out of the list"
+            )
 
 
 def check_sources(sources: list[str]) -> list[str]:
     """`sources` itself, when it is a list of distinct names and at least one."""
     if isinstance(sources, (str, bytes)) or not sources:
-        raise ValueError(f"sources must be a list with at least one of {', '.join(BUILT_IN)}, a file, folder, glob or .jsonl; "
-                         f"found {sources!r}")
+        raise ValueError(
+            f"sources must be a list with at least one of {', '.join(BUILT_IN)}, a file, folder, glob or .jsonl; "
+            f"found {sources!r}"
+        )
     for source in sources:
         if not isinstance(source, str) or not source:
             raise ValueError(f"a source is a name or path, found {source!r}")
         if sources.count(source) > 1:
-            raise ValueError(f"source {source!r} is listed {sources.count(source)} times; list it once (more epochs show it more often)")
+            raise ValueError(
+                f"source {source!r} is listed {sources.count(source)} times; list it once (more epochs show it more often)"
+            )
     return list(sources)
 
 
@@ -126,7 +143,18 @@ def stamp(sources: list[str]) -> str:
     for source in check_sources(sources):
         for entry in list_entries(source, Counter()):
             stat = entry.path.stat()
-            digest.update(json.dumps([source, str(entry.path), entry.name, entry.field, stat.st_size, stat.st_mtime_ns]).encode())
+            digest.update(
+                json.dumps(
+                    [
+                        source,
+                        str(entry.path),
+                        entry.name,
+                        entry.field,
+                        stat.st_size,
+                        stat.st_mtime_ns,
+                    ]
+                ).encode()
+            )
     return digest.hexdigest()
 
 
@@ -137,7 +165,9 @@ def list_entries(source: str, skipped: Counter) -> list[Entry]:
         return _stdlib_entries(skipped)
     if source == "austen":
         if not AUSTEN.is_file():
-            raise ValueError(f"source 'austen': {AUSTEN} is missing; this installation of lamoe is incomplete, install it again")
+            raise ValueError(
+                f"source 'austen': {AUSTEN} is missing; this installation of lamoe is incomplete, install it again"
+            )
         return [Entry(AUSTEN, "austen", _read_archive)]
     path = Path(source).expanduser()
     if path.is_file():
@@ -150,12 +180,16 @@ def list_entries(source: str, skipped: Counter) -> list[Entry]:
             return [_entry(path, path.name, asked=True, field=match["field"])]
     if glob.has_magic(source):
         return _glob_entries(str(Path(source).expanduser()), source, skipped)
-    raise ValueError(f"source {source!r} does not exist; it is none of {', '.join(BUILT_IN)}, and no file, folder or glob of that name "
-                     f"is found from {os.getcwd()}{did_you_mean(source, BUILT_IN)}")
+    raise ValueError(
+        f"source {source!r} does not exist; it is none of {', '.join(BUILT_IN)}, and no file, folder or glob of that name "
+        f"is found from {os.getcwd()}{did_you_mean(source, BUILT_IN)}"
+    )
 
 
 def _entry(path: Path, name: str, asked=False, field="text") -> Entry:
-    return Entry(path, name, _read_jsonl if _JSONL.fullmatch(path.name) else _read_text, field, asked)
+    return Entry(
+        path, name, _read_jsonl if _JSONL.fullmatch(path.name) else _read_text, field, asked
+    )
 
 
 def _folder_entries(folder: Path, skipped: Counter, prune: frozenset = frozenset()) -> list[Entry]:
@@ -163,7 +197,11 @@ def _folder_entries(folder: Path, skipped: Counter, prune: frozenset = frozenset
     prune |= {"__pycache__"}
     found = []
     for at, folders, files in os.walk(folder, onerror=_raise):
-        keep = [f for f in folders if not f.startswith(".") and f not in prune and not os.path.islink(os.path.join(at, f))]
+        keep = [
+            f
+            for f in folders
+            if not f.startswith(".") and f not in prune and not os.path.islink(os.path.join(at, f))
+        ]
         skipped["hidden, cached or linked folder"] += len(folders) - len(keep)
         folders[:] = keep
         for file in files:
@@ -187,7 +225,9 @@ def _glob_entries(pattern: str, source: str, skipped: Counter) -> list[Entry]:
     _drop_zeros(skipped)
     entries = [_entry(p, p.relative_to(root).as_posix()) for p in paths if p.is_file()]
     if not entries:
-        raise ValueError(f"source {source!r} matches no file (from {os.getcwd()}); a folder is named without *, and ** goes into folders")
+        raise ValueError(
+            f"source {source!r} matches no file (from {os.getcwd()}); a folder is named without *, and ** goes into folders"
+        )
     return sorted(entries, key=lambda e: e.name)
 
 
@@ -201,7 +241,9 @@ def _stdlib_entries(skipped: Counter) -> list[Entry]:
             topics = entry.name == "pydoc_data/topics.py"
             entries.append(Entry(entry.path, entry.name, _read_topics if topics else _read_module))
     if not entries:
-        raise ValueError(f"source 'stdlib': {root} holds no Python sources (a trimmed installation?); name another source of text")
+        raise ValueError(
+            f"source 'stdlib': {root} holds no Python sources (a trimmed installation?); name another source of text"
+        )
     if not any(e.read is _read_topics for e in entries):
         skipped["reference topics (not installed)"] += 1
     return entries
@@ -219,7 +261,9 @@ def _read_text(entry: Entry) -> Iterator[tuple[str, str]]:
     try:
         yield entry.name, data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise _NotText(f"in another encoding (byte {e.start})" if entry.asked else "in another encoding") from None
+        raise _NotText(
+            f"in another encoding (byte {e.start})" if entry.asked else "in another encoding"
+        ) from None
 
 
 def _read_jsonl(entry: Entry) -> Iterator[tuple[str, str]]:
@@ -228,7 +272,10 @@ def _read_jsonl(entry: Entry) -> Iterator[tuple[str, str]]:
         while line := _guarded(entry, file.readline):
             number += 1
             if line.strip():
-                yield f"{entry.name}:{number}", _field_of(line, entry.field, f"{entry.path}, line {number}")
+                yield (
+                    f"{entry.name}:{number}",
+                    _field_of(line, entry.field, f"{entry.path}, line {number}"),
+                )
 
 
 def _field_of(line: bytes, field: str, where: str) -> str:
@@ -238,17 +285,23 @@ def _field_of(line: bytes, field: str, where: str) -> str:
     except (ValueError, RecursionError) as e:  # also UnicodeDecodeError and JSONDecodeError
         raise ValueError(f"{where}: not valid JSON ({e}); it starts with {line[:40]!r}") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object with the field {field!r}, found {type(row).__name__}")
+        raise ValueError(
+            f"{where}: expected an object with the field {field!r}, found {type(row).__name__}"
+        )
     if field not in row:
         has = ", ".join(map(repr, list(row)[:8])) or "nothing"
-        raise ValueError(f"{where}: no field {field!r}{did_you_mean(field, row)}; it has {has}. Another field is named as file.jsonl:field")
+        raise ValueError(
+            f"{where}: no field {field!r}{did_you_mean(field, row)}; it has {has}. Another field is named as file.jsonl:field"
+        )
     text = row[field]
     if not isinstance(text, str):
         raise ValueError(f"{where}: field {field!r} must be text, found {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as e:
-        raise ValueError(f"{where}: field {field!r} holds half a surrogate pair at character {e.start}; it is no valid text") from None
+        raise ValueError(
+            f"{where}: field {field!r} holds half a surrogate pair at character {e.start}; it is no valid text"
+        ) from None
     return text
 
 
@@ -285,12 +338,20 @@ def _guarded(entry: Entry, read: Callable[[], bytes]) -> bytes:
     try:
         return read()
     except _DAMAGED as e:
-        raise ValueError(f"{entry.path} is damaged: cannot be decompressed ({e or type(e).__name__}); fetch or pack it again") from None
+        raise ValueError(
+            f"{entry.path} is damaged: cannot be decompressed ({e or type(e).__name__}); fetch or pack it again"
+        ) from None
 
 
 def _advice(path: Path) -> str:
-    packed = path.suffix in _OTHER_PACKERS or (path.suffix in _OPENERS and Path(path.stem).suffix == ".tar")
-    return f"; unpack {path.suffix} files first ({', '.join(_OPENERS)} of single texts are read as they are)" if packed else ""
+    packed = path.suffix in _OTHER_PACKERS or (
+        path.suffix in _OPENERS and Path(path.stem).suffix == ".tar"
+    )
+    return (
+        f"; unpack {path.suffix} files first ({', '.join(_OPENERS)} of single texts are read as they are)"
+        if packed
+        else ""
+    )
 
 
 def _drop_zeros(skipped: Counter):
@@ -315,7 +376,10 @@ class Plan:
     def parts(self, number: int, doc: Document) -> list[tuple[str, str, str]]:
         """(split, name, text) of one document: a single one, or two where it is cut."""
         if (cut := self.cuts.get(number)) is not None:
-            return [("train", f"{doc.name}#head", doc.text[:cut]), ("heldout", f"{doc.name}#tail", doc.text[cut:])]
+            return [
+                ("train", f"{doc.name}#head", doc.text[:cut]),
+                ("heldout", f"{doc.name}#tail", doc.text[cut:]),
+            ]
         return [("heldout" if number in self.heldout else "train", doc.name, doc.text)]
 
     def documents(self) -> Iterator[tuple[int, Document]]:
@@ -325,13 +389,19 @@ class Plan:
             _feed(text_hash, doc)
             yield number, doc
         if text_hash.hexdigest() != self.digest:
-            raise ValueError("the text of the sources changed while it was read; nothing was kept. Start again when nobody writes to it")
+            raise ValueError(
+                "the text of the sources changed while it was read; nothing was kept. Start again when nobody writes to it"
+            )
 
 
-def plan_split(sources: list[str], holdout: float, seed: int, progress: Callable[[int, int | None, str], None]) -> Plan:
+def plan_split(
+    sources: list[str], holdout: float, seed: int, progress: Callable[[int, int | None, str], None]
+) -> Plan:
     """Read everything once and decide what is held out, per source. Per document only a hash and a size stay in memory."""
     counts: dict[str, Counts] = {}
-    seen: dict[str, tuple[int, array, array]] = {}  # source -> number of its first document, name hashes, sizes
+    seen: dict[
+        str, tuple[int, array, array]
+    ] = {}  # source -> number of its first document, name hashes, sizes
     cut_of_first: dict[str, int | None] = {}
     text_hash, done, told = hashlib.blake2b(digest_size=16), 0, 0
     for number, doc in enumerate(read_documents(sources, counts)):
@@ -349,8 +419,10 @@ def plan_split(sources: list[str], holdout: float, seed: int, progress: Callable
         if len(sizes) > 1:
             heldout.update(first + i for i in choose_heldout(hashes, sizes, holdout))
         elif cut_of_first[source] is None:
-            raise ValueError(f"source {source!r} is a single document without a line end to cut it at, so nothing can be held out; "
-                             "give it as several files, break its lines, or set holdout to 0")
+            raise ValueError(
+                f"source {source!r} is a single document without a line end to cut it at, so nothing can be held out; "
+                "give it as several files, break its lines, or set holdout to 0"
+            )
         else:
             cuts[first] = cut_of_first[source]
     return Plan(counts, heldout, cuts, text_hash.hexdigest())
@@ -367,7 +439,12 @@ def choose_heldout(hashes, sizes, holdout: float) -> list[int]:
 
 
 def _name_hash(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}\n{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(
+            f"{seed}\n{name}".encode("utf-8", "surrogateescape"), digest_size=8
+        ).digest(),
+        "big",
+    )
 
 
 def _feed(text_hash, doc: Document):

@@ -7,15 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+import lamoe
+from lamoe import cli
+from lamoe.backends.cpu import calibrate, native, packed, packed_file
+from lamoe.checkpoints import hf
 from oracles import tiny
 from tiny_packed import FAMILIES, pack, source
 from tiny_run import trained  # noqa: F401 (a fixture)
-
-import lamoe
-from lamoe.backends.cpu import calibrate, packed, packed_file
-from lamoe import cli
-from lamoe.checkpoints import hf
-from lamoe.backends.cpu import native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled kernels are not there")
 
@@ -25,10 +24,19 @@ def test_moments_are_those_of_the_model(tmp_path, family):
     """Second moments of every linear's input, caught on the whole model, whose layers must be those that were walked one by one."""
     c, model = FAMILIES[family], source(tmp_path / "model", family)
     plain, ids, want = lamoe.load(model), tiny.ids(FAMILIES[family], 6, 20), {}
-    names = {f"layers.{i}.{n}": m for i, block in enumerate(plain.layers) for n, m in block.named_modules() if isinstance(m, torch.nn.Linear) and n != "attn.wkv_b"}
+    names = {
+        f"layers.{i}.{n}": m
+        for i, block in enumerate(plain.layers)
+        for n, m in block.named_modules()
+        if isinstance(m, torch.nn.Linear) and n != "attn.wkv_b"
+    }
     for name, module in names.items():
         key = f"layers.{name.split('.')[1]}.{name.split('.')[-1]}"
-        module.register_forward_pre_hook(lambda m, a, key=key: want.update({key: a[0].flatten(0, -2).T @ a[0].flatten(0, -2) / a[0][..., 0].numel()}))
+        module.register_forward_pre_hook(
+            lambda m, a, key=key: want.update(
+                {key: a[0].flatten(0, -2).T @ a[0].flatten(0, -2) / a[0][..., 0].numel()}
+            )
+        )
     with torch.no_grad():
         h = plain.hidden(ids)
     want["head"] = h.flatten(0, 1).T @ h.flatten(0, 1) / h[..., 0].numel()
@@ -48,7 +56,10 @@ def test_experts_lean_on_their_layer():
     """Many tokens: an expert's own moments, weighted. None: those of all."""
     module = type("E", (), {"w13": torch.ones(3, 4, 2), "w2": torch.ones(3, 2, 2)})
     x = torch.cat([torch.full((10000, 2), 2.0), torch.full((20000, 2), 1.0)])
-    expert, weight = torch.tensor([[0]] * 10000 + [[1]] * 20000), torch.tensor([[1.0]] * 10000 + [[0.5]] * 20000)
+    expert, weight = (
+        torch.tensor([[0]] * 10000 + [[1]] * 20000),
+        torch.tensor([[1.0]] * 10000 + [[0.5]] * 20000),
+    )
     seen = calibrate._Experts(module)
     for part in (slice(0, 12000), slice(12000, None)):
         seen.add(module, (x[part], expert[part], weight[part]))
@@ -78,18 +89,26 @@ def test_the_rows_of_all_experts_never_exist_at_once(monkeypatch):
 
 def correlated(n: int, k: int, seed: int = 0) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, k, generator=g) @ torch.randn(k, k, generator=g) * torch.exp(torch.randn(k, generator=g))
+    return (
+        torch.randn(n, k, generator=g)
+        @ torch.randn(k, k, generator=g)
+        * torch.exp(torch.randn(k, generator=g))
+    )
 
 
 @pytest.mark.parametrize("k", [27, 64, 128, 200])
-@pytest.mark.parametrize("isa", re.split(r"\W+", native.lib.features()) if native.available() else [])
+@pytest.mark.parametrize(
+    "isa", re.split(r"\W+", native.lib.features()) if native.available() else []
+)
 def test_later_inputs_make_up_for_the_errors_of_earlier_ones(k, isa):
     """On inputs that go together, the output error falls far below that of rounding each weight by itself, at the same bytes; codes are those of the
     definition in plain torch."""
     g = torch.Generator().manual_seed(1)
     w, x = torch.randn(40, k, generator=g), correlated(4 * k, k)
     importance, feedback = calibrate.solve(x.T @ x / len(x))
-    assert torch.equal(feedback.tril(-1), torch.zeros(k, k)) and torch.allclose(feedback.diagonal(), torch.ones(k))
+    assert torch.equal(feedback.tril(-1), torch.zeros(k, k)) and torch.allclose(
+        feedback.diagonal(), torch.ones(k)
+    )
     plain, plain_scale = native.pack("int4", w, isa=isa)
     data, scale = native.pack("int4", w, importance, feedback, isa=isa)
     assert len(data) == len(plain) and scale == plain_scale
@@ -100,14 +119,19 @@ def test_later_inputs_make_up_for_the_errors_of_earlier_ones(k, isa):
     for i in range(k):
         moved[:, i + 1 :] -= (moved[:, i] - rounded[1][:, i])[:, None] * feedback[i, i + 1 :]
     near, far = ((m - rounded[1]).square().mean() / w.square().mean() for m in (moved, w))
-    assert near < 0.02 and far > near  # each column is near what it was to be by then, not near what it was
+    assert (
+        near < 0.02 and far > near
+    )  # each column is near what it was to be by then, not near what it was
 
 
 def test_feedback_of_unrelated_inputs_changes_nothing():
     w = torch.randn(33, 70, generator=torch.Generator().manual_seed(2))
     importance, feedback = calibrate.solve(torch.eye(70))
     assert torch.allclose(feedback, torch.eye(70), atol=1e-6)
-    assert torch.equal(native.pack("int4", w, importance / importance[0], torch.eye(70))[0], native.pack("int4", w)[0])  # the same for all, but ties
+    assert torch.equal(
+        native.pack("int4", w, importance / importance[0], torch.eye(70))[0],
+        native.pack("int4", w)[0],
+    )  # the same for all, but ties
     importance, feedback = calibrate.solve(torch.zeros(70, 70))  # a text that never reached it
     assert importance.isfinite().all() and torch.equal(feedback, torch.eye(70))
 
@@ -120,7 +144,9 @@ def test_calibrated_errors_fall_where_inputs_are_large():
     errors = []
     for importance in (None, x.square().mean(0)):
         data, scale = native.pack("int4", w, importance)
-        errors.append(float((x @ (native.unpack("int4", data, 64, 128, scale) - w).T).square().mean()))
+        errors.append(
+            float((x @ (native.unpack("int4", data, 64, 128, scale) - w).T).square().mean())
+        )
     assert errors[1] < 0.9 * errors[0]
 
 
@@ -133,15 +159,30 @@ def test_rows_to_calibrate_on(trained):  # noqa: F811
         calibrate.rows_of(tok, [""], c, 256)
 
 
-@pytest.mark.parametrize("sizes", [[3_000_000], [100] * 30_000, [50, 2_000_000, 0, 7, 900_000, 20_000]])
+@pytest.mark.parametrize(
+    "sizes", [[3_000_000], [100] * 30_000, [50, 2_000_000, 0, 7, 900_000, 20_000]]
+)
 def test_no_more_of_a_long_text_is_tokenised_than_is_wanted(sizes):
     """A gigabyte of text would take minutes for the 32,768 tokens of a default run."""
     told = []
-    tokenizer = type("T", (), {"add_bos": False, "encode": lambda self, text, bos: told.append(text) or list(range(len(text) // 4))})()
-    texts = ["".join(chr(65 + (i + at // 100_000) % 60) for at in range(n)) for i, n in enumerate(sizes)]
+    tokenizer = type(
+        "T",
+        (),
+        {
+            "add_bos": False,
+            "encode": lambda self, text, bos: told.append(text) or list(range(len(text) // 4)),
+        },
+    )()
+    texts = [
+        "".join(chr(65 + (i + at // 100_000) % 60) for at in range(n)) for i, n in enumerate(sizes)
+    ]
     rows = calibrate.rows_of(tokenizer, texts, FAMILIES["mla"], 4096)
     assert rows.numel() == 4096
-    assert 0.5 * calibrate.CHARS * 4096 < sum(map(len, told)) < 1.5 * calibrate.CHARS * 4096 + calibrate.PIECE
+    assert (
+        0.5 * calibrate.CHARS * 4096
+        < sum(map(len, told))
+        < 1.5 * calibrate.CHARS * 4096 + calibrate.PIECE
+    )
     assert len(set("".join(told))) > 0.2 * len(set("".join(texts)))  # from all over it
     assert calibrate._sample(texts[:1], 10**9) == texts[:1]
 
@@ -151,6 +192,8 @@ def test_moments_that_are_no_numbers_are_refused(tmp_path):
     with torch.no_grad():
         m.layers[1].attn_norm.weight.mul_(3e38)
     lamoe.save(m, tmp_path / "model")
-    options = calibrate.options(tmp_path / "model", FAMILIES["mla"], tiny.ids(FAMILIES["mla"], 2, 20))
+    options = calibrate.options(
+        tmp_path / "model", FAMILIES["mla"], tiny.ids(FAMILIES["mla"], 2, 20)
+    )
     with pytest.raises(ValueError, match="to calibrate on are not finite.*without --calibrate"):
         pack(tmp_path / "model", tmp_path / "out", **options)

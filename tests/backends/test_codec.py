@@ -11,7 +11,19 @@ from lamoe.model.config import ModelConfig
 
 LOW_BIT = ("int8", "6bit", "4bit")
 FLOOR = {True: 2.0**-22, False: 0.0}  # half the smallest step
-WIDTHS = [(512, 64), (64, 16), (96, 32), (192, 192), (576, 576), (64, 64), (37, 17), (5, 3), (1, 1), (65, 63), (127, 1)]
+WIDTHS = [
+    (512, 64),
+    (64, 16),
+    (96, 32),
+    (192, 192),
+    (576, 576),
+    (64, 64),
+    (37, 17),
+    (5, 3),
+    (1, 1),
+    (65, 63),
+    (127, 1),
+]
 
 
 def parts(widths, rows=33, seed=0, scale=1.0):
@@ -34,22 +46,56 @@ def test_six_bits_are_the_papers_933_percent():
     v2, dense = ModelConfig.preset("deepseek-v2"), ModelConfig.preset("deepseek-67b")
     stored = cache_codec.row_bytes("6bit", v2.cache_row)
     assert stored <= 432
-    assert 1 - v2.num_hidden_layers * stored / (dense.num_hidden_layers * cache_codec.row_bytes("bf16", dense.cache_row)) >= 0.9333
+    assert (
+        1
+        - v2.num_hidden_layers
+        * stored
+        / (dense.num_hidden_layers * cache_codec.row_bytes("bf16", dense.cache_row))
+        >= 0.9333
+    )
 
 
-@pytest.mark.parametrize("widths", [(512, 64), (64, 16), (96, 32), (256, 64), (192, 192), (576, 576), (1024, 1024), (64, 64), (32, 32)])
+@pytest.mark.parametrize(
+    "widths",
+    [
+        (512, 64),
+        (64, 16),
+        (96, 32),
+        (256, 64),
+        (192, 192),
+        (576, 576),
+        (1024, 1024),
+        (64, 64),
+        (32, 32),
+    ],
+)
 def test_six_bits_hold_at_all_usual_widths(widths):
     assert cache_codec.bits_per_element("6bit", widths) <= 6.0
 
 
 def test_stated_sizes():
     """The sizes that README, plan and kernels rely on: changing one is a change of the format."""
-    assert [cache_codec.row_bytes(name, (512, 64)) for name in cache_codec.FORMATS] == [2304, 1152, 596, 404, 315]
-    assert [cache_codec.row_bytes(name, (64, 16)) for name in cache_codec.FORMATS] == [320, 160, 84, 60, 47]
+    assert [cache_codec.row_bytes(name, (512, 64)) for name in cache_codec.FORMATS] == [
+        2304,
+        1152,
+        596,
+        404,
+        315,
+    ]
+    assert [cache_codec.row_bytes(name, (64, 16)) for name in cache_codec.FORMATS] == [
+        320,
+        160,
+        84,
+        60,
+        47,
+    ]
     assert cache_codec.part_bits("6bit", (512, 64)) == (5, 8)  # the rope key is the fine part
     assert cache_codec.part_bits("6bit", (192, 192)) == (6, 5)  # and the keys of K|V rows
     assert cache_codec.part_bits("6bit", (96, 32)) == (5, 7)  # one bit less, to stay at 6.0
-    assert cache_codec.part_bits("4bit", (192, 192)) == (4, 4) and cache_codec.row_bytes("4bit", (192, 192)) == 200
+    assert (
+        cache_codec.part_bits("4bit", (192, 192)) == (4, 4)
+        and cache_codec.row_bytes("4bit", (192, 192)) == 200
+    )
     assert cache_codec.part_bits("bf16", (512, 64)) == (16, 16)
 
 
@@ -69,12 +115,20 @@ def test_error_bound(name, widths):
     decoded = cache_codec.decode(name, cache_codec.encode(name, original), widths, torch.float32)
     for x, y, bound in zip(original, decoded, cache_codec.max_error(name, widths)):
         assert y.shape == x.shape and y.dtype == torch.float32
-        assert ((y.double() - x.double()).abs() <= bound * largest(x) + FLOOR[name in LOW_BIT]).all()
+        assert (
+            (y.double() - x.double()).abs() <= bound * largest(x) + FLOOR[name in LOW_BIT]
+        ).all()
     assert name != "fp32" or all(torch.equal(x, y) for x, y in zip(original, decoded))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(LOW_BIT), st.integers(1, 70), st.integers(1, 70), st.integers(-40, 1), st.integers(0, 10**6))
+@given(
+    st.sampled_from(LOW_BIT),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.integers(-40, 1),
+    st.integers(0, 10**6),
+)
 def test_error_bound_at_any_size(name, w0, w1, exponent, seed):
     """Also for numbers below the smallest step, which cost an absolute 2^-22."""
     original = parts((w0, w1), rows=5, seed=seed, scale=2.0**exponent)
@@ -87,7 +141,9 @@ def test_the_bound_is_not_idle():
     """Some row comes within a tenth of the stated bound, so that the bound would notice a coarser code."""
     x = torch.randn(20000, 16, generator=torch.Generator().manual_seed(0))
     for name in LOW_BIT:
-        decoded = cache_codec.decode(name, cache_codec.encode(name, (x, x)), (16, 16), torch.float32)
+        decoded = cache_codec.decode(
+            name, cache_codec.encode(name, (x, x)), (16, 16), torch.float32
+        )
         for y, bound in zip(decoded, cache_codec.max_error(name, (16, 16))):
             assert ((y - x).abs() / largest(x)).max() > 0.9 * bound
 
@@ -98,10 +154,14 @@ def test_groups_have_their_own_step(name):
     group = cache_codec._LOW_BIT[name][3]
     x = torch.randn(8, 2 * group, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
     x[:, 0] = 20.0
-    y, _ = cache_codec.decode(name, cache_codec.encode(name, (x, x)), (2 * group, 2 * group), torch.float32)
+    y, _ = cache_codec.decode(
+        name, cache_codec.encode(name, (x, x)), (2 * group, 2 * group), torch.float32
+    )
     bits = cache_codec.part_bits(name, (2 * group, 2 * group))[0]
     step = 20 / (2 ** (bits - 1) - 1)
-    assert (y - x)[:, group:].abs().max() < 0.6 * step * 3 / 16  # 2 of 20 needs 2/16 of the step, plus rounding up of both scales
+    assert (
+        (y - x)[:, group:].abs().max() < 0.6 * step * 3 / 16
+    )  # 2 of 20 needs 2/16 of the step, plus rounding up of both scales
 
 
 @pytest.mark.parametrize("name", cache_codec.FORMATS)
@@ -109,14 +169,21 @@ def test_zero_rows_are_exact(name):
     original = (torch.zeros(3, 64), torch.zeros(3, 16))
     original[0][1, 5] = 1.0
     a, b = cache_codec.decode(name, cache_codec.encode(name, original), (64, 16), torch.float32)
-    assert not b.any() and not a[[0, 2]].any() and a[1, 5] == pytest.approx(1.0, rel=cache_codec.max_error(name, (64, 16))[0]) and not a[1, 16:].any()
+    assert (
+        not b.any()
+        and not a[[0, 2]].any()
+        and a[1, 5] == pytest.approx(1.0, rel=cache_codec.max_error(name, (64, 16))[0])
+        and not a[1, 16:].any()
+    )
 
 
 @pytest.mark.parametrize("name", LOW_BIT)
 def test_codes_are_symmetric(name):
     a, b = parts((96, 32))
     minus = cache_codec.decode(name, cache_codec.encode(name, (-a, -b)), (96, 32), torch.float32)
-    for x, y in zip(minus, cache_codec.decode(name, cache_codec.encode(name, (a, b)), (96, 32), torch.float32)):
+    for x, y in zip(
+        minus, cache_codec.decode(name, cache_codec.encode(name, (a, b)), (96, 32), torch.float32)
+    ):
         assert torch.equal(x, -y)
 
 
@@ -130,11 +197,21 @@ def test_a_row_does_not_depend_on_its_batch(name, widths):
     assert torch.equal(cache_codec.encode(name, (a[order], b[order])), together[order])
     alone = torch.cat([cache_codec.encode(name, (a[i : i + 1], b[i : i + 1])) for i in range(65)])
     assert torch.equal(alone, together)
-    wide = torch.full((65, together.shape[1] + 3), 0xEE, dtype=torch.uint8)  # rows inside wider pages, at any offset
+    wide = torch.full(
+        (65, together.shape[1] + 3), 0xEE, dtype=torch.uint8
+    )  # rows inside wider pages, at any offset
     wide[:, 3:] = together
-    for x, y in zip(cache_codec.decode(name, wide[:, 3:], widths, torch.float32), cache_codec.decode(name, together, widths, torch.float32)):
+    for x, y in zip(
+        cache_codec.decode(name, wide[:, 3:], widths, torch.float32),
+        cache_codec.decode(name, together, widths, torch.float32),
+    ):
         assert torch.equal(x, y)
-        assert torch.equal(x[7:8], cache_codec.decode(name, wide[7:8, 3:], widths, torch.float32)[0 if x.shape[1] == widths[0] else 1])
+        assert torch.equal(
+            x[7:8],
+            cache_codec.decode(name, wide[7:8, 3:], widths, torch.float32)[
+                0 if x.shape[1] == widths[0] else 1
+            ],
+        )
 
 
 @pytest.mark.parametrize("name", cache_codec.FORMATS)
@@ -143,13 +220,17 @@ def test_input_types_and_views(name):
     a, b = (p.bfloat16() for p in parts((64, 16)))
     rows = cache_codec.encode(name, (a, b))
     assert torch.equal(rows, cache_codec.encode(name, (a.double(), b.float())))
-    assert torch.equal(rows, cache_codec.encode(name, (a.t().contiguous().t(), torch.cat([b, b], 1)[:, 16:])))
+    assert torch.equal(
+        rows, cache_codec.encode(name, (a.t().contiguous().t(), torch.cat([b, b], 1)[:, 16:]))
+    )
     as_double = cache_codec.decode(name, rows, (64, 16), torch.float64)
     for dtype in (torch.float32, torch.bfloat16):
         for x, y in zip(cache_codec.decode(name, rows, (64, 16), dtype), as_double):
             assert x.dtype == dtype and x.is_contiguous() and torch.equal(x, y.to(dtype))
     none = cache_codec.encode(name, (a[:0], b[:0]))
-    assert none.shape == (0, rows.shape[1]) and cache_codec.decode(name, none, (64, 16), torch.float32)[1].shape == (0, 16)
+    assert none.shape == (0, rows.shape[1]) and cache_codec.decode(
+        name, none, (64, 16), torch.float32
+    )[1].shape == (0, 16)
 
 
 # ---- the documented layout, read by another program ------------------------------------------------------------------------
@@ -191,7 +272,10 @@ def test_layout(name, widths):
 def test_plain_layout():
     a, b = parts((5, 3), rows=2)
     both = torch.cat([a, b], 1)
-    assert bytes(cache_codec.encode("fp32", (a, b))[1].tolist()) == both[1].numpy().astype("<f4").tobytes()
+    assert (
+        bytes(cache_codec.encode("fp32", (a, b))[1].tolist())
+        == both[1].numpy().astype("<f4").tobytes()
+    )
     high = both.bfloat16().float()[1].numpy().view(np.uint32) >> 16
     assert bytes(cache_codec.encode("bf16", (a, b))[1].tolist()) == high.astype("<u2").tobytes()
 
@@ -200,7 +284,9 @@ def test_golden_row():
     """Frozen bytes: rows on disk outlive the program that wrote them."""
     a = torch.arange(-8.0, 9.0)[None] / 4
     b = torch.tensor([[1.0, -0.5, 0.25]])
-    assert {name: cache_codec.encode(name, (a, b))[0].numpy().tobytes().hex() for name in LOW_BIT} == GOLDEN
+    assert {
+        name: cache_codec.encode(name, (a, b))[0].numpy().tobytes().hex() for name in LOW_BIT
+    } == GOLDEN
 
 
 GOLDEN = {
@@ -236,14 +322,30 @@ def test_plain_formats_hold_bad_numbers(name):
 def test_largest_number():
     """The largest step is 3840; a number just below is stored, not refused."""
     x = torch.full((1, 16), 3840.0 * 7)
-    assert torch.equal(cache_codec.decode("4bit", cache_codec.encode("4bit", (x, x[:, :8])), (16, 8), torch.float32)[0], x)
-    assert cache_codec.decode("4bit", cache_codec.encode("4bit", (x * 1.001, x[:, :8])), (16, 8), torch.float32)[0].isnan().all()
+    assert torch.equal(
+        cache_codec.decode(
+            "4bit", cache_codec.encode("4bit", (x, x[:, :8])), (16, 8), torch.float32
+        )[0],
+        x,
+    )
+    assert (
+        cache_codec.decode(
+            "4bit", cache_codec.encode("4bit", (x * 1.001, x[:, :8])), (16, 8), torch.float32
+        )[0]
+        .isnan()
+        .all()
+    )
 
 
 def test_e5m3_is_the_least_number_not_smaller():
     every = torch.arange(0xF8, dtype=torch.uint8)
     values = cache_codec._from_e5m3(every)
-    assert torch.equal(cache_codec._to_e5m3(values), every) and values[0] == 0 and values[-1] == 3840 and (values.diff() > 0).all()
+    assert (
+        torch.equal(cache_codec._to_e5m3(values), every)
+        and values[0] == 0
+        and values[-1] == 3840
+        and (values.diff() > 0).all()
+    )
     x = torch.cat([values[1:] * (1 - 1e-6), values[:-1] * (1 + 1e-6), torch.tensor([1e-12])])
     up = cache_codec._from_e5m3(cache_codec._to_e5m3(x))
     assert (up >= x).all()
@@ -251,26 +353,45 @@ def test_e5m3_is_the_least_number_not_smaller():
 
 
 # ---- user errors -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("call", [
-    lambda name: cache_codec.row_bytes(name, (64, 16)), lambda name: cache_codec.max_error(name, (64, 16)), lambda name: cache_codec.bits_per_element(name, (64, 16)),
-    lambda name: cache_codec.encode(name, parts((64, 16))), lambda name: cache_codec.decode(name, torch.zeros(1, 60, dtype=torch.uint8), (64, 16), torch.float32),
-    lambda name: cache_codec.part_bits(name, (64, 16)),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda name: cache_codec.row_bytes(name, (64, 16)),
+        lambda name: cache_codec.max_error(name, (64, 16)),
+        lambda name: cache_codec.bits_per_element(name, (64, 16)),
+        lambda name: cache_codec.encode(name, parts((64, 16))),
+        lambda name: cache_codec.decode(
+            name, torch.zeros(1, 60, dtype=torch.uint8), (64, 16), torch.float32
+        ),
+        lambda name: cache_codec.part_bits(name, (64, 16)),
+    ],
+)
 def test_unknown_format(call):
-    with pytest.raises(ValueError, match=r"unknown cache format '6bits', did you mean '6bit'\?; known: fp32, bf16, int8, 6bit, 4bit"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown cache format '6bits', did you mean '6bit'\?; known: fp32, bf16, int8, 6bit, 4bit",
+    ):
         call("6bits")
 
 
-@pytest.mark.parametrize("bad, text", [
-    ((torch.zeros(2, 4), torch.zeros(3, 4)), r"\(2, 4\).*\(3, 4\)"), ((torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4)), "int64"),
-    ((torch.zeros(2, 4, 4), torch.zeros(2, 4)), r"\(2, 4, 4\)"), ((torch.zeros(2, 4), torch.zeros(2, 0)), "at least one element"),
-])
+@pytest.mark.parametrize(
+    "bad, text",
+    [
+        ((torch.zeros(2, 4), torch.zeros(3, 4)), r"\(2, 4\).*\(3, 4\)"),
+        ((torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4)), "int64"),
+        ((torch.zeros(2, 4, 4), torch.zeros(2, 4)), r"\(2, 4, 4\)"),
+        ((torch.zeros(2, 4), torch.zeros(2, 0)), "at least one element"),
+    ],
+)
 def test_bad_parts(bad, text):
     with pytest.raises(ValueError, match=text):
         cache_codec.encode("6bit", bad)
 
 
-@pytest.mark.parametrize("rows", [torch.zeros(2, 59, dtype=torch.uint8), torch.zeros(60, dtype=torch.uint8), torch.zeros(2, 60)])
+@pytest.mark.parametrize(
+    "rows",
+    [torch.zeros(2, 59, dtype=torch.uint8), torch.zeros(60, dtype=torch.uint8), torch.zeros(2, 60)],
+)
 def test_rows_of_the_wrong_shape(rows):
     with pytest.raises(ValueError, match=r"uint8 \[N, 60\]"):
         cache_codec.decode("6bit", rows, (64, 16), torch.float32)

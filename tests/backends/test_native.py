@@ -15,7 +15,9 @@ from lamoe.backends.cpu.packed import codec_numbers
 pytestmark = pytest.mark.skipif(native.lib is None, reason="needs the compiled kernels")
 ISAS = native.lib.features().split(", ") if native.lib else []
 SIZES = [1, 3, 15, 16, 17, 63, 64, 65, 127]
-LEVELS = torch.tensor([1, 12, 23, 32, 40, 48, 54, 60, 65, 71, 76, 82, 89, 97, 106, 120]) - 64  # of int4
+LEVELS = (
+    torch.tensor([1, 12, 23, 32, 40, 48, 54, 60, 65, 71, 76, 82, 89, 97, 106, 120]) - 64
+)  # of int4
 EPS = 2.0**-24  # of float32
 isas = pytest.mark.parametrize("isa", ISAS)
 formats = pytest.mark.parametrize("fmt", native.FORMATS)
@@ -42,17 +44,25 @@ def seen(fmt: str, x: torch.Tensor) -> torch.Tensor:
     return ((b * inverse).round().double() * scale.double()).flatten(-2)[:, : x.shape[1]]
 
 
-def product(fmt: str, w: torch.Tensor, x: torch.Tensor, isa: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def product(
+    fmt: str, w: torch.Tensor, x: torch.Tensor, isa: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(product of the kernel, of the same numbers in float64, sums of absolute values)"""
     data, scale = native.pack(fmt, w)
     stored, inputs = native.unpack(fmt, data, *w.shape, scale).double(), seen(fmt, x)
-    return native.linear(fmt, data, scale, w.shape[0], x, isa), inputs @ stored.t(), inputs.abs() @ stored.abs().t()
+    return (
+        native.linear(fmt, data, scale, w.shape[0], x, isa),
+        inputs @ stored.t(),
+        inputs.abs() @ stored.abs().t(),
+    )
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------------------
 @isas
 @formats
-@pytest.mark.parametrize("n, k", [(n, k) for n in (1, 15, 17, 65) for k in SIZES] + [(48, 1408), (3, 10944)])
+@pytest.mark.parametrize(
+    "n, k", [(n, k) for n in (1, 15, 17, 65) for k in SIZES] + [(48, 1408), (3, 10944)]
+)
 def test_stored_weights_keep_the_bound_of_their_format(fmt, isa, n, k):
     w = draw(n, k, seed=k) * torch.exp(2 * draw(n, 1, seed=n))  # rows of very different sizes
     data, scale = native.pack(fmt, w, isa=isa)
@@ -65,7 +75,10 @@ def test_stored_weights_keep_the_bound_of_their_format(fmt, isa, n, k):
     elif fmt == "int8":
         assert (error <= top * (9 / 16 / 127) * (1 + 1e-6) + most * 2.0**-23).all()
     else:
-        assert (error.square().mean(-1, keepdim=True).sqrt() <= top * (9 / 64) * (1 + 1e-6) + most * 2.0**-20).all()
+        assert (
+            error.square().mean(-1, keepdim=True).sqrt()
+            <= top * (9 / 64) * (1 + 1e-6) + most * 2.0**-20
+        ).all()
 
 
 @isas
@@ -73,7 +86,10 @@ def test_every_isa_packs_the_same_bytes(isa):
     w = draw(33, 130)
     for fmt in native.FORMATS:
         for importance in (None, draw(130, seed=3).square()):
-            (a, s), (b, t) = native.pack(fmt, w, importance, isa=isa), native.pack(fmt, w, importance, isa="scalar")
+            (a, s), (b, t) = (
+                native.pack(fmt, w, importance, isa=isa),
+                native.pack(fmt, w, importance, isa="scalar"),
+            )
             assert torch.equal(a, b) and s == t
 
 
@@ -90,15 +106,30 @@ def test_the_unit_of_the_weights_does_not_matter(fmt, size):
     data, scale = native.pack(fmt, w)
     got = native.unpack(fmt, data, 16, 64, scale)
     assert got.isfinite().all()
-    plain = native.unpack(fmt, *native.pack(fmt, w / size)[:1], 16, 64, native.pack(fmt, w / size)[1])
-    error, of_plain = (got - w).double().norm() / w.double().norm(), (plain - w / size).double().norm() / (w / size).double().norm()
+    plain = native.unpack(
+        fmt, *native.pack(fmt, w / size)[:1], 16, 64, native.pack(fmt, w / size)[1]
+    )
+    error, of_plain = (
+        (got - w).double().norm() / w.double().norm(),
+        (plain - w / size).double().norm() / (w / size).double().norm(),
+    )
     assert error <= of_plain * 1.05 + (0.05 if size < 1e-36 else 0)
 
 
 def test_int4_of_its_own_levels_is_exact():
     """Groups made of the levels themselves, of either sign, at scales that the format has: the largest weight makes the matrix's own scale 1."""
     levels = LEVELS.float()
-    w = torch.stack([levels, -levels, levels.flip(0), levels * 1.25, levels * -0.375, levels / 1024, torch.full((16,), 84.0)])
+    w = torch.stack(
+        [
+            levels,
+            -levels,
+            levels.flip(0),
+            levels * 1.25,
+            levels * -0.375,
+            levels / 1024,
+            torch.full((16,), 84.0),
+        ]
+    )
     data, scale = native.pack("int4", w)
     assert scale == 1 and torch.equal(native.unpack("int4", data, len(w), 16, scale), w)
 
@@ -113,16 +144,22 @@ def test_room_for_weights_may_have_huge_pages():
     for entry in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", maps.read_text())[1:]:
         begin, end = (int(x, 16) for x in entry.split()[0].split("-"))
         if begin <= data.data_ptr() < end:
-            assert re.search(r"^THPeligible: +1", entry, re.M) or int(re.search(r"^AnonHugePages: +(\d+)", entry, re.M)[1]), entry
+            assert re.search(r"^THPeligible: +1", entry, re.M) or int(
+                re.search(r"^AnonHugePages: +(\d+)", entry, re.M)[1]
+            ), entry
 
 
 @formats
 def test_zeros_stay_zeros(fmt):
     data, scale = native.pack(fmt, torch.zeros(17, 65))
     for isa in ISAS:
-        assert torch.equal(native.linear(fmt, data, scale, 17, draw(3, 65), isa), torch.zeros(3, 17))
+        assert torch.equal(
+            native.linear(fmt, data, scale, 17, draw(3, 65), isa), torch.zeros(3, 17)
+        )
         full, s = native.pack(fmt, draw(17, 65))
-        assert torch.equal(native.linear(fmt, full, s, 17, torch.zeros(3, 65), isa), torch.zeros(3, 17))
+        assert torch.equal(
+            native.linear(fmt, full, s, 17, torch.zeros(3, 65), isa), torch.zeros(3, 17)
+        )
 
 
 def test_importance_moves_the_error_away_from_what_counts():
@@ -148,25 +185,46 @@ def test_weights_that_are_not_finite_are_refused(bad):
 @formats
 @pytest.mark.parametrize("k", SIZES + [1408])
 def test_products_are_those_of_the_stored_numbers(fmt, isa, k):
-    for n, m in [(1, 1), (3, 2), (15, 3), (16, 5), (17, 13), (63, 12), (64, 23), (65, 24), (127, 25)]:
+    for n, m in [
+        (1, 1),
+        (3, 2),
+        (15, 3),
+        (16, 5),
+        (17, 13),
+        (63, 12),
+        (64, 23),
+        (65, 24),
+        (127, 25),
+    ]:
         got, want, size = product(fmt, draw(n, k, seed=n), draw(m, k, seed=m), isa)
         assert ((got.double() - want).abs() <= (k + 8) * EPS * size + 1e-37).all(), (n, m)
 
 
 @isas
-@pytest.mark.parametrize("fmt, weights, inputs", [("bf16", 2.0**-8, 2.0**-8), ("int8", 9 / 16 / 127, 1 / 254), ("int4", None, 1 / 254)])
-def test_products_keep_the_stated_distance_from_the_weights_that_were_given(fmt, weights, inputs, isa):
+@pytest.mark.parametrize(
+    "fmt, weights, inputs",
+    [("bf16", 2.0**-8, 2.0**-8), ("int8", 9 / 16 / 127, 1 / 254), ("int4", None, 1 / 254)],
+)
+def test_products_keep_the_stated_distance_from_the_weights_that_were_given(
+    fmt, weights, inputs, isa
+):
     w, x = draw(33, 1408), draw(7, 1408, seed=1)
     got, _, _ = product(fmt, w, x, isa)
     exact = x.double() @ w.double().t()
-    if weights is None:  # int4 has a bound on squares only; 6 % of the size of a row of normal weights was measured
-        return torch.testing.assert_close(((got - exact).norm() / exact.norm()).item(), 0.064, atol=0.01, rtol=0)
+    if (
+        weights is None
+    ):  # int4 has a bound on squares only; 6 % of the size of a row of normal weights was measured
+        return torch.testing.assert_close(
+            ((got - exact).norm() / exact.norm()).item(), 0.064, atol=0.01, rtol=0
+        )
     if fmt == "bf16":
         limit = (weights + inputs) * 1.01 * (x.abs().double() @ w.abs().double().t())
     else:
         top = blocks(w, 16).abs().amax(-1, keepdim=True).expand(-1, -1, 16).flatten(1).double()
         most = blocks(x, 64).abs().amax(-1, keepdim=True).expand(-1, -1, 64).flatten(1).double()
-        limit = weights * 1.01 * (x.abs().double() @ top.t()) + inputs * 1.01 * (most @ w.abs().double().t())
+        limit = weights * 1.01 * (x.abs().double() @ top.t()) + inputs * 1.01 * (
+            most @ w.abs().double().t()
+        )
     assert ((got - exact).abs() <= limit).all()
 
 
@@ -190,7 +248,10 @@ def test_tiles_of_bytes_add_up_as_vectors_do(fmt, m):
     for n, k in [(130, 65), (17, 320)]:
         data, scale = native.pack(fmt, draw(n, k))
         x = draw(m, k, seed=m)
-        assert torch.equal(native.linear(fmt, data, scale, n, x, "amx"), native.linear(fmt, data, scale, n, x, "avx512"))
+        assert torch.equal(
+            native.linear(fmt, data, scale, n, x, "amx"),
+            native.linear(fmt, data, scale, n, x, "avx512"),
+        )
 
 
 @isas
@@ -216,9 +277,19 @@ def test_bytes_around_a_matrix_and_its_rows_are_not_used(fmt, isa):
             around[at : at + len(data)] = data
             rows = torch.full((5 * k + 2048,), float("nan"))
             rows[1024 : 1024 + 5 * k] = draw(5, k).flatten()
-            got = native.linear(fmt, around[at : at + len(data)], scale, n, rows[1024 : 1024 + 5 * k].view(5, k), isa)
+            got = native.linear(
+                fmt,
+                around[at : at + len(data)],
+                scale,
+                n,
+                rows[1024 : 1024 + 5 * k].view(5, k),
+                isa,
+            )
             assert torch.equal(got, want)
-            assert torch.equal(native.unpack(fmt, around[at : at + len(data)], n, k, scale, isa), native.unpack(fmt, data, n, k, scale))
+            assert torch.equal(
+                native.unpack(fmt, around[at : at + len(data)], n, k, scale, isa),
+                native.unpack(fmt, data, n, k, scale),
+            )
 
 
 @isas
@@ -243,7 +314,10 @@ def test_inputs_of_any_size(fmt, isa, size):
     """From denormals (which some instructions take for zero) to what no activation reaches."""
     w, x = draw(17, 65, scale=0.1), draw(3, 65, seed=1) * size
     data, scale = native.pack(fmt, w)
-    want, got = x.double() @ native.unpack(fmt, data, 17, 65, scale).double().t(), native.linear(fmt, data, scale, 17, x, isa)
+    want, got = (
+        x.double() @ native.unpack(fmt, data, 17, 65, scale).double().t(),
+        native.linear(fmt, data, scale, 17, x, isa),
+    )
     assert got.isfinite().all()
     limit = 0.02 * (x.abs().double() @ w.abs().double().t()) + 65 * 2.0**-126
     assert ((got - want).abs() <= limit).all()
@@ -259,7 +333,11 @@ def test_huge_inputs_are_computed_or_not_finite(fmt, isa, k, weights):
         data, scale = native.pack(fmt, w)
         stored = native.unpack(fmt, data, 17, k, scale).double()
         for total in (1e30, 1e34, 1.7e36, 1e37, 1e38, 3e38, 1e41):
-            for x in (torch.full((1, k), total / k, dtype=torch.float64).float(), draw(1, k).abs() / draw(1, k).abs().sum() * total, draw(1, k) / draw(1, k).abs().sum() * total):
+            for x in (
+                torch.full((1, k), total / k, dtype=torch.float64).float(),
+                draw(1, k).abs() / draw(1, k).abs().sum() * total,
+                draw(1, k) / draw(1, k).abs().sum() * total,
+            ):
                 if not x.isfinite().all():
                     continue
                 want, got = x.double() @ stored.t(), native.linear(fmt, data, scale, 17, x, isa)
@@ -278,7 +356,21 @@ def test_no_rows_no_results(isa):
 
 
 # ---- cache rows -----------------------------------------------------------------------------------------------------------------
-WIDTHS = [(1, 1), (3, 15), (16, 17), (17, 2), (63, 64), (65, 127), (127, 1), (40, 8), (128, 16), (192, 192), (512, 64), (1408, 64), (8192, 8192)]
+WIDTHS = [
+    (1, 1),
+    (3, 15),
+    (16, 17),
+    (17, 2),
+    (63, 64),
+    (65, 127),
+    (127, 1),
+    (40, 8),
+    (128, 16),
+    (192, 192),
+    (512, 64),
+    (1408, 64),
+    (8192, 8192),
+]
 
 
 def rows_of(widths: tuple[int, int]) -> torch.Tensor:
@@ -288,7 +380,14 @@ def rows_of(widths: tuple[int, int]) -> torch.Tensor:
     x[1], x[2], x[3], x[4] = 0, 1e-42, 3e38, -7e-6
     x[5, : widths[0]] = 0
     x[6, widths[0] :] = 0
-    for row, at, bad in [(7, 0, float("nan")), (8, w - 1, float("nan")), (9, w // 2, float("nan")), (10, 0, float("inf")), (11, w - 1, float("-inf")), (12, w // 3, 1e9)]:
+    for row, at, bad in [
+        (7, 0, float("nan")),
+        (8, w - 1, float("nan")),
+        (9, w // 2, float("nan")),
+        (10, 0, float("inf")),
+        (11, w - 1, float("-inf")),
+        (12, w // 3, 1e9),
+    ]:
         x[row, at] = bad
     x[13] = float("nan")
     x[14, :] = torch.linspace(-1, 1, w)
@@ -303,21 +402,34 @@ def test_cache_rows_are_those_of_the_codec_bit_for_bit(name, widths, isa):
     want = cache_codec.encode(name, x.split(widths, 1))
     got = torch.from_numpy(native.lib.encode(numbers, x.numpy(), isa))
     if name == "bf16":  # a NaN has many forms
-        assert torch.equal(got.view(torch.bfloat16).float().nan_to_num(7), want.view(torch.bfloat16).float().nan_to_num(7))
+        assert torch.equal(
+            got.view(torch.bfloat16).float().nan_to_num(7),
+            want.view(torch.bfloat16).float().nan_to_num(7),
+        )
     else:
         assert torch.equal(got, want), (got != want).nonzero()[:4]
     back = torch.from_numpy(native.lib.decode(numbers, want.numpy(), isa))
-    assert torch.equal(back.nan_to_num(7e7), torch.cat(cache_codec.decode(name, want, widths, torch.float32), 1).nan_to_num(7e7))
+    assert torch.equal(
+        back.nan_to_num(7e7),
+        torch.cat(cache_codec.decode(name, want, widths, torch.float32), 1).nan_to_num(7e7),
+    )
 
 
 @isas
 @pytest.mark.parametrize("name", ["int8", "6bit", "4bit"])
 def test_any_bytes_decode_as_the_codec_says(name, isa):
     for widths in WIDTHS[:-1]:
-        rows = torch.randint(256, (64, cache_codec.row_bytes(name, widths)), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+        rows = torch.randint(
+            256,
+            (64, cache_codec.row_bytes(name, widths)),
+            generator=torch.Generator().manual_seed(1),
+            dtype=torch.uint8,
+        )
         got = torch.from_numpy(native.lib.decode(codec_numbers(name, widths), rows.numpy(), isa))
         want = torch.cat(cache_codec.decode(name, rows, widths, torch.float32), 1)
-        number = want.isfinite()  # a base of 0xF8 and above is none: what it gives is not finite, in one way or another
+        number = (
+            want.isfinite()
+        )  # a base of 0xF8 and above is none: what it gives is not finite, in one way or another
         assert torch.equal(got[number], want[number]) and not got[~number].isfinite().any()
 
 
@@ -330,4 +442,8 @@ def test_bytes_around_cache_rows_are_not_used(name, isa):
     around = np.full(stored.size + 4097, 0xFF, np.uint8)
     inside = around[2049 : 2049 + stored.size].reshape(stored.shape)
     inside[:] = stored
-    assert np.array_equal(native.lib.decode(numbers, inside, isa), native.lib.decode(numbers, stored, isa), equal_nan=True)
+    assert np.array_equal(
+        native.lib.decode(numbers, inside, isa),
+        native.lib.decode(numbers, stored, isa),
+        equal_nan=True,
+    )

@@ -6,13 +6,12 @@ import threading
 import numpy as np
 import pytest
 import torch
+
+from lamoe.backends.cpu import native, packed
+from lamoe.backends.cpu.packed import PackedModel, codec_numbers
+from lamoe.backends.paged_cache import PagedCache
 from native_run import Run
 from oracles import tiny
-
-from lamoe.backends.cpu import packed
-from lamoe.backends.paged_cache import PagedCache
-from lamoe.backends.cpu import native
-from lamoe.backends.cpu.packed import PackedModel, codec_numbers
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="needs the compiled kernels")
 lib = native.lib
@@ -28,15 +27,24 @@ def floats(*shape: int) -> np.ndarray:
 @pytest.mark.parametrize("n", HUGE)
 def test_sizes_beyond_reason_are_refused(n):
     data = np.zeros(1088, np.uint8)
-    for call in (lambda: lib.mat_bytes(2, n, 64), lambda: lib.mat_bytes(2, 16, n), lambda: lib.unpack(2, data, n, 64, 1.0), lambda: lib.unpack(2, data, 16, n, 1.0),
-                 lambda: lib.linear(2, data, 1.0, n, floats(1, 64))):
+    for call in (
+        lambda: lib.mat_bytes(2, n, 64),
+        lambda: lib.mat_bytes(2, 16, n),
+        lambda: lib.unpack(2, data, n, 64, 1.0),
+        lambda: lib.unpack(2, data, 16, n, 1.0),
+        lambda: lib.linear(2, data, 1.0, n, floats(1, 64)),
+    ):
         with pytest.raises(ValueError, match="a matrix has from 1 to|takes .* bytes"):
             call()
 
 
 @pytest.mark.parametrize("fmt", [-1, 4, 2**31 - 1])
 def test_unknown_formats_are_refused(fmt):
-    for call in (lambda: lib.mat_bytes(fmt, 1, 1), lambda: lib.pack(fmt, floats(1, 1)), lambda: lib.linear(fmt, np.zeros(64, np.uint8), 1.0, 1, floats(1, 1))):
+    for call in (
+        lambda: lib.mat_bytes(fmt, 1, 1),
+        lambda: lib.pack(fmt, floats(1, 1)),
+        lambda: lib.linear(fmt, np.zeros(64, np.uint8), 1.0, 1, floats(1, 1)),
+    ):
         with pytest.raises(ValueError, match="format .* is not known"):
             call()
 
@@ -54,7 +62,15 @@ def test_bytes_of_another_size_are_refused():
 
 def test_arrays_of_another_kind_are_refused_and_never_copied():
     data = np.zeros(lib.mat_bytes(0, 1, 4), np.uint8)
-    for x in (np.zeros((1, 4)), np.zeros((1, 4), np.int32), floats(4), floats(1, 1, 4), floats(2, 8)[:, ::2], None, [[0.0] * 4]):
+    for x in (
+        np.zeros((1, 4)),
+        np.zeros((1, 4), np.int32),
+        floats(4),
+        floats(1, 1, 4),
+        floats(2, 8)[:, ::2],
+        None,
+        [[0.0] * 4],
+    ):
         with pytest.raises(TypeError):
             lib.linear(0, data, 1.0, 1, x)
     with pytest.raises(TypeError):
@@ -71,8 +87,26 @@ def test_isa_and_threads():
             lib.pack(0, floats(1, 1), threads=threads)
 
 
-@pytest.mark.parametrize("numbers", [CODEC[:6], [*CODEC, 1], [3, *CODEC[1:]], [-1, *CODEC[1:]], [2, 0, *CODEC[2:]], [2, 9000, *CODEC[2:]], [*CODEC[:3], 3, *CODEC[4:]], [*CODEC[:4], 9, *CODEC[5:]],
-                                     [*CODEC[:5], 8, CODEC[6]], [*CODEC[:5], 0, CODEC[6]], [*CODEC[:5], -16, CODEC[6]], [*CODEC[:6], 1], [*CODEC[:6], 2**31 - 1], [*CODEC[:6], -1], [0, *CODEC[1:]]])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        CODEC[:6],
+        [*CODEC, 1],
+        [3, *CODEC[1:]],
+        [-1, *CODEC[1:]],
+        [2, 0, *CODEC[2:]],
+        [2, 9000, *CODEC[2:]],
+        [*CODEC[:3], 3, *CODEC[4:]],
+        [*CODEC[:4], 9, *CODEC[5:]],
+        [*CODEC[:5], 8, CODEC[6]],
+        [*CODEC[:5], 0, CODEC[6]],
+        [*CODEC[:5], -16, CODEC[6]],
+        [*CODEC[:6], 1],
+        [*CODEC[:6], 2**31 - 1],
+        [*CODEC[:6], -1],
+        [0, *CODEC[1:]],
+    ],
+)
 def test_a_codec_whose_bytes_would_not_fit_is_refused(numbers):
     with pytest.raises(ValueError, match="codec|cache row"):
         lib.encode(numbers, floats(2, 24))
@@ -85,17 +119,54 @@ def test_a_codec_whose_bytes_would_not_fit_is_refused(numbers):
 
 
 # ---- building a model -----------------------------------------------------------------------------------------------------------------
-SETTINGS = dict(layers=1, vocab=8, hidden=8, heads=2, kv_heads=2, head_dim=4, latent=0, rope=4, nope=0, value=0, elem=0)
+SETTINGS = dict(
+    layers=1,
+    vocab=8,
+    hidden=8,
+    heads=2,
+    kv_heads=2,
+    head_dim=4,
+    latent=0,
+    rope=4,
+    nope=0,
+    value=0,
+    elem=0,
+)
 MLA = SETTINGS | dict(latent=6, head_dim=8, nope=4, value=4)
 MOE = SETTINGS | dict(experts=4, top_k=2, moe_width=4)
 
 
-@pytest.mark.parametrize("base, change", [
-    *((SETTINGS, {k: v}) for k in ("layers", "vocab", "hidden", "heads", "kv_heads", "head_dim", "rope") for v in (0, -1, 2**31 - 1)), (SETTINGS, dict(kv_heads=3)), (SETTINGS, dict(head_dim=5, rope=5)),
-    (SETTINGS, dict(head_dim=6)), (SETTINGS, dict(elem=2)), (SETTINGS, dict(elem=-1)), (SETTINGS, dict(nope=2)), (MLA, dict(nope=6)), (MLA, dict(latent=7)), (MLA, dict(value=5)), (MLA, dict(latent=-2)),
-    (MLA, dict(q_lora=-1)), (MOE, dict(top_k=5)), (MOE, dict(top_k=0)), (MOE, dict(experts=-1)), (MOE, dict(experts=40000)), (MOE, dict(groups=3)), (MOE, dict(groups=0)), (MOE, dict(moe_width=0)),
-    (MOE, dict(groups=4, top_groups=1, group_limited=True)), (MOE, dict(groups=2, top_groups=3)), (MOE, dict(tok_p=2)),
-])
+@pytest.mark.parametrize(
+    "base, change",
+    [
+        *(
+            (SETTINGS, {k: v})
+            for k in ("layers", "vocab", "hidden", "heads", "kv_heads", "head_dim", "rope")
+            for v in (0, -1, 2**31 - 1)
+        ),
+        (SETTINGS, dict(kv_heads=3)),
+        (SETTINGS, dict(head_dim=5, rope=5)),
+        (SETTINGS, dict(head_dim=6)),
+        (SETTINGS, dict(elem=2)),
+        (SETTINGS, dict(elem=-1)),
+        (SETTINGS, dict(nope=2)),
+        (MLA, dict(nope=6)),
+        (MLA, dict(latent=7)),
+        (MLA, dict(value=5)),
+        (MLA, dict(latent=-2)),
+        (MLA, dict(q_lora=-1)),
+        (MOE, dict(top_k=5)),
+        (MOE, dict(top_k=0)),
+        (MOE, dict(experts=-1)),
+        (MOE, dict(experts=40000)),
+        (MOE, dict(groups=3)),
+        (MOE, dict(groups=0)),
+        (MOE, dict(moe_width=0)),
+        (MOE, dict(groups=4, top_groups=1, group_limited=True)),
+        (MOE, dict(groups=2, top_groups=3)),
+        (MOE, dict(tok_p=2)),
+    ],
+)
 def test_geometries_that_cannot_be_are_refused(base, change):
     lib.Model(base, 1)
     with pytest.raises(ValueError):
@@ -118,14 +189,23 @@ def hide(config, drop: str | None = None, replace: dict | None = None):
     p = PackedModel.__new__(PackedModel)
     real = packed.pieces
     try:
-        packed.pieces = lambda c, w, head: (piece for piece in real(c, w, head) if piece.key != drop)
+        packed.pieces = lambda c, w, head: (
+            piece for piece in real(c, w, head) if piece.key != drop
+        )
         p.__init__(config, "fp32", tensors)
     finally:
         packed.pieces = real
     return p
 
 
-KEYS = {c: [p.key for p in packed.pieces(c, "fp32") if p.layer in (-1, 1)] for c in (tiny.HARD, tiny.config("llama", num_key_value_heads=2))} if native.lib else {}
+KEYS = (
+    {
+        c: [p.key for p in packed.pieces(c, "fp32") if p.layer in (-1, 1)]
+        for c in (tiny.HARD, tiny.config("llama", num_key_value_heads=2))
+    }
+    if native.lib
+    else {}
+)
 
 
 @pytest.mark.parametrize("config, key", [(c, key) for c, keys in KEYS.items() for key in keys])
@@ -133,7 +213,10 @@ def test_a_model_without_one_of_its_weights_does_not_run(config, key):
     p = hide(config, key)
     if key.endswith(".uv"):  # its copy for the expanded form goes with it
         key = "uv"
-    with pytest.raises(ValueError, match=key.split(".")[-1] if not key.endswith((".w13", ".gate")) else "w13|w2|gate"):
+    with pytest.raises(
+        ValueError,
+        match=key.split(".")[-1] if not key.endswith((".w13", ".gate")) else "w13|w2|gate",
+    ):
         Run(p).feed({"a": [1, 2]})
 
 
@@ -149,7 +232,11 @@ def test_weights_of_other_sizes_are_refused():
     odd = np.zeros(4 * 64 * 32 + 1, np.uint8)
     with pytest.raises(ValueError, match="address"):
         n.raw(-1, "embed", odd[1:])
-    for call in (lambda: n.vector(0, "wq", floats(32)), lambda: n.raw(0, "norm", odd), lambda: n.set(0, "norm", 0, 1, 1, np.zeros(64, np.uint8), [1.0])):
+    for call in (
+        lambda: n.vector(0, "wq", floats(32)),
+        lambda: n.raw(0, "norm", odd),
+        lambda: n.set(0, "norm", 0, 1, 1, np.zeros(64, np.uint8), [1.0]),
+    ):
         with pytest.raises(ValueError, match="unknown"):
             call()
     for layer in (-1, 3, 2**31 - 1):
@@ -158,9 +245,24 @@ def test_weights_of_other_sizes_are_refused():
     for scales in ([], [1.0, 1.0]):
         with pytest.raises(ValueError, match="take .* bytes"):
             n.set(0, "wo", 0, 32, 40, np.zeros(lib.mat_bytes(0, 32, 40), np.uint8), scales)
-    for name, rows, cols, count in (("wo", 16, 40, 1), ("wkv_a", 24, 16, 1), ("uk", 16, 12, 3), ("uv", 10, 18, 4), ("w13", 16, 32, 1), ("wq_b", 80, 40, 1)):
+    for name, rows, cols, count in (
+        ("wo", 16, 40, 1),
+        ("wkv_a", 24, 16, 1),
+        ("uk", 16, 12, 3),
+        ("uv", 10, 18, 4),
+        ("w13", 16, 32, 1),
+        ("wq_b", 80, 40, 1),
+    ):
         n = fresh()
-        n.set(0, name, 0, rows, cols, np.zeros(count * lib.mat_bytes(0, rows, cols), np.uint8), [1.0] * count)  # sizes are seen together, before the first step
+        n.set(
+            0,
+            name,
+            0,
+            rows,
+            cols,
+            np.zeros(count * lib.mat_bytes(0, rows, cols), np.uint8),
+            [1.0] * count,
+        )  # sizes are seen together, before the first step
         q = PackedModel(p.config, "fp32", p.tensors)
         q.native = n
         with pytest.raises(ValueError, match="layer 0: .*the config says"):
@@ -200,8 +302,18 @@ def model():
 def step(p: PackedModel, **changes):
     """One step of two sequences, 3 tokens after 2 and 1 token after 7, with some arguments replaced."""
     cache = PagedCache(p.config, 4, 4, "fp32", p.dtype)
-    a = dict(ids=np.array([1, 2, 3, 4], np.int32), cos_sin=np.ones((4, 8), np.float32), seqs=np.array([[3, 5, 0], [1, 8, 2]], np.int32), pages=np.array([3, 0, 2, 1], np.int32),
-             rows=cache.rows.numpy(), page=4, format=codec_numbers("fp32", p.config.cache_row), out_rows=np.array([2, 3], np.int32), logits=True, experts=True)
+    a = dict(
+        ids=np.array([1, 2, 3, 4], np.int32),
+        cos_sin=np.ones((4, 8), np.float32),
+        seqs=np.array([[3, 5, 0], [1, 8, 2]], np.int32),
+        pages=np.array([3, 0, 2, 1], np.int32),
+        rows=cache.rows.numpy(),
+        page=4,
+        format=codec_numbers("fp32", p.config.cache_row),
+        out_rows=np.array([2, 3], np.int32),
+        logits=True,
+        experts=True,
+    )
     return p.native.step(**(a | changes))
 
 
@@ -209,16 +321,50 @@ def i32(*x) -> np.ndarray:
     return np.array(x, np.int32)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(ids=i32()), dict(ids=i32(1, 2, 3)), dict(ids=i32(1, 2, 3, 64)), dict(ids=i32(1, -1, 3, 4)), dict(ids=i32(1, 2, 3, 2**31 - 1)),
-    dict(cos_sin=floats(3, 8)), dict(cos_sin=floats(4, 7)), dict(out_rows=i32(4)), dict(out_rows=i32(-1)), dict(page=0), dict(page=-4), dict(page=5), dict(page=2**31 - 1),
-    dict(seqs=i32([3, 5, 0])), dict(seqs=i32([3, 5, 0], [1, 8, 2], [1, 1, 0])), dict(seqs=i32([3, 5, 0], [0, 8, 2])), dict(seqs=i32([5, 5, 0], [-1, 8, 2])), dict(seqs=i32([3, 2, 0], [1, 8, 2])),
-    dict(seqs=i32([3, 5, 0], [1, 8, 3])), dict(seqs=i32([3, 5, -1], [1, 8, 2])), dict(seqs=i32([3, 5, 2**31 - 1], [1, 8, 2])), dict(seqs=i32([3, 2**31 - 1, 0], [1, 8, 2])), dict(seqs=i32([3, 17, 0], [1, 8, 2])),
-    dict(seqs=i32([2**31 - 1, 2**31 - 1, 0], [1, 8, 2])), dict(seqs=i32([3, 5], [1, 8])), dict(seqs=np.zeros((0, 3), np.int32)),
-    dict(pages=i32(3, 0, 2, 4)), dict(pages=i32(3, -1, 2, 1)), dict(pages=i32(3, 0, 2, 2**31 - 1)), dict(pages=i32()),
-    dict(format=codec_numbers("bf16", (16, 8))), dict(format=codec_numbers("fp32", (8, 16))), dict(format=codec_numbers("fp32", (16, 10))), dict(format=[0, 16, 8, 32, 32, 16, 95]), dict(format=[]),
-    dict(rows=np.zeros((2, 16, 96), np.uint8)), dict(rows=np.zeros((3, 15, 96), np.uint8)), dict(rows=np.zeros((3, 16, 95), np.uint8)), dict(rows=np.zeros((3, 0, 96), np.uint8)),
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(ids=i32()),
+        dict(ids=i32(1, 2, 3)),
+        dict(ids=i32(1, 2, 3, 64)),
+        dict(ids=i32(1, -1, 3, 4)),
+        dict(ids=i32(1, 2, 3, 2**31 - 1)),
+        dict(cos_sin=floats(3, 8)),
+        dict(cos_sin=floats(4, 7)),
+        dict(out_rows=i32(4)),
+        dict(out_rows=i32(-1)),
+        dict(page=0),
+        dict(page=-4),
+        dict(page=5),
+        dict(page=2**31 - 1),
+        dict(seqs=i32([3, 5, 0])),
+        dict(seqs=i32([3, 5, 0], [1, 8, 2], [1, 1, 0])),
+        dict(seqs=i32([3, 5, 0], [0, 8, 2])),
+        dict(seqs=i32([5, 5, 0], [-1, 8, 2])),
+        dict(seqs=i32([3, 2, 0], [1, 8, 2])),
+        dict(seqs=i32([3, 5, 0], [1, 8, 3])),
+        dict(seqs=i32([3, 5, -1], [1, 8, 2])),
+        dict(seqs=i32([3, 5, 2**31 - 1], [1, 8, 2])),
+        dict(seqs=i32([3, 2**31 - 1, 0], [1, 8, 2])),
+        dict(seqs=i32([3, 17, 0], [1, 8, 2])),
+        dict(seqs=i32([2**31 - 1, 2**31 - 1, 0], [1, 8, 2])),
+        dict(seqs=i32([3, 5], [1, 8])),
+        dict(seqs=np.zeros((0, 3), np.int32)),
+        dict(pages=i32(3, 0, 2, 4)),
+        dict(pages=i32(3, -1, 2, 1)),
+        dict(pages=i32(3, 0, 2, 2**31 - 1)),
+        dict(pages=i32()),
+        dict(format=codec_numbers("bf16", (16, 8))),
+        dict(format=codec_numbers("fp32", (8, 16))),
+        dict(format=codec_numbers("fp32", (16, 10))),
+        dict(format=[0, 16, 8, 32, 32, 16, 95]),
+        dict(format=[]),
+        dict(rows=np.zeros((2, 16, 96), np.uint8)),
+        dict(rows=np.zeros((3, 15, 96), np.uint8)),
+        dict(rows=np.zeros((3, 16, 95), np.uint8)),
+        dict(rows=np.zeros((3, 0, 96), np.uint8)),
+    ],
+)
 def test_steps_that_cannot_be_are_refused(model, changes):
     step(model)
     with pytest.raises(ValueError):
@@ -226,10 +372,21 @@ def test_steps_that_cannot_be_are_refused(model, changes):
     step(model)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(ids=np.array([1, 2, 3, 4])), dict(ids=i32([1, 2, 3, 4])), dict(cos_sin=np.ones((4, 8))), dict(seqs=np.array([[3, 5, 0], [1, 8, 2]])), dict(pages=np.array([3.0, 0, 2, 1], np.float32)),
-    dict(rows=np.zeros((3, 16, 96), np.int8)), dict(rows=np.zeros((3, 32, 96), np.uint8)[:, ::2]), dict(rows=np.zeros((3, 16 * 96), np.uint8)), dict(out_rows=np.array([0])), dict(ids=None),
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(ids=np.array([1, 2, 3, 4])),
+        dict(ids=i32([1, 2, 3, 4])),
+        dict(cos_sin=np.ones((4, 8))),
+        dict(seqs=np.array([[3, 5, 0], [1, 8, 2]])),
+        dict(pages=np.array([3.0, 0, 2, 1], np.float32)),
+        dict(rows=np.zeros((3, 16, 96), np.int8)),
+        dict(rows=np.zeros((3, 32, 96), np.uint8)[:, ::2]),
+        dict(rows=np.zeros((3, 16 * 96), np.uint8)),
+        dict(out_rows=np.array([0])),
+        dict(ids=None),
+    ],
+)
 def test_arrays_of_another_kind_are_refused_by_a_step(model, changes):
     """In particular rows that would have to be copied: the step would write the copy."""
     with pytest.raises(TypeError):
@@ -251,7 +408,9 @@ def test_a_cache_at_an_odd_address_is_refused(model):
 
 def test_geometries_without_kernels_run_on_torch_and_say_why():
     wide = tiny.config("llama", num_attention_heads=4, head_dim=2050)
-    assert "at most 8,192 elements" in packed.lacks(wide) and "even" in packed.lacks(tiny.config(v_head_dim=7))
+    assert "at most 8,192 elements" in packed.lacks(wide) and "even" in packed.lacks(
+        tiny.config(v_head_dim=7)
+    )
     with pytest.raises(ValueError, match="at most 8,192"):
         list(packed.pieces(wide, "fp32"))
 

@@ -7,30 +7,53 @@ from itertools import product
 
 import pytest
 import torch
-from native_run import Run, distance
-from oracles import tiny
 
 from lamoe.backends import cache_codec
-from lamoe.backends.cpu import packed
+from lamoe.backends.cpu import native, packed
+from lamoe.backends.cpu.packed import PackedModel
 from lamoe.backends.paged_cache import Group, Step
 from lamoe.engine.llm import LLM
 from lamoe.engine.plan import STATES, state_bytes
 from lamoe.engine.sampler import SamplingParams
-from lamoe.backends.cpu import native
-from lamoe.backends.cpu.packed import PackedModel
 from lamoe.model.routing import Chosen
+from native_run import Run, distance
+from oracles import tiny
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="needs the compiled kernels")
 ISAS = native.lib.features().split(", ") if native.lib else []
-ODD = tiny.config(moe_intermediate_size=27, kv_lora_rank=40, num_attention_heads=3, hidden_size=50, intermediate_size=33, vocab_size=37, v_head_dim=18, qk_nope_head_dim=14,
-                  qk_rope_head_dim=6, n_shared_experts=1)
+ODD = tiny.config(
+    moe_intermediate_size=27,
+    kv_lora_rank=40,
+    num_attention_heads=3,
+    hidden_size=50,
+    intermediate_size=33,
+    vocab_size=37,
+    v_head_dim=18,
+    qk_nope_head_dim=14,
+    qk_rope_head_dim=6,
+    n_shared_experts=1,
+)
 CONFIGS = {
-    **tiny.V2_CASES, **{f"llama-{name}": c for name, c in tiny.LLAMA_CASES.items()}, "moe-v1 mha": tiny.config("deepseek"), "odd": ODD,
-    "odd-lora": ODD.replace(q_lora_rank=21), "normalised": tiny.config(norm_topk_prob=True, routed_scaling_factor=1.7), "every-other-layer": tiny.config(num_hidden_layers=5, moe_layer_freq=2),
-    "no-shared": tiny.config(n_shared_experts=0), "tied": tiny.config(tie_word_embeddings=True), "17-experts": tiny.config(n_routed_experts=17, num_experts_per_tok=5),
-    "wide-latent": tiny.config(kv_lora_rank=192, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64), "many-heads": tiny.config(num_attention_heads=19),
-    "llama-mqa-many": tiny.config("llama", num_attention_heads=20, num_key_value_heads=1, head_dim=18), "llama-gqa-5": tiny.config("llama", num_attention_heads=15, num_key_value_heads=3, head_dim=34),
-    "llama-wide-head": tiny.config("llama", head_dim=272, num_key_value_heads=2), "latent-512": tiny.config(kv_lora_rank=512, num_hidden_layers=2),
+    **tiny.V2_CASES,
+    **{f"llama-{name}": c for name, c in tiny.LLAMA_CASES.items()},
+    "moe-v1 mha": tiny.config("deepseek"),
+    "odd": ODD,
+    "odd-lora": ODD.replace(q_lora_rank=21),
+    "normalised": tiny.config(norm_topk_prob=True, routed_scaling_factor=1.7),
+    "every-other-layer": tiny.config(num_hidden_layers=5, moe_layer_freq=2),
+    "no-shared": tiny.config(n_shared_experts=0),
+    "tied": tiny.config(tie_word_embeddings=True),
+    "17-experts": tiny.config(n_routed_experts=17, num_experts_per_tok=5),
+    "wide-latent": tiny.config(
+        kv_lora_rank=192, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64
+    ),
+    "many-heads": tiny.config(num_attention_heads=19),
+    "llama-mqa-many": tiny.config(
+        "llama", num_attention_heads=20, num_key_value_heads=1, head_dim=18
+    ),
+    "llama-gqa-5": tiny.config("llama", num_attention_heads=15, num_key_value_heads=3, head_dim=34),
+    "llama-wide-head": tiny.config("llama", head_dim=272, num_key_value_heads=2),
+    "latent-512": tiny.config(kv_lora_rank=512, num_hidden_layers=2),
     "wide-value": tiny.config(v_head_dim=288, qk_nope_head_dim=16, kv_lora_rank=320),
 }
 MLA = tiny.HARD.replace(max_position_embeddings=8192)
@@ -53,7 +76,9 @@ def reference(m, ids: list[int]) -> torch.Tensor:
 
 def noise(m, ids: list[int], want: torch.Tensor) -> float:
     """What float32 may differ by: 1e-5 of the largest logit, or what torch's own float32 differs from float64 by where that is much already."""
-    return max(1e-5, 3 * distance(want, reference(tiny.model(m.config, dtype=torch.float32).double(), ids)))
+    return max(
+        1e-5, 3 * distance(want, reference(tiny.model(m.config, dtype=torch.float32).double(), ids))
+    )
 
 
 # ---- float32: one model -----------------------------------------------------------------------------------------------------------
@@ -67,13 +92,17 @@ def test_float32_is_the_torch_model(name):
         assert distance(Run(p).all(ids, cuts), want) < noise(m, ids, want), cuts
 
 
-@pytest.mark.parametrize("name", ["odd", "lora-yarn-limited-1dense", "llama-gqa", "llama-mqa-many", "moe-v1 mha"])
+@pytest.mark.parametrize(
+    "name", ["odd", "lora-yarn-limited-1dense", "llama-gqa", "llama-mqa-many", "moe-v1 mha"]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_any_cuts_and_any_company(name, seed):
     """Sequences come, go on in random pieces side by side, and each gets what it would get alone."""
     m, p = pack(CONFIGS[name])
     run, g = Run(p, page=4, pages=200, seed=seed), torch.Generator().manual_seed(seed)
-    texts = {str(i): text(m.config, n, seed=10 + i) for i, n in enumerate((1, 5, 40, 77, 90, 3, 64))}
+    texts = {
+        str(i): text(m.config, n, seed=10 + i) for i, n in enumerate((1, 5, 40, 77, 90, 3, 64))
+    }
     got, left = {k: [] for k in texts}, {k: list(v) for k, v in texts.items()}
     while any(left.values()):
         work = {}
@@ -90,7 +119,16 @@ def test_any_cuts_and_any_company(name, seed):
 
 
 @pytest.mark.parametrize("c", [MLA, GQA], ids=["mla", "gqa"])
-@pytest.mark.parametrize("length, cuts", [(2100, [2100]), (2100, [512]), (1300, [1023, 2, 1, 274]), (1030, [1022, 1, 1, 1, 1, 1, 3]), (131, [126, 1, 1, 1, 1, 1])])
+@pytest.mark.parametrize(
+    "length, cuts",
+    [
+        (2100, [2100]),
+        (2100, [512]),
+        (1300, [1023, 2, 1, 274]),
+        (1030, [1022, 1, 1, 1, 1, 1, 3]),
+        (131, [126, 1, 1, 1, 1, 1]),
+    ],
+)
 def test_contexts_across_the_borders_of_blocks(c, length, cuts):
     """Expanded blocks of 1,024 rows, softmax passes of 256, partial states of 128 and 512 rows."""
     m, p = pack(c.replace(num_hidden_layers=2))
@@ -112,13 +150,19 @@ def test_decoding_far_out_beside_short_ones():
         assert distance(row, reference(m, ids)[-1]) < 1e-5
 
 
-@pytest.mark.parametrize("c, weights, format", [(MLA, "fp32", "fp32"), (GQA, "fp32", "fp32"), (MLA, "bf16", "6bit")], ids=["mla", "gqa", "mla 6bit"])
+@pytest.mark.parametrize(
+    "c, weights, format",
+    [(MLA, "fp32", "fp32"), (GQA, "fp32", "fp32"), (MLA, "bf16", "6bit")],
+    ids=["mla", "gqa", "mla 6bit"],
+)
 def test_partial_results_of_attention_take_at_most_what_they_may(c, weights, format):
     """Many sequences and tokens at once, cut into calls by the memory their states may take: the same bits, and never more than a token of the longest needs."""
     c = c.replace(num_hidden_layers=2)
     m, out, taken = pack(c, weights)[1], {}, {}
     kv, width = (1, c.kv_lora_rank) if c.is_mla else (2, c.qk_head_dim)
-    one = kv * 8 * 4 * (32 + 16 * width)  # a token has a block for each KV head; of 130 and of 1,100 rows there may be eight chunks, of 2,061 five
+    one = (
+        kv * 8 * 4 * (32 + 16 * width)
+    )  # a token has a block for each KV head; of 130 and of 1,100 rows there may be eight chunks, of 2,061 five
     texts = {str(n): text(c, n + 12, seed=n) for n in (5, 130, 1100, 2000, 2049)}
     for limit in (STATES, 1, 2 * one, 2**63):
         p = PackedModel(c, weights, m.tensors, 2)
@@ -126,13 +170,33 @@ def test_partial_results_of_attention_take_at_most_what_they_may(c, weights, for
         p.native.state_limit, run = limit, Run(p, format, pages=400)
         for k, ids in texts.items():
             run.feed({k: ids[:-12]}, rows=[0])
-        out[limit], taken[limit] = run.feed({k: ids[-12:] for k, ids in texts.items()}), p.native.state_bytes
+        out[limit], taken[limit] = (
+            run.feed({k: ids[-12:] for k, ids in texts.items()}),
+            p.native.state_bytes,
+        )
         assert out[limit].isfinite().all() and torch.equal(out[limit], out[STATES])
     grown = [n + n // 4 + 4096 for n in (one, 2 * one)]
-    assert taken[1] <= grown[0] < taken[2 * one] <= grown[1] < taken[STATES] <= state_bytes(c, 2061, 5, 60)
+    assert (
+        taken[1]
+        <= grown[0]
+        < taken[2 * one]
+        <= grown[1]
+        < taken[STATES]
+        <= state_bytes(c, 2061, 5, 60)
+    )
 
 
-@pytest.mark.parametrize("name", ["plain-rope-greedy-0dense", "lora-yarn-limited-1dense", "17-experts", "normalised", "every-other-layer", "moe-v1 mha"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain-rope-greedy-0dense",
+        "lora-yarn-limited-1dense",
+        "17-experts",
+        "normalised",
+        "every-other-layer",
+        "moe-v1 mha",
+    ],
+)
 def test_the_chosen_experts_are_those_of_the_router(name):
     m, p = pack(CONFIGS[name])
     ids, chosen = text(m.config, 60), Chosen()
@@ -144,7 +208,15 @@ def test_the_chosen_experts_are_those_of_the_router(name):
 
 
 # ---- bit for bit --------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("weights, name", [*product(["fp32", "bf16", "int8", "int4"], ["odd", "lora-yarn-limited-1dense", "llama-gqa"]), ("bf16", "latent-512")])
+@pytest.mark.parametrize(
+    "weights, name",
+    [
+        *product(
+            ["fp32", "bf16", "int8", "int4"], ["odd", "lora-yarn-limited-1dense", "llama-gqa"]
+        ),
+        ("bf16", "latent-512"),
+    ],
+)
 def test_nothing_depends_on_threads_company_or_pages(weights, name):
     """Equal bits with 1, 2, 3 and 5 threads, with pages elsewhere, and beside others; what is poisoned would show."""
     c = CONFIGS[name]
@@ -154,7 +226,13 @@ def test_nothing_depends_on_threads_company_or_pages(weights, name):
         p = PackedModel(c, weights, m.tensors, threads)
         for company, page in ((False, 16), (True, 7)):
             run, out = Run(p, "6bit", page, 100, seed=threads), []
-            for at in (slice(0, 70), slice(70, 71), slice(71, 75), slice(75, 140), *(slice(i, i + 1) for i in range(140, 150))):
+            for at in (
+                slice(0, 70),
+                slice(70, 71),
+                slice(71, 75),
+                slice(75, 140),
+                *(slice(i, i + 1) for i in range(140, 150)),
+            ):
                 before = {k: v[at] for k, v in list(others.items())[:2] if company and v[at]}
                 after = {k: v[at] for k, v in list(others.items())[2:] if company and v[at]}
                 rows = run.feed({**before, "a": ids[at], **after})
@@ -176,8 +254,21 @@ def test_a_sequence_of_nan_hurts_nobody_else(weights):
     for cuts in (60, 1):
         alone, both = Run(p), Run(p, seed=3)
         for at in range(0, 60, cuts):
-            want, got = alone.feed({"a": clean[at : at + cuts]}), both.feed({"x": sick[at : at + cuts], "a": clean[at : at + cuts], "y": sick[at : at + cuts]})
-            assert torch.equal(got[cuts : 2 * cuts], want) and got[:cuts].isnan().all() and got[2 * cuts :].isnan().all()
+            want, got = (
+                alone.feed({"a": clean[at : at + cuts]}),
+                both.feed(
+                    {
+                        "x": sick[at : at + cuts],
+                        "a": clean[at : at + cuts],
+                        "y": sick[at : at + cuts],
+                    }
+                ),
+            )
+            assert (
+                torch.equal(got[cuts : 2 * cuts], want)
+                and got[:cuts].isnan().all()
+                and got[2 * cuts :].isnan().all()
+            )
 
 
 # ---- cache formats ------------------------------------------------------------------------------------------------------------------
@@ -196,9 +287,13 @@ def test_every_cache_format_beside_the_torch_path(name, format):
         mine = cache.rows.clone()
         cache.rows.copy_(stored)
         slots = (torch.tensor(run.pages["a"])[:, None] * 8 + torch.arange(8)).flatten()[: 60 + n]
-        step = Step(cache, torch.arange(60, 60 + n), slots[-n:], [Group(slice(0, n), slots[None], None)])
+        step = Step(
+            cache, torch.arange(60, 60 + n), slots[-n:], [Group(slice(0, n), slots[None], None)]
+        )
         want = m(torch.tensor([ids[60 : 60 + n]]), step)[0]
-        assert distance(got, want) < (1e-5 if format == "fp32" else 2e-3)  # a code on a border may round either way
+        assert distance(got, want) < (
+            1e-5 if format == "fp32" else 2e-3
+        )  # a code on a border may round either way
         assert (mine != cache.rows).float().mean() < (0.3 if format == "fp32" else 2e-3)
         assert torch.equal(mine[:, slots[:60]], stored[:, slots[:60]])
 
@@ -218,10 +313,15 @@ def test_bfloat16_is_nearer_to_float32_than_torch_is(name):
     """The same weights in float32 as the truth; median over tokens, which an expert that flips for one token does not move."""
     m, p = pack(CONFIGS[name], dtype=torch.bfloat16)
     ids = text(m.config, 90)
-    exact, theirs = reference(tiny.model(m.config, dtype=torch.bfloat16).float(), ids), reference(m, ids).float()
+    exact, theirs = (
+        reference(tiny.model(m.config, dtype=torch.bfloat16).float(), ids),
+        reference(m, ids).float(),
+    )
     for cuts in ([90], [1]):
         ours = Run(p, "bf16").all(ids, cuts)
-        flips = 2.0 if "limited-0dense" in name else 1.0  # routing by noise from the first layer on: luck decides
+        flips = (
+            2.0 if "limited-0dense" in name else 1.0
+        )  # routing by noise from the first layer on: luck decides
         assert of_rows(ours, exact).median() < flips * of_rows(theirs, exact).median()
         assert name not in CALM or distance(ours, theirs) < BF16
 
@@ -259,9 +359,15 @@ def test_rows_as_integers_lose_little_beside_what_the_format_loses(format):
     """Latents of 512 in 4 and 5 bits are attended to as integers token by token, decoded and expanded in a long chunk."""
     _, p = pack(CONFIGS["latent-512"], "bf16")
     ids = text(p.config, 250)
-    exact, expanded, integers = (Run(p, f).all(ids, cuts)[150:] for f, cuts in (("bf16", [150]), (format, [150]), (format, [150, 1])))
+    exact, expanded, integers = (
+        Run(p, f).all(ids, cuts)[150:]
+        for f, cuts in (("bf16", [150]), (format, [150]), (format, [150, 1]))
+    )
     lost = of_rows(expanded, exact).median()
-    assert of_rows(integers, expanded).median() < 0.3 * lost and of_rows(integers, exact).median() < 1.1 * lost
+    assert (
+        of_rows(integers, expanded).median() < 0.3 * lost
+        and of_rows(integers, exact).median() < 1.1 * lost
+    )
 
 
 # ---- engine -------------------------------------------------------------------------------------------------------------------------------
@@ -289,15 +395,24 @@ def test_greedy_tokens_in_bfloat16_are_those_of_the_reference(name):
 @pytest.mark.parametrize("isa", ISAS)
 def test_forced_instruction_sets_run_the_same_model(isa):
     """LAMOE_ISA counts for a whole process."""
-    program = ("import torch\nfrom native_run import Run, distance\nfrom test_native_model import CONFIGS, pack, reference, text\nfrom lamoe.backends.cpu import native\n"
-               f"assert native.lib.isa() == {isa!r}\n"
-               "for name in ('odd', 'lora-yarn-limited-1dense', 'llama-gqa'):\n"
-               "    for dtype, limit in ((torch.float32, 3e-5), (torch.bfloat16, 0.25)):\n"
-               "        m, p = pack(CONFIGS[name], dtype=dtype, threads=1)\n"
-               "        ids = text(m.config, 100)\n"
-               "        want = reference(m.float(), ids)\n"
-               "        for cuts in ([100], [1], [70, 3]):\n"
-               "            d = distance(Run(p, 'fp32' if dtype == torch.float32 else 'bf16').all(ids, cuts), want)\n"
-               "            assert d < limit, (name, dtype, cuts, d)\n")
-    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "LAMOE_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}, cwd=os.path.dirname(__file__), capture_output=True, text=True, timeout=120)
+    program = (
+        "import torch\nfrom native_run import Run, distance\nfrom test_native_model import CONFIGS, pack, reference, text\nfrom lamoe.backends.cpu import native\n"
+        f"assert native.lib.isa() == {isa!r}\n"
+        "for name in ('odd', 'lora-yarn-limited-1dense', 'llama-gqa'):\n"
+        "    for dtype, limit in ((torch.float32, 3e-5), (torch.bfloat16, 0.25)):\n"
+        "        m, p = pack(CONFIGS[name], dtype=dtype, threads=1)\n"
+        "        ids = text(m.config, 100)\n"
+        "        want = reference(m.float(), ids)\n"
+        "        for cuts in ([100], [1], [70, 3]):\n"
+        "            d = distance(Run(p, 'fp32' if dtype == torch.float32 else 'bf16').all(ids, cuts), want)\n"
+        "            assert d < limit, (name, dtype, cuts, d)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "LAMOE_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=os.path.dirname(__file__),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -7,8 +7,8 @@ from test_native import EPS, ISAS, draw, formats, isas, seen
 
 from lamoe.backends import cache_codec
 from lamoe.backends.cpu import native
-from lamoe.kernels import ref
 from lamoe.backends.cpu.packed import codec_numbers
+from lamoe.kernels import ref
 
 pytestmark = pytest.mark.skipif(native.lib is None, reason="needs the compiled kernels")
 NAN = float("nan")
@@ -23,7 +23,11 @@ def test_rms_norm(isa, n, size):
     x[5, n // 2] = float("inf")
     got, want = native.rms_norm(x, w, 1e-6, isa), ref.rms_norm(x.double(), w.double(), 1e-6)
     good = [0, 2, 3, 4, 6]  # rows do not know their neighbours
-    assert ((got - want).abs() <= (n + 8) * EPS * want.abs() + 1e-37)[good].all() and not got[1].isfinite().any() and not got[5, n // 2].isfinite()
+    assert (
+        ((got - want).abs() <= (n + 8) * EPS * want.abs() + 1e-37)[good].all()
+        and not got[1].isfinite().any()
+        and not got[5, n // 2].isfinite()
+    )
     assert torch.equal(native.rms_norm(x[:1], w, 1e-6, isa), got[:1])
 
 
@@ -34,9 +38,15 @@ def test_rope(isa, interleaved, r):
     x, angle = draw(5, r, seed=r), 1000 * draw(5, r // 2, seed=1)
     x[2] = NAN
     got = native.rope(x, torch.cat([angle.cos(), angle.sin()], 1), interleaved, isa)
-    want = ref.rope(x.double()[None, :, None], torch.complex(angle.cos().double(), angle.sin().double())[None], interleaved)[0, :, 0]
+    want = ref.rope(
+        x.double()[None, :, None],
+        torch.complex(angle.cos().double(), angle.sin().double())[None],
+        interleaved,
+    )[0, :, 0]
     good = [0, 1, 3, 4]
-    assert ((got - want).abs() <= 4 * EPS * x[good].abs().amax())[good].all() and got[2].isnan().all()
+    assert ((got - want).abs() <= 4 * EPS * x[good].abs().amax())[good].all() and got[
+        2
+    ].isnan().all()
 
 
 @isas
@@ -48,37 +58,76 @@ def test_swiglu(fmt, isa, f):
         w13 = torch.zeros(2, full, d)
         w13[:, :f] = draw(2, f, d, seed=d)
         data, scale = native.pack(fmt, w13.flatten(0, 1))
-        stored = native.unpack(fmt, data, 2 * full, d, scale).double().unflatten(0, (2, full))[:, :f].flatten(0, 1)
+        stored = (
+            native.unpack(fmt, data, 2 * full, d, scale)
+            .double()
+            .unflatten(0, (2, full))[:, :f]
+            .flatten(0, 1)
+        )
         x, weight = draw(m, d, seed=m), draw(m, seed=2)
         got = native.swiglu(fmt, data, scale, f, x, weight, isa)
         inputs = seen(fmt, x)
         both, error = inputs @ stored.t(), (d + 8) * EPS * (inputs.abs() @ stored.abs().t())
         want = ref.swiglu(both) * weight[:, None].double()
         (gate, up), (of_gate, of_up) = both.abs().chunk(2, -1), error.chunk(2, -1)
-        limit = (1.1 * of_gate * (up + of_up) + gate * of_up) * weight[:, None].abs() + 1e-6 * want.abs() + 1e-30
-        assert got.shape == (m, -(-f // 64) * 64) and not got[:, f:].any() and ((got[:, :f] - want).abs() <= limit).all()
+        limit = (
+            (1.1 * of_gate * (up + of_up) + gate * of_up) * weight[:, None].abs()
+            + 1e-6 * want.abs()
+            + 1e-30
+        )
+        assert (
+            got.shape == (m, -(-f // 64) * 64)
+            and not got[:, f:].any()
+            and ((got[:, :f] - want).abs() <= limit).all()
+        )
         if m > 2:
             x[1, d - 1], weight[2] = NAN, NAN
             hurt = native.swiglu(fmt, data, scale, f, x, weight, isa)
             others = [i for i in range(m) if i not in (1, 2)]
-            assert torch.equal(hurt[others], got[others]) and not hurt[1:3, :f].isfinite().any() and not hurt[:, f:].any()
+            assert (
+                torch.equal(hurt[others], got[others])
+                and not hurt[1:3, :f].isfinite().any()
+                and not hurt[:, f:].any()
+            )
 
 
 @isas
 def test_swiglu_at_the_ends_of_silu(isa):
     """Gates from where exp overflows; one input, so that gate and up are what they look like."""
-    def silu(gates: torch.Tensor) -> torch.Tensor:
-        w13 = torch.stack([torch.nn.functional.pad(g, (0, -len(g) % 16)) for g in (gates, torch.ones(len(gates)))])
-        data, scale = native.pack("fp32", w13.flatten()[:, None])
-        return native.swiglu("fp32", data, scale, len(gates), torch.ones(1, 1), torch.ones(1), isa)[0, : len(gates)]
 
-    gates = torch.cat([torch.tensor([-0.0, 0.0, 20.0, 88.0, 89.0, 100.0, 1e10, 1e30, 3e38]), -torch.linspace(1, 100, 400)])
+    def silu(gates: torch.Tensor) -> torch.Tensor:
+        w13 = torch.stack(
+            [torch.nn.functional.pad(g, (0, -len(g) % 16)) for g in (gates, torch.ones(len(gates)))]
+        )
+        data, scale = native.pack("fp32", w13.flatten()[:, None])
+        return native.swiglu("fp32", data, scale, len(gates), torch.ones(1, 1), torch.ones(1), isa)[
+            0, : len(gates)
+        ]
+
+    gates = torch.cat(
+        [
+            torch.tensor([-0.0, 0.0, 20.0, 88.0, 89.0, 100.0, 1e10, 1e30, 3e38]),
+            -torch.linspace(1, 100, 400),
+        ]
+    )
     got, want = silu(gates), torch.nn.functional.silu(gates.double())
-    assert ((got - want).abs() <= (1e-6 + 1e-7 * gates.abs().clamp(max=100)) * want.abs() + 1e-36).all()  # exp takes x log2(e), rounded
+    assert (
+        (got - want).abs() <= (1e-6 + 1e-7 * gates.abs().clamp(max=100)) * want.abs() + 1e-36
+    ).all()  # exp takes x log2(e), rounded
     far = silu(-torch.tensor([89.0, 100.0, 1000.0, 1e10, 1e30, 1e34, 1e36, 3e38]))
     assert (far == 0).all() and far.signbit().all()
-    beyond = native.swiglu("fp32", native.pack("fp32", -torch.ones(32, 1) * 1e30)[0], 1.0, 16, torch.tensor([[1e30]]), torch.ones(1), isa)[0, :16]
-    assert not beyond.isfinite().any()  # gates that have overflown are no results, and 0 would look like one
+    beyond = native.swiglu(
+        "fp32",
+        native.pack("fp32", -torch.ones(32, 1) * 1e30)[0],
+        1.0,
+        16,
+        torch.tensor([[1e30]]),
+        torch.ones(1),
+        isa,
+    )[0, :16]
+    assert (
+        not beyond.isfinite().any()
+    )  # gates that have overflown are no results, and 0 would look like one
 
 
 # ---- attention in lanes ------------------------------------------------------------------------------------------------------------------
@@ -87,13 +136,25 @@ def attended(rows, q, last, k0, v0, vw, scale):
     k, v = rows[:, k0 : k0 + q.shape[1]].double(), rows[:, v0 : v0 + vw].double()
 
     def one(q, n, v):
-        return ref.attend(q.double()[None, None, None], k[None, : n + 1, None], v[None, : n + 1, None], scale)[0, 0, 0]
+        return ref.attend(
+            q.double()[None, None, None], k[None, : n + 1, None], v[None, : n + 1, None], scale
+        )[0, 0, 0]
 
-    return tuple(torch.stack([one(x, int(n), values) for x, n in zip(q, last)]) for values in (v, v.abs()))
+    return tuple(
+        torch.stack([one(x, int(n), values) for x, n in zip(q, last)]) for values in (v, v.abs())
+    )
 
 
 SHAPES = [  # lanes, key width, value width, rows, chunk
-    (1, 2, 1, 1, 64), (2, 6, 15, 3, 64), (3, 18, 17, 63, 64), (5, 34, 16, 64, 64), (7, 64, 33, 65, 64), (8, 66, 63, 127, 1000), (15, 16, 64, 129, 33), (16, 576, 512, 200, 128), (4, 128, 127, 300, 64),
+    (1, 2, 1, 1, 64),
+    (2, 6, 15, 3, 64),
+    (3, 18, 17, 63, 64),
+    (5, 34, 16, 64, 64),
+    (7, 64, 33, 65, 64),
+    (8, 66, 63, 127, 1000),
+    (15, 16, 64, 129, 33),
+    (16, 576, 512, 200, 128),
+    (4, 128, 127, 300, 64),
 ]
 
 
@@ -104,7 +165,9 @@ SHAPES = [  # lanes, key width, value width, rows, chunk
 def test_attention_in_lanes(isa, dtype, lanes, kw, vw, n, chunk, sharp):
     """MLA's layout (the value is the beginning of the key) and that of MHA (a value elsewhere in the row), with NaN in every other column."""
     q, scale = draw(lanes, kw, seed=1).to(dtype).float(), sharp / kw**0.5
-    last = torch.tensor([n - 1 - (i * 7) % n if i else n - 1 for i in range(lanes)], dtype=torch.int32)
+    last = torch.tensor(
+        [n - 1 - (i * 7) % n if i else n - 1 for i in range(lanes)], dtype=torch.int32
+    )
     for k0, v0 in ((0, 0), (4, 4 + kw + 3)) if vw <= kw else ((4, 4 + kw + 3),):
         rows = torch.full((n, max(k0 + kw, v0 + vw) + 5 + (k0 + kw + v0 + vw) % 2), NAN)
         rows = torch.nn.functional.pad(rows, (0, rows.shape[1] % 2), value=NAN)
@@ -112,12 +175,23 @@ def test_attention_in_lanes(isa, dtype, lanes, kw, vw, n, chunk, sharp):
         if v0 != k0:
             rows[:, v0 : v0 + vw] = draw(n, vw, seed=3)
         rows = rows.to(dtype)
-        got, (want, size) = native.attend(rows, q, last, k0, v0, vw, scale, chunk, isa), attended(rows, q, last, k0, v0, vw, scale)
-        score = (kw + 8) * EPS * scale * (q.double().abs() @ rows[:, k0 : k0 + kw].double().abs().t()).max()  # error of a score, so relative of a weight
+        got, (want, size) = (
+            native.attend(rows, q, last, k0, v0, vw, scale, chunk, isa),
+            attended(rows, q, last, k0, v0, vw, scale),
+        )
+        score = (
+            (kw + 8)
+            * EPS
+            * scale
+            * (q.double().abs() @ rows[:, k0 : k0 + kw].double().abs().t()).max()
+        )  # error of a score, so relative of a weight
         relative = 2 * score + (n + 20) * EPS + (2.0**-8 if dtype == torch.bfloat16 else 0)
         assert ((got - want).abs() <= relative * size).all(), (k0, v0)
         for i in range(lanes):  # a lane does not know its neighbours
-            assert torch.equal(native.attend(rows, q[i : i + 1], last[i : i + 1], k0, v0, vw, scale, chunk, isa), got[i : i + 1])
+            assert torch.equal(
+                native.attend(rows, q[i : i + 1], last[i : i + 1], k0, v0, vw, scale, chunk, isa),
+                got[i : i + 1],
+            )
 
 
 @isas
@@ -125,14 +199,22 @@ def test_attention_in_lanes(isa, dtype, lanes, kw, vw, n, chunk, sharp):
 def test_rows_that_a_lane_does_not_see_do_not_count(isa, dtype):
     """Neither by their number, however large their scores, nor by a key that is none; nor does a query that is none touch the others."""
     rows, q = draw(100, 40).to(dtype), draw(3, 16, seed=1)
-    want = native.attend(rows, q, torch.tensor([9, 69, 9], dtype=torch.int32), 0, 20, 20, 0.3, 64, isa)
+    want = native.attend(
+        rows, q, torch.tensor([9, 69, 9], dtype=torch.int32), 0, 20, 20, 0.3, 64, isa
+    )
     huge = rows.clone()
     huge[70:, :16], huge[80, :16] = 1e4, NAN
     q[2] = NAN
-    got = native.attend(huge, q, torch.tensor([9, 69, 9], dtype=torch.int32), 0, 20, 20, 0.3, 64, isa)
+    got = native.attend(
+        huge, q, torch.tensor([9, 69, 9], dtype=torch.int32), 0, 20, 20, 0.3, 64, isa
+    )
     assert torch.equal(got[:2], want[:2]) and got[2].isnan().all()
-    short = native.attend(rows[:10], q[:1], torch.tensor([9], dtype=torch.int32), 0, 20, 20, 0.3, 64, isa)
-    torch.testing.assert_close(got[:1], short, rtol=2.0**-7, atol=1e-3) if dtype == torch.bfloat16 else torch.testing.assert_close(got[:1], short)
+    short = native.attend(
+        rows[:10], q[:1], torch.tensor([9], dtype=torch.int32), 0, 20, 20, 0.3, 64, isa
+    )
+    torch.testing.assert_close(
+        got[:1], short, rtol=2.0**-7, atol=1e-3
+    ) if dtype == torch.bfloat16 else torch.testing.assert_close(got[:1], short)
 
 
 @isas
@@ -141,7 +223,9 @@ def test_rows_that_a_lane_does_not_see_weigh_nothing_at_all(isa, dtype):
     """Where all values that it sees are zero it gets zero, not 1e-38; on AMX too (widths of 32)."""
     rows = draw(5, 96).to(dtype)
     rows[:2, 32:] = 0
-    got = native.attend(rows, draw(1, 32, seed=1), torch.tensor([1], dtype=torch.int32), 0, 32, 64, 0.3, 64, isa)
+    got = native.attend(
+        rows, draw(1, 32, seed=1), torch.tensor([1], dtype=torch.int32), 0, 32, 64, 0.3, 64, isa
+    )
     assert torch.equal(got, torch.zeros(1, 64))
 
 
@@ -168,7 +252,10 @@ def attended_ints(name, rows, q, last, scale, most=255):
     for query, n in zip(q, last):
         s = query[:512].abs().max() / 127
         codes = (query[:512] * (1 / s)).round().double()
-        score = ((key[: n + 1] @ query[512:].bfloat16().double()) + (whole[: n + 1] @ codes) * step[: n + 1, 0] * s) * scale
+        score = (
+            (key[: n + 1] @ query[512:].bfloat16().double())
+            + (whole[: n + 1] @ codes) * step[: n + 1, 0] * s
+        ) * scale
         p = (score - score.max()).exp()
         o, moved = torch.zeros(512, dtype=torch.float64), 0.0
         for t in range(0, int(n) + 1, 64):
@@ -184,7 +271,9 @@ def attended_ints(name, rows, q, last, scale, most=255):
 
 
 def stored_rows(name: str, n: int, keys: torch.Tensor | None = None) -> torch.Tensor:
-    x = draw(n, 512, seed=3) * torch.exp(draw(n, 1, seed=4)) * torch.exp(draw(1, 512, seed=5))  # rows and groups of very different sizes
+    x = (
+        draw(n, 512, seed=3) * torch.exp(draw(n, 1, seed=4)) * torch.exp(draw(1, 512, seed=5))
+    )  # rows and groups of very different sizes
     return cache_codec.encode(name, (x, draw(n, 64, seed=6) if keys is None else keys))
 
 
@@ -194,13 +283,20 @@ def stored_rows(name: str, n: int, keys: torch.Tensor | None = None) -> torch.Te
 @pytest.mark.parametrize("sharp", [0.003, 0.03, 0.3])
 def test_attention_over_integers(isa, name, lanes, n, sharp):
     rows, q, numbers = stored_rows(name, n), draw(lanes, 576, seed=1), codec_numbers(name, WIDTHS)
-    last = torch.tensor([n - 1 - (i * 7) % n if i else n - 1 for i in range(lanes)], dtype=torch.int32)
+    last = torch.tensor(
+        [n - 1 - (i * 7) % n if i else n - 1 for i in range(lanes)], dtype=torch.int32
+    )
     got = native.attend_ints(numbers, rows, q, last, sharp, 1 << 20, isa)
     want, quantum = attended_ints(name, rows, q, last, sharp, 127 if isa == "avx2" else 255)
-    assert ((got - want).abs() <= 6 * quantum + 1e-3 * want.abs().amax(1, keepdim=True)).all()  # float32 may round some weights the other way
+    assert (
+        (got - want).abs() <= 6 * quantum + 1e-3 * want.abs().amax(1, keepdim=True)
+    ).all()  # float32 may round some weights the other way
     assert (got - want).norm() < 0.01 * want.norm()
     for i in range(lanes):  # a lane does not know its neighbours
-        assert torch.equal(native.attend_ints(numbers, rows, q[i : i + 1], last[i : i + 1], sharp, 1 << 20, isa), got[i : i + 1])
+        assert torch.equal(
+            native.attend_ints(numbers, rows, q[i : i + 1], last[i : i + 1], sharp, 1 << 20, isa),
+            got[i : i + 1],
+        )
 
 
 @isas
@@ -212,7 +308,15 @@ def test_a_row_that_has_all_the_weight_comes_out_as_it_is(isa, name):
     for first in range(0, 64, 16):
         q = torch.zeros(16, 576)
         q[range(16), range(512 + first, 528 + first)] = 30.0
-        got = native.attend_ints(codec_numbers(name, WIDTHS), rows, q, torch.full((16,), 63, dtype=torch.int32), 1.0, 64, isa)
+        got = native.attend_ints(
+            codec_numbers(name, WIDTHS),
+            rows,
+            q,
+            torch.full((16,), 63, dtype=torch.int32),
+            1.0,
+            64,
+            isa,
+        )
         want = (whole * step)[first : first + 16]
         assert ((got - want).abs() <= 1e-6 * want.abs().amax(1, keepdim=True)).all()
 
@@ -234,9 +338,13 @@ def test_integers_of_rows_and_queries_that_are_none(isa, name):
     q[2] = 0
     got = native.attend_ints(numbers, rows, q, last, 0.05, 64, isa)
     assert torch.equal(got[:2], want[:2]) and got[2].isfinite().all()
-    for wrong in (lambda: native.attend_ints(codec_numbers("int8", WIDTHS), rows, q, last, 1.0, 64), lambda: native.attend_ints(numbers, rows, q, last, 1.0, 33),
-                  lambda: native.attend_ints(numbers, rows[:, 1:], q, last, 1.0, 64), lambda: native.attend_ints(numbers, rows, q[:, 1:], last, 1.0, 64),
-                  lambda: native.attend_ints(codec_numbers(name, (384, 64)), rows, q, last, 1.0, 64)):
+    for wrong in (
+        lambda: native.attend_ints(codec_numbers("int8", WIDTHS), rows, q, last, 1.0, 64),
+        lambda: native.attend_ints(numbers, rows, q, last, 1.0, 33),
+        lambda: native.attend_ints(numbers, rows[:, 1:], q, last, 1.0, 64),
+        lambda: native.attend_ints(numbers, rows, q[:, 1:], last, 1.0, 64),
+        lambda: native.attend_ints(codec_numbers(name, (384, 64)), rows, q, last, 1.0, 64),
+    ):
         with pytest.raises(ValueError):
             wrong()
 
@@ -244,22 +352,43 @@ def test_integers_of_rows_and_queries_that_are_none(isa, name):
 @isas
 def test_what_rounding_leaves_over_stays_with_what_is_seen(isa):
     """The largest weight may come out a little above 255; cut to that, it leaves over a little more than a half, which made the row after it count."""
-    latent, key, q = torch.randn(3, 512, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 64), torch.zeros(1, 576)
+    latent, key, q = (
+        torch.randn(3, 512, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(3, 64),
+        torch.zeros(1, 576),
+    )
     latent[1] *= 3
     key[0, 0] = key[1, 1] = 1
     q[0, 512] = 0.1796875
     rows, last = cache_codec.encode("4bit", (latent, key)), torch.tensor([1], dtype=torch.int32)
-    alone, beside = (native.attend_ints(codec_numbers("4bit", WIDTHS), rows[:n], q, last, 0.11800399422645569, 64, isa) for n in (2, 3))
+    alone, beside = (
+        native.attend_ints(
+            codec_numbers("4bit", WIDTHS), rows[:n], q, last, 0.11800399422645569, 64, isa
+        )
+        for n in (2, 3)
+    )
     assert torch.equal(alone, beside)
 
 
 def test_what_does_not_fit_is_refused():
     x, rows, last = draw(2, 6), draw(3, 8), torch.tensor([2, 2], dtype=torch.int32)
-    for call in (lambda: native.rms_norm(x, draw(5), 1e-6), lambda: native.rope(draw(2, 5), draw(2, 5), True), lambda: native.rope(x, draw(1, 6), True),
-                 lambda: native.swiglu("fp32", torch.zeros(64 * 6 * 2, dtype=torch.uint8), 1.0, 16, x, draw(1)), lambda: native.swiglu("fp32", torch.zeros(7, dtype=torch.uint8), 1.0, 16, x, draw(2)),
-                 lambda: native.attend(rows, x, last, 3, 0, 2, 1.0, 64), lambda: native.attend(rows, x, last, -1, 0, 2, 1.0, 64), lambda: native.attend(rows, x, last, 0, 7, 2, 1.0, 64),
-                 lambda: native.attend(rows, x, last[:1], 0, 0, 2, 1.0, 64), lambda: native.attend(rows, x, last, 0, 0, 2, 1.0, 0), lambda: native.attend(rows[:0], x, last, 0, 0, 2, 1.0, 64),
-                 lambda: native.attend(rows, draw(17, 6), last, 0, 0, 2, 1.0, 64), lambda: native.rms_norm(x, draw(6), 1e-6, "mmx")):
+    for call in (
+        lambda: native.rms_norm(x, draw(5), 1e-6),
+        lambda: native.rope(draw(2, 5), draw(2, 5), True),
+        lambda: native.rope(x, draw(1, 6), True),
+        lambda: native.swiglu(
+            "fp32", torch.zeros(64 * 6 * 2, dtype=torch.uint8), 1.0, 16, x, draw(1)
+        ),
+        lambda: native.swiglu("fp32", torch.zeros(7, dtype=torch.uint8), 1.0, 16, x, draw(2)),
+        lambda: native.attend(rows, x, last, 3, 0, 2, 1.0, 64),
+        lambda: native.attend(rows, x, last, -1, 0, 2, 1.0, 64),
+        lambda: native.attend(rows, x, last, 0, 7, 2, 1.0, 64),
+        lambda: native.attend(rows, x, last[:1], 0, 0, 2, 1.0, 64),
+        lambda: native.attend(rows, x, last, 0, 0, 2, 1.0, 0),
+        lambda: native.attend(rows[:0], x, last, 0, 0, 2, 1.0, 64),
+        lambda: native.attend(rows, draw(17, 6), last, 0, 0, 2, 1.0, 64),
+        lambda: native.rms_norm(x, draw(6), 1e-6, "mmx"),
+    ):
         with pytest.raises(ValueError):
             call()
     assert ISAS

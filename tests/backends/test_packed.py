@@ -13,23 +13,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracles import tiny
 from safetensors import safe_open
-from tiny_packed import FAMILIES, SMALL, contents, pack, source
-from tiny_run import trained, write_texts  # noqa: F401 (trained is a fixture)
 
 import lamoe
-from lamoe.model import accounting
 from lamoe import cli
-from lamoe.engine.text_loss import text_loss
-from lamoe.backends.cpu import packed, packed_file
-from lamoe.model.config import ModelConfig
+from lamoe.backends.cpu import native, packed, packed_file
+from lamoe.backends.cpu.packed import PackedModel
 from lamoe.checkpoints import hf
 from lamoe.engine import score
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
-from lamoe.backends.cpu import native
-from lamoe.backends.cpu.packed import PackedModel
+from lamoe.engine.text_loss import text_loss
+from lamoe.model import accounting
+from lamoe.model.config import ModelConfig
+from oracles import tiny
+from tiny_packed import FAMILIES, SMALL, contents, pack, source
+from tiny_run import trained, write_texts  # noqa: F401 (trained is a fixture)
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled kernels are not there")
 EVERY = pytest.mark.parametrize("family", FAMILIES)
@@ -75,7 +74,9 @@ def test_logits_are_those_of_the_rounded_weights(tmp_path, family):
         want = plain.logits(plain.hidden(torch.tensor([ids])))[0]
     got = torch.cat(list(score.forward(run, ids, 8, True)))
     error = (got - want).norm(dim=-1) / want.norm(dim=-1)
-    assert error.median() < 0.09  # 8-bit activations and bf16 attention in between (a few tokens go to other experts for it); a wrong matrix gives about 1
+    assert (
+        error.median() < 0.09
+    )  # 8-bit activations and bf16 attention in between (a few tokens go to other experts for it); a wrong matrix gives about 1
 
 
 @pytest.mark.parametrize("family", ["mla q_lora", "gqa tied"])
@@ -85,8 +86,16 @@ def test_tokens_do_not_depend_on_the_instruction_set(tmp_path, family, weights):
     code = "import sys, json; from lamoe import LLM, SamplingParams; l = LLM(sys.argv[1], threads=1); print([o.token_ids for o in l.generate(json.loads(sys.argv[2]), SamplingParams(temperature=0.0, max_tokens=12))])"
     isas = native.lib.features().split(", ")
     assert isas
-    said = {isa: subprocess.run([sys.executable, "-c", code, tmp_path / "packed", json.dumps(prompts(family))], env={**os.environ, "LAMOE_ISA": isa},
-                                capture_output=True, text=True, check=True).stdout for isa in isas}
+    said = {
+        isa: subprocess.run(
+            [sys.executable, "-c", code, tmp_path / "packed", json.dumps(prompts(family))],
+            env={**os.environ, "LAMOE_ISA": isa},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for isa in isas
+    }
     assert len(set(said.values())) == 1, said
 
 
@@ -98,9 +107,24 @@ def test_every_class_is_quantised(family, weights):
     c = FAMILIES[family]
     found = packed.classes(c, weights, packed.pieces(c, weights))
     p = accounting.parameters(c)
-    kv_b = c.num_hidden_layers * c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim) * c.kv_lora_rank if c.is_mla else 0
-    assert found["head"].elements == p.head_active and found.get("experts", (0,))[0] == p.routed_experts and found.get("dense ffn", (0,))[0] == p.dense_ffn
-    assert found.get("shared experts", (0,))[0] == p.shared_experts and found.get("kv_b", (0,))[0] == kv_b and found["embedding"].elements == p.embedding
+    kv_b = (
+        c.num_hidden_layers
+        * c.num_attention_heads
+        * (c.qk_nope_head_dim + c.v_head_dim)
+        * c.kv_lora_rank
+        if c.is_mla
+        else 0
+    )
+    assert (
+        found["head"].elements == p.head_active
+        and found.get("experts", (0,))[0] == p.routed_experts
+        and found.get("dense ffn", (0,))[0] == p.dense_ffn
+    )
+    assert (
+        found.get("shared experts", (0,))[0] == p.shared_experts
+        and found.get("kv_b", (0,))[0] == kv_b
+        and found["embedding"].elements == p.embedding
+    )
     assert sum(x.elements for x in found.values()) == p.total + (p.head_active - p.head)
     for kind in ("experts", "shared experts", "dense ffn", "attention", "head", "kv_b"):
         if kind in found:
@@ -117,14 +141,18 @@ def test_bits_a_weight_at_the_widths_of_lite():
         assert 8 * found["kv_b"].bytes == 8.5 * found["kv_b"].elements
 
 
-@pytest.mark.parametrize("kind", ["experts", "shared experts", "dense ffn", "attention", "head", "kv_b"])
+@pytest.mark.parametrize(
+    "kind", ["experts", "shared experts", "dense ffn", "attention", "head", "kv_b"]
+)
 def test_a_class_that_is_left_out_is_an_error(kind):
     c = FAMILIES["mla q_lora"]
     pieces = list(packed.pieces(c, "int4"))
     with pytest.raises(ValueError, match=f"{kind} should be .* matched no tensor"):
         packed.classes(c, "int4", [p for p in pieces if p.kind(c) != kind])
     with pytest.raises(ValueError, match=f"{kind} should be .* came out as .*bf16"):
-        packed.classes(c, "int4", [p._replace(format="bf16") if p.kind(c) == kind else p for p in pieces])
+        packed.classes(
+            c, "int4", [p._replace(format="bf16") if p.kind(c) == kind else p for p in pieces]
+        )
 
 
 @EVERY
@@ -140,15 +168,21 @@ def test_files_are_plain_aligned_safetensors(tmp_path, family, weights):
                 t = f.get_tensor(name)
                 seen[name] = t
                 if not name.endswith(".scale"):
-                    assert (start + header[name]["data_offsets"][0]) % 64 == 0 and t.dtype == torch.uint8
+                    assert (
+                        start + header[name]["data_offsets"][0]
+                    ) % 64 == 0 and t.dtype == torch.uint8
     for p in packed.pieces(c, weights):
         size = packed.piece_bytes(p, packed.element(weights))
-        assert seen[p.key].numel() == size + -size % 64 and seen[f"{p.key}.scale"].shape == (p.count,)
+        assert seen[p.key].numel() == size + -size % 64 and seen[f"{p.key}.scale"].shape == (
+            p.count,
+        )
     run = packed_file.load(tmp_path / "packed")
     memory = PackedModel.of(lamoe.load(tmp_path / "model"), weights)
     for key, (data, scales) in run.tensors.items():
         assert torch.equal(data, memory.tensors[key][0]) and scales == memory.tensors[key][1]
-    assert sum(run.nbytes.values()) * 8 / accounting.parameters(c).total == pytest.approx(packed_file.bits(tmp_path / "packed"))
+    assert sum(run.nbytes.values()) * 8 / accounting.parameters(c).total == pytest.approx(
+        packed_file.bits(tmp_path / "packed")
+    )
     assert hf.read_config(tmp_path / "model") == run.config
 
 
@@ -182,13 +216,31 @@ def test_an_interrupted_writer_goes_on(tmp_path):
             packed_file.load(target)
         assert len(pack(model, target)) == total
         assert contents(target) == whole
-        assert all((target / name).stat().st_mtime_ns == at for name, at in done.items())  # those were kept
+        assert all(
+            (target / name).stat().st_mtime_ns == at for name, at in done.items()
+        )  # those were kept
 
 
 def test_kill_9_in_the_middle_of_the_command(tmp_path):
-    c = tiny.config(hidden_size=256, num_hidden_layers=6, intermediate_size=512, moe_intermediate_size=128, n_routed_experts=24, **SMALL)
+    c = tiny.config(
+        hidden_size=256,
+        num_hidden_layers=6,
+        intermediate_size=512,
+        moe_intermediate_size=128,
+        n_routed_experts=24,
+        **SMALL,
+    )
     lamoe.save(tiny.model(c, dtype=torch.bfloat16), tmp_path / "model")
-    words = [sys.executable, "-m", "lamoe", "quantize", tmp_path / "model", tmp_path / "out", "--threads", "1"]
+    words = [
+        sys.executable,
+        "-m",
+        "lamoe",
+        "quantize",
+        tmp_path / "model",
+        tmp_path / "out",
+        "--threads",
+        "1",
+    ]
     victim = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 60
     while not (tmp_path / "out" / "packed-00002.safetensors").exists():
@@ -211,7 +263,11 @@ def test_what_is_not_its_beginning_is_left_alone(tmp_path):
     model, other = source(tmp_path / "model", "mla"), source(tmp_path / "other", "mla", seed=1)
     target = tmp_path / "out"
     next(packed_file.write(model, target, "int4"))
-    for again, weights, options, why in ((model, "int8", {}, "weights was int4, is int8"), (other, "int4", {}, "source was"), (model, "int4", {"calibration": "x"}, "calibration was None, is x")):
+    for again, weights, options, why in (
+        (model, "int8", {}, "weights was int4, is int8"),
+        (other, "int4", {}, "source was"),
+        (model, "int4", {"calibration": "x"}, "calibration was None, is x"),
+    ):
         before = contents(target)
         with pytest.raises(ValueError, match=f"not the beginning of this packed model.*{why}"):
             pack(again, target, weights, **options)
@@ -243,7 +299,11 @@ def test_a_file_that_broke_after_it_was_complete_is_not_taken_for_finished(tmp_p
     model = source(tmp_path / "model", "mla")
     pack(model, tmp_path / "out")
     whole, file = contents(tmp_path / "out"), tmp_path / "out" / "packed-00002.safetensors"
-    for broken in (b"", file.read_bytes()[:-1], (tmp_path / "out" / "packed-00001.safetensors").read_bytes()):
+    for broken in (
+        b"",
+        file.read_bytes()[:-1],
+        (tmp_path / "out" / "packed-00001.safetensors").read_bytes(),
+    ):
         file.write_bytes(broken)
         with pytest.raises(ValueError, match="packed-00002.*Delete this file; the others are kept"):
             pack(model, tmp_path / "out")
@@ -271,12 +331,24 @@ def test_a_writer_that_comes_while_another_ends(tmp_path, monkeypatch):
 def test_without_compiled_kernels_it_says_so_and_sizes_are_known(tmp_path, monkeypatch):
     model = source(tmp_path / "model", "odd widths")
     pack(model, tmp_path / "out")
-    sizes = [(fmt, n, k) for fmt in native.FORMATS for n in (1, 15, 16, 17, 100) for k in (1, 2, 3, 63, 64, 65, 1408)]
-    want, bits = [native.lib.mat_bytes(native.FORMATS[fmt], n, k) for fmt, n, k in sizes], packed_file.bits(tmp_path / "out")
+    sizes = [
+        (fmt, n, k)
+        for fmt in native.FORMATS
+        for n in (1, 15, 16, 17, 100)
+        for k in (1, 2, 3, 63, 64, 65, 1408)
+    ]
+    want, bits = (
+        [native.lib.mat_bytes(native.FORMATS[fmt], n, k) for fmt, n, k in sizes],
+        packed_file.bits(tmp_path / "out"),
+    )
     monkeypatch.setattr(native, "lib", None)
     monkeypatch.setattr(native, "_why", "no compiler")
-    assert [native.mat_bytes(*s) for s in sizes] == want and packed_file.bits(tmp_path / "out") == bits  # lamoe info
-    with pytest.raises(ValueError, match=r"packing needs the compiled kernels, which are not there \(no compiler\)"):
+    assert [native.mat_bytes(*s) for s in sizes] == want and packed_file.bits(
+        tmp_path / "out"
+    ) == bits  # lamoe info
+    with pytest.raises(
+        ValueError, match=r"packing needs the compiled kernels, which are not there \(no compiler\)"
+    ):
         pack(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="packing needs the compiled kernels"):
@@ -301,14 +373,19 @@ def rewrite(path: Path, change) -> None:
     data = change(header, raw[start:])
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + (raw[start:] if data is None else data))
+    path.write_bytes(
+        len(text).to_bytes(8, "little") + text + (raw[start:] if data is None else data)
+    )
 
 
 def _misalign(header, data):
     """A tensor of one byte in front: everything behind it is shifted, in a file that is valid safetensors."""
     for entry in header.values():
         entry["data_offsets"] = [x + 4 for x in entry["data_offsets"]]
-    header["layers.0.attn_norm.scale"], first = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, header["layers.0.attn_norm.scale"]["data_offsets"]
+    header["layers.0.attn_norm.scale"], first = (
+        {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+        header["layers.0.attn_norm.scale"]["data_offsets"],
+    )
     at = first[0] - 4
     for name, entry in header.items():
         if entry["data_offsets"][0] >= first[1]:
@@ -324,8 +401,12 @@ def _nan_scale(header, data):
 HOSTILE = {
     "renamed tensor": lambda h, d: h.update({"layers.0.evil": h.pop("layers.0.wq")}),
     "wrong size": lambda h, d: h["layers.0.wq"].update(shape=[h["layers.0.wq"]["shape"][0] - 64]),
-    "offset beyond the file": lambda h, d: h["layers.0.wq"].update(data_offsets=[x + 1 << 40 for x in h["layers.0.wq"]["data_offsets"]]),
-    "overlap": lambda h, d: h["layers.0.wo"].update(data_offsets=h["layers.0.wq"]["data_offsets"], shape=h["layers.0.wq"]["shape"]),
+    "offset beyond the file": lambda h, d: h["layers.0.wq"].update(
+        data_offsets=[x + 1 << 40 for x in h["layers.0.wq"]["data_offsets"]]
+    ),
+    "overlap": lambda h, d: h["layers.0.wo"].update(
+        data_offsets=h["layers.0.wq"]["data_offsets"], shape=h["layers.0.wq"]["shape"]
+    ),
     "negative": lambda h, d: h["layers.0.wq"].update(data_offsets=[-64, 0]),
     "scales of another kind": lambda h, d: h["layers.0.wq.scale"].update(dtype="I32"),
     "bytes of another kind": lambda h, d: h["layers.0.wq"].update(dtype="I8"),
@@ -352,7 +433,9 @@ def test_truncated_missing_swapped_files(tmp_path):
         with pytest.raises(ValueError, match="packed-00002"):
             packed_file.load(tmp_path / "out")
     file.unlink()
-    with pytest.raises(ValueError, match="packed-00002.safetensors is missing.*lamoe quantize.*goes on"):
+    with pytest.raises(
+        ValueError, match="packed-00002.safetensors is missing.*lamoe quantize.*goes on"
+    ):
         packed_file.load(tmp_path / "out")
     shutil.copy(tmp_path / "out" / "packed-00001.safetensors", file)
     with pytest.raises(ValueError, match="does not hold the tensors of its config"):
@@ -368,16 +451,25 @@ def test_files_that_the_config_does_not_name(tmp_path):
     packed_file.load(out)  # no weights by their names
     for name in ("packed-00004.safetensors", "packed-00001 (1).safetensors"):
         shutil.copy(out / "packed-00001.safetensors", out / name)
-        with pytest.raises(ValueError, match=f"holds '{re.escape(name)}' beside the 4 files that its config.json names for 3 layers: .*Delete"):
+        with pytest.raises(
+            ValueError,
+            match=f"holds '{re.escape(name)}' beside the 4 files that its config.json names for 3 layers: .*Delete",
+        ):
             packed_file.load(out)
         (out / "packed-00002.safetensors").rename(tmp_path / "away")
-        with pytest.raises(ValueError, match=r"has 4 packed files and its config.json names 4 \(packed-00002.safetensors is missing\)"):
+        with pytest.raises(
+            ValueError,
+            match=r"has 4 packed files and its config.json names 4 \(packed-00002.safetensors is missing\)",
+        ):
             packed_file.load(out)
         (tmp_path / "away").rename(out / "packed-00002.safetensors")
         (out / name).unlink()
     path = out / "config.json"
     path.write_text(path.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'))
-    with pytest.raises(ValueError, match="holds 'packed-00003.safetensors' beside the 3 files that its config.json names for 2 layers"):
+    with pytest.raises(
+        ValueError,
+        match="holds 'packed-00003.safetensors' beside the 3 files that its config.json names for 2 layers",
+    ):
         packed_file.load(out)
 
 
@@ -401,12 +493,20 @@ def test_foreign_and_absurd_configs(tmp_path):
     assert "weights 'int3'" in says(quantization_config=q | {"weights": "int3"})
     assert "weights ['int4']" in says(quantization_config=q | {"weights": ["int4"]})
     assert "does not hold the tensors" in says(quantization_config=q | {"weights": "int8"})
-    assert "are more than" in says(num_hidden_layers=10**9)  # the plan, before anything is counted layer by layer
+    assert "are more than" in says(
+        num_hidden_layers=10**9
+    )  # the plan, before anything is counted layer by layer
     with pytest.raises(ValueError, match="incomplete"):
         packed_file.load(tmp_path / "out")
-    assert "does not hold the tensors" in says(n_routed_experts=10**9, n_group=None, topk_group=None)
-    assert "does not hold the tensors" in says(vocab_size=2**31 - 1) and "limit is 2147483647" in says(vocab_size=2**40)
-    assert "quantization_config" in says(quantization_config={"quant_method": "gptq"})  # the plain loader's refusal
+    assert "does not hold the tensors" in says(
+        n_routed_experts=10**9, n_group=None, topk_group=None
+    )
+    assert "does not hold the tensors" in says(
+        vocab_size=2**31 - 1
+    ) and "limit is 2147483647" in says(vocab_size=2**40)
+    assert "quantization_config" in says(
+        quantization_config={"quant_method": "gptq"}
+    )  # the plain loader's refusal
     assert "hidden_size" in says(hidden_size="many")
 
 
@@ -433,13 +533,24 @@ def test_the_verbs_take_a_packed_folder(trained, tmp_path, capsys):  # noqa: F81
     texts, out = write_texts(tmp_path / "texts", files=6, seed=3), tmp_path / "out"
     assert run("quantize", trained, out, "--weights", "int8") == 0
     table = capsys.readouterr().out
-    assert re.search(r"\nexperts +[\d,]+ +[\d,]+ +\d+\.\d\d  int8", table) and "norms" in table and "router" in table
-    assert run("quantize", trained, tmp_path / "four", "--calibrate", texts, "--calibrate-tokens", 512) == 0
-    assert json.loads((tmp_path / "four" / "config.json").read_text())["quantization_config"]["calibration"]
+    assert (
+        re.search(r"\nexperts +[\d,]+ +[\d,]+ +\d+\.\d\d  int8", table)
+        and "norms" in table
+        and "router" in table
+    )
+    assert (
+        run("quantize", trained, tmp_path / "four", "--calibrate", texts, "--calibrate-tokens", 512)
+        == 0
+    )
+    assert json.loads((tmp_path / "four" / "config.json").read_text())["quantization_config"][
+        "calibration"
+    ]
     capsys.readouterr()
     said = []
     for words in (["--model", trained, "--weights", "int8"], ["--model", out]):
-        assert run("generate", *words, "--prompt", "the ", "--max-tokens", 12, "--temperature", 0) == 0
+        assert (
+            run("generate", *words, "--prompt", "the ", "--max-tokens", 12, "--temperature", 0) == 0
+        )
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and said[0].startswith("the ") and len(said[0]) > 8
     for name in (out, tmp_path / "four"):
@@ -450,7 +561,9 @@ def test_the_verbs_take_a_packed_folder(trained, tmp_path, capsys):  # noqa: F81
     assert json.loads(capsys.readouterr().out)
     assert run("quantize", trained, out, "--weights", "int4") == 2
     assert "weights was int8, is int4" in capsys.readouterr().err
-    assert run("quantize", trained, tmp_path / "eight", "--weights", "int8", "--calibrate", texts) == 2
+    assert (
+        run("quantize", trained, tmp_path / "eight", "--weights", "int8", "--calibrate", texts) == 2
+    )
     assert "--calibrate concerns int4" in capsys.readouterr().err
     assert run("convert", out, tmp_path / "no") == 2
     assert "quantization_config" in capsys.readouterr().err
@@ -467,6 +580,8 @@ def test_loss_of_a_packed_model_is_the_models(trained):  # noqa: F811
         want = text_loss(model, rows(), document_mask=mask)
         got = score.text_loss(PackedModel.of(model), rows(), document_mask=mask, chunk=12)
         assert got.targets == want.targets and got.nats == pytest.approx(want.nats, rel=2e-4)
-        assert np.allclose(got.load, want.load, atol=0.05)  # the torch pass counts the tokens that fill a row up, too
+        assert np.allclose(
+            got.load, want.load, atol=0.05
+        )  # the torch pass counts the tokens that fill a row up, too
         coarse = score.text_loss(PackedModel.of(model, "int4"), rows(), document_mask=mask)
         assert coarse.nats != got.nats and coarse.nats == pytest.approx(want.nats, rel=0.1)

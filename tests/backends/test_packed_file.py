@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import tiny
 
 import lamoe
 from lamoe.backends.cpu import calibrate, packed_file
+from oracles import tiny
 
-SIZES = dict(num_hidden_layers=2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+SIZES = dict(
+    num_hidden_layers=2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16
+)
 
 
 @pytest.fixture
@@ -44,7 +46,9 @@ def test_killed_while_it_wrote_the_config(source, tmp_path, monkeypatch):
         assert contents(target) == contents(tmp_path / "whole")
 
 
-def test_a_file_that_another_process_finished_meanwhile_is_not_cut_off(source, tmp_path, monkeypatch):
+def test_a_file_that_another_process_finished_meanwhile_is_not_cut_off(
+    source, tmp_path, monkeypatch
+):
     """Between the second process's open and its lock, the first renames the file: the second one holds the finished file now."""
     target = tmp_path / "out"
     list(packed_file.write(source, tmp_path / "whole", "int4"))
@@ -71,7 +75,14 @@ def test_a_calibrated_folder_goes_on_where_it_stopped(source, tmp_path):
 
     def write(target: Path, calibrated: bool = True) -> list[int]:
         walked = []
-        list(packed_file.write(source, target, "int4", **(calibrate.options(source, config, ids, walked.append) if calibrated else {})))
+        list(
+            packed_file.write(
+                source,
+                target,
+                "int4",
+                **(calibrate.options(source, config, ids, walked.append) if calibrated else {}),
+            )
+        )
         return walked
 
     assert write(tmp_path / "whole") == [0, 1, 2] and write(tmp_path / "whole") == []
@@ -82,7 +93,10 @@ def test_a_calibrated_folder_goes_on_where_it_stopped(source, tmp_path):
             (target / name).unlink()
         assert write(target) == [0, 1, 2] and contents(target) == contents(tmp_path / "whole")
     write(tmp_path / "plain", calibrated=False)
-    assert contents(tmp_path / "plain")["packed-00002.safetensors"] != contents(tmp_path / "whole")["packed-00002.safetensors"]
+    assert (
+        contents(tmp_path / "plain")["packed-00002.safetensors"]
+        != contents(tmp_path / "whole")["packed-00002.safetensors"]
+    )
 
 
 def test_the_walk_keeps_one_layer(tmp_path):
@@ -99,7 +113,12 @@ def test_the_walk_keeps_one_layer(tmp_path):
 
     with pytest.MonkeyPatch.context() as m:
         m.setattr(calibrate, "_block", watched)
-        for part in calibrate.moments(config, packed_file.reader(source, config), torch.arange(64).reshape(2, 32), torch.float32):
+        for part in calibrate.moments(
+            config,
+            packed_file.reader(source, config),
+            torch.arange(64).reshape(2, 32),
+            torch.float32,
+        ):
             del part  # what options() does
     gc.enable()
     assert len(alive) > 20
@@ -108,7 +127,9 @@ def test_the_walk_keeps_one_layer(tmp_path):
 def test_one_huge_input_does_not_drown_the_others():
     """Real models have inputs a thousand times larger than the rest. What the others tell of one another must still be used."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(512, 4, generator=g) @ torch.randn(4, 64, generator=g) + 0.05 * torch.randn(512, 64, generator=g)  # go together closely
+    x = torch.randn(512, 4, generator=g) @ torch.randn(4, 64, generator=g) + 0.05 * torch.randn(
+        512, 64, generator=g
+    )  # go together closely
     plain = calibrate.solve(x.T @ x / len(x))[1]
     x[:, 63] = 1000 * torch.randn(512, generator=g)
     drowned = calibrate.solve(x.T @ x / len(x))[1]

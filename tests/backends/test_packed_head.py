@@ -6,25 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import tiny
-from tiny_packed import FAMILIES, contents, pack, source
-from tiny_run import trained, write_texts  # noqa: F401 (trained is a fixture)
 
 import lamoe
-from lamoe.measure import bench
-from lamoe.backends.cpu import calibrate, packed, packed_file
 from lamoe import cli
-from lamoe.model.config import ModelConfig
+from lamoe.backends.cpu import calibrate, native, packed, packed_file
+from lamoe.backends.cpu.packed import PackedModel
 from lamoe.checkpoints import hf
 from lamoe.engine import score
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
-from lamoe.backends.cpu import native
-from lamoe.backends.cpu.packed import PackedModel
+from lamoe.measure import bench
+from lamoe.model.config import ModelConfig
+from oracles import tiny
+from tiny_packed import FAMILIES, contents, pack, source
+from tiny_run import trained, write_texts  # noqa: F401 (trained is a fixture)
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled kernels are not there")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
-PAIRS = pytest.mark.parametrize("weights, head", [("int4", "int8"), ("int4", "bf16"), ("int8", "fp32"), ("bf16", "int4"), ("fp32", "int8")])
+PAIRS = pytest.mark.parametrize(
+    "weights, head",
+    [("int4", "int8"), ("int4", "bf16"), ("int8", "fp32"), ("bf16", "int4"), ("fp32", "int8")],
+)
 
 
 def head_of(model: Path) -> torch.Tensor:
@@ -33,7 +35,12 @@ def head_of(model: Path) -> torch.Tensor:
 
 
 def tokens(llm: LLM, family: str) -> list[list[int]]:
-    return [o.token_ids for o in llm.generate([tiny.ids(FAMILIES[family], n, seed=n).tolist() for n in (1, 5, 33)], GREEDY)]
+    return [
+        o.token_ids
+        for o in llm.generate(
+            [tiny.ids(FAMILIES[family], n, seed=n).tolist() for n in (1, 5, 33)], GREEDY
+        )
+    ]
 
 
 def says(folder: Path, **changes) -> None:
@@ -50,16 +57,39 @@ def test_the_head_alone_is_stored_otherwise(tmp_path, family, weights, head):
     model, w = source(tmp_path / "model", family), None
     pack(model, tmp_path / "plain", weights)
     pack(model, tmp_path / "out", weights, head=head)
-    run, plain, w = packed_file.load(tmp_path / "out"), packed_file.load(tmp_path / "plain"), head_of(model)
-    assert (run.weights, run.head, plain.head) == (weights, head, weights) and run.tensors.keys() == plain.tensors.keys()
+    run, plain, w = (
+        packed_file.load(tmp_path / "out"),
+        packed_file.load(tmp_path / "plain"),
+        head_of(model),
+    )
+    assert (run.weights, run.head, plain.head) == (
+        weights,
+        head,
+        weights,
+    ) and run.tensors.keys() == plain.tensors.keys()
     data, scale = native.pack(head, w)
-    assert torch.equal(run.tensors["head"][0], data) and run.tensors["head"][1] == [scale] and not torch.equal(data, plain.tensors["head"][0])
-    assert all(torch.equal(run.tensors[key][0], data) for key, (data, _) in plain.tensors.items() if key != "head")
-    assert sum(run.nbytes.values()) - sum(plain.nbytes.values()) == native.mat_bytes(head, *w.shape) - native.mat_bytes(weights, *w.shape)
-    assert packed_file.bits(tmp_path / "out") == pytest.approx(8 * sum(run.nbytes.values()) / lamoe.accounting.parameters(run.config).total)
+    assert (
+        torch.equal(run.tensors["head"][0], data)
+        and run.tensors["head"][1] == [scale]
+        and not torch.equal(data, plain.tensors["head"][0])
+    )
+    assert all(
+        torch.equal(run.tensors[key][0], data)
+        for key, (data, _) in plain.tensors.items()
+        if key != "head"
+    )
+    assert sum(run.nbytes.values()) - sum(plain.nbytes.values()) == native.mat_bytes(
+        head, *w.shape
+    ) - native.mat_bytes(weights, *w.shape)
+    assert packed_file.bits(tmp_path / "out") == pytest.approx(
+        8 * sum(run.nbytes.values()) / lamoe.accounting.parameters(run.config).total
+    )
     said = tokens(LLM(tmp_path / "out"), family)
     assert len({tuple(t) for t in said}) == 3
-    for memory in (LLM(model, weights=weights, head=head), LLM(lamoe.load(model), weights=weights, head=head)):  # quantised while loading
+    for memory in (
+        LLM(model, weights=weights, head=head),
+        LLM(lamoe.load(model), weights=weights, head=head),
+    ):  # quantised while loading
         assert tokens(memory, family) == said and memory.plan().weights == sum(run.nbytes.values())
 
 
@@ -71,17 +101,31 @@ def test_tokens_are_those_of_the_torch_model_with_that_head(tmp_path, family, he
     model = source(tmp_path / "model", family)
     w, ids, k = head_of(model), tiny.ids(FAMILIES[family], 60, seed=3), FAMILIES[family].hidden_size
     kept = native.unpack(head, *native.pack(head, w)[:1], *w.shape, native.pack(head, w)[1])
-    got = torch.cat(list(score.forward(PackedModel.of(lamoe.load(model), "fp32", head=head), ids.tolist(), 32, True)))
+    got = torch.cat(
+        list(
+            score.forward(
+                PackedModel.of(lamoe.load(model), "fp32", head=head), ids.tolist(), 32, True
+            )
+        )
+    )
     states = torch.cat(list(score.forward(lamoe.load(model), ids.tolist(), 60, False)))
     want = states @ kept.T
     padded = torch.nn.functional.pad(states, (0, -k % 64)).unflatten(-1, (-1, 64))
-    off = (padded.abs().amax(-1, keepdim=True) / 254).expand_as(padded).flatten(1)[:, :k] if head != "bf16" else states.abs() / 256
-    bound = off @ kept.abs().T + 1e-4 * states.abs() @ kept.abs().T  # the second: float32 sums, and states that came by another order of them
+    off = (
+        (padded.abs().amax(-1, keepdim=True) / 254).expand_as(padded).flatten(1)[:, :k]
+        if head != "bf16"
+        else states.abs() / 256
+    )
+    bound = (
+        off @ kept.abs().T + 1e-4 * states.abs() @ kept.abs().T
+    )  # the second: float32 sums, and states that came by another order of them
     assert ((got - want).abs() <= bound).all()
     best = want.topk(2).values
     sure = best[:, 0] - best[:, 1] > 2 * bound.amax(-1)
     assert sure.sum() >= 5 and torch.equal(got.argmax(-1)[sure], want.argmax(-1)[sure])
-    assert head != "int4" or not ((got - states @ w.T).abs() <= bound).all()  # the bound sees the rounding of 4 bits, if not that of 8
+    assert (
+        head != "int4" or not ((got - states @ w.T).abs() <= bound).all()
+    )  # the bound sees the rounding of 4 bits, if not that of 8
 
 
 def test_bytes_of_the_class():
@@ -89,20 +133,30 @@ def test_bytes_of_the_class():
     for weights, head, bits in (("int4", "int8", 8.5), ("int4", "bf16", 16), ("int8", "int4", 4.5)):
         done = list(packed.pieces(c, weights, head))
         found = packed.classes(c, weights, done, head)
-        assert found["head"].formats == (head,) and 8 * found["head"].bytes == bits * found["head"].elements == bits * 102400 * 2048
+        assert (
+            found["head"].formats == (head,)
+            and 8 * found["head"].bytes == bits * found["head"].elements == bits * 102400 * 2048
+        )
         assert found["experts"].formats == found["attention"].formats == (weights,)
         with pytest.raises(ValueError, match=f"head should be {weights} and came out as {head}"):
             packed.classes(c, weights, done)
-    assert [p.format for p in packed.pieces(c, "int4")] == [p.format for p in packed.pieces(c, "int4", "int4")]
+    assert [p.format for p in packed.pieces(c, "int4")] == [
+        p.format for p in packed.pieces(c, "int4", "int4")
+    ]
 
 
 def test_bench_on_random_weights():
     c = FAMILIES["mla"]
     one, other = bench.random_model(c, "int4", 1), bench.random_model(c, "int4", 1, "int8")
-    assert (one.head, other.head) == ("int4", "int8") and one.nbytes | {"head": native.mat_bytes("int8", c.vocab_size, c.hidden_size)} == other.nbytes
+    assert (one.head, other.head) == ("int4", "int8") and one.nbytes | {
+        "head": native.mat_bytes("int8", c.vocab_size, c.hidden_size)
+    } == other.nbytes
     runs = [bench.Bench(m, "bf16", 40) for m in (one, other)]
     line = runs[0].line("", 1, 16)
-    assert runs[1].bytes(line, torch.empty(0)) - runs[0].bytes(line, torch.empty(0)) == other.nbytes["head"] - one.nbytes["head"]
+    assert (
+        runs[1].bytes(line, torch.empty(0)) - runs[0].bytes(line, torch.empty(0))
+        == other.nbytes["head"] - one.nbytes["head"]
+    )
     assert runs[1].run(line, experts=True).shape == (len(c.moe_layers), 1, c.num_experts_per_tok)
 
 
@@ -114,13 +168,18 @@ def test_an_interrupted_folder_goes_on_with_its_own_head_only(tmp_path):
         next(packed_file.write(model, target, "int4", head=begun))
         before = contents(target)
         for other in others:
-            with pytest.raises(ValueError, match=f"not the beginning of this packed model.*head was {begun or 'int4'}, is {other or 'int4'}"):
+            with pytest.raises(
+                ValueError,
+                match=f"not the beginning of this packed model.*head was {begun or 'int4'}, is {other or 'int4'}",
+            ):
                 pack(model, target, head=other)
             assert contents(target) == before
         pack(model, target, head=begun or "int4")  # the default by its name
         pack(model, tmp_path / f"straight {begun}", head=begun)
         assert contents(target) == contents(tmp_path / f"straight {begun}")
-        with pytest.raises(ValueError, match="head was"):  # a finished folder is not another model's either
+        with pytest.raises(
+            ValueError, match="head was"
+        ):  # a finished folder is not another model's either
             pack(model, target, head=others[-1])
 
 
@@ -133,7 +192,10 @@ def test_a_folder_from_before_heads_had_formats(tmp_path):
         config = json.loads((folder / "config.json").read_text())
         assert config["quantization_config"].pop("head") == "int4"
         (folder / "config.json").write_text(json.dumps(config))
-    assert tokens(LLM(tmp_path / "whole"), "mla") == want and packed_file.load(tmp_path / "whole").head == "int4"
+    assert (
+        tokens(LLM(tmp_path / "whole"), "mla") == want
+        and packed_file.load(tmp_path / "whole").head == "int4"
+    )
     with pytest.raises(ValueError, match="head was int4, is int8"):
         pack(model, tmp_path / "begun", head="int8")
     pack(model, tmp_path / "begun")
@@ -142,9 +204,16 @@ def test_a_folder_from_before_heads_had_formats(tmp_path):
 
 def test_what_is_refused(tmp_path):
     model = source(tmp_path / "model", "mla")
-    for call in (lambda: pack(model, tmp_path / "new", head="int3"), lambda: LLM(model, weights="int4", head="int3"), lambda: LLM(lamoe.load(model), head="int3"),
-                 lambda: bench.random_model(FAMILIES["mla"], "int4", 1, "int3")):
-        with pytest.raises(ValueError, match="unknown format 'int3' of the output head; known: fp32, bf16, int8, int4"):
+    for call in (
+        lambda: pack(model, tmp_path / "new", head="int3"),
+        lambda: LLM(model, weights="int4", head="int3"),
+        lambda: LLM(lamoe.load(model), head="int3"),
+        lambda: bench.random_model(FAMILIES["mla"], "int4", 1, "int3"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="unknown format 'int3' of the output head; known: fp32, bf16, int8, int4",
+        ):
             call()
     assert not (tmp_path / "new").exists()
     pack(model, tmp_path / "out", head="int8")
@@ -153,7 +222,11 @@ def test_what_is_refused(tmp_path):
     assert LLM(tmp_path / "out", head="int8").runs.head == "int8"
     with pytest.raises(ValueError, match="quantised weights need them"):
         LLM(model, head="int8", impl="torch")
-    for head, why in (("int3", "says head 'int3'"), (["int8"], r"says head \['int8'\]"), ("int4", "'head' missing, extra or of another size")):
+    for head, why in (
+        ("int3", "says head 'int3'"),
+        (["int8"], r"says head \['int8'\]"),
+        ("int4", "'head' missing, extra or of another size"),
+    ):
         says(tmp_path / "out", head=head)
         with pytest.raises(ValueError, match=why):
             packed_file.load(tmp_path / "out")
@@ -166,42 +239,107 @@ def test_calibration_leaves_an_8_bit_head_alone(tmp_path, family):
 
     def calibrated(target: str, weights: str, head: str | None) -> dict[str, bytes]:
         walked.clear()
-        pack(model, tmp_path / target, weights, head=head, **calibrate.options(model, hf.read_config(model), tiny.ids(c, 4, 40), walked.append))
-        return {key: data.numpy().tobytes() for key, (data, _) in packed_file.load(tmp_path / target).tensors.items()}
+        pack(
+            model,
+            tmp_path / target,
+            weights,
+            head=head,
+            **calibrate.options(model, hf.read_config(model), tiny.ids(c, 4, 40), walked.append),
+        )
+        return {
+            key: data.numpy().tobytes()
+            for key, (data, _) in packed_file.load(tmp_path / target).tensors.items()
+        }
 
     every = calibrated("all", "int4", None)
     assert walked == list(range(c.num_hidden_layers + 1))
     but_head = calibrated("but head", "int4", "int8")
     assert walked == list(range(c.num_hidden_layers))  # nobody asked for the head's inputs
-    assert {k for k in every if every[k] != but_head[k]} == {"head"} and but_head["head"] == native.pack("int8", head_of(model))[0].numpy().tobytes()
+    assert {k for k in every if every[k] != but_head[k]} == {"head"} and but_head[
+        "head"
+    ] == native.pack("int8", head_of(model))[0].numpy().tobytes()
     head_only = calibrated("head only", "int8", "int4")
-    assert head_only["head"] == every["head"] != native.pack("int4", head_of(model))[0].numpy().tobytes()
+    assert (
+        head_only["head"]
+        == every["head"]
+        != native.pack("int4", head_of(model))[0].numpy().tobytes()
+    )
 
 
 def test_the_verbs(trained, tmp_path, capsys):  # noqa: F811
     texts = write_texts(tmp_path / "texts", files=6, seed=3)
     run = lambda *argv: cli.main([str(a) for a in argv])  # noqa: E731
-    for target, words in (("plain", ()), ("calibrated", ("--calibrate", texts, "--calibrate-tokens", 512))):
-        assert run("quantize", trained, tmp_path / target, "--weights", "int4", "--head", "int8", *words) == 0
+    for target, words in (
+        ("plain", ()),
+        ("calibrated", ("--calibrate", texts, "--calibrate-tokens", 512)),
+    ):
+        assert (
+            run(
+                "quantize",
+                trained,
+                tmp_path / target,
+                "--weights",
+                "int4",
+                "--head",
+                "int8",
+                *words,
+            )
+            == 0
+        )
         table = capsys.readouterr().out
-        assert re.search(r"\nhead +[\d,]+ +[\d,]+ +\d+\.\d\d  int8\n", table) and re.search(r"\nexperts +[\d,]+ +[\d,]+ +\d+\.\d\d  int4\n", table)
+        assert re.search(r"\nhead +[\d,]+ +[\d,]+ +\d+\.\d\d  int8\n", table) and re.search(
+            r"\nexperts +[\d,]+ +[\d,]+ +\d+\.\d\d  int4\n", table
+        )
         assert packed_file.load(tmp_path / target).head == "int8"
     assert run("quantize", trained, tmp_path / "plain", "--weights", "int4") == 2
     assert "head was int8, is int4" in capsys.readouterr().err
-    assert run("quantize", trained, tmp_path / "eight", "--weights", "int8", "--head", "int8", "--calibrate", texts) == 2
+    assert (
+        run(
+            "quantize",
+            trained,
+            tmp_path / "eight",
+            "--weights",
+            "int8",
+            "--head",
+            "int8",
+            "--calibrate",
+            texts,
+        )
+        == 2
+    )
     assert "--calibrate concerns int4" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("quantize", trained, tmp_path / "new", "--head", "int3")
     assert "invalid choice: 'int3'" in capsys.readouterr().err and not (tmp_path / "new").exists()
     losses = []
-    for words in ((trained, "--weights", "int4", "--head", "int8"), (tmp_path / "plain",), (trained, "--weights", "int4")):
-        assert run("evaluate", *words, "--data", texts, "--seq-len", 32, "--out", tmp_path / "report") == 0
+    for words in (
+        (trained, "--weights", "int4", "--head", "int8"),
+        (tmp_path / "plain",),
+        (trained, "--weights", "int4"),
+    ):
+        assert (
+            run("evaluate", *words, "--data", texts, "--seq-len", 32, "--out", tmp_path / "report")
+            == 0
+        )
         losses.append(json.loads((tmp_path / "report" / "report.json").read_text())["heldout"])
     assert losses[0] == losses[1] != losses[2]
     capsys.readouterr()
     said = []
     for words in ((trained, "--weights", "int4", "--head", "int8"), (tmp_path / "plain",)):
-        assert run("generate", "--model", *words, "--prompt", "the ", "--max-tokens", 12, "--temperature", 0) == 0
+        assert (
+            run(
+                "generate",
+                "--model",
+                *words,
+                "--prompt",
+                "the ",
+                "--max-tokens",
+                12,
+                "--temperature",
+                0,
+            )
+            == 0
+        )
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and said[0].startswith("the ") and len(said[0]) > 8
     assert run("generate", "--model", tmp_path / "plain", "--head", "int4", "--prompt", "the ") == 2

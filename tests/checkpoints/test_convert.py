@@ -14,25 +14,61 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lamoe import checkpoints
-from lamoe.model.config import ModelConfig, RopeScaling
 from lamoe.checkpoints import hf, shards
+from lamoe.model.config import ModelConfig, RopeScaling
 from lamoe.model.transformer import Transformer
 
-_SIZES = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, max_position_embeddings=256,
-              torch_dtype="float32", bos_token_id=1, eos_token_id=2)
-_MLA = dict(model_type="deepseek_v2", kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10)
-_MOE = dict(moe_intermediate_size=20, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3, first_k_dense_replace=1)
+_SIZES = dict(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=256,
+    torch_dtype="float32",
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_MLA = dict(
+    model_type="deepseek_v2",
+    kv_lora_rank=16,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=10,
+)
+_MOE = dict(
+    moe_intermediate_size=20,
+    n_routed_experts=8,
+    n_shared_experts=2,
+    num_experts_per_tok=3,
+    first_k_dense_replace=1,
+)
 _YARN = RopeScaling(factor=8.0, original_max_position_embeddings=32)
 CONFIGS = {
     "v2-lite": ModelConfig(**_SIZES, **_MLA, **_MOE),
-    "v2": ModelConfig(**_SIZES, **_MLA, **_MOE, q_lora_rank=24, n_group=4, topk_group=2, topk_method="group_limited_greedy",
-                      routed_scaling_factor=4.0, rope_scaling=_YARN),
-    "v2-tied-no-shared": ModelConfig(**_SIZES, **_MLA, **{**_MOE, "n_shared_experts": 0, "first_k_dense_replace": 0},
-                                     tie_word_embeddings=True),
+    "v2": ModelConfig(
+        **_SIZES,
+        **_MLA,
+        **_MOE,
+        q_lora_rank=24,
+        n_group=4,
+        topk_group=2,
+        topk_method="group_limited_greedy",
+        routed_scaling_factor=4.0,
+        rope_scaling=_YARN,
+    ),
+    "v2-tied-no-shared": ModelConfig(
+        **_SIZES,
+        **_MLA,
+        **{**_MOE, "n_shared_experts": 0, "first_k_dense_replace": 0},
+        tie_word_embeddings=True,
+    ),
     "v2-dense": ModelConfig(**_SIZES, **_MLA),
     "moe-v1": ModelConfig(**_SIZES, **_MOE, model_type="deepseek", moe_layer_freq=2),
     "llama-gqa": ModelConfig(**_SIZES, model_type="llama", num_key_value_heads=2),
-    "llama-mqa-tied": ModelConfig(**_SIZES, model_type="llama", num_key_value_heads=1, head_dim=12, tie_word_embeddings=True),
+    "llama-mqa-tied": ModelConfig(
+        **_SIZES, model_type="llama", num_key_value_heads=1, head_dim=12, tie_word_embeddings=True
+    ),
 }
 IDS = torch.arange(2 * 40).reshape(2, 40) * 7 % 64  # longer than YaRN's original 32 positions
 
@@ -82,7 +118,9 @@ def test_round_trip_is_exact(config, tmp_path, max_shard_bytes):
     model = tiny(config)
     checkpoints.save(model, tmp_path / "m", max_shard_bytes=max_shard_bytes)
     loaded = checkpoints.load(tmp_path / "m")
-    assert not loaded.training and loaded.config == config == checkpoints.read_config(tmp_path / "m")
+    assert not loaded.training and loaded.config == config == checkpoints.read_config(
+        tmp_path / "m"
+    )
     assert_same(model, loaded)
     assert torch.equal(model(IDS), loaded(IDS))
     assert all(p.requires_grad for p in loaded.parameters())
@@ -91,8 +129,16 @@ def test_round_trip_is_exact(config, tmp_path, max_shard_bytes):
         assert files == ["config.json", "generation_config.json", "model.safetensors"]
     else:
         n = sum(f.endswith(".safetensors") for f in files)
-        assert n > 3 and f"model-00001-of-{n:05d}.safetensors" in files and "model.safetensors.index.json" in files
-        assert all(sum(t.nbytes for t in load_file(tmp_path / "m" / f).values()) <= 11_000 for f in files if f.endswith(".safetensors"))
+        assert (
+            n > 3
+            and f"model-00001-of-{n:05d}.safetensors" in files
+            and "model.safetensors.index.json" in files
+        )
+        assert all(
+            sum(t.nbytes for t in load_file(tmp_path / "m" / f).values()) <= 11_000
+            for f in files
+            if f.endswith(".safetensors")
+        )
 
 
 def test_table_tiles_every_parameter_once(config):
@@ -115,7 +161,10 @@ def test_disk_names_and_gate_up_order(folder):
     assert torch.equal(disk["model.layers.1.mlp.experts.5.gate_proj.weight"], experts.w13[5, :20])
     assert torch.equal(disk["model.layers.1.mlp.experts.5.up_proj.weight"], experts.w13[5, 20:])
     assert torch.equal(disk["model.layers.1.mlp.experts.5.down_proj.weight"], experts.w2[5])
-    assert torch.equal(disk["model.layers.2.self_attn.kv_a_proj_with_mqa.weight"], model.layers[2].attn.wkv_a.weight)
+    assert torch.equal(
+        disk["model.layers.2.self_attn.kv_a_proj_with_mqa.weight"],
+        model.layers[2].attn.wkv_a.weight,
+    )
     assert disk["model.layers.1.mlp.shared_experts.up_proj.weight"].shape == (40, 32)
     with safe_open(folder / "model.safetensors", "pt") as f:
         assert f.metadata() == {"format": "pt"}
@@ -127,7 +176,9 @@ def test_dtype_follows_the_tensors(folder, tmp_path):
     checkpoints.save(half, tmp_path / "half")
     assert checkpoints.read_config(tmp_path / "half").torch_dtype == "bfloat16"
     assert_same(half, checkpoints.load(tmp_path / "half"))
-    assert {p.dtype for p in checkpoints.load(tmp_path / "half", dtype=torch.float64).parameters()} == {torch.float64}
+    assert {
+        p.dtype for p in checkpoints.load(tmp_path / "half", dtype=torch.float64).parameters()
+    } == {torch.float64}
     with pytest.raises(ValueError, match="dtype is 'int8'; known: float32"):
         checkpoints.load(folder, dtype="int8")
 
@@ -165,7 +216,9 @@ def test_transformers_loads_what_lamoe_saves(name, tmp_path, max_shard_bytes):
     transformers = pytest.importorskip("transformers")
     model = tiny(CONFIGS[name])
     checkpoints.save(model, tmp_path, max_shard_bytes=max_shard_bytes)
-    kind = getattr(transformers, json.loads((tmp_path / "config.json").read_text())["architectures"][0])
+    kind = getattr(
+        transformers, json.loads((tmp_path / "config.json").read_text())["architectures"][0]
+    )
     theirs, info = kind.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.dtype == torch.float32 and theirs.generation_config.eos_token_id == 2
@@ -209,14 +262,23 @@ def test_extras_travel(folder, tmp_path):
         (folder / name).write_text(f'{{"from": "{name}"}}')
     (folder / "modeling_evil.py").write_text("raise SystemExit")
     checkpoints.save(checkpoints.load(folder), tmp_path / "copy", extras_from=folder)
-    assert {p.name for p in (tmp_path / "copy").iterdir()} == {"config.json", "model.safetensors", *hf.EXTRAS}
+    assert {p.name for p in (tmp_path / "copy").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        *hf.EXTRAS,
+    }
     assert all(json.loads((tmp_path / "copy" / n).read_text()) == {"from": n} for n in hf.EXTRAS)
     with pytest.raises(ValueError, match="extras_from is .* not a folder"):
-        checkpoints.save(checkpoints.load(folder), tmp_path / "other", extras_from=tmp_path / "nowhere")
+        checkpoints.save(
+            checkpoints.load(folder), tmp_path / "other", extras_from=tmp_path / "nowhere"
+        )
 
 
 def test_generation_config_has_the_special_ids(folder):
-    assert json.loads((folder / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
+    assert json.loads((folder / "generation_config.json").read_text()) == {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
 def test_overwriting_needs_a_word_and_replaces_everything(sharded):
@@ -239,7 +301,9 @@ def test_overwriting_refuses_to_delete_other_things(folder):
 
 def test_a_full_disk_leaves_the_old_model(folder):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # the kernel refuses longer files: room for config.json, not for weights
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (50_000, hard)
+    )  # the kernel refuses longer files: room for config.json, not for weights
     try:
         with pytest.raises(OSError, match="model.safetensors could not be written"):
             checkpoints.save(tiny(CONFIGS["v2"]), folder, overwrite=True)
@@ -294,7 +358,14 @@ def test_unsavable_models_are_refused_before_anything_is_written(tmp_path):
 
 # ---- sources ------------------------------------------------------------------------------------------------------------------
 def test_sources_that_are_no_model(folder, tmp_path, monkeypatch):
-    for bad in ("no-such-folder", "/no/such/folder", "a/b/c", "../x", "owner/na me", tmp_path / "owner" / "name"):
+    for bad in (
+        "no-such-folder",
+        "/no/such/folder",
+        "a/b/c",
+        "../x",
+        "owner/na me",
+        tmp_path / "owner" / "name",
+    ):
         with pytest.raises(ValueError, match="there is no folder .*check the path"):
             checkpoints.load(bad)
     with pytest.raises(ValueError, match="is a file; give the model folder"):
@@ -307,9 +378,18 @@ def test_hub_id_asks_for_json_and_safetensors_only(folder, monkeypatch):
     import huggingface_hub
 
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **kwargs: asked.append((repo, kwargs)) or str(folder))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda repo, **kwargs: asked.append((repo, kwargs)) or str(folder),
+    )
     assert_same(checkpoints.load("owner/some.Model-1"), tiny(CONFIGS["v2-lite"]))
-    assert asked == [("owner/some.Model-1", {"allow_patterns": ["*.json", "*.safetensors", "*.jinja"], "ignore_patterns": ["*/*"]})]
+    assert asked == [
+        (
+            "owner/some.Model-1",
+            {"allow_patterns": ["*.json", "*.safetensors", "*.jinja"], "ignore_patterns": ["*/*"]},
+        )
+    ]
 
     def offline(repo, **kwargs):
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline and not cached")
@@ -334,7 +414,9 @@ def test_offline_hub_id_loads_from_the_symlinks_of_the_cache(sharded, tmp_path, 
         (snapshot / file.name).symlink_to(f"../../blobs/{i}")
     assert checkpoints.resolve("owner/name") == snapshot
     assert_same(checkpoints.load("owner/name"), tiny(CONFIGS["v2-lite"]))
-    with pytest.raises(ValueError, match="there is no folder 'owner/other', and the hub did not give"):
+    with pytest.raises(
+        ValueError, match="there is no folder 'owner/other', and the hub did not give"
+    ):
         checkpoints.load("owner/other")
 
 
@@ -362,16 +444,37 @@ def edit_json(path: Path, **changes):
 GATE = "model.layers.1.mlp.gate.weight"
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop(GATE), f"1 of 83 tensors of the config are missing: '{GATE}'"),
-    (lambda t: [t.pop(n) for n in list(t) if "experts.3" in n], r"6 of 83 tensors .* and 3 more"),
-    (lambda t: t.pop("lm_head.weight"), "missing: 'lm_head.weight'; .*tie_word_embeddings: true"),
-    (lambda t: t.update({"model.layers.9.self_attn.q_proj.bias": torch.ones(3)}), "1 tensors do not belong to the config: 'model.layers.9"),
-    (lambda t: t.update({GATE: t[GATE][:7].clone()}), rf"'{GATE}' is \[7, 32\], not \[8, 32\]"),
-    (lambda t: t.update({GATE: t[GATE].T.contiguous()}), rf"'{GATE}' is \[32, 8\], not \[8, 32\]"),
-    (lambda t: t.update({GATE: t[GATE].to(torch.int8)}), rf"'{GATE}' is I8; use an unquantised"),
-    (lambda t: t.update({GATE: t[GATE].to(torch.float8_e4m3fn)}), rf"'{GATE}' is F8_E4M3; use an unquantised"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop(GATE), f"1 of 83 tensors of the config are missing: '{GATE}'"),
+        (
+            lambda t: [t.pop(n) for n in list(t) if "experts.3" in n],
+            r"6 of 83 tensors .* and 3 more",
+        ),
+        (
+            lambda t: t.pop("lm_head.weight"),
+            "missing: 'lm_head.weight'; .*tie_word_embeddings: true",
+        ),
+        (
+            lambda t: t.update({"model.layers.9.self_attn.q_proj.bias": torch.ones(3)}),
+            "1 tensors do not belong to the config: 'model.layers.9",
+        ),
+        (lambda t: t.update({GATE: t[GATE][:7].clone()}), rf"'{GATE}' is \[7, 32\], not \[8, 32\]"),
+        (
+            lambda t: t.update({GATE: t[GATE].T.contiguous()}),
+            rf"'{GATE}' is \[32, 8\], not \[8, 32\]",
+        ),
+        (
+            lambda t: t.update({GATE: t[GATE].to(torch.int8)}),
+            rf"'{GATE}' is I8; use an unquantised",
+        ),
+        (
+            lambda t: t.update({GATE: t[GATE].to(torch.float8_e4m3fn)}),
+            rf"'{GATE}' is F8_E4M3; use an unquantised",
+        ),
+    ],
+)
 def test_strict_tensors(folder, change, message):
     edit(folder, change)
     with pytest.raises(ValueError, match=message):
@@ -380,7 +483,15 @@ def test_strict_tensors(folder, change, message):
 
 def test_harmless_extras_are_tolerated_by_name(folder):
     inv = torch.ones(4)
-    edit(folder, lambda t: t.update({"model.layers.2.self_attn.rotary_emb.inv_freq": inv, "model.rotary_emb.inv_freq": inv + 1}))
+    edit(
+        folder,
+        lambda t: t.update(
+            {
+                "model.layers.2.self_attn.rotary_emb.inv_freq": inv,
+                "model.rotary_emb.inv_freq": inv + 1,
+            }
+        ),
+    )
     assert_same(checkpoints.load(folder), tiny(CONFIGS["v2-lite"]))
     edit(folder, lambda t: t.update({"model.layers.2.self_attn.rotary_emb.inv_freq2": inv}))
     with pytest.raises(ValueError, match="inv_freq2"):
@@ -397,12 +508,18 @@ def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path):
         checkpoints.load(tmp_path)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"num_hidden_layers": 10**9}, "says 1,000,000,000 layers, but the weights are only 83 tensors"),
-    ({"n_routed_experts": 10**9}, "routed experts in all, but the weights are only"),
-    ({"hidden_size": 2**31 - 1, "vocab_size": 2**31 - 1}, "cannot be built"),
-    ({"hidden_size": 64}, r"is \[64, 32\], not \[64, 64\]"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"num_hidden_layers": 10**9},
+            "says 1,000,000,000 layers, but the weights are only 83 tensors",
+        ),
+        ({"n_routed_experts": 10**9}, "routed experts in all, but the weights are only"),
+        ({"hidden_size": 2**31 - 1, "vocab_size": 2**31 - 1}, "cannot be built"),
+        ({"hidden_size": 64}, r"is \[64, 32\], not \[64, 64\]"),
+    ],
+)
 def test_a_config_cannot_ask_for_more_than_the_files_hold(folder, changes, message):
     edit_json(folder / "config.json", **changes)
     with pytest.raises(ValueError, match=message):

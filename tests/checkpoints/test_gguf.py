@@ -11,15 +11,35 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lamoe import Tokenizer, checkpoints
-from lamoe.cli import main
-from lamoe.model.config import ModelConfig
 from lamoe.checkpoints import gguf as ours
 from lamoe.checkpoints import gguf_tokenizer, hf
+from lamoe.cli import main
+from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
 
-CONFIG = ModelConfig(model_type="llama", vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, rope_theta=5000.0,
-                     max_position_embeddings=128, rms_norm_eps=1e-5, torch_dtype="float32", bos_token_id=0, eos_token_id=1, tie_word_embeddings=True)
-TEXTS = ["Hello 1234 world", "don't  stop\n\n\tnow", "naïve café 日本語 😀", "", "x = f(10)  # 3.14"]
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=320,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=96,
+    rope_theta=5000.0,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    torch_dtype="float32",
+    bos_token_id=0,
+    eos_token_id=1,
+    tie_word_embeddings=True,
+)
+TEXTS = [
+    "Hello 1234 world",
+    "don't  stop\n\n\tnow",
+    "naïve café 日本語 😀",
+    "",
+    "x = f(10)  # 3.14",
+]
 TEMPLATE = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
 
 
@@ -35,44 +55,93 @@ def model_of(config: ModelConfig, seed: int = 0) -> Transformer:
 def interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """As the converter stores Q and K: in each head, row j of the first half is followed by row j of the second."""
     half = rows.shape[0] // heads // 2
-    order = [h * 2 * half + part * half + j for h in range(heads) for j in range(half) for part in (0, 1)]
+    order = [
+        h * 2 * half + part * half + j for h in range(heads) for j in range(half) for part in (0, 1)
+    ]
     return rows[order]
 
 
 @pytest.fixture(scope="module")
 def words() -> tokenizers.Tokenizer:
     inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     inner.decoder = decoders.ByteLevel()
-    inner.train_from_iterator([" ".join(TEXTS)] * 2 + ["hello world 12 12 12 don't stop now"] * 3, trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>", "<end>"], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
+    inner.train_from_iterator(
+        [" ".join(TEXTS)] * 2 + ["hello world 12 12 12 don't stop now"] * 3,
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<s>", "</s>", "<end>"],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
     return inner
 
 
-def write(path, model: Transformer, words: tokenizers.Tokenizer, kind: str = "F32", change=None) -> dict[str, np.ndarray]:
+def write(
+    path, model: Transformer, words: tokenizers.Tokenizer, kind: str = "F32", change=None
+) -> dict[str, np.ndarray]:
     """A GGUF file of `model`; returns its tensors as they were stored, dequantised. `change(facts, tensors)` may spoil it."""
     c = model.config
     vocab = sorted(words.get_vocab().items(), key=lambda item: item[1])
     tokens = [t for t, _ in vocab] + [f"[PAD{i}]" for i in range(len(vocab), c.vocab_size)]
-    merges = [m if isinstance(m, str) else " ".join(m) for m in json.loads(words.to_str())["model"]["merges"]]
+    merges = [
+        m if isinstance(m, str) else " ".join(m)
+        for m in json.loads(words.to_str())["model"]["merges"]
+    ]
     facts = {
-        "llama.block_count": c.num_hidden_layers, "llama.context_length": c.max_position_embeddings, "llama.embedding_length": c.hidden_size,
-        "llama.feed_forward_length": c.intermediate_size, "llama.attention.head_count": c.num_attention_heads, "llama.attention.head_count_kv": c.n_kv_heads,
-        "llama.attention.layer_norm_rms_epsilon": c.rms_norm_eps, "llama.rope.freq_base": c.rope_theta, "llama.rope.dimension_count": c.qk_head_dim,
-        "llama.vocab_size": c.vocab_size, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(vocab) - 3) + [5] * (c.vocab_size - len(vocab)), "tokenizer.ggml.merges": merges, "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.eot_token_id": 2, "tokenizer.ggml.add_bos_token": True, "tokenizer.chat_template": TEMPLATE,
+        "llama.block_count": c.num_hidden_layers,
+        "llama.context_length": c.max_position_embeddings,
+        "llama.embedding_length": c.hidden_size,
+        "llama.feed_forward_length": c.intermediate_size,
+        "llama.attention.head_count": c.num_attention_heads,
+        "llama.attention.head_count_kv": c.n_kv_heads,
+        "llama.attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        "llama.rope.freq_base": c.rope_theta,
+        "llama.rope.dimension_count": c.qk_head_dim,
+        "llama.vocab_size": c.vocab_size,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * 3
+        + [1] * (len(vocab) - 3)
+        + [5] * (c.vocab_size - len(vocab)),
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.eot_token_id": 2,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": TEMPLATE,
     }
     tensors = {}
     for disk, w in hf.views(c, dict(model.named_parameters())).items():
-        name = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers).get_name(disk, try_suffixes=(".weight",))
-        heads = {"q": c.num_attention_heads, "k": c.n_kv_heads}.get(disk.removesuffix("_proj.weight")[-1]) if "self_attn" in disk else None
+        name = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers).get_name(
+            disk, try_suffixes=(".weight",)
+        )
+        heads = (
+            {"q": c.num_attention_heads, "k": c.n_kv_heads}.get(
+                disk.removesuffix("_proj.weight")[-1]
+            )
+            if "self_attn" in disk
+            else None
+        )
         tensors[name] = (interleaved(w, heads) if heads else w).detach().numpy().copy()
     if change:
         change(facts, tensors)
     writer = gguf.GGUFWriter(path, facts.pop("general.architecture", "llama"))
     for key, value in facts.items():
-        add = {list: writer.add_array, str: writer.add_string, bool: writer.add_bool, float: writer.add_float32, int: writer.add_uint32}[type(value)]
+        add = {
+            list: writer.add_array,
+            str: writer.add_string,
+            bool: writer.add_bool,
+            float: writer.add_float32,
+            int: writer.add_uint32,
+        }[type(value)]
         add(key, value)
     stored = {}
     for name, w in tensors.items():
@@ -90,11 +159,24 @@ def write(path, model: Transformer, words: tokenizers.Tokenizer, kind: str = "F3
 IDS = torch.arange(2 * 40).reshape(2, 40) * 7 % 320
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": None}, {"head_dim": 24}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": None}, {"head_dim": 24}],
+    ids=str,
+)
 def test_float32_files_give_the_model_back(tmp_path, words, changes):
     config = CONFIG.replace(**changes)
     model = model_of(config)
-    write(tmp_path / "m.gguf", model, words, change=lambda f, t: f.update({"llama.attention.key_length": 24, "llama.attention.value_length": 24}) if "head_dim" in changes else None)
+    write(
+        tmp_path / "m.gguf",
+        model,
+        words,
+        change=lambda f, t: (
+            f.update({"llama.attention.key_length": 24, "llama.attention.value_length": 24})
+            if "head_dim" in changes
+            else None
+        ),
+    )
     found = ours.load(ours.read(tmp_path / "m.gguf"))
     assert found.config == config and torch.equal(found(IDS), model(IDS))
 
@@ -111,16 +193,35 @@ def test_rotary_rows_against_a_model_that_turns_the_stored_pairs(tmp_path, words
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("kind, dtype, error", [("F16", "float16", 1e-3), ("BF16", "bfloat16", 1e-2), ("Q8_0", "bfloat16", 2e-2), ("Q4_1", "bfloat16", 0.2)])
+@pytest.mark.parametrize(
+    "kind, dtype, error",
+    [
+        ("F16", "float16", 1e-3),
+        ("BF16", "bfloat16", 1e-2),
+        ("Q8_0", "bfloat16", 2e-2),
+        ("Q4_1", "bfloat16", 0.2),
+    ],
+)
 def test_quantised_files_are_dequantised(tmp_path, words, kind, dtype, error):
     model = model_of(CONFIG)
     stored = write(tmp_path / "m.gguf", model, words, kind)
     file = ours.read(tmp_path / "m.gguf")
-    assert ours.config_of(file).torch_dtype == dtype and ours.load(file).embed.weight.dtype == getattr(torch, dtype)
+    assert ours.config_of(file).torch_dtype == dtype and ours.load(
+        file
+    ).embed.weight.dtype == getattr(torch, dtype)
     exact = ours.load(file, "float32")
-    for name, place in (("token_embd", exact.embed.weight), ("blk.1.ffn_down", exact.layers[1].ffn.w2.weight), ("blk.0.attn_v", exact.layers[0].attn.wv.weight)):
+    for name, place in (
+        ("token_embd", exact.embed.weight),
+        ("blk.1.ffn_down", exact.layers[1].ffn.w2.weight),
+        ("blk.0.attn_v", exact.layers[0].attn.wv.weight),
+    ):
         assert np.array_equal(place.detach().numpy(), stored[f"{name}.weight"])
-    wrong = torch.cat([(a - b).flatten() for a, b in zip(exact.parameters(), model.parameters())]).norm() / torch.cat([p.flatten() for p in model.parameters()]).norm()
+    wrong = (
+        torch.cat(
+            [(a - b).flatten() for a, b in zip(exact.parameters(), model.parameters())]
+        ).norm()
+        / torch.cat([p.flatten() for p in model.parameters()]).norm()
+    )
     assert 0 < wrong < error
 
 
@@ -130,30 +231,61 @@ def test_convert_writes_a_folder_that_speaks(tmp_path, words, capsys):
     assert main(["convert", str(tmp_path / "m.gguf"), str(tmp_path / "out")]) == 0
     assert torch.equal(checkpoints.load(tmp_path / "out")(IDS), model(IDS))
     tok = Tokenizer.load(tmp_path / "out")
-    assert tok.encode_batch(TEXTS) == [words.encode(t, add_special_tokens=False).ids for t in TEXTS] and [tok.decode(i) for i in tok.encode_batch(TEXTS)] == TEXTS
-    assert (tok.bos_id, tok.eos_id, tok.stop_ids, tok.add_bos, tok.vocab_size) == (0, 1, {1, 2}, True, words.get_vocab_size())
-    assert tok.apply_chat([{"role": "user", "content": "hi</s>"}])[-1] == 1 and tok.decode(tok.apply_chat([{"role": "user", "content": "hi</s>"}])) == "hi</s>"
-    assert main(["convert", str(tmp_path / "m.gguf"), str(tmp_path / "out")]) == 2 and "is not empty" in capsys.readouterr().err
-    assert main(["info", str(tmp_path / "out")]) == 0 and main(["generate", "--model", str(tmp_path / "m.gguf"), "--prompt", "x"]) == 2
+    assert (
+        tok.encode_batch(TEXTS) == [words.encode(t, add_special_tokens=False).ids for t in TEXTS]
+        and [tok.decode(i) for i in tok.encode_batch(TEXTS)] == TEXTS
+    )
+    assert (tok.bos_id, tok.eos_id, tok.stop_ids, tok.add_bos, tok.vocab_size) == (
+        0,
+        1,
+        {1, 2},
+        True,
+        words.get_vocab_size(),
+    )
+    assert (
+        tok.apply_chat([{"role": "user", "content": "hi</s>"}])[-1] == 1
+        and tok.decode(tok.apply_chat([{"role": "user", "content": "hi</s>"}])) == "hi</s>"
+    )
+    assert (
+        main(["convert", str(tmp_path / "m.gguf"), str(tmp_path / "out")]) == 2
+        and "is not empty" in capsys.readouterr().err
+    )
+    assert (
+        main(["info", str(tmp_path / "out")]) == 0
+        and main(["generate", "--model", str(tmp_path / "m.gguf"), "--prompt", "x"]) == 2
+    )
     assert "lamoe convert FILE.gguf FOLDER" in capsys.readouterr().err
 
 
 def test_a_tokenizer_from_elsewhere(tmp_path, words):
-    write(tmp_path / "m.gguf", model_of(CONFIG), words, change=lambda f, t: f.update({"tokenizer.ggml.pre": "some-model"}))
-    with pytest.raises(ValueError, match=r"m\.gguf: it splits text as 'some-model', which is not known here; known: gpt-2, .*--tokenizer"):
+    write(
+        tmp_path / "m.gguf",
+        model_of(CONFIG),
+        words,
+        change=lambda f, t: f.update({"tokenizer.ggml.pre": "some-model"}),
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"m\.gguf: it splits text as 'some-model', which is not known here; known: gpt-2, .*--tokenizer",
+    ):
         ours.to_folder(tmp_path / "m.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "tok").mkdir()
     words.save(str(tmp_path / "tok" / "tokenizer.json"))
     ours.to_folder(tmp_path / "m.gguf", tmp_path / "out", tokenizer=tmp_path / "tok")
-    assert Tokenizer.load(tmp_path / "out").encode("Hello 1234") == words.encode("Hello 1234", add_special_tokens=False).ids
+    assert (
+        Tokenizer.load(tmp_path / "out").encode("Hello 1234")
+        == words.encode("Hello 1234", add_special_tokens=False).ids
+    )
 
 
 # ---- scored pieces ---------------------------------------------------------------------------------------------------------
 def joined(text: str, scores: dict[str, float]) -> list[str]:
     """The definition: of all neighbours whose join is a piece, the best score joins first, the leftmost of equals."""
     parts = list(text)
-    while found := [(-scores[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in scores]:
+    while found := [
+        (-scores[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in scores
+    ]:
         i = min(found)[1]
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
@@ -164,33 +296,73 @@ def test_scored_pieces_join_best_first(tmp_path, blank):
     pieces = ["▁", "a", "b", "c", "ab", "bc", "abc", "▁a", "▁ab", "ca", "cab"]
     scores = {p: -float(i * 7 % 11) for i, p in enumerate(pieces)}
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
-    facts = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
-             "tokenizer.ggml.scores": [0.0] * 259 + [scores[p] for p in pieces], "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
-             "tokenizer.ggml.add_space_prefix": blank}
+    facts = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
+        "tokenizer.ggml.scores": [0.0] * 259 + [scores[p] for p in pieces],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_space_prefix": blank,
+    }
     gguf_tokenizer.write(facts, tmp_path, "m.gguf")
     tok = Tokenizer.load(tmp_path)
     generator = np.random.default_rng(0)
-    for text in ["".join(generator.choice(list("abc "), 12)).strip() for _ in range(60)] + ["abé\nc"]:
+    for text in ["".join(generator.choice(list("abc "), 12)).strip() for _ in range(60)] + [
+        "abé\nc"
+    ]:
         spelt = ("▁" if blank and text else "") + text.replace(" ", "▁")
-        want = [i for p in joined(spelt, scores) for i in ([tokens.index(p)] if p in tokens else [3 + b for b in p.encode()])]
+        want = [
+            i
+            for p in joined(spelt, scores)
+            for i in ([tokens.index(p)] if p in tokens else [3 + b for b in p.encode()])
+        ]
         assert tok.encode(text) == want and tok.decode(want) == text
     assert tok.add_bos and tok.encode("</s>") != [2]
 
 
 # ---- files that do not fit ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("facts, tensors, says", [
-    ({"general.architecture": "qwen2"}, {}, "has the architecture 'qwen2'"), ({"llama.rope.scaling.type": "linear"}, {}, "llama.rope.scaling.type is 'linear', which lamoe does not implement"),
-    ({"llama.expert_count": 8}, {}, "llama.expert_count is 8"), ({"llama.new_fact": 1}, {}, "llama.new_fact is 1"), ({"llama.rope.dimension_count": 8}, {}, "supported: 16"),
-    ({"llama.block_count": None}, {}, "does not say llama.block_count"), ({"llama.attention.head_count": 5}, {}, "not divisible"), ({"split.count": 3}, {}, "one of 3 parts"),
-    ({"llama.block_count": 3}, {}, "9 of 29 tensors of its architecture are missing: 'blk.2"), ({"llama.feed_forward_length": 95}, {}, "is [96, 64], not [95, 64]"),
-    ({"llama.block_count": 2**31 - 1}, {}, "says 2,147,483,647 layers"),
-    ({"llama.feed_forward_length": 2**31 - 1}, {}, "not [2147483647, 64]"),
-    ({"llama.feed_forward_length": 2**31 - 1, "llama.embedding_length": 2**31 - 8, "llama.rope.dimension_count": None}, {}, "cannot be built"), ({}, {"token_embd.weight": np.ones(64, np.float32)}, "m.gguf"),
-    ({"llama.attention.head_count_kv": [2, 2]}, {}, "must be int"), ({}, {"rope_freqs.weight": np.ones(8, np.float32)}, "'rope_freqs.weight'"),
-    ({}, {"blk.0.attn_q.bias": np.ones(64, np.float32)}, "1 tensors are not known"), ({}, {"token_embd.weight": None}, "no tensor token_embd.weight"),
-    ({"tokenizer.ggml.tokens": None}, {}, "no vocabulary"), ({"tokenizer.ggml.model": "bert"}, {}, "kind 'bert'"), ({"tokenizer.ggml.merges": ["q qqq"]}, {}, "do not belong"),
-    ({"tokenizer.ggml.merges": ["qq"]}, {}, "m.gguf: "), ({"tokenizer.ggml.bos_token_id": 319}, {}, "not complete"), ({"tokenizer.ggml.merges": None}, {}, "not complete"),
-])
+@pytest.mark.parametrize(
+    "facts, tensors, says",
+    [
+        ({"general.architecture": "qwen2"}, {}, "has the architecture 'qwen2'"),
+        (
+            {"llama.rope.scaling.type": "linear"},
+            {},
+            "llama.rope.scaling.type is 'linear', which lamoe does not implement",
+        ),
+        ({"llama.expert_count": 8}, {}, "llama.expert_count is 8"),
+        ({"llama.new_fact": 1}, {}, "llama.new_fact is 1"),
+        ({"llama.rope.dimension_count": 8}, {}, "supported: 16"),
+        ({"llama.block_count": None}, {}, "does not say llama.block_count"),
+        ({"llama.attention.head_count": 5}, {}, "not divisible"),
+        ({"split.count": 3}, {}, "one of 3 parts"),
+        ({"llama.block_count": 3}, {}, "9 of 29 tensors of its architecture are missing: 'blk.2"),
+        ({"llama.feed_forward_length": 95}, {}, "is [96, 64], not [95, 64]"),
+        ({"llama.block_count": 2**31 - 1}, {}, "says 2,147,483,647 layers"),
+        ({"llama.feed_forward_length": 2**31 - 1}, {}, "not [2147483647, 64]"),
+        (
+            {
+                "llama.feed_forward_length": 2**31 - 1,
+                "llama.embedding_length": 2**31 - 8,
+                "llama.rope.dimension_count": None,
+            },
+            {},
+            "cannot be built",
+        ),
+        ({}, {"token_embd.weight": np.ones(64, np.float32)}, "m.gguf"),
+        ({"llama.attention.head_count_kv": [2, 2]}, {}, "must be int"),
+        ({}, {"rope_freqs.weight": np.ones(8, np.float32)}, "'rope_freqs.weight'"),
+        ({}, {"blk.0.attn_q.bias": np.ones(64, np.float32)}, "1 tensors are not known"),
+        ({}, {"token_embd.weight": None}, "no tensor token_embd.weight"),
+        ({"tokenizer.ggml.tokens": None}, {}, "no vocabulary"),
+        ({"tokenizer.ggml.model": "bert"}, {}, "kind 'bert'"),
+        ({"tokenizer.ggml.merges": ["q qqq"]}, {}, "do not belong"),
+        ({"tokenizer.ggml.merges": ["qq"]}, {}, "m.gguf: "),
+        ({"tokenizer.ggml.bos_token_id": 319}, {}, "not complete"),
+        ({"tokenizer.ggml.merges": None}, {}, "not complete"),
+    ],
+)
 def test_what_does_not_fit_is_refused(tmp_path, words, facts, tensors, says):
     def change(f, t):
         for have, new in ((f, facts), (t, tensors)):
@@ -214,9 +386,21 @@ def test_broken_files_are_value_errors(tmp_path, words):
     flips = []
     for _ in range(60):
         data = bytearray(good)
-        data[generator.integers(0, 1200) if generator.random() < 0.8 else generator.integers(1200, 12000)] = generator.integers(0, 256)
+        data[
+            generator.integers(0, 1200)
+            if generator.random() < 0.8
+            else generator.integers(1200, 12000)
+        ] = generator.integers(0, 256)
         flips.append(bytes(data))
-    deep = good[:8] + (0).to_bytes(8, "little") + (1).to_bytes(8, "little") + (1).to_bytes(8, "little") + b"a" + b"\t\0\0\0" + (b"\t\0\0\0" + (1).to_bytes(8, "little")) * 5000
+    deep = (
+        good[:8]
+        + (0).to_bytes(8, "little")
+        + (1).to_bytes(8, "little")
+        + (1).to_bytes(8, "little")
+        + b"a"
+        + b"\t\0\0\0"
+        + (b"\t\0\0\0" + (1).to_bytes(8, "little")) * 5000
+    )
     for data in [*cuts, *flips, deep]:
         bad.write_bytes(data)
         try:
@@ -232,6 +416,12 @@ def test_broken_files_are_value_errors(tmp_path, words):
 def test_without_the_package_it_says_what_to_install(tmp_path, words, monkeypatch):
     write(tmp_path / "m.gguf", model_of(CONFIG), words)
     real = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: (_ for _ in ()).throw(ImportError(name=name)) if name == "gguf" else real(name, *a, **k))
+    monkeypatch.setattr(
+        builtins,
+        "__import__",
+        lambda name, *a, **k: (
+            (_ for _ in ()).throw(ImportError(name=name)) if name == "gguf" else real(name, *a, **k)
+        ),
+    )
     with pytest.raises(ValueError, match=r"pip install 'lamoe\[gguf\]'"):
         ours.read(tmp_path / "m.gguf")

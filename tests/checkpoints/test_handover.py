@@ -5,15 +5,26 @@ import json
 
 import pytest
 import torch
-from tiny_run import trained  # noqa: F401 (a fixture)
 
 import lamoe
 from lamoe.text.tokenizer import Tokenizer
 from lamoe.train import checkpoint
+from tiny_run import trained  # noqa: F401 (a fixture)
 
 transformers = pytest.importorskip("transformers")
-TEXTS = ["the cat sat on the mat", "  two  blanks\tand a tab\n\n", "Größe 日本語 🦜 1234", "x" * 50, " "]
-TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the  cat?"}, {"role": "assistant", "content": "It sat."}, {"role": "user", "content": "and then"}]
+TEXTS = [
+    "the cat sat on the mat",
+    "  two  blanks\tand a tab\n\n",
+    "Größe 日本語 🦜 1234",
+    "x" * 50,
+    " ",
+]
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "the  cat?"},
+    {"role": "assistant", "content": "It sat."},
+    {"role": "user", "content": "and then"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,18 +33,52 @@ def folder(trained):  # noqa: F811
 
 
 def test_every_file_that_loaders_look_for_is_there_and_no_other(folder):
-    assert {p.name for p in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    config, tok = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "tokenizer_config"))
-    assert config["architectures"] == ["DeepseekV2ForCausalLM"] and config["model_type"] == "deepseek_v2" and config["torch_dtype"] == "float32"
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    config, tok = (
+        json.loads((folder / f"{n}.json").read_text()) for n in ("config", "tokenizer_config")
+    )
+    assert (
+        config["architectures"] == ["DeepseekV2ForCausalLM"]
+        and config["model_type"] == "deepseek_v2"
+        and config["torch_dtype"] == "float32"
+    )
     assert "auto_map" not in config and "auto_map" not in tok  # nobody needs --trust-remote-code
-    assert tok["tokenizer_class"] == "PreTrainedTokenizerFast" and "add_generation_prompt" in tok["chat_template"]
+    assert (
+        tok["tokenizer_class"] == "PreTrainedTokenizerFast"
+        and "add_generation_prompt" in tok["chat_template"]
+    )
 
 
 def test_config_and_generation_config(folder):
-    config, generation, ours = transformers.AutoConfig.from_pretrained(folder), transformers.GenerationConfig.from_pretrained(folder), lamoe.load(folder).config
+    config, generation, ours = (
+        transformers.AutoConfig.from_pretrained(folder),
+        transformers.GenerationConfig.from_pretrained(folder),
+        lamoe.load(folder).config,
+    )
     assert type(config).__name__ == "DeepseekV2Config"
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts", "n_shared_experts",
-                 "num_experts_per_tok", "first_k_dense_replace", "moe_intermediate_size", "max_position_embeddings", "eos_token_id", "bos_token_id"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "n_routed_experts",
+        "n_shared_experts",
+        "num_experts_per_tok",
+        "first_k_dense_replace",
+        "moe_intermediate_size",
+        "max_position_embeddings",
+        "eos_token_id",
+        "bos_token_id",
+    ):
         assert getattr(config, name) == getattr(ours, name), name
     eos = generation.eos_token_id
     assert set(eos if isinstance(eos, list) else [eos]) == Tokenizer.load(folder).stop_ids
@@ -56,6 +101,8 @@ def test_the_model_says_the_same(folder):
     with torch.inference_mode():
         want = theirs(ids).logits
         assert torch.allclose(ours(ids), want, atol=1e-4) and want.std() > 0.1
-    out = theirs.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1]:].tolist()
-    [mine] = lamoe.LLM(folder, cache="fp32").generate([ids[0].tolist()], lamoe.SamplingParams(temperature=0.0, max_tokens=16))
+    out = theirs.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :].tolist()
+    [mine] = lamoe.LLM(folder, cache="fp32").generate(
+        [ids[0].tolist()], lamoe.SamplingParams(temperature=0.0, max_tokens=16)
+    )
     assert mine.token_ids == out

@@ -1,8 +1,8 @@
 """The terminal chat: turns, prefix reuse, every command, what happens at the edges; and once in a real terminal."""
 
-import math
 import io
 import json
+import math
 import os
 import pty
 import select
@@ -15,18 +15,18 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import BODY, MLA, MOE, trained  # noqa: F401 (trained is a fixture)
 
-from lamoe.cli import chat as chat_module
 from lamoe import cli
+from lamoe.cli import chat as chat_module
 from lamoe.cli.chat import Chat, run
-from lamoe.model.config import ModelConfig
 from lamoe.engine.llm import LLM
 from lamoe.engine.request import Output
 from lamoe.engine.sampler import SamplingParams
+from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
 from lamoe.text.tokenizer import Tokenizer
 from lamoe.train import checkpoint
+from tiny_run import BODY, MLA, MOE, trained  # noqa: F401 (trained is a fixture)
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -39,8 +39,12 @@ class Terminal(io.StringIO):
 @pytest.fixture(scope="module")
 def parts(trained):
     """(model, tokenizer): random weights, room for a conversation, a vocabulary that was learnt."""
-    config = ModelConfig(**{**BODY, "max_position_embeddings": 400, "initializer_range": 0.2}, **MLA, **MOE)
-    return Transformer(config).init_weights(1).eval(), Tokenizer.load(checkpoint.latest(trained) / "model")
+    config = ModelConfig(
+        **{**BODY, "max_position_embeddings": 400, "initializer_range": 0.2}, **MLA, **MOE
+    )
+    return Transformer(config).init_weights(1).eval(), Tokenizer.load(
+        checkpoint.latest(trained) / "model"
+    )
 
 
 @pytest.fixture
@@ -55,7 +59,11 @@ def chat(llm, params=GREEDY, system=None) -> Chat:
 def talk(llm, text, params=GREEDY, system=None):
     """(exit code, standard output, standard error) of a piped conversation."""
     out, err = io.StringIO(), io.StringIO()
-    return run(llm, params, system, "m", io.StringIO(text), out, err), out.getvalue(), err.getvalue()
+    return (
+        run(llm, params, system, "m", io.StringIO(text), out, err),
+        out.getvalue(),
+        err.getvalue(),
+    )
 
 
 # ---- turns -----------------------------------------------------------------------------------------------------------------
@@ -67,14 +75,28 @@ def test_a_turn_is_the_models_answer_to_the_template(llm, parts):
         c.out.truncate(0), c.out.seek(0)
         got = c.say(said)
         assert got.token_ids == want.token_ids and c.out.getvalue() == want.text.lstrip() + "\n"
-        assert c.messages == [*turn, {"role": "assistant", "content": want.text.strip()}] and len(c.messages) == 3 + 2 * n
+        assert (
+            c.messages == [*turn, {"role": "assistant", "content": want.text.strip()}]
+            and len(c.messages) == 3 + 2 * n
+        )
     assert len(set(got.token_ids)) > 2 and c.failures == 0 and not llm.busy and llm.pool.owned == 0
 
 
 def test_turns_reuse_what_was_said(llm, parts):
     c, cached = chat(llm, system="a text that comes before the whole conversation"), []
     for _ in range(4):
-        shared = len(os.path.commonprefix([parts[1].apply_chat([*c.messages, {"role": "user", "content": "go on"}]), before])) if cached else 0
+        shared = (
+            len(
+                os.path.commonprefix(
+                    [
+                        parts[1].apply_chat([*c.messages, {"role": "user", "content": "go on"}]),
+                        before,
+                    ]
+                )
+            )
+            if cached
+            else 0
+        )
         out = c.say("go on")
         assert out.cached_tokens >= shared // 4 * 4
         cached.append(out.cached_tokens)
@@ -85,6 +107,7 @@ def test_turns_reuse_what_was_said(llm, parts):
 def test_replies_stream(llm):
     """Every piece is flushed when it comes, and the pieces are the reply."""
     pieces = []
+
     class Out(io.StringIO):
         def flush(self):
             pieces.append(self.getvalue())
@@ -98,11 +121,24 @@ def test_stopped_replies(llm):
     c, whole = chat(llm), chat(llm).say("the bird")
     ticks = iter(range(100))
     out = c.say("the bird", lambda: next(ticks) == 5)
-    assert out.finish_reason == "abort" and out.token_ids == whole.token_ids[:5] and not llm.busy and llm.pool.owned == 0
-    assert c.messages[-1]["content"] == out.text.strip() and "[stopped]" in c.err.getvalue() and c.out.getvalue() == out.text.lstrip() + "\n"
+    assert (
+        out.finish_reason == "abort"
+        and out.token_ids == whole.token_ids[:5]
+        and not llm.busy
+        and llm.pool.owned == 0
+    )
+    assert (
+        c.messages[-1]["content"] == out.text.strip()
+        and "[stopped]" in c.err.getvalue()
+        and c.out.getvalue() == out.text.lstrip() + "\n"
+    )
     kept = list(c.messages)
     c.say("more", lambda: True)
-    assert c.messages == kept and "the message is taken back" in c.err.getvalue() and llm.pool.owned == 0
+    assert (
+        c.messages == kept
+        and "the message is taken back" in c.err.getvalue()
+        and llm.pool.owned == 0
+    )
     assert c.say("more").finish_reason == "length" and c.failures == 0
 
 
@@ -111,16 +147,29 @@ def test_a_long_prompt_can_be_stopped(parts):
     llm = LLM(*parts, cache="fp32", max_num_batched_tokens=64)
     c, asked = chat(llm), []
     c.say("x " * 120, lambda: asked.append(1) or len(asked) == 3)
-    assert len(asked) == 3 and c.messages == [] and c.out.getvalue() == "\n" and not llm.busy and llm.pool.owned == 0
+    assert (
+        len(asked) == 3
+        and c.messages == []
+        and c.out.getvalue() == "\n"
+        and not llm.busy
+        and llm.pool.owned == 0
+    )
 
 
 def test_a_full_context(llm):
     c = chat(llm, SamplingParams(temperature=0.0, max_tokens=10**6, ignore_eos=True))
     out = c.say("the hill")
-    assert out.prompt_tokens + len(out.token_ids) == 400 and "[the context is full: 400 of 400 tokens; /save FILE keeps" in c.err.getvalue()
+    assert (
+        out.prompt_tokens + len(out.token_ids) == 400
+        and "[the context is full: 400 of 400 tokens; /save FILE keeps" in c.err.getvalue()
+    )
     kept = list(c.messages)
     assert c.say("and?") is None and c.messages == kept and c.failures == 1
-    assert "tokens, and the context is 400, reply included; the message is not kept" in c.err.getvalue() and "/clear" in c.err.getvalue()
+    assert (
+        "tokens, and the context is 400, reply included; the message is not kept"
+        in c.err.getvalue()
+        and "/clear" in c.err.getvalue()
+    )
     c.command("/clear")
     assert c.say("hi") is not None
 
@@ -134,10 +183,22 @@ def test_why_a_reply_was_cut(llm):
 def test_failures_take_the_turn_back(llm):
     c = chat(llm)
     assert c.say("\ud800") is None and "surrogate" in c.err.getvalue()
-    with mock.patch("lamoe.engine.runner.run", lambda model, cache, work, *rest: [(seq, torch.full((1, 300), torch.nan), [(math.nan, 0)]) for seq, _ in work]):
+    with mock.patch(
+        "lamoe.engine.runner.run",
+        lambda model, cache, work, *rest: [
+            (seq, torch.full((1, 300), torch.nan), [(math.nan, 0)]) for seq, _ in work
+        ],
+    ):
         assert c.say("hello") is None
-    assert "the reply failed: the model's logits are not finite" in c.err.getvalue() and c.messages == [] and c.failures == 2
-    llm.tokenizer = mock.Mock(wraps=llm.tokenizer, apply_chat=mock.Mock(side_effect=ValueError("the chat template failed: no system")))
+    assert (
+        "the reply failed: the model's logits are not finite" in c.err.getvalue()
+        and c.messages == []
+        and c.failures == 2
+    )
+    llm.tokenizer = mock.Mock(
+        wraps=llm.tokenizer,
+        apply_chat=mock.Mock(side_effect=ValueError("the chat template failed: no system")),
+    )
     assert c.say("hello") is None and "no system" in c.err.getvalue()
 
 
@@ -163,7 +224,9 @@ def test_a_model_cannot_command_the_terminal(llm, terminal):
     c = Chat(llm, GREEDY, None, stream, stream)
     c._show("a\x1b[2J\x07\r\x9bm\x7f\tb\n")
     c.note("\x1b]0;x\x07")
-    assert stream.getvalue() == ("a␛[2J␇␍\ufffdm␡\tb\n␛]0;x␇\n" if terminal else "a\x1b[2J\x07\r\x9bm\x7f\tb\n\x1b]0;x\x07\n")
+    assert stream.getvalue() == (
+        "a␛[2J␇␍\ufffdm␡\tb\n␛]0;x␇\n" if terminal else "a\x1b[2J\x07\r\x9bm\x7f\tb\n\x1b]0;x\x07\n"
+    )
 
 
 # ---- piped -----------------------------------------------------------------------------------------------------------------
@@ -178,7 +241,10 @@ def test_lines_are_turns(llm, parts):
 def test_what_a_line_means(llm, monkeypatch):
     said = []
     monkeypatch.setattr(Chat, "say", lambda self, text, stopped: said.append(text))
-    code, _, err = talk(llm, 'one\r\n"""two\n  lines """\n"""\n\n/three\n"""\n//four\n"""five"""\n/fiv\n"""open\nend')
+    code, _, err = talk(
+        llm,
+        'one\r\n"""two\n  lines """\n"""\n\n/three\n"""\n//four\n"""five"""\n/fiv\n"""open\nend',
+    )
     assert said == ["one", "two\n  lines ", "/three", "/four", "five", "open\nend"]
     assert code == 1 and "unknown command '/fiv'" in err
 
@@ -193,26 +259,42 @@ def test_no_template(parts):
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("line, words", [
-    ("/sav talk.json", "unknown command '/sav', did you mean '/save'?"), ("/halp", "did you mean '/help'?"), ("/", "unknown command '/'"),
-    ("/HELP", "unknown command '/HELP'"), ("/exec rm", "unknown command '/exec'"), ("/__init__", "unknown command"), ("/say x", "unknown command '/say'"),
-    ("/save", "/save needs a file, for example /save talk.json"), ("/load  ", "/load needs a file"),
-    ("/quit now", "/quit takes nothing after it, found 'now'"), ("/clear all", "/clear takes nothing"),
-    ("/load none.json", "No such file"), ("/load .", "directory"), ("/save no/where/x.json", "No such file"),
-])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("/sav talk.json", "unknown command '/sav', did you mean '/save'?"),
+        ("/halp", "did you mean '/help'?"),
+        ("/", "unknown command '/'"),
+        ("/HELP", "unknown command '/HELP'"),
+        ("/exec rm", "unknown command '/exec'"),
+        ("/__init__", "unknown command"),
+        ("/say x", "unknown command '/say'"),
+        ("/save", "/save needs a file, for example /save talk.json"),
+        ("/load  ", "/load needs a file"),
+        ("/quit now", "/quit takes nothing after it, found 'now'"),
+        ("/clear all", "/clear takes nothing"),
+        ("/load none.json", "No such file"),
+        ("/load .", "directory"),
+        ("/save no/where/x.json", "No such file"),
+    ],
+)
 def test_wrong_commands(llm, line, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     c = chat(llm)
     c.say("hi")
     c.err.truncate(0), c.err.seek(0)
     kept = list(c.messages)
-    assert c.command(line) is False and words in c.err.getvalue() and c.err.getvalue().count("\n") == 1
+    assert (
+        c.command(line) is False and words in c.err.getvalue() and c.err.getvalue().count("\n") == 1
+    )
     assert c.failures == 1 and c.messages == kept and list(tmp_path.iterdir()) == []
 
 
 def test_help_names_every_command(llm):
     c = chat(llm)
-    assert c.command("/help") is False and all(f"{name} " in c.err.getvalue() for name in chat_module.COMMANDS)
+    assert c.command("/help") is False and all(
+        f"{name} " in c.err.getvalue() for name in chat_module.COMMANDS
+    )
     assert c.command("/quit") is True and c.command(" /quit ") is True and c.failures == 0
 
 
@@ -222,7 +304,9 @@ def test_system_and_clear(llm):
     assert "[no system text]" in c.err.getvalue()
     c.say("hi")
     c.command("/system  you are a cat ")
-    assert [m["role"] for m in c.messages] == ["system", "user", "assistant"] and c.messages[0]["content"] == "you are a cat"
+    assert [m["role"] for m in c.messages] == ["system", "user", "assistant"] and c.messages[0][
+        "content"
+    ] == "you are a cat"
     c.command("/system you are a dog")
     assert [m["content"] for m in c.messages if m["role"] == "system"] == ["you are a dog"]
     c.command("/system")
@@ -240,14 +324,28 @@ def test_save_and_load(llm, parts, tmp_path):
     c.say("the cat sat on the mat"), c.say("where? ✓")
     c.command(f"/save {file}")
     tokens = parts[1].apply_chat(c.messages, add_generation_prompt=False)
-    assert f"saved 5 messages to {file}; " in c.err.getvalue() and f" of {len(tokens)} tokens cached in a talk.json.cache.safetensors]" in c.err.getvalue()
-    assert json.loads(file.read_text()) == {"kind": "lamoe conversation", "version": 1, "messages": c.messages}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a talk.json", "a talk.json.cache.safetensors"]
+    assert (
+        f"saved 5 messages to {file}; " in c.err.getvalue()
+        and f" of {len(tokens)} tokens cached in a talk.json.cache.safetensors]" in c.err.getvalue()
+    )
+    assert json.loads(file.read_text()) == {
+        "kind": "lamoe conversation",
+        "version": 1,
+        "messages": c.messages,
+    }
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "a talk.json",
+        "a talk.json.cache.safetensors",
+    ]
 
     other = chat(LLM(*parts, cache="fp32", page_size=8))
     other.command(f"/load {file}")
     assert other.messages == c.messages and "tokens of it are in the cache]" in other.err.getvalue()
-    a, b, cold = c.say("and then?"), other.say("and then?"), Chat(LLM(*parts, cache="fp32"), GREEDY, None, io.StringIO(), io.StringIO())
+    a, b, cold = (
+        c.say("and then?"),
+        other.say("and then?"),
+        Chat(LLM(*parts, cache="fp32"), GREEDY, None, io.StringIO(), io.StringIO()),
+    )
     cold.messages = c.messages[:-2]
     assert a.token_ids == b.token_ids == cold.say("and then?").token_ids
     assert b.cached_tokens >= 24 and a.cached_tokens - b.cached_tokens < 8
@@ -256,9 +354,14 @@ def test_save_and_load(llm, parts, tmp_path):
     c.command("/clear")
     c.command(f"/save {file}")  # over the old one: nothing of it stays behind, also not in the rows
     system = parts[1].apply_chat(c.messages, add_generation_prompt=False)
-    assert load_file(tmp_path / "a talk.json.cache.safetensors")["tokens"].tolist() == system[: len(system) // 4 * 4]
+    assert (
+        load_file(tmp_path / "a talk.json.cache.safetensors")["tokens"].tolist()
+        == system[: len(system) // 4 * 4]
+    )
     c.command('/system ""'), c.command(f"/save {file}")
-    assert "nothing of it is in the cache" in c.err.getvalue() and [p.name for p in tmp_path.iterdir()] == ["a talk.json"]
+    assert "nothing of it is in the cache" in c.err.getvalue() and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["a talk.json"]
     other.command(f"/load {file}")
     assert other.messages == [] and "without cached rows" in other.err.getvalue()
 
@@ -270,23 +373,49 @@ def test_loading_for_another_model_keeps_the_text(llm, parts, tmp_path):
     for options in (dict(cache="bf16"), dict(cache="fp32", max_model_len=12)):
         other = chat(LLM(*parts, **options))
         other.command(f"/load {tmp_path / 't'}")
-        assert other.messages == c.messages and "its cached rows are not used, so its text is computed again: " in other.err.getvalue()
+        assert (
+            other.messages == c.messages
+            and "its cached rows are not used, so its text is computed again: "
+            in other.err.getvalue()
+        )
     (tmp_path / "t.cache.safetensors").write_bytes(b"nonsense")
     other = chat(llm)
     other.command(f"/load {tmp_path / 't'}")
-    assert other.messages == c.messages and "computed again" in other.err.getvalue() and other.failures == 0
+    assert (
+        other.messages == c.messages
+        and "computed again" in other.err.getvalue()
+        and other.failures == 0
+    )
     other.command(f"/save {tmp_path / 't'}")
     assert "exists and is not a saved cache, so it is not overwritten" in other.err.getvalue()
     assert (tmp_path / "t.cache.safetensors").read_bytes() == b"nonsense"
 
 
-@pytest.mark.parametrize("content, words", [
-    ("notes", "is not a saved conversation"), ("[" * 10**5, "is not a saved conversation"), ("{}", "is not a saved conversation"), ("[]", "is not"),
-    ('{"kind": "lamoe conversation"}', "version None"), ('{"kind": "lamoe conversation", "version": 2, "messages": []}', "version 2"),
-    *((json.dumps({"kind": "lamoe conversation", "version": 1, "messages": m}), "message") for m in
-      (None, {}, "x", [1], [{"role": "user"}], [{"role": "tool", "content": "x"}], [{"role": "user", "content": 1}],
-       [{"role": "user", "content": "x", "tool_calls": []}], [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}])),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("notes", "is not a saved conversation"),
+        ("[" * 10**5, "is not a saved conversation"),
+        ("{}", "is not a saved conversation"),
+        ("[]", "is not"),
+        ('{"kind": "lamoe conversation"}', "version None"),
+        ('{"kind": "lamoe conversation", "version": 2, "messages": []}', "version 2"),
+        *(
+            (json.dumps({"kind": "lamoe conversation", "version": 1, "messages": m}), "message")
+            for m in (
+                None,
+                {},
+                "x",
+                [1],
+                [{"role": "user"}],
+                [{"role": "tool", "content": "x"}],
+                [{"role": "user", "content": 1}],
+                [{"role": "user", "content": "x", "tool_calls": []}],
+                [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}],
+            )
+        ),
+    ],
+)
 def test_files_that_are_no_conversation(llm, tmp_path, content, words):
     """Are not loaded, and not overwritten."""
     (tmp_path / "f").write_text(content)
@@ -296,7 +425,11 @@ def test_files_that_are_no_conversation(llm, tmp_path, content, words):
     for command in ("/load", "/save"):
         c.command(f"{command} {tmp_path / 'f'}")
         assert words in c.err.getvalue().splitlines()[-1]
-    assert c.messages == kept and c.failures == 2 and [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("f", content)]
+    assert (
+        c.messages == kept
+        and c.failures == 2
+        and [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("f", content)]
+    )
 
 
 # ---- a terminal ------------------------------------------------------------------------------------------------------------
@@ -323,7 +456,13 @@ def interactive(llm, lines, monkeypatch, **env):
 
 def test_prompt_banner_and_colour(llm, monkeypatch):
     out, err = interactive(llm, ["/sav\n", ""], monkeypatch)
-    assert "> " in out and out.endswith("\n") and "my model · context 400 tokens · cache fp32, " in err and "/help" in err and "\x1b[2m" in err
+    assert (
+        "> " in out
+        and out.endswith("\n")
+        and "my model · context 400 tokens · cache fp32, " in err
+        and "/help" in err
+        and "\x1b[2m" in err
+    )
     for env in (dict(NO_COLOR="1"), dict(TERM="dumb")):
         out, err = interactive(llm, ["hi\n", "/help\n", ""], monkeypatch, **env)
         assert "\x1b" not in out + err and out.startswith("> ")
@@ -334,7 +473,15 @@ def test_ctrl_c_at_the_prompt(llm, monkeypatch):
     out, err = interactive(llm, [stop, "hi\n", stop, "/clear\n", stop, stop], monkeypatch)
     assert err.count("[/quit or Ctrl-C once more leaves]") == 3 and "cleared" in err
     with pytest.raises(KeyboardInterrupt):  # without a terminal it ends the program, as everywhere
-        run(llm, GREEDY, None, "m", mock.Mock(isatty=lambda: False, readline=mock.Mock(side_effect=stop)), io.StringIO(), io.StringIO())
+        run(
+            llm,
+            GREEDY,
+            None,
+            "m",
+            mock.Mock(isatty=lambda: False, readline=mock.Mock(side_effect=stop)),
+            io.StringIO(),
+            io.StringIO(),
+        )
 
 
 def test_ctrl_c_stops_the_reply_only(llm, monkeypatch):
@@ -353,7 +500,11 @@ def test_ctrl_c_stops_the_reply_only(llm, monkeypatch):
 
 def test_a_second_ctrl_c_ends_a_reply_that_hangs(llm, monkeypatch):
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(llm, "step", lambda: [signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)])
+    monkeypatch.setattr(
+        llm,
+        "step",
+        lambda: [signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)],
+    )
     with pytest.raises(KeyboardInterrupt):
         interactive(llm, ["the cat\n"], monkeypatch)
     assert signal.getsignal(signal.SIGINT) is handler and not llm.busy and llm.pool.owned == 0
@@ -362,7 +513,9 @@ def test_a_second_ctrl_c_ends_a_reply_that_hangs(llm, monkeypatch):
 def test_in_a_thread(llm, monkeypatch):
     """Where signals cannot be set."""
     got = []
-    t = threading.Thread(target=lambda: got.append(interactive(llm, ["the cat\n", ""], monkeypatch)))
+    t = threading.Thread(
+        target=lambda: got.append(interactive(llm, ["the cat\n", ""], monkeypatch))
+    )
     t.start(), t.join()
     assert "[cut at" in got[0][1]
 
@@ -373,8 +526,16 @@ class Child:
     def __init__(self, *argv):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background may have it ignored
-            env = {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+            signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            )  # tests that run in the background may have it ignored
+            env = {
+                **os.environ,
+                "NO_COLOR": "1",
+                "TERM": "dumb",
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            }
             os.execve(sys.executable, [sys.executable, "-m", "lamoe", "chat", *map(str, argv)], env)
         self.seen, self.at = "", 0
 
@@ -391,11 +552,11 @@ class Child:
         deadline = time.monotonic() + seconds
         while not done():
             ready, _, _ = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"{what!r} did not come in {seconds} s:\n{self.seen[self.at:]}"
+            assert ready, f"{what!r} did not come in {seconds} s:\n{self.seen[self.at :]}"
             try:
                 self.seen += os.read(self.fd, 1 << 16).decode("utf-8", "replace")
             except OSError:  # Linux's end of file
-                raise AssertionError(f"it ended before {what!r}:\n{self.seen[self.at:]}") from None
+                raise AssertionError(f"it ended before {what!r}:\n{self.seen[self.at :]}") from None
 
     def type(self, text):
         os.write(self.fd, text.encode())
@@ -441,14 +602,19 @@ def test_in_a_real_terminal(endless, tmp_path):
         c.until("[stopped]", "> ")
     c.type(f"/save {tmp_path / 'talk'}\n")
     c.until("[saved ", "> ")
-    time.sleep(0.3)  # Python's readline sees a signal between the prompt and the waiting for a key with the next key only
+    time.sleep(
+        0.3
+    )  # Python's readline sees a signal between the prompt and the waiting for a key with the next key only
     c.type("\x03")
     time.sleep(0.3)
     c.type("\x7f")  # which this is, in case the machine was slower than that
     c.until("[/quit or Ctrl-C once more leaves]", "> ")
     c.type("\x04")
     assert c.end() == 0
-    assert json.loads((tmp_path / "talk").read_text())["messages"][0] == {"role": "user", "content": "the cat"}
+    assert json.loads((tmp_path / "talk").read_text())["messages"][0] == {
+        "role": "user",
+        "content": "the cat",
+    }
 
 
 # ---- the verb --------------------------------------------------------------------------------------------------------------
@@ -460,9 +626,22 @@ def test_the_verb(trained, capsys, monkeypatch):
 
     code, greedy, _ = out("--temperature", 0, "--max-tokens", 10)
     assert code == 0 and len(greedy) > 5
-    assert out("--max-tokens", 10, "--top-k", 1)[1] == out("--max-tokens", 10, "--top-p", 1e-6)[1] == out("--max-tokens", 10, "--min-p", 1)[1] == greedy
-    assert out("--seed", 1, "--temperature", 3)[1] == out("--seed", 1, "--temperature", 3)[1] != out("--seed", 2, "--temperature", 3)[1]
-    assert out("--temperature", 0, "--max-tokens", 10, "--stop", greedy[3:5])[1] == greedy[: greedy.index(greedy[3:5])].rstrip(" ") + "\n" or greedy[3] == " "
+    assert (
+        out("--max-tokens", 10, "--top-k", 1)[1]
+        == out("--max-tokens", 10, "--top-p", 1e-6)[1]
+        == out("--max-tokens", 10, "--min-p", 1)[1]
+        == greedy
+    )
+    assert (
+        out("--seed", 1, "--temperature", 3)[1]
+        == out("--seed", 1, "--temperature", 3)[1]
+        != out("--seed", 2, "--temperature", 3)[1]
+    )
+    assert (
+        out("--temperature", 0, "--max-tokens", 10, "--stop", greedy[3:5])[1]
+        == greedy[: greedy.index(greedy[3:5])].rstrip(" ") + "\n"
+        or greedy[3] == " "
+    )
     assert out("--system", "be a cat", text="/system\n")[2] == "be a cat\n"
     assert out("--dtype", "bfloat16", "--cache", "fp32", text="/quit\n") == (0, "", "")
     code, _, err = out("--cache", "bf61")

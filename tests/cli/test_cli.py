@@ -10,13 +10,13 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from tiny_run import metrics, raw_recipe, trained, write_texts, write_toml  # noqa: F401 (trained is a fixture)
 
 import lamoe
 from lamoe import cli
 from lamoe.backends.paged_cache import PagedCache
 from lamoe.model.config import PRESETS
 from lamoe.train import checkpoint, loop
+from tiny_run import metrics, raw_recipe, trained, write_texts, write_toml  # noqa: F401 (trained is a fixture)
 
 
 @pytest.fixture
@@ -34,7 +34,12 @@ def refused(capsys, *argv) -> str:
     capsys.readouterr()
     assert run(*argv) == 2
     out, err = capsys.readouterr()
-    assert err.startswith(f"lamoe {argv[0]}: ") and err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in out + err
+    assert (
+        err.startswith(f"lamoe {argv[0]}: ")
+        and err.count("\n") == 1
+        and err.endswith("\n")
+        and "Traceback" not in out + err
+    )
     return err
 
 
@@ -42,10 +47,20 @@ def refused(capsys, *argv) -> str:
 @pytest.mark.parametrize("order", ["after", "before", "mixed"])
 def test_train_with_overrides(tmp_path, quick, capsys, order):
     raw = raw_recipe(write_texts(tmp_path / "in"), tmp_path / "no")
-    file, words = str(write_toml(tmp_path / "r.toml", raw)), ["--optim.lr", "3e-4", f"--run.out={tmp_path / 'yes'}", "--run.steps", "2"]
-    argv = {"after": [file, *words, "--quiet"], "before": [*words, "--quiet", file], "mixed": [*words[:2], file, *words[2:3], "--quiet", *words[3:]]}
+    file, words = (
+        str(write_toml(tmp_path / "r.toml", raw)),
+        ["--optim.lr", "3e-4", f"--run.out={tmp_path / 'yes'}", "--run.steps", "2"],
+    )
+    argv = {
+        "after": [file, *words, "--quiet"],
+        "before": [*words, "--quiet", file],
+        "mixed": [*words[:2], file, *words[2:3], "--quiet", *words[3:]],
+    }
     assert run("train", *argv[order]) == 0
-    assert [m["lr"] for m in metrics(tmp_path / "yes") if "lr" in m] == [pytest.approx(1.5e-4), pytest.approx(3e-4)]
+    assert [m["lr"] for m in metrics(tmp_path / "yes") if "lr" in m] == [
+        pytest.approx(1.5e-4),
+        pytest.approx(3e-4),
+    ]
     assert not (tmp_path / "no").exists() and capsys.readouterr() == ("", "")
     assert "add --resume" in refused(capsys, "train", *argv[order])
     assert run("train", *argv[order], "--resume") == 0
@@ -68,30 +83,81 @@ def test_train_refuses(tmp_path, capsys):
 
 # ---- generate --------------------------------------------------------------------------------------------------------------
 def test_generate(trained, capsys, monkeypatch):
-    assert run("generate", "--model", trained, "--prompt", "the ", "--max-tokens", 12, "--temperature", 0) == 0
+    assert (
+        run(
+            "generate",
+            "--model",
+            trained,
+            "--prompt",
+            "the ",
+            "--max-tokens",
+            12,
+            "--temperature",
+            0,
+        )
+        == 0
+    )
     first = capsys.readouterr().out
     assert first.startswith("the ") and len(first) > 8 and first.endswith("\n")
     for argv in (["--prompt", "-"], []):  # from standard input, character for character
         monkeypatch.setattr(sys, "stdin", io.StringIO("the "))
-        assert run("generate", "--model", trained, *argv, "--max-tokens", 12, "--temperature", 0) == 0
+        assert (
+            run("generate", "--model", trained, *argv, "--max-tokens", 12, "--temperature", 0) == 0
+        )
         assert capsys.readouterr().out == first
     folder = checkpoint.latest(trained)
     for name in (folder, folder / "model"):  # a checkpoint and a model folder are fine too
-        assert run("generate", "--model", name, "--prompt", "the ", "--max-tokens", 12, "--temperature", 0) == 0
+        assert (
+            run(
+                "generate",
+                "--model",
+                name,
+                "--prompt",
+                "the ",
+                "--max-tokens",
+                12,
+                "--temperature",
+                0,
+            )
+            == 0
+        )
         assert capsys.readouterr().out == first
     stop = first[6:9]
-    assert run("generate", "--model", trained, "--prompt", "the ", "--max-tokens", 12, "--temperature", 0, "--stop", "@@", "--stop", stop) == 0
+    assert (
+        run(
+            "generate",
+            "--model",
+            trained,
+            "--prompt",
+            "the ",
+            "--max-tokens",
+            12,
+            "--temperature",
+            0,
+            "--stop",
+            "@@",
+            "--stop",
+            stop,
+        )
+        == 0
+    )
     assert capsys.readouterr().out == "the " + first[4 : 4 + first[4:].index(stop)] + "\n"
 
 
 def test_generate_options_arrive(trained, capsys):
     def out(*argv):
-        assert run("generate", "--model", trained, "--prompt", "the ", "--max-tokens", 15, *argv) == 0
+        assert (
+            run("generate", "--model", trained, "--prompt", "the ", "--max-tokens", 15, *argv) == 0
+        )
         return capsys.readouterr().out
 
     greedy = out("--temperature", 0)
     assert out("--top-k", 1) == out("--top-p", 1e-6) == out("--min-p", 1) == greedy
-    assert out("--seed", 1, "--temperature", 3) == out("--seed", 1, "--temperature", 3) != out("--seed", 2, "--temperature", 3)
+    assert (
+        out("--seed", 1, "--temperature", 3)
+        == out("--seed", 1, "--temperature", 3)
+        != out("--seed", 2, "--temperature", 3)
+    )
     assert out("--temperature", 0, "--dtype", "bfloat16").startswith("the ")
     with mock.patch("torch.set_num_threads") as threads:
         out("--threads", 1)
@@ -103,33 +169,89 @@ def test_generate_within_a_memory(trained, capsys):
     made = []
 
     def out(*argv):
-        with mock.patch("lamoe.engine.llm.PagedCache", side_effect=lambda *a: made.append(PagedCache(*a)) or made[-1]):
-            assert run("generate", "--model", trained, "--prompt", "the ", "--max-tokens", 20, "--temperature", 0, *argv) == 0
+        with mock.patch(
+            "lamoe.engine.llm.PagedCache",
+            side_effect=lambda *a: made.append(PagedCache(*a)) or made[-1],
+        ):
+            assert (
+                run(
+                    "generate",
+                    "--model",
+                    trained,
+                    "--prompt",
+                    "the ",
+                    "--max-tokens",
+                    20,
+                    "--temperature",
+                    0,
+                    *argv,
+                )
+                == 0
+            )
         return capsys.readouterr().out
 
     whole = out("--cache", "fp32")
-    assert out("--cache", "fp32", "--max-model-len", 64) == whole and 16 < made[0].pages * 16 // 4 < made[1].pages * 16 // 4 == 64  # room for four
-    assert out("--cache", "6bit", "--kv-cache-memory", "50kB").startswith("the ") and 40_000 < made[2].nbytes <= 50_000 and made[2].format == "6bit"
-    assert whole.startswith(out("--cache", "fp32", "--max-model-len", 8).rstrip("\n"))  # finish_reason "length"
-    assert "leaves no room in max_model_len 2; shorten it, or raise max_model_len (the model takes 64)" in refused(
-        capsys, "generate", "--model", trained, "--prompt", "the cat", "--max-model-len", 2)
-    assert "max_model_len is 65; it must be" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--max-model-len", 65)
-    assert "holds 0 tokens" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--kv-cache-memory", "10")
-    assert "unknown cache format '6bits', did you mean '6bit'?" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--cache", "6bits")
+    assert (
+        out("--cache", "fp32", "--max-model-len", 64) == whole
+        and 16 < made[0].pages * 16 // 4 < made[1].pages * 16 // 4 == 64
+    )  # room for four
+    assert (
+        out("--cache", "6bit", "--kv-cache-memory", "50kB").startswith("the ")
+        and 40_000 < made[2].nbytes <= 50_000
+        and made[2].format == "6bit"
+    )
+    assert whole.startswith(
+        out("--cache", "fp32", "--max-model-len", 8).rstrip("\n")
+    )  # finish_reason "length"
+    assert (
+        "leaves no room in max_model_len 2; shorten it, or raise max_model_len (the model takes 64)"
+        in refused(
+            capsys, "generate", "--model", trained, "--prompt", "the cat", "--max-model-len", 2
+        )
+    )
+    assert "max_model_len is 65; it must be" in refused(
+        capsys, "generate", "--model", trained, "--prompt", "x", "--max-model-len", 65
+    )
+    assert "holds 0 tokens" in refused(
+        capsys, "generate", "--model", trained, "--prompt", "x", "--kv-cache-memory", "10"
+    )
+    assert "unknown cache format '6bits', did you mean '6bit'?" in refused(
+        capsys, "generate", "--model", trained, "--prompt", "x", "--cache", "6bits"
+    )
 
 
 def test_generate_refuses(trained, tmp_path, capsys):
-    assert "does not look like a hub id" in refused(capsys, "generate", "--model", tmp_path / "none", "--prompt", "x")
-    assert "top_p is 2.0" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--top-p", 2)
-    assert "temperature is nan" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--temperature", "nan")
-    assert "max_tokens is 0" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--max-tokens", 0)
-    assert "stop string is empty" in refused(capsys, "generate", "--model", trained, "--prompt", "x", "--stop", "")
-    assert "leaves no room in max_model_len 64; shorten it" in refused(capsys, "generate", "--model", trained, "--prompt", "zq " * 100)
+    assert "does not look like a hub id" in refused(
+        capsys, "generate", "--model", tmp_path / "none", "--prompt", "x"
+    )
+    assert "top_p is 2.0" in refused(
+        capsys, "generate", "--model", trained, "--prompt", "x", "--top-p", 2
+    )
+    assert "temperature is nan" in refused(
+        capsys, "generate", "--model", trained, "--prompt", "x", "--temperature", "nan"
+    )
+    assert "max_tokens is 0" in refused(
+        capsys, "generate", "--model", trained, "--prompt", "x", "--max-tokens", 0
+    )
+    assert "stop string is empty" in refused(
+        capsys, "generate", "--model", trained, "--prompt", "x", "--stop", ""
+    )
+    assert "leaves no room in max_model_len 64; shorten it" in refused(
+        capsys, "generate", "--model", trained, "--prompt", "zq " * 100
+    )
     (tmp_path / "run").mkdir()
     shutil.copy(trained / "recipe.json", tmp_path / "run")
-    assert "is a training run without a checkpoint yet" in refused(capsys, "generate", "--model", tmp_path / "run", "--prompt", "x")
-    shutil.copytree(checkpoint.latest(trained) / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
-    assert "no tokenizer at" in refused(capsys, "generate", "--model", tmp_path / "bare", "--prompt", "x")
+    assert "is a training run without a checkpoint yet" in refused(
+        capsys, "generate", "--model", tmp_path / "run", "--prompt", "x"
+    )
+    shutil.copytree(
+        checkpoint.latest(trained) / "model",
+        tmp_path / "bare",
+        ignore=shutil.ignore_patterns("token*"),
+    )
+    assert "no tokenizer at" in refused(
+        capsys, "generate", "--model", tmp_path / "bare", "--prompt", "x"
+    )
 
 
 def test_a_refused_prompt_is_not_echoed(trained, capsys):
@@ -143,54 +265,97 @@ def test_evaluate_a_run(trained, tmp_path, capsys):
     assert run("evaluate", trained, "--out", out) == 0
     said = capsys.readouterr().out
     assert "bits per byte" in said and "wrote " in said
-    assert (out / "report.md").read_text() in said and (out / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (out / "report.md").read_text() in said and (out / "report.png").read_bytes()[
+        :8
+    ] == b"\x89PNG\r\n\x1a\n"
     assert json.loads((out / "report.json").read_text())["training"]["steps"] == 40
 
 
-def test_evaluate_writes_into_the_run_and_works_without_matplotlib(trained, tmp_path, capsys, monkeypatch):
+def test_evaluate_writes_into_the_run_and_works_without_matplotlib(
+    trained, tmp_path, capsys, monkeypatch
+):
     shutil.copytree(trained, tmp_path / "run")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run("evaluate", tmp_path / "run") == 0
     assert "matplotlib is not installed" in capsys.readouterr().out
-    assert (tmp_path / "run" / "report.md").exists() and not (tmp_path / "run" / "report.png").exists()
+    assert (tmp_path / "run" / "report.md").exists() and not (
+        tmp_path / "run" / "report.png"
+    ).exists()
 
 
 def test_evaluate_a_model_on_a_file(trained, tmp_path, capsys):
     shutil.copytree(checkpoint.latest(trained) / "model", tmp_path / "model")
     (tmp_path / "text.txt").write_text("the cat sat on the mat.\n" * 4)
     before = sorted(p.name for p in (tmp_path / "model").iterdir())
-    assert run("evaluate", tmp_path / "model", "--data", tmp_path / "text.txt", "--seq-len", 16) == 0
+    assert (
+        run("evaluate", tmp_path / "model", "--data", tmp_path / "text.txt", "--seq-len", 16) == 0
+    )
     said = capsys.readouterr().out
     assert "| 96 |" in said and "Context 16 tokens" in said and "wrote" not in said
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == before
     assert "is not a run folder" in refused(capsys, "evaluate", tmp_path / "model")
-    assert "does not exist" in refused(capsys, "evaluate", tmp_path / "model", "--data", tmp_path / "none.txt")
-    assert "context is 65 tokens" in refused(capsys, "evaluate", tmp_path / "model", "--data", tmp_path / "text.txt", "--seq-len", 65)
+    assert "does not exist" in refused(
+        capsys, "evaluate", tmp_path / "model", "--data", tmp_path / "none.txt"
+    )
+    assert "context is 65 tokens" in refused(
+        capsys, "evaluate", tmp_path / "model", "--data", tmp_path / "text.txt", "--seq-len", 65
+    )
     assert "--seq-len needs --data" in refused(capsys, "evaluate", trained, "--seq-len", 16)
 
 
 def test_evaluate_needles(trained, tmp_path, capsys, monkeypatch):
     shutil.copytree(checkpoint.latest(trained) / "model", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({**config, "max_position_embeddings": 256})
+    )
     (tmp_path / "hay.txt").write_text("The cat sat on the mat. The dog ran up the hill! " * 20)
     out = tmp_path / "out"
-    argv = ["evaluate", tmp_path / "model", "--needle", "100,256", "--needle-depths", 3, "--needle-draws", 2, "--data", tmp_path / "hay.txt"]
+    argv = [
+        "evaluate",
+        tmp_path / "model",
+        "--needle",
+        "100,256",
+        "--needle-depths",
+        3,
+        "--needle-draws",
+        2,
+        "--data",
+        tmp_path / "hay.txt",
+    ]
     assert run(*argv, "--out", out) == 0
     said = capsys.readouterr()
-    assert (out / "needle.md").read_text() in said.out and "| depth | 100 tokens | 256 tokens |" in said.out and "256 tokens: " in said.err
-    assert (out / "needle.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and not (out / "report.md").exists()
+    assert (
+        (out / "needle.md").read_text() in said.out
+        and "| depth | 100 tokens | 256 tokens |" in said.out
+        and "256 tokens: " in said.err
+    )
+    assert (out / "needle.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and not (
+        out / "report.md"
+    ).exists()
     result = json.loads((out / "needle.json").read_text())
     assert np.shape(result["found"]) == (3, 2) and result["depths"] == [0, 0.5, 1]
-    assert run(*argv) == 0 and "wrote" not in capsys.readouterr().out  # a model folder stays as it is
+    assert (
+        run(*argv) == 0 and "wrote" not in capsys.readouterr().out
+    )  # a model folder stays as it is
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run(*argv, "--out", tmp_path / "other") == 0
-    assert "matplotlib is not installed" in capsys.readouterr().out and not (tmp_path / "other" / "needle.png").exists()
-    with mock.patch("lamoe.measure.report.read_documents", return_value=[mock.Mock(text="One sentence. Another one.")]) as read:
+    assert (
+        "matplotlib is not installed" in capsys.readouterr().out
+        and not (tmp_path / "other" / "needle.png").exists()
+    )
+    with mock.patch(
+        "lamoe.measure.report.read_documents",
+        return_value=[mock.Mock(text="One sentence. Another one.")],
+    ) as read:
         assert run(*argv[:3], "100", "--needle-draws", 1) == 0
     read.assert_called_once_with(["austen"])
-    assert "haystack of 257 tokens" in refused(capsys, *argv[:3], "257", "--data", tmp_path / "hay.txt")
-    assert "no room for the needle" in refused(capsys, *argv[:3], "16", "--data", tmp_path / "hay.txt")
+    assert "haystack of 257 tokens" in refused(
+        capsys, *argv[:3], "257", "--data", tmp_path / "hay.txt"
+    )
+    assert "no room for the needle" in refused(
+        capsys, *argv[:3], "16", "--data", tmp_path / "hay.txt"
+    )
     assert "--seq-len goes with text" in refused(capsys, *argv, "--seq-len", 16)
     assert "1 depths were asked for" in refused(capsys, *argv[:3], "100", "--needle-depths", 1)
     with pytest.raises(SystemExit):
@@ -213,12 +378,28 @@ def test_info_of_folders_and_files(trained, capsys):
     folder = checkpoint.latest(trained)
     total = sum(p.numel() for p in lamoe.load(folder / "model").parameters())
     for name in (trained, folder, folder / "model", folder / "model" / "config.json"):
-        assert run("info", name, "--memory", "16GB", "--context", 32, "--weight-bits", 4.5, "--cache-bits", 16) == 0
+        assert (
+            run(
+                "info",
+                name,
+                "--memory",
+                "16GB",
+                "--context",
+                32,
+                "--weight-bits",
+                4.5,
+                "--cache-bits",
+                16,
+            )
+            == 0
+        )
         assert f"{total:,}" in capsys.readouterr().out
 
 
 def test_info_refuses(tmp_path, capsys):
-    assert "neither a preset, did you mean 'deepseek-v2-lite'" in refused(capsys, "info", "deepseekv2-lite")
+    assert "neither a preset, did you mean 'deepseek-v2-lite'" in refused(
+        capsys, "info", "deepseekv2-lite"
+    )
     assert "config.json" in refused(capsys, "info", tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert "not valid JSON" in refused(capsys, "info", tmp_path)
@@ -227,7 +408,18 @@ def test_info_refuses(tmp_path, capsys):
     refused(capsys, "info", "tiny", "--memory=-16GB")
 
 
-@pytest.mark.parametrize("text, value", [("16GB", 16 * 10**9), ("512 MiB", 512 << 20), ("1e9", 10**9), ("2.5k", 2500), ("7", 7), ("1TB", 10**12), ("1gib", 1 << 30)])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("16GB", 16 * 10**9),
+        ("512 MiB", 512 << 20),
+        ("1e9", 10**9),
+        ("2.5k", 2500),
+        ("7", 7),
+        ("1TB", 10**12),
+        ("1gib", 1 << 30),
+    ],
+)
 def test_amounts_of_memory(text, value):
     assert cli.parse_bytes(text) == value
 
@@ -236,21 +428,36 @@ def test_amounts_of_memory(text, value):
 def test_wrong_amounts_of_memory(text, capsys):
     with pytest.raises(SystemExit) as e:
         run("info", "tiny", f"--memory={text}")
-    assert e.value.code == 2 and "is not an amount of memory; write it like 16GB" in capsys.readouterr().err
+    assert (
+        e.value.code == 2
+        and "is not an amount of memory; write it like 16GB" in capsys.readouterr().err
+    )
 
 
 # ---- convert ---------------------------------------------------------------------------------------------------------------
 def test_convert(trained, tmp_path, capsys):
-    assert run("convert", trained, tmp_path / "new", "--dtype", "bfloat16", "--max-shard-size", "50kB") == 0
+    assert (
+        run("convert", trained, tmp_path / "new", "--dtype", "bfloat16", "--max-shard-size", "50kB")
+        == 0
+    )
     assert f"wrote {tmp_path / 'new'}" in capsys.readouterr().out
     model = lamoe.load(tmp_path / "new")
-    assert str(model.embed.weight.dtype) == "torch.bfloat16" and len(list((tmp_path / "new").glob("*.safetensors"))) > 1
+    assert (
+        str(model.embed.weight.dtype) == "torch.bfloat16"
+        and len(list((tmp_path / "new").glob("*.safetensors"))) > 1
+    )
     old = checkpoint.latest(trained) / "model"
-    assert (tmp_path / "new" / "tokenizer.json").read_bytes() == (old / "tokenizer.json").read_bytes()
-    assert all((p.bfloat16() == q).all() for p, q in zip(lamoe.load(old).parameters(), model.parameters()))
+    assert (tmp_path / "new" / "tokenizer.json").read_bytes() == (
+        old / "tokenizer.json"
+    ).read_bytes()
+    assert all(
+        (p.bfloat16() == q).all() for p, q in zip(lamoe.load(old).parameters(), model.parameters())
+    )
     assert "not empty" in refused(capsys, "convert", trained, tmp_path / "new")
     assert run("convert", trained, tmp_path / "new", "--overwrite") == 0
-    assert "max_shard_bytes is 0" in refused(capsys, "convert", trained, tmp_path / "other", "--max-shard-size", 0)
+    assert "max_shard_bytes is 0" in refused(
+        capsys, "convert", trained, tmp_path / "other", "--max-shard-size", 0
+    )
     assert not (tmp_path / "other").exists()
 
 
@@ -284,18 +491,38 @@ def test_as_a_program():
     done = subprocess.run([*lamoe_cli, "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"lamoe {lamoe.__version__}\n", "")
     done = subprocess.run([*lamoe_cli, "info", "nonsense"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("lamoe info: 'nonsense' is neither") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("lamoe info: 'nonsense' is neither")
+        and done.stderr.count("\n") == 1
+    )
     for flags in (["--json"], []):
-        child = subprocess.Popen([*lamoe_cli, "info", "deepseek-v2", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                 env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"})  # the last flush is the hard one
+        child = subprocess.Popen(
+            [*lamoe_cli, "info", "deepseek-v2", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
+        )  # the last flush is the hard one
         child.stdout.close()
         assert child.stderr.read() == "" and child.wait() == 1
-    code = "import sys, lamoe.cli; lamoe.cli.main(['info', 'tiny']); assert 'torch' not in sys.modules"
+    code = (
+        "import sys, lamoe.cli; lamoe.cli.main(['info', 'tiny']); assert 'torch' not in sys.modules"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def test_the_package_says_what_it_has():
-    assert set(lamoe.__all__) >= {"load", "save", "generate", "SamplingParams", "ModelConfig", "Tokenizer", "Transformer", "accounting"}
+    assert set(lamoe.__all__) >= {
+        "load",
+        "save",
+        "generate",
+        "SamplingParams",
+        "ModelConfig",
+        "Tokenizer",
+        "Transformer",
+        "accounting",
+    }
     assert all(getattr(lamoe, name) is not None for name in lamoe.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         lamoe.nothing

@@ -38,13 +38,21 @@ def test_concurrent_requests_give_the_synchronous_tokens(engine):
         outs = await asyncio.gather(*(engine.generate(p, GREEDY) for p in PROMPTS))
         return [o[0].token_ids for o in outs]
 
-    want = [o.token_ids for o in LLM(tiny.model(tiny.config(), 0), cache="fp32", speculate=0).generate(PROMPTS, GREEDY)]
+    want = [
+        o.token_ids
+        for o in LLM(tiny.model(tiny.config(), 0), cache="fp32", speculate=0).generate(
+            PROMPTS, GREEDY
+        )
+    ]
     assert run(main()) == want
 
 
 def test_samples_of_one_request_come_in_order(engine):
     params = SamplingParams(n=3, seed=4, max_tokens=6)
-    want = [o.token_ids for o in LLM(tiny.model(tiny.config(), 0), cache="fp32").generate([[1, 2]], params)]
+    want = [
+        o.token_ids
+        for o in LLM(tiny.model(tiny.config(), 0), cache="fp32").generate([[1, 2]], params)
+    ]
     assert [o.token_ids for o in run(engine.generate([1, 2], params))] == want
 
 
@@ -80,7 +88,9 @@ def test_a_bad_request_fails_alone(engine):
 
 def test_open_requests_hear_of_the_end(engine):
     async def main():
-        stream = engine.stream([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True))
+        stream = engine.stream(
+            [1, 2, 3], SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+        )
         await anext(stream)
         await asyncio.to_thread(engine.close)
         with pytest.raises(EngineDead, match="closed"):

@@ -6,28 +6,38 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_run import BODY, MLA, MOE, trained  # noqa: F401 (trained is a fixture)
 
 import lamoe
-from lamoe.model.config import ModelConfig, RopeScaling
 from lamoe.engine.generate import Piece, TextStream, generate
 from lamoe.engine.sampler import SamplingParams, probabilities, sample
+from lamoe.model.config import ModelConfig, RopeScaling
 from lamoe.model.transformer import Transformer
 from lamoe.text.tokenizer import Tokenizer
 from lamoe.train import checkpoint
+from tiny_run import BODY, MLA, MOE, trained  # noqa: F401 (trained is a fixture)
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 CONFIGS = {
     "mla": ModelConfig(**BODY, **MLA, **MOE),
-    "mla, q_lora, yarn": ModelConfig(**BODY, **MLA, **MOE, q_lora_rank=12, rope_scaling=RopeScaling(factor=4.0, original_max_position_embeddings=16)),
-    "gqa": ModelConfig(model_type="llama", **{**BODY, "num_attention_heads": 4}, num_key_value_heads=2),
+    "mla, q_lora, yarn": ModelConfig(
+        **BODY,
+        **MLA,
+        **MOE,
+        q_lora_rank=12,
+        rope_scaling=RopeScaling(factor=4.0, original_max_position_embeddings=16),
+    ),
+    "gqa": ModelConfig(
+        model_type="llama", **{**BODY, "num_attention_heads": 4}, num_key_value_heads=2
+    ),
     "mha moe-v1": ModelConfig(model_type="deepseek", **BODY, **{**MOE, "n_shared_experts": 2}),
 }
 
 
 def model(name="mla", dtype=torch.float32) -> Transformer:
     """Weights large enough that the next token depends on all earlier ones."""
-    return Transformer(CONFIGS[name].replace(initializer_range=0.2)).init_weights(1).to(dtype).eval()
+    return (
+        Transformer(CONFIGS[name].replace(initializer_range=0.2)).init_weights(1).to(dtype).eval()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +58,9 @@ def test_greedy_is_a_full_reforward(name, prompt):
             assert p.token_id == int(m(torch.tensor([ids]))[0, -1].argmax())
             ids.append(p.token_id)
     assert len(pieces) == 24 and len({p.token_id for p in pieces}) >= 3
-    assert [p.finish_reason for p in pieces] == [None] * 23 + ["length"] and all(p.text == "" for p in pieces)
+    assert [p.finish_reason for p in pieces] == [None] * 23 + ["length"] and all(
+        p.text == "" for p in pieces
+    )
 
 
 def test_greedy_in_bf16():
@@ -66,13 +78,16 @@ def test_greedy_in_bf16():
 
 def test_a_seed_is_a_text():
     m = model()
+
     def run(**p):
         return [x.token_id for x in generate(m, [5], SamplingParams(max_tokens=20, **p))]
 
     assert run(seed=3) == run(seed=3) != run(seed=4)
     torch.manual_seed(0)
     first = run(seed=3)
-    assert first == run(seed=3) and torch.initial_seed() == 0  # the process-wide generator is not touched
+    assert (
+        first == run(seed=3) and torch.initial_seed() == 0
+    )  # the process-wide generator is not touched
     torch.manual_seed(1)
     a = run()
     torch.manual_seed(1)
@@ -82,7 +97,9 @@ def test_a_seed_is_a_text():
 def test_interleaved_generations_do_not_disturb_each_other():
     m, p = model(), SamplingParams(seed=1, max_tokens=10)
     alone = [x.token_id for x in generate(m, [5], p)]
-    pairs = list(zip(generate(m, [5], p), generate(m, [9, 9], SamplingParams(seed=2, max_tokens=10))))
+    pairs = list(
+        zip(generate(m, [5], p), generate(m, [9, 9], SamplingParams(seed=2, max_tokens=10)))
+    )
     assert [a.token_id for a, _ in pairs] == alone
     steps = generate(m, [5], p)
     next(steps)
@@ -97,18 +114,28 @@ def test_finish_reasons():
     ended = list(generate(m, [7], GREEDY, eos_ids=frozenset({greedy[at]})))
     assert [p.token_id for p in ended] == greedy[: at + 1] and ended[-1].finish_reason == "stop"
     through = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-    assert [p.token_id for p in generate(m, [7], through, eos_ids=frozenset({greedy[at]}))] == greedy
+    assert [
+        p.token_id for p in generate(m, [7], through, eos_ids=frozenset({greedy[at]}))
+    ] == greedy
     # the model's context is 64 positions: the last token generated takes the last of them
     full = list(generate(m, [7] * 60, SamplingParams(temperature=0.0, max_tokens=10**12)))
     assert len(full) == 4 and full[-1].finish_reason == "length"
     assert len(list(generate(m, [7] * 63, GREEDY))) == 1
-    assert [p.finish_reason for p in generate(m, [7], SamplingParams(temperature=0.0, max_tokens=1))] == ["length"]
+    assert [
+        p.finish_reason for p in generate(m, [7], SamplingParams(temperature=0.0, max_tokens=1))
+    ] == ["length"]
 
 
-@pytest.mark.parametrize("prompt, words", [
-    ([], "the prompt has no tokens"), ([1] * 64, "the prompt has 64 tokens and leaves no room in the model's context of 64"),
-    ([1] * 1000, "1000 tokens .* context of 64"), ([300], "token ids from 300 to 300; the vocabulary has 300"), ([5, -1], "from -1 to 5"),
-])
+@pytest.mark.parametrize(
+    "prompt, words",
+    [
+        ([], "the prompt has no tokens"),
+        ([1] * 64, "the prompt has 64 tokens and leaves no room in the model's context of 64"),
+        ([1] * 1000, "1000 tokens .* context of 64"),
+        ([300], "token ids from 300 to 300; the vocabulary has 300"),
+        ([5, -1], "from -1 to 5"),
+    ],
+)
 def test_prompts_refused_before_anything_runs(prompt, words):
     with pytest.raises(ValueError, match=words):
         generate(model(), prompt, GREEDY)
@@ -119,7 +146,10 @@ def test_prompts_refused_before_anything_runs(prompt, words):
 # ---- text ------------------------------------------------------------------------------------------------------------------
 def test_pieces_are_the_decoded_text(spoken):
     m, tok = spoken
-    for params in (SamplingParams(temperature=0.0, max_tokens=50), SamplingParams(temperature=5.0, seed=1, max_tokens=50, ignore_eos=True)):
+    for params in (
+        SamplingParams(temperature=0.0, max_tokens=50),
+        SamplingParams(temperature=5.0, seed=1, max_tokens=50, ignore_eos=True),
+    ):
         pieces = list(generate(m, tok.encode("the ", bos=True), params, tok))
         assert "".join(p.text for p in pieces) == tok.decode([p.token_id for p in pieces])
     assert "\ufffd" in "".join(p.text for p in pieces)  # the hot one also breaks characters
@@ -130,18 +160,30 @@ def test_tokenizers_eos_ends(spoken):
     m, tok = spoken
     bent = Transformer(m.config)
     bent.load_state_dict(m.state_dict())
-    original, bias = bent.logits, torch.zeros(m.config.vocab_size).index_fill(0, torch.tensor([tok.eos_id]), 6.0)
+    original, bias = (
+        bent.logits,
+        torch.zeros(m.config.vocab_size).index_fill(0, torch.tensor([tok.eos_id]), 6.0),
+    )
     bent.logits = lambda h: original(h) + bias
-    pieces = list(generate(bent, tok.encode("the ", bos=True), SamplingParams(seed=0, max_tokens=50), tok))
-    assert 1 < len(pieces) < 50 and [p.token_id for p in pieces].index(tok.eos_id) == len(pieces) - 1
-    assert pieces[-1].finish_reason == "stop" and "".join(p.text for p in pieces) == tok.decode([p.token_id for p in pieces[:-1]])
+    pieces = list(
+        generate(bent, tok.encode("the ", bos=True), SamplingParams(seed=0, max_tokens=50), tok)
+    )
+    assert (
+        1 < len(pieces) < 50 and [p.token_id for p in pieces].index(tok.eos_id) == len(pieces) - 1
+    )
+    assert pieces[-1].finish_reason == "stop" and "".join(p.text for p in pieces) == tok.decode(
+        [p.token_id for p in pieces[:-1]]
+    )
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 9])
 def test_stop_strings_are_never_shown(spoken, length):
     """Every substring of a greedy text as stop string: the output ends before its first occurrence, wherever tokens end."""
     m, tok = spoken
-    prompt, params = tok.encode("the ", bos=True), dict(temperature=0.0, max_tokens=30, ignore_eos=True)
+    prompt, params = (
+        tok.encode("the ", bos=True),
+        dict(temperature=0.0, max_tokens=30, ignore_eos=True),
+    )
     pieces = list(generate(m, prompt, SamplingParams(**params), tok))
     text = "".join(p.text for p in pieces)
     assert len(text) > 30 and max(len(p.text) for p in pieces) > 1
@@ -154,10 +196,15 @@ def test_stop_strings_are_never_shown(spoken, length):
 
 def test_what_was_held_back_is_shown_at_the_length_limit(spoken):
     m, tok = spoken
-    prompt, params = tok.encode("the ", bos=True), dict(temperature=0.0, max_tokens=9, ignore_eos=True)
+    prompt, params = (
+        tok.encode("the ", bos=True),
+        dict(temperature=0.0, max_tokens=9, ignore_eos=True),
+    )
     text = "".join(p.text for p in generate(m, prompt, SamplingParams(**params), tok))
     out = list(generate(m, prompt, SamplingParams(stop=text[-4:] + "never", **params), tok))
-    assert "".join(p.text for p in out) == text and out[-1].finish_reason == "length" and len(out) == 9
+    assert (
+        "".join(p.text for p in out) == text and out[-1].finish_reason == "length" and len(out) == 9
+    )
 
 
 class Spelled:
@@ -186,26 +233,46 @@ def stopped(pieces, stop) -> tuple[str, bool]:
     return shown + text.rest(), False
 
 
-@pytest.mark.parametrize("pieces, stop, want", [
-    (["abc"], ["abc"], ("", True)), (["a", "b", "c"], ["abc"], ("", True)), (["xa", "b", "cx"], ["abc"], ("x", True)),
-    (["a", "a", "a", "b"], ["aab"], ("a", True)), (["ab", "ab", "ac"], ["abac"], ("ab", True)), (["a", "b"], ["abc"], ("ab", False)),
-    (["xyz"], ["z", "y"], ("x", True)), (["ab", "cd"], ["bcd", "c"], ("a", True)), (["ab", "cd"], ["bcd", "d"], ("a", True)),
-    (["one\n", "\n", "two"], ["\n\n"], ("one", True)), (["", "a", "", "b"], ["ab"], ("", True)), (["é", "ö"], ["éö"], ("", True)),
-])
+@pytest.mark.parametrize(
+    "pieces, stop, want",
+    [
+        (["abc"], ["abc"], ("", True)),
+        (["a", "b", "c"], ["abc"], ("", True)),
+        (["xa", "b", "cx"], ["abc"], ("x", True)),
+        (["a", "a", "a", "b"], ["aab"], ("a", True)),
+        (["ab", "ab", "ac"], ["abac"], ("ab", True)),
+        (["a", "b"], ["abc"], ("ab", False)),
+        (["xyz"], ["z", "y"], ("x", True)),
+        (["ab", "cd"], ["bcd", "c"], ("a", True)),
+        (["ab", "cd"], ["bcd", "d"], ("a", True)),
+        (["one\n", "\n", "two"], ["\n\n"], ("one", True)),
+        (["", "a", "", "b"], ["ab"], ("", True)),
+        (["é", "ö"], ["éö"], ("", True)),
+    ],
+)
 def test_stop_strings_by_hand(pieces, stop, want):
     assert stopped(pieces, stop) == want
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.lists(st.text("ab", max_size=4), max_size=8), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+@given(
+    st.lists(st.text("ab", max_size=4), max_size=8),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
 def test_stop_strings_against_the_whole_text(pieces, stop):
     """However the text is cut into pieces: what is shown before a stop never contains one, and nothing else is lost."""
     shown, hit = stopped(pieces, stop)
     text = "".join(pieces)
-    assert hit == any(s in text for s in stop) and text.startswith(shown) and not any(s in shown for s in stop)
+    assert (
+        hit == any(s in text for s in stop)
+        and text.startswith(shown)
+        and not any(s in shown for s in stop)
+    )
     if hit:
         # the stop that is complete first in the stream ends it; of several complete within one piece, the one that begins first
-        reach = next(n for n in range(len(pieces) + 1) if any(s in "".join(pieces[:n]) for s in stop))
+        reach = next(
+            n for n in range(len(pieces) + 1) if any(s in "".join(pieces[:n]) for s in stop)
+        )
         seen = "".join(pieces[:reach])
         assert shown == seen[: min(seen.find(s) for s in stop if s in seen)]
     else:
@@ -240,34 +307,64 @@ def brute(logits: list[float], p: SamplingParams) -> list[float]:
     return [w / sum(weights) for w in weights]
 
 
-@pytest.mark.parametrize("p", [
-    dict(), dict(temperature=0.5), dict(temperature=3.0), dict(top_k=1), dict(top_k=5), dict(top_k=50), dict(top_k=10**20), dict(top_p=0.3), dict(top_p=1e-9),
-    dict(top_p=0.999), dict(min_p=0.1), dict(min_p=1.0), dict(temperature=2.0, top_k=20, top_p=0.8, min_p=0.05), dict(temperature=0.7, top_k=3, top_p=0.6),
-], ids=str)
+@pytest.mark.parametrize(
+    "p",
+    [
+        dict(),
+        dict(temperature=0.5),
+        dict(temperature=3.0),
+        dict(top_k=1),
+        dict(top_k=5),
+        dict(top_k=50),
+        dict(top_k=10**20),
+        dict(top_p=0.3),
+        dict(top_p=1e-9),
+        dict(top_p=0.999),
+        dict(min_p=0.1),
+        dict(min_p=1.0),
+        dict(temperature=2.0, top_k=20, top_p=0.8, min_p=0.05),
+        dict(temperature=0.7, top_k=3, top_p=0.6),
+    ],
+    ids=str,
+)
 def test_distribution_is_the_definition(p):
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         logits = torch.randn(50, generator=generator) * 3
         params = SamplingParams(**p)
         got = probabilities(logits, params)
-        assert got.dtype == torch.float32 and torch.allclose(got.double(), torch.tensor(brute(logits.double().tolist(), params), dtype=torch.float64), atol=2e-6)
+        assert got.dtype == torch.float32 and torch.allclose(
+            got.double(),
+            torch.tensor(brute(logits.double().tolist(), params), dtype=torch.float64),
+            atol=2e-6,
+        )
         assert got.sum().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_draws_follow_the_distribution():
     params, generator = SamplingParams(temperature=0.8, top_p=0.9), torch.Generator().manual_seed(0)
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -5.0])
-    draws = torch.tensor([sample(logits, params, generator) for _ in range(4000)]).bincount(minlength=5) / 4000
+    draws = (
+        torch.tensor([sample(logits, params, generator) for _ in range(4000)]).bincount(minlength=5)
+        / 4000
+    )
     assert torch.allclose(draws, probabilities(logits, params), atol=0.03) and draws[4] == 0
 
 
 def test_temperature_zero_and_nearly():
     logits = torch.tensor([0.1, 3.0, 2.9999, -4.0])
-    assert sample(logits, SamplingParams(temperature=0)) == 1 == sample(logits * 1e6, SamplingParams(temperature=0.0, top_k=2, top_p=0.1))
+    assert (
+        sample(logits, SamplingParams(temperature=0))
+        == 1
+        == sample(logits * 1e6, SamplingParams(temperature=0.0, top_k=2, top_p=0.1))
+    )
     for t in (1e-4 / 30, 1e-20, 1e-40, 1e-300, 5e-324):  # never inf / inf
         assert sample(logits, SamplingParams(temperature=t)) == 1
     assert probabilities(logits * 1e30, SamplingParams(temperature=1e-10)).tolist() == [0, 1, 0, 0]
-    assert probabilities(torch.full((4,), -1e30), SamplingParams(temperature=0.01)).tolist() == [0.25] * 4
+    assert (
+        probabilities(torch.full((4,), -1e30), SamplingParams(temperature=0.01)).tolist()
+        == [0.25] * 4
+    )
 
 
 def test_banned_tokens_stay_banned():
@@ -275,25 +372,50 @@ def test_banned_tokens_stay_banned():
     assert probabilities(logits, SamplingParams(temperature=100, top_p=0.99))[1] == 0
 
 
-@pytest.mark.parametrize("bad, words", [
-    (dict(temperature=math.nan), "temperature is nan"), (dict(temperature=-0.1), "temperature"), (dict(temperature=math.inf), "temperature"),
-    (dict(temperature=101), "between 0"), (dict(temperature="hot"), "temperature must be float"), (dict(temperature=True), "temperature"),
-    (dict(top_p=0), "top_p is 0"), (dict(top_p=1.01), "top_p"), (dict(top_p=math.nan), "top_p"), (dict(top_k=-1), "top_k is -1"),
-    (dict(top_k=1.5), "top_k must be int"), (dict(min_p=-0.1), "min_p"), (dict(min_p=1.1), "min_p"), (dict(min_p=math.nan), "min_p"),
-    (dict(seed=-1), "seed is -1"), (dict(seed=2**63), "seed"), (dict(seed=1.0), "seed must be"), (dict(max_tokens=0), "max_tokens is 0"),
-    (dict(max_tokens=-5), "max_tokens"), (dict(max_tokens=math.inf), "max_tokens must be int"), (dict(stop=""), "stop string is empty"),
-    (dict(stop=["a", ""]), "empty"), (dict(stop=[1]), "stop must be"), (dict(stop=5), "stop must be"), (dict(ignore_eos=1), "ignore_eos must be bool"),
-])
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        (dict(temperature=math.nan), "temperature is nan"),
+        (dict(temperature=-0.1), "temperature"),
+        (dict(temperature=math.inf), "temperature"),
+        (dict(temperature=101), "between 0"),
+        (dict(temperature="hot"), "temperature must be float"),
+        (dict(temperature=True), "temperature"),
+        (dict(top_p=0), "top_p is 0"),
+        (dict(top_p=1.01), "top_p"),
+        (dict(top_p=math.nan), "top_p"),
+        (dict(top_k=-1), "top_k is -1"),
+        (dict(top_k=1.5), "top_k must be int"),
+        (dict(min_p=-0.1), "min_p"),
+        (dict(min_p=1.1), "min_p"),
+        (dict(min_p=math.nan), "min_p"),
+        (dict(seed=-1), "seed is -1"),
+        (dict(seed=2**63), "seed"),
+        (dict(seed=1.0), "seed must be"),
+        (dict(max_tokens=0), "max_tokens is 0"),
+        (dict(max_tokens=-5), "max_tokens"),
+        (dict(max_tokens=math.inf), "max_tokens must be int"),
+        (dict(stop=""), "stop string is empty"),
+        (dict(stop=["a", ""]), "empty"),
+        (dict(stop=[1]), "stop must be"),
+        (dict(stop=5), "stop must be"),
+        (dict(ignore_eos=1), "ignore_eos must be bool"),
+    ],
+)
 def test_hostile_parameters(bad, words):
     with pytest.raises(ValueError, match=words):
         SamplingParams(**bad)
 
 
 def test_huge_but_legal_parameters():
-    p = SamplingParams(temperature=100, top_k=10**30, max_tokens=10**30, seed=2**63 - 1, stop=["x" * 10**5] * 3)
+    p = SamplingParams(
+        temperature=100, top_k=10**30, max_tokens=10**30, seed=2**63 - 1, stop=["x" * 10**5] * 3
+    )
     assert p.stop == ("x" * 10**5,) * 3 and p.generator().initial_seed() == 2**63 - 1
     assert SamplingParams(stop="ab").stop == ("ab",)
 
 
 def test_the_package_offers_it():
-    assert [*lamoe.generate(model(), [1], lamoe.SamplingParams(temperature=0.0, max_tokens=2))][0] == Piece(next(generate(model(), [1], GREEDY)).token_id, "")
+    assert [*lamoe.generate(model(), [1], lamoe.SamplingParams(temperature=0.0, max_tokens=2))][
+        0
+    ] == Piece(next(generate(model(), [1], GREEDY)).token_id, "")

@@ -43,8 +43,15 @@ torch.set_num_threads(1)
 
 def scene(code: str) -> None:
     tests = Path(__file__).parents[1]
-    program = subprocess.Popen([sys.executable, "-c", BEGIN + textwrap.dedent(code)], cwd=tests, env={"PATH": "", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": f"{tests}:{tests.parent}"},
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    program = subprocess.Popen(
+        [sys.executable, "-c", BEGIN + textwrap.dedent(code)],
+        cwd=tests,
+        env={"PATH": "", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": f"{tests}:{tests.parent}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
         out, _ = program.communicate(timeout=120)
     except subprocess.TimeoutExpired:

@@ -4,13 +4,25 @@ import math
 
 import pytest
 import torch
-from tiny_engine import CONTEXT, EVERY, FAMILIES, drain, greedy, idle, llm, prompts, reforward, tokens, watch
 
 from lamoe.backends import cache_codec
 from lamoe.engine import runner
 from lamoe.engine.generate import generate
 from lamoe.engine.request import Sequence
 from lamoe.engine.sampler import SamplingParams
+from tiny_engine import (
+    CONTEXT,
+    EVERY,
+    FAMILIES,
+    drain,
+    greedy,
+    idle,
+    llm,
+    prompts,
+    reforward,
+    tokens,
+    watch,
+)
 
 # ---- the same tokens -------------------------------------------------------------------------------------------------
 LENGTHS = (1, 3, 4, 5, 17, 40, 64)
@@ -49,7 +61,10 @@ def test_in_chunks_between_others_decoding(expected):
     engine = llm(family, max_num_batched_tokens=16, speculate=0)
     plans, _ = watch(engine)
     assert tokens(engine.generate(prompts(*LENGTHS), greedy())) == out
-    assert any(len(p) > 1 and any(1 < n < seq.prompt_len for seq, n in p) and any(n == 1 for _, n in p) for p in plans), "no mixed step"
+    assert any(
+        len(p) > 1 and any(1 < n < seq.prompt_len for seq, n in p) and any(n == 1 for _, n in p)
+        for p in plans
+    ), "no mixed step"
 
 
 def test_one_by_one_joining_a_running_batch(expected):
@@ -79,7 +94,12 @@ def test_after_preemption(expected, budget, speculate):
     """Room for one full context only: sequences are pushed out while decoding, and all end as they should."""
     family, out = expected
     one = llm(family)
-    engine = llm(family, cache_memory=one.cache.nbytes // one.pool.total * 24, max_num_batched_tokens=budget, speculate=speculate)
+    engine = llm(
+        family,
+        cache_memory=one.cache.nbytes // one.pool.total * 24,
+        max_num_batched_tokens=budget,
+        speculate=speculate,
+    )
     _, sequences = watch(engine)
     assert engine.pool.total * 4 == CONTEXT < sum(LENGTHS) + 16
     assert tokens(engine.generate(prompts(*LENGTHS), greedy())) == out
@@ -127,10 +147,17 @@ def test_logits_do_not_depend_on_the_way(family):
 # ---- shared pages ----------------------------------------------------------------------------------------------------
 def test_shared_pages_are_never_written():
     """The bytes of every published page stay what they were, as long as the page stands for that text."""
-    engine, seen, checked = llm(cache_memory=llm().cache.nbytes // 3, max_num_batched_tokens=24), {}, 0
+    engine, seen, checked = (
+        llm(cache_memory=llm().cache.nbytes // 3, max_num_batched_tokens=24),
+        {},
+        0,
+    )
     base = prompts(30)[0]
     for i in range(12):
-        engine.add(base[: 10 + 2 * (i % 8)] + prompts(1 + i, seed=i)[0], SamplingParams(seed=i, max_tokens=8, n=1 + i % 3))
+        engine.add(
+            base[: 10 + 2 * (i % 8)] + prompts(1 + i, seed=i)[0],
+            SamplingParams(seed=i, max_tokens=8, n=1 + i % 3),
+        )
     while engine.busy:
         engine.step()
         now = {}
@@ -143,7 +170,9 @@ def test_shared_pages_are_never_written():
     assert checked > 50
 
 
-@pytest.mark.parametrize("length, shared", [(15, 0), (16, 0), (17, 16), (31, 16), (32, 16), (33, 32)])
+@pytest.mark.parametrize(
+    "length, shared", [(15, 0), (16, 0), (17, 16), (31, 16), (32, 16), (33, 32)]
+)
 def test_partial_pages_are_never_shared(length, shared):
     engine, prompt = llm(page_size=16), prompts(33)[0]
     engine.generate([prompt[:length]], greedy(1))
@@ -156,7 +185,9 @@ def test_another_beginning_is_another_text():
     engine, prompt = llm(), prompts(21)[0]
     other = [(prompt[0] + 1) % 64, *prompt[1:]]
     a, b = (engine.generate([p], greedy())[0] for p in (prompt, other))
-    assert b.cached_tokens == 0 and b.token_ids == reforward(engine.model, other, 16)[0] != a.token_ids
+    assert (
+        b.cached_tokens == 0 and b.token_ids == reforward(engine.model, other, 16)[0] != a.token_ids
+    )
 
 
 def test_the_next_turn_finds_the_whole_conversation():
@@ -171,8 +202,12 @@ def test_samples_share_their_prompt():
     engine = llm()
     plans, sequences = watch(engine)
     outputs = engine.generate(prompts(41), SamplingParams(n=4, seed=5, max_tokens=8))
-    assert [o.cached_tokens for o in outputs] == [0, 40, 40, 40] and len({tuple(o.token_ids) for o in outputs}) == 4
-    assert sum(n for p in plans for _, n in p) < 41 + 3 + 4 * 20  # the prompt went through the model once
+    assert [o.cached_tokens for o in outputs] == [0, 40, 40, 40] and len(
+        {tuple(o.token_ids) for o in outputs}
+    ) == 4
+    assert (
+        sum(n for p in plans for _, n in p) < 41 + 3 + 4 * 20
+    )  # the prompt went through the model once
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -181,16 +216,29 @@ def test_cache_memory_is_a_bound_and_is_used(family):
     c = FAMILIES[family]
     token = sum(c.cache_row) * c.num_hidden_layers * 4
     engine = llm(family, cache_memory=30 * 4 * token + 4 * token - 1)
-    assert engine.pool.total == 30 and engine.cache.rows.untyped_storage().nbytes() == 30 * 4 * token
-    assert llm(family).cache.nbytes == 4 * CONTEXT * token  # four full contexts unless said otherwise
+    assert (
+        engine.pool.total == 30 and engine.cache.rows.untyped_storage().nbytes() == 30 * 4 * token
+    )
+    assert (
+        llm(family).cache.nbytes == 4 * CONTEXT * token
+    )  # four full contexts unless said otherwise
 
 
 def test_out_of_pages_nobody_is_lost():
     one = llm()
-    engine = llm(cache_memory=one.cache.nbytes // one.pool.total * 24, max_num_seqs=4, max_num_batched_tokens=32)
+    engine = llm(
+        cache_memory=one.cache.nbytes // one.pool.total * 24,
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+    )
     _, sequences = watch(engine)
-    outputs = engine.generate(prompts(*[5 + 7 * i % 60 for i in range(12)]), SamplingParams(seed=1, max_tokens=25, ignore_eos=True))
-    assert len(outputs) == 12 and all(o.finish_reason == "length" and len(o.token_ids) == 25 for o in outputs)
+    outputs = engine.generate(
+        prompts(*[5 + 7 * i % 60 for i in range(12)]),
+        SamplingParams(seed=1, max_tokens=25, ignore_eos=True),
+    )
+    assert len(outputs) == 12 and all(
+        o.finish_reason == "length" and len(o.token_ids) == 25 for o in outputs
+    )
     assert sum(s.preemptions for s in sequences) > 0 and idle(engine)
 
 
@@ -206,7 +254,10 @@ def test_a_full_context_ends_with_length(prompt, speculate):
 def test_a_prompt_that_is_too_long_is_refused_with_both_numbers():
     engine = llm()
     for n in (CONTEXT, CONTEXT + 1, 500):
-        with pytest.raises(ValueError, match=f"the prompt has {n} tokens .* max_model_len {CONTEXT}; shorten it, or raise max_model_len .* 256"):
+        with pytest.raises(
+            ValueError,
+            match=f"the prompt has {n} tokens .* max_model_len {CONTEXT}; shorten it, or raise max_model_len .* 256",
+        ):
             engine.add([1] * n, greedy())
     with pytest.raises(ValueError, match="max_model_len 256; shorten it$"):
         llm(max_model_len=256).add([1] * 256, greedy())
@@ -214,40 +265,61 @@ def test_a_prompt_that_is_too_long_is_refused_with_both_numbers():
     assert idle(engine)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(cache="6bits"), r"unknown cache format '6bits', did you mean '6bit'\?; known: fp32, bf16, int8, 6bit, 4bit"),
-    (dict(cache="fp8"), "unknown cache format 'fp8'.*known: fp32"),
-    (dict(cache_memory=30 * 288), r"a cache of 8.640 kB in fp32 holds 28 tokens, less than max_model_len 96, which needs 27.65 kB; give more cache_memory, a smaller cache format, or max_model_len 28"),
-    (dict(cache_memory=0), "holds 0 tokens"),
-    (dict(max_model_len=257), "max_model_len is 257; it must be from 2 to the model's max_position_embeddings 256"),
-    (dict(max_model_len=1), "max_model_len is 1"),
-    (dict(max_model_len=0), "max_model_len is 0"),
-    (dict(max_model_len=-5), "max_model_len is -5"),
-    (dict(max_num_seqs=0), "max_num_seqs 0 and page_size 4 must be at least 1"),
-    (dict(page_size=0), "page_size 0"),
-    (dict(max_num_seqs=9, max_num_batched_tokens=8), "max_num_batched_tokens 8 at least max_num_seqs"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            dict(cache="6bits"),
+            r"unknown cache format '6bits', did you mean '6bit'\?; known: fp32, bf16, int8, 6bit, 4bit",
+        ),
+        (dict(cache="fp8"), "unknown cache format 'fp8'.*known: fp32"),
+        (
+            dict(cache_memory=30 * 288),
+            r"a cache of 8.640 kB in fp32 holds 28 tokens, less than max_model_len 96, which needs 27.65 kB; give more cache_memory, a smaller cache format, or max_model_len 28",
+        ),
+        (dict(cache_memory=0), "holds 0 tokens"),
+        (
+            dict(max_model_len=257),
+            "max_model_len is 257; it must be from 2 to the model's max_position_embeddings 256",
+        ),
+        (dict(max_model_len=1), "max_model_len is 1"),
+        (dict(max_model_len=0), "max_model_len is 0"),
+        (dict(max_model_len=-5), "max_model_len is -5"),
+        (dict(max_num_seqs=0), "max_num_seqs 0 and page_size 4 must be at least 1"),
+        (dict(page_size=0), "page_size 0"),
+        (
+            dict(max_num_seqs=9, max_num_batched_tokens=8),
+            "max_num_batched_tokens 8 at least max_num_seqs",
+        ),
+    ],
+)
 def test_refused_options(options, message):
     with pytest.raises(ValueError, match=message):
         llm(**options)
 
 
 # ---- bad requests, cancelled requests --------------------------------------------------------------------------------
-@pytest.mark.parametrize("prompt, params, message", [
-    ([], {}, "the prompt has no tokens"),
-    ([1, 64], {}, "token ids from 0 to 63; found 64"),
-    ([-1], {}, "found -1"),
-    ([1, 2.0], {}, "found 2.0"),
-    ([True], {}, "found True"),
-    ([10**30], {}, "found 1000"),
-    ("text", {}, "a text prompt needs a tokenizer"),
-    ([1], dict(stop=("x",)), "stop strings need a tokenizer"),
-    ([1], dict(logit_bias={64: 1.0}), "logit_bias names token 64; the vocabulary has 64"),
-])
+@pytest.mark.parametrize(
+    "prompt, params, message",
+    [
+        ([], {}, "the prompt has no tokens"),
+        ([1, 64], {}, "token ids from 0 to 63; found 64"),
+        ([-1], {}, "found -1"),
+        ([1, 2.0], {}, "found 2.0"),
+        ([True], {}, "found True"),
+        ([10**30], {}, "found 1000"),
+        ("text", {}, "a text prompt needs a tokenizer"),
+        ([1], dict(stop=("x",)), "stop strings need a tokenizer"),
+        ([1], dict(logit_bias={64: 1.0}), "logit_bias names token 64; the vocabulary has 64"),
+    ],
+)
 def test_a_bad_request_is_refused_and_nothing_else_runs(prompt, params, message):
     engine = llm()
-    for call in (lambda: engine.add(prompt, greedy(**params)), lambda: engine.generate([[1, 2], prompt], [greedy(), greedy(**params)]),
-                 lambda: engine.stream(prompt, greedy(**params))):
+    for call in (
+        lambda: engine.add(prompt, greedy(**params)),
+        lambda: engine.generate([[1, 2], prompt], [greedy(), greedy(**params)]),
+        lambda: engine.stream(prompt, greedy(**params)),
+    ):
         with pytest.raises(ValueError, match=message):
             call()
         assert idle(engine)
@@ -272,22 +344,38 @@ def test_a_poisoned_request_fails_alone(family):
     for _ in range(2):  # the second time over the pages the first has left
         outputs = engine.generate(poisoned, greedy(12, logit_bias={63: -100}))
         bad = outputs.pop(2)
-        assert (bad.finish_reason, bad.error, bad.token_ids) == ("error", "the model's logits are not finite", [])
-        assert tokens(outputs) == expected_ and all(o.finish_reason == "length" and o.error is None for o in outputs)
+        assert (bad.finish_reason, bad.error, bad.token_ids) == (
+            "error",
+            "the model's logits are not finite",
+            [],
+        )
+        assert tokens(outputs) == expected_ and all(
+            o.finish_reason == "length" and o.error is None for o in outputs
+        )
         assert idle(engine)
     # now a request that turns bad while it decodes: it is made to choose the poisoned token
     params = [greedy(12, logit_bias={63: -100})] * 4 + [greedy(12, logit_bias={63: 100})]
     *good, bad = engine.generate([*clean, [3, 4]], params)
-    assert tokens(good) == expected_ and (bad.finish_reason, bad.token_ids) == ("error", [63]) and idle(engine)
+    assert (
+        tokens(good) == expected_
+        and (bad.finish_reason, bad.token_ids) == ("error", [63])
+        and idle(engine)
+    )
 
 
 def test_impossible_sampling_fails_alone():
     """min_tokens forbids the only token the bias leaves: whatever happens, it happens to that request."""
     engine = llm(changes=dict(eos_token_id=5))
-    odd = SamplingParams(max_tokens=4, min_tokens=4, seed=0, logit_bias={i: -100.0 for i in range(64)} | {5: 100.0})
-    a, b, c = engine.generate(prompts(5, 6, 7), [greedy(8, ignore_eos=True), odd, greedy(8, ignore_eos=True)])
+    odd = SamplingParams(
+        max_tokens=4, min_tokens=4, seed=0, logit_bias={i: -100.0 for i in range(64)} | {5: 100.0}
+    )
+    a, b, c = engine.generate(
+        prompts(5, 6, 7), [greedy(8, ignore_eos=True), odd, greedy(8, ignore_eos=True)]
+    )
     assert 5 not in b.token_ids
-    assert [a.token_ids, c.token_ids] == [reforward(engine.model, p, 8)[0] for p in (prompts(5, 6, 7)[0], prompts(5, 6, 7)[2])]
+    assert [a.token_ids, c.token_ids] == [
+        reforward(engine.model, p, 8)[0] for p in (prompts(5, 6, 7)[0], prompts(5, 6, 7)[2])
+    ]
 
 
 @pytest.mark.parametrize("stage, steps", [("waiting", 0), ("prefill", 1), ("decoding", 6)])
@@ -298,8 +386,16 @@ def test_cancelling(stage, steps):
     others = [engine.add(p, greedy())[0] for p in texts[1:]]
     for _ in range(steps):
         engine.step()
-    seq = next((s for s in (*engine.scheduler.running, *engine.scheduler.waiting) if s.id == victim))
-    assert stage == ("waiting" if seq not in engine.scheduler.running else "prefill" if seq.todo > 1 else "decoding")
+    seq = next(
+        (s for s in (*engine.scheduler.running, *engine.scheduler.waiting) if s.id == victim)
+    )
+    assert stage == (
+        "waiting"
+        if seq not in engine.scheduler.running
+        else "prefill"
+        if seq.todo > 1
+        else "decoding"
+    )
     free, held = engine.pool.available, len(seq.pages)
     out = engine.cancel(victim)
     assert out.finish_reason == "abort" and (stage == "decoding") == bool(out.token_ids)
@@ -307,7 +403,9 @@ def test_cancelling(stage, steps):
     assert engine.pool.available == free + held and seq.pages == []
     assert engine.cancel(victim) is None and engine.cancel(12345) is None
     done = drain(engine)
-    assert [done[i].token_ids for i in others] == [reforward(engine.model, p, 16)[0] for p in texts[1:]] and victim not in done
+    assert [done[i].token_ids for i in others] == [
+        reforward(engine.model, p, 16)[0] for p in texts[1:]
+    ] and victim not in done
     assert idle(engine)
 
 
@@ -331,7 +429,10 @@ def test_cancelling_a_stream_ends_it():
     first = next(deltas)
     engine.cancel(first.id)
     (last,) = deltas
-    assert (last.output.finish_reason, last.output.token_ids) == ("abort", [first.token_id]) and idle(engine)
+    assert (last.output.finish_reason, last.output.token_ids) == (
+        "abort",
+        [first.token_id],
+    ) and idle(engine)
 
 
 def test_a_stream_is_the_output_piece_by_piece():
@@ -342,7 +443,9 @@ def test_a_stream_is_the_output_piece_by_piece():
     for d in deltas:
         by_id.setdefault(d.id, []).append(d)
     assert [[d.token_id for d in ds] for ds in by_id.values()] == tokens(outputs)
-    assert [[d.output is not None for d in ds] for ds in by_id.values()] == [[False] * 6 + [True]] * 2
+    assert [[d.output is not None for d in ds] for ds in by_id.values()] == [
+        [False] * 6 + [True]
+    ] * 2
 
 
 def test_two_streams_and_a_generate_at_once():
@@ -353,7 +456,9 @@ def test_two_streams_and_a_generate_at_once():
     (third,) = engine.generate([c], greedy(20))
     got[0] += [d.token_id for d in one]
     got[1] += [d.token_id for d in two]
-    assert [*got, third.token_ids] == [reforward(engine.model, p, n)[0] for p, n in ((a, 16), (b, 16), (c, 20))] and idle(engine)
+    assert [*got, third.token_ids] == [
+        reforward(engine.model, p, n)[0] for p, n in ((a, 16), (b, 16), (c, 20))
+    ] and idle(engine)
 
 
 # ---- budgets ---------------------------------------------------------------------------------------------------------
@@ -366,4 +471,7 @@ def test_budgets_are_kept(seqs, budget, speculate):
     lengths = (30, 4, 11, 2, 25)
     out = engine.generate(prompts(*lengths), greedy(6))
     assert tokens(out) == [reforward(engine.model, p, 6)[0] for p in prompts(*lengths)]
-    assert max(len(p) for p in plans) == min(seqs, 5) and max(sum(n for _, n in p) for p in plans) <= budget
+    assert (
+        max(len(p) for p in plans) == min(seqs, 5)
+        and max(sum(n for _, n in p) for p in plans) <= budget
+    )

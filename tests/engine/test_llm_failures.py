@@ -8,14 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_engine import EVERY, drain, greedy, idle, llm, prompts, tokens
 
+from lamoe.backends.cpu import native
 from lamoe.engine import runner
 from lamoe.engine.async_llm import AsyncLLM, EngineDead
 from lamoe.engine.sampler import SamplingParams
-from lamoe.backends.cpu import native
+from tiny_engine import EVERY, drain, greedy, idle, llm, prompts, tokens
 
-native_too = pytest.mark.parametrize("impl", ["torch", pytest.param("native", marks=pytest.mark.skipif(native.lib is None, reason="needs the compiled kernels"))])
+native_too = pytest.mark.parametrize(
+    "impl",
+    [
+        "torch",
+        pytest.param(
+            "native",
+            marks=pytest.mark.skipif(native.lib is None, reason="needs the compiled kernels"),
+        ),
+    ],
+)
 INTERNAL = "an internal error ended it ({}); the log has the traceback"
 
 
@@ -35,17 +44,29 @@ def test_whoever_makes_a_pass_fail_ends_alone(family, impl, caplog):
         ids = engine.add_all([(p, greedy(12)) for p in texts])
         for _ in range(steps):
             assert not [d for d in engine.step() if d.output]
-        victim = next(s for s in (*engine.scheduler.running, *engine.scheduler.waiting) if s.id == ids[at])
+        victim = next(
+            s for s in (*engine.scheduler.running, *engine.scheduler.waiting) if s.id == ids[at]
+        )
         victim.tokens[-1] = 10**6
         outputs = drain(engine)
         bad = outputs.pop(ids[at])
-        assert bad.finish_reason == "error" and bad.internal and bad.error.startswith("an internal error ended it (")
-        assert tokens(outputs[i] for i in sorted(outputs)) == want[:at] + want[at + 1 :] and idle(engine)
+        assert (
+            bad.finish_reason == "error"
+            and bad.internal
+            and bad.error.startswith("an internal error ended it (")
+        )
+        assert tokens(outputs[i] for i in sorted(outputs)) == want[:at] + want[at + 1 :] and idle(
+            engine
+        )
         assert all(o.finish_reason == "length" and not o.internal for o in outputs.values())
     assert "a pass failed" in caplog.messages and "outside the vocabulary" in caplog.text
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a kernel"), OSError(12, "no memory"), MemoryError()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("a kernel"), OSError(12, "no memory"), MemoryError()],
+    ids=lambda e: type(e).__name__,
+)
 def test_a_pass_that_fails_for_all_ends_them_and_nobody_else(error, monkeypatch):
     """Running sequences end, pages come back; those who waited and those who come later get what a fresh engine gives, prefix hits included."""
     texts, engine = prompts(9, 9, 20, 6), llm(impl="torch", max_num_seqs=2)
@@ -61,12 +82,21 @@ def test_a_pass_that_fails_for_all_ends_them_and_nobody_else(error, monkeypatch)
     with monkeypatch.context() as m:
         m.setattr(runner, "run", broken)
         ends = {d.id: d for d in engine.step()}
-    assert sorted(ends) == running and all(d.token_id is None and d.output.finish_reason == "error" and d.output.internal for d in ends.values())
-    assert {d.output.error for d in ends.values()} == {INTERNAL.format(type(error).__name__)} and [len(d.output.token_ids) for d in ends.values()] == [3, 3]
+    assert sorted(ends) == running and all(
+        d.token_id is None and d.output.finish_reason == "error" and d.output.internal
+        for d in ends.values()
+    )
+    assert {d.output.error for d in ends.values()} == {INTERNAL.format(type(error).__name__)} and [
+        len(d.output.token_ids) for d in ends.values()
+    ] == [3, 3]
     assert engine.pool.owned == 0
     outputs = drain(engine)
     assert tokens(outputs[i] for i in later) == want[2:] and idle(engine)
-    assert tokens(engine.generate(texts, greedy(12))) == want and engine.cached_tokens > 0 and idle(engine)
+    assert (
+        tokens(engine.generate(texts, greedy(12))) == want
+        and engine.cached_tokens > 0
+        and idle(engine)
+    )
 
 
 def test_a_pass_that_was_too_much_at_once_is_done_in_parts(monkeypatch):
@@ -85,7 +115,9 @@ def test_a_pass_that_was_too_much_at_once_is_done_in_parts(monkeypatch):
     outputs = engine.generate(texts, greedy(6))
     assert tokens(outputs) == want and max(sizes) == 3 and idle(engine)
     c = engine.model.config
-    assert [int(o.experts.sum()) for o in outputs] == [len(c.moe_layers) * c.num_experts_per_tok * (len(p) + 5) for p in texts]  # each token counted once
+    assert [int(o.experts.sum()) for o in outputs] == [
+        len(c.moe_layers) * c.num_experts_per_tok * (len(p) + 5) for p in texts
+    ]  # each token counted once
 
 
 NO_MEMORY = """
@@ -116,9 +148,24 @@ assert tokens(engine.generate(texts, greedy(6))) == want
 def test_no_memory_inside_the_kernels_ends_whom_it_is_too_little_for():
     """A process that may not grow. The buffers of the kernels must not believe that they have."""
     tests = Path(__file__).parents[1]
-    env = {"PATH": "", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "PYTHONPATH": f"{tests}:{tests.parent}"}
-    run = subprocess.run([sys.executable, "-c", NO_MEMORY], cwd=tests, env=env, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0 and run.stdout == f"error {INTERNAL.format('MemoryError')}\n", run.stdout + run.stderr
+    env = {
+        "PATH": "",
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
+        "PYTHONPATH": f"{tests}:{tests.parent}",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", NO_MEMORY],
+        cwd=tests,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0 and run.stdout == f"error {INTERNAL.format('MemoryError')}\n", (
+        run.stdout + run.stderr
+    )
 
 
 @EVERY
@@ -126,7 +173,10 @@ def test_no_memory_inside_the_kernels_ends_whom_it_is_too_little_for():
 @pytest.mark.parametrize("budget", [64, 8])
 def test_numbers_that_are_none_stay_out_of_the_prefix_cache(family, impl, budget):
     """NaN of a token reaches the rows before it (0 x NaN in masked attention). Who comes later with the same beginning must not find them."""
-    engine, (text,) = llm(family, impl=impl, max_num_batched_tokens=budget), [[t % 62 for t in p] for p in prompts(24)]
+    engine, (text,) = (
+        llm(family, impl=impl, max_num_batched_tokens=budget),
+        [[t % 62 for t in p] for p in prompts(24)],
+    )
     want = llm(family, impl=impl).generate([text + [5]], greedy(6, logit_bias={63: -100}))
     with torch.no_grad():
         engine.model.embed.weight[63] = float("nan")
@@ -137,11 +187,21 @@ def test_numbers_that_are_none_stay_out_of_the_prefix_cache(family, impl, budget
 
 
 # ---- a sequence --------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("error, says, internal", [
-    (ValueError("nothing fits"), "nothing fits", False), (RuntimeError("sum is zero"), "sum is zero", False), (KeyError(5), INTERNAL.format("KeyError"), True),
-    (MemoryError(), INTERNAL.format("MemoryError"), True), (Panic("index out of bounds"), INTERNAL.format("Panic"), True)], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "error, says, internal",
+    [
+        (ValueError("nothing fits"), "nothing fits", False),
+        (RuntimeError("sum is zero"), "sum is zero", False),
+        (KeyError(5), INTERNAL.format("KeyError"), True),
+        (MemoryError(), INTERNAL.format("MemoryError"), True),
+        (Panic("index out of bounds"), INTERNAL.format("Panic"), True),
+    ],
+    ids=lambda x: type(x).__name__,
+)
 @pytest.mark.parametrize("where", ["sample", "token_logprobs", "text"])
-def test_an_error_that_belongs_to_a_sequence_ends_it_alone(where, error, says, internal, monkeypatch, caplog):
+def test_an_error_that_belongs_to_a_sequence_ends_it_alone(
+    where, error, says, internal, monkeypatch, caplog
+):
     engine, texts = llm(), prompts(5, 6, 7)
     odd = SamplingParams(temperature=1.0, max_tokens=8, seed=1, logprobs=0)
     want = tokens(llm().generate(texts, [greedy(8), odd, greedy(8)]))
@@ -159,9 +219,19 @@ def test_an_error_that_belongs_to_a_sequence_ends_it_alone(where, error, says, i
         monkeypatch.setattr(f"lamoe.engine.llm.{where}", broken)
     ends |= drain(engine)
     bad = ends.pop(second)
-    assert (bad.finish_reason, bad.error, bad.internal) == ("error", says, internal) and bad.token_ids[:3] == want[1][:3]
-    assert tokens(ends[i] for i in (first, third)) == [want[0], want[2]] and idle(engine) and len(ids) == 3
-    assert [r.levelno for r in caplog.records if r.name == "lamoe.engine"] == [logging.ERROR] * internal
+    assert (bad.finish_reason, bad.error, bad.internal) == (
+        "error",
+        says,
+        internal,
+    ) and bad.token_ids[:3] == want[1][:3]
+    assert (
+        tokens(ends[i] for i in (first, third)) == [want[0], want[2]]
+        and idle(engine)
+        and len(ids) == 3
+    )
+    assert [r.levelno for r in caplog.records if r.name == "lamoe.engine"] == [
+        logging.ERROR
+    ] * internal
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
@@ -191,7 +261,11 @@ def test_the_thread_lives_on(engine, monkeypatch):
         with monkeypatch.context() as m:
             m.setattr(runner, "run", lambda *args: 1 / 0)
             bad = (await engine.generate([1, 2], greedy(8)))[0]
-        assert (bad.finish_reason, bad.error, engine.alive) == ("error", INTERNAL.format("ZeroDivisionError"), True)
+        assert (bad.finish_reason, bad.error, engine.alive) == (
+            "error",
+            INTERNAL.format("ZeroDivisionError"),
+            True,
+        )
         assert (await engine.generate([1, 2], greedy(8)))[0].token_ids == want.token_ids
         await engine.call(lambda llm: None)
         assert not engine._readers
@@ -204,7 +278,9 @@ def test_whatever_the_thread_dies_of_everybody_hears_of_it(engine, monkeypatch):
         def panic():
             raise Panic("gone")
 
-        monkeypatch.setattr(engine._llm.scheduler, "schedule", panic)  # pages and queues: nothing is known after that
+        monkeypatch.setattr(
+            engine._llm.scheduler, "schedule", panic
+        )  # pages and queues: nothing is known after that
         with pytest.raises(EngineDead, match="gone"):
             await engine.generate([1, 2], greedy())
         assert isinstance(engine.error, Panic) and not engine.alive

@@ -4,31 +4,49 @@ import math
 
 import pytest
 import torch
-from tiny_engine import CONTEXT, greedy, idle, llm, prompts, reforward, tokens
 
-from lamoe.text import tokenizer
 from lamoe.engine.generate import generate
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
+from lamoe.text import tokenizer
+from tiny_engine import CONTEXT, greedy, idle, llm, prompts, reforward, tokens
 
 
 @pytest.mark.parametrize("speculate", [0, 8])
 def test_same_seed_same_tokens_alone_or_in_any_batch(speculate):
     texts = prompts(5, 5, 18, 40)
-    params = [SamplingParams(seed=10 + i, max_tokens=14, temperature=0.8, top_p=0.95, top_k=30) for i in range(4)]
+    params = [
+        SamplingParams(seed=10 + i, max_tokens=14, temperature=0.8, top_p=0.95, top_k=30)
+        for i in range(4)
+    ]
     alone = [llm(speculate=0).generate([t], p)[0].token_ids for t, p in zip(texts, params)]
     engine = llm(max_num_batched_tokens=16, speculate=speculate)
     assert tokens(engine.generate(texts, params)) == alone == tokens(engine.generate(texts, params))
-    assert tokens(engine.generate(texts[::-1] + prompts(30, 2, seed=9), params[::-1] + [SamplingParams(max_tokens=3)] * 2))[:4] == alone[::-1]
+    assert (
+        tokens(
+            engine.generate(
+                texts[::-1] + prompts(30, 2, seed=9),
+                params[::-1] + [SamplingParams(max_tokens=3)] * 2,
+            )
+        )[:4]
+        == alone[::-1]
+    )
     small = llm(cache_memory=llm().cache.nbytes // 4, speculate=speculate)  # with preemption
     assert tokens(small.generate(texts * 2, params * 2)) == alone * 2
-    assert engine.generate(texts[:1], SamplingParams(seed=11, max_tokens=14, temperature=0.8, top_p=0.95, top_k=30))[0].token_ids != alone[0]
+    assert (
+        engine.generate(
+            texts[:1], SamplingParams(seed=11, max_tokens=14, temperature=0.8, top_p=0.95, top_k=30)
+        )[0].token_ids
+        != alone[0]
+    )
 
 
 def test_sample_i_draws_from_seed_plus_i():
     (prompt,) = prompts(11)
     together = llm().generate([prompt], SamplingParams(n=3, seed=20, max_tokens=9))
-    alone = [llm().generate([prompt], SamplingParams(seed=20 + i, max_tokens=9))[0] for i in range(3)]
+    alone = [
+        llm().generate([prompt], SamplingParams(seed=20 + i, max_tokens=9))[0] for i in range(3)
+    ]
     assert tokens(together) == tokens(alone) and len({tuple(t) for t in tokens(together)}) == 3
 
 
@@ -57,12 +75,25 @@ def bias(logits, ids, prompt_len):
 
 
 def everything(logits, ids, prompt_len):
-    return bias(frequency(presence(repetition(logits, ids, prompt_len), ids, prompt_len), ids, prompt_len), ids, prompt_len)
+    return bias(
+        frequency(presence(repetition(logits, ids, prompt_len), ids, prompt_len), ids, prompt_len),
+        ids,
+        prompt_len,
+    )
 
 
-OPTIONS = {repetition: dict(repetition_penalty=1.7), presence: dict(presence_penalty=1.5), frequency: dict(frequency_penalty=0.9),
-           bias: dict(logit_bias={3: 6.5, 50: -100}),
-           everything: dict(repetition_penalty=1.7, presence_penalty=1.5, frequency_penalty=0.9, logit_bias={3: 6.5, 50: -100})}
+OPTIONS = {
+    repetition: dict(repetition_penalty=1.7),
+    presence: dict(presence_penalty=1.5),
+    frequency: dict(frequency_penalty=0.9),
+    bias: dict(logit_bias={3: 6.5, 50: -100}),
+    everything: dict(
+        repetition_penalty=1.7,
+        presence_penalty=1.5,
+        frequency_penalty=0.9,
+        logit_bias={3: 6.5, 50: -100},
+    ),
+}
 
 
 @pytest.mark.parametrize("rule", OPTIONS, ids=lambda f: f.__name__)
@@ -70,11 +101,18 @@ def test_penalties_and_bias(rule):
     """Against loops over whole passes; in the engine, batched with requests without options, and in the plain loop of generate.py."""
     engine, texts = llm(), prompts(5, 13)
     for prompt in texts:
-        expected_, _ = reforward(engine.model, prompt, 30, lambda logits, ids: rule(logits, ids, len(prompt)))
+        expected_, _ = reforward(
+            engine.model, prompt, 30, lambda logits, ids: rule(logits, ids, len(prompt))
+        )
         assert expected_ != reforward(engine.model, prompt, 30)[0]
         got, other = engine.generate([prompt, texts[0]], [greedy(30, **OPTIONS[rule]), greedy(30)])
-        assert got.token_ids == expected_ and other.token_ids == reforward(engine.model, texts[0], 30)[0]
-        assert [p.token_id for p in generate(engine.model, prompt, greedy(30, **OPTIONS[rule]))] == expected_
+        assert (
+            got.token_ids == expected_
+            and other.token_ids == reforward(engine.model, texts[0], 30)[0]
+        )
+        assert [
+            p.token_id for p in generate(engine.model, prompt, greedy(30, **OPTIONS[rule]))
+        ] == expected_
 
 
 @pytest.mark.parametrize("options", [{}, dict(repetition_penalty=1.7, logit_bias={3: 6.5})])
@@ -93,13 +131,17 @@ def test_logprobs(options):
         ids.append(token)
     assert outside > 0
     zero, none = engine.generate([prompt] * 2, [greedy(5, logprobs=0), greedy(5)])
-    assert [list(d) for d in zero.logprobs] == [[t] for t in zero.token_ids] and none.logprobs is None
+    assert [list(d) for d in zero.logprobs] == [
+        [t] for t in zero.token_ids
+    ] and none.logprobs is None
 
 
 def test_more_logprobs_than_tokens():
     engine = llm(vocabulary=10)
     (o,) = engine.generate([[1, 2]], greedy(3, logprobs=20))
-    assert [len(d) for d in o.logprobs] == [10] * 3 and all(abs(sum(map(math.exp, d.values())) - 1) < 1e-4 for d in o.logprobs)
+    assert [len(d) for d in o.logprobs] == [10] * 3 and all(
+        abs(sum(map(math.exp, d.values())) - 1) < 1e-4 for d in o.logprobs
+    )
 
 
 @pytest.mark.parametrize("least", [0, 1, 7])
@@ -107,10 +149,22 @@ def test_end_of_text_and_min_tokens(least):
     """With the bias EOS is the best token from the first on: it comes as soon as min_tokens allows, and is the last."""
     engine = llm(changes=dict(eos_token_id=9))
     for prompt in prompts(6, 19):
-        free, _ = reforward(engine.model, prompt, least, lambda logits, ids: logits.index_fill(0, torch.tensor([9]), -math.inf))
-        for run in (lambda p: engine.generate([prompt], p)[0].token_ids, lambda p: [x.token_id for x in generate(engine.model, prompt, p, eos_ids=frozenset({9}))]):
+        free, _ = reforward(
+            engine.model,
+            prompt,
+            least,
+            lambda logits, ids: logits.index_fill(0, torch.tensor([9]), -math.inf),
+        )
+        for run in (
+            lambda p: engine.generate([prompt], p)[0].token_ids,
+            lambda p: [
+                x.token_id for x in generate(engine.model, prompt, p, eos_ids=frozenset({9}))
+            ],
+        ):
             assert run(greedy(12, min_tokens=least, logit_bias={9: 100})) == [*free, 9]
-        o = engine.generate([prompt], greedy(12, min_tokens=least, logit_bias={9: 100}, ignore_eos=True))[0]
+        o = engine.generate(
+            [prompt], greedy(12, min_tokens=least, logit_bias={9: 100}, ignore_eos=True)
+        )[0]
         assert o.token_ids == [9] * 12 and o.finish_reason == "length"
     assert engine.generate(prompts(6), greedy(12, logit_bias={9: 100}))[0].finish_reason == "stop"
 
@@ -121,13 +175,28 @@ def spoken() -> tuple[LLM, SamplingParams, str]:
     tok = tokenizer.train(["a"], 256 + len(tokenizer.SPECIAL_TOKENS))
     engine = llm(vocabulary=tok.vocab_size, changes=dict(first_k_dense_replace=1))
     engine = LLM(engine.model, tok, cache="fp32", max_model_len=CONTEXT, page_size=4)
-    params = SamplingParams(seed=4, max_tokens=40, logit_bias={tok.encode(c)[0]: 60 for c in "abcdefgh"})
+    params = SamplingParams(
+        seed=4, max_tokens=40, logit_bias={tok.encode(c)[0]: 60 for c in "abcdefgh"}
+    )
     (o,) = engine.generate(["gad"], params)
-    assert o.finish_reason == "length" and len(o.text) == 40 == len(o.token_ids) and set(o.text) <= set("abcdefgh")
+    assert (
+        o.finish_reason == "length"
+        and len(o.text) == 40 == len(o.token_ids)
+        and set(o.text) <= set("abcdefgh")
+    )
     return engine, params, o.text
 
 
-@pytest.mark.parametrize("stops", [lambda t: (t[20:24],), lambda t: (t[20:21],), lambda t: (t[25:30], t[20:26], t[21:23]), lambda t: ("zz", t[39]), lambda t: (t[:2],)])
+@pytest.mark.parametrize(
+    "stops",
+    [
+        lambda t: (t[20:24],),
+        lambda t: (t[20:21],),
+        lambda t: (t[25:30], t[20:26], t[21:23]),
+        lambda t: ("zz", t[39]),
+        lambda t: (t[:2],),
+    ],
+)
 @pytest.mark.parametrize("speculate", [0, 2])
 def test_stop_strings(spoken, stops, speculate):
     """The output ends before the one that is complete first, no piece shows any of it, and pages are free again."""
@@ -144,5 +213,7 @@ def test_stop_strings(spoken, stops, speculate):
 
 def test_a_stop_string_that_never_comes(spoken):
     engine, params, whole = spoken
-    (o,) = engine.generate(["gad"], SamplingParams(**{**vars(params), "stop": (whole[-3:] + "!", "xyz")}))
+    (o,) = engine.generate(
+        ["gad"], SamplingParams(**{**vars(params), "stop": (whole[-3:] + "!", "xyz")})
+    )
     assert o.text == whole and o.finish_reason == "length"

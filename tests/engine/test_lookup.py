@@ -1,10 +1,10 @@
 """Prompt lookup: what is proposed, how the length of drafts follows what they are worth, and that a draft never changes an output."""
 
 import pytest
-from tiny_engine import greedy, llm, prompts, tokens, watch
 
 from lamoe.engine import llm as llm_module
 from lamoe.engine.lookup import LONGEST, LONGEST_REST, REST, Lookup, Pace
+from tiny_engine import greedy, llm, prompts, tokens, watch
 
 
 def test_it_proposes_what_followed_the_same_three_tokens_last_time():
@@ -12,8 +12,18 @@ def test_it_proposes_what_followed_the_same_three_tokens_last_time():
     assert Lookup().propose(text, 10) == [6, 7, 8, 0]  # the latest occurrence, four tokens at first
     assert Lookup().propose(text, 2) == [6, 7]
     assert Lookup().propose(text[:9], 10) == [4, 5, 9, 1]
-    assert Lookup().propose(text[:8], 10) == [] == Lookup().propose([1, 2], 10) == Lookup().propose([1, 2, 3], 10)
-    assert Lookup().propose([7] * 4, 10) == [7] * 4 and Lookup().propose([5, 6] * 3, 10) == [5, 6, 5, 6]  # beyond the end it goes round
+    assert (
+        Lookup().propose(text[:8], 10)
+        == []
+        == Lookup().propose([1, 2], 10)
+        == Lookup().propose([1, 2, 3], 10)
+    )
+    assert Lookup().propose([7] * 4, 10) == [7] * 4 and Lookup().propose([5, 6] * 3, 10) == [
+        5,
+        6,
+        5,
+        6,
+    ]  # beyond the end it goes round
 
 
 def test_the_index_grows_with_the_text():
@@ -37,22 +47,36 @@ def test_right_drafts_grow_and_wrong_ones_rest_longer_each_time():
         assert s.length == want
     rests = []
     for _ in range(6):
-        assert s.propose([1, 2, 3, 1, 2, 3] + [0] * (s.resume - 8) + [1], 9) == []  # one token too early
+        assert (
+            s.propose([1, 2, 3, 1, 2, 3] + [0] * (s.resume - 8) + [1], 9) == []
+        )  # one token too early
         rests.append(s.resume - at)
         at = s.resume
         s.propose([1, 2, 3] * (at // 3 + 1), 9)
         assert s.length == 2
         s.learn(2, 0, at), s.learn(1, 0, at)
         assert s.length == 0
-    assert rests == [REST, 2 * REST, 4 * REST, LONGEST_REST, LONGEST_REST, LONGEST_REST] and LONGEST_REST == 8 * REST
+    assert (
+        rests == [REST, 2 * REST, 4 * REST, LONGEST_REST, LONGEST_REST, LONGEST_REST]
+        and LONGEST_REST == 8 * REST
+    )
     s.length = 2
     s.learn(2, 2, at)
     assert s.rest == REST and s.length == 4
 
 
-@pytest.mark.parametrize("drafted, accepted, cost, length", [
-    (4, 4, 1.0, 8), (4, 4, 4.9, 8), (4, 4, 5.1, 2),  # five tokens for the price of 4.9 steps or of 5.1
-    (4, 3, 3.9, 4), (4, 3, 4.1, 2), (4, 1, 1.0, 2), (1, 0, 0.5, 2)])
+@pytest.mark.parametrize(
+    "drafted, accepted, cost, length",
+    [
+        (4, 4, 1.0, 8),
+        (4, 4, 4.9, 8),
+        (4, 4, 5.1, 2),  # five tokens for the price of 4.9 steps or of 5.1
+        (4, 3, 3.9, 4),
+        (4, 3, 4.1, 2),
+        (4, 1, 1.0, 2),
+        (1, 0, 0.5, 2),
+    ],
+)
 def test_a_draft_must_earn_its_pass(drafted, accepted, cost, length):
     s = Lookup()
     s.learn(drafted, accepted, 50, cost)
@@ -78,7 +102,9 @@ def repeating(n: int) -> list[int]:
 def test_the_engine_stops_drafting_when_it_does_not_pay(dear, monkeypatch):
     """Passes over several tokens that take a hundred times as long as plain ones: drafts rest, however right they are. Either way the output is
     that of plain decoding."""
-    engine = llm(max_model_len=256, cache_memory=1 << 22, speculate=1, changes=dict(initializer_range=0.02))
+    engine = llm(
+        max_model_len=256, cache_memory=1 << 22, speculate=1, changes=dict(initializer_range=0.02)
+    )
     plans, _ = watch(engine)
     run, now = llm_module.runner.run, [0.0]
 
@@ -88,7 +114,9 @@ def test_the_engine_stops_drafting_when_it_does_not_pay(dear, monkeypatch):
 
     monkeypatch.setattr(llm_module.runner, "run", timed)
     monkeypatch.setattr(llm_module.time, "perf_counter", lambda: now[0])
-    [o] = engine.generate([repeating(30)], greedy(150, logit_bias={7: 100.0}))  # it says one token for ever, so that drafts are right
+    [o] = engine.generate(
+        [repeating(30)], greedy(150, logit_bias={7: 100.0})
+    )  # it says one token for ever, so that drafts are right
     assert o.token_ids == [7] * 150
     steps = len(plans)
     if dear:

@@ -26,7 +26,11 @@ def full(pool: PagePool, contents: list[bytes]) -> list[int]:
 def test_every_page_is_given_once():
     pool = PagePool(3, 16)
     pages = [pool.take() for _ in range(3)]
-    assert sorted(pages) == [0, 1, 2] and pool.take() is None and (pool.available, pool.owned) == (0, 3)
+    assert (
+        sorted(pages) == [0, 1, 2]
+        and pool.take() is None
+        and (pool.available, pool.owned) == (0, 3)
+    )
     pool.give_back(pages[1:])
     assert (pool.available, pool.owned) == (2, 1)
     assert {pool.take(), pool.take()} == set(pages[1:]) and pool.take() is None
@@ -85,7 +89,11 @@ def test_of_one_text_the_end_goes_first():
     pages = full(pool, text)
     pool.give_back(pages)
     assert pool.take() == pages[2]
-    assert pool.share(text[0]) == pages[0] and pool.share(text[1]) == pages[1] and pool.share(text[2]) is None
+    assert (
+        pool.share(text[0]) == pages[0]
+        and pool.share(text[1]) == pages[1]
+        and pool.share(text[2]) is None
+    )
 
 
 def test_two_pages_of_one_content():
@@ -102,16 +110,41 @@ def test_two_pages_of_one_content():
 
 def test_content_is_the_tokens_and_all_before_them():
     a, b = content_hash(b"", [1, 2]), content_hash(b"", [2, 1])
-    assert len({a, b, content_hash(a, [3, 4]), content_hash(b, [3, 4]), content_hash(b"", [1, 2, 3, 4]), content_hash(b"", [3, 4])}) == 6
+    assert (
+        len(
+            {
+                a,
+                b,
+                content_hash(a, [3, 4]),
+                content_hash(b, [3, 4]),
+                content_hash(b"", [1, 2, 3, 4]),
+                content_hash(b"", [3, 4]),
+            }
+        )
+        == 6
+    )
     assert content_hash(a, [3, 4]) == content_hash(content_hash(b"", [1, 2]), [3, 4])
-    assert content_hash(b"", [1, 256]) != content_hash(b"", [257, 0])  # no carrying over between tokens
+    assert content_hash(b"", [1, 256]) != content_hash(
+        b"", [257, 0]
+    )  # no carrying over between tokens
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.integers(1, 6), st.lists(st.tuples(st.sampled_from(["take", "share", "publish", "give"]), st.integers(0, 7)), max_size=60))
+@given(
+    st.integers(1, 6),
+    st.lists(
+        st.tuples(st.sampled_from(["take", "share", "publish", "give"]), st.integers(0, 7)),
+        max_size=60,
+    ),
+)
 def test_against_a_model_of_the_pool(n, operations):
     """A dict of owners, a list of kept pages and a set of free ones say the same at every step."""
-    pool, owners, kept, content = PagePool(n, 1), {}, [], {}  # page -> count; least recent first; page -> published content
+    pool, owners, kept, content = (
+        PagePool(n, 1),
+        {},
+        [],
+        {},
+    )  # page -> count; least recent first; page -> published content
     held: list[int] = []
     for what, k in operations:
         if what == "take":
@@ -173,7 +206,13 @@ def test_forgotten_pages_are_found_no_more_and_come_back_free():
     assert [pool.share(n) for n in names] == [None] * 3 and pool.owned == 3
     pool.give_back(pages)
     pool.give_back(pages[:1])
-    assert pool.owned == 0 and pool.available == 4 and not pool._kept and not pool._page_of and not pool._content_of
+    assert (
+        pool.owned == 0
+        and pool.available == 4
+        and not pool._kept
+        and not pool._page_of
+        and not pool._content_of
+    )
     again = pool.take()
     pool.publish(again, names[0])  # the content made anew
     assert pool.share(names[0]) == again

@@ -6,21 +6,21 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from oracles import tiny
-from tiny_run import trained  # noqa: F401 (trained is a fixture)
 
-from lamoe.model import accounting
 from lamoe import cli
 from lamoe.backends import cache_codec
-from lamoe.model.accounting import human_bytes
+from lamoe.backends.cpu import native
 from lamoe.backends.paged_cache import PagedCache
-from lamoe.model.config import ModelConfig
 from lamoe.engine import llm as llm_module
 from lamoe.engine.llm import LLM
 from lamoe.engine.plan import STATES, available_memory, fit, state_bytes
 from lamoe.engine.sampler import SamplingParams
-from lamoe.backends.cpu import native
+from lamoe.model import accounting
+from lamoe.model.accounting import human_bytes
+from lamoe.model.config import ModelConfig
 from lamoe.train import checkpoint
+from oracles import tiny
+from tiny_run import trained  # noqa: F401 (trained is a fixture)
 
 LITE = ModelConfig.preset("deepseek-v2-lite")
 LITE_16 = 2 * accounting.parameters(LITE).total
@@ -34,11 +34,27 @@ def lite(format="bf16", cache_memory=None, length=None, available=None, seqs=1):
 def test_the_plan_is_what_is_allocated(format):
     c = tiny.HARD.replace(max_position_embeddings=200)
     m = tiny.model(c).float()
-    engine = LLM(m, impl="torch", cache=format, page_size=4, cache_memory=1 << 20, max_model_len=150, max_num_seqs=7)
+    engine = LLM(
+        m,
+        impl="torch",
+        cache=format,
+        page_size=4,
+        cache_memory=1 << 20,
+        max_model_len=150,
+        max_num_seqs=7,
+    )
     p = engine.plan()
-    assert p.cache == engine.cache.rows.untyped_storage().nbytes() <= 1 << 20 and (1 << 20) - p.cache < 4 * p.bytes_per_token
-    assert p.bytes_per_token == c.num_hidden_layers * cache_codec.row_bytes(format, c.cache_row) and p.tokens == engine.pool.total * 4
-    assert p.weights == 4 * accounting.parameters(c).total and p.sequences == engine.pool.total // 38
+    assert (
+        p.cache == engine.cache.rows.untyped_storage().nbytes() <= 1 << 20
+        and (1 << 20) - p.cache < 4 * p.bytes_per_token
+    )
+    assert (
+        p.bytes_per_token == c.num_hidden_layers * cache_codec.row_bytes(format, c.cache_row)
+        and p.tokens == engine.pool.total * 4
+    )
+    assert (
+        p.weights == 4 * accounting.parameters(c).total and p.sequences == engine.pool.total // 38
+    )
     assert p.expanded_bytes_per_token == 2 * accounting.expanded_elements(c)
 
 
@@ -47,20 +63,42 @@ def test_figures_of_lite():
     assert (p.bytes_per_token, p.expanded_bytes_per_token) == (31104, 276480)
     assert p.tokens == 4 * 10**9 // (31104 * 16) * 16 and p.sequences == 3
     said = p.describe()
-    assert "weights 31.41 GB" in said and "31,104 bytes a token; as expanded keys and values 276,480 (8.9 x), the same memory would hold 14,466 tokens" in said
-    assert said.endswith("fits    128,592 tokens: 3 sequences of 32,768 at once (max_num_seqs lets 1 run)")
-    assert lite(length=32768, cache_memory=4 * 10**9, seqs=64).describe().endswith("3 sequences of 32,768 at once")
+    assert (
+        "weights 31.41 GB" in said
+        and "31,104 bytes a token; as expanded keys and values 276,480 (8.9 x), the same memory would hold 14,466 tokens"
+        in said
+    )
+    assert said.endswith(
+        "fits    128,592 tokens: 3 sequences of 32,768 at once (max_num_seqs lets 1 run)"
+    )
+    assert (
+        lite(length=32768, cache_memory=4 * 10**9, seqs=64)
+        .describe()
+        .endswith("3 sequences of 32,768 at once")
+    )
     assert lite("6bit").bytes_per_token == 27 * 404
     plain = fit(ModelConfig.preset("deepseek-67b"), 1, "bf16", None, None, 1, 16)
-    assert "expanded" not in plain.describe() and plain.bytes_per_token == plain.expanded_bytes_per_token
+    assert (
+        "expanded" not in plain.describe()
+        and plain.bytes_per_token == plain.expanded_bytes_per_token
+    )
 
 
 LITE_STATE = 4 * (16 + 16 + 16 * 512)  # maximum, sum and latent of 16 lanes in float32
 
 
-@pytest.mark.parametrize("length, seqs, step, tokens, chunks", [
-    (100, 3, 3, 3, 1), (1000, 3, 3, 3, 8), (4096, 3, 3, 3, 8), (4097, 3, 3, 3, 9), (20_000, 10, 64, 64, 40), (128, 1, 512, 73, 1),
-    (4096, 1, 512, 163, 8)])  # n < 2^17 S / (2^17 + 768 S) tokens over S rows are absorbed
+@pytest.mark.parametrize(
+    "length, seqs, step, tokens, chunks",
+    [
+        (100, 3, 3, 3, 1),
+        (1000, 3, 3, 3, 8),
+        (4096, 3, 3, 3, 8),
+        (4097, 3, 3, 3, 9),
+        (20_000, 10, 64, 64, 40),
+        (128, 1, 512, 73, 1),
+        (4096, 1, 512, 163, 8),
+    ],
+)  # n < 2^17 S / (2^17 + 768 S) tokens over S rows are absorbed
 def test_partial_results_of_attention(length, seqs, step, tokens, chunks):
     """One token of Lite has 16 heads, one block of lanes; each block has a state for each chunk of rows."""
     size = tokens * chunks * LITE_STATE
@@ -68,58 +106,128 @@ def test_partial_results_of_attention(length, seqs, step, tokens, chunks):
 
 
 def test_partial_results_of_attention_are_bounded():
-    assert state_bytes(LITE, 163_840, 64, 512) == state_bytes(LITE, 32_768, 64, 512) == STATES * 5 // 4 + 4096
+    assert (
+        state_bytes(LITE, 163_840, 64, 512)
+        == state_bytes(LITE, 32_768, 64, 512)
+        == STATES * 5 // 4 + 4096
+    )
     big = ModelConfig.preset("deepseek-v2")
-    assert state_bytes(big, 163_840, 64, 512) == STATES * 5 // 4 + 4096 > state_bytes(big, 20_000, 1, 1) == 8 * 40 * LITE_STATE * 5 // 4 + 4096
+    assert (
+        state_bytes(big, 163_840, 64, 512)
+        == STATES * 5 // 4 + 4096
+        > state_bytes(big, 20_000, 1, 1)
+        == 8 * 40 * LITE_STATE * 5 // 4 + 4096
+    )
     wide = big.replace(num_attention_heads=1024)  # one token has 64 blocks of 320 chunks
     assert state_bytes(wide, 163_840, 1, 1) == 64 * 320 * LITE_STATE * 5 // 4 + 4096
-    dense = ModelConfig.preset("deepseek-67b")  # 64 heads over 8 of keys: more than 48 / 8 tokens of a sequence are expanded
-    assert state_bytes(dense, 4096, 2, 512) == 8 * (12 * 8 + 2 * 15) // 16 // 8 * 8 * 8 * 4 * (32 + 16 * 128) * 5 // 4 + 4096
+    dense = ModelConfig.preset(
+        "deepseek-67b"
+    )  # 64 heads over 8 of keys: more than 48 / 8 tokens of a sequence are expanded
+    assert (
+        state_bytes(dense, 4096, 2, 512)
+        == 8 * (12 * 8 + 2 * 15) // 16 // 8 * 8 * 8 * 4 * (32 + 16 * 128) * 5 // 4 + 4096
+    )
 
 
 def test_the_plan_counts_them():
     """In what is free, in what is refused and what is offered instead, and in words."""
     partial, page = state_bytes(LITE, 1600, 3, 64), 16 * 31104
     said = fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 100 * page + partial, 64)
-    assert said.pages == 100 and said.states == partial and said.describe().startswith(f"weights 31.41 GB; {human_bytes(partial)} at most for attention\ncache   49.77 MB")
+    assert (
+        said.pages == 100
+        and said.states == partial
+        and said.describe().startswith(
+            f"weights 31.41 GB; {human_bytes(partial)} at most for attention\ncache   49.77 MB"
+        )
+    )
     assert "attention" not in lite(length=1600).describe()
-    with pytest.raises(ValueError, match=f"with {human_bytes(partial)} for attention, are more than .*lower max_model_len to 1584,"):
+    with pytest.raises(
+        ValueError,
+        match=f"with {human_bytes(partial)} for attention, are more than .*lower max_model_len to 1584,",
+    ):
         fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 100 * page + partial - 1, 64)
-    with pytest.raises(ValueError, match="max_model_len to 720,"):  # of less than 1,024 rows there are fewer chunks
-        fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 45 * page + state_bytes(LITE, 720, 3, 64), 64)
-    with pytest.raises(ValueError, match=re.escape(f"lower cache_memory to at most {human_bytes(101 * page)}")):
+    with pytest.raises(
+        ValueError, match="max_model_len to 720,"
+    ):  # of less than 1,024 rows there are fewer chunks
+        fit(
+            LITE,
+            LITE_16,
+            "bf16",
+            None,
+            1600,
+            3,
+            16,
+            LITE_16 + 45 * page + state_bytes(LITE, 720, 3, 64),
+            64,
+        )
+    with pytest.raises(
+        ValueError, match=re.escape(f"lower cache_memory to at most {human_bytes(101 * page)}")
+    ):
         fit(LITE, LITE_16, "bf16", 200 * page, 1600, 3, 16, LITE_16 + 101 * page + partial, 64)
 
 
 @pytest.mark.skipif(not native.available(), reason="needs the compiled kernels")
-@pytest.mark.parametrize("c", [tiny.HARD, tiny.config("llama", num_key_value_heads=2, head_dim=10)], ids=["mla", "gqa"])
+@pytest.mark.parametrize(
+    "c", [tiny.HARD, tiny.config("llama", num_key_value_heads=2, head_dim=10)], ids=["mla", "gqa"]
+)
 def test_partial_results_of_attention_are_what_is_allocated(c):
     """Seven sequences that decode at the end of their context, behind a prompt they share: to the byte what the plan says, where a token fills its blocks
     (16 heads of a KV head), and never more."""
     for heads in (32, 4):
-        m = tiny.model(c.replace(num_attention_heads=heads, max_position_embeddings=200, num_hidden_layers=2)).float()
+        m = tiny.model(
+            c.replace(num_attention_heads=heads, max_position_embeddings=200, num_hidden_layers=2)
+        ).float()
         engine = LLM(m, cache="fp32", page_size=4, max_num_seqs=7, max_num_batched_tokens=7)
-        engine.generate([tiny.ids(c, 189, seed=1).tolist()] * 7, SamplingParams(temperature=0.0, max_tokens=11, ignore_eos=True))
+        engine.generate(
+            [tiny.ids(c, 189, seed=1).tolist()] * 7,
+            SamplingParams(temperature=0.0, max_tokens=11, ignore_eos=True),
+        )
         p, taken = engine.plan(), engine.runs.native.state_bytes
-        assert taken == p.states if heads == 32 else p.states // 3 < taken <= p.states, (heads, taken, p.states)
+        assert taken == p.states if heads == 32 else p.states // 3 < taken <= p.states, (
+            heads,
+            taken,
+            p.states,
+        )
     assert LLM(m, impl="torch").plan().states == 0
 
 
 def test_how_large_a_cache_is_when_nobody_says():
     """Four contexts, at most 1 GiB, one context in any case; and never more than the machine has left."""
     page = 16 * 31104
-    assert lite(length=1600).pages == 400 and lite(length=100_000).pages == 6250 and lite(length=20_000).pages == (1 << 30) // page
+    assert (
+        lite(length=1600).pages == 400
+        and lite(length=100_000).pages == 6250
+        and lite(length=20_000).pages == (1 << 30) // page
+    )
     assert lite(length=1600, available=LITE_16 + 250 * page).pages == 250
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(length=163841), "max_model_len is 163841; it must be from 2 to the model's max_position_embeddings 163840"),
-    (dict(cache_memory=10**9), "a cache of 1.000 GB in bf16 holds 32144 tokens, less than max_model_len 163840, which needs 5.096 GB; .*max_model_len 32144"),
-    (dict(available=LITE_16 + 10**9), "31.41 GB of weights and a cache of 5.096 GB (163,840 tokens in bf16, 31,104 bytes a token) are more than the 32.41 GB of memory "
-                                      "that are available; lower max_model_len to 32144, or take a smaller cache format (4bit: 8,505 bytes a token)"),
-    (dict(available=LITE_16 + 10**9, length=20000, cache_memory=2 * 10**9), "lower cache_memory to at most 1.000 GB"),
-    (dict(available=16 * 10**9), "are more than the 16.00 GB of memory that are available; free some memory, or take a smaller model"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            dict(length=163841),
+            "max_model_len is 163841; it must be from 2 to the model's max_position_embeddings 163840",
+        ),
+        (
+            dict(cache_memory=10**9),
+            "a cache of 1.000 GB in bf16 holds 32144 tokens, less than max_model_len 163840, which needs 5.096 GB; .*max_model_len 32144",
+        ),
+        (
+            dict(available=LITE_16 + 10**9),
+            "31.41 GB of weights and a cache of 5.096 GB (163,840 tokens in bf16, 31,104 bytes a token) are more than the 32.41 GB of memory "
+            "that are available; lower max_model_len to 32144, or take a smaller cache format (4bit: 8,505 bytes a token)",
+        ),
+        (
+            dict(available=LITE_16 + 10**9, length=20000, cache_memory=2 * 10**9),
+            "lower cache_memory to at most 1.000 GB",
+        ),
+        (
+            dict(available=16 * 10**9),
+            "are more than the 16.00 GB of memory that are available; free some memory, or take a smaller model",
+        ),
+    ],
+)
 def test_refused(options, message):
     """And what the message offers does."""
     with pytest.raises(ValueError) as e:
@@ -134,20 +242,36 @@ def test_refused(options, message):
 
 def test_refused_before_the_weights_are_read(trained):
     folder = checkpoint.latest(trained) / "model"
-    with mock.patch.object(llm_module, "available_memory", return_value=10_000), mock.patch("lamoe.checkpoints.load") as load:
+    with (
+        mock.patch.object(llm_module, "available_memory", return_value=10_000),
+        mock.patch("lamoe.checkpoints.load") as load,
+    ):
         with pytest.raises(ValueError, match="more than the 10.00 kB of memory that are available"):
             LLM(folder)
     load.assert_not_called()
     plain = LLM(folder, impl="torch")
     weights = plain.plan().weights
-    with mock.patch.object(llm_module, "available_memory", return_value=weights + 64 * plain.plan().bytes_per_token):
+    with mock.patch.object(
+        llm_module, "available_memory", return_value=weights + 64 * plain.plan().bytes_per_token
+    ):
         p = LLM(folder, impl="torch").plan()
-    assert p.sequences == 1 and p.weights == sum(t.numel() * t.element_size() for t in plain.model.parameters())
+    assert p.sequences == 1 and p.weights == sum(
+        t.numel() * t.element_size() for t in plain.model.parameters()
+    )
     assert LLM(folder, dtype="bfloat16", impl="torch").plan().weights == weights // 2
     c = plain.model.config
-    assert llm_module._ahead(folder, "bfloat16", None) == (c, 2 * accounting.parameters(c).total) and llm_module._ahead(folder, None, "int4")[1] == int(4.5 / 8 * accounting.parameters(c).total)
-    assert llm_module._ahead(folder, None, "int4", "int8")[1] == int(4.5 / 8 * accounting.parameters(c).total + c.vocab_size * c.hidden_size / 2)
-    for weights in ("bf16", "int8", "int4") if native.available() else ():  # packed on the way: once it is there, the plan says what it is
+    assert llm_module._ahead(folder, "bfloat16", None) == (
+        c,
+        2 * accounting.parameters(c).total,
+    ) and llm_module._ahead(folder, None, "int4")[1] == int(
+        4.5 / 8 * accounting.parameters(c).total
+    )
+    assert llm_module._ahead(folder, None, "int4", "int8")[1] == int(
+        4.5 / 8 * accounting.parameters(c).total + c.vocab_size * c.hidden_size / 2
+    )
+    for weights in (
+        ("bf16", "int8", "int4") if native.available() else ()
+    ):  # packed on the way: once it is there, the plan says what it is
         engine = LLM(folder, weights=weights)
         assert engine.plan().weights == sum(engine.runs.nbytes.values())
 
@@ -159,7 +283,12 @@ def test_memory_of_the_machine(tmp_path):
     assert available_memory(tmp_path) == 1024000
     group = tmp_path / "sys" / "fs" / "cgroup"
     group.mkdir(parents=True)
-    for most, now, want in (("max", "5", 1024000), ("500000", "100000", 400000), ("5000000", "100000", 1024000), ("100", "200", 0)):
+    for most, now, want in (
+        ("max", "5", 1024000),
+        ("500000", "100000", 400000),
+        ("5000000", "100000", 1024000),
+        ("100", "200", 0),
+    ):
         (group / "memory.max").write_text(most + "\n")
         (group / "memory.current").write_text(now + "\n")
         assert available_memory(tmp_path) == want
@@ -170,11 +299,37 @@ def test_memory_of_the_machine(tmp_path):
 
 def test_flags_of_chat(trained, capsys):
     with mock.patch("lamoe.cli.chat.run", return_value=0) as run:
-        assert cli.main(["chat", str(trained), "--max-model-len", "48", "--kv-cache-memory", "100kB", "--max-num-seqs", "3", "--cache", "int8"]) == 0
+        assert (
+            cli.main(
+                [
+                    "chat",
+                    str(trained),
+                    "--max-model-len",
+                    "48",
+                    "--kv-cache-memory",
+                    "100kB",
+                    "--max-num-seqs",
+                    "3",
+                    "--cache",
+                    "int8",
+                ]
+            )
+            == 0
+        )
     p = run.call_args.args[0].plan()
-    assert (p.max_model_len, p.max_num_seqs, p.format) == (48, 3, "int8") and 0 <= 100_000 - p.cache < 16 * p.bytes_per_token
-    for flags, said in ((["--max-model-len", "65"], "max_position_embeddings 64"), (["--kv-cache-memory", "1kB"], "a cache of 1.000 kB in bf16 holds 0 tokens"),
-                        (["--kv-cache-memory", "900TB"], "of memory that are available; lower cache_memory to at most")):
+    assert (p.max_model_len, p.max_num_seqs, p.format) == (
+        48,
+        3,
+        "int8",
+    ) and 0 <= 100_000 - p.cache < 16 * p.bytes_per_token
+    for flags, said in (
+        (["--max-model-len", "65"], "max_position_embeddings 64"),
+        (["--kv-cache-memory", "1kB"], "a cache of 1.000 kB in bf16 holds 0 tokens"),
+        (
+            ["--kv-cache-memory", "900TB"],
+            "of memory that are available; lower cache_memory to at most",
+        ),
+    ):
         capsys.readouterr()
         assert cli.main(["chat", str(trained), *flags]) == 2
         assert said in capsys.readouterr().err
@@ -182,6 +337,7 @@ def test_flags_of_chat(trained, capsys):
 
 def test_memory_is_taken_when_it_is_written():
     """A cache that may come to 2 GB takes next to nothing, and then what its tokens take."""
+
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

@@ -9,17 +9,23 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_run import BODY, MLA, MOE
 
 from lamoe.backends import cache_codec
-from lamoe.model.config import ModelConfig
 from lamoe.engine import prefix_file
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
+from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
+from tiny_run import BODY, MLA, MOE
 
-CONFIG = ModelConfig(**{**BODY, "max_position_embeddings": 128, "initializer_range": 0.2}, **MLA, **MOE)
-GQA = ModelConfig(model_type="llama", **{**BODY, "num_attention_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.2}, num_key_value_heads=2)
+CONFIG = ModelConfig(
+    **{**BODY, "max_position_embeddings": 128, "initializer_range": 0.2}, **MLA, **MOE
+)
+GQA = ModelConfig(
+    model_type="llama",
+    **{**BODY, "num_attention_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.2},
+    num_key_value_heads=2,
+)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 TEXT = [(7 * i * i + 3 * i) % 300 for i in range(61)]
 
@@ -60,7 +66,11 @@ def test_rows_are_the_bytes_of_the_cache(tmp_path, format):
     one.generate([[9] * 10, TEXT], GREEDY)  # so that the pages of TEXT do not begin at 0
     assert one.save_cache(tmp_path / "c", TEXT) == 60
     stored = load_file(tmp_path / "c")  # the library agrees that it is safetensors
-    assert stored["tokens"].tolist() == TEXT[:60] and stored["rows"].shape == (2, 60, row) and stored["rows"].dtype == torch.uint8
+    assert (
+        stored["tokens"].tolist() == TEXT[:60]
+        and stored["rows"].shape == (2, 60, row)
+        and stored["rows"].dtype == torch.uint8
+    )
     pages = [one.pool.share(c) for c in prefix_file._contents(TEXT, 4)]
     slots = torch.tensor([p * 4 + i for p in pages for i in range(4)])
     assert torch.equal(stored["rows"], one.cache.rows[:, slots]) and stored["rows"].any(-1).all()
@@ -70,7 +80,11 @@ def test_rows_are_the_bytes_of_the_cache(tmp_path, format):
     assert torch.equal(stored["rows"], two.cache.rows[:, slots])
     with safe_open(tmp_path / "c", framework="pt") as f:
         meta = f.metadata()
-    assert (meta["format"], meta["widths"], meta["dtype"]) == (format, "16 8", "float32") and re.fullmatch("[0-9a-f]{64}", meta["model"])
+    assert (meta["format"], meta["widths"], meta["dtype"]) == (
+        format,
+        "16 8",
+        "float32",
+    ) and re.fullmatch("[0-9a-f]{64}", meta["model"])
 
 
 def test_the_rows_of_the_file_are_what_is_used(tmp_path):
@@ -92,9 +106,16 @@ def test_only_what_is_cached_is_saved(tmp_path):
     one.generate([TEXT[:20] + [5] * 20], GREEDY)
     assert one.save_cache(tmp_path / "c", TEXT[:20] + [5] * 30) == 40
     for tokens in ([], TEXT[:3], [8] * 50):
-        with pytest.raises(ValueError, match=f"nothing of these {len(tokens)} tokens is in the cache.*full pages of 4 tokens"):
+        with pytest.raises(
+            ValueError,
+            match=f"nothing of these {len(tokens)} tokens is in the cache.*full pages of 4 tokens",
+        ):
             one.save_cache(tmp_path / "d", tokens)
-    assert one.pool.owned == 0 and not (tmp_path / "d").exists() and [p.name for p in tmp_path.iterdir()] == ["c"]
+    assert (
+        one.pool.owned == 0
+        and not (tmp_path / "d").exists()
+        and [p.name for p in tmp_path.iterdir()] == ["c"]
+    )
 
 
 def test_into_a_cache_in_use(tmp_path):
@@ -118,7 +139,10 @@ def test_loaded_pages_are_given_up_like_others(tmp_path):
     two.load_cache(file)
     assert two.pool.available == 20
     [long] = two.generate([[2] * 60], SamplingParams(temperature=0.0, max_tokens=20))
-    assert long.token_ids == llm().generate([[2] * 60], SamplingParams(temperature=0.0, max_tokens=20))[0].token_ids
+    assert (
+        long.token_ids
+        == llm().generate([[2] * 60], SamplingParams(temperature=0.0, max_tokens=20))[0].token_ids
+    )
     [again] = two.generate([TEXT], GREEDY)
     assert again.token_ids == out.token_ids and again.cached_tokens < 60
     two.load_cache(file)  # takes the pages back
@@ -132,7 +156,9 @@ def test_it_does_not_fit(tmp_path):
     two = llm(max_model_len=64, cache_memory=16 * 4 * 2 * 24 * 4)
     [running] = two.add([6] * 7, SamplingParams(temperature=0.0, max_tokens=30))
     two.step()
-    with pytest.raises(ValueError, match="needs 15 more pages of 4 tokens, and 14 of 16 are not in use"):
+    with pytest.raises(
+        ValueError, match="needs 15 more pages of 4 tokens, and 14 of 16 are not in use"
+    ):
         two.load_cache(file)
     two.cancel(running)
     assert two.pool.available == 16 and two.load_cache(file) == 60
@@ -141,7 +167,11 @@ def test_it_does_not_fit(tmp_path):
 # ---- what it is bound to ---------------------------------------------------------------------------------------------------
 def test_digest():
     base = model()
-    assert prefix_file.digest(base) == prefix_file.digest(model()) == prefix_file.digest(Transformer(CONFIG.replace(torch_dtype="bfloat16")).init_weights(1))
+    assert (
+        prefix_file.digest(base)
+        == prefix_file.digest(model())
+        == prefix_file.digest(Transformer(CONFIG.replace(torch_dtype="bfloat16")).init_weights(1))
+    )
     others = [model(seed=2), model(CONFIG.replace(rope_theta=5000.0)), model().bfloat16()]
     for name in ("embed.weight", "layers.1.attn.wkv_a.weight", "norm.weight"):
         others.append(model())
@@ -161,7 +191,9 @@ def test_digest_of_large_tensors_samples_all_of_them(monkeypatch):
         with torch.no_grad():
             m.embed.weight.flatten()[at] += 1.0
         seen += [at] if prefix_file.digest(m) != base else []
-    assert 2 <= len(seen) < 30 and seen[0] == 0 and seen[-1] == 9599  # 16 blocks of 16 numbers of 9,600
+    assert (
+        2 <= len(seen) < 30 and seen[0] == 0 and seen[-1] == 9599
+    )  # 16 blocks of 16 numbers of 9,600
     for name, p in model().named_parameters():
         m = model()
         with torch.no_grad():
@@ -169,19 +201,30 @@ def test_digest_of_large_tensors_samples_all_of_them(monkeypatch):
         assert prefix_file.digest(m) != base, name
 
 
-@pytest.mark.parametrize("options, words", [
-    (dict(m=model(seed=2)), "has the model digest '[0-9a-f]{64}', this one has '[0-9a-f]{64}'; use the model it was saved with"),
-    (dict(cache="bf16"), "has the cache format 'fp32', this one has 'bf16'; load the model with cache='fp32'"),
-    (dict(m=model(GQA)), "has the row widths '16 8', this one has '16 16'"),
-    (dict(m=model().bfloat16()), "has the dtype 'float32', this one has 'bfloat16'"),
-    (dict(m=model(CONFIG.replace(num_hidden_layers=3))), "model digest"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (
+            dict(m=model(seed=2)),
+            "has the model digest '[0-9a-f]{64}', this one has '[0-9a-f]{64}'; use the model it was saved with",
+        ),
+        (
+            dict(cache="bf16"),
+            "has the cache format 'fp32', this one has 'bf16'; load the model with cache='fp32'",
+        ),
+        (dict(m=model(GQA)), "has the row widths '16 8', this one has '16 16'"),
+        (dict(m=model().bfloat16()), "has the dtype 'float32', this one has 'bfloat16'"),
+        (dict(m=model(CONFIG.replace(num_hidden_layers=3))), "model digest"),
+    ],
+)
 def test_what_does_not_belong_is_refused(tmp_path, options, words):
     file, *_ = saved(tmp_path / "c")
     two = llm(**options)
     with pytest.raises(ValueError, match=words):
         two.load_cache(file)
-    assert two.pool.available == two.pool.total and two.generate([TEXT], GREEDY)[0].cached_tokens == 0
+    assert (
+        two.pool.available == two.pool.total and two.generate([TEXT], GREEDY)[0].cached_tokens == 0
+    )
 
 
 # ---- hostile files ---------------------------------------------------------------------------------------------------------
@@ -196,24 +239,46 @@ def refused(file, words):
     two = llm()
     with pytest.raises(ValueError, match=words) as e:
         two.load_cache(file)
-    assert str(file) in str(e.value) and len(str(e.value)) < 600 and two.pool.available == two.pool.total
+    assert (
+        str(file) in str(e.value)
+        and len(str(e.value)) < 600
+        and two.pool.available == two.pool.total
+    )
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(tokens=torch.tensor(TEXT[:59] + [300])), "token ids from 0 to 300; the vocabulary has 300"),
-    (dict(tokens=torch.tensor(TEXT[:59] + [-1])), "token ids from -1"),
-    (dict(tokens=torch.tensor(TEXT[:60], dtype=torch.int32)), "tokens I32 .*need I64"),
-    (dict(tokens=torch.tensor(TEXT[:48])), r"tokens I64 \[48\] and rows U8 \[2, 60, 96\]"),
-    (dict(tokens=torch.tensor(TEXT[:60])[None]), r"tokens I64 \[1, 60\]"),
-    (dict(tokens=torch.tensor([], dtype=torch.int64), rows=torch.zeros(2, 0, 96, dtype=torch.uint8)), "with n at least 1"),
-    (dict(tokens=torch.tensor(3)), r"tokens I64 \[\]"),
-    (dict(rows=torch.zeros(2, 60, 95, dtype=torch.uint8)), r"need I64 \[n\] and U8 \[2, n, 96\]"),
-    (dict(rows=torch.zeros(3, 60, 96, dtype=torch.uint8)), r"U8 \[3, 60, 96\]"),
-    (dict(rows=torch.zeros(2, 60, 96, dtype=torch.int8)), "rows I8"),
-    (dict(rows=None), "is not a saved cache"), (dict(more=torch.zeros(1)), "is not a saved cache"),
-    (dict(meta={"kind": "model"}), "is not a saved cache"), (dict(meta={"version": "2"}), "of version '2'; this lamoe reads version 1"),
-    (dict(meta={"format": "x" * 10**5}), "cache format 'xxx"), (dict(meta={"format": "{0.__class__}"}), "cache format"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            dict(tokens=torch.tensor(TEXT[:59] + [300])),
+            "token ids from 0 to 300; the vocabulary has 300",
+        ),
+        (dict(tokens=torch.tensor(TEXT[:59] + [-1])), "token ids from -1"),
+        (dict(tokens=torch.tensor(TEXT[:60], dtype=torch.int32)), "tokens I32 .*need I64"),
+        (dict(tokens=torch.tensor(TEXT[:48])), r"tokens I64 \[48\] and rows U8 \[2, 60, 96\]"),
+        (dict(tokens=torch.tensor(TEXT[:60])[None]), r"tokens I64 \[1, 60\]"),
+        (
+            dict(
+                tokens=torch.tensor([], dtype=torch.int64),
+                rows=torch.zeros(2, 0, 96, dtype=torch.uint8),
+            ),
+            "with n at least 1",
+        ),
+        (dict(tokens=torch.tensor(3)), r"tokens I64 \[\]"),
+        (
+            dict(rows=torch.zeros(2, 60, 95, dtype=torch.uint8)),
+            r"need I64 \[n\] and U8 \[2, n, 96\]",
+        ),
+        (dict(rows=torch.zeros(3, 60, 96, dtype=torch.uint8)), r"U8 \[3, 60, 96\]"),
+        (dict(rows=torch.zeros(2, 60, 96, dtype=torch.int8)), "rows I8"),
+        (dict(rows=None), "is not a saved cache"),
+        (dict(more=torch.zeros(1)), "is not a saved cache"),
+        (dict(meta={"kind": "model"}), "is not a saved cache"),
+        (dict(meta={"version": "2"}), "of version '2'; this lamoe reads version 1"),
+        (dict(meta={"format": "x" * 10**5}), "cache format 'xxx"),
+        (dict(meta={"format": "{0.__class__}"}), "cache format"),
+    ],
+)
 def test_wrong_content(tmp_path, change, words):
     file, *_ = saved(tmp_path / "c")
     rewritten(file, **change)
@@ -262,7 +327,11 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
         patch.setattr(prefix_file.os, "fsync", mock.Mock(side_effect=OSError("no space left")))
         with pytest.raises(OSError, match="no space"):
             two.save_cache(file, [5] * 40)
-    assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c"] and two.pool.owned == 0
+    assert (
+        file.read_bytes() == before
+        and [p.name for p in tmp_path.iterdir()] == ["c"]
+        and two.pool.owned == 0
+    )
     assert two.save_cache(file, [5] * 40) == 40
     assert file.read_bytes() != before and [p.name for p in tmp_path.iterdir()] == ["c"]
 

@@ -15,7 +15,14 @@ from lamoe.engine.scheduler import Scheduler
 class World:
     """A scheduler, the rows its steps would have written, and the rules that hold after every step."""
 
-    def __init__(self, pages: int, size: int = 4, max_sequences: int = 4, max_tokens: int = 8, speculate: int = 0):
+    def __init__(
+        self,
+        pages: int,
+        size: int = 4,
+        max_sequences: int = 4,
+        max_tokens: int = 8,
+        speculate: int = 0,
+    ):
         self.pool = PagePool(pages, size)
         self.scheduler = Scheduler(self.pool, max_sequences, max_tokens, speculate)
         self.rows: dict[int, tuple] = {}  # slot -> the text up to and with its token
@@ -24,8 +31,20 @@ class World:
         self.steps = 0
 
     def add(self, prompt, out: int = 3, n: int = 1) -> list[Sequence]:
-        first = Sequence(len(self.arrived), list(prompt), len(prompt), SamplingParams(), len(prompt) + out)
-        group = [first] + [Sequence(first.id + i, list(prompt), len(prompt), SamplingParams(), len(prompt) + out, leader=first) for i in range(1, n)]
+        first = Sequence(
+            len(self.arrived), list(prompt), len(prompt), SamplingParams(), len(prompt) + out
+        )
+        group = [first] + [
+            Sequence(
+                first.id + i,
+                list(prompt),
+                len(prompt),
+                SamplingParams(),
+                len(prompt) + out,
+                leader=first,
+            )
+            for i in range(1, n)
+        ]
         for seq in group:
             self.arrived.append(seq)
             self.scheduler.add(seq)
@@ -60,7 +79,11 @@ class World:
     def end(self, seq: Sequence, reason: str = "abort"):
         seq.finish = reason
         self.scheduler.end(seq)
-        assert seq.pages == [] and seq not in self.scheduler.running and seq not in self.scheduler.waiting
+        assert (
+            seq.pages == []
+            and seq not in self.scheduler.running
+            and seq not in self.scheduler.waiting
+        )
 
     def check(self, work):
         s, size = self.scheduler, self.pool.page_size
@@ -72,14 +95,24 @@ class World:
             assert len(seq.tokens) + len(seq.draft) <= seq.limit
             assert len(seq.pages) * size >= seq.computed + n
             for i in range(seq.computed):  # what it reads is its own text
-                assert self.rows[seq.pages[i // size] * size + i % size] == tuple(seq.tokens[: i + 1])
-            for at in range(seq.computed // size, (seq.computed + n - 1) // size + 1):  # what it writes is nobody else's and not published
+                assert self.rows[seq.pages[i // size] * size + i % size] == tuple(
+                    seq.tokens[: i + 1]
+                )
+            for at in range(
+                seq.computed // size, (seq.computed + n - 1) // size + 1
+            ):  # what it writes is nobody else's and not published
                 page = seq.pages[at]
                 assert self.pool._owners[page] == 1 and page not in self.pool._content_of
             if seq not in self.admitted:
                 self.admitted.append(seq)
-                overtaken = [e for e in self.arrived if e.id < seq.id and e not in self.admitted and e.finish is None]
-                assert all(e.leader is not None for e in overtaken), "only those who wait for a sibling's prompt are overtaken"
+                overtaken = [
+                    e
+                    for e in self.arrived
+                    if e.id < seq.id and e not in self.admitted and e.finish is None
+                ]
+                assert all(e.leader is not None for e in overtaken), (
+                    "only those who wait for a sibling's prompt are overtaken"
+                )
         self.check_pages()
 
     def check_pages(self):
@@ -92,9 +125,19 @@ class World:
         assert all(seq.pages == [] and seq.computed == 0 for seq in s.waiting)
         assert pool._owners == owners
         free, kept = set(pool._free), set(pool._kept)
-        assert len(free) + len(kept) + len(owners) == pool.total and free | kept | set(owners) == set(range(pool.total))
-        assert len(pool._free) == len(free) and pool.available == len(free) + len(kept) and pool.owned == len(owners)
-        assert {pool._page_of[c]: c for c in pool._page_of} == pool._content_of and kept <= set(pool._content_of) and not free & set(pool._content_of)
+        assert len(free) + len(kept) + len(owners) == pool.total and free | kept | set(
+            owners
+        ) == set(range(pool.total))
+        assert (
+            len(pool._free) == len(free)
+            and pool.available == len(free) + len(kept)
+            and pool.owned == len(owners)
+        )
+        assert (
+            {pool._page_of[c]: c for c in pool._page_of} == pool._content_of
+            and kept <= set(pool._content_of)
+            and not free & set(pool._content_of)
+        )
 
     def run(self, most: int = 1000):
         begin = self.steps
@@ -115,15 +158,25 @@ def text(n: int, seed: int = 0) -> list[int]:
 
 
 # ---- everything at once ----------------------------------------------------------------------------------------------
-REQUEST = st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 10), st.integers(1, 3))  # which beginning, its length, output, samples
+REQUEST = st.tuples(
+    st.integers(0, 3), st.integers(1, 20), st.integers(1, 10), st.integers(1, 3)
+)  # which beginning, its length, output, samples
 
 
 @settings(deadline=None, max_examples=250)
-@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 12), st.integers(0, 6), st.integers(0, 3),
-       st.lists(st.one_of(REQUEST, st.just("step"), st.just("step"), st.integers(0, 30)), max_size=40))
+@given(
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(0, 12),
+    st.integers(0, 6),
+    st.integers(0, 3),
+    st.lists(st.one_of(REQUEST, st.just("step"), st.just("step"), st.integers(0, 30)), max_size=40),
+)
 def test_any_stream_of_requests(size, max_sequences, spare_tokens, spare_pages, speculate, events):
     """Requests that share beginnings, cancellations of anybody at any time, few pages: the rules of World hold and everything comes to its end."""
-    world = World(-(-30 // size) + spare_pages, size, max_sequences, max_sequences + spare_tokens, speculate)
+    world = World(
+        -(-30 // size) + spare_pages, size, max_sequences, max_sequences + spare_tokens, speculate
+    )
     for event in events:
         if event == "step":
             world.step()
@@ -172,7 +225,10 @@ def test_a_large_first_request_is_not_overtaken_by_small_ones():
     (big,) = world.add(text(20, 1), 2)
     small = [world.add(text(2, 2 + i), 1)[0] for i in range(3)]
     while not a.finish:
-        assert [s for s, _ in world.step()] == [a] and list(world.scheduler.waiting) == [big, *small]
+        assert [s for s, _ in world.step()] == [a] and list(world.scheduler.waiting) == [
+            big,
+            *small,
+        ]
     world.run()
     assert world.admitted == [a, big, *small]
 
@@ -204,16 +260,22 @@ def test_output_is_shared_too():
     world.run()
     (second,) = world.add(first.tokens + text(3, 1), 1)
     world.run()
-    assert len(first.tokens) == 13 and second.cached == 12  # of 13 tokens the last has no row, of 12 three pages are full
+    assert (
+        len(first.tokens) == 13 and second.cached == 12
+    )  # of 13 tokens the last has no row, of 12 three pages are full
 
 
 def test_samples_of_a_prompt_wait_for_its_pages():
     world = World(20, max_tokens=8)
     leader, *others = world.add(text(18), 4, n=3)
     plans = [world.step() for _ in range(3)]
-    assert [[(s.id, n) for s, n in p] for p in plans] == [[(0, 8)], [(0, 8)], [(0, 2)]] and not any(o.pages for o in others)
+    assert [[(s.id, n) for s, n in p] for p in plans] == [[(0, 8)], [(0, 8)], [(0, 2)]] and not any(
+        o.pages for o in others
+    )
     world.step()
-    assert [o.cached for o in others] == [16, 16] and others[0].pages[:4] == leader.pages[:4] == others[1].pages[:4]
+    assert [o.cached for o in others] == [16, 16] and others[0].pages[:4] == leader.pages[
+        :4
+    ] == others[1].pages[:4]
     assert len({leader.pages[4], others[0].pages[4], others[1].pages[4]}) == 3
     world.run()
 
@@ -250,7 +312,9 @@ def test_a_half_read_prompt_is_not_starved_by_small_requests():
     for i in range(40):
         world.add(text(3, 2 + i), 9)
         world.step()
-        assert b.finish or b.todo == 1 or not [s for s in world.scheduler.running if s.id > b.id], "a later request took the pages b needs"
+        assert b.finish or b.todo == 1 or not [s for s in world.scheduler.running if s.id > b.id], (
+            "a later request took the pages b needs"
+        )
     assert b.finish
     world.run()
 

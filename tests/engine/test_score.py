@@ -4,12 +4,12 @@ import asyncio
 
 import pytest
 import torch
-from tiny_engine import llm, prompts
 
 from lamoe.engine.async_llm import AsyncLLM
 from lamoe.engine.sampler import SamplingParams
 from lamoe.engine.score import forward, mean_state, prompt_logprobs
 from lamoe.model.routing import Chosen
+from tiny_engine import llm, prompts
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
 
@@ -39,14 +39,18 @@ def test_forward_comes_in_chunks(chunk, logits):
 @pytest.mark.parametrize("length", [1, 2, 30])
 def test_prompt_logprobs(length):
     m, [ids] = llm().model, prompts(length)
-    found = with_engine(lambda e: prompt_logprobs(e, ids, 3), max_num_seqs=8, max_num_batched_tokens=8)
+    found = with_engine(
+        lambda e: prompt_logprobs(e, ids, 3), max_num_seqs=8, max_num_batched_tokens=8
+    )
     assert found[0] is None and len(found) == length
     with torch.no_grad():
         logp = m(torch.tensor([ids]))[0].log_softmax(-1)
     for i, entry in enumerate(found[1:]):
         best = logp[i].topk(3).indices.tolist()
         assert set(entry) == {*best, ids[i + 1]}
-        assert [entry[t] for t in entry] == pytest.approx([float(logp[i, t]) for t in entry], abs=1e-4)
+        assert [entry[t] for t in entry] == pytest.approx(
+            [float(logp[i, t]) for t in entry], abs=1e-4
+        )
 
 
 def test_mean_state_while_others_generate():
@@ -58,7 +62,9 @@ def test_mean_state_while_others_generate():
 
     state, tokens = with_engine(main, max_num_batched_tokens=8)
     with torch.no_grad():
-        assert torch.allclose(torch.tensor(state), m.hidden(torch.tensor([ids]))[0].mean(0), atol=1e-5)
+        assert torch.allclose(
+            torch.tensor(state), m.hidden(torch.tensor([ids]))[0].mean(0), atol=1e-5
+        )
     assert tokens == llm().generate([other], GREEDY)[0].token_ids
 
 
@@ -70,9 +76,13 @@ def test_experts_are_counted_per_sequence():
         chosen = Chosen()
         with torch.no_grad():
             m.hidden(torch.tensor([prompt + out.token_ids[:-1]]), training=chosen)
-        want = torch.stack([layer.flatten().bincount(minlength=c.n_routed_experts) for layer in chosen.layers])
+        want = torch.stack(
+            [layer.flatten().bincount(minlength=c.n_routed_experts) for layer in chosen.layers]
+        )
         assert len(chosen.layers) == len(c.moe_layers) and torch.equal(out.experts, want)
-        assert int(out.experts.sum()) == len(c.moe_layers) * c.num_experts_per_tok * (len(prompt) + 9)
+        assert int(out.experts.sum()) == len(c.moe_layers) * c.num_experts_per_tok * (
+            len(prompt) + 9
+        )
 
 
 def test_experts_can_be_asked_for_while_it_runs_and_are_none_otherwise():
@@ -84,12 +94,16 @@ def test_experts_can_be_asked_for_while_it_runs_and_are_none_otherwise():
     engine.cancel(id)
     assert engine.experts(id) is None
     assert llm().generate(prompts(5), GREEDY)[0].experts is None
-    assert llm("gqa", count_experts=True).generate(prompts(5), GREEDY)[0].experts is None  # a dense model has none
+    assert (
+        llm("gqa", count_experts=True).generate(prompts(5), GREEDY)[0].experts is None
+    )  # a dense model has none
 
 
 def test_several_prompts_as_one_request():
     async def main(engine):
-        run = await engine.open([(p, SamplingParams(n=2, seed=1, max_tokens=4)) for p in prompts(3, 4)])
+        run = await engine.open(
+            [(p, SamplingParams(n=2, seed=1, max_tokens=4)) for p in prompts(3, 4)]
+        )
         found = {}
         async for index, delta in run:
             found.setdefault(index, []).append(delta)
@@ -105,7 +119,9 @@ def test_several_prompts_as_one_request():
 
 def test_failing_a_run_reaches_its_reader_and_closing_it_frees_the_pages():
     async def main(engine):
-        run = await engine.open([(prompts(3)[0], SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True))])
+        run = await engine.open(
+            [(prompts(3)[0], SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True))]
+        )
         run.fail(TimeoutError("enough"))
         with pytest.raises(TimeoutError, match="enough"):
             async for _ in run:

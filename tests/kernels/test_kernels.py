@@ -15,12 +15,16 @@ F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
 
 def draw(*shape: int, seed: int = 0, dtype=F64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=F64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=F64
+    ).to(dtype)
 
 
 def run(op: str, impl: str, args: list, dtype) -> list[torch.Tensor]:
     """[output, gradient of every float input], in `dtype`; integer, bool and complex arguments pass unchanged."""
-    cast = lambda a: a.to(dtype).requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a  # noqa: E731
+    cast = lambda a: (
+        a.to(dtype).requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a
+    )  # noqa: E731
     args = [cast(a.detach().clone()) if torch.is_tensor(a) else a for a in args]
     if op == "rope":  # the table is float32 for every model below float64
         args[1] = args[1].to(torch.complex128 if dtype == F64 else torch.complex64)
@@ -35,21 +39,37 @@ def run(op: str, impl: str, args: list, dtype) -> list[torch.Tensor]:
 def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
     """Largest error relative to the largest value; NaN and infinity count as infinitely far."""
     assert found.shape == exact.shape
-    error = (found.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30) if found.numel() else torch.zeros(())
+    error = (
+        (found.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)
+        if found.numel()
+        else torch.zeros(())
+    )
     return float(error.nan_to_num(float("inf")))
 
 
 def check(op: str, *args, bf16: float = 2e-2):
     exact = run(op, "ref", list(args), F64)
     for i, (a, b) in enumerate(zip(run(op, "fused", list(args), F64), exact)):
-        assert a.dtype == b.dtype == F64 and distance(a, b) < 1e-12, f"{op} float64, tensor {i}: {distance(a, b):.1e}"
+        assert a.dtype == b.dtype == F64 and distance(a, b) < 1e-12, (
+            f"{op} float64, tensor {i}: {distance(a, b):.1e}"
+        )
     for dtype, limit in ((F32, 1e-5), (BF16, bf16)):
-        rounded = [a.to(dtype).double() if torch.is_tensor(a) and a.is_floating_point() and not (op == "experts" and j == 2) else a
-                   for j, a in enumerate(args)]
+        rounded = [
+            a.to(dtype).double()
+            if torch.is_tensor(a) and a.is_floating_point() and not (op == "experts" and j == 2)
+            else a
+            for j, a in enumerate(args)
+        ]
         exact = run(op, "ref", rounded, F64)
-        for i, (a, r, b) in enumerate(zip(run(op, "fused", rounded, dtype), run(op, "ref", rounded, dtype), exact)):
-            assert a.dtype == r.dtype, f"{op} {dtype}, tensor {i}: {a.dtype} is not the definition's {r.dtype}"
-            assert distance(a, b) < max(limit, 2 * distance(r, b)), f"{op} {dtype}, tensor {i}: {distance(a, b):.1e}, ref {distance(r, b):.1e}"
+        for i, (a, r, b) in enumerate(
+            zip(run(op, "fused", rounded, dtype), run(op, "ref", rounded, dtype), exact)
+        ):
+            assert a.dtype == r.dtype, (
+                f"{op} {dtype}, tensor {i}: {a.dtype} is not the definition's {r.dtype}"
+            )
+            assert distance(a, b) < max(limit, 2 * distance(r, b)), (
+                f"{op} {dtype}, tensor {i}: {distance(a, b):.1e}, ref {distance(r, b):.1e}"
+            )
 
 
 # ---- pointwise ----------------------------------------------------------------------------------------------------------------
@@ -62,7 +82,10 @@ def test_rms_norm(lead, d):
 def test_rms_norm_of_width_1():
     """The output is a sign, so almost nothing flows back to x: compared in absolute terms."""
     for dtype, limit in ((F64, 1e-14), (F32, 1e-6)):
-        for a, b in zip(run("rms_norm", "fused", [draw(9, 1), draw(1), 1e-6], dtype), run("rms_norm", "ref", [draw(9, 1), draw(1), 1e-6], F64)):
+        for a, b in zip(
+            run("rms_norm", "fused", [draw(9, 1), draw(1), 1e-6], dtype),
+            run("rms_norm", "ref", [draw(9, 1), draw(1), 1e-6], F64),
+        ):
             assert (a - b).abs().max() < limit
 
 
@@ -72,7 +95,9 @@ def test_rms_norm_of_zeros_large_and_small_values():
         for impl in ("ref", "fused"):
             out = run("rms_norm", impl, [x, torch.ones(65, dtype=F64), 1e-6], F32)
             assert all(t.isfinite().all() for t in out)
-            assert torch.allclose(out[0].double(), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt(), atol=1e-6)
+            assert torch.allclose(
+                out[0].double(), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt(), atol=1e-6
+            )
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -103,35 +128,55 @@ def test_attend(t):
     check("attend", draw(2, t, 2, 12), draw(2, t, 2, 12, seed=1), draw(2, t, 2, 7, seed=2), 0.3)
 
 
-@pytest.mark.parametrize("t, s", [(1, 2), (1, 130), (2, 65), (63, 64), (64, 130), (127, 130), (129, 300), (5, 64)])
+@pytest.mark.parametrize(
+    "t, s", [(1, 2), (1, 130), (2, 65), (63, 64), (64, 130), (127, 130), (129, 300), (5, 64)]
+)
 @pytest.mark.parametrize("h, g", [(4, 4), (4, 2), (4, 1), (3, 1)])
 def test_attend_after_a_cache_with_shared_heads(t, s, h, g):
     check("attend", draw(2, t, h, 8), draw(2, s, g, 8, seed=1), draw(2, s, g, 8, seed=2), 0.4)
 
 
-@pytest.mark.parametrize("t, s", [(1, 1), (3, 3), (65, 65), (130, 130), (257, 257), (1, 64), (64, 130), (130, 200)])
+@pytest.mark.parametrize(
+    "t, s", [(1, 1), (3, 3), (65, 65), (130, 130), (257, 257), (1, 64), (64, 130), (130, 200)]
+)
 def test_attend_with_segments(t, s):
     generator = torch.Generator().manual_seed(t + s)
     starts = torch.rand(2, s, generator=generator) < 0.05
     segments = starts.long().cumsum(1) * torch.tensor([[1], [-3]])
-    check("attend", draw(2, t, 2, 8), draw(2, s, 2, 8, seed=1), draw(2, s, 2, 5, seed=2), 0.4, segments)
+    check(
+        "attend",
+        draw(2, t, 2, 8),
+        draw(2, s, 2, 8, seed=1),
+        draw(2, s, 2, 5, seed=2),
+        0.4,
+        segments,
+    )
 
 
 def test_attend_every_token_its_own_document():
     """Each sees itself alone, so the output is its value."""
     q, k, v = draw(1, 130, 2, 8), draw(1, 130, 2, 8, seed=1), draw(1, 130, 2, 5, seed=2)
     for impl in ("ref", "fused"):
-        assert torch.allclose(kernels.attend(q, k, v, 0.4, torch.arange(130)[None], impl=impl), v, rtol=0, atol=1e-14)
+        assert torch.allclose(
+            kernels.attend(q, k, v, 0.4, torch.arange(130)[None], impl=impl), v, rtol=0, atol=1e-14
+        )
 
 
 def test_attend_with_logits_that_overflow_without_a_maximum():
     q, k, v = draw(1, 65, 2, 8) * 100, draw(1, 65, 2, 8, seed=1) * 100, draw(1, 65, 2, 8, seed=2)
-    check("attend", q, k, v, 1.0, bf16=2.0)  # bfloat16 logits of 1e5 are 500 apart: only finiteness is asked of it
+    check(
+        "attend", q, k, v, 1.0, bf16=2.0
+    )  # bfloat16 logits of 1e5 are 500 apart: only finiteness is asked of it
 
 
 def test_attend_recomputes_what_it_does_not_keep(monkeypatch):
     """Long texts do not keep their probabilities for the backward pass."""
-    kept = run("attend", "fused", args := [draw(1, 200, 2, 8), draw(1, 200, 2, 8, seed=1), draw(1, 200, 2, 8, seed=2), 0.3], F64)
+    kept = run(
+        "attend",
+        "fused",
+        args := [draw(1, 200, 2, 8), draw(1, 200, 2, 8, seed=1), draw(1, 200, 2, 8, seed=2), 0.3],
+        F64,
+    )
     if hasattr(fused, "_KEEP_BYTES"):
         monkeypatch.setattr(fused, "_KEEP_BYTES", 0)
     for a, b in zip(run("attend", "fused", args, F64), kept):
@@ -143,23 +188,54 @@ def test_attend_reads_nothing_of_the_future():
     k[:, 100:], v[:, 100:] = 1e30, float("inf")
     for impl in ("ref", "fused"):
         out = kernels.attend(q, k.clone(), v.clone().clamp_max(1e30), 0.3, impl=impl)
-        assert torch.allclose(out[:, :100], kernels.attend(q[:, :100], k[:, :100], v[:, :100], 0.3, impl="ref"), rtol=0, atol=1e-13)
+        assert torch.allclose(
+            out[:, :100],
+            kernels.attend(q[:, :100], k[:, :100], v[:, :100], 0.3, impl="ref"),
+            rtol=0,
+            atol=1e-13,
+        )
 
 
 @pytest.mark.parametrize("t, s", [(1, 1), (1, 65), (3, 130), (64, 64), (65, 127)])
 def test_mla_attend(t, s):
-    check("mla_attend", draw(2, t, 3, 16), draw(2, t, 3, 6, seed=1), draw(2, s, 16, seed=2), draw(2, s, 6, seed=3), 0.2)
+    check(
+        "mla_attend",
+        draw(2, t, 3, 16),
+        draw(2, t, 3, 6, seed=1),
+        draw(2, s, 16, seed=2),
+        draw(2, s, 6, seed=3),
+        0.2,
+    )
 
 
 def test_mla_attend_is_attention_with_one_wide_key_head(impl):
-    q, q_rope, latent, k_rope = draw(2, 5, 3, 16), draw(2, 5, 3, 6, seed=1), draw(2, 9, 16, seed=2), draw(2, 9, 6, seed=3)
-    wide = kernels.attend(torch.cat([q, q_rope], -1), torch.cat([latent, k_rope], -1)[:, :, None], latent[:, :, None], 0.2)
-    assert torch.allclose(kernels.mla_attend(q, q_rope, latent, k_rope, 0.2), wide, rtol=0, atol=1e-13)
+    q, q_rope, latent, k_rope = (
+        draw(2, 5, 3, 16),
+        draw(2, 5, 3, 6, seed=1),
+        draw(2, 9, 16, seed=2),
+        draw(2, 9, 6, seed=3),
+    )
+    wide = kernels.attend(
+        torch.cat([q, q_rope], -1),
+        torch.cat([latent, k_rope], -1)[:, :, None],
+        latent[:, :, None],
+        0.2,
+    )
+    assert torch.allclose(
+        kernels.mla_attend(q, q_rope, latent, k_rope, 0.2), wide, rtol=0, atol=1e-13
+    )
 
 
 def test_attend_against_torch(impl):
     q, k, v = draw(2, 65, 4, 8), draw(2, 65, 2, 8, seed=1), draw(2, 65, 2, 8, seed=2)
-    theirs = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, scale=0.3, enable_gqa=True)
+    theirs = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        is_causal=True,
+        scale=0.3,
+        enable_gqa=True,
+    )
     assert torch.allclose(kernels.attend(q, k, v, 0.3), theirs.transpose(1, 2), rtol=0, atol=1e-13)
 
 
@@ -168,7 +244,13 @@ def expert_args(n: int, k: int, e: int, d: int = 8, f: int = 5, nobody: float = 
     generator = torch.Generator().manual_seed(seed + n)
     expert = torch.rand(n, e, generator=generator).topk(k, -1).indices
     expert = expert.masked_fill(torch.rand(n, k, generator=generator) < nobody, e)
-    return [draw(n, d), expert, torch.rand(n, k, generator=generator, dtype=F64), draw(e, 2 * f, d, seed=1), draw(e, d, f, seed=2)]
+    return [
+        draw(n, d),
+        expert,
+        torch.rand(n, k, generator=generator, dtype=F64),
+        draw(e, 2 * f, d, seed=1),
+        draw(e, d, f, seed=2),
+    ]
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -177,7 +259,9 @@ def test_experts(n, k, nobody):
     check("experts", *expert_args(n, k, 8, nobody=nobody))
 
 
-@pytest.mark.parametrize("n", [62, 63, 64, 65, 66, 126, 127, 128, 129, 130, 191, 192, 193, 255, 256, 257])
+@pytest.mark.parametrize(
+    "n", [62, 63, 64, 65, 66, 126, 127, 128, 129, 130, 191, 192, 193, 255, 256, 257]
+)
 @pytest.mark.parametrize("nobody", [0.0, 0.02])
 def test_experts_around_the_padding_threshold(n, nobody):
     """N K / E passes 64 rows per expert; every remainder of the last block occurs."""
@@ -187,11 +271,18 @@ def test_experts_around_the_padding_threshold(n, nobody):
 @pytest.mark.parametrize("n", [3, 65, 300])
 def test_experts_when_one_takes_all_or_some_get_nothing(n):
     args = expert_args(n, 2, 6)
-    for expert in (torch.zeros(n, 2), torch.full((n, 2), 5), torch.tensor([[1, 4]]).expand(n, 2), torch.arange(n)[:, None] % 2 * torch.tensor([[2, 3]])):
+    for expert in (
+        torch.zeros(n, 2),
+        torch.full((n, 2), 5),
+        torch.tensor([[1, 4]]).expand(n, 2),
+        torch.arange(n)[:, None] % 2 * torch.tensor([[2, 3]]),
+    ):
         args[1] = expert.long()
         check("experts", *args)
     exact = run("experts", "fused", args[:1] + [torch.zeros(n, 2).long()] + args[2:], F64)
-    assert exact[3].abs().sum() > 0 and exact[3][1:].abs().sum() == 0  # an idle expert's gradient is exactly zero
+    assert (
+        exact[3].abs().sum() > 0 and exact[3][1:].abs().sum() == 0
+    )  # an idle expert's gradient is exactly zero
 
 
 @pytest.mark.parametrize("n", [1, 130])
@@ -238,7 +329,11 @@ def test_cross_entropy(n):
 def test_cross_entropy_is_torchs(impl):
     h, head, targets = draw(70, 8), draw(37, 8, seed=1), torch.arange(70) % 37
     targets[::5] = -1
-    assert torch.allclose(kernels.cross_entropy(h, head, targets), F.cross_entropy(h @ head.t(), targets, ignore_index=-1), rtol=1e-14)
+    assert torch.allclose(
+        kernels.cross_entropy(h, head, targets),
+        F.cross_entropy(h @ head.t(), targets, ignore_index=-1),
+        rtol=1e-14,
+    )
 
 
 def test_cross_entropy_ignores_every_negative_target(impl):
@@ -254,7 +349,9 @@ def test_cross_entropy_ignores_every_negative_target(impl):
 
 def test_cross_entropy_of_nothing_is_finite_in_fused():
     """A batch row in which no position counts must not stop a run: loss 0 and gradients 0. (torch's mean over nothing is NaN.)"""
-    out = run("cross_entropy", "fused", [draw(70, 8), draw(37, 8, seed=1), torch.full((70,), -1)], F64)
+    out = run(
+        "cross_entropy", "fused", [draw(70, 8), draw(37, 8, seed=1), torch.full((70,), -1)], F64
+    )
     assert all(t.abs().sum() == 0 for t in out)
 
 
@@ -287,9 +384,19 @@ def largest(run_it) -> int:
 
 def test_cross_entropy_never_holds_all_logits():
     n, vocabulary = 4096, 600
-    h, head, targets = (draw(n, 8, dtype=F32).requires_grad_(), draw(vocabulary, 8, dtype=F32).requires_grad_(), torch.zeros(n, dtype=torch.long))
-    assert largest(lambda: kernels.cross_entropy(h, head, targets, impl="fused").backward()) <= n * vocabulary // 4
-    assert largest(lambda: kernels.cross_entropy(h, head, targets, impl="ref").backward()) >= n * vocabulary  # the probe sees them
+    h, head, targets = (
+        draw(n, 8, dtype=F32).requires_grad_(),
+        draw(vocabulary, 8, dtype=F32).requires_grad_(),
+        torch.zeros(n, dtype=torch.long),
+    )
+    assert (
+        largest(lambda: kernels.cross_entropy(h, head, targets, impl="fused").backward())
+        <= n * vocabulary // 4
+    )
+    assert (
+        largest(lambda: kernels.cross_entropy(h, head, targets, impl="ref").backward())
+        >= n * vocabulary
+    )  # the probe sees them
 
 
 def test_the_loss_of_a_model_never_holds_all_logits(monkeypatch):
@@ -315,9 +422,21 @@ def test_gradcheck():
     gradcheck("rms_norm", draw(2, 3, 5), draw(5), 1e-3)
     gradcheck("swiglu", draw(3, 6))
     for interleaved in (True, False):
-        gradcheck("rope", draw(1, 3, 2, 4), torch.polar(torch.full((1, 3, 2), 1.2, dtype=F64), draw(1, 3, 2)), interleaved)
+        gradcheck(
+            "rope",
+            draw(1, 3, 2, 4),
+            torch.polar(torch.full((1, 3, 2), 1.2, dtype=F64), draw(1, 3, 2)),
+            interleaved,
+        )
     gradcheck("attend", draw(1, 3, 2, 4), draw(1, 5, 1, 4, seed=1), draw(1, 5, 1, 3, seed=2), 0.4)
-    gradcheck("attend", draw(1, 4, 1, 4), draw(1, 4, 1, 4, seed=1), draw(1, 4, 1, 3, seed=2), 0.4, torch.tensor([[0, 0, 1, 1]]))
+    gradcheck(
+        "attend",
+        draw(1, 4, 1, 4),
+        draw(1, 4, 1, 4, seed=1),
+        draw(1, 4, 1, 3, seed=2),
+        0.4,
+        torch.tensor([[0, 0, 1, 1]]),
+    )
     gradcheck("experts", *expert_args(5, 2, 3, d=3, f=2, nobody=0.3))
     gradcheck("cross_entropy", draw(5, 3), draw(4, 3, seed=1), torch.tensor([0, 3, -1, 2, 1]))
 
@@ -325,16 +444,22 @@ def test_gradcheck():
 def test_inputs_are_never_written_to(impl):
     def untouched(op, *args):
         before = [a.clone() if torch.is_tensor(a) else a for a in args]
-        leaves = [a.requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+        leaves = [
+            a.requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args
+        ]
         getattr(kernels, op)(*leaves).sum().backward()
         for a, b in zip(leaves, before):
             assert not torch.is_tensor(a) or torch.equal(a, b), op
 
     untouched("rms_norm", draw(2, 3, 5), draw(5), 1e-3)
     untouched("swiglu", draw(3, 6))
-    untouched("rope", draw(1, 3, 2, 4), torch.polar(torch.ones(1, 3, 2, dtype=F64), draw(1, 3, 2)), True)
+    untouched(
+        "rope", draw(1, 3, 2, 4), torch.polar(torch.ones(1, 3, 2, dtype=F64), draw(1, 3, 2)), True
+    )
     for t, h, g in ((130, 2, 2), (1, 2, 1), (5, 1, 1)):
-        untouched("attend", draw(1, t, h, 4), draw(1, 130, g, 4, seed=1), draw(1, 130, g, 3, seed=2), 0.4)
+        untouched(
+            "attend", draw(1, t, h, 4), draw(1, 130, g, 4, seed=1), draw(1, 130, g, 3, seed=2), 0.4
+        )
     untouched("mla_attend", draw(1, 2, 3, 4), draw(1, 2, 3, 2), draw(1, 5, 4), draw(1, 5, 2), 0.4)
     untouched("experts", *expert_args(130, 2, 3, nobody=0.3))
     untouched("cross_entropy", draw(5, 3), draw(4, 3, seed=1), torch.tensor([0, 3, -1, 2, 1]))
@@ -342,13 +467,24 @@ def test_inputs_are_never_written_to(impl):
 
 def test_gradients_are_the_same_the_second_time():
     """Two backward passes over one graph agree: nothing that was saved is overwritten."""
-    for op, args in (("attend", [draw(1, 130, 2, 4), draw(1, 130, 2, 4, seed=1), draw(1, 130, 2, 3, seed=2), 0.4]),
-                     ("experts", expert_args(130, 2, 3, nobody=0.1)), ("swiglu", [draw(3, 6)]), ("rms_norm", [draw(3, 6), draw(6), 1e-6]),
-                     ("cross_entropy", [draw(5, 3), draw(4, 3, seed=1), torch.tensor([0, 3, -1, 2, 1])])):
-        leaves = [a.requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+    for op, args in (
+        (
+            "attend",
+            [draw(1, 130, 2, 4), draw(1, 130, 2, 4, seed=1), draw(1, 130, 2, 3, seed=2), 0.4],
+        ),
+        ("experts", expert_args(130, 2, 3, nobody=0.1)),
+        ("swiglu", [draw(3, 6)]),
+        ("rms_norm", [draw(3, 6), draw(6), 1e-6]),
+        ("cross_entropy", [draw(5, 3), draw(4, 3, seed=1), torch.tensor([0, 3, -1, 2, 1])]),
+    ):
+        leaves = [
+            a.requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args
+        ]
         out = getattr(kernels, op)(*leaves, impl="fused").sum()
         wanted = [a for a in leaves if torch.is_tensor(a) and a.requires_grad]
-        for a, b in zip(torch.autograd.grad(out, wanted, retain_graph=True), torch.autograd.grad(out, wanted)):
+        for a, b in zip(
+            torch.autograd.grad(out, wanted, retain_graph=True), torch.autograd.grad(out, wanted)
+        ):
             assert torch.equal(a, b), op
 
 
@@ -365,19 +501,46 @@ def test_only_some_inputs_need_gradients():
 
 
 def test_every_op_has_a_definition_and_its_docstring():
-    ops = [name for name in dir(kernels) if callable(getattr(kernels, name)) and not name.startswith("_")]
-    assert sorted(ops) == ["attend", "cross_entropy", "experts", "mla_attend", "rms_norm", "rope", "swiglu"]
+    ops = [
+        name
+        for name in dir(kernels)
+        if callable(getattr(kernels, name)) and not name.startswith("_")
+    ]
+    assert sorted(ops) == [
+        "attend",
+        "cross_entropy",
+        "experts",
+        "mla_attend",
+        "rms_norm",
+        "rope",
+        "swiglu",
+    ]
     for name in ops:
-        assert getattr(kernels, name).__doc__ == getattr(ref, name).__doc__ and getattr(ref, name).__doc__
+        assert (
+            getattr(kernels, name).__doc__ == getattr(ref, name).__doc__
+            and getattr(ref, name).__doc__
+        )
 
 
 BROKEN = {
-    "rms_norm": (lambda x, w, eps: x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * w, lambda: test_rms_norm((1,), 3)),
+    "rms_norm": (
+        lambda x, w, eps: x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * w,
+        lambda: test_rms_norm((1,), 3),
+    ),
     "rope": (lambda x, f, i: ref.rope(x, f.conj(), i), lambda: test_rope(3, 64, 2, True)),
     "swiglu": (lambda x: ref.swiglu(x.roll(x.shape[-1] // 2, -1)), lambda: test_swiglu(3)),
-    "attend": (lambda q, k, v, s, seg=None: ref.attend(q, k, v, s), lambda: test_attend_with_segments(65, 65)),
-    "experts": (lambda x, e, w, a, b: ref.experts(x, e % a.shape[0], w, a, b), lambda: test_experts(65, 3, 0.3)),
-    "cross_entropy": (lambda h, w, t: ref.cross_entropy(h, w, t.clamp_min(0)), lambda: test_cross_entropy(65)),
+    "attend": (
+        lambda q, k, v, s, seg=None: ref.attend(q, k, v, s),
+        lambda: test_attend_with_segments(65, 65),
+    ),
+    "experts": (
+        lambda x, e, w, a, b: ref.experts(x, e % a.shape[0], w, a, b),
+        lambda: test_experts(65, 3, 0.3),
+    ),
+    "cross_entropy": (
+        lambda h, w, t: ref.cross_entropy(h, w, t.clamp_min(0)),
+        lambda: test_cross_entropy(65),
+    ),
 }
 
 

@@ -5,12 +5,11 @@ import sys
 
 import pytest
 import torch
-from oracles import tiny
 
-from lamoe.measure import bench
 from lamoe import cli
-from lamoe.backends.cpu import packed
-from lamoe.backends.cpu import native
+from lamoe.backends.cpu import native, packed
+from lamoe.measure import bench
+from oracles import tiny
 
 pytestmark = pytest.mark.skipif(native.lib is None, reason="needs the compiled kernels")
 MLA = tiny.config("deepseek_v2", max_position_embeddings=256)
@@ -40,7 +39,10 @@ llama_batched_bench: n_kv_max = 4096, n_batch = 2048, n_ubatch = 512, flash_attn
 
 
 def test_what_its_tools_print():
-    assert bench.parse(DEPTH) == {(64, 100, 1): [173.404, 149.382, 175.071], (1, 100, 1): [49.9698, 21.3305, 35.3968]}
+    assert bench.parse(DEPTH) == {
+        (64, 100, 1): [173.404, 149.382, 175.071],
+        (1, 100, 1): [49.9698, 21.3305, 35.3968],
+    }
     assert bench.parse(MANY) == {(1, 16, 4): [119.610970], (1, 16, 16): [170.525131]}
     assert bench.parse("") == {}
 
@@ -54,11 +56,16 @@ def tools(tmp_path, monkeypatch):
 
     def write(name: str, out: str, err: str = "", code: int = 0) -> None:
         file = tmp_path / name
-        file.write_text(f"#!{sys.executable}\nimport sys\nopen({str(tmp_path / 'calls')!r}, 'a').write(' '.join([{name!r}, *sys.argv[1:]]) + '\\n')\n"
-                        f"sys.stdout.write({out!r})\nsys.stderr.write({err!r})\nsys.exit({code})\n")
+        file.write_text(
+            f"#!{sys.executable}\nimport sys\nopen({str(tmp_path / 'calls')!r}, 'a').write(' '.join([{name!r}, *sys.argv[1:]]) + '\\n')\n"
+            f"sys.stdout.write({out!r})\nsys.stderr.write({err!r})\nsys.exit({code})\n"
+        )
         file.chmod(0o755)
 
-    write.model, write.calls = str(tmp_path / "m.gguf"), lambda: (tmp_path / "calls").read_text().splitlines()
+    write.model, write.calls = (
+        str(tmp_path / "m.gguf"),
+        lambda: (tmp_path / "calls").read_text().splitlines(),
+    )
     return write
 
 
@@ -76,27 +83,62 @@ def test_what_is_missing_is_said_before_anything_is_measured(tools):
 def test_ours_and_the_peer_take_turns(tools):
     tools("llama-bench", DEPTH, SAID)
     tools("llama-batched-bench", MANY)
-    run, said, reads = bench.Bench(bench.random_model(MLA, "int8", 1), "bf16", 200), [], iter(range(1, 100))
+    run, said, reads = (
+        bench.Bench(bench.random_model(MLA, "int8", 1), "bf16", 200),
+        [],
+        iter(range(1, 100)),
+    )
     lines = run.lines([(64, 100)], [100], [4])
     bench.in_turn(run, bench.Peer(tools.model, 3), lines, 1, lambda: next(reads) * 1e9, said.append)
     model = f"-m {tools.model} -t 3"
-    assert tools.calls() == [f"llama-bench {model} -fa 1 -r 2 -d 100 -p 64 -n 32 -o jsonl --progress",  # one fill for both
-                             f"llama-batched-bench {model} -fa on -npp 16 -ntg 16 -npl 4,4 -c 160 --output-format jsonl"]
+    assert (
+        tools.calls()
+        == [
+            f"llama-bench {model} -fa 1 -r 2 -d 100 -p 64 -n 32 -o jsonl --progress",  # one fill for both
+            f"llama-batched-bench {model} -fa on -npp 16 -ntg 16 -npl 4,4 -c 160 --output-format jsonl",
+        ]
+    )
     assert [s for s in said if "1/3" not in s and "3/3" not in s and " x" not in s] == [
-        "lamoe: decode at 100", "lamoe: prefill 64 at 100", "llama.cpp: decode at 100, prefill 64 at 100 (it fills 100 tokens first)", "lamoe: decode at 100", "lamoe: prefill 64 at 100",
-        "lamoe: 4 sequences", "llama.cpp: 4 sequences", "lamoe: 4 sequences"]
+        "lamoe: decode at 100",
+        "lamoe: prefill 64 at 100",
+        "llama.cpp: decode at 100, prefill 64 at 100 (it fills 100 tokens first)",
+        "lamoe: decode at 100",
+        "lamoe: prefill 64 at 100",
+        "lamoe: 4 sequences",
+        "llama.cpp: 4 sequences",
+        "lamoe: 4 sequences",
+    ]
     assert "llama.cpp: benchmark 1/2: depth run 1/3" in said and not any("eos" in s for s in said)
     decode, prefill, four = lines
-    assert [len(x.seconds) for x in lines] == [6, 2, 4] and decode.peer == [49.9698, 21.3305, 35.3968] and four.peer == [119.61097]
-    assert decode.ratio == decode.rate / 35.3968 and prefill.ratio == prefill.rate / 173.404 and decode.read == [1e9, 2e9, 3e9, 4e9] and four.read == [5e9, 6e9, 7e9, 8e9]
-    assert "| 35.4 |" in bench.peer_table(lines) and bench.peer_table(lines).endswith("5.0, 6.0, 7.0, 8.0 |")
+    assert (
+        [len(x.seconds) for x in lines] == [6, 2, 4]
+        and decode.peer == [49.9698, 21.3305, 35.3968]
+        and four.peer == [119.61097]
+    )
+    assert (
+        decode.ratio == decode.rate / 35.3968
+        and prefill.ratio == prefill.rate / 173.404
+        and decode.read == [1e9, 2e9, 3e9, 4e9]
+        and four.read == [5e9, 6e9, 7e9, 8e9]
+    )
+    assert "| 35.4 |" in bench.peer_table(lines) and bench.peer_table(lines).endswith(
+        "5.0, 6.0, 7.0, 8.0 |"
+    )
 
 
 def test_a_tool_that_fails_is_quoted(tools):
     tools("llama-batched-bench", "")
     line = bench.Line("decode at 0", 1, 0, 1, 1.0)
-    tools("llama-bench", "", "error: unknown model architecture: 'mamba9'\nmain: failed to load model\n", 1)
-    with pytest.raises(ValueError, match=r"(?s)code 1 and said: .*unknown model architecture: 'mamba9' main: failed"):
+    tools(
+        "llama-bench",
+        "",
+        "error: unknown model architecture: 'mamba9'\nmain: failed to load model\n",
+        1,
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)code 1 and said: .*unknown model architecture: 'mamba9' main: failed",
+    ):
         bench.Peer(tools.model, 1).measure([line], print)
     tools("llama-bench", MANY)
     with pytest.raises(ValueError, match="no figure for decode at 0"):
@@ -111,25 +153,55 @@ def test_bytes_of_a_pass_are_those_of_the_form_it_takes(weights):
     for p in packed.pieces(MLA, weights):
         parts[p.name] = parts.get(p.name, 0) + packed.piece_bytes(p, elem)
     assert sum(parts.values()) == sum(run.model.nbytes.values())
-    embed, routed, copies, uk, uv = parts.pop("embed"), parts.pop("e13") + parts.pop("e2"), parts.pop("uk_rows") + parts.pop("uv_elem", 0), parts.pop("uk"), parts.pop("uv")
-    rest, row, experts = sum(parts.values()), run.cache.nbytes / (run.cache.pages * run.cache.page_size), len(MLA.moe_layers) * MLA.n_routed_experts
-    for line in (run.line("", 1, 40), run.line("", 1, 16, 3), run.line("", 90, 0), run.line("", 60, 30)):
+    embed, routed, copies, uk, uv = (
+        parts.pop("embed"),
+        parts.pop("e13") + parts.pop("e2"),
+        parts.pop("uk_rows") + parts.pop("uv_elem", 0),
+        parts.pop("uk"),
+        parts.pop("uv"),
+    )
+    rest, row, experts = (
+        sum(parts.values()),
+        run.cache.nbytes / (run.cache.pages * run.cache.page_size),
+        len(MLA.moe_layers) * MLA.n_routed_experts,
+    )
+    for line in (
+        run.line("", 1, 40),
+        run.line("", 1, 16, 3),
+        run.line("", 90, 0),
+        run.line("", 60, 30),
+    ):
         chosen = run.run(line, experts=True)
         assert chosen.shape == (len(MLA.moe_layers), line.tokens, MLA.num_experts_per_tok)
         read = len({(layer, int(e)) for layer, each in enumerate(chosen) for e in each.flatten()})
-        attention = uk + uv if line.new == 1 else copies + (0 if weights in ("int8", "int4") else uv)  # a prompt is expanded
-        want = rest + attention + embed * min(line.tokens / MLA.vocab_size, 1) + routed * read / experts + line.sequences * line.depth * row
+        attention = (
+            uk + uv if line.new == 1 else copies + (0 if weights in ("int8", "int4") else uv)
+        )  # a prompt is expanded
+        want = (
+            rest
+            + attention
+            + embed * min(line.tokens / MLA.vocab_size, 1)
+            + routed * read / experts
+            + line.sequences * line.depth * row
+        )
         assert run.bytes(line, chosen) == pytest.approx(want)
     assert run.line("", 1, 16, 3).flops == 3 * run.line("", 1, 16).flops
 
 
 def test_a_dense_model_is_measured_too():
-    run = bench.Bench(bench.random_model(tiny.config("llama", max_position_embeddings=256), "bf16", 1), "fp32", 200)
+    run = bench.Bench(
+        bench.random_model(tiny.config("llama", max_position_embeddings=256), "bf16", 1),
+        "fp32",
+        200,
+    )
     lines = run.lines([(20, 0), (20, 40)], [0, 50], [2])
     bench.measure(run, lines, 1)
     assert [len(x.seconds) for x in lines] == [3, 3, 1, 1, 2] and all(x.rate > 0 for x in lines)
     weights = sum(run.model.nbytes.values()) - run.model.nbytes["embed"]
-    assert lines[0].bytes == pytest.approx(weights + run.model.nbytes["embed"] / run.config.vocab_size) and lines[1].bytes > lines[0].bytes
+    assert (
+        lines[0].bytes == pytest.approx(weights + run.model.nbytes["embed"] / run.config.vocab_size)
+        and lines[1].bytes > lines[0].bytes
+    )
 
 
 def test_the_command_line(tmp_path, capsys, tools):
@@ -137,13 +209,39 @@ def test_the_command_line(tmp_path, capsys, tools):
     tools("llama-batched-bench", MANY)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(MLA.to_dict()))
-    argv = ["bench", str(config), "--threads", "1", "--rounds", "1", "--depth", "100,9999", "--prefill", "64@100,200@100", "--batch", "4", "--peer", "llama.cpp", "--peer-model", tools.model]
+    argv = [
+        "bench",
+        str(config),
+        "--threads",
+        "1",
+        "--rounds",
+        "1",
+        "--depth",
+        "100,9999",
+        "--prefill",
+        "64@100,200@100",
+        "--batch",
+        "4",
+        "--peer",
+        "llama.cpp",
+        "--peer-model",
+        tools.model,
+    ]
     assert cli.main(argv) == 0
     out, err = capsys.readouterr()
     result = json.loads(out.splitlines()[-1])["lines"]
-    assert list(result) == ["decode at 100", "prefill 64 at 100", "4 sequences"] and "| 4 sequences |" in out
-    assert result["decode at 100"]["peer_tokens_per_s"] == 35.3968 and len(result["4 sequences"]["read_gb_per_s"]) == 4
-    assert "left out, beyond the 256 positions of the model: --depth 9999, --prefill 200@100" in err and "lamoe: decode at 100" in err
+    assert (
+        list(result) == ["decode at 100", "prefill 64 at 100", "4 sequences"]
+        and "| 4 sequences |" in out
+    )
+    assert (
+        result["decode at 100"]["peer_tokens_per_s"] == 35.3968
+        and len(result["4 sequences"]["read_gb_per_s"]) == 4
+    )
+    assert (
+        "left out, beyond the 256 positions of the model: --depth 9999, --prefill 200@100" in err
+        and "lamoe: decode at 100" in err
+    )
     for bad in ("512@x", "1", "a", "8@-1"):
         with pytest.raises(SystemExit):
             cli.main(["bench", "tiny", "--prefill", bad])
@@ -152,11 +250,29 @@ def test_the_command_line(tmp_path, capsys, tools):
 
 def test_tokens_of_random_weights_go_to_experts_of_their_own():
     """As a trained model's do: weights with a mean drive all tokens in one direction, to the same few experts, and a batch would read too little."""
-    config = MLA.replace(hidden_size=1024, num_hidden_layers=8, n_routed_experts=32, num_experts_per_tok=4, moe_intermediate_size=256, first_k_dense_replace=1, vocab_size=512, n_group=1, topk_group=1)
+    config = MLA.replace(
+        hidden_size=1024,
+        num_hidden_layers=8,
+        n_routed_experts=32,
+        num_experts_per_tok=4,
+        moe_intermediate_size=256,
+        first_k_dense_replace=1,
+        vocab_size=512,
+        n_group=1,
+        topk_group=1,
+    )
     model = bench.random_model(config, "int4", 1)
     run = bench.Bench(model, "bf16", 16 * 32)
     pages = torch.arange(16, dtype=torch.int32)
     seqs = torch.tensor([[1, 1, i] for i in range(16)], dtype=torch.int32)
-    _, chosen = model.run(list(range(16)), torch.zeros(16, dtype=torch.int64), seqs, pages, run.cache, [0], experts=True)
+    _, chosen = model.run(
+        list(range(16)),
+        torch.zeros(16, dtype=torch.int64),
+        seqs,
+        pages,
+        run.cache,
+        [0],
+        experts=True,
+    )
     touched = [len(layer.unique()) for layer in chosen]
     assert min(touched) > 0.85 * 32 * (1 - (1 - 4 / 32) ** 16), touched

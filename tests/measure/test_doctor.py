@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lamoe import __version__, cli
-from lamoe.measure import doctor
 from lamoe.backends.cpu import native
+from lamoe.measure import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = 1 << 20
@@ -32,28 +32,57 @@ def test_all_is_well_here_and_the_numbers_are_the_machines(capsys):
         found = json.loads(capsys.readouterr().out)
         assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert text.splitlines()[-1] == f"verdict   good: the compiled kernels ({native.lib.isa()}) run and compute what the torch ops do"
+    assert (
+        text.splitlines()[-1]
+        == f"verdict   good: the compiled kernels ({native.lib.isa()}) run and compute what the torch ops do"
+    )
     assert found["problems"] == [] and found["verdict"] == "good" and found["lamoe"] == __version__
-    assert found["kernels"] == {"isa": native.lib.isa(), "why": None, "could": native.lib.features().split(", ")}
-    assert found["cpu"]["threads"] == torch.get_num_threads() and found["cpu"]["logical"] == os.cpu_count()
+    assert found["kernels"] == {
+        "isa": native.lib.isa(),
+        "why": None,
+        "could": native.lib.features().split(", "),
+    }
+    assert (
+        found["cpu"]["threads"] == torch.get_num_threads()
+        and found["cpu"]["logical"] == os.cpu_count()
+    )
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert set(found["versions"]) == {"python", "system", *doctor._requirements(None)} and None not in found["versions"].values()
+    assert (
+        set(found["versions"]) == {"python", "system", *doctor._requirements(None)}
+        and None not in found["versions"].values()
+    )
     probe = found["probe"]
-    assert set(probe) == {"read_bytes_per_s", "int8_ops_per_s", "bf16_flops", "fp32_flops"} and all(v > 1e6 for v in probe.values())
+    assert set(probe) == {"read_bytes_per_s", "int8_ops_per_s", "bf16_flops", "fp32_flops"} and all(
+        v > 1e6 for v in probe.values()
+    )
     names = [c["name"] for c in found["checks"]]
-    assert len(names) == len(found["kernels"]["could"]) + 2 and all(c["passed"] for c in found["checks"])
-    for word in ("GB/s read", "LAMOE_IMPL not set", "OMP_NUM_THREADS not set", *(f"[{e}]" for e in doctor.EXTRAS), *names):
+    assert len(names) == len(found["kernels"]["could"]) + 2 and all(
+        c["passed"] for c in found["checks"]
+    )
+    for word in (
+        "GB/s read",
+        "LAMOE_IMPL not set",
+        "OMP_NUM_THREADS not set",
+        *(f"[{e}]" for e in doctor.EXTRAS),
+        *names,
+    ):
         assert word in text
 
 
 def test_every_extra_is_explained_and_read_from_the_installation():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     assert set(doctor.EXTRAS) == set(extras)
     for extra, lines in extras.items():
         assert doctor._requirements(extra) == [re.match(r"[\w-]+", line)[0] for line in lines]
     with mock.patch.object(doctor, "_version", lambda name: None if name == "uvicorn" else "1"):
         found = doctor.examine(SMALL)
-    assert found["extras"]["serve"]["missing"] == ["uvicorn"] and any("lamoe[serve]" in n for n in found["notes"]) and not found["problems"]
+    assert (
+        found["extras"]["serve"]["missing"] == ["uvicorn"]
+        and any("lamoe[serve]" in n for n in found["notes"])
+        and not found["problems"]
+    )
     with mock.patch.object(doctor, "_version", lambda name: None if name == "tokenizers" else "1"):
         assert any("tokenizers is not installed" in p for p in doctor.examine(SMALL)["problems"])
 
@@ -62,7 +91,9 @@ def test_every_extra_is_explained_and_read_from_the_installation():
 @pytest.mark.parametrize("fmt,by", [("fp32", 1.01), ("bf16", 1.05), ("int4", 1.05)])
 def test_a_kernel_that_is_a_little_wrong_is_found(monkeypatch, fmt, by):
     right = native.linear
-    monkeypatch.setattr(native, "linear", lambda f, *args: right(f, *args) * (by if f == fmt else 1.0))
+    monkeypatch.setattr(
+        native, "linear", lambda f, *args: right(f, *args) * (by if f == fmt else 1.0)
+    )
     found = doctor.examine(SMALL)
     assert found["verdict"] == "broken" and doctor.exit_code(found) == 1
     assert any(f"{fmt} weights: off by" in p for p in found["problems"])
@@ -72,8 +103,15 @@ def test_a_kernel_that_is_a_little_wrong_is_found(monkeypatch, fmt, by):
 @compiled
 def test_replies_that_differ_are_found(monkeypatch):
     right = doctor._replies
-    for wrong, says in ((lambda t, p: ([t[0][::-1], *t[1:]], p), "greedy tokens differ"), (lambda t, p: (t, [x + 0.01 for x in p]), "log-probabilities differ")):
-        monkeypatch.setattr(doctor, "_replies", lambda impl, wrong=wrong: wrong(*right(impl)) if impl == "native" else right(impl))
+    for wrong, says in (
+        (lambda t, p: ([t[0][::-1], *t[1:]], p), "greedy tokens differ"),
+        (lambda t, p: (t, [x + 0.01 for x in p]), "log-probabilities differ"),
+    ):
+        monkeypatch.setattr(
+            doctor,
+            "_replies",
+            lambda impl, wrong=wrong: wrong(*right(impl)) if impl == "native" else right(impl),
+        )
         found = doctor.examine(SMALL)
         assert found["verdict"] == "broken" and any(says in p for p in found["problems"])
 
@@ -81,14 +119,24 @@ def test_replies_that_differ_are_found(monkeypatch):
 def test_kernels_that_are_missing_are_a_problem_and_switched_off_ones_a_note(monkeypatch):
     monkeypatch.setenv("LAMOE_IMPL", "fused")
     found = doctor.examine(SMALL)
-    assert found["verdict"] == "good" and doctor.exit_code(found) == 0 and "probe" not in found and len(found["checks"]) == 1
+    assert (
+        found["verdict"] == "good"
+        and doctor.exit_code(found) == 0
+        and "probe" not in found
+        and len(found["checks"]) == 1
+    )
     if native.lib is not None:
         assert any("LAMOE_IMPL=fused" in n for n in found["notes"])
     monkeypatch.delenv("LAMOE_IMPL")
     monkeypatch.setattr(native, "lib", None)
     monkeypatch.setattr(native, "_why", "no such module")
     found = doctor.examine(SMALL)
-    assert found["verdict"] == "limited" and doctor.exit_code(found) == 1 and "C++ compiler" in found["problems"][0] and "no such module" in found["problems"][0]
+    assert (
+        found["verdict"] == "limited"
+        and doctor.exit_code(found) == 1
+        and "C++ compiler" in found["problems"][0]
+        and "no such module" in found["problems"][0]
+    )
     assert doctor.render(found).splitlines()[-1] == "verdict   limited: see the problems above"
 
 
@@ -100,17 +148,33 @@ def test_an_instruction_set_that_the_cpu_lacks_is_named(monkeypatch):
     monkeypatch.setattr(native, "lib", mock.Mock(wraps=native.lib, isa=isa))
     found = doctor.examine(SMALL)
     assert found["verdict"] == "limited" and "LAMOE_ISA is 'neon'" in found["problems"][0]
-    monkeypatch.setattr(native, "lib", mock.Mock(wraps=native.lib, isa=lambda: "scalar", features=lambda: "avx2, scalar"))
+    monkeypatch.setattr(
+        native,
+        "lib",
+        mock.Mock(wraps=native.lib, isa=lambda: "scalar", features=lambda: "avx2, scalar"),
+    )
     with mock.patch.object(doctor, "checks", list):
         assert any("keeps the kernels from avx2" in n for n in doctor.examine(SMALL)["notes"])
 
 
 def test_processors_are_read_and_odd_systems_are_no_error(tmp_path):
     file = tmp_path / "cpuinfo"
-    file.write_text("".join(f"processor\t: {i}\nmodel name\t: A CPU @ 2: fast\nphysical id\t: 0\ncore id\t\t: {i // 2}\nflags\t\t: fpu avx2 fma avx512f\n\n" for i in range(8)))
+    file.write_text(
+        "".join(
+            f"processor\t: {i}\nmodel name\t: A CPU @ 2: fast\nphysical id\t: 0\ncore id\t\t: {i // 2}\nflags\t\t: fpu avx2 fma avx512f\n\n"
+            for i in range(8)
+        )
+    )
     cpu = doctor._cpu(file)
-    assert cpu["cores"] == 4 and cpu["model"] == "A CPU @ 2: fast" and cpu["features"] == ["avx2", "fma", "avx512f"]
-    assert doctor._cpu(tmp_path / "none")["cores"] is None and doctor._cpu(tmp_path / "none")["features"] == []
+    assert (
+        cpu["cores"] == 4
+        and cpu["model"] == "A CPU @ 2: fast"
+        and cpu["features"] == ["avx2", "fma", "avx512f"]
+    )
+    assert (
+        doctor._cpu(tmp_path / "none")["cores"] is None
+        and doctor._cpu(tmp_path / "none")["features"] == []
+    )
     (tmp_path / "max").write_text("150000 100000\n")
     assert doctor._quota(tmp_path / "max") == 1.5 and doctor._quota(tmp_path / "none") is None
     (tmp_path / "max").write_text("max 100000\n")
@@ -120,7 +184,10 @@ def test_processors_are_read_and_odd_systems_are_no_error(tmp_path):
 def test_more_threads_than_processors_is_a_note(monkeypatch):
     cpu = doctor._cpu() | {"usable": 8, "quota": 2.5, "threads": 4}
     monkeypatch.setattr(doctor, "_cpu", lambda: cpu)
-    with mock.patch.object(doctor, "checks", list), mock.patch.object(doctor.Machine, "probe", lambda *_: doctor.Machine(1e9, 1e9, 1e9, 1e9)):
+    with (
+        mock.patch.object(doctor, "checks", list),
+        mock.patch.object(doctor.Machine, "probe", lambda *_: doctor.Machine(1e9, 1e9, 1e9, 1e9)),
+    ):
         assert any(n.startswith("4 threads for 2 CPUs") for n in doctor.examine(SMALL)["notes"])
         cpu |= {"quota": None}
         assert not any("threads for" in n for n in doctor.examine(SMALL)["notes"])

@@ -6,18 +6,18 @@ import random
 import numpy as np
 import pytest
 import torch
-from tiny_run import BODY, MLA, MOE, trained  # noqa: F401 (trained is a fixture)
 
-from lamoe.engine.text_loss import shift, text_loss
-from lamoe.measure import needle
-from lamoe.model.config import ModelConfig
 from lamoe.checkpoints import hf
 from lamoe.engine.generate import generate
 from lamoe.engine.sampler import SamplingParams
+from lamoe.engine.text_loss import shift, text_loss
+from lamoe.measure import needle
+from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
 from lamoe.text.tokenizer import Tokenizer
 from lamoe.train import checkpoint
 from lamoe.train.data import heldout_rows, open_corpus
+from tiny_run import BODY, MLA, MOE, trained  # noqa: F401 (trained is a fixture)
 
 CONFIG = ModelConfig(**BODY, **MLA, **MOE)
 
@@ -45,7 +45,9 @@ def test_against_a_direct_computation():
             for j in range(1, len(ids)):
                 if segments[j] == segments[j - 1]:
                     start = int(np.flatnonzero(segments == segments[j])[0])
-                    logits = m(torch.from_numpy(ids[None, start:j]))[0, -1]  # rotary positions are relative, so it may begin at 0
+                    logits = m(torch.from_numpy(ids[None, start:j]))[
+                        0, -1
+                    ]  # rotary positions are relative, so it may begin at 0
                     nats, targets = nats - logits.log_softmax(0)[ids[j]].item(), targets + 1
     result = text_loss(m, rows())
     assert result.targets == targets and result.nats == pytest.approx(nats, rel=1e-5)
@@ -58,10 +60,16 @@ def test_without_the_document_mask_other_documents_are_context():
     m, nats, targets = model(), 0.0, 0
     with torch.no_grad():
         for ids, segments in rows():
-            nll = -m(torch.from_numpy(ids[None, :-1])).log_softmax(-1)[0].gather(-1, torch.from_numpy(ids[1:, None]))[:, 0]
+            nll = (
+                -m(torch.from_numpy(ids[None, :-1]))
+                .log_softmax(-1)[0]
+                .gather(-1, torch.from_numpy(ids[1:, None]))[:, 0]
+            )
             nats += nll[torch.from_numpy(segments[1:] == segments[:-1])].sum().item()
     result = text_loss(m, rows(), document_mask=False)
-    assert result.nats == pytest.approx(nats, rel=1e-5) and result.nats != pytest.approx(text_loss(m, rows()).nats, rel=1e-5)
+    assert result.nats == pytest.approx(nats, rel=1e-5) and result.nats != pytest.approx(
+        text_loss(m, rows()).nats, rel=1e-5
+    )
 
 
 def test_a_uniform_model_needs_log2_of_the_vocabulary():
@@ -88,13 +96,19 @@ def test_expert_load():
     assert text_loss(Transformer(dense).init_weights(), rows()).load.shape == (0, 0)
 
 
-@pytest.mark.parametrize("limit, taken", [(1, 1), (12, 1), (24, 2), (36, 3), (40, 3), (83, 4), (84, 7), (10**6, 7)])
+@pytest.mark.parametrize(
+    "limit, taken", [(1, 1), (12, 1), (24, 2), (36, 3), (40, 3), (83, 4), (84, 7), (10**6, 7)]
+)
 def test_max_tokens_takes_rows_spread_evenly(limit, taken):
     """7 rows of 12 positions."""
     m, step = model(), -(-84 // limit)
     result = text_loss(m, rows(), max_tokens=limit)
     want = text_loss(m, rows()[::step])
-    assert len(rows()[::step]) == taken and result.nats == pytest.approx(want.nats, rel=1e-6) and result.targets == want.targets
+    assert (
+        len(rows()[::step]) == taken
+        and result.nats == pytest.approx(want.nats, rel=1e-6)
+        and result.targets == want.targets
+    )
 
 
 @pytest.mark.parametrize("limit", [None, 5])
@@ -112,8 +126,12 @@ def test_bits_per_byte_of_a_run(trained):
     m = hf.load(checkpoint.latest(trained) / "model")
     result = text_loss(m, heldout_rows(corpus, 32), batch=3)
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
-    assert result.bits_per_byte(corpus.heldout_bytes()) == pytest.approx(last["heldout_bits_per_byte"], rel=1e-5)
-    assert result.targets == len(corpus.heldout.tokens) - len(corpus.heldout)  # all but each document's BOS
+    assert result.bits_per_byte(corpus.heldout_bytes()) == pytest.approx(
+        last["heldout_bits_per_byte"], rel=1e-5
+    )
+    assert result.targets == len(corpus.heldout.tokens) - len(
+        corpus.heldout
+    )  # all but each document's BOS
 
 
 def test_shift():
@@ -128,7 +146,9 @@ def own_continuation(m, wrong=()):
 
     def make(length, depth, draw):
         prompt = [draw.randrange(300) for _ in range(length - 3)]
-        answer = [p.token_id for p in generate(m, prompt, SamplingParams(temperature=0.0, max_tokens=3))]
+        answer = [
+            p.token_id for p in generate(m, prompt, SamplingParams(temperature=0.0, max_tokens=3))
+        ]
         if (n := next(count)) in wrong:
             answer[n % 3] = (answer[n % 3] + 1) % 300
         return prompt, answer
@@ -141,9 +161,15 @@ def test_a_needle_is_found_when_greedy_decoding_says_it(chunk, monkeypatch):
     """Wherever chunks end, inside the answer too; and any wrong token of an answer is noticed."""
     monkeypatch.setattr(needle, "CHUNK", chunk)
     m = model()
-    assert needle.needle(m, own_continuation(m), [8, 30], [0.0, 0.5, 1.0], 3).tolist() == [[1, 1], [1, 1], [1, 1]]
+    assert needle.needle(m, own_continuation(m), [8, 30], [0.0, 0.5, 1.0], 3).tolist() == [
+        [1, 1],
+        [1, 1],
+        [1, 1],
+    ]
     found = needle.needle(m, own_continuation(m, wrong={0, 4, 8, 9}), [8, 30], [0.0, 0.5, 1.0], 3)
-    assert found == pytest.approx(np.array([[2 / 3, 2 / 3], [2 / 3, 1], [2 / 3, 1]]))  # depth by depth of length 8, then of 30
+    assert found == pytest.approx(
+        np.array([[2 / 3, 2 / 3], [2 / 3, 1], [2 / 3, 1]])
+    )  # depth by depth of length 8, then of 30
 
 
 def test_draws_of_a_cell_depend_on_the_cell_alone():
@@ -157,15 +183,27 @@ def test_draws_of_a_cell_depend_on_the_cell_alone():
     first, seen = dict(seen), {}
     said = []
     needle.needle(model(), make, [9], [1.0], 2, seed=5, note=said.append)
-    assert seen[9, 1.0] == first[9, 1.0][:2] and len(set(sum(first.values(), []))) == 12 and said == ["9 tokens: 0% found"]
+    assert (
+        seen[9, 1.0] == first[9, 1.0][:2]
+        and len(set(sum(first.values(), []))) == 12
+        and said == ["9 tokens: 0% found"]
+    )
     seen = {}
     needle.needle(model(), make, [9], [1.0], 2, seed=6)
     assert seen[9, 1.0] != first[9, 1.0][:2]
 
 
-@pytest.mark.parametrize("lengths, depths, draws, what", [
-    ([], [0.5], 1, "at least one length"), ([8], [], 1, "at least one length"), ([8], [0.5], 0, "at least one length"),
-    ([8, 65], [0.5], 1, "haystack of 65 tokens.*max_position_embeddings 64"), ([1], [0.5], 1, "haystack of 1 tokens"), ([8], [1.5], 1, "depth is 1.5")])
+@pytest.mark.parametrize(
+    "lengths, depths, draws, what",
+    [
+        ([], [0.5], 1, "at least one length"),
+        ([8], [], 1, "at least one length"),
+        ([8], [0.5], 0, "at least one length"),
+        ([8, 65], [0.5], 1, "haystack of 65 tokens.*max_position_embeddings 64"),
+        ([1], [0.5], 1, "haystack of 1 tokens"),
+        ([8], [1.5], 1, "depth is 1.5"),
+    ],
+)
 def test_needle_refuses(lengths, depths, draws, what):
     with pytest.raises(ValueError, match=what):
         needle.needle(model(), own_continuation(model()), lengths, depths, draws)
@@ -178,21 +216,39 @@ def test_text_needles(trained):
     make, before = needle.text_needle(tok, [text]), -1
     for depth in (0.0, 0.1, 0.5, 0.9, 1.0):
         prompt, answer = make(900, depth, random.Random(3))
-        assert (prompt, answer) == make(900, depth, random.Random(3)) != make(900, depth, random.Random(4))
+        assert (
+            (prompt, answer)
+            == make(900, depth, random.Random(3))
+            != make(900, depth, random.Random(4))
+        )
         assert prompt[0] == tok.bos_id and 890 < len(prompt) + len(answer) <= 900
         said, number = tok.decode(prompt), tok.decode(answer).strip()
         assert len(number) == 5 and number.isdigit()
         city = said.rsplit("The secret number of ", 1)[1].removesuffix(" is")
         assert city in needle.CITIES and said.endswith(f" The secret number of {city} is")
         at = said.index(f" The secret number of {city} is {number}.")
-        assert said.count("secret number") == 2 and before < at == pytest.approx(depth * (len(said) - 80), abs=40)
+        assert said.count("secret number") == 2 and before < at == pytest.approx(
+            depth * (len(said) - 80), abs=40
+        )
         assert at == 0 or said[at - 1] in ".!?" or depth == 1.0  # between two sentences
-        hay = said[:at] + said[at:].replace(f" The secret number of {city} is {number}.", "", 1).rsplit(" The secret", 1)[0]
+        hay = (
+            said[:at]
+            + said[at:]
+            .replace(f" The secret number of {city} is {number}.", "", 1)
+            .rsplit(" The secret", 1)[0]
+        )
         assert hay.strip() in f"{text} {text}"
         before = at
-    with pytest.raises(ValueError, match="a haystack of 20 tokens has no room for the needle and the question, [0-9]+ tokens"):
+    with pytest.raises(
+        ValueError,
+        match="a haystack of 20 tokens has no room for the needle and the question, [0-9]+ tokens",
+    ):
         make(20, 0.5, random.Random(3))
-    shortest = int(str(pytest.raises(ValueError, make, 20, 0.5, random.Random(3)).value).split("question, ")[1].split()[0])
+    shortest = int(
+        str(pytest.raises(ValueError, make, 20, 0.5, random.Random(3)).value)
+        .split("question, ")[1]
+        .split()[0]
+    )
     prompt, answer = make(shortest, 0.5, random.Random(3))  # a haystack without hay
     assert len(prompt) + len(answer) == shortest and tok.decode(prompt).count("secret number") == 2
     with pytest.raises(ValueError, match="haystack has no text"):

@@ -9,7 +9,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny_run import BODY, metrics, raw_recipe, train, trained, write_texts  # noqa: F401 (trained is a fixture)
 
 import lamoe
 from lamoe.engine.text_loss import text_loss
@@ -18,6 +17,7 @@ from lamoe.model.config import ModelConfig
 from lamoe.text.tokenizer import Tokenizer
 from lamoe.train import checkpoint
 from lamoe.train.data import open_corpus
+from tiny_run import BODY, metrics, raw_recipe, train, trained, write_texts  # noqa: F401 (trained is a fixture)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -36,14 +36,24 @@ def result(trained, spoken):
 def test_held_out_figures(trained, spoken, result):
     """The raw text of the held-out files is what the rows and the compressors saw."""
     texts = trained.parent / "texts"
-    names = [json.loads(line)["name"] for line in (trained / "data" / "heldout.jsonl").read_text().splitlines()]
+    names = [
+        json.loads(line)["name"]
+        for line in (trained / "data" / "heldout.jsonl").read_text().splitlines()
+    ]
     raw = "".join((texts / n).read_text() for n in names).encode()
     (h,) = result["heldout"]
-    assert h["source"] == str(texts) and h["bytes"] == len(raw) == open_corpus(trained / "data").heldout_bytes()
-    assert h["gzip"] == 8 * len(gzip.compress(raw, 9)) / len(raw) and h["xz"] == 8 * len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)) / len(raw)
+    assert (
+        h["source"] == str(texts)
+        and h["bytes"] == len(raw) == open_corpus(trained / "data").heldout_bytes()
+    )
+    assert h["gzip"] == 8 * len(gzip.compress(raw, 9)) / len(raw) and h["xz"] == 8 * len(
+        lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)
+    ) / len(raw)
     assert h["uniform"] == pytest.approx(math.log2(300) * h["tokens"] / len(raw))
     last = metrics(trained)[-1]
-    assert h["model"] == pytest.approx(last["heldout_bits_per_byte"], rel=1e-5) and h["perplexity"] == pytest.approx(last["heldout_perplexity"], rel=1e-5)
+    assert h["model"] == pytest.approx(last["heldout_bits_per_byte"], rel=1e-5) and h[
+        "perplexity"
+    ] == pytest.approx(last["heldout_perplexity"], rel=1e-5)
     assert h["model"] < h["uniform"]
 
 
@@ -53,22 +63,41 @@ def test_the_other_figures(trained, spoken, result):
     width, layers = 16 + 8, 2
     cache = dict(result["cache"])
     assert (cache.pop("attention"), cache.pop("this model")) == ("MLA", 2 * width * layers)
-    assert cache["MHA"] == 2 * 2 * 2 * 8 * layers and cache["MQA"] == 2 * 2 * 8 * layers and cache["expanded K, V"] == 2 * 2 * (16 + 8) * layers
+    assert (
+        cache["MHA"] == 2 * 2 * 2 * 8 * layers
+        and cache["MQA"] == 2 * 2 * 8 * layers
+        and cache["expanded K, V"] == 2 * 2 * (16 + 8) * layers
+    )
     assert result["moe_layers"] == [1] and np.sum(result["expert_load"], 1) == pytest.approx([1.0])
     g, t = result["generation"], result["training"]
-    assert 1 < g["tokens_per_s"] < 1e6 and g["dtype"] == "float32" and g["threads"] == torch.get_num_threads()
-    assert (t["steps"], t["tokens"], t["dtype"]) == (40, 40 * 4 * 32, "float32") and t["router"].keys() >= {"drop_rate", "router_entropy"}
+    assert (
+        1 < g["tokens_per_s"] < 1e6
+        and g["dtype"] == "float32"
+        and g["threads"] == torch.get_num_threads()
+    )
+    assert (t["steps"], t["tokens"], t["dtype"]) == (40, 40 * 4 * 32, "float32") and t[
+        "router"
+    ].keys() >= {"drop_rate", "router_entropy"}
     steps = [m for m in metrics(trained) if "loss" in m]
-    assert t["curve"] == [[m["step"], m["loss"], m["lr"]] for m in steps] and t["epochs"] == steps[-1]["epoch"]
+    assert (
+        t["curve"] == [[m["step"], m["loss"], m["lr"]] for m in steps]
+        and t["epochs"] == steps[-1]["epoch"]
+    )
     assert [s for s, _ in t["heldout_curve"]] == [20, 40]
-    assert t["heldout_curve"][1][1] == pytest.approx(math.log(result["heldout"][0]["perplexity"]), rel=1e-5)
+    assert t["heldout_curve"][1][1] == pytest.approx(
+        math.log(result["heldout"][0]["perplexity"]), rel=1e-5
+    )
     assert json.loads(json.dumps(result)) == result
 
 
 def test_markdown_says_what_was_measured(result):
     text = report.markdown(result, "a name")
     h = result["heldout"][0]
-    assert text.startswith("# a name\n") and f"| **{h['model']:.3f}** | {h['xz']:.3f} | {h['gzip']:.3f} | {h['uniform']:.3f} |" in text
+    assert (
+        text.startswith("# a name\n")
+        and f"| **{h['model']:.3f}** | {h['xz']:.3f} | {h['gzip']:.3f} | {h['uniform']:.3f} |"
+        in text
+    )
     assert "| **96** | 128 (75%) |" in text and "this model (MLA)" in text
     load = result["expert_load"][0]
     assert f"| 1 | {8 * min(load):.2f} | {8 * max(load):.2f} |" in text
@@ -85,11 +114,18 @@ def test_png(result, tmp_path):
 def test_a_dense_model_on_any_text(spoken, tmp_path, heads, name):
     """No experts, no training: the sections that would be empty are left out."""
     _, tok = spoken
-    model = lamoe.Transformer(ModelConfig(model_type="llama", **BODY, num_key_value_heads=heads)).init_weights()
+    model = lamoe.Transformer(
+        ModelConfig(model_type="llama", **BODY, num_key_value_heads=heads)
+    ).init_weights()
     (tmp_path / "a.txt").write_text("the cat sat\n" * 30)
     (tmp_path / "empty.txt").write_text("")
     r = report.evaluate_texts(model, tok, [str(tmp_path)], 16)
-    assert r["cache"]["attention"] == name and r["expert_load"] == [] and "training" not in r and r["context"] == 16
+    assert (
+        r["cache"]["attention"] == name
+        and r["expert_load"] == []
+        and "training" not in r
+        and r["context"] == 16
+    )
     text = report.markdown(r, "x")
     assert "Expert load" not in text and "Training" not in text
     report.plot(r, "x", tmp_path / "r.png")
@@ -100,23 +136,39 @@ def test_texts_are_measured_exactly(spoken, tmp_path):
     """Long documents go over several rows; every token behind BOS is a target once; direct computation for one short document."""
     model, tok = spoken
     (tmp_path / "a.txt").write_text("the cat sat on the mat.\n")
-    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "the dog ran on the hill " * 40}) + "\n" + json.dumps({"text": "x"}) + "\n")
+    (tmp_path / "b.jsonl").write_text(
+        json.dumps({"text": "the dog ran on the hill " * 40})
+        + "\n"
+        + json.dumps({"text": "x"})
+        + "\n"
+    )
     sources = [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]
     a, b = report.evaluate_texts(model, tok, sources)["heldout"]
     ids = torch.tensor([tok.encode("the cat sat on the mat.\n", bos=True)])
     with torch.no_grad():
         nll = -model(ids[:, :-1]).log_softmax(-1)[0].gather(-1, ids[0, 1:, None]).sum().item()
-    assert a["bytes"] == 24 and a["tokens"] == ids.shape[1] - 1 and a["model"] == pytest.approx(nll / math.log(2) / 24, rel=1e-5)
-    assert b["tokens"] == len(tok.encode("the dog ran on the hill " * 40)) + len(tok.encode("x")) and b["bytes"] == 24 * 40 + 1
+    assert (
+        a["bytes"] == 24
+        and a["tokens"] == ids.shape[1] - 1
+        and a["model"] == pytest.approx(nll / math.log(2) / 24, rel=1e-5)
+    )
+    assert (
+        b["tokens"] == len(tok.encode("the dog ran on the hill " * 40)) + len(tok.encode("x"))
+        and b["bytes"] == 24 * 40 + 1
+    )
     short = report.evaluate_texts(model, tok, sources[1:], 8)["heldout"][0]
-    assert short["tokens"] == b["tokens"] and short["model"] != b["model"]  # the same targets with less context
+    assert (
+        short["tokens"] == b["tokens"] and short["model"] != b["model"]
+    )  # the same targets with less context
 
 
 def test_bad_requests(spoken, tmp_path):
     model, tok = spoken
     (tmp_path / "a.txt").write_text("text\n")
     for length in (0, -3, 65):
-        with pytest.raises(ValueError, match=f"the context is {length} tokens; it must be from 1 to the model's 64"):
+        with pytest.raises(
+            ValueError, match=f"the context is {length} tokens; it must be from 1 to the model's 64"
+        ):
             report.evaluate_texts(model, tok, [str(tmp_path / "a.txt")], length)
     with pytest.raises(ValueError, match="does not exist"):
         report.evaluate_texts(model, tok, [str(tmp_path / "none.txt")])
@@ -128,7 +180,9 @@ def test_bad_requests(spoken, tmp_path):
 
 def test_a_model_of_another_run(trained, spoken, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    small = lamoe.Transformer(ModelConfig(model_type="llama", **{**BODY, "vocab_size": 100})).init_weights()
+    small = lamoe.Transformer(
+        ModelConfig(model_type="llama", **{**BODY, "vocab_size": 100})
+    ).init_weights()
     with pytest.raises(ValueError, match="was packed with 300 tokens, the model has 100"):
         report.evaluate_run(small, spoken[1], tmp_path / "run")
 
@@ -136,14 +190,24 @@ def test_a_model_of_another_run(trained, spoken, tmp_path):
 def test_a_context_of_a_few_tokens(spoken):
     """Speed is measured even where there is hardly room to warm up."""
     for context in (3, 5, 12):
-        model = lamoe.Transformer(ModelConfig(model_type="llama", **{**BODY, "max_position_embeddings": context})).init_weights()
+        model = lamoe.Transformer(
+            ModelConfig(model_type="llama", **{**BODY, "max_position_embeddings": context})
+        ).init_weights()
         assert report._speed(model, spoken[1])["tokens_per_s"] > 0
 
 
 def test_several_sources_and_layers(tmp_path):
     """Loads of sources are weighted by their tokens; a layer is named by its place in the model."""
     a, b = write_texts(tmp_path / "a"), write_texts(tmp_path / "b", 20, seed=1)
-    train(raw_recipe(a, tmp_path / "run", data=dict(sources=[str(a), str(b)]), model=dict(num_hidden_layers=4, first_k_dense_replace=2), run=dict(steps=2)))
+    train(
+        raw_recipe(
+            a,
+            tmp_path / "run",
+            data=dict(sources=[str(a), str(b)]),
+            model=dict(num_hidden_layers=4, first_k_dense_replace=2),
+            run=dict(steps=2),
+        )
+    )
     folder = checkpoint.latest(tmp_path / "run") / "model"
     r = report.evaluate_run(lamoe.load(folder), Tokenizer.load(folder), tmp_path / "run")
     assert [h["source"] for h in r["heldout"]] == [str(a), str(b)] and r["moe_layers"] == [2, 3]

@@ -9,46 +9,103 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lamoe.model import accounting as acc
 from lamoe import kernels
+from lamoe.model import accounting as acc
 from lamoe.model.attention import cheaper_form
 from lamoe.model.cache import KVCache
 from lamoe.model.config import PRESETS, ModelConfig
 from lamoe.model.transformer import Transformer
 
-V2, LITE, DENSE67, MOE16, SMALL = (ModelConfig.preset(n) for n in ("deepseek-v2", "deepseek-v2-lite", "deepseek-67b", "deepseek-moe-16b", "small"))
-MLA = ModelConfig(
-    vocab_size=50, hidden_size=24, num_hidden_layers=3, num_attention_heads=3, q_lora_rank=10, kv_lora_rank=14, qk_nope_head_dim=8,
-    qk_rope_head_dim=4, v_head_dim=6, intermediate_size=22, moe_intermediate_size=7, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3,
-    first_k_dense_replace=1, max_position_embeddings=64, torch_dtype="float32",
+V2, LITE, DENSE67, MOE16, SMALL = (
+    ModelConfig.preset(n)
+    for n in ("deepseek-v2", "deepseek-v2-lite", "deepseek-67b", "deepseek-moe-16b", "small")
 )
-GQA = ModelConfig(model_type="llama", vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
-                  intermediate_size=22, max_position_embeddings=64, torch_dtype="float32")
+MLA = ModelConfig(
+    vocab_size=50,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    q_lora_rank=10,
+    kv_lora_rank=14,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=6,
+    intermediate_size=22,
+    moe_intermediate_size=7,
+    n_routed_experts=8,
+    n_shared_experts=2,
+    num_experts_per_tok=3,
+    first_k_dense_replace=1,
+    max_position_embeddings=64,
+    torch_dtype="float32",
+)
+GQA = ModelConfig(
+    model_type="llama",
+    vocab_size=50,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    intermediate_size=22,
+    max_position_embeddings=64,
+    torch_dtype="float32",
+)
 MODELS = {
-    **PRESETS, "mla": MLA, "gqa": GQA, "mla tied": MLA.replace(tie_word_embeddings=True), "gqa tied": GQA.replace(tie_word_embeddings=True),
-    "lite tied": LITE.replace(tie_word_embeddings=True), "every other layer": MLA.replace(num_hidden_layers=5, moe_layer_freq=2),
-    "no shared": MLA.replace(n_shared_experts=0), "wide heads": GQA.replace(head_dim=6),
+    **PRESETS,
+    "mla": MLA,
+    "gqa": GQA,
+    "mla tied": MLA.replace(tie_word_embeddings=True),
+    "gqa tied": GQA.replace(tie_word_embeddings=True),
+    "lite tied": LITE.replace(tie_word_embeddings=True),
+    "every other layer": MLA.replace(num_hidden_layers=5, moe_layer_freq=2),
+    "no shared": MLA.replace(n_shared_experts=0),
+    "wide heads": GQA.replace(head_dim=6),
 }
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("config, total", [(V2, 235_741_434_880), (LITE, 15_706_484_224), (DENSE67, 67_425_001_472), (MOE16, 16_375_728_128)])
+@pytest.mark.parametrize(
+    "config, total",
+    [
+        (V2, 235_741_434_880),
+        (LITE, 15_706_484_224),
+        (DENSE67, 67_425_001_472),
+        (MOE16, 16_375_728_128),
+    ],
+)
 def test_published_totals(config, total):
     assert acc.parameters(config).total == total
 
 
 def test_published_parts():
     v2, lite = acc.parameters(V2), acc.parameters(LITE)
-    assert (v2.attention_per_layer, v2.routed_expert, v2.moe_ffn_per_layer) == (149_227_520, 23_592_960, 3_822_878_720)
-    assert (lite.attention_per_layer, lite.routed_expert, lite.moe_ffn_per_layer) == (13_763_072, 8_650_752, 571_080_704)
+    assert (v2.attention_per_layer, v2.routed_expert, v2.moe_ffn_per_layer) == (
+        149_227_520,
+        23_592_960,
+        3_822_878_720,
+    )
+    assert (lite.attention_per_layer, lite.routed_expert, lite.moe_ffn_per_layer) == (
+        13_763_072,
+        8_650_752,
+        571_080_704,
+    )
 
 
-@pytest.mark.parametrize("config, body, with_head, with_both", [
-    (V2, "20.327", "20.852", "21.376"), (LITE, "2.242", "2.451", "2.661"), (MOE16, "2.409", "2.619", "2.829"),
-])
+@pytest.mark.parametrize(
+    "config, body, with_head, with_both",
+    [
+        (V2, "20.327", "20.852", "21.376"),
+        (LITE, "2.242", "2.451", "2.661"),
+        (MOE16, "2.409", "2.619", "2.829"),
+    ],
+)
 def test_published_activated(config, body, with_head, with_both):
     p = acc.parameters(config)
-    assert [f"{n / 1e9:.3f}" for n in (p.activated_body, p.activated, p.activated_all)] == [body, with_head, with_both]
+    assert [f"{n / 1e9:.3f}" for n in (p.activated_body, p.activated, p.activated_all)] == [
+        body,
+        with_head,
+        with_both,
+    ]
 
 
 def test_table_9_small_mha():
@@ -69,7 +126,10 @@ def test_counts_equal_the_model_on_the_meta_device(name):
     assert sum(w.numel() for w in model.layers[0].attn.parameters()) == p.attention_per_layer
     moe = [model.layers[i].ffn for i in config.moe_layers]
     assert sum(w.numel() for ffn in moe for w in ffn.experts.parameters()) == p.routed_experts
-    assert sum(w.numel() for ffn in moe if ffn.shared for w in ffn.shared.parameters()) == p.shared_experts
+    assert (
+        sum(w.numel() for ffn in moe if ffn.shared for w in ffn.shared.parameters())
+        == p.shared_experts
+    )
     assert sum(ffn.gate.weight.numel() for ffn in moe) == p.router
     if config.first_k_dense_replace or not config.is_moe:
         assert sum(w.numel() for w in model.layers[0].ffn.parameters()) == p.dense_ffn_per_layer
@@ -79,7 +139,9 @@ def test_tied_embedding_is_stored_once_and_used_twice():
     free, tied = acc.parameters(LITE), acc.parameters(LITE.replace(tie_word_embeddings=True))
     table = LITE.vocab_size * LITE.hidden_size
     assert free.total - tied.total == table and tied.head == 0
-    assert tied.activated == free.activated  # the product with the head's matrix happens all the same
+    assert (
+        tied.activated == free.activated
+    )  # the product with the head's matrix happens all the same
     assert tied.activated_all == tied.activated == free.activated_all - table
 
 
@@ -101,7 +163,17 @@ def filled(config, depth):
     return cache
 
 
-@pytest.mark.parametrize("name, form", [("mla", "expand"), ("mla", "absorb"), ("mla tied", "absorb"), ("gqa", None), ("wide heads", None), ("no shared", "absorb")])
+@pytest.mark.parametrize(
+    "name, form",
+    [
+        ("mla", "expand"),
+        ("mla", "absorb"),
+        ("mla tied", "absorb"),
+        ("gqa", None),
+        ("wide heads", None),
+        ("no shared", "absorb"),
+    ],
+)
 def test_decode_flops_equal_the_counted_products(name, form, monkeypatch):
     config, depth = MODELS[name], 17
     ids = torch.tensor([[7]])
@@ -115,10 +187,23 @@ def test_forward_and_training_flops_equal_the_counted_products(name, monkeypatch
     config, t = MODELS[name], 9
     ids = torch.arange(t)[None]
     ours = acc.forward_flops(config, t, form="expand")
-    above_diagonal = ours.attention * (t - 1) // (t + 1)  # t t - t (t + 1) / 2 pairs beside t (t + 1) / 2
-    assert counted(config, monkeypatch, lambda m: m(ids, form="expand" if config.is_mla else None)) == ours.total + above_diagonal
-    found = counted(config, monkeypatch, lambda m: m(ids, form="expand" if config.is_mla else None).sum().backward())
-    assert found == acc.training_flops(config, t) * t + 3 * above_diagonal == 3 * (ours.total + above_diagonal)
+    above_diagonal = (
+        ours.attention * (t - 1) // (t + 1)
+    )  # t t - t (t + 1) / 2 pairs beside t (t + 1) / 2
+    assert (
+        counted(config, monkeypatch, lambda m: m(ids, form="expand" if config.is_mla else None))
+        == ours.total + above_diagonal
+    )
+    found = counted(
+        config,
+        monkeypatch,
+        lambda m: m(ids, form="expand" if config.is_mla else None).sum().backward(),
+    )
+    assert (
+        found
+        == acc.training_flops(config, t) * t + 3 * above_diagonal
+        == 3 * (ours.total + above_diagonal)
+    )
 
 
 def test_training_flops_of_the_benchmark_model():
@@ -133,17 +218,32 @@ def test_training_flops_of_the_benchmark_model():
 def test_mla_products_per_head_and_cached_token():
     """320 against 1,088 multiply-adds; 131,072 more to expand a latent (paper 2.1, App. C)."""
     per = 2 * V2.num_hidden_layers * V2.num_attention_heads
-    step = {f: acc.decode_flops(V2, 101, f).total - acc.decode_flops(V2, 100, f).total for f in ("expand", "absorb")}
+    step = {
+        f: acc.decode_flops(V2, 101, f).total - acc.decode_flops(V2, 100, f).total
+        for f in ("expand", "absorb")
+    }
     assert step == {"expand": per * (320 + 131_072), "absorb": per * 1_088}
 
 
 def test_prefill():
-    whole, parts = acc.prefill_flops(LITE, 512, form="expand"), [acc.forward_flops(LITE, 1, d, "absorb") for d in range(512)]
-    assert whole.projections == sum(p.projections for p in parts) and whole.feed_forward == sum(p.feed_forward for p in parts)
+    whole, parts = (
+        acc.prefill_flops(LITE, 512, form="expand"),
+        [acc.forward_flops(LITE, 1, d, "absorb") for d in range(512)],
+    )
+    assert whole.projections == sum(p.projections for p in parts) and whole.feed_forward == sum(
+        p.feed_forward for p in parts
+    )
     assert whole.head == parts[0].head  # logits of one position
     assert whole.attention * 1_088 == sum(p.attention for p in parts) * 320
-    assert acc.prefill_flops(LITE, 512).total == whole.total < acc.prefill_flops(LITE, 512, form="absorb").total
-    assert acc.prefill_flops(LITE, 4, depth=4096).total == acc.prefill_flops(LITE, 4, 4096, "absorb").total
+    assert (
+        acc.prefill_flops(LITE, 512).total
+        == whole.total
+        < acc.prefill_flops(LITE, 512, form="absorb").total
+    )
+    assert (
+        acc.prefill_flops(LITE, 4, depth=4096).total
+        == acc.prefill_flops(LITE, 4, 4096, "absorb").total
+    )
     assert acc.prefill_flops(LITE, 512).total / 512 == pytest.approx(4.5e9, rel=0.03)
 
 
@@ -151,13 +251,25 @@ def test_prefill():
 def test_the_model_chooses_the_form_that_accounting_finds_cheaper(depth):
     best = min(("expand", "absorb"), key=lambda f: acc.decode_flops(LITE, depth, f).total)
     assert cheaper_form(LITE, 1, depth + 1) == best == "absorb"
-    assert cheaper_form(LITE, 512, 512 + depth) == min(("expand", "absorb"), key=lambda f: acc.prefill_flops(LITE, 512, depth, f).total) == "expand"
+    assert (
+        cheaper_form(LITE, 512, 512 + depth)
+        == min(("expand", "absorb"), key=lambda f: acc.prefill_flops(LITE, 512, depth, f).total)
+        == "expand"
+    )
 
 
-@pytest.mark.parametrize("call", [
-    lambda: acc.forward_flops(V2, 0), lambda: acc.forward_flops(V2, 1, -1), lambda: acc.forward_flops(V2, 1.5), lambda: acc.forward_flops(V2, True),
-    lambda: acc.forward_flops(V2, 1, 0, "naive"), lambda: acc.training_flops(V2, 0), lambda: acc.decode_bytes(V2, 0, 16, 16, 0),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: acc.forward_flops(V2, 0),
+        lambda: acc.forward_flops(V2, 1, -1),
+        lambda: acc.forward_flops(V2, 1.5),
+        lambda: acc.forward_flops(V2, True),
+        lambda: acc.forward_flops(V2, 1, 0, "naive"),
+        lambda: acc.training_flops(V2, 0),
+        lambda: acc.decode_bytes(V2, 0, 16, 16, 0),
+    ],
+)
 def test_impossible_flop_questions(call):
     with pytest.raises(ValueError, match="tokens is|depth is|form is|sequences is"):
         call()
@@ -165,11 +277,29 @@ def test_impossible_flop_questions(call):
 
 # ---- cache -----------------------------------------------------------------------------------------------------------
 def test_cache_constants():
-    assert sum(V2.cache_row) == 576 and acc.cache_elements(V2) == 34_560 and acc.cache_elements(DENSE67) == 194_560
-    assert acc.cache_twins(V2) == {"MHA": 1_966_080, "GQA, 8 groups": 122_880, "MQA": 15_360, "expanded K, V": 128 * 320 * 60}
-    assert acc.equivalent_groups(V2) == acc.equivalent_groups(LITE) == 2.25 and acc.equivalent_groups(DENSE67) == 8
-    assert acc.stored_bytes(acc.cache_elements(V2), 6) == 25_920 and acc.stored_bytes(194_560, 16) == 389_120
-    assert acc.stored_bytes(acc.expanded_elements(LITE), 16) == 276_480 and acc.stored_bytes(acc.cache_elements(LITE), 16) == 31_104
+    assert (
+        sum(V2.cache_row) == 576
+        and acc.cache_elements(V2) == 34_560
+        and acc.cache_elements(DENSE67) == 194_560
+    )
+    assert acc.cache_twins(V2) == {
+        "MHA": 1_966_080,
+        "GQA, 8 groups": 122_880,
+        "MQA": 15_360,
+        "expanded K, V": 128 * 320 * 60,
+    }
+    assert (
+        acc.equivalent_groups(V2) == acc.equivalent_groups(LITE) == 2.25
+        and acc.equivalent_groups(DENSE67) == 8
+    )
+    assert (
+        acc.stored_bytes(acc.cache_elements(V2), 6) == 25_920
+        and acc.stored_bytes(194_560, 16) == 389_120
+    )
+    assert (
+        acc.stored_bytes(acc.expanded_elements(LITE), 16) == 276_480
+        and acc.stored_bytes(acc.cache_elements(LITE), 16) == 31_104
+    )
 
 
 @pytest.mark.parametrize("bits, saving", [(6, 0.9334), (8, 0.9112), (16, 0.8224)])
@@ -177,9 +307,14 @@ def test_the_headline_needs_the_six_bit_cache(bits, saving):
     assert round(acc.cache_saving(V2, bits, DENSE67, 16), 4) == saving
 
 
-@pytest.mark.parametrize("heads, groups", [(128, 8), (16, 8), (12, 6), (8, 4), (6, 3), (4, 2), (7, 1), (1, 1)])
+@pytest.mark.parametrize(
+    "heads, groups", [(128, 8), (16, 8), (12, 6), (8, 4), (6, 3), (4, 2), (7, 1), (1, 1)]
+)
 def test_gqa_groups_always_group(heads, groups):
-    assert acc.gqa_groups(GQA.replace(num_attention_heads=heads, num_key_value_heads=None, head_dim=8)) == groups
+    assert (
+        acc.gqa_groups(GQA.replace(num_attention_heads=heads, num_key_value_heads=None, head_dim=8))
+        == groups
+    )
 
 
 @pytest.mark.parametrize("name", ["mla", "gqa", "wide heads", "tiny"])
@@ -215,10 +350,22 @@ def test_plan_of_the_paper_node():
     """640 GB: 15.6 M cached tokens with FP8 weights and the 6-bit cache, 1.30 M for DeepSeek 67B in 16 bit."""
     v2, dense = acc.plan(V2, 8, 6, 640 * 10**9, 32_768), acc.plan(DENSE67, 16, 16, 640 * 10**9)
     assert v2.weight_bytes == 235_741_434_880 and v2.cache_bytes_per_token == 25_920
-    assert v2.cache_tokens == (640 * 10**9 - 235_741_434_880) // 25_920 and round(v2.cache_tokens / 1e6, 1) == 15.6
-    assert round(dense.cache_tokens / 1e6, 2) == 1.30 and dense.context == dense.longest_context == 4096
-    assert v2.sequences == v2.cache_tokens // 32_768 and v2.longest_context == V2.max_position_embeddings
-    assert v2.expanded_bytes_per_token == 2_457_600 * 6 / 8 and v2.expanded_sequences == v2.sequences // 71
+    assert (
+        v2.cache_tokens == (640 * 10**9 - 235_741_434_880) // 25_920
+        and round(v2.cache_tokens / 1e6, 1) == 15.6
+    )
+    assert (
+        round(dense.cache_tokens / 1e6, 2) == 1.30
+        and dense.context == dense.longest_context == 4096
+    )
+    assert (
+        v2.sequences == v2.cache_tokens // 32_768
+        and v2.longest_context == V2.max_position_embeddings
+    )
+    assert (
+        v2.expanded_bytes_per_token == 2_457_600 * 6 / 8
+        and v2.expanded_sequences == v2.sequences // 71
+    )
 
 
 def test_plan_to_the_last_byte():
@@ -227,7 +374,12 @@ def test_plan_to_the_last_byte():
     for rows in (0, 1, 9, 10, 11):
         memory = weights + int(-(-rows * row // 1))
         fit = acc.plan(MLA, 4.5, 6, memory + 100, 10, reserve_bytes=100)
-        assert (fit.weight_bytes, fit.cache_tokens, fit.longest_context, fit.sequences) == (weights, rows, rows, rows // 10)
+        assert (fit.weight_bytes, fit.cache_tokens, fit.longest_context, fit.sequences) == (
+            weights,
+            rows,
+            rows,
+            rows // 10,
+        )
         if rows:  # one byte less, one row less
             assert acc.plan(MLA, 4.5, 6, memory - 1, 10).cache_tokens == rows - 1
     with pytest.raises(ValueError, match="more than the"):
@@ -237,21 +389,49 @@ def test_plan_to_the_last_byte():
 
 
 def test_plan_refuses_with_numbers():
-    with pytest.raises(ValueError, match=r"235,741,434,880 parameters at 16 bits are 471.5 GB, more than the 24.00 GB of memory; no storage format"):
+    with pytest.raises(
+        ValueError,
+        match=r"235,741,434,880 parameters at 16 bits are 471.5 GB, more than the 24.00 GB of memory; no storage format",
+    ):
         acc.plan(V2, 16, 6, 24 * 10**9)
-    with pytest.raises(ValueError, match=r"15,706,484,224 parameters at 16 bits are 31.41 GB, more than the 24.00 GB of memory; at most 12.22 bits"):
+    with pytest.raises(
+        ValueError,
+        match=r"15,706,484,224 parameters at 16 bits are 31.41 GB, more than the 24.00 GB of memory; at most 12.22 bits",
+    ):
         acc.plan(LITE, 16, 6, 24 * 10**9)
-    with pytest.raises(ValueError, match=r"context of 163,841 tokens .* max_position_embeddings is 163,840"):
+    with pytest.raises(
+        ValueError, match=r"context of 163,841 tokens .* max_position_embeddings is 163,840"
+    ):
         acc.plan(LITE, 4.5, 6, 24 * 10**9, 163_841)
-    for bad in ({"context": 0}, {"memory_bytes": 2.5}, {"reserve_bytes": -1}, {"cache_bits": 0}, {"weight_bits": float("inf")}):
+    for bad in (
+        {"context": 0},
+        {"memory_bytes": 2.5},
+        {"reserve_bytes": -1},
+        {"cache_bits": 0},
+        {"weight_bits": float("inf")},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(bad))} is"):
-            acc.plan(**{"config": LITE, "weight_bits": 4.5, "cache_bits": 6, "memory_bytes": 24 * 10**9, **bad})
+            acc.plan(
+                **{
+                    "config": LITE,
+                    "weight_bits": 4.5,
+                    "cache_bits": 6,
+                    "memory_bytes": 24 * 10**9,
+                    **bad,
+                }
+            )
 
 
 def test_training_memory_is_what_adamw_holds():
     memory = acc.training_memory(V2)
     assert memory.total == 16 * 235_741_434_880
-    assert (memory.weights, memory.gradients, memory.master, memory.first_moment, memory.second_moment) == tuple(n * 235_741_434_880 for n in (2, 2, 4, 4, 4))
+    assert (
+        memory.weights,
+        memory.gradients,
+        memory.master,
+        memory.first_moment,
+        memory.second_moment,
+    ) == tuple(n * 235_741_434_880 for n in (2, 2, 4, 4, 4))
     model = Transformer(MLA).init_weights(0)
     master = [w.detach().clone().requires_grad_() for w in model.parameters()]
     optimizer = torch.optim.AdamW(master)
@@ -259,11 +439,24 @@ def test_training_memory_is_what_adamw_holds():
     for w, p in zip(master, model.parameters()):
         w.grad = p.grad.float() if p.grad is not None else torch.zeros_like(w)
     optimizer.step()
-    held = [sum(t.nbytes for t in ts) for ts in (
-        model.parameters(), [p.grad for p in model.parameters()], master,
-        [optimizer.state[w]["exp_avg"] for w in master], [optimizer.state[w]["exp_avg_sq"] for w in master])]
+    held = [
+        sum(t.nbytes for t in ts)
+        for ts in (
+            model.parameters(),
+            [p.grad for p in model.parameters()],
+            master,
+            [optimizer.state[w]["exp_avg"] for w in master],
+            [optimizer.state[w]["exp_avg_sq"] for w in master],
+        )
+    ]
     ours = acc.training_memory(MLA)
-    assert held == [ours.weights, ours.gradients, ours.master, ours.first_moment, ours.second_moment]
+    assert held == [
+        ours.weights,
+        ours.gradients,
+        ours.master,
+        ours.first_moment,
+        ours.second_moment,
+    ]
 
 
 def test_decode_bytes():
@@ -283,11 +476,16 @@ def test_report_is_json_and_agrees_with_the_functions(name):
     r = acc.report(config, name=name, memory_bytes=10**13, weight_bits=8)
     assert json.loads(json.dumps(r, allow_nan=False)) == r
     assert ModelConfig.from_dict(r["config"]) == config
-    assert r["parameters"]["total"] == acc.parameters(config).total and r["cache"]["elements_per_token"] == acc.cache_elements(config)
+    assert r["parameters"]["total"] == acc.parameters(config).total and r["cache"][
+        "elements_per_token"
+    ] == acc.cache_elements(config)
     assert r["plan"]["sequences"] == acc.plan(config, 8, 6, 10**13).sequences > 0
     last = r["flops"]["decode"][-1]
     assert last["depth"] == config.max_position_embeddings - 1
-    assert last["absorb" if config.is_mla else "plain"] == acc.decode_flops(config, last["depth"], "absorb").total
+    assert (
+        last["absorb" if config.is_mla else "plain"]
+        == acc.decode_flops(config, last["depth"], "absorb").total
+    )
 
 
 def test_report_options():
@@ -295,7 +493,9 @@ def test_report_options():
     assert acc.report(SMALL)["memory"]["weight_bits"] == 32  # its torch_dtype
     assert acc.report(V2, context=1)["flops"]["decode"][-1]["depth"] == 0
     for bad in ({"sequence": 5000}, {"context": 5000}):
-        with pytest.raises(ValueError, match="is 5,000, but the model's max_position_embeddings is 4,096"):
+        with pytest.raises(
+            ValueError, match="is 5,000, but the model's max_position_embeddings is 4,096"
+        ):
             acc.report(DENSE67, **bad)
 
 
@@ -316,19 +516,47 @@ def test_render_fits_a_terminal_and_breaks_no_number(name):
 
 def test_render_says_what_the_paper_says():
     text = drawn(V2, name="deepseek-v2", memory_bytes=640 * 10**9, weight_bits=8)
-    for said in ("235,741,434,880", "20.85 B", "34,560", "1,966,080", "122,880", "15,360", "194,560", "389.1 kB", "25.92 kB", "2.25 GQA groups",
-                 "93.3% less", "15,596,395 tokens fit", "top 6 of 160 routed, from 3 of 8 groups", "YaRN x40"):
+    for said in (
+        "235,741,434,880",
+        "20.85 B",
+        "34,560",
+        "1,966,080",
+        "122,880",
+        "15,360",
+        "194,560",
+        "389.1 kB",
+        "25.92 kB",
+        "2.25 GQA groups",
+        "93.3% less",
+        "15,596,395 tokens fit",
+        "top 6 of 160 routed, from 3 of 8 groups",
+        "YaRN x40",
+    ):
         assert said in text, said
     assert "Plan for" not in drawn(V2) and "expanded" not in drawn(DENSE67, memory_bytes=10**12)
 
 
-@pytest.mark.parametrize("n, said", [(0, "0 B"), (999, "999 B"), (1000, "1.000 kB"), (25_920, "25.92 kB"), (999_499, "999.5 kB"), (999_960, "1.000 MB"),
-                                     (471_482_869_760, "471.5 GB"), (3e20, "3.000e+05 PB"), (4.5, "4.5 B")])
+@pytest.mark.parametrize(
+    "n, said",
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.000 kB"),
+        (25_920, "25.92 kB"),
+        (999_499, "999.5 kB"),
+        (999_960, "1.000 MB"),
+        (471_482_869_760, "471.5 GB"),
+        (3e20, "3.000e+05 PB"),
+        (4.5, "4.5 B"),
+    ],
+)
 def test_human_bytes(n, said):
     assert acc.human_bytes(n) == said
 
 
 def test_imports_neither_torch_nor_rich():
-    code = ("import sys, lamoe.model.accounting as a; from lamoe.model.config import ModelConfig; a.report(ModelConfig.preset('deepseek-v2'), memory_bytes=10**12); "
-            "sys.exit(bool({'torch', 'numpy', 'rich', 'lamoe.model.transformer'} & set(sys.modules)))")
+    code = (
+        "import sys, lamoe.model.accounting as a; from lamoe.model.config import ModelConfig; a.report(ModelConfig.preset('deepseek-v2'), memory_bytes=10**12); "
+        "sys.exit(bool({'torch', 'numpy', 'rich', 'lamoe.model.transformer'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -45,8 +45,16 @@ def test_expand_equals_absorb_in_gradients(impl):
         assert torch.allclose(a, b, rtol=0, atol=1e-11 * float(a.abs().max()))
 
 
-@pytest.mark.parametrize("c", [tiny.HARD, tiny.config("llama"), tiny.config("llama", num_key_value_heads=2), tiny.config("llama", num_key_value_heads=1)],
-                         ids=["mla", "mha", "gqa", "mqa"])
+@pytest.mark.parametrize(
+    "c",
+    [
+        tiny.HARD,
+        tiny.config("llama"),
+        tiny.config("llama", num_key_value_heads=2),
+        tiny.config("llama", num_key_value_heads=1),
+    ],
+    ids=["mla", "mha", "gqa", "mqa"],
+)
 @pytest.mark.parametrize("sizes", [[1] * 9, [4, 5], [8, 1], [2, 3, 4]])
 def test_cache_changes_nothing(c, sizes, impl):
     m = layer(c)
@@ -71,12 +79,16 @@ def test_cache_rows_are_normed_latents_and_rotated_keys():
         m(x, freqs, cache)
         down, key = m.wkv_a(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         latent = down / (down.square().mean(-1, keepdim=True) + 1e-6).sqrt() * m.kv_norm.weight
-        turned = torch.view_as_real(torch.view_as_complex(key.unflatten(-1, (-1, 2)).contiguous()) * freqs).flatten(-2)
+        turned = torch.view_as_real(
+            torch.view_as_complex(key.unflatten(-1, (-1, 2)).contiguous()) * freqs
+        ).flatten(-2)
     assert torch.allclose(cache.rows[0][0], latent, rtol=0, atol=1e-13)
     assert torch.allclose(cache.rows[1][0], turned, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("c", [tiny.HARD, tiny.config("llama", num_key_value_heads=2)], ids=["mla", "gqa"])
+@pytest.mark.parametrize(
+    "c", [tiny.HARD, tiny.config("llama", num_key_value_heads=2)], ids=["mla", "gqa"]
+)
 def test_segments_do_not_see_each_other(c, impl):
     m = layer(c)
     x, freqs = inputs(m, 1, 9)
@@ -101,7 +113,9 @@ def test_the_future_is_not_seen(impl):
         before = m(x, freqs)
         x[:, 100:] = 1e3
         after = m(x, freqs)
-        assert torch.equal(before[:, :100], after[:, :100]) and not torch.equal(before[:, 100:], after[:, 100:])
+        assert torch.equal(before[:, :100], after[:, :100]) and not torch.equal(
+            before[:, 100:], after[:, 100:]
+        )
 
 
 # ---- which form ------------------------------------------------------------------------------------------------------------
@@ -118,14 +132,21 @@ def test_cheaper_form_counts_multiply_adds():
     for t, s in ((1, 7), (16, 4096), (170, 4096), (171, 1 << 20), (5, 5)):
         expand, absorb = 131_072 * s + 320 * t * s, 131_072 * t + 1_088 * t * s
         assert cheaper_form(V2, t, s) == ("expand" if expand < absorb else "absorb")
-    assert (cheaper_form(V2, 170, 1 << 30), cheaper_form(V2, 171, 1 << 30)) == ("absorb", "expand")  # 131,072 / 768 = 170.7
+    assert (cheaper_form(V2, 170, 1 << 30), cheaper_form(V2, 171, 1 << 30)) == (
+        "absorb",
+        "expand",
+    )  # 131,072 / 768 = 170.7
 
 
 def test_the_picked_form_is_run(monkeypatch):
     m, ran = layer(tiny.HARD), []
     for form in ("expand", "absorb"):
         inner = getattr(MLA, form)
-        monkeypatch.setattr(MLA, form, lambda self, *a, _inner=inner, _form=form: ran.append(_form) or _inner(self, *a))
+        monkeypatch.setattr(
+            MLA,
+            form,
+            lambda self, *a, _inner=inner, _form=form: ran.append(_form) or _inner(self, *a),
+        )
     c = m.config
     cache = KVCache(c, 1, 65, torch.float64)
     with torch.no_grad():
@@ -144,14 +165,27 @@ def test_head_counts_are_the_only_difference():
         for name in ("wq", "wo"):
             getattr(mha, name).weight.copy_(getattr(gqa, name).weight)
         for name in ("wk", "wv"):
-            rows = getattr(gqa, name).weight.unflatten(0, (2, -1)).repeat_interleave(2, 0).flatten(0, 1)
+            rows = (
+                getattr(gqa, name)
+                .weight.unflatten(0, (2, -1))
+                .repeat_interleave(2, 0)
+                .flatten(0, 1)
+            )
             getattr(mha, name).weight.copy_(rows)
     x, freqs = inputs(gqa, 2, 10)
     assert torch.allclose(gqa(x, freqs), mha(x, freqs), rtol=0, atol=1e-13)
 
 
 # ---- the cache ---------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("c", [tiny.HARD, tiny.config("llama"), tiny.config("llama", num_key_value_heads=1, head_dim=12), tiny.config("deepseek")])
+@pytest.mark.parametrize(
+    "c",
+    [
+        tiny.HARD,
+        tiny.config("llama"),
+        tiny.config("llama", num_key_value_heads=1, head_dim=12),
+        tiny.config("deepseek"),
+    ],
+)
 @pytest.mark.parametrize("dtype, bits", [(torch.float32, 32), (torch.bfloat16, 16)])
 def test_cache_bytes_are_the_closed_form(c, dtype, bits):
     cache = KVCache(c, 3, 7, dtype)
@@ -184,7 +218,9 @@ def test_cache_errors_name_the_numbers():
 def test_cache_refuses_another_number_of_sequences():
     m = tiny.model(tiny.HARD)
     for batch in (1, 3):
-        with pytest.raises(ValueError, match=f"{batch} sequences do not go into a cache made for 2"):
+        with pytest.raises(
+            ValueError, match=f"{batch} sequences do not go into a cache made for 2"
+        ):
             m(tiny.ids(m.config, batch, 3), KVCache(m.config, 2, 8, torch.float64))
 
 

@@ -2,14 +2,18 @@
 
 import pytest
 import torch
-from oracles import tiny
 
-from lamoe.model import accounting
 from lamoe.backends import cache_codec
 from lamoe.backends.paged_cache import Group, PagedCache, Step
+from lamoe.model import accounting
 from lamoe.model.cache import KVCache
+from oracles import tiny
 
-CONFIGS = {"mla": tiny.HARD, "mha": tiny.config("deepseek"), "gqa": tiny.config("llama", num_key_value_heads=2)}
+CONFIGS = {
+    "mla": tiny.HARD,
+    "mha": tiny.config("deepseek"),
+    "gqa": tiny.config("llama", num_key_value_heads=2),
+}
 V2_ROW = tiny.config("deepseek_v2", kv_lora_rank=512, qk_rope_head_dim=64)
 
 
@@ -43,15 +47,24 @@ def test_bytes_are_the_closed_form(name, format, size):
 @pytest.mark.parametrize("format", cache_codec.FORMATS)
 def test_bytes_of_every_format(format):
     cache = PagedCache(V2_ROW, 4, 16, written(format))
-    assert cache.rows.untyped_storage().nbytes() == cache.nbytes == 4 * 16 * 3 * cache_codec.row_bytes(format, (512, 64))
+    assert (
+        cache.rows.untyped_storage().nbytes()
+        == cache.nbytes
+        == 4 * 16 * 3 * cache_codec.row_bytes(format, (512, 64))
+    )
 
 
 def test_six_bit_rows_take_six_bits():
-    assert cache_codec.row_bytes(written("6bit"), (512, 64)) <= 432  # scales and all: 576 elements x 6 bits
+    assert (
+        cache_codec.row_bytes(written("6bit"), (512, 64)) <= 432
+    )  # scales and all: 576 elements x 6 bits
 
 
 def test_formats_are_ordered_by_size():
-    sizes = [cache_codec.row_bytes(written(f), (512, 64)) for f in ("fp32", "bf16", "int8", "6bit", "4bit")]
+    sizes = [
+        cache_codec.row_bytes(written(f), (512, 64))
+        for f in ("fp32", "bf16", "int8", "6bit", "4bit")
+    ]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 5
     assert sizes[:2] == [4 * 576, 2 * 576]
 
@@ -107,12 +120,24 @@ def test_pages_change_nothing(name, impl):
     for text in texts:
         alone = KVCache(c, 1, 13)
         plain.append([m(text[:, :-1], alone)[0], m(text[:, -1:], alone)[0]])
-    step = Step(cache, torch.cat([torch.arange(6), torch.arange(12)]), torch.cat([slots[0][:6], slots[1][:12]]),
-                [Group(slice(0, 6), slots[0][None, :6], None), Group(slice(6, 18), slots[1][None, :12], None)])
+    step = Step(
+        cache,
+        torch.cat([torch.arange(6), torch.arange(12)]),
+        torch.cat([slots[0][:6], slots[1][:12]]),
+        [
+            Group(slice(0, 6), slots[0][None, :6], None),
+            Group(slice(6, 18), slots[1][None, :12], None),
+        ],
+    )
     got = m(torch.cat([t[:, :-1] for t in texts], 1), step)[0]
     torch.testing.assert_close(got, torch.cat([plain[0][0], plain[1][0]]), rtol=1e-4, atol=1e-4)
     padded = torch.stack([torch.cat([slots[0][:1].expand(6), slots[0]]), slots[1]])
-    step = Step(cache, torch.tensor([6, 12]), torch.stack([slots[0][-1], slots[1][-1]]), [Group(slice(0, 2), padded, torch.tensor([6, 0]))])
+    step = Step(
+        cache,
+        torch.tensor([6, 12]),
+        torch.stack([slots[0][-1], slots[1][-1]]),
+        [Group(slice(0, 2), padded, torch.tensor([6, 0]))],
+    )
     got = m(torch.cat([t[:, -1:] for t in texts], 1), step)[0]
     torch.testing.assert_close(got, torch.cat([plain[0][1], plain[1][1]]), rtol=1e-4, atol=1e-4)
 
@@ -123,14 +148,36 @@ def test_padding_matters():
     out = []
     for first in (torch.tensor([2]), None):
         cache, text = PagedCache(c, 2, 8, "fp32"), tiny.ids(c, 1, 6)
-        m(text, Step(cache, torch.arange(6), torch.arange(6), [Group(slice(0, 6), torch.arange(6)[None], None)]))
+        m(
+            text,
+            Step(
+                cache,
+                torch.arange(6),
+                torch.arange(6),
+                [Group(slice(0, 6), torch.arange(6)[None], None)],
+            ),
+        )
         padded = torch.tensor([[0, 0, *range(7)]])
-        out.append(m(text[:, :1], Step(cache, torch.tensor([6]), torch.tensor([6]), [Group(slice(0, 1), padded, first)])))
+        out.append(
+            m(
+                text[:, :1],
+                Step(
+                    cache, torch.tensor([6]), torch.tensor([6]), [Group(slice(0, 1), padded, first)]
+                ),
+            )
+        )
     assert (out[0] - out[1]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("groups", [[slice(0, 2)], [slice(0, 2), slice(3, 4)], [slice(2, 4), slice(0, 2)]])
+@pytest.mark.parametrize(
+    "groups", [[slice(0, 2)], [slice(0, 2), slice(3, 4)], [slice(2, 4), slice(0, 2)]]
+)
 def test_groups_cover_the_tokens_in_order(groups):
     cache = PagedCache(tiny.HARD, 1, 4, "fp32")
     with pytest.raises(AssertionError):
-        Step(cache, torch.arange(4), torch.arange(4), [Group(g, torch.arange(4)[None], None) for g in groups])
+        Step(
+            cache,
+            torch.arange(4),
+            torch.arange(4),
+            [Group(g, torch.arange(4)[None], None) for g in groups],
+        )

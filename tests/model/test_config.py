@@ -11,19 +11,56 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamoe.model import accounting
-from lamoe.model.config import CARRIED, FAMILIES, MAX_INT, PRESETS, ModelConfig, RopeScaling, did_you_mean
+from lamoe.model.config import (
+    CARRIED,
+    FAMILIES,
+    MAX_INT,
+    PRESETS,
+    ModelConfig,
+    RopeScaling,
+    did_you_mean,
+)
 from lamoe.model.transformer import Transformer
 
 YARN = RopeScaling(factor=4.0, mscale=0.8, mscale_all_dim=0.7)
 # initializer_range is large so that every change of the numerics shows in the logits of a tiny model
 MOE = ModelConfig(
-    vocab_size=40, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, q_lora_rank=20, kv_lora_rank=24, qk_nope_head_dim=12,
-    qk_rope_head_dim=16, v_head_dim=10, intermediate_size=48, moe_intermediate_size=16, n_routed_experts=8, n_shared_experts=1,
-    num_experts_per_tok=3, first_k_dense_replace=1, n_group=4, topk_group=2, topk_method="group_limited_greedy", routed_scaling_factor=2.0,
-    rope_scaling=YARN, max_position_embeddings=64, initializer_range=0.3, torch_dtype="float32",
+    vocab_size=40,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    q_lora_rank=20,
+    kv_lora_rank=24,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=16,
+    v_head_dim=10,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    num_experts_per_tok=3,
+    first_k_dense_replace=1,
+    n_group=4,
+    topk_group=2,
+    topk_method="group_limited_greedy",
+    routed_scaling_factor=2.0,
+    rope_scaling=YARN,
+    max_position_embeddings=64,
+    initializer_range=0.3,
+    torch_dtype="float32",
 )
-DENSE = ModelConfig(model_type="llama", vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                    intermediate_size=48, max_position_embeddings=64, initializer_range=0.3, torch_dtype="float32")
+DENSE = ModelConfig(
+    model_type="llama",
+    vocab_size=40,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=64,
+    initializer_range=0.3,
+    torch_dtype="float32",
+)
 IDS = torch.arange(36).view(2, 18)
 
 
@@ -85,9 +122,23 @@ ON_DENSE = {
     "head_dim": ("counts", 16),
     "hidden_size": ("counts", 48),
     "rope_scaling": ("logits", YARN),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), ("refused", 16)),
-    **dict.fromkeys(("moe_intermediate_size", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "first_k_dense_replace",
-                     "moe_layer_freq", "n_group", "topk_group"), ("refused", 2)),
+    **dict.fromkeys(
+        ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+        ("refused", 16),
+    ),
+    **dict.fromkeys(
+        (
+            "moe_intermediate_size",
+            "n_routed_experts",
+            "n_shared_experts",
+            "num_experts_per_tok",
+            "first_k_dense_replace",
+            "moe_layer_freq",
+            "n_group",
+            "topk_group",
+        ),
+        ("refused", 2),
+    ),
     "topk_method": ("refused", "group_limited_greedy"),
     "norm_topk_prob": ("refused", True),
     "routed_scaling_factor": ("refused", 2.0),
@@ -124,18 +175,30 @@ def test_the_tables_name_every_field():
     assert CARRIED == {f for f, (effect, _) in ON_MOE.items() if effect == "carried"}
 
 
-@pytest.mark.parametrize("field, value", [
-    ("factor", 8.0), ("original_max_position_embeddings", 512), ("beta_fast", 200.0), ("beta_slow", 8.0), ("mscale", 0.1), ("mscale_all_dim", 0.1),
-])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("factor", 8.0),
+        ("original_max_position_embeddings", 512),
+        ("beta_fast", 200.0),
+        ("beta_slow", 8.0),
+        ("mscale", 0.1),
+        ("mscale_all_dim", 0.1),
+    ],
+)
 def test_every_yarn_parameter_acts(field, value):
     assert value != getattr(YARN, field)
     changed = MOE.replace(rope_scaling=dataclasses.replace(YARN, **{field: value}))
     assert ModelConfig.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
-    assert (logits(changed) - logits(MOE))[:, 1:].abs().max() > 1e-3  # position 0 would hide a wrong softmax scale
+    assert (logits(changed) - logits(MOE))[
+        :, 1:
+    ].abs().max() > 1e-3  # position 0 would hide a wrong softmax scale
 
 
 def test_the_yarn_test_knows_every_parameter():
-    assert {f.name for f in dataclasses.fields(RopeScaling)} == set(test_every_yarn_parameter_acts.pytestmark[0].args[1][i][0] for i in range(6))
+    assert {f.name for f in dataclasses.fields(RopeScaling)} == set(
+        test_every_yarn_parameter_acts.pytestmark[0].args[1][i][0] for i in range(6)
+    )
 
 
 def test_the_position_limit_is_kept():
@@ -147,9 +210,28 @@ def test_the_position_limit_is_kept():
 
 # ---- derived sizes ---------------------------------------------------------------------------------------------------
 def test_derived_sizes():
-    assert (MOE.is_mla, MOE.is_moe, MOE.qk_head_dim, MOE.value_head_dim, MOE.rope_dim, MOE.cache_row) == (True, True, 28, 10, 16, (24, 16))
-    assert (DENSE.is_mla, DENSE.is_moe, DENSE.qk_head_dim, DENSE.value_head_dim, DENSE.rope_dim, DENSE.cache_row) == (False, False, 8, 8, 8, (16, 16))
-    assert DENSE.n_kv_heads == 2 and MOE.n_kv_heads == 4 and MOE.rope_interleaved and not DENSE.rope_interleaved
+    assert (
+        MOE.is_mla,
+        MOE.is_moe,
+        MOE.qk_head_dim,
+        MOE.value_head_dim,
+        MOE.rope_dim,
+        MOE.cache_row,
+    ) == (True, True, 28, 10, 16, (24, 16))
+    assert (
+        DENSE.is_mla,
+        DENSE.is_moe,
+        DENSE.qk_head_dim,
+        DENSE.value_head_dim,
+        DENSE.rope_dim,
+        DENSE.cache_row,
+    ) == (False, False, 8, 8, 8, (16, 16))
+    assert (
+        DENSE.n_kv_heads == 2
+        and MOE.n_kv_heads == 4
+        and MOE.rope_interleaved
+        and not DENSE.rope_interleaved
+    )
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5, 6])
@@ -163,7 +245,9 @@ def test_moe_layers(layers, first, freq):
             MOE.replace(**change)
         return
     config = MOE.replace(**change)
-    assert list(config.moe_layers) == expected == [i for i in range(layers) if config.is_moe_layer(i)]
+    assert (
+        list(config.moe_layers) == expected == [i for i in range(layers) if config.is_moe_layer(i)]
+    )
     assert len(DENSE.moe_layers) == 0
 
 
@@ -180,11 +264,23 @@ def test_a_config_is_a_value():
 
 
 def test_presets():
-    assert {"deepseek-v2", "deepseek-v2-lite", "deepseek-v2.5", "coder-v2-lite", "deepseek-67b", "deepseek-moe-16b", "tiny", "small"} <= set(PRESETS)
+    assert {
+        "deepseek-v2",
+        "deepseek-v2-lite",
+        "deepseek-v2.5",
+        "coder-v2-lite",
+        "deepseek-67b",
+        "deepseek-moe-16b",
+        "tiny",
+        "small",
+    } <= set(PRESETS)
     for name, config in PRESETS.items():
         assert ModelConfig.preset(name) is config
         assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert PRESETS["deepseek-v2"].rope_scaling.mscale_all_dim == 0.707 and PRESETS["deepseek-v2.5"].rope_scaling.mscale_all_dim == 1.0
+    assert (
+        PRESETS["deepseek-v2"].rope_scaling.mscale_all_dim == 0.707
+        and PRESETS["deepseek-v2.5"].rope_scaling.mscale_all_dim == 1.0
+    )
 
 
 # ---- errors, each once -----------------------------------------------------------------------------------------------
@@ -198,11 +294,15 @@ def dense(**change):
 
 def read(base=MOE, without=(), **change):
     """Read base's config.json with keys changed or left out."""
-    return lambda: ModelConfig.from_dict({k: v for k, v in {**base.to_dict(), **change}.items() if k not in without})
+    return lambda: ModelConfig.from_dict(
+        {k: v for k, v in {**base.to_dict(), **change}.items() if k not in without}
+    )
 
 
 def yarn(**change):
-    return read(rope_scaling={"type": "yarn", "factor": 4, "original_max_position_embeddings": 64, **change})
+    return read(
+        rope_scaling={"type": "yarn", "factor": 4, "original_max_position_embeddings": 64, **change}
+    )
 
 
 ERRORS = [
@@ -222,93 +322,237 @@ ERRORS = [
     (moe(aux_loss_alpha=math.nan), r"aux_loss_alpha must be a finite number"),
     (moe(vocab_size=MAX_INT + 1), r"vocab_size is 2147483648; the limit is 2147483647"),
     (moe(hidden_size=-(10**30)), r"hidden_size is -1000000000000000000000000000000; the limit"),
-    *((moe(**{name: 0}), rf"{name} is 0; it must be at least 1") for name in (
-        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings", "kv_lora_rank",
-        "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok",
-        "n_group", "topk_group", "moe_layer_freq")),
-    *((moe(**{name: -1}), rf"{name} is -1; it must be at least 0") for name in ("n_shared_experts", "first_k_dense_replace", "aux_loss_alpha")),
-    *((moe(**{name: value}), rf"{name} is {value}; it must be above 0") for value in (0.0, -1.0)
-      for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "initializer_range")),
+    *(
+        (moe(**{name: 0}), rf"{name} is 0; it must be at least 1")
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "kv_lora_rank",
+            "q_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "moe_intermediate_size",
+            "n_routed_experts",
+            "num_experts_per_tok",
+            "n_group",
+            "topk_group",
+            "moe_layer_freq",
+        )
+    ),
+    *(
+        (moe(**{name: -1}), rf"{name} is -1; it must be at least 0")
+        for name in ("n_shared_experts", "first_k_dense_replace", "aux_loss_alpha")
+    ),
+    *(
+        (moe(**{name: value}), rf"{name} is {value}; it must be above 0")
+        for value in (0.0, -1.0)
+        for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "initializer_range")
+    ),
     (moe(torch_dtype="int8"), r"torch_dtype is 'int8'; known: float32, bfloat16, float16, float64"),
-    *((moe(**{name: 40}), rf"{name} is 40, outside the vocabulary of 40 tokens") for name in ("bos_token_id", "eos_token_id", "pad_token_id")),
+    *(
+        (moe(**{name: 40}), rf"{name} is 40, outside the vocabulary of 40 tokens")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    ),
     (moe(bos_token_id=-1), r"bos_token_id is -1, outside the vocabulary"),
     # attention
-    (moe(model_type="gpt2"), r"model_type 'gpt2' is not supported; known: deepseek_v2, deepseek, llama"),
-    (moe(v_head_dim=None), r"kv_lora_rank is set, so attention is MLA and v_head_dim must be given too"),
-    (moe(head_dim=28), r"head_dim is 28, but MLA heads are 28 wide \(16 of it rotary\); leave head_dim out"),
-    (moe(num_key_value_heads=1), r"num_key_value_heads is 1, but every one of the 4 heads of MLA has its own keys"),
-    (moe(model_type="deepseek"), r"kv_lora_rank asks for MLA, which only model_type deepseek_v2 has; found 'deepseek'"),
+    (
+        moe(model_type="gpt2"),
+        r"model_type 'gpt2' is not supported; known: deepseek_v2, deepseek, llama",
+    ),
+    (
+        moe(v_head_dim=None),
+        r"kv_lora_rank is set, so attention is MLA and v_head_dim must be given too",
+    ),
+    (
+        moe(head_dim=28),
+        r"head_dim is 28, but MLA heads are 28 wide \(16 of it rotary\); leave head_dim out",
+    ),
+    (
+        moe(num_key_value_heads=1),
+        r"num_key_value_heads is 1, but every one of the 4 heads of MLA has its own keys",
+    ),
+    (
+        moe(model_type="deepseek"),
+        r"kv_lora_rank asks for MLA, which only model_type deepseek_v2 has; found 'deepseek'",
+    ),
     (moe(kv_lora_rank=None), r"q_lora_rank belong to MLA, but kv_lora_rank is not set"),
-    (dense(num_attention_heads=3, num_key_value_heads=None), r"hidden_size 32 is not divisible by num_attention_heads 3; give head_dim or change one"),
-    (dense(num_key_value_heads=3), r"num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+    (
+        dense(num_attention_heads=3, num_key_value_heads=None),
+        r"hidden_size 32 is not divisible by num_attention_heads 3; give head_dim or change one",
+    ),
+    (
+        dense(num_key_value_heads=3),
+        r"num_attention_heads 4 is not a multiple of num_key_value_heads 3",
+    ),
     (dense(num_key_value_heads=0), r"num_key_value_heads is 0; it must be at least 1"),
     (dense(head_dim=0), r"head_dim is 0; it must be at least 1"),
     (dense(head_dim=7), r"the rotary width is 7; rotary embedding turns pairs, so it must be even"),
     (moe(qk_rope_head_dim=15), r"the rotary width is 15"),
     # experts
-    (moe(n_routed_experts=None), r"moe_intermediate_size, num_experts_per_tok, n_shared_experts belong to a mixture of experts"),
-    (dense(n_group=2), r"n_group is 2 in a model without routed experts, where it would do nothing; leave it out"),
-    (dense(first_k_dense_replace=1), r"first_k_dense_replace is 1 in a model without routed experts"),
-    (dense(n_routed_experts=4, moe_intermediate_size=8, num_experts_per_tok=2), r"model_type llama is dense; use deepseek"),
-    (moe(moe_intermediate_size=None), r"n_routed_experts is set, so moe_intermediate_size must be given too"),
-    (moe(num_experts_per_tok=None), r"n_routed_experts is set, so num_experts_per_tok must be given too"),
-    (moe(first_k_dense_replace=3), r"first_k_dense_replace 3 and moe_layer_freq 1 leave none of the 3 layers to the experts"),
+    (
+        moe(n_routed_experts=None),
+        r"moe_intermediate_size, num_experts_per_tok, n_shared_experts belong to a mixture of experts",
+    ),
+    (
+        dense(n_group=2),
+        r"n_group is 2 in a model without routed experts, where it would do nothing; leave it out",
+    ),
+    (
+        dense(first_k_dense_replace=1),
+        r"first_k_dense_replace is 1 in a model without routed experts",
+    ),
+    (
+        dense(n_routed_experts=4, moe_intermediate_size=8, num_experts_per_tok=2),
+        r"model_type llama is dense; use deepseek",
+    ),
+    (
+        moe(moe_intermediate_size=None),
+        r"n_routed_experts is set, so moe_intermediate_size must be given too",
+    ),
+    (
+        moe(num_experts_per_tok=None),
+        r"n_routed_experts is set, so num_experts_per_tok must be given too",
+    ),
+    (
+        moe(first_k_dense_replace=3),
+        r"first_k_dense_replace 3 and moe_layer_freq 1 leave none of the 3 layers to the experts",
+    ),
     (moe(num_experts_per_tok=9), r"num_experts_per_tok 9 is more than n_routed_experts 8"),
-    (moe(topk_method="noaux_tc"), r"topk_method 'noaux_tc' \(that is DeepSeek-V3's bias-corrected routing\) is not supported"),
-    (moe(topk_method="gready"), r"topk_method 'gready' is not supported; known: greedy, group_limited_greedy"),
+    (
+        moe(topk_method="noaux_tc"),
+        r"topk_method 'noaux_tc' \(that is DeepSeek-V3's bias-corrected routing\) is not supported",
+    ),
+    (
+        moe(topk_method="gready"),
+        r"topk_method 'gready' is not supported; known: greedy, group_limited_greedy",
+    ),
     (moe(n_group=3), r"n_routed_experts 8 is not divisible into n_group 3 groups"),
     (moe(topk_group=5), r"topk_group 5 is more than n_group 4"),
     (moe(topk_method="greedy"), r"n_group 4 and topk_group 2 do nothing under topk_method greedy"),
-    (moe(topk_group=1), r"topk_group 1 of 4 groups leaves 2 experts, fewer than num_experts_per_tok 3"),
+    (
+        moe(topk_group=1),
+        r"topk_group 1 of 4 groups leaves 2 experts, fewer than num_experts_per_tok 3",
+    ),
     # YaRN
     (lambda: RopeScaling(factor="4"), r"rope_scaling.factor must be a finite number, found '4'"),
-    (lambda: RopeScaling(factor=0.5), r"rope_scaling.factor is 0.5; YaRN stretches the context, so it must be at least 1"),
-    (lambda: RopeScaling(beta_fast=math.inf), r"rope_scaling.beta_fast must be a finite number, found inf"),
-    (lambda: RopeScaling(original_max_position_embeddings=0), r"original_max_position_embeddings is 0; it must be a whole number"),
-    (lambda: RopeScaling(original_max_position_embeddings=4096.5), r"original_max_position_embeddings is 4096.5; it must be a whole number"),
-    (lambda: RopeScaling(original_max_position_embeddings=2**31), r"it must be a whole number from 1 to 2147483647"),
-    (lambda: RopeScaling(beta_fast=1.0, beta_slow=1.0), r"rope_scaling needs beta_fast > beta_slow > 0, found 1.0 and 1.0"),
+    (
+        lambda: RopeScaling(factor=0.5),
+        r"rope_scaling.factor is 0.5; YaRN stretches the context, so it must be at least 1",
+    ),
+    (
+        lambda: RopeScaling(beta_fast=math.inf),
+        r"rope_scaling.beta_fast must be a finite number, found inf",
+    ),
+    (
+        lambda: RopeScaling(original_max_position_embeddings=0),
+        r"original_max_position_embeddings is 0; it must be a whole number",
+    ),
+    (
+        lambda: RopeScaling(original_max_position_embeddings=4096.5),
+        r"original_max_position_embeddings is 4096.5; it must be a whole number",
+    ),
+    (
+        lambda: RopeScaling(original_max_position_embeddings=2**31),
+        r"it must be a whole number from 1 to 2147483647",
+    ),
+    (
+        lambda: RopeScaling(beta_fast=1.0, beta_slow=1.0),
+        r"rope_scaling needs beta_fast > beta_slow > 0, found 1.0 and 1.0",
+    ),
     (lambda: RopeScaling(mscale=-0.1), r"rope_scaling.mscale is -0.1; it must be at least 0"),
-    (lambda: RopeScaling(mscale_all_dim=-0.1), r"rope_scaling.mscale_all_dim is -0.1; it must be at least 0"),
-    (lambda: RopeScaling(factor=10**30), r"rope_scaling.factor is 1000000000000000000000000000000; it must be from 1 / 2147483647 to 2147483647"),
+    (
+        lambda: RopeScaling(mscale_all_dim=-0.1),
+        r"rope_scaling.mscale_all_dim is -0.1; it must be at least 0",
+    ),
+    (
+        lambda: RopeScaling(factor=10**30),
+        r"rope_scaling.factor is 1000000000000000000000000000000; it must be from 1 / 2147483647 to 2147483647",
+    ),
     (lambda: RopeScaling(mscale=1e308), r"rope_scaling.mscale is 1e\+308; it must be from"),
-    (lambda: RopeScaling(mscale_all_dim=1e308), r"rope_scaling.mscale_all_dim is 1e\+308; it must be from"),
+    (
+        lambda: RopeScaling(mscale_all_dim=1e308),
+        r"rope_scaling.mscale_all_dim is 1e\+308; it must be from",
+    ),
     (lambda: RopeScaling(beta_slow=5e-324), r"rope_scaling.beta_slow is 5e-324; it must be from"),
-    (moe(rope_theta=1.0), r"rope_theta is 1.0; YaRN divides by its logarithm, so it must be above 1"),
+    (
+        moe(rope_theta=1.0),
+        r"rope_theta is 1.0; YaRN divides by its logarithm, so it must be above 1",
+    ),
     # names
     (moe(hidden_sise=3), r"unknown key 'hidden_sise' in ModelConfig, did you mean 'hidden_size'\?"),
-    (lambda: ModelConfig.preset("deepseekv2"), r"unknown preset 'deepseekv2', did you mean 'deepseek-v2'\?; known: deepseek-v2, "),
+    (
+        lambda: ModelConfig.preset("deepseekv2"),
+        r"unknown preset 'deepseekv2', did you mean 'deepseek-v2'\?; known: deepseek-v2, ",
+    ),
     # files
     (lambda: ModelConfig.from_dict([]), r"a model config must be a JSON object, found list"),
-    (lambda: ModelConfig.from_dict({}), r"the config has no model_type; known: deepseek_v2, deepseek, llama"),
+    (
+        lambda: ModelConfig.from_dict({}),
+        r"the config has no model_type; known: deepseek_v2, deepseek, llama",
+    ),
     (read(model_type="mixtral"), r"model_type 'mixtral' is not supported"),
     (read(model_type=["llama"]), r"model_type \['llama'\] is not supported"),
-    (read(without=["vocab_size", "hidden_size"]), r"the config does not say vocab_size, hidden_size"),
+    (
+        read(without=["vocab_size", "hidden_size"]),
+        r"the config does not say vocab_size, hidden_size",
+    ),
     (read(hidden_size=None), r"the config does not say hidden_size"),
-    (read(n_routed_expert=4), r"unknown key 'n_routed_expert' in config.json, did you mean 'n_routed_experts'\?"),
+    (
+        read(n_routed_expert=4),
+        r"unknown key 'n_routed_expert' in config.json, did you mean 'n_routed_experts'\?",
+    ),
     (read(window=4), r"unknown key 'window' in config.json$"),
-    (read(hidden_act="gelu"), r"hidden_act is 'gelu', which lamoe does not implement; supported: 'silu'"),
+    (
+        read(hidden_act="gelu"),
+        r"hidden_act is 'gelu', which lamoe does not implement; supported: 'silu'",
+    ),
     (read(attention_bias=True), r"attention_bias is True, which lamoe does not implement"),
     (read(attention_dropout=0.1), r"attention_dropout is 0.1, which"),
     (read(scoring_func="sigmoid"), r"scoring_func is 'sigmoid', which"),
-    (read(quantization_config={"quant_method": "fp8"}), r"quantization_config is .*fp8.*, which lamoe does not implement; supported: None"),
+    (
+        read(quantization_config={"quant_method": "fp8"}),
+        r"quantization_config is .*fp8.*, which lamoe does not implement; supported: None",
+    ),
     (read(num_nextn_predict_layers=1), r"num_nextn_predict_layers is 1, which"),
     (read(sliding_window=4096), r"sliding_window is 4096, which"),
     (read(partial_rotary_factor=0.5), r"partial_rotary_factor is 0.5, which"),
     (read(head_dim=17), r"head_dim is 17, but MLA heads are 28 wide"),
-    (read(dtype="bfloat16"), r"the config says torch_dtype twice and differently: 'float32' and 'bfloat16'"),
-    (read(rope_parameters={"rope_theta": 5.0}), r"the config says rope_theta twice and differently: 10000.0 and 5.0"),
-    (read(rope_parameters={"rope_type": "yarn", "factor": 5}), r"the config says factor twice and differently: 5 and 4.0"),
+    (
+        read(dtype="bfloat16"),
+        r"the config says torch_dtype twice and differently: 'float32' and 'bfloat16'",
+    ),
+    (
+        read(rope_parameters={"rope_theta": 5.0}),
+        r"the config says rope_theta twice and differently: 10000.0 and 5.0",
+    ),
+    (
+        read(rope_parameters={"rope_type": "yarn", "factor": 5}),
+        r"the config says factor twice and differently: 5 and 4.0",
+    ),
     (read(rope_scaling="yarn"), r"rope_scaling must be an object, found 'yarn'"),
     (read(rope_scaling=[]), r"rope_scaling must be an object, found \[\]"),
     (yarn(type="linear"), r"rope_scaling type 'linear' is not supported; known: yarn \(or none\)"),
-    (yarn(rope_type="linear"), r"the config says rope_type twice and differently: 'linear' and 'yarn'"),
-    (yarn(type=None), r"rope_scaling has factor, original_max_position_embeddings but no type; say type yarn"),
+    (
+        yarn(rope_type="linear"),
+        r"the config says rope_type twice and differently: 'linear' and 'yarn'",
+    ),
+    (
+        yarn(type=None),
+        r"rope_scaling has factor, original_max_position_embeddings but no type; say type yarn",
+    ),
     (yarn(factr=1), r"unknown key 'factr' in rope_scaling, did you mean 'factor'\?"),
     (yarn(attention_factor=1.3), r"unknown key 'attention_factor' in rope_scaling"),
     (yarn(factor=None), r"rope_scaling of type yarn needs factor$"),
     (yarn(factor="4"), r"rope_scaling.factor must be a finite number, found '4'"),
-    (yarn(original_max_position_embeddings=math.inf), r"original_max_position_embeddings must be a finite number, found inf"),
+    (
+        yarn(original_max_position_embeddings=math.inf),
+        r"original_max_position_embeddings must be a finite number, found inf",
+    ),
 ]
 
 
@@ -319,17 +563,36 @@ def test_error(call, message):
 
 
 def test_did_you_mean_is_silent_without_a_neighbour():
-    assert did_you_mean("zzz", FIELDS) == "" and did_you_mean(7, FIELDS) == "" and did_you_mean("kv_lora", FIELDS) == ", did you mean 'kv_lora_rank'?"
+    assert (
+        did_you_mean("zzz", FIELDS) == ""
+        and did_you_mean(7, FIELDS) == ""
+        and did_you_mean("kv_lora", FIELDS) == ", did you mean 'kv_lora_rank'?"
+    )
 
 
 # ---- hostile files ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("content, message", [
-    (b"", "is not valid JSON"), (b"{", "is not valid JSON"), (b"\xff\xfe{}", "is not valid JSON"), (b"\xef\xbb\xbf{}", "is not valid JSON"),
-    (b"[]", "must be a JSON object, found list"), (b"null", "found NoneType"), (b'"llama"', "found str"), (b"NaN", "found float"),
-    (b"[" * 200_000, "nested too deeply"), (b'{"model_type": "llama", "hidden_size": ' + b"9" * 5000 + b"}", "integer string conversion"),
-    (b'{"model_type": "llama", "rms_norm_eps": NaN, "hidden_size": 8, "vocab_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}',
-     "rms_norm_eps must be a finite number"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is not valid JSON"),
+        (b"{", "is not valid JSON"),
+        (b"\xff\xfe{}", "is not valid JSON"),
+        (b"\xef\xbb\xbf{}", "is not valid JSON"),
+        (b"[]", "must be a JSON object, found list"),
+        (b"null", "found NoneType"),
+        (b'"llama"', "found str"),
+        (b"NaN", "found float"),
+        (b"[" * 200_000, "nested too deeply"),
+        (
+            b'{"model_type": "llama", "hidden_size": ' + b"9" * 5000 + b"}",
+            "integer string conversion",
+        ),
+        (
+            b'{"model_type": "llama", "rms_norm_eps": NaN, "hidden_size": 8, "vocab_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}',
+            "rms_norm_eps must be a finite number",
+        ),
+    ],
+)
 def test_hostile_file(tmp_path, content, message):
     path = tmp_path / "config.json"
     path.write_bytes(content)
@@ -343,14 +606,40 @@ def test_missing_file(tmp_path):
         ModelConfig.from_file(tmp_path / "config.json")
 
 
-_scalar = st.none() | st.booleans() | st.integers() | st.integers(0, 64) | st.floats() | st.text(max_size=8) | st.sampled_from(["yarn", "greedy", "llama", 10**400])
-_json = st.recursive(_scalar, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=5)
-_rope = st.dictionaries(st.sampled_from([*(f.name for f in dataclasses.fields(RopeScaling)), "type", "rope_type", "rope_theta"]), _json, max_size=4)
-_keys = st.sampled_from([*MOE.to_dict(), "head_dim", "dtype", "rope_parameters", "pretraining_tp", "auto_map"]) | st.text(max_size=8)
+_scalar = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(0, 64)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["yarn", "greedy", "llama", 10**400])
+)
+_json = st.recursive(
+    _scalar,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+_rope = st.dictionaries(
+    st.sampled_from(
+        [*(f.name for f in dataclasses.fields(RopeScaling)), "type", "rope_type", "rope_theta"]
+    ),
+    _json,
+    max_size=4,
+)
+_keys = st.sampled_from(
+    [*MOE.to_dict(), "head_dim", "dtype", "rope_parameters", "pretraining_tp", "auto_map"]
+) | st.text(max_size=8)
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
-@given(base=st.sampled_from([MOE, DENSE]), changes=st.dictionaries(_keys, _json, max_size=3), rope=st.none() | _rope)
+@given(
+    base=st.sampled_from([MOE, DENSE]),
+    changes=st.dictionaries(_keys, _json, max_size=3),
+    rope=st.none() | _rope,
+)
 def test_any_json_is_read_or_refused(base, changes, rope):
     """Whatever a config.json says, the answer is a ModelConfig that survives its own file, or a ValueError."""
     raw = {**base.to_dict(), **changes, **({} if rope is None else {"rope_scaling": rope})}
@@ -358,7 +647,9 @@ def test_any_json_is_read_or_refused(base, changes, rope):
         config = ModelConfig.from_dict(raw)
     except ValueError:
         return
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
+    assert (
+        ModelConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
+    )
     assert accounting.parameters(config).total > 0
 
 
@@ -385,17 +676,25 @@ LITE_FILE = """{
 def test_released_file_older_spelling(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(LITE_FILE)
-    assert ModelConfig.from_file(path) == PRESETS["deepseek-v2-lite"].replace(initializer_range=0.02)
+    assert ModelConfig.from_file(path) == PRESETS["deepseek-v2-lite"].replace(
+        initializer_range=0.02
+    )
 
 
 def test_both_spellings_are_the_same_model():
     old = json.loads(LITE_FILE)
     new = {k: v for k, v in old.items() if k not in ("rope_scaling", "rope_theta", "torch_dtype")}
     yarn_part = {k: v for k, v in old["rope_scaling"].items() if k != "type"}
-    new |= {"rope_parameters": {**yarn_part, "rope_type": "yarn", "rope_theta": 10000.0}, "dtype": "bfloat16", "head_dim": 64}
+    new |= {
+        "rope_parameters": {**yarn_part, "rope_type": "yarn", "rope_theta": 10000.0},
+        "dtype": "bfloat16",
+        "head_dim": 64,
+    }
     assert ModelConfig.from_dict(new) == ModelConfig.from_dict(old)
     default = {**new, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
-    assert ModelConfig.from_dict(default) == ModelConfig.from_dict({**old, "rope_scaling": None, "rope_theta": 5e5})
+    assert ModelConfig.from_dict(default) == ModelConfig.from_dict(
+        {**old, "rope_scaling": None, "rope_theta": 5e5}
+    )
 
 
 def test_defaults_of_files_that_say_little():
@@ -404,20 +703,55 @@ def test_defaults_of_files_that_say_little():
     raw["rope_scaling"] = {"type": "yarn", "factor": 8, "original_max_position_embeddings": 64.0}
     config = ModelConfig.from_dict(raw)
     assert config.torch_dtype == "float32"
-    assert config.rope_scaling == RopeScaling(factor=8.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=0.0)
+    assert config.rope_scaling == RopeScaling(
+        factor=8.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=0.0
+    )
     assert isinstance(config.rope_scaling.original_max_position_embeddings, int)
     assert ModelConfig.from_dict({**raw, "eos_token_id": [2, 3]}).eos_token_id == 2
 
 
 # (lamoe's fields as transformers 5 calls them; its rope lives in rope_parameters and its dtype is an object)
-SHARED = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings", "rms_norm_eps",
-          "tie_word_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"]
-V2_ONLY = ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_intermediate_size", "n_routed_experts",
-           "n_shared_experts", "num_experts_per_tok", "first_k_dense_replace", "n_group", "topk_group", "topk_method", "norm_topk_prob",
-           "routed_scaling_factor"]
+SHARED = [
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+]
+V2_ONLY = [
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "first_k_dense_replace",
+    "n_group",
+    "topk_group",
+    "topk_method",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+]
 
 
-@pytest.mark.parametrize("config", [c for c in (*PRESETS.values(), MOE, DENSE, DENSE.replace(head_dim=16)) if c.model_type != "deepseek"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        c
+        for c in (*PRESETS.values(), MOE, DENSE, DENSE.replace(head_dim=16))
+        if c.model_type != "deepseek"
+    ],
+)
 def test_transformers_reads_and_rewrites_what_lamoe_writes(config, tmp_path):
     """lamoe -> config.json -> transformers: every field equal; transformers -> config.json -> lamoe: the identity."""
     transformers = pytest.importorskip("transformers", minversion="5.17")
@@ -426,10 +760,17 @@ def test_transformers_reads_and_rewrites_what_lamoe_writes(config, tmp_path):
     assert type(theirs).__name__ == FAMILIES[config.model_type].replace("ForCausalLM", "Config")
     for name in SHARED + (V2_ONLY if config.is_mla else []):
         assert getattr(theirs, name) == getattr(config, name), name
-    assert theirs.num_key_value_heads == config.n_kv_heads and theirs.head_dim == (config.rope_dim if config.is_mla else config.qk_head_dim)
-    assert theirs.rope_parameters["rope_theta"] == config.rope_theta and str(theirs.dtype) == f"torch.{config.torch_dtype}"
+    assert theirs.num_key_value_heads == config.n_kv_heads and theirs.head_dim == (
+        config.rope_dim if config.is_mla else config.qk_head_dim
+    )
+    assert (
+        theirs.rope_parameters["rope_theta"] == config.rope_theta
+        and str(theirs.dtype) == f"torch.{config.torch_dtype}"
+    )
     assert theirs.rope_parameters["rope_type"] == ("yarn" if config.rope_scaling else "default")
-    for name, value in dataclasses.asdict(config.rope_scaling).items() if config.rope_scaling else ():
+    for name, value in (
+        dataclasses.asdict(config.rope_scaling).items() if config.rope_scaling else ()
+    ):
         assert theirs.rope_parameters[name] == value
     theirs.save_pretrained(tmp_path / "again")
     assert ModelConfig.from_file(tmp_path / "again" / "config.json") == config
@@ -438,13 +779,24 @@ def test_transformers_reads_and_rewrites_what_lamoe_writes(config, tmp_path):
 def test_shapes_that_transformers_knows_otherwise_are_not_misread(tmp_path):
     """What config.json leaves out, transformers fills with its own defaults: 64 experts, a latent of 512."""
     transformers = pytest.importorskip("transformers", minversion="5.17")
-    dense_mla = MOE.replace(n_routed_experts=None, moe_intermediate_size=None, num_experts_per_tok=None, n_shared_experts=0, first_k_dense_replace=0,
-                            n_group=1, topk_group=1, topk_method="greedy", routed_scaling_factor=1.0)
+    dense_mla = MOE.replace(
+        n_routed_experts=None,
+        moe_intermediate_size=None,
+        num_experts_per_tok=None,
+        n_shared_experts=0,
+        first_k_dense_replace=0,
+        n_group=1,
+        topk_group=1,
+        topk_method="greedy",
+        routed_scaling_factor=1.0,
+    )
     interleaved_gqa = DENSE.replace(model_type="deepseek_v2")
     for config in (dense_mla, interleaved_gqa):
         assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     (tmp_path / "config.json").write_text(json.dumps(dense_mla.to_dict()))
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(tmp_path)
+    )
     assert sum(w.numel() for w in model.parameters()) == accounting.parameters(dense_mla).total
     (tmp_path / "config.json").write_text(json.dumps(interleaved_gqa.to_dict()))
     with pytest.raises(Exception, match="kv_lora_rank"):
@@ -453,25 +805,60 @@ def test_shapes_that_transformers_knows_otherwise_are_not_misread(tmp_path):
 
 def test_what_transformers_writes_by_itself(tmp_path):
     transformers = pytest.importorskip("transformers", minversion="5.17")
-    v2 = transformers.DeepseekV2Config(num_experts_per_tok=6, vocab_size=1000, hidden_size=128, num_attention_heads=4, bos_token_id=None, rope_parameters={
-        "rope_type": "yarn", "rope_theta": 500.0, "factor": 40, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096, "mscale": 0.707, "mscale_all_dim": 0.707})
+    v2 = transformers.DeepseekV2Config(
+        num_experts_per_tok=6,
+        vocab_size=1000,
+        hidden_size=128,
+        num_attention_heads=4,
+        bos_token_id=None,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 500.0,
+            "factor": 40,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "original_max_position_embeddings": 4096,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
+    )
     v2.save_pretrained(tmp_path / "v2")
     ours = ModelConfig.from_file(tmp_path / "v2" / "config.json")
     assert [getattr(ours, n) for n in SHARED] == [getattr(v2, n) for n in SHARED]
-    assert [getattr(ours, n) for n in V2_ONLY if "group" not in n] == [getattr(v2, n) for n in V2_ONLY if "group" not in n]
-    assert (ours.n_group, ours.topk_group, ours.rope_theta) == (1, 1, 500.0)  # transformers writes null groups
+    assert [getattr(ours, n) for n in V2_ONLY if "group" not in n] == [
+        getattr(v2, n) for n in V2_ONLY if "group" not in n
+    ]
+    assert (ours.n_group, ours.topk_group, ours.rope_theta) == (
+        1,
+        1,
+        500.0,
+    )  # transformers writes null groups
     assert ours.rope_scaling == RopeScaling(factor=40.0)
-    llama = transformers.LlamaConfig(num_key_value_heads=8, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, dtype="bfloat16")
+    llama = transformers.LlamaConfig(
+        num_key_value_heads=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        dtype="bfloat16",
+    )
     llama.save_pretrained(tmp_path / "llama")
     ours = ModelConfig.from_file(tmp_path / "llama" / "config.json")
     assert [getattr(ours, n) for n in SHARED] == [getattr(llama, n) for n in SHARED]
-    assert (ours.n_kv_heads, ours.qk_head_dim, ours.rope_theta, ours.rope_scaling, ours.torch_dtype) == (8, 128, 1e6, None, "bfloat16")
+    assert (
+        ours.n_kv_heads,
+        ours.qk_head_dim,
+        ours.rope_theta,
+        ours.rope_scaling,
+        ours.torch_dtype,
+    ) == (8, 128, 1e6, None, "bfloat16")
 
 
 def test_config_json_names_the_class_that_others_look_for():
     for config in PRESETS.values():
         out = config.to_dict()
-        assert out["architectures"] == [FAMILIES[config.model_type]] and out["hidden_act"] == "silu" and out["attention_bias"] is False
+        assert (
+            out["architectures"] == [FAMILIES[config.model_type]]
+            and out["hidden_act"] == "silu"
+            and out["attention_bias"] is False
+        )
         assert ("n_group" in out) == config.is_moe and ("q_lora_rank" in out) == config.is_mla
 
 
@@ -480,6 +867,25 @@ def test_the_geometries_of_the_figures():
     folder = Path(__file__).parents[2] / "benchmarks"
     tiny8, lite8 = (ModelConfig.from_file(folder / f"{name}.json") for name in ("tiny-8", "lite-8"))
     assert lite8 == ModelConfig.preset("deepseek-v2-lite").replace(num_hidden_layers=8)
-    assert (tiny8.num_hidden_layers, tiny8.hidden_size, tiny8.num_attention_heads, tiny8.kv_lora_rank, tiny8.q_lora_rank, tiny8.cache_row) == (8, 512, 8, 128, None, (128, 32))
-    assert (tiny8.qk_nope_head_dim, tiny8.v_head_dim, tiny8.n_routed_experts, tiny8.num_experts_per_tok, tiny8.n_shared_experts) == (64, 64, 32, 4, 1)
-    assert (tiny8.moe_intermediate_size, tiny8.intermediate_size, tiny8.first_k_dense_replace, tiny8.vocab_size, accounting.parameters(tiny8).total) == (256, 1536, 1, 8192, 108_652_032)
+    assert (
+        tiny8.num_hidden_layers,
+        tiny8.hidden_size,
+        tiny8.num_attention_heads,
+        tiny8.kv_lora_rank,
+        tiny8.q_lora_rank,
+        tiny8.cache_row,
+    ) == (8, 512, 8, 128, None, (128, 32))
+    assert (
+        tiny8.qk_nope_head_dim,
+        tiny8.v_head_dim,
+        tiny8.n_routed_experts,
+        tiny8.num_experts_per_tok,
+        tiny8.n_shared_experts,
+    ) == (64, 64, 32, 4, 1)
+    assert (
+        tiny8.moe_intermediate_size,
+        tiny8.intermediate_size,
+        tiny8.first_k_dense_replace,
+        tiny8.vocab_size,
+        accounting.parameters(tiny8).total,
+    ) == (256, 1536, 1, 8192, 108_652_032)

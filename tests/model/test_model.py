@@ -7,19 +7,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lamoe.model import accounting
 from lamoe import kernels
+from lamoe.model import accounting
 from lamoe.model.attention import MLA, Attention
 from lamoe.model.cache import KVCache
 from lamoe.model.config import PRESETS
-from lamoe.model.transformer import Transformer
 from lamoe.model.layers import MLP
 from lamoe.model.moe import MoE
 from lamoe.model.routing import Balance, Training
+from lamoe.model.transformer import Transformer
 from oracles import tiny
 
-FAMILIES = {"v2": tiny.HARD, "v2-lite": tiny.V2_CASES["plain-yarn-greedy-1dense"], "moe-v1": tiny.config("deepseek"),
-            "llama-gqa": tiny.config("llama", num_key_value_heads=2), "llama-tied": tiny.config("llama", tie_word_embeddings=True)}
+FAMILIES = {
+    "v2": tiny.HARD,
+    "v2-lite": tiny.V2_CASES["plain-yarn-greedy-1dense"],
+    "moe-v1": tiny.config("deepseek"),
+    "llama-gqa": tiny.config("llama", num_key_value_heads=2),
+    "llama-tied": tiny.config("llama", tie_word_embeddings=True),
+}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -38,19 +43,34 @@ def test_presets_have_the_parameters_that_accounting_says(name):
     assert [i for i, b in enumerate(m.layers) if isinstance(b.ffn, MoE)] == list(c.moe_layers)
 
 
-@pytest.mark.parametrize("first, freq, moe_layers", [(0, 1, [0, 1, 2, 3, 4]), (1, 1, [1, 2, 3, 4]), (2, 1, [2, 3, 4]), (1, 2, [2, 4]), (0, 3, [0, 3])])
+@pytest.mark.parametrize(
+    "first, freq, moe_layers",
+    [
+        (0, 1, [0, 1, 2, 3, 4]),
+        (1, 1, [1, 2, 3, 4]),
+        (2, 1, [2, 3, 4]),
+        (1, 2, [2, 4]),
+        (0, 3, [0, 3]),
+    ],
+)
 def test_dense_first_layers(first, freq, moe_layers):
-    m = Transformer(tiny.config(num_hidden_layers=5, first_k_dense_replace=first, moe_layer_freq=freq))
+    m = Transformer(
+        tiny.config(num_hidden_layers=5, first_k_dense_replace=first, moe_layer_freq=freq)
+    )
     assert [i for i, b in enumerate(m.layers) if isinstance(b.ffn, MoE)] == moe_layers
     for i, b in enumerate(m.layers):
         if i not in moe_layers:
-            assert isinstance(b.ffn, MLP) and b.ffn.w2.in_features == m.config.intermediate_size  # not the experts' width
+            assert (
+                isinstance(b.ffn, MLP) and b.ffn.w2.in_features == m.config.intermediate_size
+            )  # not the experts' width
 
 
 def test_a_tied_head_is_the_embedding():
     m = tiny.model(FAMILIES["llama-tied"])
     assert m.head_weight is m.embed.weight and not hasattr(m, "head")
-    assert torch.allclose(m(tiny.ids(m.config, 1, 3)), m.hidden(tiny.ids(m.config, 1, 3)) @ m.embed.weight.t())
+    assert torch.allclose(
+        m(tiny.ids(m.config, 1, 3)), m.hidden(tiny.ids(m.config, 1, 3)) @ m.embed.weight.t()
+    )
 
 
 # ---- caches ------------------------------------------------------------------------------------------------------------------------
@@ -65,7 +85,9 @@ def test_the_size_of_the_cache_changes_nothing(config, form, impl):
         for rows in cache.rows:
             rows.fill_(float("nan"))
         with torch.no_grad():
-            out.append(torch.cat([m(part, cache, form=form) for part in tokens.split([5, 1, 1, 2], 1)], 1))
+            out.append(
+                torch.cat([m(part, cache, form=form) for part in tokens.split([5, 1, 1, 2], 1)], 1)
+            )
         assert cache.length == 9
     assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
     assert torch.allclose(out[0], m(tokens), rtol=0, atol=1e-11)
@@ -82,7 +104,9 @@ def test_packed_documents_equal_separate_ones(config, impl):
     m = tiny.model(config)
     tokens = tiny.ids(config, 2, 40)
     cuts = [[0, 1, 17, 40], [0, 30, 39, 40]]
-    segments = torch.stack([torch.repeat_interleave(torch.arange(3), torch.tensor(c).diff()) for c in cuts])
+    segments = torch.stack(
+        [torch.repeat_interleave(torch.arange(3), torch.tensor(c).diff()) for c in cuts]
+    )
     packed, unseparated = m(tokens, segments=segments), m(tokens)
     for row, cut in enumerate(cuts):
         for a, b in zip(cut, cut[1:]):
@@ -97,7 +121,9 @@ def test_loss_is_the_mean_over_what_counts(config, impl):
     tokens = tiny.ids(config, 2, 12)
     targets = tokens.roll(-1, 1)
     targets[:, -1], targets[0, :5] = -1, -100
-    expected = F.cross_entropy(m(tokens).flatten(0, 1), targets.flatten().clamp_min(-1), ignore_index=-1)
+    expected = F.cross_entropy(
+        m(tokens).flatten(0, 1), targets.flatten().clamp_min(-1), ignore_index=-1
+    )
     assert m.loss(tokens, targets).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
@@ -117,7 +143,13 @@ def test_training_pass_gives_every_parameter_a_gradient(config, impl):
 def test_bfloat16_is_finite_and_close(config, impl):
     """All experts are chosen, so that a near tie cannot send a token elsewhere; the rest is rounding."""
     if config.is_moe:
-        config = config.replace(num_experts_per_tok=8, n_group=1, topk_group=1, topk_method="greedy", routed_scaling_factor=1.0)
+        config = config.replace(
+            num_experts_per_tok=8,
+            n_group=1,
+            topk_group=1,
+            topk_method="greedy",
+            routed_scaling_factor=1.0,
+        )
     exact, low = tiny.model(config), tiny.model(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for p, q in zip(exact.parameters(), low.parameters()):
@@ -129,7 +161,9 @@ def test_bfloat16_is_finite_and_close(config, impl):
     assert (a - b).abs().mean() < 0.1 * a.abs().mean()
     loss = low.loss(tokens, tokens.roll(-1, 1))
     loss.backward()
-    assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in low.parameters())
+    assert loss.dtype == torch.float32 and all(
+        p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in low.parameters()
+    )
 
 
 @pytest.mark.parametrize("form", ["expand", "absorb"])
@@ -152,12 +186,16 @@ def test_autocast_is_not_needed_and_logits_are_at_least_float32(config, dtype):
 
 # ---- initial weights ---------------------------------------------------------------------------------------------------------------
 def test_initial_weights_have_the_std_of_the_config():
-    m = Transformer(tiny.config(hidden_size=128, vocab_size=512, moe_intermediate_size=64)).init_weights(0)
+    m = Transformer(
+        tiny.config(hidden_size=128, vocab_size=512, moe_intermediate_size=64)
+    ).init_weights(0)
     for name, p in m.named_parameters():
         if p.dim() == 1:
             assert torch.equal(p, torch.ones_like(p)), name
         else:
-            assert p.std().item() == pytest.approx(0.006, rel=0.1), name  # the paper's, gate and embedding included
+            assert p.std().item() == pytest.approx(0.006, rel=0.1), (
+                name
+            )  # the paper's, gate and embedding included
             assert abs(p.mean().item()) < 0.006 * 5 / math.sqrt(p.numel()), name
     wide = Transformer(m.config.replace(initializer_range=0.02)).init_weights(0)
     assert torch.allclose(wide.embed.weight, m.embed.weight * (0.02 / 0.006))
@@ -170,7 +208,9 @@ def test_a_seed_means_the_same_weights_in_every_dtype(config):
         for p, q in zip(base.parameters(), other.parameters()):
             assert torch.equal(p.to(dtype), q)
     again, another = Transformer(config).init_weights(5), Transformer(config).init_weights(6)
-    assert torch.equal(base.embed.weight, again.embed.weight) and not torch.equal(base.embed.weight, another.embed.weight)
+    assert torch.equal(base.embed.weight, again.embed.weight) and not torch.equal(
+        base.embed.weight, another.embed.weight
+    )
 
 
 def test_an_untrained_model_knows_nothing():
@@ -180,17 +220,20 @@ def test_an_untrained_model_knows_nothing():
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("bad, message", [
-    (torch.tensor([[1, 64]]), "64 is outside the vocabulary of 64"),
-    (torch.tensor([[1, -1]]), "-1 is outside the vocabulary of 64"),
-    (torch.tensor([[2**40]]), "outside the vocabulary of 64"),
-    (torch.tensor([1, 2]), r"\(2,\)"),
-    (torch.zeros(1, 2, 3, dtype=torch.long), r"\(1, 2, 3\)"),
-    (torch.zeros(1, 0, dtype=torch.long), r"\(1, 0\)"),
-    (torch.zeros(0, 4, dtype=torch.long), r"\(0, 4\)"),
-    (torch.zeros(1, 4), "float32"),
-    (torch.zeros(1, 4, dtype=torch.bool), "bool"),
-])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (torch.tensor([[1, 64]]), "64 is outside the vocabulary of 64"),
+        (torch.tensor([[1, -1]]), "-1 is outside the vocabulary of 64"),
+        (torch.tensor([[2**40]]), "outside the vocabulary of 64"),
+        (torch.tensor([1, 2]), r"\(2,\)"),
+        (torch.zeros(1, 2, 3, dtype=torch.long), r"\(1, 2, 3\)"),
+        (torch.zeros(1, 0, dtype=torch.long), r"\(1, 0\)"),
+        (torch.zeros(0, 4, dtype=torch.long), r"\(0, 4\)"),
+        (torch.zeros(1, 4), "float32"),
+        (torch.zeros(1, 4, dtype=torch.bool), "bool"),
+    ],
+)
 def test_impossible_ids_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         tiny.model(tiny.HARD)(bad)

@@ -10,8 +10,12 @@ from lamoe.model.routing import Balance, Training
 from oracles import naive, tiny
 
 CASES = {
-    "greedy": tiny.config(), "limited": tiny.config(**tiny.LIMITED), "renormalised": tiny.config(norm_topk_prob=True, routed_scaling_factor=3.0),
-    "no shared": tiny.config(n_shared_experts=0), "top-1": tiny.config(num_experts_per_tok=1), "all experts": tiny.config(num_experts_per_tok=8),
+    "greedy": tiny.config(),
+    "limited": tiny.config(**tiny.LIMITED),
+    "renormalised": tiny.config(norm_topk_prob=True, routed_scaling_factor=3.0),
+    "no shared": tiny.config(n_shared_experts=0),
+    "top-1": tiny.config(num_experts_per_tok=1),
+    "all experts": tiny.config(num_experts_per_tok=8),
     "one expert": tiny.config(n_routed_experts=1, num_experts_per_tok=1),
 }
 
@@ -20,7 +24,9 @@ def moe_of(c) -> tuple[MoE, dict]:
     """The MoE layer 1 of a random model and its weights by their names on disk."""
     m = tiny.model(c)
     prefix = "model.layers.1."
-    return m.layers[1].ffn, {k.removeprefix(prefix): w for k, w in tiny.weights(m).items() if k.startswith(prefix)}
+    return m.layers[1].ffn, {
+        k.removeprefix(prefix): w for k, w in tiny.weights(m).items() if k.startswith(prefix)
+    }
 
 
 def some_x(*shape: int, seed: int = 4) -> torch.Tensor:
@@ -43,7 +49,11 @@ def test_two_shared_experts_are_one_wide_one():
     c = tiny.config()
     moe, _ = moe_of(c)
     f, x = c.moe_intermediate_size, some_x(1, 5, 32)
-    gate, up, down = moe.shared.w13.weight[: 2 * f], moe.shared.w13.weight[2 * f :], moe.shared.w2.weight
+    gate, up, down = (
+        moe.shared.w13.weight[: 2 * f],
+        moe.shared.w13.weight[2 * f :],
+        moe.shared.w2.weight,
+    )
     each = []
     for half in (slice(0, f), slice(f, 2 * f)):
         one = MLP(32, f).double()
@@ -67,7 +77,9 @@ def test_each_token_is_alone():
 def test_a_dropped_token_keeps_its_shared_experts(impl):
     moe, _ = moe_of(CASES["limited"])
     x = some_x(1, 24, 32)
-    training = Training(Balance(devices=4, capacity_factor=1e-6))  # a budget of one assignment per device
+    training = Training(
+        Balance(devices=4, capacity_factor=1e-6)
+    )  # a budget of one assignment per device
     out, plain, shared = moe(x, training), moe(x), moe.shared(x)
     record = training.records[0]
     assert int(record.dropped) == 24 * 3 - 4
@@ -101,20 +113,29 @@ def test_dropped_assignments_train_nothing(impl):
     moe(x, Training(training.balance)).sum().backward()
     for e in range(8):
         assert (moe.experts.w13.grad[e].abs().max() > 0) == bool(used[e] > 0), e
-    assert int(used.max()) == -int(-0.2 * 48 * 3 // 8) and int(training.records[0].load.max()) > used.max()
+    assert (
+        int(used.max()) == -int(-0.2 * 48 * 3 // 8)
+        and int(training.records[0].load.max()) > used.max()
+    )
 
 
 def test_the_gate_is_float32_in_a_bfloat16_model(monkeypatch):
     seen = []
     inner = routing.choose
-    monkeypatch.setattr(routing, "choose", lambda scores, c: seen.append(scores) or inner(scores, c))
+    monkeypatch.setattr(
+        routing, "choose", lambda scores, c: seen.append(scores) or inner(scores, c)
+    )
     m = tiny.model(tiny.config(**tiny.LIMITED), dtype=torch.bfloat16)
     out = m(tiny.ids(m.config, 2, 9))
     assert [s.dtype for s in seen] == [torch.float32] * 2 and out.isfinite().all()
     for s in seen:
-        assert torch.allclose(s.sum(-1), torch.ones(18), atol=1e-5)  # bfloat16 sums would be off by 1e-3
+        assert torch.allclose(
+            s.sum(-1), torch.ones(18), atol=1e-5
+        )  # bfloat16 sums would be off by 1e-3
     h = m.layers[1].ffn(torch.randn(1, 4, 32).bfloat16())
-    assert h.dtype == torch.bfloat16  # float32 router weights do not turn the residual stream into float32
+    assert (
+        h.dtype == torch.bfloat16
+    )  # float32 router weights do not turn the residual stream into float32
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])

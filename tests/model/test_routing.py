@@ -68,17 +68,31 @@ def test_masking_with_zero_would_open_them(monkeypatch):
 def test_weights_are_plain_scores_times_the_factor():
     torch.manual_seed(0)
     x, gate = torch.randn(20, 32), torch.randn(8, 32)
-    for c in (GREEDY, LIMITED, V2.replace(n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2)):
+    for c in (
+        GREEDY,
+        LIMITED,
+        V2.replace(n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2),
+    ):
         r = routing.route(x, gate, c)
         assert torch.allclose(r.scores, (x @ gate.t()).softmax(-1), atol=1e-6)
         assert torch.equal(r.weight, r.scores.gather(1, r.expert) * c.routed_scaling_factor)
         assert (r.weight.sum(1) < c.routed_scaling_factor).all()  # not renormalised
         normed = routing.route(x, gate, c.replace(norm_topk_prob=True))
-        assert torch.allclose(normed.weight.sum(1), torch.full((20,), c.routed_scaling_factor))  # both factors, unlike the remote code
+        assert torch.allclose(
+            normed.weight.sum(1), torch.full((20,), c.routed_scaling_factor)
+        )  # both factors, unlike the remote code
         assert torch.equal(normed.expert, r.expert)
 
 
-@pytest.mark.parametrize("dtype, work", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize(
+    "dtype, work",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
 def test_gate_is_computed_in_at_least_float32(dtype, work):
     torch.manual_seed(0)
     x, gate = torch.randn(50, 32).to(dtype), torch.randn(8, 32).to(dtype)
@@ -108,15 +122,26 @@ def losses_by_loops(scores: list, expert: list, devices: int, most: int) -> list
     members = [range(d * per, (d + 1) * per) for d in range(devices)]
     f1 = [sum(f[j] for j in m) / per for m in members]
     p1 = [sum(p[j] for j in m) for m in members]
-    f2 = [devices / (most * t) * sum(1 for row in expert if any(j in m for j in row)) for m in members]
-    return [sum(a * b for a, b in zip(f, p)), sum(a * b for a, b in zip(f1, p1)), sum(a * b for a, b in zip(f2, p1))]
+    f2 = [
+        devices / (most * t) * sum(1 for row in expert if any(j in m for j in row)) for m in members
+    ]
+    return [
+        sum(a * b for a, b in zip(f, p)),
+        sum(a * b for a, b in zip(f1, p1)),
+        sum(a * b for a, b in zip(f2, p1)),
+    ]
 
 
-@pytest.mark.parametrize("c, devices, most", [(GREEDY, 1, 1), (GREEDY, 2, 2), (GREEDY, 8, 3), (LIMITED, 4, 2), (LIMITED, 1, 1)])
+@pytest.mark.parametrize(
+    "c, devices, most",
+    [(GREEDY, 1, 1), (GREEDY, 2, 2), (GREEDY, 8, 3), (LIMITED, 4, 2), (LIMITED, 1, 1)],
+)
 def test_losses_equal_the_loops(c, devices, most):
     scores = random_scores(3, 17, 8)
     expert = routing.choose(scores.flatten(0, 1), c)[1].unflatten(0, (3, 17))
-    by_loops = [losses_by_loops(s, e, devices, most) for s, e in zip(scores.tolist(), expert.tolist())]
+    by_loops = [
+        losses_by_loops(s, e, devices, most) for s, e in zip(scores.tolist(), expert.tolist())
+    ]
     expected = torch.tensor(by_loops, dtype=torch.float64).mean(0)
     assert routing.reach(c, devices) == most
     assert torch.allclose(balance_losses(scores, expert, c, devices), expected, rtol=1e-13, atol=0)
@@ -127,23 +152,40 @@ def uniform(c: ModelConfig, t: int, devices: int):
     e, k = c.n_routed_experts, c.num_experts_per_tok
     per, most = e // devices, routing.reach(c, devices)
     share = k // most
-    rows = [[((i + m) % devices) * per + (i // devices * share + j) % per for m in range(most) for j in range(share)] for i in range(t)]
+    rows = [
+        [
+            ((i + m) % devices) * per + (i // devices * share + j) % per
+            for m in range(most)
+            for j in range(share)
+        ]
+        for i in range(t)
+    ]
     expert = torch.tensor(rows)[None]
-    assert torch.equal(expert.flatten().bincount(minlength=e), torch.full((e,), t * k // e)) and all(len(set(r)) == k for r in rows)
+    assert torch.equal(
+        expert.flatten().bincount(minlength=e), torch.full((e,), t * k // e)
+    ) and all(len(set(r)) == k for r in rows)
     return torch.full((1, t, e), 1 / e, dtype=torch.float64), expert
 
 
-@pytest.mark.parametrize("c, devices", [
-    (GREEDY.replace(num_experts_per_tok=4), 1), (GREEDY.replace(num_experts_per_tok=2), 2), (GREEDY.replace(num_experts_per_tok=4), 8),
-    (LIMITED.replace(num_experts_per_tok=2), 4), (LIMITED.replace(num_experts_per_tok=4), 4),
-])
+@pytest.mark.parametrize(
+    "c, devices",
+    [
+        (GREEDY.replace(num_experts_per_tok=4), 1),
+        (GREEDY.replace(num_experts_per_tok=2), 2),
+        (GREEDY.replace(num_experts_per_tok=4), 8),
+        (LIMITED.replace(num_experts_per_tok=2), 4),
+        (LIMITED.replace(num_experts_per_tok=4), 4),
+    ],
+)
 def test_uniform_routing_costs_exactly_alpha(c, devices):
     scores, expert = uniform(c, 32, devices)
     losses = balance_losses(scores, expert, c, devices)
     assert losses.tolist() == [1.0, 1.0, 1.0]
     training = Training(Balance(devices=devices))
     training.records += [routing.LayerRecord(losses, None, None, None)] * 2
-    assert training.loss().item() == pytest.approx(2 * (0.003 + 0.05 + 0.02), rel=1e-7)  # per layer; the 236B recipe is the default
+    assert training.loss().item() == pytest.approx(
+        2 * (0.003 + 0.05 + 0.02), rel=1e-7
+    )  # per layer; the 236B recipe is the default
 
 
 def test_losses_do_not_depend_on_batching():
@@ -152,7 +194,9 @@ def test_losses_do_not_depend_on_batching():
     loss = lambda rows: balance_losses(scores[rows], expert[rows], LIMITED, 4)  # noqa: E731
     whole = loss([0, 1, 2, 3, 4, 5])
     for parts in ([[0], [1], [2], [3], [4], [5]], [[5, 0, 3], [1, 2, 4]], [[0, 1], [2, 3], [4, 5]]):
-        assert torch.allclose(torch.stack([loss(p) for p in parts]).mean(0), whole, rtol=1e-13, atol=0)
+        assert torch.allclose(
+            torch.stack([loss(p) for p in parts]).mean(0), whole, rtol=1e-13, atol=0
+        )
     as_one = balance_losses(scores.flatten(0, 1)[None], expert.flatten(0, 1)[None], LIMITED, 4)
     assert (as_one - whole).abs().max() > 1e-3  # sequences are balanced on their own, not pooled
 
@@ -168,7 +212,10 @@ def test_gradient_flows_through_the_mean_scores_only():
         f = [8 / (3 * t) * int((expert[s] == i).sum()) for i in range(8)]
         f1 = [(f[2 * d] + f[2 * d + 1]) / 2 for d in range(4)]
         f2 = [4 / (2 * t) * int((expert[s] // 2 == d).any(1).sum()) for d in range(4)]
-        expected = torch.tensor([0.3 * f[i] + 5.0 * f1[i // 2] + 2.0 * f2[i // 2] for i in range(8)], dtype=torch.float64) / (b * t)
+        expected = torch.tensor(
+            [0.3 * f[i] + 5.0 * f1[i // 2] + 2.0 * f2[i // 2] for i in range(8)],
+            dtype=torch.float64,
+        ) / (b * t)
         assert torch.allclose(scores.grad[s], expected.expand(t, 8), rtol=1e-12, atol=0)
 
 
@@ -185,9 +232,20 @@ def test_the_loss_reaches_gates_and_no_expert():
     assert m.head.weight.grad is None
 
 
-@pytest.mark.parametrize("change", [{"expert": -1.0}, {"device": -0.1}, {"capacity_factor": -1.0}, {"keep_share": 1.5}, {"devices": 3}, {"devices": 0}, {"devices": 2}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"expert": -1.0},
+        {"device": -0.1},
+        {"capacity_factor": -1.0},
+        {"keep_share": 1.5},
+        {"devices": 3},
+        {"devices": 0},
+        {"devices": 2},
+    ],
+)
 def test_impossible_balance_is_refused(change):
-    (name, value), = change.items()
+    ((name, value),) = change.items()
     with pytest.raises(ValueError, match=rf"balance\.{name} is {value}"):
         Balance(**change).check(LIMITED)
     Balance(devices=4).check(LIMITED)
@@ -195,37 +253,54 @@ def test_impossible_balance_is_refused(change):
 
 
 # ---- dropping -----------------------------------------------------------------------------------------------------------------
-def keep_by_loops(affinity, expert, n_experts, devices, capacity_factor, protected) -> list[list[bool]]:
+def keep_by_loops(
+    affinity, expert, n_experts, devices, capacity_factor, protected
+) -> list[list[bool]]:
     n, k = len(expert), len(expert[0])
     budget = math.ceil(capacity_factor * n * k / devices)
     keep = [[True] * k for _ in range(n)]
     for d in range(devices):
-        mine = [(t, j) for t in range(n) for j in range(k) if expert[t][j] // (n_experts // devices) == d]
+        mine = [
+            (t, j)
+            for t in range(n)
+            for j in range(k)
+            if expert[t][j] // (n_experts // devices) == d
+        ]
         excess = len(mine) - budget
         loose = [p for p in mine if not protected[p[0]]]
-        loose.sort(key=lambda p: (affinity[p[0]][p[1]], -p[0], -p[1]))  # the weakest first; of equals the later token
+        loose.sort(
+            key=lambda p: (affinity[p[0]][p[1]], -p[0], -p[1])
+        )  # the weakest first; of equals the later token
         for t, j in loose[: max(excess, 0)]:
             keep[t][j] = False
     return keep
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("devices, capacity", [(1, 0.5), (2, 1.0), (4, 1.0), (4, 0.75), (8, 1.25), (4, 0.01)])
+@pytest.mark.parametrize(
+    "devices, capacity", [(1, 0.5), (2, 1.0), (4, 1.0), (4, 0.75), (8, 1.25), (4, 0.01)]
+)
 def test_dropping_equals_the_loops(seed, devices, capacity):
     rng = random.Random(seed)
     n, k, e = rng.choice([1, 3, 17, 40]), 3, 8
     expert = torch.tensor([rng.sample(range(e), k) for _ in range(n)])
     expert[: n // 2] = torch.tensor([0, 1, 2])  # overloads the first devices
-    affinity = torch.tensor([[rng.choice([0.1, 0.2, 0.2, 0.3, rng.random()]) for _ in range(k)] for _ in range(n)])  # with ties
+    affinity = torch.tensor(
+        [[rng.choice([0.1, 0.2, 0.2, 0.3, rng.random()]) for _ in range(k)] for _ in range(n)]
+    )  # with ties
     protected = torch.tensor([rng.random() < 0.3 for _ in range(n)])
     for guard in (None, protected):
         found = keep_mask(affinity, expert, e, devices, capacity, guard)
         rows = [False] * n if guard is None else guard.tolist()
-        assert found.tolist() == keep_by_loops(affinity.tolist(), expert.tolist(), e, devices, capacity, rows)
+        assert found.tolist() == keep_by_loops(
+            affinity.tolist(), expert.tolist(), e, devices, capacity, rows
+        )
 
 
 def test_budget_is_met_exactly():
-    expert = torch.tensor([[0, 1]] * 6 + [[4, 5]] * 2)  # device 0 has 12 assignments, device 1 has 4; the average is 8
+    expert = torch.tensor(
+        [[0, 1]] * 6 + [[4, 5]] * 2
+    )  # device 0 has 12 assignments, device 1 has 4; the average is 8
     affinity = torch.arange(16.0).view(8, 2) / 16
     keep = keep_mask(affinity, expert, 8, 2, 1.0)
     assert keep[:6].sum() == 8 and keep[6:].all()
@@ -241,7 +316,9 @@ def test_protected_tokens_stay_and_use_the_budget_up():
     protected = torch.arange(10) >= 7  # the weakest three
     keep = keep_mask(affinity, expert, 2, 2, 1.0, protected)
     assert keep.flatten().tolist() == [True] * 2 + [False] * 5 + [True] * 3
-    assert keep_mask(affinity, expert, 2, 2, 1.0, torch.ones(10, dtype=torch.bool)).all()  # over the budget if need be
+    assert keep_mask(
+        affinity, expert, 2, 2, 1.0, torch.ones(10, dtype=torch.bool)
+    ).all()  # over the budget if need be
 
 
 def trained_route(x, gate, c, batch, **changes):
@@ -258,7 +335,9 @@ def test_train_route_drops_after_counting():
     dropped = after.expert == 8
     assert 0 < int(dropped.sum()) == int(record.dropped)
     assert torch.equal(dropped, ~keep_mask(r.scores.gather(1, r.expert), r.expert, 8, 4, 1.0))
-    assert (after.weight[dropped] == 0).all() and torch.equal(after.weight[~dropped], r.weight[~dropped])
+    assert (after.weight[dropped] == 0).all() and torch.equal(
+        after.weight[~dropped], r.weight[~dropped]
+    )
     assert torch.equal(after.expert[~dropped], r.expert[~dropped])
     assert torch.equal(record.load, r.expert.flatten().bincount(minlength=8))  # before dropping
     undropped = trained_route(x, gate, LIMITED, 2)
@@ -273,7 +352,9 @@ def test_protected_sequences_of_a_model_are_never_dropped():
     m = tiny.model(c)
     tokens = tiny.ids(c, 4, 16)
     plain = m.hidden(tokens)
-    training = Training(Balance(devices=4, capacity_factor=0.5), torch.tensor([False, True, False, True]))
+    training = Training(
+        Balance(devices=4, capacity_factor=0.5), torch.tensor([False, True, False, True])
+    )
     dropped = m.hidden(tokens, training=training)
     assert all(int(r.dropped) > 0 for r in training.records)
     assert torch.allclose(dropped[[1, 3]], plain[[1, 3]], rtol=0, atol=1e-12)
@@ -284,16 +365,24 @@ def test_protected_sequences_of_a_model_are_never_dropped():
 
 
 def test_loss_oracle_turns_red(monkeypatch):
-    for change in (("(e / (k * t))", "(e / t)"), ("unflatten(1, (devices, -1)).mean(-1)", "unflatten(1, (devices, -1)).sum(-1)"),
-                   ("reach(config, devices) * t", "devices * t"), ("s.mean() for", "s.sum() for")):
+    for change in (
+        ("(e / (k * t))", "(e / t)"),
+        ("unflatten(1, (devices, -1)).mean(-1)", "unflatten(1, (devices, -1)).sum(-1)"),
+        ("reach(config, devices) * t", "devices * t"),
+        ("s.mean() for", "s.sum() for"),
+    ):
         with monkeypatch.context() as patch, pytest.raises(AssertionError):
             tiny.mutate(patch, balance_losses, change)
             test_losses_equal_the_loops(LIMITED, 4, 2)
 
 
 def test_dropping_oracle_turns_red(monkeypatch):
-    for change in (("descending=True, stable=True", "stable=True"), ("place < budget", "place <= budget"), ("rank_by + 2.0", "rank_by + 0.0"),
-                   ("-int(-(capacity_factor * n * k) // devices)", "int(capacity_factor * n * k) // devices")):
+    for change in (
+        ("descending=True, stable=True", "stable=True"),
+        ("place < budget", "place <= budget"),
+        ("rank_by + 2.0", "rank_by + 0.0"),
+        ("-int(-(capacity_factor * n * k) // devices)", "int(capacity_factor * n * k) // devices"),
+    ):
         with monkeypatch.context() as patch, pytest.raises(AssertionError):
             tiny.mutate(patch, keep_mask, change)
             for seed in range(6):
@@ -306,8 +395,12 @@ def imbalance_after_training(weight: float) -> float:
     """Busiest expert over the average after 60 steps of a router that starts out biased to two experts."""
     c = GREEDY.replace(num_experts_per_tok=2)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 32, 32, generator=generator) + 1.0  # a common direction, which a biased gate exploits
-    cost = torch.tensor([0.0, 0.0] + [0.02] * 6)  # a task in which the two favourites are also a little better
+    x = (
+        torch.randn(4, 32, 32, generator=generator) + 1.0
+    )  # a common direction, which a biased gate exploits
+    cost = torch.tensor(
+        [0.0, 0.0] + [0.02] * 6
+    )  # a task in which the two favourites are also a little better
     gate = torch.randn(8, 32, generator=generator) * 0.05
     gate[:2] += 0.15
     gate.requires_grad_()

@@ -11,17 +11,31 @@ import math
 import numpy as np
 
 
-def logits(c, weights: dict[str, np.ndarray], ids: list[int], positions: list[int] | None = None) -> np.ndarray:
+def logits(
+    c, weights: dict[str, np.ndarray], ids: list[int], positions: list[int] | None = None
+) -> np.ndarray:
     """[T, vocabulary]. `positions` default to 0 .. T - 1; `c` only has its Hugging Face fields read."""
     positions = list(range(len(ids))) if positions is None else positions
     h = [weights["model.embed_tokens.weight"][i] for i in ids]
     for layer in range(c.num_hidden_layers):
-        w = {k.removeprefix(f"model.layers.{layer}."): v for k, v in weights.items() if k.startswith(f"model.layers.{layer}.")}
+        w = {
+            k.removeprefix(f"model.layers.{layer}."): v
+            for k, v in weights.items()
+            if k.startswith(f"model.layers.{layer}.")
+        }
         normed = [norm(x, w["input_layernorm.weight"], c.rms_norm_eps) for x in h]
-        attended = latent_attention(c, w, normed, positions) if c.kv_lora_rank else plain_attention(c, w, normed, positions)
+        attended = (
+            latent_attention(c, w, normed, positions)
+            if c.kv_lora_rank
+            else plain_attention(c, w, normed, positions)
+        )
         h = [x + a for x, a in zip(h, attended)]
         normed = [norm(x, w["post_attention_layernorm.weight"], c.rms_norm_eps) for x in h]
-        sparse = c.n_routed_experts is not None and layer >= c.first_k_dense_replace and layer % c.moe_layer_freq == 0
+        sparse = (
+            c.n_routed_experts is not None
+            and layer >= c.first_k_dense_replace
+            and layer % c.moe_layer_freq == 0
+        )
         h = [x + (moe(c, w, u) if sparse else swiglu(w, "mlp.", u)) for x, u in zip(h, normed)]
     head = weights["model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"]
     return np.stack([head @ norm(x, weights["model.norm.weight"], c.rms_norm_eps) for x in h])
@@ -39,9 +53,18 @@ def angles(c, position: int, width: int) -> list[float]:
         theta = c.rope_theta ** (-2 * i / width)
         y = c.rope_scaling
         if y is not None:
+
             def pair(turns):  # the pair that makes so many turns within the original context
-                return width * math.log(y.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(c.rope_theta))
-            low, high = max(math.floor(pair(y.beta_fast)), 0), min(math.ceil(pair(y.beta_slow)), width - 1)
+                return (
+                    width
+                    * math.log(y.original_max_position_embeddings / (turns * 2 * math.pi))
+                    / (2 * math.log(c.rope_theta))
+                )
+
+            low, high = (
+                max(math.floor(pair(y.beta_fast)), 0),
+                min(math.ceil(pair(y.beta_slow)), width - 1),
+            )
             r = min(max((i - low) / (high - low), 0), 1)
             theta = (1 - r) * theta + r * theta / y.factor
         out.append(position * theta)
@@ -55,7 +78,11 @@ def yarn_m(c, weight: float) -> float:
 def rotate(c, x, position: int):
     """V2 pairs neighbours, llama and MoE-v1 pair the two halves."""
     out, half = np.empty_like(x), len(x) // 2
-    size = 1.0 if c.rope_scaling is None else yarn_m(c, c.rope_scaling.mscale) / yarn_m(c, c.rope_scaling.mscale_all_dim)
+    size = (
+        1.0
+        if c.rope_scaling is None
+        else yarn_m(c, c.rope_scaling.mscale) / yarn_m(c, c.rope_scaling.mscale_all_dim)
+    )
     for i, a in enumerate(angles(c, position, len(x))):
         p, q = (2 * i, 2 * i + 1) if c.model_type == "deepseek_v2" else (i, i + half)
         out[p] = size * (x[p] * math.cos(a) - x[q] * math.sin(a))
@@ -84,12 +111,16 @@ def latent_attention(c, w, h, positions):
         latent = norm(down[: c.kv_lora_rank], w["self_attn.kv_a_layernorm.weight"], 1e-6)  # eq. 41
         shared_key = rotate(c, down[c.kv_lora_rank :], position)  # eq. 43
         up = (w["self_attn.kv_b_proj.weight"] @ latent).reshape(c.num_attention_heads, nope + value)
-        keys.append([np.concatenate([up[i, :nope], shared_key]) for i in range(c.num_attention_heads)])  # eq. 42, 44
+        keys.append(
+            [np.concatenate([up[i, :nope], shared_key]) for i in range(c.num_attention_heads)]
+        )  # eq. 42, 44
         values.append([up[i, nope:] for i in range(c.num_attention_heads)])  # eq. 45
         if c.q_lora_rank is None:
             q = w["self_attn.q_proj.weight"] @ x
         else:
-            q = w["self_attn.q_b_proj.weight"] @ norm(w["self_attn.q_a_proj.weight"] @ x, w["self_attn.q_a_layernorm.weight"], 1e-6)
+            q = w["self_attn.q_b_proj.weight"] @ norm(
+                w["self_attn.q_a_proj.weight"] @ x, w["self_attn.q_a_layernorm.weight"], 1e-6
+            )
         q = q.reshape(c.num_attention_heads, nope + rot)  # eq. 37-40
         heads = []
         for i in range(c.num_attention_heads):
@@ -111,7 +142,14 @@ def plain_attention(c, w, h, positions):
         heads = []
         for i in range(c.num_attention_heads):
             g = i * groups // c.num_attention_heads
-            heads.append(mix(rotate(c, q[i], position), [k[g] for k in keys], [v[g] for v in values], 1 / math.sqrt(width)))
+            heads.append(
+                mix(
+                    rotate(c, q[i], position),
+                    [k[g] for k in keys],
+                    [v[g] for v in values],
+                    1 / math.sqrt(width),
+                )
+            )
         out.append(w["self_attn.o_proj.weight"] @ np.concatenate(heads))
     return out
 
@@ -145,5 +183,7 @@ def moe(c, w, u):
     s = affinities(w, u)
     chosen = choose(c, s)
     total = sum(s[i] for i in chosen) if c.norm_topk_prob else 1.0
-    out = sum(c.routed_scaling_factor * s[i] / total * swiglu(w, f"mlp.experts.{i}.", u) for i in chosen)
+    out = sum(
+        c.routed_scaling_factor * s[i] / total * swiglu(w, f"mlp.experts.{i}.", u) for i in chosen
+    )
     return out + swiglu(w, "mlp.shared_experts.", u) if c.n_shared_experts else out

@@ -8,38 +8,77 @@ import textwrap
 
 import torch
 
+from lamoe.checkpoints.hf import table
 from lamoe.model import rope
 from lamoe.model.config import ModelConfig, RopeScaling
-from lamoe.checkpoints.hf import table
 from lamoe.model.transformer import Transformer
 
-_BASE = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
-             max_position_embeddings=163840, torch_dtype="float32")
-_MLA = dict(model_type="deepseek_v2", kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10)
-_MOE = dict(moe_intermediate_size=20, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3, first_k_dense_replace=1)
-LIMITED = dict(n_group=4, topk_group=2, topk_method="group_limited_greedy", routed_scaling_factor=2.5)
+_BASE = dict(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=163840,
+    torch_dtype="float32",
+)
+_MLA = dict(
+    model_type="deepseek_v2",
+    kv_lora_rank=16,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=10,
+)
+_MOE = dict(
+    moe_intermediate_size=20,
+    n_routed_experts=8,
+    n_shared_experts=2,
+    num_experts_per_tok=3,
+    first_k_dense_replace=1,
+)
+LIMITED = dict(
+    n_group=4, topk_group=2, topk_method="group_limited_greedy", routed_scaling_factor=2.5
+)
 # A short original context: its ramp (0, 1/2, 1, 1) lies inside the 4 pairs of a tiny rope.
 YARN = RopeScaling(factor=40.0, original_max_position_embeddings=64)
 
 
 def config(family: str = "deepseek_v2", **changes) -> ModelConfig:
     """deepseek_v2: MLA + MoE; deepseek: MHA + MoE; llama: dense."""
-    parts = {"deepseek_v2": {**_MLA, **_MOE}, "deepseek": {"model_type": family, **_MOE}, "llama": {"model_type": family}}[family]
+    parts = {
+        "deepseek_v2": {**_MLA, **_MOE},
+        "deepseek": {"model_type": family, **_MOE},
+        "llama": {"model_type": family},
+    }[family]
     return ModelConfig(**{**_BASE, **parts, **changes})
 
 
 # q_lora x YaRN x routing x first_k_dense_replace: every combination that the released models draw from.
 V2_CASES = {
-    f"{'lora' if lora else 'plain'}-{'yarn' if yarn else 'rope'}-{'limited' if limited else 'greedy'}-{dense}dense":
-    config(q_lora_rank=24 if lora else None, rope_scaling=YARN if yarn else None, first_k_dense_replace=dense, **(LIMITED if limited else {}))
-    for lora, yarn, limited, dense in itertools.product((False, True), (False, True), (False, True), (0, 1, 2))
+    f"{'lora' if lora else 'plain'}-{'yarn' if yarn else 'rope'}-{'limited' if limited else 'greedy'}-{dense}dense": config(
+        q_lora_rank=24 if lora else None,
+        rope_scaling=YARN if yarn else None,
+        first_k_dense_replace=dense,
+        **(LIMITED if limited else {}),
+    )
+    for lora, yarn, limited, dense in itertools.product(
+        (False, True), (False, True), (False, True), (0, 1, 2)
+    )
 }
 LLAMA_CASES = {
-    "mha": config("llama"), "gqa": config("llama", num_key_value_heads=2), "mqa-tied": config("llama", num_key_value_heads=1, tie_word_embeddings=True),
+    "mha": config("llama"),
+    "gqa": config("llama", num_key_value_heads=2),
+    "mqa-tied": config("llama", num_key_value_heads=1, tie_word_embeddings=True),
     "gqa-wide-heads": config("llama", num_key_value_heads=2, head_dim=12),
-    "gqa-yarn": config("llama", num_key_value_heads=2, rope_scaling=RopeScaling(40.0, 64, mscale=1.0, mscale_all_dim=0.0)),
+    "gqa-yarn": config(
+        "llama",
+        num_key_value_heads=2,
+        rope_scaling=RopeScaling(40.0, 64, mscale=1.0, mscale_all_dim=0.0),
+    ),
     # transformers gives llama the factor on cos and sin, and none on the softmax
-    "mha-yarn-two-mscales": config("llama", rope_scaling=RopeScaling(40.0, 64, mscale=1.0, mscale_all_dim=0.5)),
+    "mha-yarn-two-mscales": config(
+        "llama", rope_scaling=RopeScaling(40.0, 64, mscale=1.0, mscale_all_dim=0.5)
+    ),
 }
 # Everything at once: the case that mutations are tried on.
 HARD = V2_CASES["lora-yarn-limited-1dense"]
@@ -52,7 +91,11 @@ def model(c: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> 
     with torch.no_grad():
         for p in m.parameters():
             draw = torch.rand if p.dim() == 1 else torch.randn
-            p.copy_(draw(p.shape, generator=generator) + 0.5 if p.dim() == 1 else draw(p.shape, generator=generator) * 0.3)
+            p.copy_(
+                draw(p.shape, generator=generator) + 0.5
+                if p.dim() == 1
+                else draw(p.shape, generator=generator) * 0.3
+            )
     return m
 
 
@@ -63,10 +106,14 @@ def ids(c: ModelConfig, *shape: int, seed: int = 1) -> torch.Tensor:
 def weights(m: Transformer) -> dict:
     """The parameters by their names on disk, as float64 numpy arrays: the input of naive.logits."""
     parameters = dict(m.named_parameters())
-    return {e.disk: parameters[e.parameter][e.where].detach().double().numpy() for e in table(m.config)}
+    return {
+        e.disk: parameters[e.parameter][e.where].detach().double().numpy() for e in table(m.config)
+    }
 
 
-def at_positions(m: Transformer, tokens: torch.Tensor, positions: list[int], form: str | None = None) -> torch.Tensor:
+def at_positions(
+    m: Transformer, tokens: torch.Tensor, positions: list[int], form: str | None = None
+) -> torch.Tensor:
     """Logits of tokens [B, T] that stand at these positions: the walk of Transformer.hidden with gaps between the tokens."""
     x = m.embed(tokens)
     freqs = rope.freqs(m.config, torch.tensor([positions]), x.dtype)
@@ -81,9 +128,18 @@ def mutate(monkeypatch, function, *changes: tuple[str, str]):
     function = getattr(function, "fget", function)
     source = textwrap.dedent(inspect.getsource(function))
     for old, new in changes:
-        assert source.count(old) == 1, f"{function.__qualname__} has {source.count(old)} times {old!r}; bring the mutation up to date"
+        assert source.count(old) == 1, (
+            f"{function.__qualname__} has {source.count(old)} times {old!r}; bring the mutation up to date"
+        )
         source = source.replace(old, new)
     namespace: dict = {}
-    exec(compile("from __future__ import annotations\n" + source.removeprefix("@property\n"), function.__qualname__, "exec"),
-         function.__globals__, namespace)
+    exec(
+        compile(
+            "from __future__ import annotations\n" + source.removeprefix("@property\n"),
+            function.__qualname__,
+            "exec",
+        ),
+        function.__globals__,
+        namespace,
+    )
     monkeypatch.setattr(function, "__code__", namespace[function.__name__].__code__)

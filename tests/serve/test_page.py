@@ -8,16 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from chromium import WIDE, browser, done, page, reply, send, server, stored, tabs  # noqa: F401 (some are fixtures)
-from page_server import WINDOW
 from playwright.sync_api import expect
-from tiny_run import BODY, MLA, MOE, trained  # noqa: F401 (trained is a fixture)
 
 import lamoe
+from chromium import WIDE, browser, done, page, reply, send, server, stored, tabs  # noqa: F401 (some are fixtures)
 from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
 from lamoe.text.tokenizer import Tokenizer
 from lamoe.train import checkpoint
+from page_server import WINDOW
+from tiny_run import BODY, MLA, MOE, trained  # noqa: F401 (trained is a fixture)
 
 
 # ---- talking ---------------------------------------------------------------------------------------------------------------
@@ -37,8 +37,19 @@ def test_a_message_is_sent_and_its_reply_streams_in_as_markdown(page, server):
     expect(prose.locator("table tbody tr")).to_have_count(3)
     expect(prose.locator("blockquote a")).to_have_attribute("rel", "noopener noreferrer")
     assert "135 tokens" in reply(page).locator(".meta").inner_text()
-    assert server.bodies == [{"model": server.model, "messages": [{"role": "user", "content": "tell me about the cache"}], "temperature": 0.7, "top_p": 0.95,
-                              "top_k": 0, "min_p": 0, "max_tokens": 1024, "stream": True, "stream_options": {"include_usage": True}}]
+    assert server.bodies == [
+        {
+            "model": server.model,
+            "messages": [{"role": "user", "content": "tell me about the cache"}],
+            "temperature": 0.7,
+            "top_p": 0.95,
+            "top_k": 0,
+            "min_p": 0,
+            "max_tokens": 1024,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+    ]
     send(page, "and then?")
     assert [m["role"] for m in server.bodies[1]["messages"]] == ["user", "assistant", "user"]
     expect(page.locator("#list .open")).to_have_text("tell me about the cache")
@@ -108,14 +119,22 @@ def test_the_last_message_can_be_edited(page, server):
     page.keyboard.press("Enter")
     done(page)
     expect(page.locator(".msg")).to_have_count(4)
-    assert [m["content"] for m in server.bodies[-1]["messages"] if m["role"] == "user"] == ["first", "second"]
+    assert [m["content"] for m in server.bodies[-1]["messages"] if m["role"] == "user"] == [
+        "first",
+        "second",
+    ]
 
 
 def test_settings_go_with_the_request_and_stay(page, server):
     page.keyboard.press("Alt+s")
     expect(page.locator("#system")).to_be_focused()
     page.keyboard.type("Answer in rhymes.")
-    for name, value in (("Temperature", "0"), ("Top k", "40"), ("Tokens per reply", "33"), ("Seed", "7")):
+    for name, value in (
+        ("Temperature", "0"),
+        ("Top k", "40"),
+        ("Tokens per reply", "33"),
+        ("Seed", "7"),
+    ):
         page.get_by_label(name, exact=True).fill(value)
     page.get_by_label("Top p", exact=True).fill("5")  # above its limit: shown as wrong, not used
     page.get_by_label("Min p, slider").fill("0.1")
@@ -123,8 +142,9 @@ def test_settings_go_with_the_request_and_stay(page, server):
     send(page, "hello")
     body = server.bodies[0]
     assert body["messages"][0] == {"role": "system", "content": "Answer in rhymes."}
-    assert {k: body[k] for k in ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed")} == {"temperature": 0, "top_p": 0.95, "top_k": 40, "min_p": 0.1,
-                                                                                                            "max_tokens": 33, "seed": 7}
+    assert {
+        k: body[k] for k in ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed")
+    } == {"temperature": 0, "top_p": 0.95, "top_k": 40, "min_p": 0.1, "max_tokens": 33, "seed": 7}
     page.reload()
     page.get_by_role("tab", name="Settings").click()
     expect(page.locator("#system")).to_have_value("Answer in rhymes.")
@@ -186,7 +206,9 @@ def test_many_conversations_can_be_searched(tabs, server):
         messages: [{role: 'user', content: i == 4 ? 'the needle' : 'hay'}]})""")
     page = tabs.open(server.url, context)
     expect(page.locator("#list .open")).to_have_count(9)
-    expect(page.locator("#list .day")).to_have_text(["Today", "Yesterday", "The last seven days", "Older"])
+    expect(page.locator("#list .day")).to_have_text(
+        ["Today", "Yesterday", "The last seven days", "Older"]
+    )
     page.get_by_label("Find a conversation").fill("NEEDLE")
     expect(page.locator("#list .open")).to_have_text(["talk 4"])
     page.get_by_label("Find a conversation").fill("nothing like it")
@@ -203,10 +225,14 @@ def test_conversations_can_be_exported(page):
 
     page.get_by_role("button", name="Options for what to keep").click()
     name, text = saved("Export as Markdown")
-    assert name == "what-to-keep.md" and text.startswith("# what to keep\n\n## You\n\nwhat to keep\n\n## Model\n\nAttention keeps **one latent vector**")
+    assert name == "what-to-keep.md" and text.startswith(
+        "# what to keep\n\n## You\n\nwhat to keep\n\n## Model\n\nAttention keeps **one latent vector**"
+    )
     page.get_by_role("button", name="Options for what to keep").click()
     assert json.loads(saved("Export as JSON")[1])["messages"][0]["content"] == "what to keep"
-    assert [c["title"] for c in json.loads(saved("Export all conversations")[1])] == ["what to keep"]
+    assert [c["title"] for c in json.loads(saved("Export all conversations")[1])] == [
+        "what to keep"
+    ]
 
 
 def test_another_tab_sees_the_change(tabs, server):
@@ -270,8 +296,12 @@ def test_a_wrong_key_is_asked_for_again(tabs, server):
     expect(page.locator("#dot")).to_have_class("dot ready")
     send(page, "hello")
     expect(reply(page)).to_contain_text("latent vector")
-    assert page.evaluate("sessionStorage['lamoe:key']") == "right-key" and "right-key" not in page.evaluate("JSON.stringify(localStorage)")
-    server.key = "another"  # the server was started anew: the next message asks, and goes on by itself
+    assert page.evaluate(
+        "sessionStorage['lamoe:key']"
+    ) == "right-key" and "right-key" not in page.evaluate("JSON.stringify(localStorage)")
+    server.key = (
+        "another"  # the server was started anew: the next message asks, and goes on by itself
+    )
     send(page, "and now?", wait=False)
     expect(dialog).to_be_visible()
     page.locator("#key").fill("another")
@@ -288,7 +318,9 @@ def test_a_wrong_key_is_asked_for_again(tabs, server):
 
 def test_a_server_that_is_gone_is_waited_for(page, server):
     server.down = True
-    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # as when somebody comes back to the tab: it asks at once
+    page.evaluate(
+        "document.dispatchEvent(new Event('visibilitychange'))"
+    )  # as when somebody comes back to the tab: it asks at once
     expect(page.locator("#banner")).to_contain_text("cannot be reached")
     send(page, "are you there?", wait=False)
     expect(reply(page)).to_contain_text("cannot be reached. Trying again in")
@@ -311,7 +343,9 @@ def test_waiting_for_a_server_can_be_stopped(page, server):
 
 def test_a_lost_connection_keeps_the_beginning(page):
     send(page, "please die")
-    expect(reply(page).locator(".note")).to_have_text("The connection was lost before the reply was complete.")
+    expect(reply(page).locator(".note")).to_have_text(
+        "The connection was lost before the reply was complete."
+    )
     expect(reply(page)).to_contain_text("Attention keeps one latent vector")
     expect(reply(page).get_by_role("button", name="Regenerate")).to_be_enabled()
 
@@ -319,7 +353,9 @@ def test_a_lost_connection_keeps_the_beginning(page):
 def test_a_model_that_loads_is_waited_for(tabs, server):
     server.loading = True
     page = tabs.open(server.url, ready=False)
-    expect(page.locator("#banner")).to_have_text("Not ready: the model is loading. You can write meanwhile.")
+    expect(page.locator("#banner")).to_have_text(
+        "Not ready: the model is loading. You can write meanwhile."
+    )
     send(page, "early", wait=False)
     expect(reply(page)).to_contain_text("not ready yet. Trying again in")
     server.loading = False
@@ -339,20 +375,26 @@ def test_a_full_queue_is_waited_for(page, server):
 
 def test_a_refusal_is_told_in_the_servers_words(page):
     send(page, "broken")
-    expect(reply(page).locator(".note")).to_have_text("temperature is 9; it must be between 0 and 2")
+    expect(reply(page).locator(".note")).to_have_text(
+        "temperature is 9; it must be between 0 and 2"
+    )
 
 
 def test_the_two_ends_by_length_are_told_apart(page):
     send(page, "cut")
     expect(reply(page).locator(".note")).to_contain_text("Cut at the limit of 135 tokens")
     send(page, "full")
-    expect(reply(page).locator(".note")).to_contain_text(f"The context is full: {WINDOW:,} of {WINDOW:,} tokens")
+    expect(reply(page).locator(".note")).to_contain_text(
+        f"The context is full: {WINDOW:,} of {WINDOW:,} tokens"
+    )
     expect(page.locator("#context")).to_have_class("context bad")
 
 
 def test_a_long_paste_is_counted_refused_when_hopeless_and_folded_when_sent(page, server):
     page.locator("#input").fill("word " * 40_000)
-    expect(page.locator("#draft-note")).to_contain_text(f"50,000 tokens with the conversation; this model reads {WINDOW:,}")
+    expect(page.locator("#draft-note")).to_contain_text(
+        f"50,000 tokens with the conversation; this model reads {WINDOW:,}"
+    )
     expect(page.locator("#send")).to_be_disabled()
     page.keyboard.press("Enter")
     assert not server.bodies
@@ -360,7 +402,9 @@ def test_a_long_paste_is_counted_refused_when_hopeless_and_folded_when_sent(page
     assert height < WIDE["height"] / 2
     text = "".join(f"line {i} of what was pasted\n" for i in range(200))
     page.locator("#input").fill(text)
-    expect(page.locator("#draft-note")).to_contain_text(f"{len(text) // 4:,} tokens with the conversation, of")
+    expect(page.locator("#draft-note")).to_contain_text(
+        f"{len(text) // 4:,} tokens with the conversation, of"
+    )
     page.keyboard.press("Enter")
     done(page)
     assert server.bodies[0]["messages"][0]["content"] == text
@@ -375,11 +419,31 @@ def test_a_long_paste_is_counted_refused_when_hopeless_and_folded_when_sent(page
 def real(trained, tmp_path_factory):
     """The URL of `lamoe serve` with a tiny random model that knows letters, and a key."""
     folder = tmp_path_factory.mktemp("real") / "tiny-random"
-    config = ModelConfig(**{**BODY, "max_position_embeddings": 256, "initializer_range": 0.2}, **MLA, **MOE)
+    config = ModelConfig(
+        **{**BODY, "max_position_embeddings": 256, "initializer_range": 0.2}, **MLA, **MOE
+    )
     lamoe.save(Transformer(config).init_weights(1).eval(), folder)
     Tokenizer.load(checkpoint.latest(trained) / "model").save(folder)
-    process = subprocess.Popen([sys.executable, "-m", "lamoe", "serve", str(folder), "--port", "0", "--api-key", "secret", "--threads", "1", "--kv-cache-dtype", "6bit"],
-                               stderr=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[2])
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "lamoe",
+            "serve",
+            str(folder),
+            "--port",
+            "0",
+            "--api-key",
+            "secret",
+            "--threads",
+            "1",
+            "--kv-cache-dtype",
+            "6bit",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
     said = []
     for line in process.stderr:
         said.append(line)
@@ -394,7 +458,9 @@ def real(trained, tmp_path_factory):
 
 def test_the_page_and_the_real_server_understand_each_other(tabs, real):
     page = tabs.open(real, ready=False)
-    expect(page.locator("#key-dialog")).to_be_visible(timeout=20000)  # the key is asked before the model is there
+    expect(page.locator("#key-dialog")).to_be_visible(
+        timeout=20000
+    )  # the key is asked before the model is there
     page.locator("#key").fill("secret")
     page.keyboard.press("Enter")
     expect(page.locator("#dot")).to_have_class("dot ready", timeout=20000)
@@ -412,8 +478,12 @@ def test_the_page_and_the_real_server_understand_each_other(tabs, real):
     assert first["usage"]["completion_tokens"] == 24 and first["content"]
     page.keyboard.press("Alt+r")
     done(page)
-    expect(page.locator("#hits-reply")).not_to_contain_text("0 of ")  # the prompt's pages were still there
-    assert stored(page)[0]["messages"][1]["versions"][1]["content"] == first["content"]  # the same seed
+    expect(page.locator("#hits-reply")).not_to_contain_text(
+        "0 of "
+    )  # the prompt's pages were still there
+    assert (
+        stored(page)[0]["messages"][1]["versions"][1]["content"] == first["content"]
+    )  # the same seed
     page.keyboard.press("Alt+n")
     page.keyboard.press("Alt+s")
     page.get_by_label("Tokens per reply", exact=True).fill("1000")
@@ -421,7 +491,9 @@ def test_the_page_and_the_real_server_understand_each_other(tabs, real):
     page.get_by_role("tab", name="Live").click()
     send(page, "the dog ran on the hill")
     expect(note.last).to_contain_text("The context is full: 256 of 256 tokens")
-    expect(page.locator("#pool-text")).to_have_text(re.compile("^0 of "))  # all pages are free again
+    expect(page.locator("#pool-text")).to_have_text(
+        re.compile("^0 of ")
+    )  # all pages are free again
     page.locator("#input").fill("the bird sang " * 400)
     expect(page.locator("#draft-note")).to_contain_text("this model reads 256. Shorten it to send.")
     expect(page.locator("#send")).to_be_disabled()

@@ -3,22 +3,54 @@
 import re
 
 import pytest
-from chromium import NARROWEST, PHONE, browser, done, page, reply, send, server, tabs  # noqa: F401 (some are fixtures)
-from page_server import EVIL, PAGE, REPLY
 from playwright.sync_api import Page, expect
 
+from chromium import NARROWEST, PHONE, browser, done, page, reply, send, server, tabs  # noqa: F401 (some are fixtures)
+from page_server import EVIL, PAGE, REPLY
 
 # ---- nothing gets in -----------------------------------------------------------------------------------------------------------
-ALLOWED_TAGS = set("DIV P BR STRONG EM DEL CODE PRE SPAN A UL OL LI BLOCKQUOTE H2 H3 H4 H5 H6 HR TABLE THEAD TBODY TR TH TD BUTTON svg use".split())
-VECTORS = [EVIL, "<script>pwned=1</script>", "<img src=x onerror=pwned=1>", "[a](javascript:pwned=1)", "[a](JaVaScRiPt:pwned=1)", "[a]( \x01javascript:pwned=1)",
-           "[a](java\nscript:pwned=1)", "[a](vbscript:x)", "[a](data:text/html;base64,PHNjcmlwdD4=)", "<javascript:pwned=1>", "![x](javascript:pwned=1)",
-           '[a](https://x.example "t\\" onmouseover=\\"pwned=1")', "[a](<https://x.example/\" onclick=\"pwned=1>)", "```\" onload=\"pwned=1\nx\n```", "`<img src=x onerror=pwned=1>`",
-           "| <img src=x onerror=pwned=1> | [b](javascript:pwned=1) |\n|---|---|\n| <svg/onload=pwned=1> | c |", "# <iframe srcdoc='<script>parent.pwned=1</script>'>",
-           "- <details open ontoggle=pwned=1>", "> <form><button formaction=javascript:pwned=1>x", "[r]\n\n[r]: javascript:pwned=1", "<a id=input name=scroll>x</a>",
-           "&lt;script&gt;pwned=1&lt;/script&gt;", "<noscript><p title='</noscript><img src=x onerror=pwned=1>'>", "<!-- --!><img src=x onerror=pwned=1> -->",
-           "<style>@import 'https://x.example/';*{display:none}</style>", "<base href=https://x.example/>", "<meta http-equiv=refresh content='0;url=https://x.example'>",
-           "<link rel=stylesheet href=https://x.example/x.css>", "```html\n<img src=x onerror=pwned=1></code></pre><script>pwned=1</script>\n```", ">" * 3000 + "deep", "[" * 3000,
-           "*" * 3000 + "a" + "*" * 3000, "\x00<scr\x00ipt>pwned=1</script>", "<x-\ud83d\ude00 onclick=pwned=1>", "http://x.example/<script>pwned=1</script>", "[a](/v1/models) [b](tel:1) [c](ftp://x.example) [d](#input) [e](//x.example)", "www.x.example\"onclick=pwned=1"]
+ALLOWED_TAGS = set(
+    "DIV P BR STRONG EM DEL CODE PRE SPAN A UL OL LI BLOCKQUOTE H2 H3 H4 H5 H6 HR TABLE THEAD TBODY TR TH TD BUTTON svg use".split()
+)
+VECTORS = [
+    EVIL,
+    "<script>pwned=1</script>",
+    "<img src=x onerror=pwned=1>",
+    "[a](javascript:pwned=1)",
+    "[a](JaVaScRiPt:pwned=1)",
+    "[a]( \x01javascript:pwned=1)",
+    "[a](java\nscript:pwned=1)",
+    "[a](vbscript:x)",
+    "[a](data:text/html;base64,PHNjcmlwdD4=)",
+    "<javascript:pwned=1>",
+    "![x](javascript:pwned=1)",
+    '[a](https://x.example "t\\" onmouseover=\\"pwned=1")',
+    '[a](<https://x.example/" onclick="pwned=1>)',
+    '```" onload="pwned=1\nx\n```',
+    "`<img src=x onerror=pwned=1>`",
+    "| <img src=x onerror=pwned=1> | [b](javascript:pwned=1) |\n|---|---|\n| <svg/onload=pwned=1> | c |",
+    "# <iframe srcdoc='<script>parent.pwned=1</script>'>",
+    "- <details open ontoggle=pwned=1>",
+    "> <form><button formaction=javascript:pwned=1>x",
+    "[r]\n\n[r]: javascript:pwned=1",
+    "<a id=input name=scroll>x</a>",
+    "&lt;script&gt;pwned=1&lt;/script&gt;",
+    "<noscript><p title='</noscript><img src=x onerror=pwned=1>'>",
+    "<!-- --!><img src=x onerror=pwned=1> -->",
+    "<style>@import 'https://x.example/';*{display:none}</style>",
+    "<base href=https://x.example/>",
+    "<meta http-equiv=refresh content='0;url=https://x.example'>",
+    "<link rel=stylesheet href=https://x.example/x.css>",
+    "```html\n<img src=x onerror=pwned=1></code></pre><script>pwned=1</script>\n```",
+    ">" * 3000 + "deep",
+    "[" * 3000,
+    "*" * 3000 + "a" + "*" * 3000,
+    "\x00<scr\x00ipt>pwned=1</script>",
+    "<x-\ud83d\ude00 onclick=pwned=1>",
+    "http://x.example/<script>pwned=1</script>",
+    "[a](/v1/models) [b](tel:1) [c](ftp://x.example) [d](#input) [e](//x.example)",
+    'www.x.example"onclick=pwned=1',
+]
 RENDER = """async (vectors) => {
   const { Prose } = await import('/page/markdown.js');
   return vectors.map(v => {
@@ -35,17 +67,28 @@ def test_markdown_lets_no_html_through(page):
         for tag, attributes in out["nodes"]:
             assert tag in ALLOWED_TAGS, (vector, tag)
             for name, value in attributes:
-                assert not name.startswith("on") and name not in ("style", "id", "name", "src", "srcdoc", "action", "formaction"), (vector, name, value)
+                assert not name.startswith("on") and name not in (
+                    "style",
+                    "id",
+                    "name",
+                    "src",
+                    "srcdoc",
+                    "action",
+                    "formaction",
+                ), (vector, name, value)
                 if name == "href":
                     assert re.match(r"https?://|mailto:|#i-", value), (vector, value)
-    assert "<script>pwned=1</script>" in page.evaluate(RENDER, [VECTORS[1]])[0]["text"]  # shown, not dropped: a reader sees what the model said
+    assert (
+        "<script>pwned=1</script>" in page.evaluate(RENDER, [VECTORS[1]])[0]["text"]
+    )  # shown, not dropped: a reader sees what the model said
     page.wait_for_timeout(100)
     assert page.evaluate("window.pwned") is None
 
 
 def test_markdown_that_grows_ends_like_markdown_that_came_at_once(page):
     text = f"{REPLY}\n{EVIL}\n- a\n- b\n  - c\n\n  more of b\n\n[ref]\n\nSetext\n===\n\n1) x\n\n    indented\n\n[ref]: https://x.example\n"
-    same = page.evaluate("""async (text) => {
+    same = page.evaluate(
+        """async (text) => {
       const { Prose } = await import('/page/markdown.js');
       const [grown, whole] = [document.createElement('div'), document.createElement('div')];
       const prose = new Prose(grown);
@@ -53,7 +96,9 @@ def test_markdown_that_grows_ends_like_markdown_that_came_at_once(page):
       prose.update(text);
       new Prose(whole).update(text);
       return [grown.innerHTML === whole.innerHTML, whole.children.length];
-    }""", text)
+    }""",
+        text,
+    )
     assert same == [True, 15]
 
 
@@ -72,14 +117,21 @@ def test_nothing_that_anybody_says_becomes_part_of_the_page(tabs, server):
     page.reload()
     expect(reply(page)).to_contain_text('<img src=x onerror="window.pwned=1">')
     assert page.evaluate("window.pwned") is None
-    assert page.locator(":is(img, iframe, style, form:not(#composer, dialog form), base, object, embed, math):not(head *)").count() == 0
+    assert (
+        page.locator(
+            ":is(img, iframe, style, form:not(#composer, dialog form), base, object, embed, math):not(head *)"
+        ).count()
+        == 0
+    )
     assert page.locator("[id=input]").count() == 1 and page.locator("script").count() == 2
 
 
 def test_the_browser_itself_refuses_html_from_text(tabs, server):
     """Should a later change write text as HTML after all, Trusted Types stop it; and with them the CSP stops inline code."""
     page = tabs.open(server.url)
-    failed = page.evaluate("""() => { try { document.createElement('div').innerHTML = '<b>x</b>'; return 'taken' } catch (e) { return e.name } }""")
+    failed = page.evaluate(
+        """() => { try { document.createElement('div').innerHTML = '<b>x</b>'; return 'taken' } catch (e) { return e.name } }"""
+    )
     assert failed == "TypeError"
     assert len(page.evaluate("new Promise(done => setTimeout(() => done(violations), 50))")) == 1
     page.evaluate("violations.length = 0")
@@ -107,7 +159,9 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(tabs, server, size):
     page.locator("#settings-open").tap()
     expect(page.locator("#system")).to_be_in_viewport()
     assert page.evaluate(fits)
-    small = page.evaluate("""[...document.querySelectorAll('main button, #panel button')].filter(b => b.checkVisibility() && b.offsetHeight < 24).map(b => b.outerHTML)""")
+    small = page.evaluate(
+        """[...document.querySelectorAll('main button, #panel button')].filter(b => b.checkVisibility() && b.offsetHeight < 24).map(b => b.outerHTML)"""
+    )
     assert small == []
 
 
@@ -139,12 +193,28 @@ def test_everything_works_by_keyboard(page, server):
     order = []
     for _ in range(40):
         page.keyboard.press("Tab")
-        order.append(page.evaluate("""() => { const e = document.activeElement; const s = getComputedStyle(e);
-            return [e.id || e.getAttribute('aria-label') || e.className, s.outlineStyle !== 'none' || s.boxShadow !== 'none' || e.closest('.composer, .segments') !== null] }"""))
+        order.append(
+            page.evaluate("""() => { const e = document.activeElement; const s = getComputedStyle(e);
+            return [e.id || e.getAttribute('aria-label') || e.className, s.outlineStyle !== 'none' || s.boxShadow !== 'none' || e.closest('.composer, .segments') !== null] }""")
+        )
     names = [n for n, _ in order]
-    places = [names.index(n) for n in ("new", "help-button", "panel-open", "Code, python", "input", "settings-open", "tab-live", "heat-details" if "heat-details" in names else "live")]
+    places = [
+        names.index(n)
+        for n in (
+            "new",
+            "help-button",
+            "panel-open",
+            "Code, python",
+            "input",
+            "settings-open",
+            "tab-live",
+            "heat-details" if "heat-details" in names else "live",
+        )
+    ]
     assert places == sorted(places), names
-    assert all(seen for n, seen in order if n not in ("", "body")), [n for n, seen in order if not seen]
+    assert all(seen for n, seen in order if n not in ("", "body")), [
+        n for n, seen in order if not seen
+    ]
 
 
 def test_the_end_is_followed_unless_the_reader_has_left_it(page, server):
@@ -154,7 +224,9 @@ def test_the_end_is_followed_unless_the_reader_has_left_it(page, server):
     page.keyboard.press("PageUp")
     expect(page.locator("#latest")).to_be_visible()
     server.delay = 0.002
-    page.locator("#input").fill("x")  # regenerating goes to the end again; scrolling up while it writes stays
+    page.locator("#input").fill(
+        "x"
+    )  # regenerating goes to the end again; scrolling up while it writes stays
     page.keyboard.press("Alt+r")
     expect(reply(page)).to_contain_text("Paragraph 8")
     page.keyboard.press("PageUp")
@@ -172,13 +244,40 @@ def accessible(page: Page) -> list[str]:
     session = page.context.new_cdp_session(page)
     nodes = session.send("Accessibility.getFullAXTree")["nodes"]
     session.detach()
-    needs = {"button", "link", "textbox", "searchbox", "spinbutton", "slider", "radio", "tab", "tabpanel", "dialog", "img", "image", "region", "complementary", "navigation",
-             "article", "heading", "combobox", "checkbox", "Canvas", "canvas"}
+    needs = {
+        "button",
+        "link",
+        "textbox",
+        "searchbox",
+        "spinbutton",
+        "slider",
+        "radio",
+        "tab",
+        "tabpanel",
+        "dialog",
+        "img",
+        "image",
+        "region",
+        "complementary",
+        "navigation",
+        "article",
+        "heading",
+        "combobox",
+        "checkbox",
+        "Canvas",
+        "canvas",
+    }
     wrong = []
     for n in nodes:
         role, name = n.get("role", {}).get("value"), n.get("name", {}).get("value", "").strip()
-        focusable = any(p["name"] == "focusable" and p["value"]["value"] for p in n.get("properties", []))
-        if not n.get("ignored") and not name and (role in needs or (focusable and role not in ("RootWebArea", "generic"))):
+        focusable = any(
+            p["name"] == "focusable" and p["value"]["value"] for p in n.get("properties", [])
+        )
+        if (
+            not n.get("ignored")
+            and not name
+            and (role in needs or (focusable and role not in ("RootWebArea", "generic")))
+        ):
             wrong.append(f"no name: {role}")
     wrong += page.evaluate("""() => {
       const all = [...document.querySelectorAll('[id]')].map(e => e.id), out = all.filter((id, i) => all.indexOf(id) !== i).map(id => `id twice: ${id}`);
@@ -255,16 +354,28 @@ def test_the_theme_follows_the_system_and_can_be_fixed(tabs, server):
 # ---- the live panel ------------------------------------------------------------------------------------------------------------
 def test_the_panel_shows_the_cache_beside_other_attention(page, server):
     bars = page.locator("#bars li")
-    expect(bars).to_have_text(["This model, 6 bits252 B", "MQA, one head cached1.02 kB", "GQA, grouped heads2.05 kB", "MHA, every head4.10 kB"])
+    expect(bars).to_have_text(
+        [
+            "This model, 6 bits252 B",
+            "MQA, one head cached1.02 kB",
+            "GQA, grouped heads2.05 kB",
+            "MHA, every head4.10 kB",
+        ]
+    )
     server.delay = 0.02
     send(page, "slow", wait=False)
     expect(page.locator("#cache-tokens")).to_contain_text(re.compile(r"^for \d+ tokens$"))
     expect(page.locator("#queue")).to_have_text("1, 0")
     tokens = int(re.search(r"\d+", page.locator("#cache-tokens").inner_text())[0])
-    assert page.locator("#cache-now").inner_text() in (f"{tokens * 252 / 1000:.3g} kB", f"{tokens * 252 / 1000:.2f} kB")
+    assert page.locator("#cache-now").inner_text() in (
+        f"{tokens * 252 / 1000:.3g} kB",
+        f"{tokens * 252 / 1000:.2f} kB",
+    )
     page.wait_for_timeout(350)  # the bars move
     widths = [w["width"] for w in (bar.bounding_box() for bar in page.locator("#bars i").all())]
-    assert widths[0] / widths[3] == pytest.approx(252 / 4096, abs=0.01) and widths[2] / widths[3] == pytest.approx(0.5, abs=0.01)
+    assert widths[0] / widths[3] == pytest.approx(252 / 4096, abs=0.01) and widths[2] / widths[
+        3
+    ] == pytest.approx(0.5, abs=0.01)
     assert float(page.locator("#speed").inner_text()) > 0
     page.keyboard.press("Escape")
     done(page)
@@ -281,8 +392,15 @@ def test_the_expert_load_is_a_heat_map_with_words(page, server):
     send(page, "hello")
     heat = page.locator("#heat")
     expect(heat).to_be_visible()
-    expect(heat).to_have_attribute("aria-label", re.compile(r"Expert load. 5 layers of 16 experts. Most uneven: layer \d, where expert \d+ had \d\.\d times"))
-    colours = heat.evaluate("c => new Set([...new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)]).size")
+    expect(heat).to_have_attribute(
+        "aria-label",
+        re.compile(
+            r"Expert load. 5 layers of 16 experts. Most uneven: layer \d, where expert \d+ had \d\.\d times"
+        ),
+    )
+    colours = heat.evaluate(
+        "c => new Set([...new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)]).size"
+    )
     assert colours > 8
     page.locator("summary", has_text="As a table").click()
     expect(page.locator("#heat-rows tr")).to_have_count(5)
@@ -290,7 +408,9 @@ def test_the_expert_load_is_a_heat_map_with_words(page, server):
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
-    expect(page.locator("#heat-cell")).to_have_text(re.compile(r"Layer 2, expert 1: chosen \d+ times?, \d\.\d × even\."))
+    expect(page.locator("#heat-cell")).to_have_text(
+        re.compile(r"Layer 2, expert 1: chosen \d+ times?, \d\.\d × even\.")
+    )
     box = heat.bounding_box()
     page.mouse.move(box["x"] + box["width"] - 2, box["y"] + box["height"] - 2)
     expect(page.locator("#heat-cell")).to_contain_text("Layer 5, expert 15")
@@ -302,8 +422,16 @@ def test_the_files_are_small_readable_and_licensed():
     assert {"index.html", "style.css", "app.js"} <= {p.name for p in own}
     for p in own:
         text = p.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 400 and text == "".join(line.rstrip() + "\n" for line in text.splitlines()), p.name
-        assert p.suffix != ".js" or not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text.replace("no innerHTML", "")), p.name
+        assert len(text.splitlines()) <= 400 and text == "".join(
+            line.rstrip() + "\n" for line in text.splitlines()
+        ), p.name
+        assert p.suffix != ".js" or not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function",
+            text.replace("no innerHTML", ""),
+        ), p.name
         assert not re.search(r"""(src|href)=["']?https?:|@import|url\(""", text), p.name
     for p in PAGE.glob("vendor-*.js"):
-        assert len(p.with_name(f"{p.stem}.LICENSE.txt").read_text()) > 500 and "sourceMappingURL" not in p.read_text()
+        assert (
+            len(p.with_name(f"{p.stem}.LICENSE.txt").read_text()) > 500
+            and "sourceMappingURL" not in p.read_text()
+        )

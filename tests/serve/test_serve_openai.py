@@ -4,6 +4,7 @@ import asyncio
 
 import openai
 import pytest
+
 from tiny_server import NAME, TOOL_TEMPLATE, Running, llm, tok
 
 KEY = "sk-test-0123456789"
@@ -23,36 +24,99 @@ def client(server):
 
 
 def test_completions(client):
-    got = client.completions.create(model=NAME, prompt="the cat", max_tokens=8, temperature=0, logprobs=2, stop=["never there"])
-    assert got.choices[0].finish_reason == "length" and len(got.choices[0].logprobs.token_logprobs) == 8 and got.usage.completion_tokens == 8
-    chunks = list(client.completions.create(model=NAME, prompt="the cat", max_tokens=8, temperature=0, stream=True, stream_options={"include_usage": True}))
-    assert "".join(c.choices[0].text for c in chunks[:-1]) == got.choices[0].text and chunks[-1].usage.total_tokens == got.usage.total_tokens
+    got = client.completions.create(
+        model=NAME, prompt="the cat", max_tokens=8, temperature=0, logprobs=2, stop=["never there"]
+    )
+    assert (
+        got.choices[0].finish_reason == "length"
+        and len(got.choices[0].logprobs.token_logprobs) == 8
+        and got.usage.completion_tokens == 8
+    )
+    chunks = list(
+        client.completions.create(
+            model=NAME,
+            prompt="the cat",
+            max_tokens=8,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert (
+        "".join(c.choices[0].text for c in chunks[:-1]) == got.choices[0].text
+        and chunks[-1].usage.total_tokens == got.usage.total_tokens
+    )
 
 
 def test_chat(client):
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
-    got = client.chat.completions.create(model=NAME, messages=messages, max_completion_tokens=8, temperature=0, n=2, logprobs=True, top_logprobs=2)
-    assert len(got.choices) == 2 and got.choices[0].message.content == got.choices[1].message.content
-    assert got.usage.prompt_tokens_details.cached_tokens is not None and len(got.choices[0].logprobs.content[0].top_logprobs) == 2
-    text = "".join(c.choices[0].delta.content or "" for c in client.chat.completions.create(model=NAME, messages=messages, max_tokens=8, temperature=0, stream=True))
+    got = client.chat.completions.create(
+        model=NAME,
+        messages=messages,
+        max_completion_tokens=8,
+        temperature=0,
+        n=2,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    assert (
+        len(got.choices) == 2 and got.choices[0].message.content == got.choices[1].message.content
+    )
+    assert (
+        got.usage.prompt_tokens_details.cached_tokens is not None
+        and len(got.choices[0].logprobs.content[0].top_logprobs) == 2
+    )
+    text = "".join(
+        c.choices[0].delta.content or ""
+        for c in client.chat.completions.create(
+            model=NAME, messages=messages, max_tokens=8, temperature=0, stream=True
+        )
+    )
     assert text == got.choices[0].message.content
-    with client.chat.completions.stream(model=NAME, messages=messages, max_tokens=8, temperature=0, stop=text[3:5]) as stream:  # the helper that puts deltas together
-        assert stream.get_final_completion().choices[0].message.content == text[: text.index(text[3:5])]
-    again = [*messages, got.choices[0].message.model_dump(), {"role": "user", "content": "go on"}]  # a reply goes back as it came
-    assert client.chat.completions.create(model=NAME, messages=again, max_tokens=2).choices[0].finish_reason
-    assert client.chat.completions.create(model=NAME, messages=messages, max_tokens=3, extra_body={"top_k": 1, "min_p": 0.1}).choices[0].message.content is not None
+    with client.chat.completions.stream(
+        model=NAME, messages=messages, max_tokens=8, temperature=0, stop=text[3:5]
+    ) as stream:  # the helper that puts deltas together
+        assert (
+            stream.get_final_completion().choices[0].message.content
+            == text[: text.index(text[3:5])]
+        )
+    again = [
+        *messages,
+        got.choices[0].message.model_dump(),
+        {"role": "user", "content": "go on"},
+    ]  # a reply goes back as it came
+    assert (
+        client.chat.completions.create(model=NAME, messages=again, max_tokens=2)
+        .choices[0]
+        .finish_reason
+    )
+    assert (
+        client.chat.completions.create(
+            model=NAME, messages=messages, max_tokens=3, extra_body={"top_k": 1, "min_p": 0.1}
+        )
+        .choices[0]
+        .message.content
+        is not None
+    )
 
 
 def test_raw_headers_carry_the_request_id(client):
-    raw = client.chat.completions.with_raw_response.create(model=NAME, messages=[{"role": "user", "content": "a"}], max_tokens=2)
+    raw = client.chat.completions.with_raw_response.create(
+        model=NAME, messages=[{"role": "user", "content": "a"}], max_tokens=2
+    )
     assert raw.headers["x-request-id"] == raw.parse().id == raw.parse()._request_id
 
 
 def test_models_and_embeddings(client):
-    assert [m.id for m in client.models.list()] == [NAME] and client.models.retrieve(NAME).id == NAME
+    assert [m.id for m in client.models.list()] == [NAME] and client.models.retrieve(
+        NAME
+    ).id == NAME
     got = client.embeddings.create(model=NAME, input=["a", "the cat"])  # the client asks for base64
     plain = client.embeddings.create(model=NAME, input="the cat", encoding_format="float")
-    assert got.data[1].embedding == pytest.approx(plain.data[0].embedding, rel=1e-5) and len(plain.data[0].embedding) == 32
+    assert (
+        got.data[1].embedding == pytest.approx(plain.data[0].embedding, rel=1e-5)
+        and len(plain.data[0].embedding) == 32
+    )
 
 
 def test_errors(client, server):
@@ -67,14 +131,29 @@ def test_errors(client, server):
 
 def test_async_side_by_side_equals_sync(client, server):
     prompts = ["the cat", "a dog", "rain", "one bird sang"]
-    want = [client.completions.create(model=NAME, prompt=p, max_tokens=10, seed=7).choices[0].text for p in prompts]
+    want = [
+        client.completions.create(model=NAME, prompt=p, max_tokens=10, seed=7).choices[0].text
+        for p in prompts
+    ]
 
     async def main():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as c:
-            whole = asyncio.gather(*(c.completions.create(model=NAME, prompt=p, max_tokens=10, seed=7) for p in prompts))
+            whole = asyncio.gather(
+                *(
+                    c.completions.create(model=NAME, prompt=p, max_tokens=10, seed=7)
+                    for p in prompts
+                )
+            )
 
             async def streamed(p):
-                return "".join([e.choices[0].text async for e in await c.completions.create(model=NAME, prompt=p, max_tokens=10, seed=7, stream=True)])
+                return "".join(
+                    [
+                        e.choices[0].text
+                        async for e in await c.completions.create(
+                            model=NAME, prompt=p, max_tokens=10, seed=7, stream=True
+                        )
+                    ]
+                )
 
             streams = asyncio.gather(*map(streamed, prompts))
             return [r.choices[0].text for r in await whole], await streams
@@ -85,34 +164,78 @@ def test_async_side_by_side_equals_sync(client, server):
 def test_tool_calls(monkeypatch):
     """The model is random, so what it 'says' is put in its mouth: token by token, through the same streams as ever."""
     t = tok(tools=True)
-    said = t.encode("I look.\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{\"city\": \"Rome\"}\n```<｜tool▁call▁end｜>"
-                    "<｜tool▁call▁begin｜>function<｜tool▁sep｜>time\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>", allow_special=True) + [t.eos_id]
+    said = t.encode(
+        'I look.\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "Rome"}\n```<｜tool▁call▁end｜>'
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>time\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        allow_special=True,
+    ) + [t.eos_id]
     seen = {}
 
     def speak(logits, p, generator=None):
         return seen["left"].pop(0)
 
     monkeypatch.setattr("lamoe.engine.llm.sample", speak)
-    tools = [{"type": "function", "function": {"name": n, "description": "d", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
-             for n in ("weather", "time")]
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": n,
+                "description": "d",
+                "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+            },
+        }
+        for n in ("weather", "time")
+    ]
     messages = [{"role": "user", "content": "Rome?"}]
     assert t.chat_template == TOOL_TEMPLATE
-    with Running(lambda: llm(tok=t, speculate=0)) as s, openai.OpenAI(base_url=f"{s.wait_ready().url}/v1", api_key="none", max_retries=0) as client:
+    with (
+        Running(lambda: llm(tok=t, speculate=0)) as s,
+        openai.OpenAI(base_url=f"{s.wait_ready().url}/v1", api_key="none", max_retries=0) as client,
+    ):
+
         def ask(**more):
             seen["left"] = list(said)
-            return client.chat.completions.create(model=NAME, messages=messages, tools=tools, **more)
+            return client.chat.completions.create(
+                model=NAME, messages=messages, tools=tools, **more
+            )
 
         reply = ask().choices[0]
         assert (reply.finish_reason, reply.message.content) == ("tool_calls", "I look.")
-        assert [(c.function.name, c.function.arguments) for c in reply.message.tool_calls] == [("weather", '{"city": "Rome"}'), ("time", "{}")]
+        assert [(c.function.name, c.function.arguments) for c in reply.message.tool_calls] == [
+            ("weather", '{"city": "Rome"}'),
+            ("time", "{}"),
+        ]
         assert len(ask(parallel_tool_calls=False).choices[0].message.tool_calls) == 1
         chunks = list(ask(stream=True))
-        assert "".join(c.choices[0].delta.content or "" for c in chunks) == "I look." and chunks[-1].choices[0].finish_reason == "tool_calls"
+        assert (
+            "".join(c.choices[0].delta.content or "" for c in chunks) == "I look."
+            and chunks[-1].choices[0].finish_reason == "tool_calls"
+        )
         streamed = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or []]
-        assert [(c.index, c.function.name, c.function.arguments) for c in streamed] == [(0, "weather", '{"city": "Rome"}'), (1, "time", "{}")]
-        back = [*messages, reply.message.model_dump(exclude_none=True), {"role": "tool", "tool_call_id": reply.message.tool_calls[0].id, "content": "20 degrees"}]
+        assert [(c.index, c.function.name, c.function.arguments) for c in streamed] == [
+            (0, "weather", '{"city": "Rome"}'),
+            (1, "time", "{}"),
+        ]
+        back = [
+            *messages,
+            reply.message.model_dump(exclude_none=True),
+            {
+                "role": "tool",
+                "tool_call_id": reply.message.tool_calls[0].id,
+                "content": "20 degrees",
+            },
+        ]
         seen["left"] = t.encode("Mild.") + [t.eos_id]
         final = client.chat.completions.create(model=NAME, messages=back, tools=tools)
-        assert final.choices[0].message.content == "Mild." and final.choices[0].finish_reason == "stop"
+        assert (
+            final.choices[0].message.content == "Mild." and final.choices[0].finish_reason == "stop"
+        )
         seen["left"] = list(said)
-        assert client.chat.completions.create(model=NAME, messages=messages, tools=tools, tool_choice="none").choices[0].message.tool_calls is None
+        assert (
+            client.chat.completions.create(
+                model=NAME, messages=messages, tools=tools, tool_choice="none"
+            )
+            .choices[0]
+            .message.tool_calls
+            is None
+        )

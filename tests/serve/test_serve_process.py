@@ -15,12 +15,12 @@ from pathlib import Path
 import httpx2
 import pytest
 from test_serve_limits import Client
-from tiny_run import trained  # noqa: F401 (a fixture)
-from tiny_server import until
 
 from lamoe import cli
 from lamoe.serve import settings
 from lamoe.serve.settings import Settings
+from tiny_run import trained  # noqa: F401 (a fixture)
+from tiny_server import until
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +36,18 @@ class Process:
     """A server in a process of its own. `log`: its JSON lines so far."""
 
     def __init__(self, *words, cwd=None, **environment):
-        env = {k: v for k, v in os.environ.items() if not k.startswith("LAMOE_")} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LAMOE_THREADS": "1"} | environment
-        self.process = subprocess.Popen([sys.executable, "-m", "lamoe", "serve", *map(str, words)], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        env = (
+            {k: v for k, v in os.environ.items() if not k.startswith("LAMOE_")}
+            | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LAMOE_THREADS": "1"}
+            | environment
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lamoe", "serve", *map(str, words)],
+            cwd=cwd,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         os.set_blocking(self.process.stderr.fileno(), False)
         self._text = b""
 
@@ -70,25 +80,56 @@ def test_sigterm_drains_and_a_second_one_aborts(trained, tmp_path):  # noqa: F81
     """Started with nothing but a folder that has runs/: the newest one is served. Then both ends of a life, in one process each."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").symlink_to(trained)
-    with Process("--port", 0, "--seed", 7, cwd=tmp_path, LAMOE_API_KEY="sk-from-the-environment", LAMOE_MAX_NUM_SEQS="3") as p:
+    with Process(
+        "--port",
+        0,
+        "--seed",
+        7,
+        cwd=tmp_path,
+        LAMOE_API_KEY="sk-from-the-environment",
+        LAMOE_MAX_NUM_SEQS="3",
+    ) as p:
         p.wait_ready()
-        with httpx2.Client(base_url=p.url, headers={"authorization": "Bearer sk-from-the-environment"}, timeout=30) as c:
+        with httpx2.Client(
+            base_url=p.url, headers={"authorization": "Bearer sk-from-the-environment"}, timeout=30
+        ) as c:
             [model] = c.get("/v1/models").json()["data"]
-            assert (model["id"], model["max_model_len"]) == ("mine", 64) and httpx2.get(f"{p.url}/v1/models").status_code == 401
-            first = [c.post("/v1/completions", json={"prompt": "the ", "max_tokens": 8}).json()["choices"][0]["text"] for _ in range(2)]
+            assert (model["id"], model["max_model_len"]) == ("mine", 64) and httpx2.get(
+                f"{p.url}/v1/models"
+            ).status_code == 401
+            first = [
+                c.post("/v1/completions", json={"prompt": "the ", "max_tokens": 8}).json()[
+                    "choices"
+                ][0]["text"]
+                for _ in range(2)
+            ]
             assert first[0] == first[1]  # --seed is that of requests without one
-            with c.stream("POST", "/v1/completions", json={"prompt": "the ", "max_tokens": 50, "ignore_eos": True, "stream": True}) as r:
+            with c.stream(
+                "POST",
+                "/v1/completions",
+                json={"prompt": "the ", "max_tokens": 50, "ignore_eos": True, "stream": True},
+            ) as r:
                 lines = r.iter_lines()
                 next(lines)
                 p.process.send_signal(signal.SIGTERM)
                 assert [line for line in lines if line][-1] == "data: [DONE]"
         assert p.process.wait(20) == 0 and p.event("draining") and p.event("stopped")["code"] == 0
         request = next(line for line in p.log if line.get("path") == "/v1/completions")
-        assert request["id"].startswith("cmpl-") and request["status"] == 200 and request["generated_tokens"] == 8 and request["ms"] > 0
-        assert b"sk-from" not in p._text and all({"time", "level", "event"} <= set(line) for line in p.log)
+        assert (
+            request["id"].startswith("cmpl-")
+            and request["status"] == 200
+            and request["generated_tokens"] == 8
+            and request["ms"] > 0
+        )
+        assert b"sk-from" not in p._text and all(
+            {"time", "level", "event"} <= set(line) for line in p.log
+        )
     with Process(trained, "--port", 0, "--max-num-seqs", 1) as p:
         p.wait_ready()
-        slow = [Client(p, prompt=["the"] * 40, max_tokens=60, ignore_eos=True, n=3, seed=1) for _ in range(1)]
+        slow = [
+            Client(p, prompt=["the"] * 40, max_tokens=60, ignore_eos=True, n=3, seed=1)
+            for _ in range(1)
+        ]
         time.sleep(0.3)
         p.process.send_signal(signal.SIGTERM)
         until(lambda: p.event("draining"))
@@ -96,7 +137,10 @@ def test_sigterm_drains_and_a_second_one_aborts(trained, tmp_path):  # noqa: F81
         p.process.send_signal(signal.SIGTERM)
         assert p.process.wait(10) == 1 and time.monotonic() - started < 5, p.log
         slow[0].join(5)
-        assert slow[0].status in (0, 503) and p.event("requests are cut off")["why"] == "a second signal"
+        assert (
+            slow[0].status in (0, 503)
+            and p.event("requests are cut off")["why"] == "a second signal"
+        )
 
 
 def test_sigterm_while_the_model_loads(trained):  # noqa: F811
@@ -107,8 +151,15 @@ def test_sigterm_while_the_model_loads(trained):  # noqa: F811
 
 
 def test_the_examples_of_the_readme(trained):  # noqa: F811
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split("## Serve it")[1].split("\n## ")[0]
-    shell, python = (re.search(rf"```{kind}\n(.*?)```", readme, re.DOTALL)[1] for kind in ("sh", "py"))
+    readme = (
+        (Path(__file__).parents[2] / "README.md")
+        .read_text(encoding="utf-8")
+        .split("## Serve it")[1]
+        .split("\n## ")[0]
+    )
+    shell, python = (
+        re.search(rf"```{kind}\n(.*?)```", readme, re.DOTALL)[1] for kind in ("sh", "py")
+    )
     with Process(trained, "--port", 0) as p:
         address = p.wait_ready().url.removeprefix("http://")
         run = [(["sh", "-c", shell], '"role":"assistant"')] if shutil.which("curl") else []
@@ -116,14 +167,27 @@ def test_the_examples_of_the_readme(trained):  # noqa: F811
             words = [w.replace("127.0.0.1:8000", address) for w in words]
             done = subprocess.run(words, capture_output=True, text=True, timeout=60)
             assert done.returncode == 0 and says in done.stdout and done.stdout.strip(), done.stderr
-        assert sum(line.get("status") == 200 and line.get("generated_tokens", 0) > 0 for line in p.log) == len(run) + 1
+        assert (
+            sum(line.get("status") == 200 and line.get("generated_tokens", 0) > 0 for line in p.log)
+            == len(run) + 1
+        )
 
 
-@pytest.mark.parametrize("words, says", [
-    (["/nowhere"], "/nowhere"), (["--port", "99999", "x"], "--port is 99999"), (["a", "--model", "b"], "two models are named"), (["x", "--max-num-seqs", "0"], "--max-num-seqs is 0"),
-    (["x", "--api-key", "a b\n"], "printable"), (["x", "--api-key-file", "/nowhere"], "/nowhere"), (["x", "--host", "nowhere.invalid"], "--host nowhere.invalid"), ([], "no trained model"),
-    (["x", "--log-level", "loud"], "known: debug"), (["x", "--request-timeout", "nan"], "--request-timeout"),
-])
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["/nowhere"], "/nowhere"),
+        (["--port", "99999", "x"], "--port is 99999"),
+        (["a", "--model", "b"], "two models are named"),
+        (["x", "--max-num-seqs", "0"], "--max-num-seqs is 0"),
+        (["x", "--api-key", "a b\n"], "printable"),
+        (["x", "--api-key-file", "/nowhere"], "/nowhere"),
+        (["x", "--host", "nowhere.invalid"], "--host nowhere.invalid"),
+        ([], "no trained model"),
+        (["x", "--log-level", "loud"], "known: debug"),
+        (["x", "--request-timeout", "nan"], "--request-timeout"),
+    ],
+)
 def test_what_cannot_start_says_why(words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code = cli.main(["serve", *words, *([] if "--port" in words else ["--port", "0"])])
@@ -147,14 +211,40 @@ def parse(*words, **environment) -> Settings:
 
 
 def test_every_flag_is_also_a_variable():
-    values = {"host": "::1", "port": "9", "api_key": "k", "api_key_file": "f", "served_model_name": "m", "max_model_len": "99", "max_num_seqs": "3", "max_num_batched_tokens": "33",
-              "kv_cache_dtype": "6bit", "quantization": "int4", "kv_cache_memory": "2GiB", "dtype": "float32", "threads": "2", "seed": "5", "max_queued_requests": "4", "max_choices": "5",
-              "max_body_bytes": "1MB", "max_header_bytes": "9kb", "max_connections": "6", "request_timeout": "1.5", "body_timeout": "2", "shutdown_timeout": "0", "allowed_hosts": "a,b",
-              "log_level": "debug"}
+    values = {
+        "host": "::1",
+        "port": "9",
+        "api_key": "k",
+        "api_key_file": "f",
+        "served_model_name": "m",
+        "max_model_len": "99",
+        "max_num_seqs": "3",
+        "max_num_batched_tokens": "33",
+        "kv_cache_dtype": "6bit",
+        "quantization": "int4",
+        "kv_cache_memory": "2GiB",
+        "dtype": "float32",
+        "threads": "2",
+        "seed": "5",
+        "max_queued_requests": "4",
+        "max_choices": "5",
+        "max_body_bytes": "1MB",
+        "max_header_bytes": "9kb",
+        "max_connections": "6",
+        "request_timeout": "1.5",
+        "body_timeout": "2",
+        "shutdown_timeout": "0",
+        "allowed_hosts": "a,b",
+        "log_level": "debug",
+    }
     assert set(values) == set(Settings.__dataclass_fields__)
     by_flag = parse(*[w for k, v in values.items() for w in ("--" + k.replace("_", "-"), v)])
     by_variable = parse(**{f"LAMOE_{k.upper()}": v for k, v in values.items()})
-    assert by_flag == by_variable and by_flag.kv_cache_memory == 2 << 30 and by_flag.hosts() == {"a", "b"}
+    assert (
+        by_flag == by_variable
+        and by_flag.kv_cache_memory == 2 << 30
+        and by_flag.hosts() == {"a", "b"}
+    )
     assert all(getattr(by_flag, k) != getattr(Settings(), k) for k in values)
     assert parse("--port", "1", LAMOE_PORT="2").port == 1 and parse(LAMOE_PORT="").port == 8000
     with pytest.raises(ValueError, match="LAMOE_PORT is not a value for --port"):
@@ -169,4 +259,8 @@ def test_keys_and_names(tmp_path):
     with pytest.raises(ValueError, match="holds no key"):
         Settings(api_key_file=str(file)).keys()
     assert Settings().hosts() == {"127.0.0.1", "::1", "localhost"}
-    assert Settings(api_key="k").hosts() is None and Settings(host="0.0.0.0").hosts() is None and Settings(allowed_hosts="*").hosts() is None
+    assert (
+        Settings(api_key="k").hosts() is None
+        and Settings(host="0.0.0.0").hosts() is None
+        and Settings(allowed_hosts="*").hosts() is None
+    )

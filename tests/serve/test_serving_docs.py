@@ -33,8 +33,14 @@ def options() -> str:
         flag = a.option_strings[-1] if a.option_strings else ""
         variable = re.search(r"\[(LAMOE_\w+)\]$", a.help or "")
         if flag in defaults and variable:
-            says = re.sub(r" \(default: [^)]*\)$", "", a.help.removesuffix(variable[0]).strip().replace("%%", "%"))
-            rows.append(f"| `{flag}` | `{variable[1]}` | {'' if defaults[flag] is None else f'`{defaults[flag]}`'} | {says.replace('|', '/')} |")
+            says = re.sub(
+                r" \(default: [^)]*\)$",
+                "",
+                a.help.removesuffix(variable[0]).strip().replace("%%", "%"),
+            )
+            rows.append(
+                f"| `{flag}` | `{variable[1]}` | {'' if defaults[flag] is None else f'`{defaults[flag]}`'} | {says.replace('|', '/')} |"
+            )
     assert len(rows) == len(defaults) + 2
     return "\n".join(rows)
 
@@ -53,12 +59,20 @@ def test_the_table_of_options_is_the_parsers():
 
 def test_every_variable_of_the_table_acts():
     sample = {str: "info", int: "70", float: "7.5", settings.parse_bytes: "1MB"}
-    for flag, variable in re.findall(r"^\| `(--[\w-]+)` \| `(LAMOE_\w+)` \|", between(TEXT, "options"), re.M):
-        field = next(f for f in dataclasses.fields(Settings) if f.name == flag[2:].replace("-", "_"))
-        value = {"LAMOE_DTYPE": "float32", "LAMOE_LOG_LEVEL": "debug"}.get(variable, sample[field.metadata["kind"]])
+    for flag, variable in re.findall(
+        r"^\| `(--[\w-]+)` \| `(LAMOE_\w+)` \|", between(TEXT, "options"), re.M
+    ):
+        field = next(
+            f for f in dataclasses.fields(Settings) if f.name == flag[2:].replace("-", "_")
+        )
+        value = {"LAMOE_DTYPE": "float32", "LAMOE_LOG_LEVEL": "debug"}.get(
+            variable, sample[field.metadata["kind"]]
+        )
         chosen = settings.from_options(argparse.Namespace(), {variable: value})
         assert getattr(chosen, field.name) != field.default, variable
-        assert getattr(settings.from_options(parser().parse_args([flag, value]), {}), field.name) == getattr(chosen, field.name)
+        assert getattr(
+            settings.from_options(parser().parse_args([flag, value]), {}), field.name
+        ) == getattr(chosen, field.name)
 
 
 def test_every_flag_in_the_text_exists():
@@ -72,13 +86,30 @@ def codes_in_the_code() -> set[str]:
     found = set()
     for path in (ROOT / "lamoe" / "serve").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ApiError" and len(node.args) > 2:
-                found |= {n.value for n in ast.walk(node.args[2]) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+            if (
+                isinstance(node, ast.Call)
+                and getattr(node.func, "id", "") == "ApiError"
+                and len(node.args) > 2
+            ):
+                found |= {
+                    n.value
+                    for n in ast.walk(node.args[2])
+                    if isinstance(n, ast.Constant) and isinstance(n.value, str)
+                }
     return found
 
 
 def test_every_error_code_is_listed():
-    listed = set(re.findall(r"`([a-z_]+)`", "\n".join(line for line in TEXT.split("## Errors")[1].split("## Limits")[0].splitlines() if re.match(r"\| [45]", line))))
+    listed = set(
+        re.findall(
+            r"`([a-z_]+)`",
+            "\n".join(
+                line
+                for line in TEXT.split("## Errors")[1].split("## Limits")[0].splitlines()
+                if re.match(r"\| [45]", line)
+            ),
+        )
+    )
     found = codes_in_the_code() | {"loading", "draining", "failed"}
     assert len(found) > 20 and found <= listed and listed - found <= {"generation_failed"}
 
@@ -87,7 +118,15 @@ def test_every_metric_is_listed():
     names = set()
     for family in metrics.Metrics().registry.collect():
         names.add(family.name + ("_total" if family.type == "counter" else ""))
-    assert set(re.findall(r"`(lamoe_\w+)", TEXT.split("## What to watch")[1].split("## More than one machine")[0])) == names
+    assert (
+        set(
+            re.findall(
+                r"`(lamoe_\w+)",
+                TEXT.split("## What to watch")[1].split("## More than one machine")[0],
+            )
+        )
+        == names
+    )
 
 
 def test_the_unit_starts_what_exists():
@@ -99,13 +138,23 @@ def test_the_unit_starts_what_exists():
     args = parser().parse_args(words[2:])
     given = dict(w.split("=", 1) for w in shlex.split(unit["Service"]["Environment"]))
     chosen = settings.from_options(args, given)
-    assert {k for k in given if k.startswith("LAMOE_")} <= {f"LAMOE_{f.name.upper()}" for f in dataclasses.fields(Settings)}
-    assert chosen.api_key_file == "%d/key" and args.name == "/srv/models/chat" and int(unit["Service"]["TimeoutStopSec"]) > chosen.shutdown_timeout
+    assert {k for k in given if k.startswith("LAMOE_")} <= {
+        f"LAMOE_{f.name.upper()}" for f in dataclasses.fields(Settings)
+    }
+    assert (
+        chosen.api_key_file == "%d/key"
+        and args.name == "/srv/models/chat"
+        and int(unit["Service"]["TimeoutStopSec"]) > chosen.shutdown_timeout
+    )
 
 
 def test_the_proxy_fits_the_defaults():
     proxy = block("nginx")
-    assert proxy.count("{") == proxy.count("}") and f"127.0.0.1:{Settings.port}" in proxy and "proxy_buffering off" in proxy
+    assert (
+        proxy.count("{") == proxy.count("}")
+        and f"127.0.0.1:{Settings.port}" in proxy
+        and "proxy_buffering off" in proxy
+    )
     assert int(re.search(r"proxy_read_timeout (\d+)s", proxy)[1]) > Settings.request_timeout
     assert int(re.search(r"client_max_body_size (\d+)m", proxy)[1]) << 20 >= Settings.max_body_bytes
 
@@ -117,4 +166,7 @@ def test_files_that_are_named_exist(path):
 
 if __name__ == "__main__":
     before, rest = TEXT.split("<!-- options -->\n")
-    PAGE.write_text(f"{before}<!-- options -->\n{options()}\n<!-- /options -->{rest.split('<!-- /options -->')[1]}", encoding="utf-8")
+    PAGE.write_text(
+        f"{before}<!-- options -->\n{options()}\n<!-- /options -->{rest.split('<!-- /options -->')[1]}",
+        encoding="utf-8",
+    )

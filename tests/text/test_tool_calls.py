@@ -18,26 +18,60 @@ DEEPSEEK_TEMPLATE = (
     "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>{{ m.content }}<｜tool▁output▁end｜><｜tool▁outputs▁end｜>{% elif m.role == 'assistant' %}<｜Assistant｜>{{ m.content or '' }}"
     "{% if m.tool_calls %}<｜tool▁calls▁begin｜>{% for c in m.tool_calls %}{{ '' if loop.first else '\n' }}<｜tool▁call▁begin｜>{{ c.type }}<｜tool▁sep｜>{{ c.function.name }}\n"
     "```json\n{{ c.function.arguments }}\n```<｜tool▁call▁end｜>{% endfor %}<｜tool▁calls▁end｜>{% endif %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}")
+    "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
+)
 TAGS_TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n# Tools\n<tools>{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n</tools>\nAnswer with <tool_call>\n{\"name\": ..., \"arguments\": ...}\n"
+    '{% if tools %}<|im_start|>system\n# Tools\n<tools>{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n</tools>\nAnswer with <tool_call>\n{"name": ..., "arguments": ...}\n'
     "</tool_call>.<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n{% if m.role == 'tool' %}<tool_response>\n{{ m.content }}\n"
-    "</tool_response>{% else %}{{ m.content or '' }}{% endif %}{% for c in m.tool_calls or [] %}\n<tool_call>\n{\"name\": \"{{ c.function.name }}\", \"arguments\": "
+    '</tool_response>{% else %}{{ m.content or \'\' }}{% endif %}{% for c in m.tool_calls or [] %}\n<tool_call>\n{"name": "{{ c.function.name }}", "arguments": '
     "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}}\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-TOOLS = [{"type": "function", "function": {"name": "get_weather", "description": "Weather <now> & \"soon\" in a city: 中", "parameters": {
-    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}]
-CALLS = [{"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Bern"}'}},
-         {"id": "call_2", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Zürich </tool_call>"}'}}]
-CHAT = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": None, "tool_calls": CALLS}, {"role": "tool", "content": "12 C", "tool_call_id": "call_1"},
-        {"role": "assistant", "content": "It is 12 C."}, {"role": "user", "content": "Thanks"}]
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": 'Weather <now> & "soon" in a city: 中',
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}},
+                "required": ["city"],
+            },
+        },
+    }
+]
+CALLS = [
+    {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "get_weather", "arguments": '{"city": "Bern"}'},
+    },
+    {
+        "id": "call_2",
+        "type": "function",
+        "function": {"name": "get_weather", "arguments": '{"city": "Zürich </tool_call>"}'},
+    },
+]
+CHAT = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": None, "tool_calls": CALLS},
+    {"role": "tool", "content": "12 C", "tool_call_id": "call_1"},
+    {"role": "assistant", "content": "It is 12 C."},
+    {"role": "user", "content": "Thanks"},
+]
 FORMS = pytest.mark.parametrize("form", [DEEPSEEK, TAGS], ids=["deepseek", "tags"])
 
 
 def said(calls: list[dict]) -> list[tuple[str, dict]]:
     """(name, arguments) of calls, whose shape is checked."""
     for c in calls:
-        assert set(c) == {"id", "type", "function"} and re.fullmatch("call_[0-9a-f]{24}", c["id"]) and c["type"] == "function" and set(c["function"]) == {"name", "arguments"}
+        assert (
+            set(c) == {"id", "type", "function"}
+            and re.fullmatch("call_[0-9a-f]{24}", c["id"])
+            and c["type"] == "function"
+            and set(c["function"]) == {"name", "arguments"}
+        )
         c["function"]["arguments"].encode()
     assert len({c["id"] for c in calls}) == len(calls)
     return [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in calls]
@@ -45,12 +79,16 @@ def said(calls: list[dict]) -> list[tuple[str, dict]]:
 
 def written(form, name: str, arguments: str) -> str:
     if form is TAGS:
-        return f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n</tool_call>'
+        return (
+            f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n</tool_call>'
+        )
     return f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜>"
 
 
 # ---- templates -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("template, tools", [(DEEPSEEK_TEMPLATE, None), (TAGS_TEMPLATE, TOOLS), (TAGS_TEMPLATE, None)])
+@pytest.mark.parametrize(
+    "template, tools", [(DEEPSEEK_TEMPLATE, None), (TAGS_TEMPLATE, TOOLS), (TAGS_TEMPLATE, None)]
+)
 def test_rendering_is_that_of_transformers(template, tools):
     variables = dict(bos_token="<B>", eos_token="<E>", add_generation_prompt=True)
     text, mark = chat_template.render(template, CHAT, tools=tools, **variables)
@@ -63,14 +101,23 @@ def test_what_a_template_writes_is_read_back(template, form):
     text, mark = chat_template.render(template, CHAT[:2], bos_token="", eos_token="")
     assert form_of(template) is form
     content, calls = parse(form, text.replace(mark, ""))
-    assert said(calls) == [("get_weather", {"city": "Bern"}), ("get_weather", {"city": "Zürich </tool_call>"})] and "tool▁call" not in content and "tool_call" not in content
+    assert (
+        said(calls)
+        == [("get_weather", {"city": "Bern"}), ("get_weather", {"city": "Zürich </tool_call>"})]
+        and "tool▁call" not in content
+        and "tool_call" not in content
+    )
 
 
 def test_tools_for_a_template_that_would_not_show_them():
     with pytest.raises(ValueError, match="does not know tools"):
         chat_template.render(DEEPSEEK_TEMPLATE, CHAT, tools=TOOLS, bos_token="", eos_token="")
     with pytest.raises(ValueError, match="does not know tools"):
-        chat_template.render("{# tools #}some tools{% for m in messages %}{{ m.content }}{% set tools = 1 %}{% endfor %}", CHAT[:1], tools=TOOLS)
+        chat_template.render(
+            "{# tools #}some tools{% for m in messages %}{{ m.content }}{% set tools = 1 %}{% endfor %}",
+            CHAT[:1],
+            tools=TOOLS,
+        )
     for tools in ("get_weather", TOOLS[0], [1], [TOOLS]):
         with pytest.raises(ValueError, match="tools must be a list of objects"):
             chat_template.render(TAGS_TEMPLATE, CHAT, tools=tools)
@@ -79,24 +126,75 @@ def test_tools_for_a_template_that_would_not_show_them():
 
 
 def test_forms():
-    assert form_of(None) is None is form_of("{{ messages }}") and form_of("{{ tools }}[TOOL_CALLS]") is None
+    assert (
+        form_of(None) is None is form_of("{{ messages }}")
+        and form_of("{{ tools }}[TOOL_CALLS]") is None
+    )
     assert form_of(chat_template.V2_TEMPLATE) is None
 
 
 # ---- replies -------------------------------------------------------------------------------------------------------------
-ARGUMENTS = st.dictionaries(st.text(max_size=5), st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=8), st.sampled_from(
-    ["</tool_call>", "<tool_call>", "<｜tool▁call▁end｜>", "```", '{"name": "x", "arguments": {}}', "\\", '"'])), lambda v: st.lists(v, max_size=3), max_leaves=4), max_size=3)
+ARGUMENTS = st.dictionaries(
+    st.text(max_size=5),
+    st.recursive(
+        st.one_of(
+            st.none(),
+            st.booleans(),
+            st.integers(),
+            st.text(max_size=8),
+            st.sampled_from(
+                [
+                    "</tool_call>",
+                    "<tool_call>",
+                    "<｜tool▁call▁end｜>",
+                    "```",
+                    '{"name": "x", "arguments": {}}',
+                    "\\",
+                    '"',
+                ]
+            ),
+        ),
+        lambda v: st.lists(v, max_size=3),
+        max_leaves=4,
+    ),
+    max_size=3,
+)
 CALL = st.tuples(st.from_regex(r"[a-zA-Z_][a-zA-Z0-9_.-]{0,20}", fullmatch=True), ARGUMENTS)
-PIECES = st.one_of(st.text(max_size=10), st.sampled_from([
-    *DEEPSEEK.marks, *TAGS.marks, "</tool_call>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁end｜>", "function<｜tool▁sep｜>", "<｜tool▁sep｜>", "f\n```json\n", "{", '{"name": "f"}', "{}",
-    "```", "\n", " ", '{"name": "f", "arguments": {"a": NaN}}', '{"name": 1, "arguments": {}}', '{"name": "f", "arguments": []}', "[" * 50]), CALL.map(lambda c: written(TAGS, c[0], json.dumps(c[1]))),
-    CALL.map(lambda c: written(DEEPSEEK, c[0], json.dumps(c[1]))))
+PIECES = st.one_of(
+    st.text(max_size=10),
+    st.sampled_from(
+        [
+            *DEEPSEEK.marks,
+            *TAGS.marks,
+            "</tool_call>",
+            "<｜tool▁calls▁end｜>",
+            "<｜tool▁call▁end｜>",
+            "function<｜tool▁sep｜>",
+            "<｜tool▁sep｜>",
+            "f\n```json\n",
+            "{",
+            '{"name": "f"}',
+            "{}",
+            "```",
+            "\n",
+            " ",
+            '{"name": "f", "arguments": {"a": NaN}}',
+            '{"name": 1, "arguments": {}}',
+            '{"name": "f", "arguments": []}',
+            "[" * 50,
+        ]
+    ),
+    CALL.map(lambda c: written(TAGS, c[0], json.dumps(c[1]))),
+    CALL.map(lambda c: written(DEEPSEEK, c[0], json.dumps(c[1]))),
+)
 
 
 @FORMS
 @given(calls=st.lists(CALL, min_size=1, max_size=4), ascii=st.booleans())
 def test_sound_calls_are_read(form, calls, ascii):
-    text = "\n".join(written(form, name, json.dumps(arguments, ensure_ascii=ascii)) for name, arguments in calls)
+    text = "\n".join(
+        written(form, name, json.dumps(arguments, ensure_ascii=ascii)) for name, arguments in calls
+    )
     if form is DEEPSEEK:
         text = f"<｜tool▁calls▁begin｜>{text}<｜tool▁calls▁end｜>"
     content, found = parse(form, "Let me see.\n\n" + text)
@@ -121,26 +219,62 @@ def test_a_stream_says_what_the_whole_says(form, pieces, cuts):
 @FORMS
 def test_text_is_shown_as_soon_as_it_cannot_be_a_call(form):
     splitter = Splitter(form)
-    assert splitter.add("Hello <") == "Hello" and splitter.add("b> and ") == " <b> and" and splitter.add("more") == " more"
-    assert splitter.add("\n" + form.marks[-1][:5]) == "" == splitter.add(form.marks[-1][5:] + "junk") == splitter.add("later")
+    assert (
+        splitter.add("Hello <") == "Hello"
+        and splitter.add("b> and ") == " <b> and"
+        and splitter.add("more") == " more"
+    )
+    assert (
+        splitter.add("\n" + form.marks[-1][:5])
+        == ""
+        == splitter.add(form.marks[-1][5:] + "junk")
+        == splitter.add("later")
+    )
     assert splitter.end() == ("\n" + form.marks[-1] + "junklater", [])
 
 
 def test_the_forms_of_several_models():
     newer = '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_time<｜tool▁sep｜>{"zone": "UTC"}<｜tool▁call▁end｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
     assert said(parse(DEEPSEEK, "So: " + newer)[1]) == [("get_time", {"zone": "UTC"}), ("now", {})]
-    assert said(parse(TAGS, '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>')[1]) == [("f", {"a": 1})]
+    assert said(
+        parse(TAGS, '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>')[1]
+    ) == [("f", {"a": 1})]
     assert said(parse(TAGS, '<tool_call>{"name": "f"}</tool_call>')[1]) == [("f", {})]
-    assert said(parse(TAGS, 'ok <tool_call>\n{"name": "f", "arguments": {}}')[1]) == [("f", {})]  # EOS came before the closing tag
-    content, calls = parse(TAGS, 'one <tool_call>{"name": "f"}</tool_call> two <tool_call>{"name": "g"}</tool_call> three')
+    assert said(parse(TAGS, 'ok <tool_call>\n{"name": "f", "arguments": {}}')[1]) == [
+        ("f", {})
+    ]  # EOS came before the closing tag
+    content, calls = parse(
+        TAGS,
+        'one <tool_call>{"name": "f"}</tool_call> two <tool_call>{"name": "g"}</tool_call> three',
+    )
     assert content == "one\ntwo\nthree" and [name for name, _ in said(calls)] == ["f", "g"]
 
 
-@pytest.mark.parametrize("inner", [
-    '{"name": "f", "arguments": {"a": 1}', '{"name": "f", "arguments": {"a": NaN}}', '{"name": "f", "arguments": [1]}', '{"name": "f", "arguments": "no"}', '{"name": 5, "arguments": {}}',
-    '{"arguments": {}}', '{"name": "", "arguments": {}}', '{"name": "a b", "arguments": {}}', '{"name": "../x", "arguments": {}}', '{"name": "f\\ud800", "arguments": {}}', "[]", "", "f()",
-    '{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}", '{"name": "f", "arguments": ' + '{"a":' * 50_000, '{"name": "f", "arguments": {}} extra', '{"name": "f", "arguments": null}',
-    '{"name": "' + "f" * 200 + '", "arguments": {}}', '{"name": "f", "arguments": "' + "[" * 50_000 + '"}'], ids=lambda t: t[:40])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        '{"name": "f", "arguments": {"a": 1}',
+        '{"name": "f", "arguments": {"a": NaN}}',
+        '{"name": "f", "arguments": [1]}',
+        '{"name": "f", "arguments": "no"}',
+        '{"name": 5, "arguments": {}}',
+        '{"arguments": {}}',
+        '{"name": "", "arguments": {}}',
+        '{"name": "a b", "arguments": {}}',
+        '{"name": "../x", "arguments": {}}',
+        '{"name": "f\\ud800", "arguments": {}}',
+        "[]",
+        "",
+        "f()",
+        '{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}",
+        '{"name": "f", "arguments": ' + '{"a":' * 50_000,
+        '{"name": "f", "arguments": {}} extra',
+        '{"name": "f", "arguments": null}',
+        '{"name": "' + "f" * 200 + '", "arguments": {}}',
+        '{"name": "f", "arguments": "' + "[" * 50_000 + '"}',
+    ],
+    ids=lambda t: t[:40],
+)
 def test_what_is_not_sound_stays_text(inner):
     text = f"Look: <tool_call>{inner}</tool_call>"
     assert parse(TAGS, text) == (text, [])
@@ -151,21 +285,37 @@ def test_what_is_not_sound_stays_text(inner):
 
 def test_a_call_inside_an_argument_is_an_argument():
     value = "<｜tool▁call▁begin｜>rm<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
-    assert said(parse(DEEPSEEK, written(DEEPSEEK, "echo", json.dumps({"text": value}, ensure_ascii=False)))[1]) == [("echo", {"text": value})]
+    assert said(
+        parse(DEEPSEEK, written(DEEPSEEK, "echo", json.dumps({"text": value}, ensure_ascii=False)))[
+            1
+        ]
+    ) == [("echo", {"text": value})]
 
 
 def test_half_a_surrogate_pair_can_be_sent():
-    ((_, arguments),) = said(parse(TAGS, '<tool_call>{"name": "f", "arguments": {"a": "\\ud83d"}}</tool_call>')[1])
+    ((_, arguments),) = said(
+        parse(TAGS, '<tool_call>{"name": "f", "arguments": {"a": "\\ud83d"}}</tool_call>')[1]
+    )
     assert arguments == {"a": "\ud83d"}
 
 
 @FORMS
 def test_time_grows_with_the_length_only(form):
     """Replies of a megabyte that make a careless pattern start anew at every mark."""
-    heads = {DEEPSEEK: "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{\"a\": ", TAGS: "<tool_call>{\"a\": "}[form]
+    heads = {
+        DEEPSEEK: '<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": ',
+        TAGS: '<tool_call>{"a": ',
+    }[form]
     start = time.process_time()
-    for text in (heads * 30_000, (form.marks[0] + " ") * 60_000, form.marks[-1] + " " * 1_000_000, heads + "1}" + " " * 1_000_000 + "x", heads + "[" * 1_000_000, "<" * 1_000_000,
-                 (heads + "1}" + "\n" * 50) * 10_000 + "."):
+    for text in (
+        heads * 30_000,
+        (form.marks[0] + " ") * 60_000,
+        form.marks[-1] + " " * 1_000_000,
+        heads + "1}" + " " * 1_000_000 + "x",
+        heads + "[" * 1_000_000,
+        "<" * 1_000_000,
+        (heads + "1}" + "\n" * 50) * 10_000 + ".",
+    ):
         assert parse(form, text) == (text, []) and len(text) > 500_000
     assert time.process_time() - start < 20
     content, calls = parse(form, "\n".join([written(form, "f", "{}")] * 200))

@@ -17,7 +17,15 @@ import pytest
 import torch
 
 from lamoe.train import checkpoint
-from lamoe.train.checkpoint import latest, load_tensors, rng_state, save, save_tensors, set_rng_state, verify
+from lamoe.train.checkpoint import (
+    latest,
+    load_tensors,
+    rng_state,
+    save,
+    save_tensors,
+    set_rng_state,
+    verify,
+)
 
 
 def writer(step: int, size: int = 2000):
@@ -32,7 +40,9 @@ def writer(step: int, size: int = 2000):
 
 
 def is_step(path: Path, step: int) -> bool:
-    return (path / "tokenizer/vocab.txt").read_text() == f"step {step}" and set((path / "model.bin").read_bytes()) == {step % 256}
+    return (path / "tokenizer/vocab.txt").read_text() == f"step {step}" and set(
+        (path / "model.bin").read_bytes()
+    ) == {step % 256}
 
 
 def names(run: Path) -> list[str]:
@@ -53,7 +63,9 @@ def in_child(work) -> int:
 
 def _fork() -> int:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forks beside torch's threads; the child uses none
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # newer Pythons warn of forks beside torch's threads; the child uses none
         return os.fork()
 
 
@@ -61,9 +73,16 @@ def test_save_verify_latest(tmp_path):
     run = tmp_path / "runs/tiny"
     assert latest(run) is None
     path = save(run, 123, writer(123))
-    assert path == run / "step-00000123" == latest(run) and is_step(path, 123) and (run / "latest").read_text() == "step-00000123\n"
+    assert (
+        path == run / "step-00000123" == latest(run)
+        and is_step(path, 123)
+        and (run / "latest").read_text() == "step-00000123\n"
+    )
     manifest = verify(path)
-    assert manifest["step"] == 123 and {n: f["bytes"] for n, f in manifest["files"].items()} == {"model.bin": 2000, "tokenizer/vocab.txt": 8}
+    assert manifest["step"] == 123 and {n: f["bytes"] for n, f in manifest["files"].items()} == {
+        "model.bin": 2000,
+        "tokenizer/vocab.txt": 8,
+    }
     assert names(run) == ["latest", "step-00000123"]
 
 
@@ -71,8 +90,13 @@ def test_keep_last_k_by_time_of_saving_not_by_number(tmp_path):
     for step in (10, 20, 30):
         save(tmp_path, step, writer(step), keep=0)
     assert names(tmp_path) == ["latest", "step-00000010", "step-00000020", "step-00000030"]
-    save(tmp_path, 15, writer(15), keep=2)  # resumed from an older one: the steps of the abandoned branch go first in time
-    assert names(tmp_path) == ["latest", "step-00000015", "step-00000030"] and latest(tmp_path).name == "step-00000015"
+    save(
+        tmp_path, 15, writer(15), keep=2
+    )  # resumed from an older one: the steps of the abandoned branch go first in time
+    assert (
+        names(tmp_path) == ["latest", "step-00000015", "step-00000030"]
+        and latest(tmp_path).name == "step-00000015"
+    )
     save(tmp_path, 123456789, writer(1), keep=1)
     assert names(tmp_path) == ["latest", "step-123456789"]
     with pytest.raises(ValueError, match="at least 0"):
@@ -88,7 +112,9 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 @pytest.mark.parametrize("second", [2, 1])  # a new step, and the same step once more
 def test_killed_at_every_file_operation(tmp_path, monkeypatch, second):
     """The process dies just before its n-th operation on the file system, for every n: what was complete stays loadable."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)  # a killed process loses nothing the system has; waiting for the disk is for power cuts
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: None
+    )  # a killed process loses nothing the system has; waiting for the disk is for power cuts
     operations = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir")
 
     def save_and_die(run, n):
@@ -101,6 +127,7 @@ def test_killed_at_every_file_operation(tmp_path, monkeypatch, second):
                 if left < 0:
                     os._exit(9)
                 return real(*args, **kw)
+
             return call
 
         for module, name in [(os, name) for name in operations] + [(io, "open")]:
@@ -169,27 +196,43 @@ def test_a_disk_that_says_no(tmp_path, monkeypatch, code, where):
         writer(2)(folder)
         refuse()
 
-    target = {"fsync": (os, "fsync"), "manifest": (Path, "write_bytes"), "rename": (os, "rename"), "folder": (Path, "mkdir")}
+    target = {
+        "fsync": (os, "fsync"),
+        "manifest": (Path, "write_bytes"),
+        "rename": (os, "rename"),
+        "folder": (Path, "mkdir"),
+    }
     with monkeypatch.context() as patch:
         write = half if where == "write" else lambda folder: (folder / "x").write_text("x")
         if where != "write":
             patch.setattr(*target[where], refuse)
-        with pytest.raises(OSError, match=f"{os.strerror(code)}" + ("" if where == "folder" else ".*step-00000001 is complete")) as caught:
+        with pytest.raises(
+            OSError,
+            match=f"{os.strerror(code)}"
+            + ("" if where == "folder" else ".*step-00000001 is complete"),
+        ) as caught:
             save(tmp_path, 2, write)
-    assert caught.value.errno == code and (where == "folder" or ("free some space" in str(caught.value)) == (code == errno.ENOSPC))
+    assert caught.value.errno == code and (
+        where == "folder" or ("free some space" in str(caught.value)) == (code == errno.ENOSPC)
+    )
     assert names(tmp_path) == ["latest", "step-00000001"] and is_step(latest(tmp_path), 1)
 
 
 def test_any_failure_of_write_leaves_nothing_behind(tmp_path):
     for error in (KeyboardInterrupt(), RuntimeError("CUDA")):
+
         def write(folder):
             writer(1)(folder)
             raise error
+
         with pytest.raises(type(error)):
             save(tmp_path, 1, write)
         assert names(tmp_path) == [] and latest(tmp_path) is None
-    for write, found in [(lambda f: None, "found none"), (lambda f: (f / "manifest.json").write_text("{}"), "manifest.json"),
-                         (lambda f: (f / "link").symlink_to("/etc/passwd"), "link is something else")]:
+    for write, found in [
+        (lambda f: None, "found none"),
+        (lambda f: (f / "manifest.json").write_text("{}"), "manifest.json"),
+        (lambda f: (f / "link").symlink_to("/etc/passwd"), "link is something else"),
+    ]:
         with pytest.raises(ValueError, match=found):
             save(tmp_path, 1, write)
         assert names(tmp_path) == []
@@ -205,12 +248,20 @@ def test_a_file_in_the_way_of_the_run_folder(tmp_path):
 def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
     events = []
     fsync, rename = os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1])
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1]
+    )
     monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), rename(a, b))[1])
     save(tmp_path, 1, writer(1))
     temp = str(tmp_path / checkpoint.temporary_name("step"))
     at = events.index("rename")
-    assert {e.removeprefix(temp) for e in events[:at]} == {"", "/tokenizer", "/model.bin", "/tokenizer/vocab.txt", "/manifest.json"}
+    assert {e.removeprefix(temp) for e in events[:at]} == {
+        "",
+        "/tokenizer",
+        "/model.bin",
+        "/tokenizer/vocab.txt",
+        "/manifest.json",
+    }
     assert events[at + 1] == str(tmp_path)
 
 
@@ -238,7 +289,9 @@ def test_latest_falls_back_loudly_and_never_to_nothing(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step, writer(step), keep=0)
     (tmp_path / "step-00000003/model.bin").write_bytes(b"\x03" * 1999 + b"\x04")
-    with pytest.warns(UserWarning, match="contents of model.bin do not match.*using step-00000002 instead"):
+    with pytest.warns(
+        UserWarning, match="contents of model.bin do not match.*using step-00000002 instead"
+    ):
         assert latest(tmp_path).name == "step-00000002"
     (tmp_path / "step-00000002/manifest.json").write_text("{}")
     (tmp_path / "latest").unlink()  # made for people: not needed
@@ -255,18 +308,33 @@ def test_rests_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
         os._exit(0)
     os.waitpid(child, 0)
     me, host = os.getpid(), checkpoint.socket.gethostname()
-    for name in (f".step.tmp-{host}-{child}", f".step.old.tmp-{host}-{child}", f".step.tmp-{host}-{me}", f".step.tmp-{host}-{os.getppid()}",
-                 f".step.tmp-elsewhere-{child}", f".other.tmp-{host}-{child}"):
+    for name in (
+        f".step.tmp-{host}-{child}",
+        f".step.old.tmp-{host}-{child}",
+        f".step.tmp-{host}-{me}",
+        f".step.tmp-{host}-{os.getppid()}",
+        f".step.tmp-elsewhere-{child}",
+        f".other.tmp-{host}-{child}",
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text("x")
     save(tmp_path, 1, writer(1))
-    assert names(tmp_path) == sorted([f".step.tmp-{host}-{os.getppid()}", f".step.tmp-elsewhere-{child}", f".other.tmp-{host}-{child}", "latest",
-                                      "step-00000001"])
+    assert names(tmp_path) == sorted(
+        [
+            f".step.tmp-{host}-{os.getppid()}",
+            f".step.tmp-elsewhere-{child}",
+            f".other.tmp-{host}-{child}",
+            "latest",
+            "step-00000001",
+        ]
+    )
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_does_not_stop_training(tmp_path, monkeypatch):
     save(tmp_path, 1, writer(1))
-    monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: (_ for _ in ()).throw(OSError(errno.EBUSY, "busy")))
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda *a, **k: (_ for _ in ()).throw(OSError(errno.EBUSY, "busy"))
+    )
     with pytest.warns(UserWarning, match="could not be removed.*busy"):
         assert save(tmp_path, 2, writer(2), keep=1).name == "step-00000002"
 
@@ -274,8 +342,14 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_stop_training(tmp_pat
 # ---- tensors ---------------------------------------------------------------------------------------------------------------
 def equal(a, b) -> bool:
     if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(
-            a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+        return (
+            isinstance(b, torch.Tensor)
+            and a.dtype == b.dtype
+            and a.shape == b.shape
+            and torch.equal(
+                a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
+            )
+        )
     if isinstance(a, dict):
         return type(b) is dict and list(a) == list(b) and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
@@ -287,19 +361,39 @@ def test_nested_state_comes_back_bit_for_bit(tmp_path):
     nan = torch.tensor([float("nan"), -0.0, float("inf"), 1e-45])
     shared = torch.randn(3, 4)
     state = {
-        "state": {0: {"step": torch.tensor(3.0), "m": torch.randn(4, 3).bfloat16(), "t": shared.t()}, "0": nan, 7: {}},
-        "groups": [{"lr": 1 / 3, "betas": (0.9, 0.95), "params": [0, 1], "name": "\u4e2d.a\n", "on": True, "none": None}],
-        "big": 2**127 + 1, "empty": torch.zeros(0, 5, dtype=torch.int64), "bytes": torch.arange(5, dtype=torch.uint8),
-        "halves": list(torch.arange(10.0).split(5)), "same": [shared, shared],
+        "state": {
+            0: {"step": torch.tensor(3.0), "m": torch.randn(4, 3).bfloat16(), "t": shared.t()},
+            "0": nan,
+            7: {},
+        },
+        "groups": [
+            {
+                "lr": 1 / 3,
+                "betas": (0.9, 0.95),
+                "params": [0, 1],
+                "name": "\u4e2d.a\n",
+                "on": True,
+                "none": None,
+            }
+        ],
+        "big": 2**127 + 1,
+        "empty": torch.zeros(0, 5, dtype=torch.int64),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "halves": list(torch.arange(10.0).split(5)),
+        "same": [shared, shared],
     }
     save_tensors(tmp_path / "s.safetensors", state)
     got = load_tensors(tmp_path / "s.safetensors")
     (tmp_path / "s.safetensors").unlink()  # the loaded tensors own their memory
     assert equal(state, got)
     got["state"][0]["m"].add_(1)
-    arrays = [np.full(3, i) for i in range(50)]  # each converted copy dies at once: their ids must not be mistaken for one another
+    arrays = [
+        np.full(3, i) for i in range(50)
+    ]  # each converted copy dies at once: their ids must not be mistaken for one another
     save_tensors(tmp_path / "a", {"arrays": arrays})
-    assert [t.tolist() for t in load_tensors(tmp_path / "a")["arrays"]] == [a.tolist() for a in arrays]
+    assert [t.tolist() for t in load_tensors(tmp_path / "a")["arrays"]] == [
+        a.tolist() for a in arrays
+    ]
 
 
 def test_optimizer_resumes_bitwise(tmp_path):
@@ -312,11 +406,19 @@ def test_optimizer_resumes_bitwise(tmp_path):
     def build():
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 4)
-        return model, torch.optim.AdamW([{"params": [model.weight], "weight_decay": 0.1}, {"params": [model.bias], "weight_decay": 0.0}])
+        return model, torch.optim.AdamW(
+            [
+                {"params": [model.weight], "weight_decay": 0.1},
+                {"params": [model.bias], "weight_decay": 0.0},
+            ]
+        )
 
     model, optim = build()
     steps(model, optim, 3)
-    save_tensors(tmp_path / "o", {"optim": optim.state_dict(), "model": model.state_dict(), "rng": rng_state()})
+    save_tensors(
+        tmp_path / "o",
+        {"optim": optim.state_dict(), "model": model.state_dict(), "rng": rng_state()},
+    )
     steps(model, optim, 3)
     again, optim2 = build()
     state = load_tensors(tmp_path / "o")
@@ -328,9 +430,18 @@ def test_optimizer_resumes_bitwise(tmp_path):
 
 
 def test_all_three_generators_go_on_where_they_were(tmp_path):
-    draw = lambda: (torch.rand(3).tolist(), np.random.normal(size=3).tolist(), random.random(), random.gauss(0, 1), torch.randperm(9).tolist())
+    draw = lambda: (
+        torch.rand(3).tolist(),
+        np.random.normal(size=3).tolist(),
+        random.random(),
+        random.gauss(0, 1),
+        torch.randperm(9).tolist(),
+    )
     before = rng_state()
-    random.gauss(0, 1), np.random.normal()  # both generators keep a second normal number in hand: it is part of the state
+    (
+        random.gauss(0, 1),
+        np.random.normal(),
+    )  # both generators keep a second normal number in hand: it is part of the state
     save_tensors(tmp_path / "r", rng_state())
     want = draw()
     assert draw() != want
@@ -347,8 +458,13 @@ def test_nothing_is_pickled(tmp_path):
         def __reduce__(self):
             return (os.system, ("touch pwned",))
 
-    for bad, where in [({"a": [Evil()]}, r"state\.a\[0\] is a .*Evil"), ({"s": {1, 2}}, r"state\.s"), ({(1,): 2}, "key"), ({"f": np.float64(1)}, r"state\.f"),
-                       ({True: 1}, "key True")]:
+    for bad, where in [
+        ({"a": [Evil()]}, r"state\.a\[0\] is a .*Evil"),
+        ({"s": {1, 2}}, r"state\.s"),
+        ({(1,): 2}, "key"),
+        ({"f": np.float64(1)}, r"state\.f"),
+        ({True: 1}, "key True"),
+    ]:
         with pytest.raises(ValueError, match=where):
             save_tensors(tmp_path / "x", bad)
         assert not (tmp_path / "x").exists()
@@ -358,6 +474,7 @@ def test_nothing_is_pickled(tmp_path):
         with pytest.raises(ValueError, match="not a file that save_tensors wrote"):
             load_tensors(tmp_path / name)
     from safetensors.torch import save_file
+
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match="not a file that save_tensors wrote"):
         load_tensors(tmp_path / "foreign")

@@ -23,7 +23,14 @@ def encode_batch(texts):
 
 
 def pack(where, out, **changes):
-    settings = {"encode_batch": encode_batch, "bos_id": BOS, "eos_id": EOS, "vocab_size": VOCAB, "tokenizer_hash": "bytes", **changes}
+    settings = {
+        "encode_batch": encode_batch,
+        "bos_id": BOS,
+        "eos_id": EOS,
+        "vocab_size": VOCAB,
+        "tokenizer_hash": "bytes",
+        **changes,
+    }
     return prepare([str(w) for w in where], out_dir=out, **settings)
 
 
@@ -55,15 +62,38 @@ def test_builtin_sources():
     counts = {}
     docs = list(read_documents(["stdlib", "austen"], counts))
     names = {d.name for d in docs}
-    assert [d.source for d in docs] == sorted((d.source for d in docs), reverse=True)  # in the order given
-    assert {"statistics.py", "json/decoder.py", "emma.txt", "pydoc_data/topics.py#assert"} <= names and len(names) == len(docs)
-    assert not [n for n in names if {"test", "tests", "site-packages", "__pycache__"} & set(n.split("/"))] and "pydoc_data/topics.py" not in names
-    assert counts["austen"].documents == 6 and 3.9e6 < counts["austen"].bytes < 4.1e6 and counts["stdlib"].bytes > 5e6
-    assert counts["stdlib"].skipped["generated character table"] > 20 and "encodings/cp1252.py" not in names
+    assert [d.source for d in docs] == sorted(
+        (d.source for d in docs), reverse=True
+    )  # in the order given
+    assert {
+        "statistics.py",
+        "json/decoder.py",
+        "emma.txt",
+        "pydoc_data/topics.py#assert",
+    } <= names and len(names) == len(docs)
+    assert (
+        not [
+            n
+            for n in names
+            if {"test", "tests", "site-packages", "__pycache__"} & set(n.split("/"))
+        ]
+        and "pydoc_data/topics.py" not in names
+    )
+    assert (
+        counts["austen"].documents == 6
+        and 3.9e6 < counts["austen"].bytes < 4.1e6
+        and counts["stdlib"].bytes > 5e6
+    )
+    assert (
+        counts["stdlib"].skipped["generated character table"] > 20
+        and "encodings/cp1252.py" not in names
+    )
     emma = next(d for d in docs if d.name == "emma.txt")
     assert emma.text.startswith("EMMA\n\nBy Jane Austen") and emma.size == len(emma.text.encode())
     opening = "Emma Woodhouse, handsome, clever, and rich, with a comfortable home and happy disposition, seemed to unite some of the best"
-    assert opening in emma.text  # wrapped at 70 columns in the package: proves that paragraphs were joined
+    assert (
+        opening in emma.text
+    )  # wrapped at 70 columns in the package: proves that paragraphs were joined
     assert "\nThat affliction to soften and heal.--" in emma.text  # and that verse was not
 
 
@@ -84,9 +114,20 @@ def test_folder_is_sorted_and_every_omission_is_counted(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path)
     counts = {}
     docs = list(read_documents([str(tmp_path)], counts))
-    assert [(d.name, d.text) for d in docs] == [("a.md", "same"), ("bom.txt", "marked"), ("sub/readme", "no suffix")]
-    assert counts[str(tmp_path)].skipped == {"binary": 2, "in another encoding": 1, "empty": 1, "duplicate": 1, "hidden file": 1,
-                                             "hidden, cached or linked folder": 2, "no regular file": 1}
+    assert [(d.name, d.text) for d in docs] == [
+        ("a.md", "same"),
+        ("bom.txt", "marked"),
+        ("sub/readme", "no suffix"),
+    ]
+    assert counts[str(tmp_path)].skipped == {
+        "binary": 2,
+        "in another encoding": 1,
+        "empty": 1,
+        "duplicate": 1,
+        "hidden file": 1,
+        "hidden, cached or linked folder": 2,
+        "no regular file": 1,
+    }
     assert "2 binary" in str(counts[str(tmp_path)])
 
 
@@ -95,25 +136,38 @@ def test_files_globs_and_compression(tmp_path):
     (tmp_path / "a.txt").write_text("plain")
     (tmp_path / "d/g.txt.gz").write_bytes(gzip.compress("gz \u4e2d".encode()))
     (tmp_path / "d/e/x.txt.xz").write_bytes(lzma.compress(b"xz"))
-    (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n\n{"text": "two", "n": 1}'))
+    (tmp_path / "r.jsonl.gz").write_bytes(
+        gzip.compress(b'{"text": "one"}\n\n{"text": "two", "n": 1}')
+    )
     read = lambda *s: [(d.name, d.text) for d in read_documents([str(tmp_path / x) for x in s])]
-    assert read("a.txt", "r.jsonl.gz") == [("a.txt", "plain"), ("r.jsonl.gz:1", "one"), ("r.jsonl.gz:3", "two")]
-    assert read("**/*.txt*") == [("a.txt", "plain"), ("d/e/x.txt.xz", "xz"), ("d/g.txt.gz", "gz \u4e2d")]
+    assert read("a.txt", "r.jsonl.gz") == [
+        ("a.txt", "plain"),
+        ("r.jsonl.gz:1", "one"),
+        ("r.jsonl.gz:3", "two"),
+    ]
+    assert read("**/*.txt*") == [
+        ("a.txt", "plain"),
+        ("d/e/x.txt.xz", "xz"),
+        ("d/g.txt.gz", "gz \u4e2d"),
+    ]
     (tmp_path / "r[1].txt").write_text("a name with magic characters is a file first")
     assert read("r[1].txt")[0][0] == "r[1].txt"
     (tmp_path / "q.jsonl").write_text('{"body": "b"}')
     assert read("q.jsonl:body") == [("q.jsonl:1", "b")]
 
 
-@pytest.mark.parametrize("content, complaint", [
-    (b'{"text": "ok"}\n{"text": "cut', r"q\.jsonl, line 2: not valid JSON"),
-    (b'{"text": "ok"}\n{"txt": "x"}', r"line 2: no field 'text', did you mean 'txt'"),
-    (b'{"text": "ok"}\n["x"]', r"line 2: expected an object"),
-    (b'{"text": 7}', r"line 1: field 'text' must be text, found int"),
-    (b'{"text": "\\ud800"}', r"line 1: .*surrogate"),
-    (b'{"text": "ok"}\n\xff\xfe', r"line 2: not valid JSON"),
-    (b"[" * 100_000, r"line 1: not valid JSON"),
-])
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (b'{"text": "ok"}\n{"text": "cut', r"q\.jsonl, line 2: not valid JSON"),
+        (b'{"text": "ok"}\n{"txt": "x"}', r"line 2: no field 'text', did you mean 'txt'"),
+        (b'{"text": "ok"}\n["x"]', r"line 2: expected an object"),
+        (b'{"text": 7}', r"line 1: field 'text' must be text, found int"),
+        (b'{"text": "\\ud800"}', r"line 1: .*surrogate"),
+        (b'{"text": "ok"}\n\xff\xfe', r"line 2: not valid JSON"),
+        (b"[" * 100_000, r"line 1: not valid JSON"),
+    ],
+)
 def test_broken_jsonl_names_file_and_line(tmp_path, content, complaint):
     path = tmp_path / "q.jsonl"
     path.write_bytes(content)
@@ -133,10 +187,20 @@ def test_sources_that_cannot_be_used(tmp_path, monkeypatch):
     Path("t.txt").write_text("t")
     Path("same.txt").write_text("t")
     for names, complaint in [
-        (["stdlb"], "'stdlb' does not exist.*did you mean 'stdlib'"), (["*.nothing"], "matches no file"), (["empty"], "gives no text.*no files"),
-        (["bin.dat"], "binary, not UTF-8"), (["latin.txt"], r"another encoding \(byte 3\)"), (["pack.tar.zst"], "unpack .zst files first"),
-        (["cut.txt.gz"], "damaged"), (["cut.txt.xz"], "damaged"), (["notgz.txt.gz"], "damaged"), ([], "at least one"), ("stdlib", "must be a list"),
-        (["t.txt", "t.txt"], "listed 2 times"), (["t.txt", "same.txt"], "'same.txt' gives no text.*1 duplicate"), (["no.jsonl:field"], "does not exist"),
+        (["stdlb"], "'stdlb' does not exist.*did you mean 'stdlib'"),
+        (["*.nothing"], "matches no file"),
+        (["empty"], "gives no text.*no files"),
+        (["bin.dat"], "binary, not UTF-8"),
+        (["latin.txt"], r"another encoding \(byte 3\)"),
+        (["pack.tar.zst"], "unpack .zst files first"),
+        (["cut.txt.gz"], "damaged"),
+        (["cut.txt.xz"], "damaged"),
+        (["notgz.txt.gz"], "damaged"),
+        ([], "at least one"),
+        ("stdlib", "must be a list"),
+        (["t.txt", "t.txt"], "listed 2 times"),
+        (["t.txt", "same.txt"], "'same.txt' gives no text.*1 duplicate"),
+        (["no.jsonl:field"], "does not exist"),
     ]:
         with pytest.raises(ValueError, match=complaint):
             list(read_documents(names))
@@ -149,23 +213,38 @@ def test_every_document_is_packed_once_and_on_one_side(tmp_path):
     train, held = texts_of(corpus.train), texts_of(corpus.heldout)
     assert train + held == Counter(texts.values()) and not train & held
     for split in (corpus.train, corpus.heldout):
-        assert all(split.document(i)[0] == BOS and split.document(i)[-1] == EOS for i in range(len(split)))
+        assert all(
+            split.document(i)[0] == BOS and split.document(i)[-1] == EOS for i in range(len(split))
+        )
         assert split.tokens.dtype == np.uint16 and isinstance(split.tokens, np.memmap)
     size = sum(len(t.encode()) for t in texts.values())
-    assert corpus.heldout_bytes() == sum(len(t.encode()) for t in held) == corpus.meta["sources"][0]["heldout_bytes"]
+    assert (
+        corpus.heldout_bytes()
+        == sum(len(t.encode()) for t in held)
+        == corpus.meta["sources"][0]["heldout_bytes"]
+    )
     assert 0.05 * size < corpus.heldout_bytes() <= 0.1 * size
-    names = [json.loads(line) for line in (tmp_path / "packed/heldout.jsonl").read_text().splitlines()]
-    assert Counter(texts[n["name"]] for n in names) == held and sum(n["bytes"] for n in names) == corpus.heldout_bytes()
+    names = [
+        json.loads(line) for line in (tmp_path / "packed/heldout.jsonl").read_text().splitlines()
+    ]
+    assert (
+        Counter(texts[n["name"]] for n in names) == held
+        and sum(n["bytes"] for n in names) == corpus.heldout_bytes()
+    )
     tally = corpus.meta["sources"][0]
     assert tally["documents"] == 40 and tally["bytes"] == size
     assert tally["tokens"] == size + 80 == len(corpus.train.tokens) + len(corpus.heldout.tokens)
-    assert [bytes(d.tolist()).decode() for d in corpus.heldout_documents()] == [texts[n["name"]] for n in names]
+    assert [bytes(d.tolist()).decode() for d in corpus.heldout_documents()] == [
+        texts[n["name"]] for n in names
+    ]
 
 
 def test_split_follows_names_and_seed_only(tmp_path):
     write_folder(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "moved/b")
-    held = lambda folder, out, **c: texts_of(pack([tmp_path / folder], tmp_path / out, holdout=0.1, **c).heldout)
+    held = lambda folder, out, **c: texts_of(
+        pack([tmp_path / folder], tmp_path / out, holdout=0.1, **c).heldout
+    )
     first = held("a", "p1")
     assert held("moved/b", "p2") == first != held("a", "p3", seed=1)
 
@@ -178,13 +257,20 @@ def test_the_split_is_known_before_there_is_a_tokenizer(tmp_path):
         corpus = pack(both, tmp_path / f"p{seed}", holdout=0.1, seed=seed)
         plan = sources.plan_split([str(s) for s in both], 0.1, seed, lambda *progress: None)
         parts = [part for number, doc in plan.documents() for part in plan.parts(number, doc)]
-        assert Counter(text for split, _, text in parts if split == "train") == texts_of(corpus.train)
-        assert Counter(text for split, _, text in parts if split == "heldout") == texts_of(corpus.heldout)
+        assert Counter(text for split, _, text in parts if split == "train") == texts_of(
+            corpus.train
+        )
+        assert Counter(text for split, _, text in parts if split == "heldout") == texts_of(
+            corpus.heldout
+        )
 
 
 def test_choose_heldout_takes_at_least_one_and_fills_the_share():
     assert choose_heldout([3, 1, 2], [50, 100, 40], 0.01) == [2]  # nothing fits: the smallest
-    assert choose_heldout([3, 1, 2, 4], [10, 500, 10, 480], 0.02) == [2, 0]  # in hash order, too large ones passed over
+    assert choose_heldout([3, 1, 2, 4], [10, 500, 10, 480], 0.02) == [
+        2,
+        0,
+    ]  # in hash order, too large ones passed over
     assert len(choose_heldout([5, 5], [7, 7], 0.5)) == 1
 
 
@@ -197,7 +283,9 @@ def test_each_source_is_held_out_on_its_own_and_can_be_evaluated_alone(tmp_path)
     assert corpus.heldout_bytes(a) + corpus.heldout_bytes(b) == corpus.heldout_bytes()
     for s in (a, b):
         ids = np.concatenate([i[1:][seg[1:] == seg[:-1]] for i, seg in heldout_rows(corpus, 16, s)])
-        assert bytes(ids[ids < 256].tolist()) == b"".join(bytes(d.tolist()) for d in corpus.heldout_documents(s))
+        assert bytes(ids[ids < 256].tolist()) == b"".join(
+            bytes(d.tolist()) for d in corpus.heldout_documents(s)
+        )
     assert "held out" in corpus.describe() and len(corpus.describe().splitlines()) == 2
     with pytest.raises(ValueError, match="no source 'c'"):
         corpus.heldout_bytes("c")
@@ -209,7 +297,12 @@ def test_single_document_is_cut_between_paragraphs(tmp_path):
     path.write_text(text)
     corpus = pack([path], tmp_path / "packed", holdout=0.1)
     (head,), (tail,) = texts_of(corpus.train), texts_of(corpus.heldout)
-    assert head + tail == text and head.endswith("\n\n") and tail.startswith("Paragraph ") and abs(len(tail) / len(text) - 0.1) < 0.02
+    assert (
+        head + tail == text
+        and head.endswith("\n\n")
+        and tail.startswith("Paragraph ")
+        and abs(len(tail) / len(text) - 0.1) < 0.02
+    )
     path.write_text("one line only")
     with pytest.raises(ValueError, match="single document without a line end.*holdout to 0"):
         pack([path], tmp_path / "packed2", holdout=0.1)
@@ -229,19 +322,38 @@ def test_long_documents_are_encoded_in_pieces_within_bounds(tmp_path, monkeypatc
         return encode_batch(batch)
 
     seen = []
-    corpus = pack([tmp_path / "texts"], tmp_path / "packed", holdout=0.1, encode_batch=watched, progress=lambda *p: seen.append(p))
+    corpus = pack(
+        [tmp_path / "texts"],
+        tmp_path / "packed",
+        holdout=0.1,
+        encode_batch=watched,
+        progress=lambda *p: seen.append(p),
+    )
     assert texts_of(corpus.train) + texts_of(corpus.heldout) == Counter(texts.values())
     assert max(s[0] for s in sizes) <= 50 and max(s[1] for s in sizes) < 250 and len(sizes) > 20
     size = corpus.meta["sources"][0]["bytes"]
-    assert seen[-1] == (size, size, "tokenizing") and [s[0] for s in seen] == sorted(s[0] for s in seen)
+    assert seen[-1] == (size, size, "tokenizing") and [s[0] for s in seen] == sorted(
+        s[0] for s in seen
+    )
 
 
 def test_wide_vocabulary_uses_32_bits(tmp_path):
     (tmp_path / "a.txt").write_text("hello\n\nthere")
     shifted = lambda texts: [[b + 70000 for b in t.encode()] for t in texts]
-    corpus = pack([tmp_path / "a.txt"], tmp_path / "p", encode_batch=shifted, vocab_size=100_000, holdout=0)
-    assert corpus.train.tokens.dtype == np.uint32 and corpus.train.document(0).tolist() == [BOS, *shifted(["hello\n\nthere"])[0], EOS]
-    assert pack([tmp_path / "a.txt"], tmp_path / "p16", vocab_size=1 << 16, holdout=0).train.tokens.dtype == np.uint16
+    corpus = pack(
+        [tmp_path / "a.txt"], tmp_path / "p", encode_batch=shifted, vocab_size=100_000, holdout=0
+    )
+    assert corpus.train.tokens.dtype == np.uint32 and corpus.train.document(0).tolist() == [
+        BOS,
+        *shifted(["hello\n\nthere"])[0],
+        EOS,
+    ]
+    assert (
+        pack(
+            [tmp_path / "a.txt"], tmp_path / "p16", vocab_size=1 << 16, holdout=0
+        ).train.tokens.dtype
+        == np.uint16
+    )
 
 
 def test_reuse_only_of_exactly_the_same(tmp_path):
@@ -254,7 +366,11 @@ def test_reuse_only_of_exactly_the_same(tmp_path):
 
     def fresh(**changes):
         calls.clear()
-        got = pack([tmp_path / "texts"], tmp_path / "packed", **{"holdout": 0.1, "encode_batch": counted, **changes})
+        got = pack(
+            [tmp_path / "texts"],
+            tmp_path / "packed",
+            **{"holdout": 0.1, "encode_batch": counted, **changes},
+        )
         return bool(calls), got.fingerprint
 
     new, first = fresh()
@@ -312,12 +428,21 @@ def test_text_that_changes_between_the_two_readings_is_refused(tmp_path):
     assert not (tmp_path / "packed").exists()
 
 
-@pytest.mark.parametrize("changes, complaint", [
-    ({"vocab_size": 256}, "bos_id is 256"), ({"eos_id": 258}, "eos_id is 258"), ({"holdout": 0.6}, "holdout is 0.6"), ({"holdout": float("nan")}, "holdout"),
-    ({"seed": -1}, "seed is -1"), ({"encode_batch": lambda t: [[300]] * len(t)}, "ids 300 to 300, outside vocab_size 258"),
-    ({"encode_batch": lambda t: [[-1]] * len(t)}, "outside vocab_size"), ({"encode_batch": lambda t: [[BOS, 1]] * len(t)}, "encodes to BOS 256 or EOS 257"),
-    ({"encode_batch": lambda t: [[1]]}, "gave 1 results for"), ({"vocab_size": 1 << 33}, "vocab_size is"),
-])
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"vocab_size": 256}, "bos_id is 256"),
+        ({"eos_id": 258}, "eos_id is 258"),
+        ({"holdout": 0.6}, "holdout is 0.6"),
+        ({"holdout": float("nan")}, "holdout"),
+        ({"seed": -1}, "seed is -1"),
+        ({"encode_batch": lambda t: [[300]] * len(t)}, "ids 300 to 300, outside vocab_size 258"),
+        ({"encode_batch": lambda t: [[-1]] * len(t)}, "outside vocab_size"),
+        ({"encode_batch": lambda t: [[BOS, 1]] * len(t)}, "encodes to BOS 256 or EOS 257"),
+        ({"encode_batch": lambda t: [[1]]}, "gave 1 results for"),
+        ({"vocab_size": 1 << 33}, "vocab_size is"),
+    ],
+)
 def test_settings_and_tokenizers_that_do_not_fit(tmp_path, changes, complaint):
     write_folder(tmp_path / "texts", 5)
     with pytest.raises(ValueError, match=complaint):
@@ -337,22 +462,34 @@ def stream(corpus, seed, epochs):
     return np.concatenate(ids).astype(np.int64), np.concatenate(docs)
 
 
-@pytest.mark.parametrize("seq_len", [1, 7, 64, 100_000])  # the last: one row is longer than several epochs
+@pytest.mark.parametrize(
+    "seq_len", [1, 7, 64, 100_000]
+)  # the last: one row is longer than several epochs
 def test_rows_are_the_shuffled_stream_without_loss(corpus, seq_len):
     window = max(1, len(corpus.train.tokens) // (seq_len + 1))
     rows = 3 * window
     want, docs = stream(corpus, 5, 2 + rows * (seq_len + 1) // len(corpus.train.tokens))
     ids, segments = Batches(corpus, seq_len, seed=5).next_batch(rows)
     # undo the dealing: number i of window w shows row w * window + deal[w][i] of the stream
-    dealt = np.concatenate([w * window + np.random.RandomState([5, 1, w]).permutation(window) for w in range(3)])
-    assert window < 10 or (np.abs(np.diff(dealt)) == 1).mean() < 0.1  # neighbours in a batch are not neighbours in the text
+    dealt = np.concatenate(
+        [w * window + np.random.RandomState([5, 1, w]).permutation(window) for w in range(3)]
+    )
+    assert (
+        window < 10 or (np.abs(np.diff(dealt)) == 1).mean() < 0.1
+    )  # neighbours in a batch are not neighbours in the text
     back = np.argsort(dealt)
     ids, segments = ids[back], segments[back]
-    assert ids.dtype == np.int64 and segments.dtype == np.int32 and ids.shape == segments.shape == (rows, seq_len + 1)
+    assert (
+        ids.dtype == np.int64
+        and segments.dtype == np.int32
+        and ids.shape == segments.shape == (rows, seq_len + 1)
+    )
     np.testing.assert_array_equal(ids.ravel(), want[: ids.size])
     numbers = docs[: ids.size].reshape(ids.shape)
     np.testing.assert_array_equal(segments, numbers - numbers[:, :1])
-    np.testing.assert_array_equal(segments[:, 1:] != segments[:, :-1], ids[:, 1:] == BOS)  # a new segment starts at every BOS and nowhere else
+    np.testing.assert_array_equal(
+        segments[:, 1:] != segments[:, :-1], ids[:, 1:] == BOS
+    )  # a new segment starts at every BOS and nowhere else
 
 
 def test_an_epoch_has_every_document_once_in_its_own_order(corpus):
@@ -360,7 +497,9 @@ def test_an_epoch_has_every_document_once_in_its_own_order(corpus):
     batches = Batches(corpus, total - 1, seed=0)  # one row is exactly one epoch
     (first, second), _ = batches.next_batch(2)
     assert batches.epoch == 2 and not np.array_equal(first, second)
-    split = lambda row: Counter(bytes(part[1:-1].tolist()) for part in np.split(row, np.flatnonzero(row == BOS)[1:]))
+    split = lambda row: Counter(
+        bytes(part[1:-1].tolist()) for part in np.split(row, np.flatnonzero(row == BOS)[1:])
+    )
     assert split(first) == split(second) == Counter(t.encode() for t in texts_of(corpus.train))
 
 
@@ -375,7 +514,9 @@ def test_resume_is_bitwise_anywhere(corpus):
         states.append(json.loads(json.dumps(running.state_dict())))
         running.next_batch(3)
     assert running.epoch > 2
-    for k, state in enumerate(states):  # from mid-epoch, from mid-document and over both epoch borders
+    for k, state in enumerate(
+        states
+    ):  # from mid-epoch, from mid-document and over both epoch borders
         resumed = Batches(corpus, width - 1, seed=3)
         resumed.next_batch(1)
         resumed.load_state_dict(state)
@@ -401,8 +542,11 @@ def test_a_state_of_something_else_is_refused(corpus, tmp_path):
     write_folder(tmp_path / "other", seed=9)
     other = pack([tmp_path / "other"], tmp_path / "packed_other", holdout=0.1)
     state = Batches(corpus, 16).state_dict()
-    for batches, complaint in [(Batches(other, 16), "the packed text is"), (Batches(corpus, 17), "seq_len is 17.*16"),
-                               (Batches(corpus, 16, seed=2), "the data seed is 2")]:
+    for batches, complaint in [
+        (Batches(other, 16), "the packed text is"),
+        (Batches(corpus, 17), "seq_len is 17.*16"),
+        (Batches(corpus, 16, seed=2), "the data seed is 2"),
+    ]:
         with pytest.raises(ValueError, match=f"cannot resume: {complaint}"):
             batches.load_state_dict(state)
         assert batches.rows == 0
@@ -419,16 +563,25 @@ def test_a_state_of_something_else_is_refused(corpus, tmp_path):
 def test_batches_match_a_frozen_row(tmp_path):
     """A numpy or code change that shuffles differently would silently change every resumed run."""
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": c * 3}) for c in "abcdefgh"))
-    ids, segments = Batches(pack([tmp_path / "t.jsonl"], tmp_path / "p", holdout=0), 19, seed=7).next_batch(2)
+    ids, segments = Batches(
+        pack([tmp_path / "t.jsonl"], tmp_path / "p", holdout=0), 19, seed=7
+    ).next_batch(2)
     shown = ["".join({BOS: "<", EOS: ">"}.get(t) or chr(t) for t in row) for row in ids.tolist()]
-    assert shown == ["<eee><ddd><hhh><aaa>", "<bbb><fff><ccc><ggg>"] and segments[0].tolist() == [i // 5 for i in range(20)]
+    assert shown == ["<eee><ddd><hhh><aaa>", "<bbb><fff><ccc><ggg>"] and segments[0].tolist() == [
+        i // 5 for i in range(20)
+    ]
 
 
 @pytest.mark.parametrize("seq_len", [1, 8, 63, 5000])
 def test_heldout_rows_predict_every_token_once(corpus, seq_len):
     targets, rows = [], 0
     for ids, segments in heldout_rows(corpus, seq_len):
-        assert ids.shape == segments.shape == (seq_len + 1,) and ids.dtype == np.int64 and segments.dtype == np.int32 and segments[0] == 0
+        assert (
+            ids.shape == segments.shape == (seq_len + 1,)
+            and ids.dtype == np.int64
+            and segments.dtype == np.int32
+            and segments[0] == 0
+        )
         inside = segments[1:] == segments[:-1]
         assert not np.any(ids[1:][inside] == BOS)  # never across documents
         targets.append(ids[1:][inside])

@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 from test_train import signal_after
-from tiny_run import metrics, raw_recipe, state, train, trained, write_texts  # noqa: F401 (trained is a fixture)
 
-from lamoe.model.config import RopeScaling
 from lamoe.checkpoints import hf
+from lamoe.model.config import RopeScaling
 from lamoe.text.tokenizer import Tokenizer
 from lamoe.train import checkpoint
 from lamoe.train.recipe import Recipe
+from tiny_run import metrics, raw_recipe, state, train, trained, write_texts  # noqa: F401 (trained is a fixture)
 
 YARN = dict(factor=8.0, original_max_position_embeddings=32)
 
@@ -23,8 +23,17 @@ def texts(tmp_path):
 
 
 def longer(texts, out, start, **changes) -> dict:
-    changes = {"model": dict(max_position_embeddings=256, rope_scaling=YARN), "data": dict(seq_len=96), **changes}
-    return raw_recipe(texts, out, **changes, run={"init_from": str(start), "steps": 4, "save_every": 2, **changes.pop("run", {})})
+    changes = {
+        "model": dict(max_position_embeddings=256, rope_scaling=YARN),
+        "data": dict(seq_len=96),
+        **changes,
+    }
+    return raw_recipe(
+        texts,
+        out,
+        **changes,
+        run={"init_from": str(start), "steps": 4, "save_every": 2, **changes.pop("run", {})},
+    )
 
 
 def test_it_goes_on_from_the_weights_with_another_rope(trained, texts, tmp_path):
@@ -35,9 +44,15 @@ def test_it_goes_on_from_the_weights_with_another_rope(trained, texts, tmp_path)
     first = metrics(tmp_path / "run")[0]
     assert first["step"] == 1 and first["loss"] < 4
     old, new = hf.load(checkpoint.latest(trained) / "model"), hf.load(last / "model")
-    assert all(0 < (a - b).norm() < 0.5 * a.norm() for a, b in zip(old.parameters(), new.parameters()) if a.dim() > 1)
+    assert all(
+        0 < (a - b).norm() < 0.5 * a.norm()
+        for a, b in zip(old.parameters(), new.parameters())
+        if a.dim() > 1
+    )
     a, b = (Tokenizer.load(f / "model") for f in (checkpoint.latest(trained), last))
-    assert a.encode("the cat sang") == b.encode("the cat sang")  # its tokenizer too, although other text would have made another
+    assert a.encode("the cat sang") == b.encode(
+        "the cat sang"
+    )  # its tokenizer too, although other text would have made another
     with torch.no_grad():
         assert torch.isfinite(new(torch.zeros(1, 200, dtype=torch.int64))).all()
 
@@ -66,15 +81,25 @@ def test_resume_needs_the_start_no_more(trained, texts, tmp_path):
     assert state(train(raw, resume=True))["weights"] == state(whole)["weights"]
 
 
-@pytest.mark.parametrize("changes, what", [
-    (dict(model=dict(hidden_size=48)), "model.hidden_size is 48, there 32"),
-    (dict(model=dict(model_type="llama"), balance=dict(devices=1)), "model.model_type is 'llama', there 'deepseek_v2'"),
-    (dict(run=dict(init_from="/nowhere/at/all")), "there is no folder"),
-])
-def test_what_does_not_fit_is_refused_before_anything_is_written(trained, texts, tmp_path, changes, what):
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        (dict(model=dict(hidden_size=48)), "model.hidden_size is 48, there 32"),
+        (
+            dict(model=dict(model_type="llama"), balance=dict(devices=1)),
+            "model.model_type is 'llama', there 'deepseek_v2'",
+        ),
+        (dict(run=dict(init_from="/nowhere/at/all")), "there is no folder"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    trained, texts, tmp_path, changes, what
+):
     raw = longer(texts, tmp_path / "run", trained)
     if "model" in changes and "model_type" in changes["model"]:
-        raw["model"] = {k: v for k, v in raw_recipe(texts, tmp_path, model=changes["model"])["model"].items()} | {"max_position_embeddings": 256}
+        raw["model"] = {
+            k: v for k, v in raw_recipe(texts, tmp_path, model=changes["model"])["model"].items()
+        } | {"max_position_embeddings": 256}
     for section, values in changes.items():
         raw[section].update(values)
     with pytest.raises(ValueError, match=what):
@@ -85,7 +110,20 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(trained, texts,
 def test_the_recipe_of_the_house_extends_the_demo_model():
     """recipes/extend.toml describes the model of recipes/tiny.toml, read 16 times as far."""
     tiny, extend = (Recipe.load(f"recipes/{name}.toml") for name in ("tiny", "extend"))
-    assert extend.run.init_from == tiny.run.out and extend.model.rope_scaling.original_max_position_embeddings == tiny.data.seq_len
-    assert extend.model.replace(rope_scaling=None, max_position_embeddings=tiny.model.max_position_embeddings) == tiny.model
-    assert extend.model.max_position_embeddings == extend.model.rope_scaling.factor * tiny.data.seq_len
-    assert json.loads(json.dumps(extend.to_dict())) == extend.to_dict() and Recipe.from_dict(extend.to_dict()) == extend
+    assert (
+        extend.run.init_from == tiny.run.out
+        and extend.model.rope_scaling.original_max_position_embeddings == tiny.data.seq_len
+    )
+    assert (
+        extend.model.replace(
+            rope_scaling=None, max_position_embeddings=tiny.model.max_position_embeddings
+        )
+        == tiny.model
+    )
+    assert (
+        extend.model.max_position_embeddings == extend.model.rope_scaling.factor * tiny.data.seq_len
+    )
+    assert (
+        json.loads(json.dumps(extend.to_dict())) == extend.to_dict()
+        and Recipe.from_dict(extend.to_dict()) == extend
+    )

@@ -24,20 +24,41 @@ def test_lr_of_v2():
 
 def test_lr_by_hand():
     o = Optim(lr=1.0, warmup_steps=4, decay_at=(0.5,), decay=0.1)
-    assert [o.lr_at(step, step / 8) for step in range(8)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.1, 0.1, 0.1, 0.1])
+    assert [o.lr_at(step, step / 8) for step in range(8)] == pytest.approx(
+        [0.25, 0.5, 0.75, 1.0, 0.1, 0.1, 0.1, 0.1]
+    )
     assert Optim(lr=1.0, warmup_steps=0).lr_at(0, 0.0) == 1.0
     assert Optim(lr=1.0, warmup_steps=10, decay_at=()).lr_at(4, 0.99) == 0.5
-    assert Optim(lr=1.0, warmup_steps=10, decay_at=(0.1,), decay=0.5).lr_at(4, 0.2) == 0.25  # both at once
+    assert (
+        Optim(lr=1.0, warmup_steps=10, decay_at=(0.1,), decay=0.5).lr_at(4, 0.2) == 0.25
+    )  # both at once
 
 
-@pytest.mark.parametrize("bad, words", [
-    (dict(lr=0.0), "optim.lr is 0.0"), (dict(lr=-1.0), "optim.lr"), (dict(lr=math.inf), "optim.lr"), (dict(lr=math.nan), "optim.lr"),
-    (dict(lr="fast"), "optim.lr must be float"), (dict(lr=True), "optim.lr must be float"), (dict(warmup_steps=1.5), "optim.warmup_steps"),
-    (dict(warmup_steps=-1), "warmup_steps"), (dict(decay_at=(0.9, 0.6)), "rising"), (dict(decay_at=(0.0,)), "above 0"),
-    (dict(decay_at=(1.1,)), "at most 1"), (dict(decay=0.0), "optim.decay"), (dict(beta1=1.0), "beta1"), (dict(beta2=math.nan), "beta2"),
-    (dict(eps=0.0), "eps"), (dict(clip=0.0), "clip"), (dict(clip=math.nan), "clip"), (dict(weight_decay=-0.1), "weight_decay"),
-    (dict(weight_decay=math.nan), "weight_decay"), (dict(weight_decay=math.inf), "weight_decay"),
-])
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        (dict(lr=0.0), "optim.lr is 0.0"),
+        (dict(lr=-1.0), "optim.lr"),
+        (dict(lr=math.inf), "optim.lr"),
+        (dict(lr=math.nan), "optim.lr"),
+        (dict(lr="fast"), "optim.lr must be float"),
+        (dict(lr=True), "optim.lr must be float"),
+        (dict(warmup_steps=1.5), "optim.warmup_steps"),
+        (dict(warmup_steps=-1), "warmup_steps"),
+        (dict(decay_at=(0.9, 0.6)), "rising"),
+        (dict(decay_at=(0.0,)), "above 0"),
+        (dict(decay_at=(1.1,)), "at most 1"),
+        (dict(decay=0.0), "optim.decay"),
+        (dict(beta1=1.0), "beta1"),
+        (dict(beta2=math.nan), "beta2"),
+        (dict(eps=0.0), "eps"),
+        (dict(clip=0.0), "clip"),
+        (dict(clip=math.nan), "clip"),
+        (dict(weight_decay=-0.1), "weight_decay"),
+        (dict(weight_decay=math.nan), "weight_decay"),
+        (dict(weight_decay=math.inf), "weight_decay"),
+    ],
+)
 def test_optim_refuses(bad, words):
     with pytest.raises(ValueError, match=words):
         Optim(**bad)
@@ -46,7 +67,17 @@ def test_optim_refuses(bad, words):
 # ---- batch ramp ------------------------------------------------------------------------------------------------------------
 def test_ramp_by_hand():
     b = Batch(size=16, micro=4, ramp_from=4, ramp_steps=6)
-    assert [b.size_at(i) for i in range(9)] == [4, 8, 8, 8, 12, 16, 16, 16, 16]  # 4, 6, 8, 10, 12, 14 to whole fours, halves to even
+    assert [b.size_at(i) for i in range(9)] == [
+        4,
+        8,
+        8,
+        8,
+        12,
+        16,
+        16,
+        16,
+        16,
+    ]  # 4, 6, 8, 10, 12, 14 to whole fours, halves to even
     assert [b.before(i) for i in (0, 1, 2, 6, 7)] == [0, 4, 12, 56, 72]
     assert Batch(size=8, micro=8).before(10) == 80
 
@@ -55,18 +86,32 @@ def test_ramp_by_hand():
 @given(st.data())
 def test_ramp_is_monotone_whole_and_adds_up(data):
     micro, parts, steps = (data.draw(st.integers(1, n)) for n in (5, 12, 25))
-    b = Batch(size=micro * parts, micro=micro, ramp_from=data.draw(st.integers(1, micro * parts)), ramp_steps=steps)
+    b = Batch(
+        size=micro * parts,
+        micro=micro,
+        ramp_from=data.draw(st.integers(1, micro * parts)),
+        ramp_steps=steps,
+    )
     sizes = [b.size_at(i) for i in range(steps + 3)]
     assert sizes == sorted(sizes) and sizes[-1] == sizes[steps] == b.size and sizes[0] >= micro
     assert all(s % micro == 0 for s in sizes) and abs(sizes[0] - max(micro, b.ramp_from)) < micro
     assert [b.before(i) for i in range(len(sizes))] == [sum(sizes[:i]) for i in range(len(sizes))]
 
 
-@pytest.mark.parametrize("bad, words", [
-    (dict(size=6, micro=4), "batch.size 6 is not a multiple of batch.micro 4"), (dict(size=0), "at least 1"), (dict(micro=0), "at least 1"),
-    (dict(size=4, micro=8), "multiple"), (dict(ramp_from=4), "go together"), (dict(ramp_steps=4), "go together"),
-    (dict(ramp_from=9, ramp_steps=2), "at most batch.size 8"), (dict(ramp_from=-4, ramp_steps=2), "go together"), (dict(size=8.0), "batch.size"),
-])
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        (dict(size=6, micro=4), "batch.size 6 is not a multiple of batch.micro 4"),
+        (dict(size=0), "at least 1"),
+        (dict(micro=0), "at least 1"),
+        (dict(size=4, micro=8), "multiple"),
+        (dict(ramp_from=4), "go together"),
+        (dict(ramp_steps=4), "go together"),
+        (dict(ramp_from=9, ramp_steps=2), "at most batch.size 8"),
+        (dict(ramp_from=-4, ramp_steps=2), "go together"),
+        (dict(size=8.0), "batch.size"),
+    ],
+)
 def test_batch_refuses(bad, words):
     with pytest.raises(ValueError, match=words):
         Batch(**bad)
@@ -79,8 +124,13 @@ class Net(nn.Module):
     def __init__(self, dtype=torch.float32):
         super().__init__()
         g = torch.Generator().manual_seed(0)
-        self.a, self.b = (nn.Parameter(torch.randn(*s, generator=g).to(dtype)) for s in ((8, 8), (3, 8, 8)))
-        self.gain, self.unused = nn.Parameter(torch.ones(8, dtype=dtype)), nn.Parameter(torch.ones(4, 4, dtype=dtype))
+        self.a, self.b = (
+            nn.Parameter(torch.randn(*s, generator=g).to(dtype)) for s in ((8, 8), (3, 8, 8))
+        )
+        self.gain, self.unused = (
+            nn.Parameter(torch.ones(8, dtype=dtype)),
+            nn.Parameter(torch.ones(4, 4, dtype=dtype)),
+        )
 
     def loss(self, x):
         return ((x @ self.a * self.gain) @ self.b.sum(0)).square().mean()
@@ -96,8 +146,16 @@ def test_float32_is_torchs_adamw_bit_for_bit():
     o, lrs = Optim(lr=0.1, clip=0.5), [0.1, 0.05, 0.02, 0.3]
     net, plain = Net(), Net()
     ours = MasterAdamW(net, o)
-    theirs = torch.optim.AdamW([{"params": [plain.a, plain.b, plain.unused], "weight_decay": 0.1}, {"params": [plain.gain], "weight_decay": 0.0}],
-                               lr=1.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    theirs = torch.optim.AdamW(
+        [
+            {"params": [plain.a, plain.b, plain.unused], "weight_decay": 0.1},
+            {"params": [plain.gain], "weight_decay": 0.0},
+        ],
+        lr=1.0,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        fused=True,
+    )
     for lr, x in zip(lrs, batches(4)):
         net.loss(x).backward()
         ours.collect()
@@ -111,7 +169,9 @@ def test_float32_is_torchs_adamw_bit_for_bit():
         theirs.zero_grad()
     for p, q in zip(net.parameters(), plain.parameters()):
         assert torch.equal(p, q)
-    assert not torch.equal(net.a, Net().a) and torch.equal(net.unused, Net().unused)  # without a gradient there is no decay either
+    assert not torch.equal(net.a, Net().a) and torch.equal(
+        net.unused, Net().unused
+    )  # without a gradient there is no decay either
 
 
 def test_decay_acts_on_matrices_only():
@@ -122,7 +182,11 @@ def test_decay_acts_on_matrices_only():
         p.grad = torch.zeros_like(p)
     ours.collect()
     ours.step(0.2)
-    assert torch.allclose(net.a, Net().a * 0.9) and torch.allclose(net.b, Net().b * 0.9) and torch.equal(net.gain, Net().gain)
+    assert (
+        torch.allclose(net.a, Net().a * 0.9)
+        and torch.allclose(net.b, Net().b * 0.9)
+        and torch.equal(net.gain, Net().gain)
+    )
 
 
 def test_bf16_masters_keep_small_steps():
@@ -137,7 +201,9 @@ def test_bf16_masters_keep_small_steps():
         alone -= torch.tensor(1e-3, dtype=torch.bfloat16)
     master = ours.masters[2]
     assert torch.equal(alone, torch.ones_like(alone))  # what bf16 alone does
-    assert master.dtype == torch.float32 and torch.allclose(master, torch.full((8,), 1 - 16e-3), atol=1e-5)
+    assert master.dtype == torch.float32 and torch.allclose(
+        master, torch.full((8,), 1 - 16e-3), atol=1e-5
+    )
     assert torch.equal(net.gain, master.bfloat16()) and (net.gain < 1).all()
 
 
@@ -159,10 +225,15 @@ def test_clip_is_exact():
     expected = math.sqrt(64 * 9 + 8 * 16)
     assert ours.clip() == pytest.approx(expected, rel=1e-6)
     assert ours.clip() == pytest.approx(2.0, rel=1e-6)  # global, directions kept
-    assert torch.allclose(ours.masters[0].grad, torch.full((8, 8), 3.0 * 2 / expected)) and ours.masters[3].grad is None
+    assert (
+        torch.allclose(ours.masters[0].grad, torch.full((8, 8), 3.0 * 2 / expected))
+        and ours.masters[3].grad is None
+    )
     before = ours.masters[0].grad.clone()
     ours.max_norm = 3.0
-    assert ours.clip() == pytest.approx(2.0, rel=1e-6) and torch.equal(ours.masters[0].grad, before)  # below: bitwise untouched
+    assert ours.clip() == pytest.approx(2.0, rel=1e-6) and torch.equal(
+        ours.masters[0].grad, before
+    )  # below: bitwise untouched
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -178,6 +249,7 @@ def test_clip_says_so_when_not_finite(bad):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_round_trip(dtype):
     """Three steps, a state carried to a fresh model, three more: bitwise as six in a row."""
+
     def go(net, ours, xs):
         for x in xs:
             net.loss(x).backward()

@@ -4,10 +4,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from tiny_run import raw_recipe, write_toml
 
 from lamoe.model.config import PRESETS, ModelConfig
 from lamoe.train.recipe import Data, Recipe, Run
+from tiny_run import raw_recipe, write_toml
 
 TINY = {"model": {"preset": "tiny"}}
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
@@ -31,7 +31,9 @@ def test_there_are_shipped_recipes():
 
 def test_defaults_and_every_section(tmp_path):
     assert load(tmp_path).data == Data() and load(tmp_path).run == Run()
-    r = load(tmp_path, """
+    r = load(
+        tmp_path,
+        """
         [model]
         preset = "tiny"
         num_hidden_layers = 3
@@ -51,14 +53,30 @@ def test_defaults_and_every_section(tmp_path):
         [run]
         steps = 7
         dtype = "float32"
-    """)
+    """,
+    )
     assert r.model == PRESETS["tiny"].replace(num_hidden_layers=3, aux_loss_alpha=0.01)
-    assert r.data.sources == ("a.txt", "b.txt") and r.data.document_mask is False and r.optim.decay_at == (0.5,) and r.optim.lr == 1
-    assert (r.batch.size, r.batch.ramp_from, r.balance.devices, r.run.steps, r.run.dtype) == (32, 8, 2, 7, "float32")
+    assert (
+        r.data.sources == ("a.txt", "b.txt")
+        and r.data.document_mask is False
+        and r.optim.decay_at == (0.5,)
+        and r.optim.lr == 1
+    )
+    assert (r.batch.size, r.batch.ramp_from, r.balance.devices, r.run.steps, r.run.dtype) == (
+        32,
+        8,
+        2,
+        7,
+        "float32",
+    )
 
 
 def test_a_model_from_its_fields(tmp_path):
-    raw = raw_recipe("texts", "out", model=dict(rope_scaling=dict(type="yarn", factor=4.0, original_max_position_embeddings=32)))
+    raw = raw_recipe(
+        "texts",
+        "out",
+        model=dict(rope_scaling=dict(type="yarn", factor=4.0, original_max_position_embeddings=32)),
+    )
     recipe = Recipe.from_dict(raw)
     assert recipe.model.rope_scaling.factor == 4.0 and Recipe.from_dict(recipe.to_dict()) == recipe
     del raw["model"]["rope_scaling"]
@@ -66,18 +84,31 @@ def test_a_model_from_its_fields(tmp_path):
 
 
 # ---- overrides -------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("words, section, key, value", [
-    (("--optim.lr", "3e-4"), "optim", "lr", 3e-4), (("--optim.lr=3e-4",), "optim", "lr", 3e-4), (("--run.steps", "1_000"), "run", "steps", 1000),
-    (("--run.log-every", "5"), "run", "log_every", 5), (("--run.log_every=5",), "run", "log_every", 5),
-    (("--data.document_mask", "false"), "data", "document_mask", False), (("--data.document-mask=true",), "data", "document_mask", True),
-    (("--run.out", "runs/a b"), "run", "out", "runs/a b"), (("--run.out", '"quoted"'), "run", "out", "quoted"), (("--run.out=a=b",), "run", "out", "a=b"),
-    (("--data.sources", "stdlib"), "data", "sources", ("stdlib",)), (("--data.sources", "stdlib,a/*.txt, b"), "data", "sources", ("stdlib", "a/*.txt", "b")),
-    (("--data.sources", '["x,y", "z"]'), "data", "sources", ("x,y", "z")), (("--optim.decay_at", "[0.5, 0.8]"), "optim", "decay_at", (0.5, 0.8)),
-    (("--optim.decay_at", "0.5,0.8"), "optim", "decay_at", (0.5, 0.8)), (("--optim.decay-at", "0.7"), "optim", "decay_at", (0.7,)),
-    (("--optim.decay_at", "[]"), "optim", "decay_at", ()), (("--model.num_hidden_layers", "2"), "model", "num_hidden_layers", 2),
-    (("--model.preset", "small"), "model", "vocab_size", PRESETS["small"].vocab_size),
-    (("--run.steps", "5", "--run.steps", "6"), "run", "steps", 6),
-])
+@pytest.mark.parametrize(
+    "words, section, key, value",
+    [
+        (("--optim.lr", "3e-4"), "optim", "lr", 3e-4),
+        (("--optim.lr=3e-4",), "optim", "lr", 3e-4),
+        (("--run.steps", "1_000"), "run", "steps", 1000),
+        (("--run.log-every", "5"), "run", "log_every", 5),
+        (("--run.log_every=5",), "run", "log_every", 5),
+        (("--data.document_mask", "false"), "data", "document_mask", False),
+        (("--data.document-mask=true",), "data", "document_mask", True),
+        (("--run.out", "runs/a b"), "run", "out", "runs/a b"),
+        (("--run.out", '"quoted"'), "run", "out", "quoted"),
+        (("--run.out=a=b",), "run", "out", "a=b"),
+        (("--data.sources", "stdlib"), "data", "sources", ("stdlib",)),
+        (("--data.sources", "stdlib,a/*.txt, b"), "data", "sources", ("stdlib", "a/*.txt", "b")),
+        (("--data.sources", '["x,y", "z"]'), "data", "sources", ("x,y", "z")),
+        (("--optim.decay_at", "[0.5, 0.8]"), "optim", "decay_at", (0.5, 0.8)),
+        (("--optim.decay_at", "0.5,0.8"), "optim", "decay_at", (0.5, 0.8)),
+        (("--optim.decay-at", "0.7"), "optim", "decay_at", (0.7,)),
+        (("--optim.decay_at", "[]"), "optim", "decay_at", ()),
+        (("--model.num_hidden_layers", "2"), "model", "num_hidden_layers", 2),
+        (("--model.preset", "small"), "model", "vocab_size", PRESETS["small"].vocab_size),
+        (("--run.steps", "5", "--run.steps", "6"), "run", "steps", 6),
+    ],
+)
 def test_override_spellings(tmp_path, words, section, key, value):
     found = getattr(getattr(load(tmp_path, TEXT, *words), section), key)
     assert found == value and type(found) is type(value)
@@ -90,24 +121,48 @@ def test_override_makes_a_missing_section(tmp_path):
     assert load(tmp_path, TEXT, "--batch.size", "24", "--batch.micro", "4").batch.size == 24
 
 
-@pytest.mark.parametrize("words, message", [
-    (("--optim.lr",), "--optim.lr needs a value"), (("lr=3",), "cannot read 'lr=3'; overrides look like"), (("--lr", "3"), "cannot read '--lr'"),
-    (("--optim.lr", "-3e-4"), "optim.lr is -0.0003"), (("--optim.lr", "fast"), "optim.lr must be float, found 'fast'"),
-    (("--optim.learning_rate", "1"), "unknown key optim.learning_rate"), (("--optim.warmupsteps", "1"), "did you mean 'warmup_steps'?"),
-    (("--optimm.lr", "1"), r"unknown section \[optimm\] in the recipe, did you mean 'optim'\?"), (("--run.steps", "1.5"), "run.steps must be int, found 1.5"),
-    (("--run.steps", "true"), "run.steps must be int, found True"), (("--data.document_mask", "1"), "data.document_mask must be bool"),
-    (("--data.sources", "[1]"), "data.sources must be tuple"), (("--data.sources", "[]"), "data.sources is empty"),
-    (("--optim.decay_at", "0.5,x"), "optim.decay_at must be tuple"), (("--run.out", ""), "run.out is empty"),
-    (("--model.hidden", "4"), "unknown key model.hidden"), (("--model.preset", "tinny"), "did you mean 'tiny'"), (("--run.dtype", "fp16"), "run.dtype is 'fp16'"),
-    (("--run.seed", "-1"), "run.seed is -1"), (("--run.seed", "4294967296"), r"run.seed is 4294967296; it must be below 2\*\*32"),
-    (("--run.steps", "0"), "run.steps is 0"), (("--run.log_every", "0"), "run.log_every is 0"), (("--data.holdout", "0.6"), "data.holdout is 0.6"),
-    (("--data.holdout", "nan"), "data.holdout is nan"), (("--data.seq_len", "0"), "data.seq_len is 0"),
-    (("--data.seq_len", "1025"), "data.seq_len 1025 is more than model.max_position_embeddings 1024"),
-    (("--balance.devices", "3"), "balance.devices is 3; it must divide n_routed_experts 16"), (("--balance.expert", "x"), "balance.expert must be float, found 'x'"),
-    (("--balance.expert", "true"), "balance.expert must be float, found True"), (("--balance.expert", "-1"), "balance.expert is -1"),
-    (("--balance.keep_share", "1.5"), "balance.keep_share is 1.5"), (("--batch.size", "9", "--batch.micro", "2"), "not a multiple"),
-    (("--optim.weight_decay", "nan"), "weight_decay is nan"), (("--model.num_experts_per_tok", "99"), "num_experts_per_tok 99"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--optim.lr",), "--optim.lr needs a value"),
+        (("lr=3",), "cannot read 'lr=3'; overrides look like"),
+        (("--lr", "3"), "cannot read '--lr'"),
+        (("--optim.lr", "-3e-4"), "optim.lr is -0.0003"),
+        (("--optim.lr", "fast"), "optim.lr must be float, found 'fast'"),
+        (("--optim.learning_rate", "1"), "unknown key optim.learning_rate"),
+        (("--optim.warmupsteps", "1"), "did you mean 'warmup_steps'?"),
+        (("--optimm.lr", "1"), r"unknown section \[optimm\] in the recipe, did you mean 'optim'\?"),
+        (("--run.steps", "1.5"), "run.steps must be int, found 1.5"),
+        (("--run.steps", "true"), "run.steps must be int, found True"),
+        (("--data.document_mask", "1"), "data.document_mask must be bool"),
+        (("--data.sources", "[1]"), "data.sources must be tuple"),
+        (("--data.sources", "[]"), "data.sources is empty"),
+        (("--optim.decay_at", "0.5,x"), "optim.decay_at must be tuple"),
+        (("--run.out", ""), "run.out is empty"),
+        (("--model.hidden", "4"), "unknown key model.hidden"),
+        (("--model.preset", "tinny"), "did you mean 'tiny'"),
+        (("--run.dtype", "fp16"), "run.dtype is 'fp16'"),
+        (("--run.seed", "-1"), "run.seed is -1"),
+        (("--run.seed", "4294967296"), r"run.seed is 4294967296; it must be below 2\*\*32"),
+        (("--run.steps", "0"), "run.steps is 0"),
+        (("--run.log_every", "0"), "run.log_every is 0"),
+        (("--data.holdout", "0.6"), "data.holdout is 0.6"),
+        (("--data.holdout", "nan"), "data.holdout is nan"),
+        (("--data.seq_len", "0"), "data.seq_len is 0"),
+        (
+            ("--data.seq_len", "1025"),
+            "data.seq_len 1025 is more than model.max_position_embeddings 1024",
+        ),
+        (("--balance.devices", "3"), "balance.devices is 3; it must divide n_routed_experts 16"),
+        (("--balance.expert", "x"), "balance.expert must be float, found 'x'"),
+        (("--balance.expert", "true"), "balance.expert must be float, found True"),
+        (("--balance.expert", "-1"), "balance.expert is -1"),
+        (("--balance.keep_share", "1.5"), "balance.keep_share is 1.5"),
+        (("--batch.size", "9", "--batch.micro", "2"), "not a multiple"),
+        (("--optim.weight_decay", "nan"), "weight_decay is nan"),
+        (("--model.num_experts_per_tok", "99"), "num_experts_per_tok 99"),
+    ],
+)
 def test_override_refused(tmp_path, words, message):
     with pytest.raises(ValueError, match=message) as e:
         load(tmp_path, TEXT, *words)
@@ -115,14 +170,29 @@ def test_override_refused(tmp_path, words, message):
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("text, message", [
-    ("[model\n", "is not valid TOML"), ("", "says no model; give model.preset"), ("[model]\n", "says no model"), ("model = 3\n", "model must be a section"),
-    ("[model]\npreset='tiny'\n[model.rope_scaling]\nfactr = 2.0\n", "unknown key model.rope_scaling.factr, did you mean 'factor'"),
-    ("[model]\npreset='tiny'\n[training]\nx=1\n", r"unknown section \[training\].*known: model, data, optim, batch, balance, run"),
-    ("[model]\npreset='tiny'\n[run]\nstepps=1\n", "unknown key run.stepps, did you mean 'steps'"),
-    ("[model]\npreset='tiny'\n[run]\nout=2024-01-01\n", "run.out must be str"),
-    ("[model]\npreset='tiny'\n[optim]\nlr=[1.0]\n", r"optim.lr must be float, found \[1.0\]"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[model\n", "is not valid TOML"),
+        ("", "says no model; give model.preset"),
+        ("[model]\n", "says no model"),
+        ("model = 3\n", "model must be a section"),
+        (
+            "[model]\npreset='tiny'\n[model.rope_scaling]\nfactr = 2.0\n",
+            "unknown key model.rope_scaling.factr, did you mean 'factor'",
+        ),
+        (
+            "[model]\npreset='tiny'\n[training]\nx=1\n",
+            r"unknown section \[training\].*known: model, data, optim, batch, balance, run",
+        ),
+        (
+            "[model]\npreset='tiny'\n[run]\nstepps=1\n",
+            "unknown key run.stepps, did you mean 'steps'",
+        ),
+        ("[model]\npreset='tiny'\n[run]\nout=2024-01-01\n", "run.out must be str"),
+        ("[model]\npreset='tiny'\n[optim]\nlr=[1.0]\n", r"optim.lr must be float, found \[1.0\]"),
+    ],
+)
 def test_files_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         load(tmp_path, text)
@@ -136,7 +206,9 @@ def test_not_utf8(tmp_path):
 
 def test_missing_file_names_neighbours(tmp_path):
     load(tmp_path)
-    with pytest.raises(ValueError, match=r"no recipe at .*rr.toml, did you mean 'r.toml'\?; there are r.toml"):
+    with pytest.raises(
+        ValueError, match=r"no recipe at .*rr.toml, did you mean 'r.toml'\?; there are r.toml"
+    ):
         Recipe.load(tmp_path / "rr.toml")
     with pytest.raises(ValueError, match="no recipe at"):
         Recipe.load(tmp_path / "nowhere" / "r.toml")
@@ -147,17 +219,25 @@ def test_missing_file_names_neighbours(tmp_path):
 # ---- what a run keeps ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", PRESETS)
 def test_to_dict_is_the_identity(name):
-    raw = {"model": {"preset": name}, "data": {"sources": ["a", "b"], "seq_len": 16}, "optim": {"decay_at": [0.25, 1.0]}}
+    raw = {
+        "model": {"preset": name},
+        "data": {"sources": ["a", "b"], "seq_len": 16},
+        "optim": {"decay_at": [0.25, 1.0]},
+    }
     recipe = Recipe.from_dict(raw)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
-    assert not [v for s in recipe.to_dict().values() for v in s.values() if isinstance(v, tuple)]  # as JSON gives it back
+    assert not [
+        v for s in recipe.to_dict().values() for v in s.values() if isinstance(v, tuple)
+    ]  # as JSON gives it back
 
 
 def test_the_saved_config_tells_the_recipes_coefficient():
     """Released configs say 0.001 where the paper trained with 0.003: never take the coefficient from the config."""
     assert Recipe.from_dict({"model": {"preset": "deepseek-v2"}}).model.aux_loss_alpha == 0.003
     assert Recipe.from_dict({**TINY, "balance": {"expert": 0.5}}).model.aux_loss_alpha == 0.5
-    assert Recipe.from_dict({"model": {"preset": "deepseek-67b"}, "balance": {"expert": 0.5}}).model == ModelConfig.preset("deepseek-67b")
+    assert Recipe.from_dict(
+        {"model": {"preset": "deepseek-67b"}, "balance": {"expert": 0.5}}
+    ).model == ModelConfig.preset("deepseek-67b")
 
 
 def test_group_limited_models_balance_over_their_groups():

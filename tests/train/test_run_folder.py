@@ -2,9 +2,9 @@
 
 import pytest
 from test_train import signal_after, texts  # noqa: F401 (texts is a fixture)
-from tiny_run import metrics, raw_recipe, train
 
 from lamoe.train import loop
+from tiny_run import metrics, raw_recipe, train
 
 
 def test_two_processes_do_not_share_a_run_folder(texts, tmp_path):
@@ -23,7 +23,9 @@ def test_a_recipe_of_something_else_is_left_alone(texts, tmp_path, text):
     for resume in (False, True):
         with pytest.raises(ValueError, match="recipe.json is not the recipe of a lamoe run"):
             train(raw_recipe(texts, tmp_path / "run"), resume=resume)
-    assert (tmp_path / "run" / "recipe.json").read_text() == text and (tmp_path / "run" / "tokenizer" / "precious.txt").read_text() == "mine"
+    assert (tmp_path / "run" / "recipe.json").read_text() == text and (
+        tmp_path / "run" / "tokenizer" / "precious.txt"
+    ).read_text() == "mine"
 
 
 def test_a_missing_source_is_said_before_anything_is_written(texts, tmp_path):

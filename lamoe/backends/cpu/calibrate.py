@@ -19,29 +19,44 @@ import torch
 
 from lamoe import kernels
 from lamoe.backends.cpu import packed_file
-from lamoe.model import rope
-from lamoe.model.layers import RMSNorm
-from lamoe.model.config import ModelConfig
-from lamoe.checkpoints import hf
-from lamoe.model.transformer import Block, check_ids
 from lamoe.backends.cpu.packed import Piece, Read
+from lamoe.checkpoints import hf
+from lamoe.model import rope
+from lamoe.model.config import ModelConfig
+from lamoe.model.layers import RMSNorm
+from lamoe.model.transformer import Block, check_ids
 from lamoe.text.tokenizer import Tokenizer
 
 ROWS, LENGTH = 4, 512  # rows of a pass, tokens of a row
-CHARS, PIECE = 16, 8192  # characters that are tokenised for a token that is wanted, at most about; of a piece
+CHARS, PIECE = (
+    16,
+    8192,
+)  # characters that are tokenised for a token that is wanted, at most about; of a piece
 _LEAN = 128  # an expert's own mean counts as many tokens as it saw, its layer's as many as these
-_DAMP = 0.1  # of each input's own second moment, added to it: what a text does not show may still come
+_DAMP = (
+    0.1  # of each input's own second moment, added to it: what a text does not show may still come
+)
 _FLOOR = 1e-4  # of the mean one, added to all: for inputs that this text never moved
-Moments = Callable[[int], torch.Tensor]  # of matrix i: mean of x x^T over its inputs x, float32 [K, K]
+Moments = Callable[
+    [int], torch.Tensor
+]  # of matrix i: mean of x x^T over its inputs x, float32 [K, K]
 
 
-def rows_of(tokenizer: Tokenizer, texts: list[str], config: ModelConfig, tokens: int) -> torch.Tensor:
+def rows_of(
+    tokenizer: Tokenizer, texts: list[str], config: ModelConfig, tokens: int
+) -> torch.Tensor:
     """About `tokens` tokens of the texts as ids [rows, T], rows spread evenly over them. ValueError for a text of less than 16."""
-    ids = [t for text in _sample(texts, CHARS * tokens) for t in tokenizer.encode(text, bos=tokenizer.add_bos)]
+    ids = [
+        t
+        for text in _sample(texts, CHARS * tokens)
+        for t in tokenizer.encode(text, bos=tokenizer.add_bos)
+    ]
     length = min(LENGTH, config.max_position_embeddings, max(len(ids), 1))
     rows = np.array(ids[: len(ids) // length * length], dtype=np.int64).reshape(-1, length)
     if length < 16 or not len(rows):
-        raise ValueError(f"the text to calibrate on has {len(ids)} tokens; give at least 16, better {tokens:,}")
+        raise ValueError(
+            f"the text to calibrate on has {len(ids)} tokens; give at least 16, better {tokens:,}"
+        )
     wanted = max(1, min(len(rows), tokens // length))
     return torch.from_numpy(rows[[i * len(rows) // wanted for i in range(wanted)]])
 
@@ -59,10 +74,18 @@ def _sample(texts: list[str], limit: int) -> list[str]:
     return out
 
 
-def options(folder: Path, config: ModelConfig, ids: torch.Tensor, progress: Callable[[int], None] = lambda layer: None) -> dict:
+def options(
+    folder: Path,
+    config: ModelConfig,
+    ids: torch.Tensor,
+    progress: Callable[[int], None] = lambda layer: None,
+) -> dict:
     """`weigh` and `calibration` of packed_file.write for the checkpoint `folder` over rows `ids`. The model walks as far as it is asked for (a finished
     folder asks for nothing); progress(layer) is called before each layer."""
-    walk, now = moments(config, packed_file.reader(folder, config), ids, hf.DTYPES[config.torch_dtype]), {"at": -1, "found": {}}
+    walk, now = (
+        moments(config, packed_file.reader(folder, config), ids, hf.DTYPES[config.torch_dtype]),
+        {"at": -1, "found": {}},
+    )
 
     def weigh(piece: Piece, i: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         if piece.format != "int4":
@@ -82,11 +105,15 @@ def solve(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Second moments [K, K] -> (importance [K], feedback [K, K]) of native.pack: with U the upper Cholesky factor of the damped inverse, 1 / U_ii^2 and
     U_ij / U_ii. ValueError for moments that are not finite."""
     if not torch.isfinite(h).all():
-        raise ValueError("the inputs of a matrix on the text to calibrate on are not finite: the model overflows there; quantize it without --calibrate, or check its weights")
+        raise ValueError(
+            "the inputs of a matrix on the text to calibrate on are not finite: the model overflows there; quantize it without --calibrate, or check its weights"
+        )
     h, own = h.clone(), h.diagonal().clone()
     floor = _FLOOR * own.mean()
     # Not a share of the mean: real models have inputs a thousand times larger than the others, and their mean would drown what the others tell.
-    h.diagonal().add_(_DAMP * own + (floor if floor > 0 else 1.0))  # one [K, K] at a time is freed: 480 MB each for the dense layer of V2-Lite
+    h.diagonal().add_(
+        _DAMP * own + (floor if floor > 0 else 1.0)
+    )  # one [K, K] at a time is freed: 480 MB each for the dense layer of V2-Lite
     h = torch.linalg.cholesky(h)
     h = torch.cholesky_inverse(h)
     h = torch.linalg.cholesky(h, upper=True)
@@ -94,7 +121,9 @@ def solve(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return d**-2, h.div_(d[:, None])
 
 
-def moments(config: ModelConfig, read: Read, ids: torch.Tensor, dtype: torch.dtype) -> Iterator[dict[str, Moments]]:
+def moments(
+    config: ModelConfig, read: Read, ids: torch.Tensor, dtype: torch.dtype
+) -> Iterator[dict[str, Moments]]:
     """One dict for each layer, then one for the head: {piece key: second moments of its inputs}. read: the tensors of a checkpoint by name
     (packed_file.reader); ids [rows, T]."""
     check_ids(ids, config, torch.arange(ids.shape[1]))
@@ -103,7 +132,9 @@ def moments(config: ModelConfig, read: Read, ids: torch.Tensor, dtype: torch.dty
     for layer in range(config.num_hidden_layers):
         block = _block(config, layer, read, dtype)
         sums = _watch(block, layer)
-        with torch.inference_mode():  # not around the generator: torch's wrapper would keep what was yielded last
+        with (
+            torch.inference_mode()
+        ):  # not around the generator: torch's wrapper would keep what was yielded last
             states = [block(x, freqs) for x in states]
         yield {key: s.mean if isinstance(s, _Linear) else s for key, s in sums.items()}
         del block, sums  # before the next layer's weights are there
@@ -120,11 +151,16 @@ def _watch(block: Block, layer: int) -> dict[str, _Linear | Moments]:
     sums = {}
     for name, module in block.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "attn.wkv_b":  # stays at 8 bits or more
-            module.register_forward_pre_hook(sums.setdefault(f"layers.{layer}.{name.split('.')[-1]}", _Linear()).add)
+            module.register_forward_pre_hook(
+                sums.setdefault(f"layers.{layer}.{name.split('.')[-1]}", _Linear()).add
+            )
         elif name == "ffn.experts":
             experts = _Experts(module)
             module.register_forward_pre_hook(experts.add)
-            sums |= {f"layers.{layer}.e13": experts.inputs, f"layers.{layer}.e2": experts.activations}
+            sums |= {
+                f"layers.{layer}.e13": experts.inputs,
+                f"layers.{layer}.e2": experts.activations,
+            }
     return sums
 
 
@@ -132,7 +168,9 @@ def _block(config: ModelConfig, layer: int, read: Read, dtype: torch.dtype) -> B
     with torch.device("meta"):
         block = Block(config, layer)
     own = f"layers.{layer}."
-    weights = {own + name: torch.empty(p.shape, dtype=dtype) for name, p in block.named_parameters()}
+    weights = {
+        own + name: torch.empty(p.shape, dtype=dtype) for name, p in block.named_parameters()
+    }
     for entry in hf.table(config):
         if entry.parameter in weights:
             weights[entry.parameter][entry.where].copy_(read(entry.disk))
@@ -160,7 +198,11 @@ class _Experts:
     """Second moments of what each expert sees, made when asked for: those of all at once would be larger than the layer."""
 
     def __init__(self, module):
-        self.w13, self.seen, self.whole = module.w13, [], {}  # not the module: it holds this hook, and a circle would keep its weights
+        self.w13, self.seen, self.whole = (
+            module.w13,
+            [],
+            {},
+        )  # not the module: it holds this hook, and a circle would keep its weights
 
     def add(self, module, args) -> None:
         self.seen.append(args)  # x [N, D], expert [N, K], weight [N, K]

@@ -33,7 +33,12 @@ else:
 
 FORMATS: dict[str, int] = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 BITS: dict[str, float] = {"fp32": 32.0, "bf16": 16.0, "int8": 8.5, "int4": 4.5}
-BLOCK: dict[str, int] = {"fp32": 1, "bf16": 2, "int8": 64, "int4": 64}  # inputs that are stored together, for 16 outputs; both are filled up
+BLOCK: dict[str, int] = {
+    "fp32": 1,
+    "bf16": 2,
+    "int8": 64,
+    "int4": 64,
+}  # inputs that are stored together, for 16 outputs; both are filled up
 _said = False
 
 
@@ -51,7 +56,10 @@ def announce() -> None:
     """Say once, on stderr, that the compiled kernels are missing and why."""
     global _said
     if lib is None and not _said and not os.environ.get("LAMOE_IMPL"):
-        print(f"lamoe: the compiled kernels are not there ({_why}); running on torch ops, many times slower. Install with a C++ compiler at hand.", file=sys.stderr)
+        print(
+            f"lamoe: the compiled kernels are not there ({_why}); running on torch ops, many times slower. Install with a C++ compiler at hand.",
+            file=sys.stderr,
+        )
     _said = True
 
 
@@ -59,7 +67,9 @@ def room(size: int) -> torch.Tensor:
     """uint8 [size], in huge pages where the system has them: weights are read from end to end, and small pages cost a seventh of the bandwidth and more."""
     if size < 1 << 21 or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(size, dtype=torch.uint8)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # not shared, as is the default: that has small pages on most systems
+    pages = mmap.mmap(
+        -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )  # not shared, as is the default: that has small pages on most systems
     huge_pages(pages)
     return torch.frombuffer(pages, dtype=torch.uint8)
 
@@ -75,56 +85,138 @@ def mat_bytes(fmt: str, n: int, k: int) -> int:
     return -(-n // 16) * -(-k // BLOCK[fmt]) * int(16 * BLOCK[fmt] * BITS[fmt] / 8)
 
 
-def pack(fmt: str, w: torch.Tensor, importance: torch.Tensor | None = None, feedback: torch.Tensor | None = None, isa: str = "") -> tuple[torch.Tensor, float]:
+def pack(
+    fmt: str,
+    w: torch.Tensor,
+    importance: torch.Tensor | None = None,
+    feedback: torch.Tensor | None = None,
+    isa: str = "",
+) -> tuple[torch.Tensor, float]:
     """w [n, k] -> (uint8 [mat_bytes], scale of the matrix). importance [k]: how much a squared error of each input counts where scales are searched (int4).
     feedback [k, k], unit upper triangular: the rounding error e of input i moves each later input j by -e * feedback[i, j] before that is rounded
     (calibrate.py makes it). ValueError for a weight that is not finite, and without the compiled kernels."""
     if lib is None:
-        raise ValueError(f"packing needs the compiled kernels, which are not there ({_why}); install lamoe with a C++ compiler")
+        raise ValueError(
+            f"packing needs the compiled kernels, which are not there ({_why}); install lamoe with a C++ compiler"
+        )
     w = w.detach().to(torch.float32).contiguous()
     if not w.isfinite().all():
-        raise ValueError(f"a weight matrix of shape {tuple(w.shape)} has values that are not finite; it cannot be packed")
-    extra = [None if t is None else t.to(torch.float32).contiguous().numpy() for t in (importance, feedback)]
+        raise ValueError(
+            f"a weight matrix of shape {tuple(w.shape)} has values that are not finite; it cannot be packed"
+        )
+    extra = [
+        None if t is None else t.to(torch.float32).contiguous().numpy()
+        for t in (importance, feedback)
+    ]
     data, scale = lib.pack(FORMATS[fmt], w.numpy(), *extra, torch.get_num_threads(), isa)
     return torch.from_numpy(data), scale
 
 
-def unpack(fmt: str, data: torch.Tensor, n: int, k: int, scale: float, isa: str = "") -> torch.Tensor:
+def unpack(
+    fmt: str, data: torch.Tensor, n: int, k: int, scale: float, isa: str = ""
+) -> torch.Tensor:
     """What `pack` stored, float32 [n, k]."""
     return torch.from_numpy(lib.unpack(FORMATS[fmt], data.numpy(), n, k, scale, isa))
 
 
-def linear(fmt: str, data: torch.Tensor, scale: float, n: int, x: torch.Tensor, isa: str = "") -> torch.Tensor:
+def linear(
+    fmt: str, data: torch.Tensor, scale: float, n: int, x: torch.Tensor, isa: str = ""
+) -> torch.Tensor:
     """x [m, k] float32 times the packed matrix [n, k] transposed -> float32 [m, n]. int8 and int4 round x to 8 bits in blocks of 64 with a scale
     each, bf16 to bfloat16; sums are exact integers per group, then float32."""
-    return torch.from_numpy(lib.linear(FORMATS[fmt], data.numpy(), scale, n, x.contiguous().numpy(), isa))
+    return torch.from_numpy(
+        lib.linear(FORMATS[fmt], data.numpy(), scale, n, x.contiguous().numpy(), isa)
+    )
 
 
 # ---- ops that a step is made of, one by one: for tests against ref.py --------------------------------------------------------------------------
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, isa: str = "") -> torch.Tensor:
     """ref.rms_norm of float32 rows x [n, D], weight [D]."""
-    return torch.from_numpy(lib.rms_norm(x.contiguous().numpy(), weight.contiguous().numpy(), eps, isa))
+    return torch.from_numpy(
+        lib.rms_norm(x.contiguous().numpy(), weight.contiguous().numpy(), eps, isa)
+    )
 
 
 def rope(x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool, isa: str = "") -> torch.Tensor:
     """Float32 rows x [n, R] turned, each by its row of cos_sin [n, R]: R / 2 cosines, then R / 2 sines."""
-    return torch.from_numpy(lib.rope(x.contiguous().numpy(), cos_sin.contiguous().numpy(), interleaved, isa))
+    return torch.from_numpy(
+        lib.rope(x.contiguous().numpy(), cos_sin.contiguous().numpy(), interleaved, isa)
+    )
 
 
-def swiglu(fmt: str, w13: torch.Tensor, scale: float, f: int, x: torch.Tensor, weight: torch.Tensor, isa: str = "") -> torch.Tensor:
+def swiglu(
+    fmt: str,
+    w13: torch.Tensor,
+    scale: float,
+    f: int,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    isa: str = "",
+) -> torch.Tensor:
     """silu(gate) * up * weight of x [m, D]; w13: a packed matrix of F gates and F ups, each filled up to whole tiles of 16; weight [m] -> float32 [m, F filled
     up to 64 with zeros]."""
-    return torch.from_numpy(lib.swiglu(FORMATS[fmt], w13.numpy(), scale, f, x.contiguous().numpy(), weight.contiguous().numpy(), isa))
+    return torch.from_numpy(
+        lib.swiglu(
+            FORMATS[fmt],
+            w13.numpy(),
+            scale,
+            f,
+            x.contiguous().numpy(),
+            weight.contiguous().numpy(),
+            isa,
+        )
+    )
 
 
-def attend(rows: torch.Tensor, q: torch.Tensor, last: torch.Tensor, k0: int, v0: int, vw: int, scale: float, chunk: int, isa: str = "") -> torch.Tensor:
+def attend(
+    rows: torch.Tensor,
+    q: torch.Tensor,
+    last: torch.Tensor,
+    k0: int,
+    v0: int,
+    vw: int,
+    scale: float,
+    chunk: int,
+    isa: str = "",
+) -> torch.Tensor:
     """Attention of up to 16 queries q [L, kw] over cache rows [S, W] (float32 or bfloat16): keys in columns k0 .. k0 + kw, values in v0 .. v0 + vw; query i sees
     rows 0 .. last[i] (int32). chunk: rows of a partial result. -> float32 [L, vw]"""
     elem = "fp32" if rows.dtype == torch.float32 else "bf16"
-    return torch.from_numpy(lib.attend(FORMATS[elem], rows.contiguous().view(torch.uint8).numpy(), q.contiguous().numpy(), last.numpy(), k0, v0, vw, scale, chunk, isa))
+    return torch.from_numpy(
+        lib.attend(
+            FORMATS[elem],
+            rows.contiguous().view(torch.uint8).numpy(),
+            q.contiguous().numpy(),
+            last.numpy(),
+            k0,
+            v0,
+            vw,
+            scale,
+            chunk,
+            isa,
+        )
+    )
 
 
-def attend_ints(codec: list[int], rows: torch.Tensor, q: torch.Tensor, last: torch.Tensor, scale: float, chunk: int, isa: str = "") -> torch.Tensor:
+def attend_ints(
+    codec: list[int],
+    rows: torch.Tensor,
+    q: torch.Tensor,
+    last: torch.Tensor,
+    scale: float,
+    chunk: int,
+    isa: str = "",
+) -> torch.Tensor:
     """Absorbed attention of up to 16 queries q [L, latent + rope] over stored rows (uint8 [S, row bytes]; codec: packed.codec_numbers) as integers: the latent as
     bytes with one step a row, queries of 8 bits, weights of 8 bits in each tile of 64 rows; the rope key in bfloat16. -> float32 [L, latent]"""
-    return torch.from_numpy(lib.attend_ints(codec, rows.contiguous().numpy(), q.contiguous().numpy(), last.numpy(), scale, chunk, isa))
+    return torch.from_numpy(
+        lib.attend_ints(
+            codec,
+            rows.contiguous().numpy(),
+            q.contiguous().numpy(),
+            last.numpy(),
+            scale,
+            chunk,
+            isa,
+        )
+    )

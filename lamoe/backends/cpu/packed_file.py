@@ -20,12 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lamoe.model import accounting
-from lamoe.backends.cpu import packed
-from lamoe.model.config import ModelConfig
-from lamoe.checkpoints import hf, shards
-from lamoe.backends.cpu import native
+from lamoe.backends.cpu import native, packed
 from lamoe.backends.cpu.packed import PackedModel, Piece, Read, Weigh
+from lamoe.checkpoints import hf, shards
+from lamoe.model import accounting
+from lamoe.model.config import ModelConfig
 
 METHOD, VERSION = "lamoe", 1
 _CONFIG_PART = ".config.json.part"
@@ -53,12 +52,18 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, str, str]:
     folder = Path(folder)
     said = _quantization(folder)
     if said.get("quant_method") != METHOD:
-        raise ValueError(f"{folder} is not a model packed by lamoe: its config.json has no quantization_config of quant_method {METHOD!r}; make one with `lamoe quantize`")
+        raise ValueError(
+            f"{folder} is not a model packed by lamoe: its config.json has no quantization_config of quant_method {METHOD!r}; make one with `lamoe quantize`"
+        )
     if said.get("version") != VERSION:
-        raise ValueError(f"{folder} was packed in layout version {said.get('version')!r}, this lamoe reads {VERSION}; quantize the model again")
+        raise ValueError(
+            f"{folder} was packed in layout version {said.get('version')!r}, this lamoe reads {VERSION}; quantize the model again"
+        )
     for what in ("weights", "head"):
         if said.get(what) not in packed.WEIGHTS:
-            raise ValueError(f"{folder}/config.json says {what} {said.get(what)!r}; known: {', '.join(packed.WEIGHTS)}")
+            raise ValueError(
+                f"{folder}/config.json says {what} {said.get(what)!r}; known: {', '.join(packed.WEIGHTS)}"
+            )
     plain = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     plain.pop("quantization_config")
     try:
@@ -75,7 +80,14 @@ def any_config(folder: str | Path) -> ModelConfig:
 def bits(folder: str | Path) -> float:
     """Bits of a packed folder for each weight of the model, everything included."""
     config, weights, head = read_config(folder)
-    return 8 * sum(packed.piece_bytes(p, packed.element(weights)) for p in packed.pieces(config, weights, head)) / accounting.parameters(config).total
+    return (
+        8
+        * sum(
+            packed.piece_bytes(p, packed.element(weights))
+            for p in packed.pieces(config, weights, head)
+        )
+        / accounting.parameters(config).total
+    )
 
 
 def files(config: ModelConfig, weights: str, head: str) -> dict[str, list[Piece]]:
@@ -101,39 +113,68 @@ def load(folder: str | Path, threads: int = 0, free: int | None = None) -> Packe
     bytes. ValueError when a file or a tensor is missing, extra, misplaced or not of the config's size."""
     folder = Path(folder)
     config, weights, head = read_config(folder)
-    there, count = {path.name for path in folder.glob("packed-*.safetensors")}, config.num_hidden_layers + 1
-    names = [_name(i - 1) for i in range(min(count, len(there) + 1))]  # enough to miss one: the config may name a billion
+    there, count = (
+        {path.name for path in folder.glob("packed-*.safetensors")},
+        config.num_hidden_layers + 1,
+    )
+    names = [
+        _name(i - 1) for i in range(min(count, len(there) + 1))
+    ]  # enough to miss one: the config may name a billion
     if absent := [name for name in names if name not in there]:
-        raise ValueError(f"{folder} has {len(there)} packed files and its config.json names {count} ({absent[0]} is missing); the packed model is incomplete, "
-                         "run `lamoe quantize` again (it goes on where it stopped)")
+        raise ValueError(
+            f"{folder} has {len(there)} packed files and its config.json names {count} ({absent[0]} is missing); the packed model is incomplete, "
+            "run `lamoe quantize` again (it goes on where it stopped)"
+        )
     if surplus := sorted(there.difference(names)):
-        raise ValueError(f"{folder} holds {shards.few(surplus)} beside the {count} files that its config.json names for {count - 1} layers: copies, "
-                         "or of another model, or config.json is. Delete what does not belong there")
+        raise ValueError(
+            f"{folder} holds {shards.few(surplus)} beside the {count} files that its config.json names for {count - 1} layers: copies, "
+            "or of another model, or config.json is. Delete what does not belong there"
+        )
     # A model larger than memory reads its experts one by one, and two megabytes for each page fault would be too many.
     huge = free is not None and stored_bytes(folder) < free
     elem, tensors = packed.element(weights), {}
     for name, pieces in files(config, weights, head).items():
         path, header = folder / name, _header(folder / name, pieces, elem)
-        mapped = np.memmap(path, dtype=np.uint8, mode="c")  # private: nothing is ever written, and torch wants writable memory
+        mapped = np.memmap(
+            path, dtype=np.uint8, mode="c"
+        )  # private: nothing is ever written, and torch wants writable memory
         if huge:
             native.huge_pages(mapped._mmap)
         start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
         for piece in pieces:
-            begin, scale = start + header[piece.key].begin, start + header[f"{piece.key}.scale"].begin
+            begin, scale = (
+                start + header[piece.key].begin,
+                start + header[f"{piece.key}.scale"].begin,
+            )
             scales = mapped[scale : scale + 4 * piece.count].view(np.float32)
             if begin % _ALIGN or not np.isfinite(scales).all():
-                raise ValueError(f"{path}: {piece.key!r} does not lie at a multiple of {_ALIGN} bytes, or has scales that are no numbers; quantize the model again")
-            tensors[piece.key] = torch.from_numpy(mapped[begin : begin + packed.piece_bytes(piece, elem)]), scales.tolist()
+                raise ValueError(
+                    f"{path}: {piece.key!r} does not lie at a multiple of {_ALIGN} bytes, or has scales that are no numbers; quantize the model again"
+                )
+            tensors[piece.key] = (
+                torch.from_numpy(mapped[begin : begin + packed.piece_bytes(piece, elem)]),
+                scales.tolist(),
+            )
     return PackedModel(config, weights, tensors, threads, head)
 
 
 def _header(path: Path, pieces: list[Piece], elem: str) -> dict[str, shards.Found]:
     """The header of a file that holds exactly these pieces. ValueError for any other."""
     header = shards.read_header(path)
-    want = {p.key: ("U8", _padded(packed.piece_bytes(p, elem))) for p in pieces} | {f"{p.key}.scale": ("F32", p.count) for p in pieces}
-    wrong = [k for k in want.keys() | header.keys() if k not in header or k not in want or (header[k].dtype, math.prod(header[k].shape)) != want[k]]
+    want = {p.key: ("U8", _padded(packed.piece_bytes(p, elem))) for p in pieces} | {
+        f"{p.key}.scale": ("F32", p.count) for p in pieces
+    }
+    wrong = [
+        k
+        for k in want.keys() | header.keys()
+        if k not in header
+        or k not in want
+        or (header[k].dtype, math.prod(header[k].shape)) != want[k]
+    ]
     if wrong:
-        raise ValueError(f"{path} does not hold the tensors of its config: {shards.few(sorted(wrong))} missing, extra or of another size")
+        raise ValueError(
+            f"{path} does not hold the tensors of its config: {shards.few(sorted(wrong))} missing, extra or of another size"
+        )
     return header
 
 
@@ -142,29 +183,48 @@ def _padded(size: int) -> int:
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------------
-def write(source: str | Path, target: str | Path, weights: str, weigh: Weigh = lambda piece, i: None,
-          calibration: str | None = None, head: str | None = None) -> Iterator[tuple[Piece, int]]:
+def write(
+    source: str | Path,
+    target: str | Path,
+    weights: str,
+    weigh: Weigh = lambda piece, i: None,
+    calibration: str | None = None,
+    head: str | None = None,
+) -> Iterator[tuple[Piece, int]]:
     """Pack the model folder `source` into `target`: yields (piece, bytes) after each one, for progress; finished when exhausted. `head`: another format for the output
     head (packed.pieces). `calibration` names what `weigh` comes from; it is asked layer by layer. Goes on where an earlier call with the same weights, formats and
     calibration stopped; ValueError when `target` holds something else."""
     if native.lib is None:
-        raise ValueError(f"packing needs the compiled kernels, which are not there ({native.missing()}); install lamoe with a C++ compiler")
+        raise ValueError(
+            f"packing needs the compiled kernels, which are not there ({native.missing()}); install lamoe with a C++ compiler"
+        )
     folder, target = hf.resolve(source), Path(target)
     if is_packed(folder):
         raise ValueError(f"{folder} is a packed model already; quantize the model it was made from")
     config, head = hf.read_config(folder), head or weights
     read = reader(folder, config)
     plan = files(config, weights, head)
-    said = {"quant_method": METHOD, "weights": weights, "head": head, "version": VERSION, "source": _source(folder), "calibration": calibration}
+    said = {
+        "quant_method": METHOD,
+        "weights": weights,
+        "head": head,
+        "version": VERSION,
+        "source": _source(folder),
+        "calibration": calibration,
+    }
     _check_target(target, said, set(plan))
     target.mkdir(parents=True, exist_ok=True)
     shards.write_json(target / _CONFIG_PART, config.to_dict() | {"quantization_config": said})
-    os.replace(target / _CONFIG_PART, target / "config.json")  # whole or not there: half of one would look like another model to the call that goes on
+    os.replace(
+        target / _CONFIG_PART, target / "config.json"
+    )  # whole or not there: half of one would look like another model to the call that goes on
     for extra in hf.EXTRAS:
         if (folder / extra).is_file():
             shards.copy(folder / extra, target / extra)
     for name, pieces in plan.items():
-        if (target / name).exists():  # it got its name when it was complete; what happened to it since is another matter
+        if (
+            target / name
+        ).exists():  # it got its name when it was complete; what happened to it since is another matter
             try:
                 _header(target / name, pieces, packed.element(weights))
             except ValueError as e:
@@ -197,8 +257,17 @@ def _check_target(target: Path, said: dict, names: set[str]) -> None:
     ours = names | {f".{n}.part" for n in names} | {_CONFIG_PART, "config.json", *hf.EXTRAS}
     strange, found = [n for n in there if n not in ours], _quantization(target)
     if strange or found != said and there != [_CONFIG_PART]:
-        other = "" if strange or found.get("quant_method") != METHOD else "; " + ", ".join(f"{k} was {found.get(k)}, is {v}" for k, v in said.items() if found.get(k) != v)
-        raise ValueError(f"{target} is not empty and not the beginning of this packed model ({shards.few(strange or there)}{other}); name another folder, or delete it")
+        other = (
+            ""
+            if strange or found.get("quant_method") != METHOD
+            else "; "
+            + ", ".join(
+                f"{k} was {found.get(k)}, is {v}" for k, v in said.items() if found.get(k) != v
+            )
+        )
+        raise ValueError(
+            f"{target} is not empty and not the beginning of this packed model ({shards.few(strange or there)}{other}); name another folder, or delete it"
+        )
 
 
 def reader(folder: Path, config: ModelConfig) -> Read:
@@ -207,7 +276,10 @@ def reader(folder: Path, config: ModelConfig) -> Read:
 
     found = shards.scan(folder)
     hf.check_tensors(folder, config, found)
-    last: list = [None, None]  # the tensor read last: kv_b_proj is asked for by three pieces, head by head
+    last: list = [
+        None,
+        None,
+    ]  # the tensor read last: kv_b_proj is asked for by three pieces, head by head
 
     def read(name: str) -> torch.Tensor:
         if last[0] != name:
@@ -218,15 +290,25 @@ def reader(folder: Path, config: ModelConfig) -> Read:
     return read
 
 
-def _write_file(path: Path, pieces: list[Piece], weights: str, read: Read, weigh: Weigh) -> Iterator[tuple[Piece, int]]:
+def _write_file(
+    path: Path, pieces: list[Piece], weights: str, read: Read, weigh: Weigh
+) -> Iterator[tuple[Piece, int]]:
     elem = packed.element(weights)
     sizes = [packed.piece_bytes(p, elem) for p in pieces]
     header, at = {}, 0
     for piece, size in zip(pieces, sizes):
-        header[piece.key] = {"dtype": "U8", "shape": [_padded(size)], "data_offsets": [at, at + _padded(size)]}
+        header[piece.key] = {
+            "dtype": "U8",
+            "shape": [_padded(size)],
+            "data_offsets": [at, at + _padded(size)],
+        }
         at += _padded(size)
     for piece in pieces:
-        header[f"{piece.key}.scale"] = {"dtype": "F32", "shape": [piece.count], "data_offsets": [at, at + 4 * piece.count]}
+        header[f"{piece.key}.scale"] = {
+            "dtype": "F32",
+            "shape": [piece.count],
+            "data_offsets": [at, at + 4 * piece.count],
+        }
         at += 4 * piece.count
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % _ALIGN)
@@ -236,8 +318,12 @@ def _write_file(path: Path, pieces: list[Piece], weights: str, read: Read, weigh
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another process is writing {path.parent}; let it finish") from None
-        if not part.exists() or not os.path.samestat(os.fstat(f.fileno()), part.stat()):  # it has finished between our opening and locking
-            raise ValueError(f"another process was writing {path.parent}; call again, and what it made is kept")
+        if not part.exists() or not os.path.samestat(
+            os.fstat(f.fileno()), part.stat()
+        ):  # it has finished between our opening and locking
+            raise ValueError(
+                f"another process was writing {path.parent}; call again, and what it made is kept"
+            )
         f.truncate(0)
         f.write(len(text).to_bytes(8, "little") + text)
         scales = []
