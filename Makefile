@@ -1,51 +1,85 @@
-# Works on a fresh machine with Python 3.11+, a C++ compiler and make. Everything is installed into .venv, at pinned versions.
+# Works on a fresh machine with Python 3.11+, a C++ compiler and make. Everything is installed into
+# .venv, at pinned versions. Without make: python tools/install.py .venv serve,train,test,dev
 PYTHON ?= python3
 VENV   ?= .venv
+ifeq ($(OS),Windows_NT)
+BIN    := $(VENV)/Scripts
+else
 BIN    := $(VENV)/bin
+endif
 , := ,
-READY  := $(VENV)/.ready
+RUN    := $(VENV)/.ready-run
+DEV    := $(VENV)/.ready-dev
+SOURCE := pyproject.toml constraints.txt tools/install.py CMakeLists.txt \
+          $(wildcard csrc/* csrc/*/*.cpp csrc/*/*.h)
+CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo test test-lm-eval long needle bench bench-serve asan tsan clean
+.PHONY: help demo test lint format test-lm-eval wheel-check long needle bench bench-serve asan tsan \
+        clean
 
-demo: $(READY)  ## train a small DeepSeek-V2 on this machine, report on it, let it speak; DEMO='--run.threads 1' where other programs keep the cores busy
+help:  ## list the targets
+	@grep -hE '^[a-z -]+:.*##' Makefile | sed 's/:.*##/:/'
+
+# DEMO='--run.threads 1' helps where other programs keep the cores busy
+demo: $(RUN)  ## train a small DeepSeek-V2 on this machine, report on it, let it generate
 	$(BIN)/lamoe train recipes/tiny.toml $(DEMO) $(if $(wildcard runs/tiny/latest),--resume)
 	$(BIN)/lamoe evaluate runs/tiny
 	$(BIN)/lamoe info runs/tiny
-	@for prompt in 'def read(self, ' 'class Node:' 'It was a truth'; do echo; echo "--- $$prompt"; \
-	  $(BIN)/lamoe generate --model runs/tiny --prompt "$$prompt" --max-tokens 80 --temperature 0.7 --seed 1 || exit 1; done
+	@for prompt in 'def read(self, ' 'class Node:' 'It was a truth'; do \
+	  echo; echo "--- $$prompt"; \
+	  $(BIN)/lamoe generate --model runs/tiny --prompt "$$prompt" --max-tokens 80 \
+	    --temperature 0.7 --seed 1 || exit 1; \
+	done
 
-test: $(READY)  ## all tests
+test: $(DEV)  ## all tests
 	$(BIN)/python -m pytest
 
-test-lm-eval: $(READY)  ## lm-eval against the server; apart, because installing lm-eval takes more than a minute
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,train,test,lm-eval]'
+lint: $(DEV)  ## ruff, clang-format and mypy; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: $(DEV)  ## apply ruff's and clang-format's layout, and ruff's safe fixes
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+test-lm-eval: $(DEV)  ## lm-eval against the server; apart: its installation takes over a minute
+	$(PYTHON) tools/install.py $(VENV) serve,train,test,dev,lm-eval
 	$(BIN)/python -m pytest tests/serve/test_serve_lm_eval.py
 
-long: $(READY)  ## 128K positions: the slow test, then the cache's memory there against the closed form
+wheel-check:  ## build a wheel, install it into a bare environment, run doctor and generate there
+	$(PYTHON) tools/wheel_check.py
+
+long: $(DEV)  ## 128K positions: the slow test, then the cache's memory against the closed form
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python benchmarks/long.py
 
-needle: $(READY)  ## train a small model for retrieval, lengthen its context with YaRN, and draw both heat maps
+needle: $(DEV)  ## train a small retrieval model, extend its context with YaRN, draw both heat maps
 	$(BIN)/python benchmarks/needle.py
 
-bench: $(READY)  ## training speed beside transformers, alternating
+bench: $(DEV)  ## training speed of lamoe and transformers, alternating
 	$(BIN)/python benchmarks/train.py
 
-asan tsan:  ## csrc/check.cpp under AddressSanitizer + UBSan, or ThreadSanitizer, on every instruction set of this CPU
-	cmake -S . -B build/$@ -DLAMOE_SANITIZE=$(if $(filter asan,$@),address$(,)undefined$(,)float-cast-overflow,thread) >/dev/null
-	cmake --build build/$@
-	@for isa in scalar avx2 avxvnni avx512vnni avx512 amx; do \
-	  if [ $$isa = scalar ] || LAMOE_ISA=$$isa build/$@/check list >/dev/null 2>&1; then LAMOE_ISA=$$isa build/$@/check || exit 1; fi; done
-
-bench-serve: $(READY)  ## two minutes of load on the server: 64 clients, some of them rude; and what HTTP costs a token
+bench-serve: $(DEV)  ## two minutes of load on the server, hostile clients included; HTTP overhead
 	$(BIN)/python benchmarks/serve.py
 
-$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lamoe needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=python3.11 or newer")'
-	@echo 'building $(VENV): downloads and a compilation, some minutes without a word'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,train,test]'
-	touch $@
+asan tsan:  ## the C++ check program under sanitizers, on every instruction set of this CPU
+	cmake -S . -B build/$@ >/dev/null \
+	  -DLAMOE_SANITIZE=$(if $(filter asan,$@),address$(,)undefined$(,)float-cast-overflow,thread)
+	cmake --build build/$@
+	@for isa in scalar avx2 avxvnni avx512vnni avx512 amx; do \
+	  if [ $$isa = scalar ] || LAMOE_ISA=$$isa build/$@/check list >/dev/null 2>&1; then \
+	    LAMOE_ISA=$$isa build/$@/check || exit 1; fi; done
 
-clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache
+$(RUN): $(SOURCE)
+	$(PYTHON) tools/install.py $(VENV) serve,train
+	@touch $@
+
+$(DEV): $(SOURCE)
+	$(PYTHON) tools/install.py $(VENV) serve,train,test,dev
+	@touch $@ $(RUN)
+
+clean:  ## remove the environment and everything that was built; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,61 @@
+#!/usr/bin/env python3
+"""Build a wheel, install it into a bare environment, and use it there as a stranger would.
+
+    python tools/wheel_check.py [FOLDER]      # FOLDER: build/wheel-check if not given
+
+The environment has the wheel and its run-time dependencies, nothing else, and the commands run
+outside the checkout, so that nothing can be imported from it by accident. They are `lamoe doctor`
+and two tokens from a tiny random model.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+from install import ROOT, python_of, say, torch_index
+
+MAKE_MODEL = """
+import lamoe, torch
+from lamoe.text import tokenizer
+torch.manual_seed(0)
+tok = tokenizer.train(["def read(self): return None " * 9], 300)
+model = lamoe.Transformer(lamoe.ModelConfig.preset("tiny").replace(vocab_size=300))
+lamoe.save(model, "model", tok)
+"""
+
+
+def run(*command: object, cwd: Path):
+    print("$", " ".join(map(str, command)), flush=True)
+    # no PYTHONPATH: the checkout must not be importable
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([str(c) for c in command], cwd=cwd, env=env, check=True)
+
+
+def main(folder: Path):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    say("building the wheel")
+    # a build folder of its own: the one of .venv may hold bindings that only tests use
+    pip_wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    pip_wheel += [f"--config-settings=build-dir={folder / 'cmake'}", "--wheel-dir", folder]
+    run(*pip_wheel, ROOT, cwd=folder)
+    (wheel,) = folder.glob("lamoe-*.whl")
+    say(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB; installing it")
+    venv.create(folder / "venv", with_pip=True)
+    python = python_of(folder / "venv")
+    constraints = ["-c", ROOT / "constraints.txt", *torch_index(folder / "venv")]
+    run(python, "-m", "pip", "install", "--quiet", *constraints, wheel, cwd=folder)
+    lamoe = python.with_name("lamoe.exe" if os.name == "nt" else "lamoe")
+    say("using it")
+    run(lamoe, "doctor", cwd=folder)
+    (folder / "make_model.py").write_text(MAKE_MODEL, encoding="utf-8")
+    run(python, "make_model.py", cwd=folder)
+    run(lamoe, "generate", "--model", "model", "--prompt", "def", "--max-tokens", "2", cwd=folder)
+    say("the wheel works")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build" / "wheel-check").resolve())
