@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import lzma
 import re
 import struct
@@ -87,7 +88,7 @@ def join_lines(lines: list[str]) -> str:
     """One paragraph. Verse and addresses start every line with a capital; one line that does not makes the paragraph prose."""
     is_prose = any(line[:1].islower() for line in lines[1:])
     out = lines[0]
-    for before, line in zip(lines, lines[1:]):
+    for before, line in itertools.pairwise(lines):
         out += (" " if is_prose or len(before) >= SHORT else "\n") + line
     return out
 

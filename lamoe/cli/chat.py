@@ -37,7 +37,7 @@ KIND, MAX_FILE_BYTES = "lamoe conversation", 64 << 20
 _VISIBLE = (
     {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}
     | {0x7F: 0x2421}
-    | {c: 0xFFFD for c in range(0x80, 0xA0)}
+    | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 )
 
 

@@ -3,6 +3,7 @@ engine's steps, so that a long text holds nobody up for longer than a long promp
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -113,7 +114,7 @@ def text_loss(
             if document_mask
             else [0, len(ids)]
         )
-        for begin, end in zip(cuts, cuts[1:]):
+        for begin, end in itertools.pairwise(cuts):
             if end - begin < 2:
                 continue
             for at, logits, chosen in steps(

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def checks() -> list[dict[str, Any]]:
     if _kernels()["isa"] is None:
         return out
     for isa in _kernels()["could"]:
-        out.append(_check(f"products of {isa} equal torch's", lambda: _products(isa)))
+        out.append(_check(f"products of {isa} equal torch's", partial(_products, isa)))
     return [
         *out,
         _check(

@@ -6,8 +6,8 @@ import bisect
 import os
 import random
 import re
+from collections.abc import Callable, Iterable
 from itertools import accumulate
-from typing import Callable, Iterable
 
 import numpy as np
 import torch

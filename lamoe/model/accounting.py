@@ -156,7 +156,7 @@ def forward_flops(
     if form is None and config.is_mla:
         both = [forward_flops(config, tokens, depth, f, head_tokens) for f in ("expand", "absorb")]
         return min(both, key=lambda f: f.total)
-    layers, h, moe = config.num_hidden_layers, config.num_attention_heads, len(config.moe_layers)
+    layers, h = config.num_hidden_layers, config.num_attention_heads
     pairs = tokens * depth + tokens * (tokens + 1) // 2  # (new token, attended row)
     if not config.is_mla:
         latent, per_pair = 0, config.qk_head_dim + config.value_head_dim

@@ -12,6 +12,7 @@ A template comes with a model folder, that is from a stranger, and a message com
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import time
@@ -225,7 +226,7 @@ class _Shield:
         if self._whole is None:
             return text
         cuts = [0, *(m.start() + 1 for m in self._whole.finditer(text)), len(text)]
-        text = self._mark.join(text[a:b] for a, b in zip(cuts, cuts[1:]))
+        text = self._mark.join(text[a:b] for a, b in itertools.pairwise(cuts))
         core = text.strip()  # a template may trim what it is given
         start = text.find(core)
         end, sizes = start + len(core), range(1, min(self._longest, len(core) + 1))

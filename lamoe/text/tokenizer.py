@@ -12,6 +12,7 @@ gives control ids only to what the template itself wrote, never to what came out
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import operator
 import re
@@ -226,7 +227,7 @@ class Tokenizer:
     def _cut(self, text: str) -> list[str]:
         """The text in pieces, cut after the first character of every unmarked control token so that none can match."""
         cuts = [0, *(m.start() + 1 for m in self._unmarked_re.finditer(text)), len(text)]
-        return [text[a:b] for a, b in zip(cuts, cuts[1:])]
+        return [text[a:b] for a, b in itertools.pairwise(cuts)]
 
     def _with_controls(self, text: str, drop: str = "") -> list[int]:
         """Ids of text whose control tokens count; the characters of `drop` are taken out of the plain text in between."""

@@ -21,9 +21,9 @@ import tarfile
 import zlib
 from array import array
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterator
 
 from lamoe.model.config import did_you_mean
 

@@ -150,7 +150,7 @@ def test_calibrated_errors_fall_where_inputs_are_large():
     assert errors[1] < 0.9 * errors[0]
 
 
-def test_rows_to_calibrate_on(trained):  # noqa: F811
+def test_rows_to_calibrate_on(trained):
     folder = Path(cli.find_model(str(trained)))
     tok, c = lamoe.Tokenizer.load(folder), hf.read_config(folder)
     rows = calibrate.rows_of(tok, ["the cat sat on the mat. " * 200, "the dog ran. " * 300], c, 256)

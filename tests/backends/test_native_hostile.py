@@ -222,7 +222,7 @@ def test_a_model_without_one_of_its_weights_does_not_run(config, key):
 
 def test_weights_of_other_sizes_are_refused():
     p = PackedModel.of(tiny.model(tiny.HARD, dtype=torch.float32))
-    fresh = lambda: PackedModel(p.config, "fp32", p.tensors).native  # noqa: E731
+    fresh = lambda: PackedModel(p.config, "fp32", p.tensors).native
     n = fresh()
     for name, size in (("attn_norm", 31), ("ffn_norm", 33), ("q_norm", 32), ("kv_norm", 0)):
         with pytest.raises(ValueError, match=f"{name} has .* elements, found"):
@@ -435,7 +435,7 @@ def test_two_callers_at_once(model):
                 assert torch.equal(got[i], want[i])
                 with pytest.raises(ValueError):
                     step(model, ids=i32(1, 2, 3, 64))
-        except BaseException as e:  # noqa: BLE001
+        except BaseException as e:
             errors.append(e)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in texts]

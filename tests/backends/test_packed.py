@@ -529,7 +529,7 @@ def run(*argv) -> int:
     return cli.main([str(a) for a in argv])
 
 
-def test_the_verbs_take_a_packed_folder(trained, tmp_path, capsys):  # noqa: F811
+def test_the_verbs_take_a_packed_folder(trained, tmp_path, capsys):
     texts, out = write_texts(tmp_path / "texts", files=6, seed=3), tmp_path / "out"
     assert run("quantize", trained, out, "--weights", "int8") == 0
     table = capsys.readouterr().out
@@ -569,14 +569,14 @@ def test_the_verbs_take_a_packed_folder(trained, tmp_path, capsys):  # noqa: F81
     assert "quantization_config" in capsys.readouterr().err
 
 
-def test_loss_of_a_packed_model_is_the_models(trained):  # noqa: F811
+def test_loss_of_a_packed_model_is_the_models(trained):
     """Through the paged cache, document by document, in steps smaller than a row: the loss of the torch model, and its experts' loads."""
     from lamoe.train.data import heldout_rows, open_corpus
 
     corpus = open_corpus(trained / "data")
     model = lamoe.load(cli.find_model(str(trained)), dtype=torch.float32)
     for mask in (True, False):
-        rows = lambda: heldout_rows(corpus, 32)  # noqa: E731
+        rows = lambda: heldout_rows(corpus, 32)
         want = text_loss(model, rows(), document_mask=mask)
         got = score.text_loss(PackedModel.of(model), rows(), document_mask=mask, chunk=12)
         assert got.targets == want.targets and got.nats == pytest.approx(want.nats, rel=2e-4)

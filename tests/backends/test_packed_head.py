@@ -266,9 +266,9 @@ def test_calibration_leaves_an_8_bit_head_alone(tmp_path, family):
     )
 
 
-def test_the_verbs(trained, tmp_path, capsys):  # noqa: F811
+def test_the_verbs(trained, tmp_path, capsys):
     texts = write_texts(tmp_path / "texts", files=6, seed=3)
-    run = lambda *argv: cli.main([str(a) for a in argv])  # noqa: E731
+    run = lambda *argv: cli.main([str(a) for a in argv])
     for target, words in (
         ("plain", ()),
         ("calibrated", ("--calibrate", texts, "--calibrate-tokens", 512)),

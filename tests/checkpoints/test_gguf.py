@@ -1,6 +1,7 @@
 """GGUF files in: written here by the gguf package, as llama.cpp's converter lays them out. (The real vocabularies: test_tokenizer.py.)"""
 
 import builtins
+import itertools
 import json
 
 import gguf
@@ -284,7 +285,7 @@ def joined(text: str, scores: dict[str, float]) -> list[str]:
     """The definition: of all neighbours whose join is a piece, the best score joins first, the leftmost of equals."""
     parts = list(text)
     while found := [
-        (-scores[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in scores
+        (-scores[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in scores
     ]:
         i = min(found)[1]
         parts[i : i + 2] = [parts[i] + parts[i + 1]]

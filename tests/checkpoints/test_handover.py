@@ -28,7 +28,7 @@ TALK = [
 
 
 @pytest.fixture(scope="module")
-def folder(trained):  # noqa: F811
+def folder(trained):
     return checkpoint.latest(trained) / "model"
 
 

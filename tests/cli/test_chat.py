@@ -84,6 +84,7 @@ def test_a_turn_is_the_models_answer_to_the_template(llm, parts):
 
 def test_turns_reuse_what_was_said(llm, parts):
     c, cached = chat(llm, system="a text that comes before the whole conversation"), []
+    before = ""
     for _ in range(4):
         shared = (
             len(

@@ -158,7 +158,7 @@ def test_any_schema_through_the_engine(llm, tok, schema, seed):
         n=4,
         max_tokens=400,
         grammar=Grammar.json_schema(schema),
-        logit_bias={i: -6 for i in tok.encode(" \n\r\t")},
+        logit_bias=dict.fromkeys(tok.encode(" \n\r\t"), -6),
     )
     outs = llm.generate(["the cat"], params)
     for o in outs:
@@ -287,10 +287,8 @@ def test_the_same_tokens_as_trying_all_of_them(llm, tok, options):
         for n in range(1, 13):  # until EOS, or a word that none continues
             expected, _ = reforward(llm.model, prompt, n, finite(tok, WORDS, len(prompt), more))
             spelled = b"".join(tok._bytes(i) for i in expected if i != tok.eos_id)
-            if (
-                expected[-1] == tok.eos_id
-                or spelled in words
-                and not any(w != spelled and w.startswith(spelled) for w in words)
+            if expected[-1] == tok.eos_id or (
+                spelled in words and not any(w != spelled and w.startswith(spelled) for w in words)
             ):
                 break
         free = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
@@ -321,7 +319,7 @@ SCHEMA = {
 def asked(tok) -> tuple[list, list[SamplingParams]]:
     """Prompts and parameters, three in four with a grammar, seeded and greedy."""
     texts = [tok.encode(t, bos=True) for t in ("the cat", "abab baba ab", "ü", "abab " * 9)]
-    common = dict(max_tokens=60, logit_bias={i: -5 for i in tok.encode(" \n\r\t")})
+    common = dict(max_tokens=60, logit_bias=dict.fromkeys(tok.encode(" \n\r\t"), -5))
     return texts, [
         SamplingParams(seed=3, grammar=Grammar.json_schema(SCHEMA), **common),
         SamplingParams(seed=4, **common),
@@ -401,7 +399,7 @@ def test_ends(llm, tok):
     assert ends(llm, "zzzzzzz", max_tokens=3) == ("zzz", "length", 3, False)
     assert ends(llm, "zzzyzzz", stop=("y",)) == ("zzz", "stop", 4, False)
     assert ends(llm, "", min_tokens=3)[:2] == ("", "stop")  # nothing but EOS fits
-    assert ends(llm, "(ab|)", ignore_eos=True, logit_bias={i: -100 for i in tok.encode("ab")})[
+    assert ends(llm, "(ab|)", ignore_eos=True, logit_bias=dict.fromkeys(tok.encode("ab"), -100))[
         :2
     ] == ("ab", "stop")
     assert idle(llm)
@@ -438,7 +436,7 @@ def test_rows_beyond_the_vocabulary_and_control_tokens_never_come(llm, tok):
         max_tokens=80,
         ignore_eos=True,
         grammar=Grammar.regex("(?s:.*)"),
-        logit_bias={i: 100 for i in never},
+        logit_bias=dict.fromkeys(never, 100),
     )
     (o,) = llm.generate(["the cat"], params)
     assert len(o.token_ids) == 80 and not set(never) & set(o.token_ids)

@@ -367,7 +367,7 @@ def test_impossible_sampling_fails_alone():
     """min_tokens forbids the only token the bias leaves: whatever happens, it happens to that request."""
     engine = llm(changes=dict(eos_token_id=5))
     odd = SamplingParams(
-        max_tokens=4, min_tokens=4, seed=0, logit_bias={i: -100.0 for i in range(64)} | {5: 100.0}
+        max_tokens=4, min_tokens=4, seed=0, logit_bias=dict.fromkeys(range(64), -100.0) | {5: 100.0}
     )
     a, b, c = engine.generate(
         prompts(5, 6, 7), [greedy(8, ignore_eos=True), odd, greedy(8, ignore_eos=True)]
@@ -386,9 +386,7 @@ def test_cancelling(stage, steps):
     others = [engine.add(p, greedy())[0] for p in texts[1:]]
     for _ in range(steps):
         engine.step()
-    seq = next(
-        (s for s in (*engine.scheduler.running, *engine.scheduler.waiting) if s.id == victim)
-    )
+    seq = next(s for s in (*engine.scheduler.running, *engine.scheduler.waiting) if s.id == victim)
     assert stage == (
         "waiting"
         if seq not in engine.scheduler.running

@@ -24,7 +24,7 @@ def run(op: str, impl: str, args: list, dtype) -> list[torch.Tensor]:
     """[output, gradient of every float input], in `dtype`; integer, bool and complex arguments pass unchanged."""
     cast = lambda a: (
         a.to(dtype).requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a
-    )  # noqa: E731
+    )
     args = [cast(a.detach().clone()) if torch.is_tensor(a) else a for a in args]
     if op == "rope":  # the table is float32 for every model below float64
         args[1] = args[1].to(torch.complex128 if dtype == F64 else torch.complex64)

@@ -57,7 +57,7 @@ def test_against_a_direct_computation():
 
 
 def test_without_the_document_mask_other_documents_are_context():
-    m, nats, targets = model(), 0.0, 0
+    m, nats = model(), 0.0
     with torch.no_grad():
         for ids, segments in rows():
             nll = (

@@ -196,9 +196,9 @@ def test_every_yarn_parameter_acts(field, value):
 
 
 def test_the_yarn_test_knows_every_parameter():
-    assert {f.name for f in dataclasses.fields(RopeScaling)} == set(
+    assert {f.name for f in dataclasses.fields(RopeScaling)} == {
         test_every_yarn_parameter_acts.pytestmark[0].args[1][i][0] for i in range(6)
-    )
+    }
 
 
 def test_the_position_limit_is_kept():

@@ -1,6 +1,7 @@
 """The whole model: its walk, caches of any size, packed documents, low precision, initial weights, and what it refuses.
 (Numbers against the paper, transformers and frozen goldens: test_oracles.py.)"""
 
+import itertools
 import math
 
 import pytest
@@ -109,7 +110,7 @@ def test_packed_documents_equal_separate_ones(config, impl):
     )
     packed, unseparated = m(tokens, segments=segments), m(tokens)
     for row, cut in enumerate(cuts):
-        for a, b in zip(cut, cut[1:]):
+        for a, b in itertools.pairwise(cut):
             alone = m(tokens[row : row + 1, a:b])[0]
             assert torch.allclose(packed[row, a:b], alone, rtol=0, atol=1e-10)
             assert a == 0 or (unseparated[row, a:b] - alone).abs().max() > 1e-3

@@ -159,7 +159,7 @@ def test_interleaved_is_deinterleave_then_rotate_half():
     torch.manual_seed(0)
     x = torch.randn(2, 5, 3, 64, dtype=torch.float64)
     freqs = rope.freqs(V2, torch.tensor([[0, 1, 4095, 4097, 40000]]), torch.float64)
-    split = lambda t: t.unflatten(-1, (32, 2)).transpose(-1, -2).flatten(-2)  # noqa: E731
+    split = lambda t: t.unflatten(-1, (32, 2)).transpose(-1, -2).flatten(-2)
     assert torch.allclose(
         split(ref.rope(x, freqs, True)), rotate_half(split(x), freqs), rtol=0, atol=1e-13
     )
@@ -178,7 +178,7 @@ def test_scores_depend_on_the_distance_alone(interleaved):
     def score(i, j):
         turn = lambda x, p: ref.rope(
             x, rope.freqs(V2, torch.tensor([[p]]), torch.float64), interleaved
-        )  # noqa: E731
+        )
         return float((turn(q, i) * turn(k, j)).sum())
 
     assert score(40100, 40000) == pytest.approx(score(100, 0), abs=1e-9)

@@ -191,7 +191,7 @@ def test_uniform_routing_costs_exactly_alpha(c, devices):
 def test_losses_do_not_depend_on_batching():
     scores = random_scores(6, 11, 8)
     expert = routing.choose(scores.flatten(0, 1), LIMITED)[1].unflatten(0, (6, 11))
-    loss = lambda rows: balance_losses(scores[rows], expert[rows], LIMITED, 4)  # noqa: E731
+    loss = lambda rows: balance_losses(scores[rows], expert[rows], LIMITED, 4)
     whole = loss([0, 1, 2, 3, 4, 5])
     for parts in ([[0], [1], [2], [3], [4], [5]], [[5, 0, 3], [1, 2, 4]], [[0, 1], [2, 3], [4, 5]]):
         assert torch.allclose(

@@ -76,7 +76,7 @@ class Process:
         self.process.stderr.close()
 
 
-def test_sigterm_drains_and_a_second_one_aborts(trained, tmp_path):  # noqa: F811
+def test_sigterm_drains_and_a_second_one_aborts(trained, tmp_path):
     """Started with nothing but a folder that has runs/: the newest one is served. Then both ends of a life, in one process each."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").symlink_to(trained)
@@ -143,14 +143,14 @@ def test_sigterm_drains_and_a_second_one_aborts(trained, tmp_path):  # noqa: F81
         )
 
 
-def test_sigterm_while_the_model_loads(trained):  # noqa: F811
+def test_sigterm_while_the_model_loads(trained):
     with Process(trained, "--port", 0) as p:
         until(lambda: p.event("listening"), 60)
         p.process.send_signal(signal.SIGTERM)
         assert p.process.wait(20) == 0 and p.event("stopped"), p._text
 
 
-def test_the_examples_of_the_readme(trained):  # noqa: F811
+def test_the_examples_of_the_readme(trained):
     readme = (
         (Path(__file__).parents[2] / "README.md")
         .read_text(encoding="utf-8")
@@ -194,7 +194,7 @@ def test_what_cannot_start_says_why(words, says, tmp_path, monkeypatch, capsys):
     assert code and says in capsys.readouterr().err
 
 
-def test_a_port_in_use(trained, capsys):  # noqa: F811
+def test_a_port_in_use(trained, capsys):
     import socket
 
     with socket.socket() as taken:

@@ -78,7 +78,7 @@ def test_every_variable_of_the_table_acts():
 def test_every_flag_in_the_text_exists():
     known = {o for a in parser()._actions for o in a.option_strings}
     own = TEXT.split("## More than one machine")[0]
-    assert {w for w in re.findall(r"(?<![\w-])--[a-z][\w-]+", own)} - {"--json"} <= known
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", own)) - {"--json"} <= known
 
 
 def codes_in_the_code() -> set[str]:

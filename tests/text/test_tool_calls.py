@@ -1,5 +1,6 @@
 """Tool calls: rendered into chat templates that define them, and read out of replies, however these are cut and whatever they say."""
 
+import itertools
 import json
 import re
 import time
@@ -207,7 +208,7 @@ def test_a_stream_says_what_the_whole_says(form, pieces, cuts):
     """However it is cut; what was shown is never taken back; a reply without a sound call comes through untouched."""
     text, splitter, shown = "".join(pieces), Splitter(form), ""
     edges = sorted({0, len(text), *(c for c in cuts if c < len(text))})
-    for a, b in zip(edges, edges[1:]):
+    for a, b in itertools.pairwise(edges):
         shown += splitter.add(text[a:b])
         assert text.startswith(shown)
     rest, streamed = splitter.end()

@@ -97,9 +97,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 ):
     raw = longer(texts, tmp_path / "run", trained)
     if "model" in changes and "model_type" in changes["model"]:
-        raw["model"] = {
-            k: v for k, v in raw_recipe(texts, tmp_path, model=changes["model"])["model"].items()
-        } | {"max_position_embeddings": 256}
+        raw["model"] = raw_recipe(texts, tmp_path, model=changes["model"])["model"] | {
+            "max_position_embeddings": 256
+        }
     for section, values in changes.items():
         raw[section].update(values)
     with pytest.raises(ValueError, match=what):

@@ -256,7 +256,7 @@ def _check_target(target: Path, said: dict, names: set[str]) -> None:
         return
     ours = names | {f".{n}.part" for n in names} | {_CONFIG_PART, "config.json", *hf.EXTRAS}
     strange, found = [n for n in there if n not in ours], _quantization(target)
-    if strange or found != said and there != [_CONFIG_PART]:
+    if strange or (found != said and there != [_CONFIG_PART]):
         other = (
             ""
             if strange or found.get("quant_method") != METHOD
