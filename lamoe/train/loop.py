@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from lamoe.checkpoints import hf
+from lamoe.checkpoints import hf, lock
 from lamoe.engine.text_loss import shift, text_loss
 from lamoe.model import accounting
 from lamoe.model.config import CARRIED
@@ -33,11 +33,6 @@ from lamoe.train import checkpoint, data
 from lamoe.train.optim import MasterAdamW
 from lamoe.train.recipe import Recipe
 from lamoe.train.sources import plan_split, stamp
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None
 
 TOKENIZER_BYTES = (
     24 << 20
@@ -323,15 +318,10 @@ def _locked(run: Path):
     made, new = not run.exists(), not (run / ".lock").exists()
     run.mkdir(parents=True, exist_ok=True)
     with open(run / ".lock", "a") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"another process trains in {run}; wait for it, or choose another --run.out"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
+        if not lock.try_lock(file):
+            raise ValueError(
+                f"another process trains in {run}; wait for it, or choose another --run.out"
+            )
         try:
             yield
         except ValueError:  # refused: leave no trace in a folder that is not ours

@@ -19,7 +19,7 @@ import lamoe
 from lamoe import cli
 from lamoe.backends.cpu import native, packed, packed_file
 from lamoe.backends.cpu.packed import PackedModel
-from lamoe.checkpoints import hf
+from lamoe.checkpoints import hf, lock
 from lamoe.engine import score
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
@@ -314,14 +314,14 @@ def test_a_file_that_broke_after_it_was_complete_is_not_taken_for_finished(tmp_p
 
 def test_a_writer_that_comes_while_another_ends(tmp_path, monkeypatch):
     """It has opened the unfinished file when the other one finishes it: under its new name it must stay whole."""
-    model, real = source(tmp_path / "model", "mla"), packed_file.fcntl.flock
+    model, real = source(tmp_path / "model", "mla"), lock.try_lock
 
-    def first_the_other(f, how):
-        monkeypatch.setattr(packed_file.fcntl, "flock", real)
+    def first_the_other(f):
+        monkeypatch.setattr(lock, "try_lock", real)
         pack(model, tmp_path / "out")
-        real(f, how)
+        return real(f)
 
-    monkeypatch.setattr(packed_file.fcntl, "flock", first_the_other)
+    monkeypatch.setattr(lock, "try_lock", first_the_other)
     with pytest.raises(ValueError, match="another process was writing"):
         pack(model, tmp_path / "out")
     packed_file.load(tmp_path / "out")

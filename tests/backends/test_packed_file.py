@@ -1,6 +1,5 @@
 """Packed folders whose writing was cut off or raced. (Layout, formats, hostile files: test_packed.py.)"""
 
-import fcntl
 import gc
 import shutil
 import weakref
@@ -11,6 +10,7 @@ import torch
 
 import lamoe
 from lamoe.backends.cpu import calibrate, packed_file
+from lamoe.checkpoints import lock
 from oracles import tiny
 
 SIZES = dict(
@@ -52,17 +52,17 @@ def test_a_file_that_another_process_finished_meanwhile_is_not_cut_off(
     """Between the second process's open and its lock, the first renames the file: the second one holds the finished file now."""
     target = tmp_path / "out"
     list(packed_file.write(source, tmp_path / "whole", "int4"))
-    first, lock = packed_file.write(source, target, "int4"), fcntl.flock
+    first, try_lock = packed_file.write(source, target, "int4"), lock.try_lock
     for piece, _ in first:
         if piece.name == "w2":
             break  # the last piece of layer 0; its file has no name yet
 
-    def late(f, how):
-        monkeypatch.setattr(fcntl, "flock", lock)
+    def late(f):
+        monkeypatch.setattr(lock, "try_lock", try_lock)
         next(first)
-        return lock(f, how)
+        return try_lock(f)
 
-    monkeypatch.setattr(fcntl, "flock", late)
+    monkeypatch.setattr(lock, "try_lock", late)
     with pytest.raises(ValueError, match="another process was writing"):
         list(packed_file.write(source, target, "int4"))
     list(first)

@@ -9,7 +9,6 @@ interrupted `lamoe quantize` goes on where it stopped.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -22,7 +21,7 @@ import torch
 
 from lamoe.backends.cpu import native, packed
 from lamoe.backends.cpu.packed import PackedModel, Piece, Read, Weigh
-from lamoe.checkpoints import hf, shards
+from lamoe.checkpoints import hf, lock, shards
 from lamoe.model import accounting
 from lamoe.model.config import ModelConfig
 
@@ -314,10 +313,8 @@ def _write_file(
     text += b" " * (-(8 + len(text)) % _ALIGN)
     part = path.with_name(f".{path.name}.part")
     with open(part, "ab") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is writing {path.parent}; let it finish") from None
+        if not lock.try_lock(f):
+            raise ValueError(f"another process is writing {path.parent}; let it finish")
         if not part.exists() or not os.path.samestat(
             os.fstat(f.fileno()), part.stat()
         ):  # it has finished between our opening and locking
