@@ -34,6 +34,7 @@ EXTRAS = {
     "gguf": "lamoe convert of GGUF files",
     "test": "make test; of no use to a server, and neither is the chromium that tests of the page look for",
     "lm-eval": "make test-lm-eval",
+    "dev": "make lint and make format",
 }
 FLAGS = (
     "avx2",
