@@ -14,14 +14,14 @@ SOURCE := pyproject.toml constraints.txt tools/install.py CMakeLists.txt \
           $(wildcard csrc/* csrc/*/*.cpp csrc/*/*.h)
 CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: help demo test lint format test-lm-eval wheel-check long needle bench bench-serve asan tsan \
-        clean
+.PHONY: help demo test lint format test-lm-eval wheel-check long needle bench bench-serve \
+        asan tsan clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z -]+:.*##' Makefile | sed 's/:.*##/:/'
 
 # DEMO='--run.threads 1' helps where other programs keep the cores busy
-demo: $(RUN)  ## train a small DeepSeek-V2 on this machine, report on it, let it generate
+demo: $(RUN)  ## train a small DeepSeek-V2 here, evaluate it, let it generate
 	$(BIN)/lamoe train recipes/tiny.toml $(DEMO) $(if $(wildcard runs/tiny/latest),--resume)
 	$(BIN)/lamoe evaluate runs/tiny
 	$(BIN)/lamoe info runs/tiny
@@ -38,6 +38,7 @@ lint: $(DEV)  ## ruff, clang-format and mypy; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/python tools/check_text.py
 	$(BIN)/mypy
 
 format: $(DEV)  ## apply ruff's and clang-format's layout, and ruff's safe fixes
