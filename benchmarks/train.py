@@ -40,7 +40,7 @@ def make_lamoe(batch: int, seq: int):
 
     def step():
         training = Training(Balance())
-        loss = model.loss(ids[:, :-1], ids[:, 1:], training=training)
+        loss = model.loss(ids[:, :-1], ids[:, 1:], routing_hook=training)
         (loss + training.loss()).backward()
         optimizer.collect()
         optimizer.clip()

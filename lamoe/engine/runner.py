@@ -61,7 +61,7 @@ def _torch(model: Transformer, cache: PagedCache, ordered, ids, position, rows, 
         _groups(ordered, slots),
     )
     chosen = Chosen() if count_experts else None
-    h = model.hidden(torch.tensor([ids]), step, training=chosen)[0]
+    h = model.hidden(torch.tensor([ids]), step, routing_hook=chosen)[0]
     return model.logits(h[rows]) if rows else None, torch.stack(chosen.layers) if chosen else None
 
 

@@ -1,5 +1,9 @@
-"""One function per op. Each call runs `impl`: "ref" (ref.py, the definition) or "fused" (fused.py, hand-written backward passes
-over torch's own products, the default). LAMOE_IMPL sets the default for a whole process.
+"""Torch ops with gradients, one function per op, in two implementations with one signature.
+
+"ref" (ref.py) is the definition of an op: plain torch, short, slow. "fused" (fused.py), the default,
+has hand-written backward passes. The environment variable LAMOE_OPS=ref|fused sets the default of a process,
+`impl=` that of one call. (LAMOE_IMPL, its older name, is read too.) Which backend runs a model is
+another question: see lamoe/backends.
 """
 
 from __future__ import annotations
@@ -9,9 +13,10 @@ import os
 from lamoe.kernels import fused, ref
 
 _IMPLS = {"ref": ref, "fused": fused}
-_DEFAULT = os.environ.get("LAMOE_IMPL") or "fused"
+_VARIABLE = "LAMOE_OPS" if os.environ.get("LAMOE_OPS") else "LAMOE_IMPL"
+_DEFAULT = os.environ.get(_VARIABLE) or "fused"
 if _DEFAULT not in _IMPLS:
-    raise ValueError(f"LAMOE_IMPL is {_DEFAULT!r}; known: {', '.join(_IMPLS)}")
+    raise ValueError(f"{_VARIABLE} is {_DEFAULT!r}; known: {', '.join(_IMPLS)}")
 
 
 def _op(name: str):

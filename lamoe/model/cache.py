@@ -87,9 +87,3 @@ class KVCache:
 
     def advance(self, tokens: int) -> None:
         self.length += tokens
-
-    def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot cut a cache of {self.length} tokens to {length}")
-        self.length = length

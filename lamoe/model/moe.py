@@ -46,14 +46,12 @@ class MoE(nn.Module):
         self.shared = MLP(d, config.n_shared_experts * f) if config.n_shared_experts else None
 
     def forward(
-        self, x: torch.Tensor, training: routing.Training | routing.Chosen | None = None
+        self, x: torch.Tensor, routing_hook: routing.RoutingHook | None = None
     ) -> torch.Tensor:
         flat = x.flatten(0, 1)
         r = routing.route(flat, self.gate.weight, self.config)
-        if isinstance(training, routing.Chosen):
-            training.layers.append(r.expert)
-        elif training is not None:
-            r = routing.train_route(r, x.shape[0], self.config, training)
+        if routing_hook is not None:
+            r = routing_hook.after_routing(r, x.shape[0], self.config)
         out = self.experts(flat, r.expert, r.weight)
         if self.shared is not None:
             out = out + self.shared(flat)

@@ -6,7 +6,8 @@ Sources: paper eq. 20-22 (gate), 2.2.2 (device-limited routing), eq. 23-31 (loss
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -102,32 +103,90 @@ class LayerRecord:
     entropy: torch.Tensor  # [] mean entropy of a token's scores, nats
 
 
-@dataclass
-class Chosen:
-    """Handed down in Training's place by who serves: remembers the experts of every token, [N, K] per MoE layer, and changes nothing."""
+class RoutingHook(Protocol):
+    """An observer of the router that a caller passes through the model: every MoE layer calls it once.
 
-    layers: list[torch.Tensor] = field(default_factory=list)
-
-
-@dataclass
-class Training:
-    """Handed down by the trainer through the model: what to balance, which sequences are protected, and what was seen.
-
-    `protected` [B] bool marks sequences that are never dropped. After a forward pass `records` has one entry per MoE layer.
+    Implement it as a plain class. FSDP2 copies dataclasses and lists among forward's arguments, so
+    whatever such a hook records would be lost.
     """
 
-    balance: Balance
-    protected: torch.Tensor | None = None
-    records: list[LayerRecord] = field(default_factory=list)
+    def after_routing(self, route: Route, sequences: int, config: ModelConfig) -> Route:
+        """Return the route that the layer uses, given the router's choice for `sequences` rows of equal length."""
+        ...
+
+
+class Chosen:
+    """Routing hook that records the chosen experts and changes nothing.
+
+    Attributes:
+        layers: one tensor [N, K] int64 per MoE layer, in order.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[torch.Tensor] = []
+
+    def after_routing(self, route: Route, sequences: int, config: ModelConfig) -> Route:
+        """Append the chosen experts and return `route` as it is."""
+        self.layers.append(route.expert)
+        return route
+
+
+class Training:
+    """Routing hook of the trainer: records balance losses and load, and drops assignments over budget.
+
+    Use a new one for every forward pass.
+
+    Args:
+        balance: coefficients of the losses, number of virtual devices, dropping budget.
+        protected: [B] bool, sequences of which nothing is dropped. None protects none.
+
+    Attributes:
+        records: one LayerRecord per MoE layer, in order.
+    """
+
+    def __init__(self, balance: Balance, protected: torch.Tensor | None = None) -> None:
+        self.balance, self.protected = balance, protected
+        self.records: list[LayerRecord] = []
+
+    def after_routing(self, route: Route, sequences: int, config: ModelConfig) -> Route:
+        """Append one layer's record and return the route without the dropped assignments.
+
+        A dropped assignment gets expert id E (no expert) and weight 0, so the token keeps its
+        residual and the shared experts. Losses and load are counted before dropping.
+        """
+        e, balance = config.n_routed_experts, self.balance
+        losses = balance_losses(
+            route.scores.unflatten(0, (sequences, -1)),
+            route.expert.unflatten(0, (sequences, -1)),
+            config,
+            balance.devices,
+        )
+        expert, weight = route.expert, route.weight
+        dropped = torch.zeros((), dtype=torch.int64, device=expert.device)
+        if balance.capacity_factor:
+            protected = self.protected
+            if protected is not None:
+                protected = protected.repeat_interleave(expert.shape[0] // sequences)
+            affinity = route.scores.gather(1, expert)
+            keep = keep_mask(
+                affinity, expert, e, balance.devices, balance.capacity_factor, protected
+            )
+            dropped = (~keep).sum()
+            expert, weight = expert.masked_fill(~keep, e), weight * keep
+        with torch.no_grad():
+            entropy = torch.special.entr(route.scores).sum(-1).mean()
+        load = route.expert.flatten().bincount(minlength=e)
+        self.records.append(LayerRecord(losses, load, dropped, entropy))
+        return Route(route.scores, expert, weight)
 
     def loss(self) -> torch.Tensor:
-        """alpha_1 L_ExpBal + alpha_2 L_DevBal + alpha_3 L_CommBal, summed over layers (each layer balances itself)."""
+        """Return alpha_1 L_ExpBal + alpha_2 L_DevBal + alpha_3 L_CommBal, summed over the recorded layers."""
         if not self.records:
             return torch.zeros(())
-        alphas = torch.tensor(
-            [self.balance.expert, self.balance.device, self.balance.communication]
-        )
-        return (torch.stack([r.losses for r in self.records]).sum(0) * alphas).sum()
+        losses = torch.stack([record.losses for record in self.records]).sum(0)
+        b = self.balance
+        alphas = torch.tensor([b.expert, b.device, b.communication], device=losses.device)
+        return (losses * alphas).sum()
 
 
 def balance_losses(
@@ -185,30 +244,3 @@ def keep_mask(
     if protected is not None:
         keep |= protected.repeat_interleave(k)
     return keep.view(n, k)
-
-
-def train_route(r: Route, batch: int, config: ModelConfig, training: Training) -> Route:
-    """Record the layer's balance losses and load, and drop assignments over budget: a dropped one gets expert E (nobody) and
-    weight 0, so the token keeps its residual and shared experts. f is counted before dropping."""
-    e, b = config.n_routed_experts, training.balance
-    losses = balance_losses(
-        r.scores.unflatten(0, (batch, -1)), r.expert.unflatten(0, (batch, -1)), config, b.devices
-    )
-    expert, weight = r.expert, r.weight
-    dropped = torch.zeros((), dtype=torch.int64)
-    if b.capacity_factor:
-        per_seq = expert.shape[0] // batch
-        protected = (
-            None if training.protected is None else training.protected.repeat_interleave(per_seq)
-        )
-        keep = keep_mask(
-            r.scores.gather(1, expert), expert, e, b.devices, b.capacity_factor, protected
-        )
-        dropped = (~keep).sum()
-        expert, weight = expert.masked_fill(~keep, e), weight * keep
-    with torch.no_grad():
-        entropy = torch.special.entr(r.scores).sum(-1).mean()
-    training.records.append(
-        LayerRecord(losses, r.expert.flatten().bincount(minlength=e), dropped, entropy)
-    )
-    return Route(r.scores, expert, weight)

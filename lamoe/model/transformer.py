@@ -33,10 +33,10 @@ class Block(nn.Module):
             else MLP(config.hidden_size, config.intermediate_size)
         )
 
-    def forward(self, x, freqs, cache=None, segments=None, training=None, form=None):
+    def forward(self, x, freqs, cache=None, segments=None, routing_hook=None, form=None):
         x = x + self.attn(self.attn_norm(x), freqs, cache, segments, form)
         h = self.ffn_norm(x)
-        return x + (self.ffn(h, training) if isinstance(self.ffn, MoE) else self.ffn(h))
+        return x + (self.ffn(h, routing_hook) if isinstance(self.ffn, MoE) else self.ffn(h))
 
 
 class Transformer(nn.Module):
@@ -44,7 +44,8 @@ class Transformer(nn.Module):
 
     cache: earlier tokens; the new ones are appended (and `advance`d) and ids continue from there.
     segments: [B, T] integers; a token sees only earlier tokens of its own segment (documents packed into one row).
-    training: where MoE layers record balance losses, and which tokens they drop (routing.Training); or only whom they chose (routing.Chosen).
+    routing_hook: called by every MoE layer after routing. routing.Training records balance losses and drops tokens;
+        routing.Chosen records the chosen experts.
     form: forces MLA's "expand" or "absorb"; for tests and measurements.
     """
 
@@ -67,7 +68,7 @@ class Transformer(nn.Module):
         ids,
         cache: Cache | None = None,
         segments=None,
-        training: routing.Training | routing.Chosen | None = None,
+        routing_hook: routing.RoutingHook | None = None,
         form=None,
     ):
         """Final normed states [B, T, D]: what the head reads."""
@@ -87,7 +88,7 @@ class Transformer(nn.Module):
             self.config, positions.to(ids.device), x.dtype
         )  # [1, T, R / 2], one table for all layers
         for block in self.layers:
-            x = block(x, freqs, cache, segments, training, form)
+            x = block(x, freqs, cache, segments, routing_hook, form)
         if cache is not None:
             cache.advance(ids.shape[1])
         return self.norm(x)
@@ -97,13 +98,13 @@ class Transformer(nn.Module):
         out = F.linear(h, self.head_weight) if self.config.tie_word_embeddings else self.head(h)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
-    def forward(self, ids, cache=None, segments=None, training=None, form=None) -> torch.Tensor:
-        return self.logits(self.hidden(ids, cache, segments, training, form))
+    def forward(self, ids, cache=None, segments=None, routing_hook=None, form=None) -> torch.Tensor:
+        return self.logits(self.hidden(ids, cache, segments, routing_hook, form))
 
-    def loss(self, ids, targets, segments=None, training=None) -> torch.Tensor:
+    def loss(self, ids, targets, segments=None, routing_hook=None) -> torch.Tensor:
         """Mean cross-entropy in nats (float32) of targets [B, T] (negative: does not count), without the balance losses.
         The [B T, vocabulary] logits never exist at once."""
-        h = self.hidden(ids, None, segments, training)
+        h = self.hidden(ids, None, segments, routing_hook)
         return kernels.cross_entropy(h.flatten(0, 1), self.head_weight, targets.flatten())
 
     @torch.no_grad()

@@ -201,7 +201,7 @@ def test_the_chosen_experts_are_those_of_the_router(name):
     m, p = pack(CONFIGS[name])
     ids, chosen = text(m.config, 60), Chosen()
     with torch.no_grad():
-        m(torch.tensor([ids]), training=chosen)
+        m(torch.tensor([ids]), routing_hook=chosen)
     run = Run(p)
     a, b = (run.feed({"a": part}, experts=True)[1] for part in (ids[:41], ids[41:]))
     assert torch.equal(torch.cat([a, b], 1).long(), torch.stack(chosen.layers))

@@ -75,7 +75,7 @@ def test_experts_are_counted_per_sequence():
     for prompt, out in zip(prompts(5, 9, 14), engine.generate(prompts(5, 9, 14), GREEDY)):
         chosen = Chosen()
         with torch.no_grad():
-            m.hidden(torch.tensor([prompt + out.token_ids[:-1]]), training=chosen)
+            m.hidden(torch.tensor([prompt + out.token_ids[:-1]]), routing_hook=chosen)
         want = torch.stack(
             [layer.flatten().bincount(minlength=c.n_routed_experts) for layer in chosen.layers]
         )

@@ -210,9 +210,6 @@ def test_cache_errors_name_the_numbers():
     with pytest.raises(ValueError, match="5 tokens do not fit in a cache of 4"):
         m(tiny.ids(m.config, 1, 2), cache)
     assert cache.length == 3  # a refused call does not count
-    for length in (-1, 4):
-        with pytest.raises(ValueError, match=f"cache of 3 tokens to {length}"):
-            cache.truncate(length)
 
 
 def test_cache_refuses_another_number_of_sequences():
@@ -222,17 +219,6 @@ def test_cache_refuses_another_number_of_sequences():
             ValueError, match=f"{batch} sequences do not go into a cache made for 2"
         ):
             m(tiny.ids(m.config, batch, 3), KVCache(m.config, 2, 8, torch.float64))
-
-
-def test_truncate_forgets():
-    m = tiny.model(tiny.HARD)
-    tokens, other = tiny.ids(m.config, 1, 8), tiny.ids(m.config, 1, 8, seed=2)
-    cache = KVCache(m.config, 1, 8, torch.float64)
-    with torch.no_grad():
-        m(tokens[:, :3], cache)
-        m(other[:, 3:6], cache)
-        cache.truncate(3)
-        assert torch.allclose(m(tokens[:, 3:], cache), m(tokens)[:, 3:], rtol=0, atol=1e-12)
 
 
 def test_rms_norm_module_uses_its_epsilon():

@@ -132,7 +132,7 @@ def test_training_pass_gives_every_parameter_a_gradient(config, impl):
     m = tiny.model(config, dtype=torch.float32).train()
     tokens = tiny.ids(config, 4, 32)
     training = Training(Balance(devices=config.n_group)) if config.is_moe else None
-    loss = m.loss(tokens, tokens.roll(-1, 1), training=training)
+    loss = m.loss(tokens, tokens.roll(-1, 1), routing_hook=training)
     (loss if training is None else loss + training.loss()).backward()
     for name, p in m.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name

@@ -95,7 +95,7 @@ def test_a_model_with_everything_dropped_is_its_residual_stream():
     x = some_x(2, 6, 32)
     freqs = rope.freqs(c, torch.arange(6)[None], torch.float64)
     training = Training(Balance(devices=4, capacity_factor=1e-6))
-    out = block(x, freqs, training=training)
+    out = block(x, freqs, routing_hook=training)
     attended = x + block.attn(block.attn_norm(x), freqs)
     kept = (out - attended).abs().amax(-1) > 0
     assert int(training.records[0].dropped) == 12 * 3 - 4 and int(kept.sum()) <= 4
@@ -108,7 +108,7 @@ def test_dropped_assignments_train_nothing(impl):
         moe.gate.weight[3:] -= 100 * x.mean((0, 1))  # experts 3 .. 7 see little
     before = routing.route(x.flatten(0, 1), moe.gate.weight, moe.config)
     training = Training(Balance(devices=8, capacity_factor=0.2))
-    after = routing.train_route(before, 2, moe.config, training)
+    after = training.after_routing(before, 2, moe.config)
     used = after.expert[after.expert < 8].bincount(minlength=8)
     moe(x, Training(training.balance)).sum().backward()
     for e in range(8):

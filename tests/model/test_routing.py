@@ -222,7 +222,7 @@ def test_gradient_flows_through_the_mean_scores_only():
 def test_the_loss_reaches_gates_and_no_expert():
     m = tiny.model(LIMITED)
     training = Training(Balance(devices=4))
-    m.hidden(tiny.ids(LIMITED, 2, 16), training=training)
+    m.hidden(tiny.ids(LIMITED, 2, 16), routing_hook=training)
     assert len(training.records) == 2
     training.loss().backward()
     for block in list(m.layers)[1:]:
@@ -324,10 +324,10 @@ def test_protected_tokens_stay_and_use_the_budget_up():
 def trained_route(x, gate, c, batch, **changes):
     training = Training(Balance(devices=4, **changes))
     r = routing.route(x, gate, c)
-    return r, routing.train_route(r, batch, c, training), training.records[0]
+    return r, training.after_routing(r, batch, c), training.records[0]
 
 
-def test_train_route_drops_after_counting():
+def test_the_training_hook_drops_after_counting():
     torch.manual_seed(3)
     x, gate = torch.randn(24, 32), torch.randn(8, 32)
     gate[0] += x.mean(0) * 5
@@ -355,7 +355,7 @@ def test_protected_sequences_of_a_model_are_never_dropped():
     training = Training(
         Balance(devices=4, capacity_factor=0.5), torch.tensor([False, True, False, True])
     )
-    dropped = m.hidden(tokens, training=training)
+    dropped = m.hidden(tokens, routing_hook=training)
     assert all(int(r.dropped) > 0 for r in training.records)
     assert torch.allclose(dropped[[1, 3]], plain[[1, 3]], rtol=0, atol=1e-12)
     for row in (0, 2):
@@ -408,7 +408,7 @@ def imbalance_after_training(weight: float) -> float:
     balance = Balance(expert=weight, device=weight, communication=weight, devices=4)
     for _ in range(60):
         training = Training(balance)
-        r = routing.train_route(routing.route(x.flatten(0, 1), gate, c), 4, c, training)
+        r = training.after_routing(routing.route(x.flatten(0, 1), gate, c), 4, c)
         task = (r.scores @ cost).mean()
         optimiser.zero_grad()
         (task + training.loss()).backward()

@@ -293,7 +293,7 @@ def test_step_is_what_a_reader_would_write(texts, tmp_path):
     ids, segments = map(torch.from_numpy, Batches(corpus, 32, 3).next_batch(4))
     model = Transformer(recipe.model).init_weights(3)
     watch = routing.Training(recipe.balance)
-    logits = model(ids[:, :-1], segments=segments[:, :-1], training=watch).float().log_softmax(-1)
+    logits = model(ids[:, :-1], segments=segments[:, :-1], routing_hook=watch).float().log_softmax(-1)
     nll = -logits.gather(-1, ids[:, 1:, None])[..., 0][segments[:, 1:] == segments[:, :-1]]
     (nll.mean() + watch.loss()).backward()
     assert (segments[:, 1:] != segments[:, :-1]).any()
