@@ -1,1 +1,4 @@
-"""The HTTP room: an OpenAI-compatible server over the engine. Nothing outside this folder knows HTTP."""
+"""The HTTP server: an OpenAI-compatible API over the engine, and a web page.
+
+All knowledge of HTTP stays in this package.
+"""

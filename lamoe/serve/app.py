@@ -1,4 +1,8 @@
-"""The routes. What stands before them is guard.py, what they do is completions.py and service.py."""
+"""The routes, and the ASGI application that holds them.
+
+`guard.py` checks requests before they get here. The routes delegate to `completions.py`,
+`prompts.py` and `service.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +20,18 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, Response
 
 from lamoe import __version__
-from lamoe.engine.async_llm import EngineDead
+from lamoe.engine.async_llm import AsyncLLM, EngineDead
 from lamoe.engine.score import mean_state
 from lamoe.serve import completions, wire
-from lamoe.serve.errors import ApiError, answer, from_validation
-from lamoe.serve.guard import UNEXPECTED, Guard
+from lamoe.serve.builders import token_text
+from lamoe.serve.errors import ApiError, from_validation, invalid_value, json_response
+from lamoe.serve.guard import INTERNAL_ERROR, Guard
+from lamoe.serve.prompts import chat_prompt, in_thread, need_tokenizer, tokenize_prompts
 from lamoe.serve.reply import Reply
-from lamoe.serve.service import Service, ended
+from lamoe.serve.service import Service, engine_ended
 
 PAGE = Path(__file__).parent / "page"
-TYPES = {
+MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -35,36 +41,41 @@ TYPES = {
     ".txt": "text/plain; charset=utf-8",
 }
 PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+        "connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    ),
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
-MAX_DEPTH, MAX_KEYS = 64, 4096
+MAX_DEPTH, MAX_KEYS = 64, 4096  # of the JSON of a request; only attacks need more
 
-SAYS = {
-    400: "something in the request is not valid",
+STATUS_DESCRIPTIONS = {
+    400: "a part of the request is not valid",
     401: "no valid API key",
     403: "the Host header names another server",
-    404: "not here",
-    408: "it took too long",
+    404: "not found",
+    408: "the request took too long",
     413: "the body is too large",
-    415: "not JSON",
+    415: "the body is not JSON",
     429: "the queue is full; see Retry-After",
     431: "the headers are too large",
-    503: "loading, shutting down, or the engine ended; see Retry-After",
+    503: "loading, shutting down, or the engine has ended; see Retry-After",
 }
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Describe error statuses for /openapi.json, including those that every route can send."""
     return {
-        s: {"model": wire.Error, "description": SAYS[s]} for s in (401, 403, 431, 503, *statuses)
+        status: {"model": wire.Error, "description": STATUS_DESCRIPTIONS[status]}
+        for status in (401, 403, 431, 503, *statuses)
     }
 
 
-POSTED = errors(400, 404, 408, 413, 415, 429)
+POST_ERRORS = error_responses(400, 404, 408, 413, 415, 429)
 EVENTS = {
     "text/event-stream": {
         "schema": {
@@ -76,26 +87,27 @@ EVENTS = {
 router = APIRouter()
 
 
-class _Body(Request):
-    """The body as JSON, strictly: no nan, no lone surrogates, no depth or number of keys that only an attack needs."""
+class _JsonRequest(Request):
+    """A request whose body must be strict JSON: no NaN, no lone surrogates, bounded nesting."""
 
     async def json(self) -> Any:
         try:
             value = from_json(await self.body(), allow_inf_nan=False)
         except ValueError as e:
-            raise ApiError(
-                400, f"the body is not valid JSON: {str(e)[:200]}", "invalid_json"
-            ) from None
+            message = f"the body is not valid JSON: {str(e)[:200]}"
+            raise ApiError(400, message, "invalid_json") from None
         _check_shape(value)
         return value
 
 
 class _Route(APIRoute):
+    """A route that reads its body as strict JSON."""
+
     def get_route_handler(self):
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
-            return await handler(_Body(request.scope, request.receive))
+            return await handler(_JsonRequest(request.scope, request.receive))
 
         return handle
 
@@ -104,39 +116,32 @@ router.route_class = _Route
 
 
 def _check_shape(value: Any) -> None:
-    """400 for JSON that nests deeper than MAX_DEPTH or has an object of more than MAX_KEYS keys."""
-    level, depth = [value], 0
+    """Raise a 400 error for JSON deeper than MAX_DEPTH or with more than MAX_KEYS keys at once."""
+    level, depth = [value], 0  # all values at one depth, as far as they are containers
     while level:
         depth += 1
         if depth > MAX_DEPTH:
-            raise ApiError(400, f"the body nests deeper than {MAX_DEPTH} levels", "invalid_json")
-        deeper = []
+            message = f"the body nests deeper than {MAX_DEPTH} levels"
+            raise ApiError(400, message, "invalid_json")
+        children: list[Any] = []
         for item in level:
-            if isinstance(item, dict) and len(item) > MAX_KEYS:
-                raise ApiError(
-                    400,
-                    f"an object of the body has {len(item)} keys; the limit is {MAX_KEYS}",
-                    "invalid_json",
-                )
-            deeper += (
-                [
-                    v
-                    for v in (item.values() if isinstance(item, dict) else item)
-                    if isinstance(v, (dict, list))
-                ]
-                if isinstance(item, (dict, list))
-                else []
-            )
-        level = deeper
+            if isinstance(item, dict):
+                if len(item) > MAX_KEYS:
+                    message = f"an object of the body has {len(item)} keys; the limit is {MAX_KEYS}"
+                    raise ApiError(400, message, "invalid_json")
+                children += item.values()
+            elif isinstance(item, list):
+                children += item
+        level = [child for child in children if isinstance(child, (dict, list))]
 
 
 def _service(request: Request) -> Service:
     return request.app.state.service
 
 
-# ---- generating ------------------------------------------------------------------------------------------------------
+# ---- generation ----------------------------------------------------------------------------------
 @router.post(
-    "/v1/completions", responses=POSTED | {200: {"model": wire.Completion, "content": EVENTS}}
+    "/v1/completions", responses=POST_ERRORS | {200: {"model": wire.Completion, "content": EVENTS}}
 )
 async def create_completion(body: wire.CompletionRequest, request: Request) -> Response:
     """Continue one or several prompts."""
@@ -145,72 +150,73 @@ async def create_completion(body: wire.CompletionRequest, request: Request) -> R
 
 @router.post(
     "/v1/chat/completions",
-    responses=POSTED | {200: {"model": wire.ChatCompletion, "content": EVENTS}},
+    responses=POST_ERRORS | {200: {"model": wire.ChatCompletion, "content": EVENTS}},
 )
 async def create_chat_completion(body: wire.ChatRequest, request: Request) -> Response:
-    """Answer a conversation."""
+    """Continue a conversation with the assistant's reply."""
     return await completions.chat(_service(request), body, request.state.id, request.state.log)
 
 
-@router.post("/v1/embeddings", responses=POSTED | {200: {"model": wire.Embeddings}})
+@router.post("/v1/embeddings", responses=POST_ERRORS | {200: {"model": wire.Embeddings}})
 async def create_embedding(body: wire.EmbeddingRequest, request: Request) -> Response:
-    """The mean over all tokens of the model's final normed states, not scaled to length 1. A language model's states are no trained embedding: expect
-    less of them than of a model made for it."""
+    """Return the mean of the model's final normed hidden states over all tokens of each text.
+
+    The vectors are not scaled to length 1. The model was not trained to embed texts, so expect
+    less of these vectors than of those of an embedding model.
+    """
     service = _service(request)
     engine = service.ready()
     service.check_model(body.model)
-    items = await completions.prompts_of(service, body.input, "input")
-    service.admit(len(items))
-
-    async def embed() -> dict[str, Any]:
-        data = []
-        try:
-            for i, ids in enumerate(items):
-                async with (
-                    service.scoring
-                ):  # a text, not a request, at a time: a long list must not keep the others waiting
-                    vector = await mean_state(engine, ids)
-                if body.encoding_format == "base64":
-                    vector = base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
-                data.append({"object": "embedding", "index": i, "embedding": vector})
-        except EngineDead:
-            raise ended() from None
-        tokens = sum(map(len, items))
-        return {
-            "object": "list",
-            "model": service.name,
-            "data": data,
-            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-        }
-
+    prompts = await tokenize_prompts(service, body.input, "input")
+    service.admit(len(prompts))
     return Reply(
-        whole=embed,
-        close=lambda: service.release(len(items)),
-        left=service.metrics.left.inc,
+        whole=lambda: _embed(service, engine, prompts, body.encoding_format == "base64"),
+        close=lambda: service.release(len(prompts)),
+        disconnected=service.metrics.disconnected.inc,
         seconds=service.settings.request_timeout,
     )
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
-@router.post("/tokenize", responses=POSTED | {200: {"model": wire.Tokenized}})
+async def _embed(
+    service: Service, engine: AsyncLLM, prompts: list[list[int]], as_base64: bool
+) -> dict[str, Any]:
+    data = []
+    try:
+        for i, ids in enumerate(prompts):
+            # Take the lock for each text, so that a long list does not block other requests.
+            async with service.scoring:
+                vector: list[float] | str = await mean_state(engine, ids)
+            if as_base64:
+                vector = base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
+            data.append({"object": "embedding", "index": i, "embedding": vector})
+    except EngineDead:
+        raise engine_ended() from None
+    num_tokens = sum(map(len, prompts))
+    return {
+        "object": "list",
+        "model": service.name,
+        "data": data,
+        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+    }
+
+
+# ---- text ----------------------------------------------------------------------------------------
+@router.post("/tokenize", responses=POST_ERRORS | {200: {"model": wire.Tokenized}})
 async def tokenize(body: wire.TokenizeRequest, request: Request) -> Response:
-    """The token ids of a prompt, or of a conversation as the chat template writes it."""
+    """Return the token ids of a prompt, or of a conversation in the model's chat template."""
     service = _service(request)
     service.ready()
     service.check_model(body.model)
-    tok = completions.need_tokenizer(service, "tokenize")
+    tokenizer = need_tokenizer(service, "tokenize")
     if (body.prompt is None) == (body.messages is None):
-        raise ApiError(400, "give one of prompt and messages", "invalid_value", "prompt")
+        raise invalid_value("give one of prompt and messages", "prompt")
     if body.messages is not None:
-        ids = await completions.chat_ids(
-            service, body.messages, body.tools, body.add_generation_prompt
-        )
+        ids = await chat_prompt(service, body.messages, body.tools, body.add_generation_prompt)
     else:
-        ids = await completions.in_thread(
-            "prompt", tok.encode, body.prompt, bos=tok.add_bos and body.add_special_tokens
-        )
-    strings = [completions.token_text(tok, t) for t in ids] if body.return_token_strs else None
-    return answer(
+        bos = tokenizer.add_bos and body.add_special_tokens
+        ids = await in_thread("prompt", tokenizer.encode, body.prompt, bos=bos)
+    strings = [token_text(tokenizer, t) for t in ids] if body.return_token_strs else None
+    return json_response(
         {
             "count": len(ids),
             "max_model_len": service.max_model_len,
@@ -220,37 +226,37 @@ async def tokenize(body: wire.TokenizeRequest, request: Request) -> Response:
     )
 
 
-@router.post("/detokenize", responses=POSTED | {200: {"model": wire.Detokenized}})
+@router.post("/detokenize", responses=POST_ERRORS | {200: {"model": wire.Detokenized}})
 async def detokenize(body: wire.DetokenizeRequest, request: Request) -> Response:
-    """The text of token ids, special tokens included."""
+    """Return the text of token ids, including special tokens."""
     service = _service(request)
     service.ready()
     service.check_model(body.model)
-    tok = completions.need_tokenizer(service, "detokenize")
-    return answer(
-        {
-            "prompt": await completions.in_thread(
-                "tokens", tok.decode, body.tokens, skip_special=False
-            )
-        }
+    tokenizer = need_tokenizer(service, "detokenize")
+    text = await in_thread("tokens", tokenizer.decode, body.tokens, skip_special=False)
+    return json_response({"prompt": text})
+
+
+@router.get(
+    "/tokenizer_info", responses=error_responses(400) | {200: {"model": wire.TokenizerInfo}}
+)
+async def tokenizer_info(request: Request) -> Response:
+    """Return the special tokens and the chat template, for lm-evaluation-harness."""
+    service = _service(request)
+    service.ready()
+    tokenizer = need_tokenizer(service, "tokenizer_info")
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    tokens = {
+        f"{kind}_token": None if id is None else tokenizer.inner.id_to_token(id)
+        for kind, id in ids.items()
+    }
+    return json_response(
+        {**tokens, "add_bos_token": tokenizer.add_bos, "chat_template": tokenizer.chat_template}
     )
 
 
-@router.get("/tokenizer_info", responses=errors(400) | {200: {"model": wire.TokenizerInfo}})
-async def tokenizer_info(request: Request) -> Response:
-    """What an evaluation harness wants to know of a tokenizer it only reaches through here."""
-    service = _service(request)
-    service.ready()
-    tok = completions.need_tokenizer(service, "tokenizer_info")
-    names = {
-        f"{kind}_token": None if id is None else tok.inner.id_to_token(id)
-        for kind, id in (("bos", tok.bos_id), ("eos", tok.eos_id), ("pad", tok.pad_id))
-    }
-    return answer({**names, "add_bos_token": tok.add_bos, "chat_template": tok.chat_template})
-
-
-# ---- about the server ------------------------------------------------------------------------------------------------
-def _model(service: Service) -> dict[str, Any]:
+# ---- state of the server -------------------------------------------------------------------------
+def _model_card(service: Service) -> dict[str, Any]:
     service.ready()
     return {
         "id": service.name,
@@ -261,17 +267,19 @@ def _model(service: Service) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/models", responses=errors() | {200: {"model": wire.Models}})
+@router.get("/v1/models", responses=error_responses() | {200: {"model": wire.Models}})
 async def list_models(request: Request) -> Response:
-    """The one model that is served."""
-    return answer({"object": "list", "data": [_model(_service(request))]})
+    """List the one model of this server."""
+    return json_response({"object": "list", "data": [_model_card(_service(request))]})
 
 
-@router.get("/v1/models/{model:path}", responses=errors(404) | {200: {"model": wire.Model}})
+@router.get(
+    "/v1/models/{model:path}", responses=error_responses(404) | {200: {"model": wire.Model}}
+)
 async def retrieve_model(model: str, request: Request) -> Response:
-    """The model by its name."""
+    """Describe the model, if the name is right."""
     _service(request).check_model(model)
-    return answer(_model(_service(request)))
+    return json_response(_model_card(_service(request)))
 
 
 @router.get(
@@ -284,26 +292,23 @@ async def retrieve_model(model: str, request: Request) -> Response:
     },
 )
 async def health(request: Request) -> Response:
-    """200 while requests are answered, 503 while the model loads and while the server shuts down. Needs no key."""
+    """Return 200 if requests are answered, or 503 during loading and shutdown. Needs no key."""
     service = _service(request)
-    state = (
-        "failed"
-        if service.engine is not None and not service.engine.alive and service.state == "ok"
-        else service.state
-    )
-    return answer(
-        {"status": state},
-        200 if state == "ok" else 503,
-        None if state == "ok" else {"Retry-After": "5"},
-    )
+    state = service.state
+    if state == "ok" and service.engine is not None and not service.engine.alive:
+        state = "failed"
+    if state == "ok":
+        return json_response({"status": state})
+    return json_response({"status": state}, 503, {"Retry-After": "5"})
 
 
 @router.get(
     "/metrics",
-    responses=errors() | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    responses=error_responses()
+    | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(request: Request) -> Response:
-    """Prometheus' text form."""
+    """Return metrics in Prometheus' text format."""
     service = _service(request)
     return Response(
         service.metrics.text(await service.stats()),
@@ -311,19 +316,25 @@ async def metrics(request: Request) -> Response:
     )
 
 
-@router.get("/lamoe/stats", responses=errors() | {200: {"model": wire.Stats}})
+@router.get("/lamoe/stats", responses=error_responses() | {200: {"model": wire.Stats}})
 async def stats(request: Request) -> Response:
-    """The engine now: cache, sequences, speed, prefix hits, drafts."""
-    return answer(await _service(request).stats())
+    """Return the state of the engine: cache, sequences, speed, prefix hits and drafts."""
+    return json_response(await _service(request).stats())
 
 
-@router.get("/lamoe/requests/{id}/experts", responses=errors(404) | {200: {"model": wire.Experts}})
+@router.get(
+    "/lamoe/requests/{id}/experts",
+    responses=error_responses(404) | {200: {"model": wire.Experts}},
+)
 async def experts(id: str, request: Request) -> Response:
-    """How often each routed expert of each MoE layer has computed a token of a request so far; it runs or finished recently. id: its x-request-id."""
-    return answer(await _service(request).experts(id))
+    """Return how many tokens of a request each routed expert has computed so far.
+
+    The request is running or has finished recently; `id` is its x-request-id.
+    """
+    return json_response(await _service(request).experts(id))
 
 
-# ---- the page --------------------------------------------------------------------------------------------------------
+# ---- the page ------------------------------------------------------------------------------------
 @router.get("/", include_in_schema=False)
 async def index() -> Response:
     return _page_file("index.html")
@@ -336,69 +347,76 @@ async def page(name: str) -> Response:
 
 def _page_file(name: str) -> Response:
     path = PAGE / name
-    if path.name != name or name.startswith(".") or path.suffix not in TYPES or not path.is_file():
-        raise ApiError(404, "there is no such file of the page", "not_found")
-    return FileResponse(path, media_type=TYPES[path.suffix], headers=PAGE_HEADERS)
+    is_plain_name = path.name == name and not name.startswith(".")
+    if not is_plain_name or path.suffix not in MEDIA_TYPES or not path.is_file():
+        raise ApiError(404, "the page has no such file", "not_found")
+    return FileResponse(path, media_type=MEDIA_TYPES[path.suffix], headers=PAGE_HEADERS)
 
 
-# ---- putting it together ---------------------------------------------------------------------------------------------
+# ---- the application -----------------------------------------------------------------------------
+class _App(FastAPI):
+    """FastAPI with our /openapi.json."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            self.openapi_schema = _openapi(self, bool(self.state.service.settings.api_keys()))
+        return self.openapi_schema
+
+
 def build(service: Service) -> Guard:
-    """The ASGI application of a service."""
-    app = FastAPI(
+    """Build the ASGI application of a service."""
+    key_note = "No key is needed."
+    if service.settings.api_keys():
+        key_note = "Every call except /health needs `Authorization: Bearer KEY`."
+    app = _App(
         title="lamoe",
         version=__version__,
         docs_url=None,
         redoc_url=None,
-        description=_about(service.settings.keys()),
+        description=f"DeepSeek-V2 models over the API that OpenAI defined. {key_note}",
     )
     app.state.service = service
     app.include_router(router)
-    app.openapi = lambda: _describe(app, bool(service.settings.keys()))
-    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected)
+    app.add_exception_handler(Exception, _unexpected_error)
     return Guard(app, service.settings, service.metrics)
 
 
-async def _invalid(request: Request, e: RequestValidationError) -> Response:
+async def _validation_error(request: Request, e: Exception) -> Response:
+    assert isinstance(e, RequestValidationError)
     return from_validation(e.errors()).response()
 
 
-async def _http_error(request: Request, e: HTTPException) -> Response:
+async def _http_error(request: Request, e: Exception) -> Response:
+    assert isinstance(e, HTTPException)
     if isinstance(e, ApiError):
         return e.response()
-    says = {404: "there is no such route", 405: "this route does not take that method"}.get(
-        e.status_code, str(e.detail)
+    if e.status_code == 404:
+        error = ApiError(404, "there is no such route", "not_found", headers=e.headers)
+    elif e.status_code == 405:
+        message = "this route does not support that method"
+        error = ApiError(405, message, "method_not_allowed", headers=e.headers)
+    else:
+        error = ApiError(e.status_code, str(e.detail), headers=e.headers)
+    return error.response()
+
+
+async def _unexpected_error(request: Request, e: Exception) -> Response:
+    # Starlette raises the exception again after this, so the guard logs it.
+    return INTERNAL_ERROR.response()
+
+
+def _openapi(app: FastAPI, needs_key: bool) -> dict[str, Any]:
+    """Describe the API; correct FastAPI's description where this server differs."""
+    schema = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes
     )
-    return ApiError(
-        e.status_code,
-        says,
-        {404: "not_found", 405: "method_not_allowed"}.get(e.status_code),
-        headers=e.headers,
-    ).response()
-
-
-async def _unexpected(request: Request, e: Exception) -> Response:
-    return UNEXPECTED.response()  # the guard hears of it too, and logs it
-
-
-def _describe(app: FastAPI, locked: bool) -> dict[str, Any]:
-    """FastAPI's description, with the key where there is one; invalid requests are answered with 400 here, not its 422."""
-    if app.openapi_schema is None:
-        found = get_openapi(
-            title=app.title, version=app.version, description=app.description, routes=app.routes
-        )
-        for operation in (o for path in found["paths"].values() for o in path.values()):
-            operation["responses"].pop("422", None)
-        if locked:
-            found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            found["security"] = [{"key": []}]
-            found["paths"]["/health"]["get"]["security"] = []
-        app.openapi_schema = found
-    return app.openapi_schema
-
-
-def _about(keys: tuple[str, ...]) -> str:
-    return "DeepSeek-V2 models over the API that OpenAI defined. " + (
-        "Every call but /health needs `Authorization: Bearer KEY`." if keys else "No key is needed."
-    )
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)  # invalid requests get 400 here
+    if needs_key:
+        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"key": []}]
+        schema["paths"]["/health"]["get"]["security"] = []
+    return schema

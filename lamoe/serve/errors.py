@@ -1,14 +1,15 @@
-"""Errors as OpenAI's API words them, and JSON bytes for everything we send."""
+"""Error objects in OpenAI's format, and the JSON encoding of all responses."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-KINDS = {
+ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
@@ -18,10 +19,19 @@ KINDS = {
     500: "server_error",
     503: "overloaded_error",
 }
+MAX_MESSAGE = 1000  # characters of an error message that quotes the request
 
 
 class ApiError(HTTPException):
-    """An answer with an error body. code: a short word for programs; param: the field it is about."""
+    """An error response.
+
+    Args:
+        status: HTTP status.
+        message: what is wrong and how to fix it, for people.
+        code: short identifier of the error, for programs.
+        param: name of the request field that is wrong.
+        headers: additional response headers.
+    """
 
     def __init__(
         self,
@@ -29,68 +39,89 @@ class ApiError(HTTPException):
         message: str,
         code: str | None = None,
         param: str | None = None,
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
         super().__init__(status, message, headers)
         self.code, self.param = code, param
 
     @property
     def body(self) -> dict[str, Any]:
-        kind = KINDS.get(
-            self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error"
-        )
+        """The response body, an OpenAI error object."""
+        default = "invalid_request_error" if self.status_code < 500 else "server_error"
         return {
-            "error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
+            "error": {
+                "message": self.detail,
+                "type": ERROR_TYPES.get(self.status_code, default),
+                "param": self.param,
+                "code": self.code,
+            }
         }
 
     def response(self) -> Response:
-        return answer(self.body, self.status_code, self.headers)
+        return json_response(self.body, self.status_code, self.headers)
+
+
+def invalid_value(message: str, param: str | None = None) -> ApiError:
+    """Make the 400 error for a field whose value cannot be used."""
+    return ApiError(400, message, "invalid_value", param)
+
+
+def timed_out(seconds: float) -> ApiError:
+    """Make the 408 error for a response that took longer than --request-timeout."""
+    return ApiError(
+        408,
+        f"the answer was not complete within {seconds:g} seconds (--request-timeout)",
+        "timeout",
+        headers={"X-Should-Retry": "false"},
+    )
 
 
 def to_json(value: Any) -> bytes:
-    """Compact UTF-8. A lone surrogate (only ever an echo of what came in) is escaped; nan and inf are a ValueError."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
-        "utf-8", "backslashreplace"
-    )
+    """Encode a value as compact UTF-8 JSON.
+
+    A lone surrogate is escaped. It can only come from a request that the response quotes.
+
+    Raises:
+        ValueError: if the value contains NaN or infinity.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")
 
 
-def answer(value: Any, status: int = 200, headers: Any = None) -> Response:
-    """A JSON response."""
+def json_response(
+    value: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Make an HTTP response with a JSON body."""
     return Response(to_json(value), status, headers, media_type="application/json")
 
 
-def from_validation(errors: list[dict[str, Any]]) -> ApiError:
-    """The first complaint of the request models, in one line."""
-    e = (
-        min(errors, key=lambda e: e.get("type") in ("extra_forbidden",))
-        if len(errors) > 1
-        else errors[0]
-    )
-    where = [
-        str(p)
-        for p in e["loc"]
-        if p != "body" and not str(p).startswith(("function-", "list[", "union"))
+def from_validation(errors: Sequence[Any]) -> ApiError:
+    """Convert pydantic's list of validation errors to one error about the first of them.
+
+    Wrong values come before unknown fields: an unknown field often follows from a wrong value
+    elsewhere, such as a wrong variant of a union.
+    """
+    error = min(errors, key=lambda e: e["type"] == "extra_forbidden")
+    # "body" and the names of union variants are pydantic's, not names of fields
+    path = [
+        str(part)
+        for part in error["loc"]
+        if part != "body" and not str(part).startswith(("function-", "list[", "union"))
     ]
-    param = ".".join(where[:6])[:100] or None
+    param = ".".join(path[:6])[:100] or None
     more = f" ({len(errors) - 1} more problems in this request)" if len(errors) > 1 else ""
-    if e["type"] == "extra_forbidden":
-        return ApiError(
-            400,
-            f"unknown field {param!r}: this server neither implements nor ignores it; leave it out{more}"[
-                :1000
-            ],
-            "unknown_field",
-            param,
-        )
-    if e["type"] == "missing" and param is None:
+    if error["type"] == "extra_forbidden":
+        message = f"unknown field {param!r}: this server does not support it; leave it out{more}"
+        return ApiError(400, message[:MAX_MESSAGE], "unknown_field", param)
+    if error["type"] == "missing" and param is None:
         return ApiError(400, "the request has no body; send a JSON object", "invalid_json")
-    found = "" if e["type"] == "missing" else f", found {_short(e.get('input'))}"
-    return ApiError(
-        400, f"{param or 'the body'}: {e['msg']}{found}{more}"[:1000], "invalid_value", param
-    )
+    found = "" if error["type"] == "missing" else f", found {_quoted(error.get('input'))}"
+    message = f"{param or 'the body'}: {error['msg']}{found}{more}"
+    return invalid_value(message[:MAX_MESSAGE], param)
 
 
-def _short(value: Any) -> str:
+def _quoted(value: Any) -> str:
+    """Write a value of a request in at most 80 characters."""
     try:
         text = json.dumps(value) if not isinstance(value, bytes) else repr(value)
     except (TypeError, ValueError, RecursionError):

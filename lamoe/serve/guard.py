@@ -1,6 +1,7 @@
-"""What stands before every route: a request id, limits on headers and body, the Host check, the key, one log line, and a last catch.
+"""ASGI middleware in front of every route: limits, checks, request ids and the access log.
 
-Pure ASGI, so that a client's leaving reaches the routes as it is. Never logged: headers, query strings, bodies.
+It is plain ASGI instead of Starlette's middleware classes, so that the routes see a client's
+disconnect as it arrives. Headers, query strings and bodies are never logged.
 """
 
 from __future__ import annotations
@@ -14,49 +15,53 @@ import uuid
 from typing import Any
 
 from lamoe.serve.errors import ApiError
+from lamoe.serve.metrics import Metrics
 from lamoe.serve.settings import Settings
 
 log = logging.getLogger("lamoe.serve")
 
-BODIES = 16  # of the largest size that may be in memory at once
-UNEXPECTED = ApiError(
+MAX_HELD_BODIES = 16  # request bodies of the largest size that may be in memory at once
+CLIENT_DISCONNECTED = 499  # status in logs and metrics when no response was sent
+INTERNAL_ERROR = ApiError(
     500,
     "the server failed at this request; its log says more under this request's id",
     "internal_error",
 )
-PREFIX = {"/v1/completions": "cmpl", "/v1/chat/completions": "chatcmpl", "/v1/embeddings": "embd"}
-POLLED = (
-    "/health",
-    "/metrics",
-    "/lamoe/stats",
-    "/lamoe/requests/{id}/experts",
-)  # each second, by scrapers and the page: no news
+ID_PREFIXES = {
+    "/v1/completions": "cmpl",
+    "/v1/chat/completions": "chatcmpl",
+    "/v1/embeddings": "embd",
+}
+# The page and Prometheus poll these routes, so their successes are logged at DEBUG only.
+POLLED_ROUTES = ("/health", "/metrics", "/lamoe/stats", "/lamoe/requests/{id}/experts")
 
 
 def is_open(method: str, path: str) -> bool:
-    """What needs no key: the health of the server, and the page, which carries no data."""
+    """Tell whether a route needs no key: the health check, and the page, which holds no data."""
     return method in ("GET", "HEAD") and (
         path in ("/health", "/", "/favicon.ico") or path.startswith("/page/")
     )
 
 
 class Guard:
-    """ASGI middleware. `scope["state"]` gets `id` (the x-request-id of the answer) and `log`, a dict that routes add to."""
+    """The middleware.
 
-    def __init__(self, app, settings: Settings, metrics):
+    It adds two entries to `scope["state"]`: `id`, which is also the x-request-id of the response,
+    and `log`, a dict of fields that routes may add to the request's log line.
+    """
+
+    def __init__(self, app, settings: Settings, metrics: Metrics):
         self.app, self.settings, self.metrics = app, settings, metrics
-        self.held, self.most_held = (
-            0,
-            BODIES * settings.max_body_bytes,
-        )  # bytes of all bodies whose answers are not complete
-        self.hosts, self.digests = (
-            settings.hosts(),
-            [hashlib.sha256(k.encode()).digest() for k in settings.keys()],
-        )
+        self.held_bytes = 0  # bodies of all requests whose responses are not complete
+        self.max_held_bytes = MAX_HELD_BODIES * settings.max_body_bytes
+        self.hosts = settings.host_names()
+        self.key_digests = [hashlib.sha256(k.encode()).digest() for k in settings.api_keys()]
 
     async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
         if scope["type"] != "http":
-            return await self.app(scope, receive, send) if scope["type"] == "lifespan" else None
+            return None
         call = _Call(self, scope, receive, send)
         try:
             self.check(scope)
@@ -65,41 +70,38 @@ class Guard:
             await call.fail(e)
         except Exception as e:
             if not call.disconnected:
-                log.error(
-                    "unexpected error",
-                    exc_info=e,
-                    extra={"fields": {"id": call.id, "path": scope["path"]}},
-                )
-            await call.fail(UNEXPECTED)
+                fields = {"id": call.id, "path": scope["path"]}
+                log.error("unexpected error", exc_info=e, extra={"fields": fields})
+            await call.fail(INTERNAL_ERROR)
         finally:
-            call.report()
+            call.finish()
 
     def check(self, scope) -> None:
-        """ApiError for what is refused before anything is read."""
+        """Check everything that can be checked before the body is read.
+
+        Raises:
+            ApiError: 401, 403, 413, 415 or 431.
+        """
         headers = scope["headers"]
-        size = (
-            sum(len(k) + len(v) + 4 for k, v in headers)
-            + len(scope["raw_path"])
-            + len(scope["query_string"])
-        )
-        if size > self.settings.max_header_bytes:
+        size = sum(len(name) + len(value) + 4 for name, value in headers)
+        size += len(scope["raw_path"]) + len(scope["query_string"])
+        limit = self.settings.max_header_bytes
+        if size > limit:
             raise ApiError(
                 431,
-                f"the headers have {size} bytes; the limit is {self.settings.max_header_bytes} (--max-header-bytes)",
+                f"the headers have {size} bytes; the limit is {limit} (--max-header-bytes)",
                 "headers_too_large",
             )
         fields: dict[bytes, bytes] = dict(headers)
-        if self.hosts is not None and _host(fields.get(b"host", b"")) not in self.hosts:
+        if self.hosts is not None and _host_name(fields.get(b"host", b"")) not in self.hosts:
             raise ApiError(
                 403,
-                "this server does not answer to the name in the Host header; use 127.0.0.1 or localhost, or start it with --allowed-hosts",
+                "this server does not answer to the name in the Host header; use 127.0.0.1 or "
+                "localhost, or start it with --allowed-hosts",
                 "host_not_allowed",
             )
-        if (
-            self.digests
-            and not is_open(scope["method"], scope["path"])
-            and not self.knows(fields.get(b"authorization", b""))
-        ):
+        needs_key = self.key_digests and not is_open(scope["method"], scope["path"])
+        if needs_key and not self.has_valid_key(fields.get(b"authorization", b"")):
             raise ApiError(
                 401,
                 "this server needs an API key: send it as `Authorization: Bearer KEY`",
@@ -107,105 +109,111 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         if scope["method"] in ("POST", "PUT", "PATCH"):
-            kind = fields.get(b"content-type", b"").split(b";")[0].strip().lower()
-            if (
-                kind != b"application/json"
-            ):  # also what keeps foreign web pages out: a browser asks before it sends this type elsewhere
-                raise ApiError(
-                    415,
-                    "send JSON, with the header Content-Type: application/json",
-                    "unsupported_media_type",
-                )
-            length = fields.get(b"content-length", b"0")
-            if (
-                not length.isdigit()
-                or len(length) > 18
-                or int(length) > self.settings.max_body_bytes
-            ):
-                raise _too_large(self.settings.max_body_bytes)
+            self._check_body_headers(fields)
 
-    def knows(self, authorization: bytes) -> bool:
-        """Whether this is `Bearer` and a valid key; the time it takes says nothing about the keys."""
+    def _check_body_headers(self, fields: dict[bytes, bytes]) -> None:
+        # This also protects against other web pages: a browser sends this content type to a
+        # foreign server only after a CORS preflight, which no route here answers.
+        content_type = fields.get(b"content-type", b"").split(b";")[0].strip().lower()
+        if content_type != b"application/json":
+            raise ApiError(
+                415,
+                "send JSON, with the header Content-Type: application/json",
+                "unsupported_media_type",
+            )
+        length = fields.get(b"content-length", b"0")
+        limit = self.settings.max_body_bytes
+        if not length.isdigit() or len(length) > 18 or int(length) > limit:
+            raise _body_too_large(limit)
+
+    def has_valid_key(self, authorization: bytes) -> bool:
+        """Check an Authorization header, in a time that does not depend on the keys."""
         scheme, _, key = authorization.partition(b" ")
-        given, found = hashlib.sha256(key.strip()).digest(), False
-        for digest in self.digests:
-            found |= hmac.compare_digest(given, digest)
-        return found and scheme.lower() == b"bearer"
+        digest, valid = hashlib.sha256(key.strip()).digest(), False
+        for key_digest in self.key_digests:
+            valid |= hmac.compare_digest(digest, key_digest)
+        return valid and scheme.lower() == b"bearer"
 
 
 class _Call:
-    """One request: counts what comes in, notes what goes out."""
+    """One request: limits what is received and records what is sent."""
 
     def __init__(self, guard: Guard, scope, receive, send):
         self.guard, self.scope, self._receive, self._send = guard, scope, receive, send
-        self.id = f"{PREFIX.get(scope['path'], 'req')}-{uuid.uuid4().hex}"
-        self.fields: dict[str, Any] = {}
-        self.state = scope["state"] = {**scope.get("state", {}), "id": self.id, "log": self.fields}
-        self.started, self.status, self.bytes, self.complete, self.disconnected = (
-            time.perf_counter(),
-            0,
-            0,
-            False,
-            False,
-        )
-        self.deadline = time.monotonic() + guard.settings.body_timeout
+        self.id = f"{ID_PREFIXES.get(scope['path'], 'req')}-{uuid.uuid4().hex}"
+        self.log_fields: dict[str, Any] = {}
+        scope["state"] = {**scope.get("state", {}), "id": self.id, "log": self.log_fields}
+        self.started = time.perf_counter()
+        self.body_deadline = time.monotonic() + guard.settings.body_timeout
+        self.status = 0  # of the response, once it has begun
+        self.body_bytes = 0
+        self.body_complete = False
+        self.disconnected = False
 
     async def receive(self):
-        if self.complete:
+        """ASGI receive, with the time and size limits of request bodies."""
+        if self.body_complete:
             message = await self._receive()
         else:
-            try:
-                async with asyncio.timeout(max(self.deadline - time.monotonic(), 0)):
-                    message = await self._receive()
-            except TimeoutError:
-                raise ApiError(
-                    408,
-                    f"the body did not come within {self.guard.settings.body_timeout:g} seconds (--body-timeout)",
-                    "body_timeout",
-                    headers={"Connection": "close"},
-                ) from None
+            message = await self._receive_body()
         self.disconnected |= message["type"] == "http.disconnect"
         if message["type"] == "http.request":
-            self.bytes += len(message.get("body", b""))
-            self.guard.held += len(message.get("body", b""))
-            self.complete = not message.get("more_body", False)
-            if self.bytes > self.guard.settings.max_body_bytes:
-                raise _too_large(self.guard.settings.max_body_bytes)
-            if self.guard.held > self.guard.most_held:
-                self.guard.metrics.rejected.inc()
-                raise ApiError(
-                    429,
-                    "too many large requests at once; try again later",
-                    "queue_full",
-                    headers={"Retry-After": "2", "Connection": "close"},
-                )
+            self._count_body(message)
         return message
 
+    async def _receive_body(self):
+        try:
+            async with asyncio.timeout(max(self.body_deadline - time.monotonic(), 0)):
+                return await self._receive()
+        except TimeoutError:
+            seconds = self.guard.settings.body_timeout
+            raise ApiError(
+                408,
+                f"the body did not arrive within {seconds:g} seconds (--body-timeout)",
+                "body_timeout",
+                headers={"Connection": "close"},
+            ) from None
+
+    def _count_body(self, message) -> None:
+        size = len(message.get("body", b""))
+        self.body_bytes += size
+        self.guard.held_bytes += size
+        self.body_complete = not message.get("more_body", False)
+        limit = self.guard.settings.max_body_bytes
+        if self.body_bytes > limit:
+            raise _body_too_large(limit)
+        if self.guard.held_bytes > self.guard.max_held_bytes:
+            self.guard.metrics.rejected.inc()
+            raise ApiError(
+                429,
+                "too many large requests at once; try again later",
+                "queue_full",
+                headers={"Retry-After": "2", "Connection": "close"},
+            )
+
     async def send(self, message) -> None:
+        """ASGI send, with our headers added."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message = {
-                **message,
-                "headers": [
-                    *message.get("headers", ()),
-                    (b"x-request-id", self.id.encode()),
-                    (b"x-content-type-options", b"nosniff"),
-                ],
-            }
-        if (
-            message["type"] == "http.response.body"
-            and not message.get("more_body")
-            and self.bytes
-            and not self.complete
-            and not self.disconnected
-        ):
+            own_headers = [
+                (b"x-request-id", self.id.encode()),
+                (b"x-content-type-options", b"nosniff"),
+            ]
+            message = {**message, "headers": [*message.get("headers", ()), *own_headers]}
+        is_last = message["type"] == "http.response.body" and not message.get("more_body")
+        body_unread = self.body_bytes and not self.body_complete and not self.disconnected
+        if is_last and body_unread:
             await self._send({**message, "more_body": True})
-            await self._discard()
+            await self._discard_body()
             message = {"type": "http.response.body"}
         await self._send(message)
 
-    async def _discard(self) -> None:
-        """Read on for a moment where a body was cut off: a connection that is closed over unread bytes is reset, and a reset takes the answer with it."""
+    async def _discard_body(self) -> None:
+        """Read the rest of a refused body for at most a second.
+
+        Closing a connection with unread bytes resets it, and the reset can destroy the response
+        before the client has read it.
+        """
         try:
             async with asyncio.timeout(1):
                 while (message := await self._receive()).get("more_body"):
@@ -215,33 +223,31 @@ class _Call:
             pass
 
     async def fail(self, error: ApiError) -> None:
+        """Send an error response, unless a response has begun or the client has gone."""
         if not self.status and not self.disconnected:
             await error.response()(self.scope, self._receive, self.send)
 
-    def report(self) -> None:
-        self.guard.held -= self.bytes
+    def finish(self) -> None:
+        """Release the body's bytes, count the response and log the request."""
+        self.guard.held_bytes -= self.body_bytes
         seconds = time.perf_counter() - self.started
         route = getattr(self.scope.get("route"), "path", "other")
-        self.guard.metrics.answered(route, self.status or 499, seconds)
-        quiet = route in POLLED and self.status < 400
-        log.log(
-            logging.DEBUG if quiet else logging.INFO,
-            "request",
-            extra={
-                "fields": {
-                    "id": self.id,
-                    "method": self.scope["method"],
-                    "path": self.scope["path"][:200],
-                    "status": self.status or 499,
-                    "ms": round(seconds * 1e3, 1),
-                    "client": (self.scope.get("client") or ("", 0))[0],
-                    **self.fields,
-                }
-            },
-        )
+        status = self.status or CLIENT_DISCONNECTED
+        self.guard.metrics.answered(route, status, seconds)
+        fields = {
+            "id": self.id,
+            "method": self.scope["method"],
+            "path": self.scope["path"][:200],
+            "status": status,
+            "ms": round(seconds * 1e3, 1),
+            "client": (self.scope.get("client") or ("", 0))[0],
+            **self.log_fields,
+        }
+        quiet = route in POLLED_ROUTES and self.status < 400
+        log.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields})
 
 
-def _too_large(limit: int) -> ApiError:
+def _body_too_large(limit: int) -> ApiError:
     return ApiError(
         413,
         f"the body is larger than {limit} bytes (--max-body-bytes)",
@@ -250,7 +256,7 @@ def _too_large(limit: int) -> ApiError:
     )
 
 
-def _host(value: bytes) -> str:
-    """The name in a Host header, without its port."""
-    text = value.decode("latin-1").strip().lower()
+def _host_name(host: bytes) -> str:
+    """Return the name in a Host header, without the port."""
+    text = host.decode("latin-1").strip().lower()
     return text[1:].partition("]")[0] if text.startswith("[") else text.partition(":")[0]

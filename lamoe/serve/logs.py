@@ -1,4 +1,4 @@
-"""Log lines as JSON objects, one a line, on standard error."""
+"""Logging as JSON objects, one per line, on standard error."""
 
 from __future__ import annotations
 
@@ -6,13 +6,26 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
+from typing import Any
+
+# Libraries whose messages below WARNING are of no use to an operator.
+QUIET_LOGGERS = (
+    "httpx",
+    "httpx2",
+    "httpcore",
+    "httpcore2",
+    "urllib3",
+    "filelock",
+    "asyncio",
+    "uvicorn.error",
+)
 
 
 class JsonLines(logging.Formatter):
-    """{"time", "level", "event", ...}: what is in the record's `fields`, and a traceback when there is one."""
+    """Format a record as {"time", "level", "event", ...}, plus the record's `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {
+        line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "event": record.getMessage(),
@@ -22,24 +35,14 @@ class JsonLines(logging.Formatter):
             line["logger"] = record.name
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(
-            line, ensure_ascii=True, default=str
-        )  # ASCII: nothing in it can move a terminal's cursor or break a line
+        # ASCII only, so that text from a request cannot send control sequences to a terminal
+        return json.dumps(line, ensure_ascii=True, default=str)
 
 
 def configure(level: str) -> None:
-    """Everything, uvicorn's own messages included, to standard error."""
+    """Send all log records, including those of libraries, to standard error as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for name in (
-        "httpx",
-        "httpx2",
-        "httpcore",
-        "httpcore2",
-        "urllib3",
-        "filelock",
-        "asyncio",
-        "uvicorn.error",
-    ):
+    for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(max(logging.WARNING, getattr(logging, level.upper())))

@@ -1,79 +1,85 @@
-"""What /metrics tells, in Prometheus' text form."""
+"""The metrics of `/metrics`, in Prometheus' text format."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+GAUGES = {
+    "running": "sequences being computed",
+    "waiting": "sequences waiting to be computed",
+    "cache_used_bytes": "bytes of cache pages that sequences own",
+    "cache_total_bytes": "size of the cache",
+    "prompt_tokens": "prompt tokens of finished sequences since the start",
+    "cached_tokens": "prompt tokens found in the prefix cache since the start",
+    "drafted_tokens": "tokens drafted by speculative decoding since the start",
+    "accepted_tokens": "drafted tokens that were accepted since the start",
+}
 
 
 class Metrics:
-    """Of one server; nothing is shared between two in one process."""
+    """The metrics of one server. Two servers in one process share nothing."""
 
     def __init__(self):
-        self.registry = r = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "lamoe_requests",
-            "answers by route and status (499: the client left first)",
+            "responses by route and status (499: the client disconnected first)",
             ["route", "status"],
-            registry=r,
+            registry=registry,
         )
         self.duration = Histogram(
             "lamoe_request_seconds",
-            "from the headers of a request to the end of its answer",
+            "seconds from the headers of a request to the end of its response",
             ["route"],
             buckets=SECONDS,
-            registry=r,
+            registry=registry,
         )
         self.first_token = Histogram(
             "lamoe_time_to_first_token_seconds",
-            "from admission to the first token",
+            "seconds from admission to the first token",
             buckets=SECONDS,
-            registry=r,
+            registry=registry,
         )
-        self.between = Histogram(
+        self.token_interval = Histogram(
             "lamoe_time_per_output_token_seconds",
-            "mean over a finished sequence, without its first token",
-            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
-            registry=r,
+            "mean seconds per token of a finished sequence, not counting its first token",
+            buckets=TOKEN_SECONDS,
+            registry=registry,
         )
         self.rejected = Counter(
-            "lamoe_rejected", "requests refused because the queue was full", registry=r
+            "lamoe_rejected", "requests refused because a queue was full", registry=registry
         )
-        self.left = Counter(
-            "lamoe_disconnected", "requests whose client left before the end", registry=r
+        self.disconnected = Counter(
+            "lamoe_disconnected",
+            "requests whose client disconnected before the end",
+            registry=registry,
         )
-        self.tokens = Counter("lamoe_generated_tokens", "tokens generated", registry=r)
+        self.tokens = Counter("lamoe_generated_tokens", "tokens generated", registry=registry)
         self.gauges = {
-            name: Gauge(f"lamoe_{name}", help, registry=r)
-            for name, help in (
-                ("running", "sequences computing"),
-                ("waiting", "sequences waiting for a place"),
-                ("cache_used_bytes", "cache pages that sequences own"),
-                ("cache_total_bytes", "size of the cache"),
-                ("prompt_tokens", "prompt tokens of finished sequences, since the start"),
-                ("cached_tokens", "of those, found in the cache"),
-                ("drafted_tokens", "tokens of drafts, since the start"),
-                ("accepted_tokens", "of those, right"),
-            )
+            name: Gauge(f"lamoe_{name}", help, registry=registry) for name, help in GAUGES.items()
         }
 
     def answered(self, route: str, status: int, seconds: float) -> None:
+        """Count one response."""
         self.requests.labels(route, str(status)).inc()
         self.duration.labels(route).observe(seconds)
 
-    def text(self, stats: dict) -> bytes:
-        """The exposition, with the gauges set from the engine's numbers (Service.stats)."""
-        cache = stats["cache"]
-        for name, value in (
-            ("running", stats["running"]),
-            ("waiting", stats["waiting"]),
-            ("cache_used_bytes", cache["used_bytes"]),
-            ("cache_total_bytes", cache["total_bytes"]),
-            ("prompt_tokens", stats["prompt_tokens"]),
-            ("cached_tokens", stats["cached_tokens"]),
-            ("drafted_tokens", stats["drafted"]),
-            ("accepted_tokens", stats["accepted"]),
-        ):
+    def text(self, stats: dict[str, Any]) -> bytes:
+        """Write all metrics, after setting the gauges from `stats` (see `Service.stats`)."""
+        values = {
+            "running": stats["running"],
+            "waiting": stats["waiting"],
+            "cache_used_bytes": stats["cache"]["used_bytes"],
+            "cache_total_bytes": stats["cache"]["total_bytes"],
+            "prompt_tokens": stats["prompt_tokens"],
+            "cached_tokens": stats["cached_tokens"],
+            "drafted_tokens": stats["drafted"],
+            "accepted_tokens": stats["accepted"],
+        }
+        for name, value in values.items():
             self.gauges[name].set(value)
         return generate_latest(self.registry)

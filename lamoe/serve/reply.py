@@ -1,4 +1,4 @@
-"""Sending an answer, whole or as server-sent events, while listening for the client to leave."""
+"""Sends a response, whole or as server-sent events, and stops when the client disconnects."""
 
 from __future__ import annotations
 
@@ -8,14 +8,30 @@ from typing import Any
 
 from starlette.responses import Response
 
-from lamoe.serve.errors import ApiError, answer, to_json
+from lamoe.serve.errors import ApiError, json_response, timed_out, to_json
 
-GRACE = 5.0  # seconds beyond the time-out that a client gets to read the rest
+GRACE_S = 5.0  # extra seconds after the time limit in which a client may read the rest
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx must not buffer the events
+]
 
 
 class Reply(Response):
-    """ASGI: `whole()` is awaited and sent as JSON, or the objects of `events()` are sent as they come and [DONE] after them. When the client
-    leaves, or `seconds` have passed, what was running is cancelled; `close()` is called in any case."""
+    """An ASGI response that is computed while it is sent.
+
+    Exactly one of `whole` and `events` is given. If the client disconnects or the time limit
+    passes, the computation is cancelled.
+
+    Args:
+        whole: computes one object, which is sent as JSON.
+        events: yields objects, which are sent as server-sent events, followed by [DONE].
+        close: called in every case, after the last byte.
+        disconnected: called if the client disconnects or stops reading before the end.
+        seconds: time limit for the response.
+        heavy: encode the JSON in a thread, because it may be large.
+    """
 
     def __init__(
         self,
@@ -23,36 +39,31 @@ class Reply(Response):
         whole: Callable[[], Coroutine[Any, Any, dict]] | None = None,
         events: Callable[[], AsyncIterator[dict]] | None = None,
         close: Callable[[], None] = lambda: None,
-        left: Callable[[], None] = lambda: None,
+        disconnected: Callable[[], None] = lambda: None,
         seconds: float = 1e6,
         heavy: bool = False,
     ):
-        """heavy: the JSON may take long to write, so a thread does."""
-        self.heavy = heavy
-        self.whole, self.events, self.close, self.left, self.seconds = (
-            whole,
-            events,
-            close,
-            left,
-            seconds,
-        )
+        self.whole, self.events = whole, events
+        self.close, self.disconnected = close, disconnected
+        self.seconds, self.heavy = seconds, heavy
         self.status_code, self.background = 200, None
 
     async def __call__(self, scope, receive, send) -> None:
-        sending = asyncio.ensure_future(
-            self._stream(send) if self.events else self._send_whole(scope, receive, send)
-        )
-        watching = asyncio.ensure_future(_gone(receive))
+        if self.events is not None:
+            sending = asyncio.ensure_future(self._send_events(self.events, send))
+        else:
+            sending = asyncio.ensure_future(self._send_whole(scope, receive, send))
+        watching = asyncio.ensure_future(_wait_for_disconnect(receive))
         try:
             done, _ = await asyncio.wait(
                 {sending, watching},
-                timeout=self.seconds + GRACE,
+                timeout=self.seconds + GRACE_S,
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if sending in done:
                 sending.result()
             else:
-                self.left()
+                self.disconnected()
         finally:
             for task in (sending, watching):
                 task.cancel()
@@ -60,62 +71,52 @@ class Reply(Response):
             self.close()
 
     async def _send_whole(self, scope, receive, send) -> None:
+        assert self.whole is not None
         try:
             async with asyncio.timeout(self.seconds):
                 value = await self.whole()
-                response = await asyncio.to_thread(answer, value) if self.heavy else answer(value)
+                if self.heavy:
+                    response = await asyncio.to_thread(json_response, value)
+                else:
+                    response = json_response(value)
         except ApiError as e:
             response = e.response()
         except TimeoutError:
-            response = ApiError(
-                408,
-                f"the answer was not complete within {self.seconds:g} seconds (--request-timeout)",
-                "timeout",
-                headers={"X-Should-Retry": "false"},
-            ).response()
+            response = timed_out(self.seconds).response()
         await response(scope, receive, send)
 
-    async def _stream(self, send) -> None:
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),
-        ]
+    async def _send_events(self, events: Callable[[], AsyncIterator[dict]], send) -> None:
         started = False
 
-        async def line(data: bytes) -> None:
+        async def send_event(data: bytes) -> None:
             nonlocal started
             if not started:
                 started = True
-                await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send(
-                {
-                    "type": "http.response.body",
-                    "body": b"data: " + data + b"\n\n",
-                    "more_body": True,
-                }
-            )
+                await _send_start(send, 200, STREAM_HEADERS)
+            await _send_body(send, b"data: " + data + b"\n\n", more=True)
 
         try:
-            async for event in self.events():
-                await line(to_json(event))
+            async for event in events():
+                await send_event(to_json(event))
         except ApiError as e:
-            if not started:  # nothing has been said yet: a status says more
+            if not started:  # the status is not sent yet, so the error can still have its own
                 response = e.response()
-                await send(
-                    {
-                        "type": "http.response.start",
-                        "status": e.status_code,
-                        "headers": response.raw_headers,
-                    }
-                )
-                await send({"type": "http.response.body", "body": response.body})
+                await _send_start(send, e.status_code, response.raw_headers)
+                await _send_body(send, bytes(response.body), more=False)
                 return
-            await line(to_json(e.body))
-        await line(b"[DONE]")
-        await send({"type": "http.response.body", "body": b""})
+            await send_event(to_json(e.body))
+        await send_event(b"[DONE]")
+        await _send_body(send, b"", more=False)
 
 
-async def _gone(receive) -> None:
+async def _send_start(send, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+async def _send_body(send, body: bytes, *, more: bool) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def _wait_for_disconnect(receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

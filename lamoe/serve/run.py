@@ -1,4 +1,8 @@
-"""The process: listens at once, loads the model beside, drains at the first SIGTERM or Ctrl-C and stops at the second."""
+"""The server process.
+
+It listens at once and loads the model in a thread. The first SIGTERM or Ctrl-C lets running
+requests finish, the second one ends them.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,10 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any, cast
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lamoe.engine.llm import LLM
 from lamoe.model.accounting import human_bytes
@@ -24,11 +30,24 @@ from lamoe.serve.settings import LOOPBACK, Settings
 
 log = logging.getLogger("lamoe.serve")
 
+LOAD_THREAD = "lamoe-load"
+ENGINE_CLOSE_S = 10  # seconds to wait for the engine's current step at the end
+
 
 def run(model: str, name: str, settings: Settings) -> int:
-    """Serve the model at a folder or hub id until a signal; the exit code: 0 after draining, 1 when requests were cut off or something failed."""
+    """Serve a model until a signal stops the server.
+
+    Args:
+        model: a model folder or hub id.
+        name: name of the model in the API, unless --served-model-name is set.
+        settings: the options of the server.
+
+    Returns:
+        The exit code: 0 after all requests have finished, 1 if requests were cut off or
+        something failed.
+    """
     configure(settings.log_level)
-    options = dict(
+    options: dict[str, Any] = dict(
         cache=settings.kv_cache_dtype,
         cache_memory=settings.kv_cache_memory,
         max_model_len=settings.max_model_len,
@@ -40,29 +59,78 @@ def run(model: str, name: str, settings: Settings) -> int:
         count_experts=True,
     )
     code = asyncio.run(Serving(lambda: LLM(model, **options), name, settings).run())
-    if any(
-        t.name in ("lamoe-load", "lamoe-engine") for t in threading.enumerate()
-    ):  # still loading, or in a step of many seconds
+    if any(t.name in (LOAD_THREAD, "lamoe-engine") for t in threading.enumerate()):
+        # A thread is still loading or in a long step. A normal exit would destroy objects that
+        # its C++ code uses, which ends in abort().
         sys.stderr.flush()
-        os._exit(
-            code
-        )  # an ordinary exit would take the ground from under their C++ code, which ends in abort()
+        os._exit(code)
     return code
 
 
 class Serving:
-    """One server from its socket to its end. It listens once it is made (OSError when it cannot; ValueError for a key file without keys). `url` is where.
-    `signal` says stop, of the event loop's thread: the first time no new requests, while the running ones go on for --shutdown-timeout; the second
-    time those are cut off."""
+    """One server, from its listening socket to its exit code. `url` is its address.
+
+    Args:
+        load: loads the model; called in a thread of its own.
+        name: name of the model in the API, unless the settings have one.
+        settings: the options of the server.
+
+    Raises:
+        OSError: if the server cannot listen on the address and port.
+        ValueError: if the key file has no valid keys.
+    """
 
     def __init__(self, load: Callable[[], LLM], name: str, settings: Settings):
         self.settings, self.service, self._load_model = settings, Service(settings, name), load
-        self._app, self._code, self._cut, self._until = build(self.service), 0, False, float("inf")
+        self._app = build(self.service)
+        self._exit_code = 0
+        self._cutting_off = False
+        self._drain_deadline = float("inf")
         self._listener = _listen(settings.host, settings.port)
-        self.url = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{self._listener.getsockname()[1]}"
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        self.url = f"http://{host}:{self._listener.getsockname()[1]}"
 
     async def run(self) -> int:
-        """Load, answer, drain; the exit code. In the main thread SIGTERM and Ctrl-C call `signal`."""
+        """Load the model, answer requests until a signal, and return the exit code.
+
+        In the main thread, SIGTERM and Ctrl-C call `signal`.
+        """
+        self.loop, server = asyncio.get_running_loop(), self._make_server()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.loop.add_signal_handler(number, self.signal)
+        serving = asyncio.ensure_future(server.serve([self._listener]))
+        needs_key = bool(self.settings.api_keys())
+        _info("listening", url=self.url, model=self.service.name, key=needs_key)
+        if self.settings.host not in LOOPBACK and not needs_key:
+            log.warning(
+                "the server listens beyond this machine without a key: anybody who reaches the "
+                "port can use the model; set --api-key-file"
+            )
+        threading.Thread(target=self._load, name=LOAD_THREAD, daemon=True).start()
+        code = await self._wait_for_end()
+        server.should_exit = True
+        await serving
+        if self.service.engine is not None:
+            await asyncio.to_thread(self.service.engine.close, ENGINE_CLOSE_S)
+        _info("stopped", code=code)
+        return code
+
+    def signal(self) -> None:
+        """Stop the server; call this in the event loop's thread.
+
+        The first call refuses new requests and gives the running ones --shutdown-timeout to
+        finish. The second call cuts them off.
+        """
+        if self.service.state == "draining":
+            self._cut_off("a second signal")
+            return
+        timeout = self.settings.shutdown_timeout
+        _info("draining", requests=self.service.requests, seconds=timeout)
+        self.service.state = "draining"
+        self._drain_deadline = time.monotonic() + timeout
+
+    def _make_server(self) -> _Uvicorn:
         s = self.settings
         config = uvicorn.Config(
             self._app,
@@ -78,45 +146,7 @@ class Serving:
             timeout_graceful_shutdown=5,
         )
         logging.getLogger("uvicorn.access").disabled = True  # it would log query strings
-        self.loop, server = asyncio.get_running_loop(), _Uvicorn(config, s.body_timeout)
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.loop.add_signal_handler(number, self.signal)
-        serving = asyncio.ensure_future(server.serve([self._listener]))
-        log.info(
-            "listening",
-            extra={"fields": {"url": self.url, "model": self.service.name, "key": bool(s.keys())}},
-        )
-        if s.host not in LOOPBACK and not s.keys():
-            log.warning(
-                "listening beyond this machine without a key: anybody who reaches the port can use the model; give --api-key-file"
-            )
-        threading.Thread(target=self._load, name="lamoe-load", daemon=True).start()
-        code = await self._watch()
-        server.should_exit = True
-        await serving
-        if self.service.engine is not None:
-            await asyncio.to_thread(self.service.engine.close, 10)
-        log.info("stopped", extra={"fields": {"code": code}})
-        return code
-
-    def signal(self) -> None:
-        if self.service.state == "draining":
-            self._cut_off("a second signal")
-            return
-        log.info(
-            "draining",
-            extra={
-                "fields": {
-                    "requests": self.service.requests,
-                    "seconds": self.settings.shutdown_timeout,
-                }
-            },
-        )
-        self.service.state, self._until = (
-            "draining",
-            time.monotonic() + self.settings.shutdown_timeout,
-        )
+        return _Uvicorn(config, s.body_timeout)
 
     def _load(self) -> None:
         started = time.perf_counter()
@@ -128,38 +158,32 @@ class Serving:
                 extra={"fields": {"error": " ".join(str(e).splitlines())}},
                 exc_info=None if isinstance(e, (ValueError, OSError)) else e,
             )
-            self.loop.call_soon_threadsafe(self._failed)
+            self.loop.call_soon_threadsafe(self._load_failed)
             return
         plan = llm.plan()
-        log.info(
+        _info(
             "ready",
-            extra={
-                "fields": {
-                    "seconds": round(time.perf_counter() - started, 2),
-                    "model": self.service.name,
-                    "weights": human_bytes(plan.weights),
-                    "cache": human_bytes(plan.cache),
-                    "cache_tokens": plan.tokens,
-                    "max_model_len": plan.max_model_len,
-                }
-            },
+            seconds=round(time.perf_counter() - started, 2),
+            model=self.service.name,
+            weights=human_bytes(plan.weights),
+            cache=human_bytes(plan.cache),
+            cache_tokens=plan.tokens,
+            max_model_len=plan.max_model_len,
         )
         self.loop.call_soon_threadsafe(self.service.begin, llm)
 
-    def _failed(self) -> None:
-        self.service.state, self._code = "failed", 1
+    def _load_failed(self) -> None:
+        self.service.state, self._exit_code = "failed", 1
 
-    def _cut_off(self, why: str) -> None:
-        if not self._cut and self.service.requests:
-            log.warning(
-                "requests are cut off",
-                extra={"fields": {"why": why, "requests": self.service.requests}},
-            )
-            self._code = 1
-        self._cut = True
+    def _cut_off(self, reason: str) -> None:
+        if not self._cutting_off and self.service.requests:
+            fields = {"why": reason, "requests": self.service.requests}
+            log.warning("requests are cut off", extra={"fields": fields})
+            self._exit_code = 1
+        self._cutting_off = True
 
-    async def _watch(self) -> int:
-        """Until it is time to end; the exit code."""
+    async def _wait_for_end(self) -> int:
+        """Wait until the server can end, and return its exit code."""
         service = self.service
         while True:
             await asyncio.sleep(0.05)
@@ -167,43 +191,56 @@ class Serving:
             if engine is not None and not engine.alive:
                 log.critical("the engine ended", exc_info=engine.error)
                 service.state = "failed"
-                await asyncio.sleep(0.2)  # those who wait hear of it
+                await asyncio.sleep(0.2)  # time to send the error to waiting clients
                 return 1
             if service.state not in ("draining", "failed"):
                 continue
-            if time.monotonic() > self._until:
+            if time.monotonic() > self._drain_deadline:
                 self._cut_off("--shutdown-timeout")
-            if self._cut and engine is not None:
-                await asyncio.to_thread(engine.close, 10)  # everybody gets an error, at once
+            if self._cutting_off and engine is not None:
+                # closing the engine ends every running request with an error
+                await asyncio.to_thread(engine.close, ENGINE_CLOSE_S)
                 await asyncio.sleep(0.1)
-            if self._cut or not service.requests:
-                return self._code
+            if self._cutting_off or not service.requests:
+                return self._exit_code
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn, except: it would close its socket at the first signal, but /health is to say 503 while the rest is answered; and it would wait for ever
-    for the headers of a request, but connections are limited, so whoever holds one without asking anything has `patience` seconds."""
+    """uvicorn with two changes.
 
-    def __init__(self, config: uvicorn.Config, patience: float):
+    - It keeps its socket open at the first signal, so that /health can answer 503 while running
+      requests finish.
+    - It closes connections on which no request arrives for `idle_timeout` seconds. Without this,
+      a client that never completes its headers would hold one of the limited connections.
+    """
+
+    def __init__(self, config: uvicorn.Config, idle_timeout: float):
         super().__init__(config)
-        self._patience, self._since = patience, {}
+        self._idle_timeout = idle_timeout
+        self._idle_since: dict[H11Protocol, float] = {}
 
     @contextmanager
     def capture_signals(self):
-        yield  # Serving has its own
+        yield  # Serving handles the signals
 
     async def on_tick(self, counter: int) -> bool:
-        now, before = time.monotonic(), self._since
-        silent = [
+        now = time.monotonic()
+        connections = cast("set[H11Protocol]", self.server_state.connections)
+        # Between requests, a connection is covered by uvicorn's own keep-alive timeout.
+        idle = [
             c
-            for c in self.server_state.connections
+            for c in connections
             if c.timeout_keep_alive_task is None and (c.cycle is None or c.cycle.response_complete)
         ]
-        self._since = {c: before.get(c, now) for c in silent}
-        for connection, since in self._since.items():
-            if now - since > self._patience:
+        self._idle_since = {c: self._idle_since.get(c, now) for c in idle}
+        for connection, since in self._idle_since.items():
+            if now - since > self._idle_timeout:
                 connection.transport.close()
         return await super().on_tick(counter)
+
+
+def _info(event: str, **fields) -> None:
+    log.info(event, extra={"fields": fields})
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -213,9 +250,8 @@ def _listen(host: str, port: int) -> socket.socket:
         )[0]
     except OSError as e:
         raise OSError(f"--host {host} is no address of this machine: {e.strerror}") from None
-    listener = socket.socket(
-        family, kind, protocol
-    )  # with its protocol: asyncio sets TCP_NODELAY only where it sees that it is TCP
+    # asyncio sets TCP_NODELAY only on sockets whose protocol is given explicitly
+    listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -223,6 +259,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as e:
         listener.close()
         raise OSError(
-            f"cannot listen on {host} port {port}: {e.strerror}; choose another --port, or 0 for a free one"
+            f"cannot listen on {host} port {port}: {e.strerror}; "
+            "choose another --port, or 0 for a free one"
         ) from None
     return listener

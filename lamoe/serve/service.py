@@ -1,8 +1,13 @@
-"""Between HTTP and the engine: its state (loading, ready, draining), admission to a bounded queue, requests in flight, and the numbers about them."""
+"""The state of the server between HTTP and the engine.
+
+It admits requests to a bounded queue, keeps track of the running ones, and counts tokens, times
+and expert loads.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections import OrderedDict, deque
@@ -17,72 +22,81 @@ from lamoe.engine.llm import LLM, Delta
 from lamoe.engine.request import Output
 from lamoe.engine.sampler import SamplingParams
 from lamoe.model import accounting
-from lamoe.serve.errors import ApiError
+from lamoe.model.config import ModelConfig
+from lamoe.serve.errors import ApiError, invalid_value, timed_out
 from lamoe.serve.metrics import Metrics
 from lamoe.serve.settings import Settings
+from lamoe.text.tokenizer import Tokenizer
 
-REMEMBERED = 256  # finished requests whose expert counts can still be asked for
-WINDOW = 5.0  # seconds that tokens_per_s looks back
+MAX_KEPT_LOADS = 256  # finished requests whose expert loads are kept
+SPEED_WINDOW_S = 5.0  # period over which tokens_per_s is measured
 
 
 class Service:
-    """One model being served. `state`: loading, ok, draining, failed. Everything but the engine's own thread runs in one event loop."""
+    """One model being served.
+
+    All methods run in one event loop; only the engine's steps and grammar compilation run in
+    other threads.
+
+    Attributes:
+        state: "loading", "ok", "draining" or "failed".
+        admitted: sequences that were admitted and have not ended.
+        requests: requests that were admitted and have not ended.
+        scoring: held while a text is scored outside the paged cache. Each such text has a cache
+            of its own, so one at a time limits the memory.
+    """
+
+    config: ModelConfig
+    max_model_len: int
+    max_text_bytes: int
 
     def __init__(self, settings: Settings, name: str):
-        self.settings, self.name, self.created, self.metrics = (
-            settings,
-            settings.served_model_name or name,
-            int(time.time()),
-            Metrics(),
-        )
-        self.state, self.engine, self.tokenizer = "loading", None, None
+        self.settings = settings
+        self.name = settings.served_model_name or name
+        self.created = int(time.time())
+        self.metrics = Metrics()
+        self.state = "loading"
+        self.engine: AsyncLLM | None = None
+        self.tokenizer: Tokenizer | None = None
         self.jobs: dict[str, Job] = {}
-        self.admitted, self.requests = 0, 0  # sequences and requests, from admission to the end
-        self.generated_tokens, self.mean_seconds = 0, 1.0
-        self.scoring = (
-            asyncio.Lock()
-        )  # one text at a time is scored beside the paged cache: it has a cache of its own
-        self._compilers, self._compiling = (
-            ThreadPoolExecutor(2, "lamoe-compile"),
-            0,
-        )  # apart: a grammar may take seconds, texts must not wait for it
-        self._recent: deque[list[float]] = deque()  # [time, tokens]
-        self._experts: OrderedDict[str, torch.Tensor | None] = OrderedDict()
+        self.admitted, self.requests = 0, 0
+        self.generated_tokens = 0
+        self.mean_seconds = 1.0  # moving average of the duration of a request
+        self.scoring = asyncio.Lock()
+        # Compiling a grammar may take seconds, so it must not use the threads for text work.
+        self._compilers = ThreadPoolExecutor(2, "lamoe-compile")
+        self._num_compiling = 0
+        self._recent_tokens: deque[list[float]] = deque()  # [time, number of tokens]
+        self._expert_loads: OrderedDict[str, torch.Tensor | None] = OrderedDict()
 
     def begin(self, llm: LLM) -> None:
-        """The model is there: answer requests."""
-        self.engine, self.tokenizer, self.config, self.max_model_len = (
-            AsyncLLM(llm),
-            llm.tokenizer,
-            llm.model.config,
-            llm.max_model_len,
-        )
-        tok = llm.tokenizer
-        if (
-            tok is not None
-        ):  # a text of more bytes is longer than the context however it is cut; a normalizer could shorten it, hence the factor
-            longest = max(len(tok.token_bytes(i)) for i in range(tok.vocab_size))
-            self.max_text_bytes = (
-                self.max_model_len * longest * (1 if tok.inner.normalizer is None else 4)
-            )
+        """Answer requests with a loaded model."""
+        self.engine, self.tokenizer = AsyncLLM(llm), llm.tokenizer
+        self.config, self.max_model_len = llm.model.config, llm.max_model_len
+        if self.tokenizer is not None:
+            self.max_text_bytes = self.max_model_len * _max_bytes_per_token(self.tokenizer)
         if self.state == "loading":
             self.state = "ok"
 
     def ready(self) -> AsyncLLM:
-        """The engine, or a 503."""
+        """Return the engine.
+
+        Raises:
+            ApiError: 503 while the model loads, during shutdown, and after the engine ended.
+        """
         if self.state != "ok" or self.engine is None:
-            says = {
+            reason = {
                 "loading": "the model is still loading",
                 "draining": "the server is shutting down",
             }.get(self.state, "the engine has ended")
-            raise ApiError(
-                503, f"{says}; try again later", self.state, headers={"Retry-After": "5"}
-            )
+            message = f"{reason}; try again later"
+            raise ApiError(503, message, self.state, headers={"Retry-After": "5"})
         if not self.engine.alive:
-            raise ended()
+            raise engine_ended()
         return self.engine
 
     def check_model(self, name: str | None) -> None:
+        """Raise a 404 error if a request names another model."""
         if name is not None and name != self.name:
             raise ApiError(
                 404,
@@ -91,25 +105,31 @@ class Service:
                 "model",
             )
 
-    # ---- admission -----------------------------------------------------------------------------------------------
+    # ---- admission -----------------------------------------------------------------------------
     def admit(self, sequences: int) -> None:
-        """Count sequences in; `release` counts them out. 400 when they can never fit, 429 with Retry-After when there is no room now."""
+        """Admit sequences to the queue. Every admission needs a call of `release` later.
+
+        Raises:
+            ApiError: 400 if the sequences can never fit, 429 if the queue is full now.
+        """
         s = self.settings
-        if sequences > min(s.max_choices, s.max_num_seqs + s.max_queued_requests):
+        capacity = s.max_num_seqs + s.max_queued_requests
+        limit = min(s.max_choices, capacity)
+        if sequences > limit:
             raise ApiError(
                 400,
-                f"the request asks for {sequences} sequences (prompts x n); the limit is {min(s.max_choices, s.max_num_seqs + s.max_queued_requests)} "
+                f"the request asks for {sequences} sequences (prompts x n); the limit is {limit} "
                 "(--max-choices, --max-num-seqs + --max-queued-requests); send fewer at a time",
                 "too_many_sequences",
                 "n",
             )
-        if self.admitted + sequences > s.max_num_seqs + s.max_queued_requests:
+        if self.admitted + sequences > capacity:
             self.metrics.rejected.inc()
             wait = self.mean_seconds * max(self.admitted - s.max_num_seqs, 1) / s.max_num_seqs
             raise ApiError(
                 429,
-                f"the queue is full: {self.admitted} sequences run or wait, the limit is {s.max_num_seqs + s.max_queued_requests} "
-                "(--max-num-seqs + --max-queued-requests)",
+                f"the queue is full: {self.admitted} sequences run or wait, the limit is "
+                f"{capacity} (--max-num-seqs + --max-queued-requests)",
                 "queue_full",
                 headers={"Retry-After": str(min(max(math.ceil(wait), 1), 60))},
             )
@@ -117,196 +137,212 @@ class Service:
         self.requests += 1
 
     def release(self, sequences: int) -> None:
+        """Undo one call of `admit`."""
         self.admitted -= sequences
         self.requests -= 1
 
     async def compile(self, work: Callable[[], Any]) -> Any:
-        """The result of `work` (making a grammar ready), of which two run at a time. 429 when too many wait."""
-        if self._compiling > self.settings.max_queued_requests:
+        """Run `work`, the compilation of a grammar, in one of two threads.
+
+        Raises:
+            ApiError: 429 if too many compilations are waiting.
+        """
+        if self._num_compiling > self.settings.max_queued_requests:
             self.metrics.rejected.inc()
             raise ApiError(
                 429,
-                f"{self._compiling} grammars are waiting to be compiled; try again later",
+                f"{self._num_compiling} grammars are waiting to be compiled; try again later",
                 "queue_full",
                 headers={"Retry-After": "5"},
             )
-        self._compiling += 1
+        self._num_compiling += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._compilers, work)
         finally:
-            self._compiling -= 1
+            self._num_compiling -= 1
 
-    async def start(self, id: str, requests: list[tuple[list[int], SamplingParams]]) -> Job:
-        """Queue prompts (token ids) with their parameters. ApiError: 400 for what can never run, 429, 503."""
-        engine, sequences = self.ready(), sum(p.n for _, p in requests)
+    async def start(self, id: str, prompts: list[tuple[list[int], SamplingParams]]) -> Job:
+        """Queue prompts (token ids) of one request with their sampling parameters.
+
+        Raises:
+            ApiError: 400 if a prompt can never run, 429 or 503 if the request cannot run now.
+        """
+        engine, sequences = self.ready(), sum(params.n for _, params in prompts)
         self.admit(sequences)
         try:
-            job = Job(self, id, await engine.open(requests), requests, sequences)
+            job = Job(self, id, await engine.open([*prompts]), prompts, sequences)
         except BaseException as e:
             self.release(sequences)
             if isinstance(e, ValueError):
-                raise ApiError(400, str(e), "invalid_value") from None
+                raise invalid_value(str(e)) from None
             if isinstance(e, EngineDead):
-                raise ended() from None
+                raise engine_ended() from None
             raise
         self.jobs[id] = job
         return job
 
-    # ---- numbers -------------------------------------------------------------------------------------------------
+    def finished(self, job: Job) -> None:
+        """Take a job that has ended out of the books."""
+        self.release(job.sequences)
+        del self.jobs[job.id]
+        self.keep_load(job.id, _sum(list(job.expert_loads.values())))
+        self.mean_seconds += 0.2 * (time.monotonic() - job.started - self.mean_seconds)
+
+    # ---- numbers -------------------------------------------------------------------------------
     def count_token(self) -> None:
+        """Count one generated token."""
         self.generated_tokens += 1
         self.metrics.tokens.inc()
         now = time.monotonic()
-        if self._recent and now - self._recent[-1][0] < 0.1:
-            self._recent[-1][1] += 1
+        if self._recent_tokens and now - self._recent_tokens[-1][0] < 0.1:
+            self._recent_tokens[-1][1] += 1
         else:
-            self._recent.append([now, 1])
+            self._recent_tokens.append([now, 1])
 
     def tokens_per_s(self) -> float:
-        """Over the last few seconds."""
-        now = time.monotonic()
-        while self._recent and now - self._recent[0][0] > WINDOW:
-            self._recent.popleft()
-        return (
-            sum(n for _, n in self._recent) / max(now - self._recent[0][0], 0.5)
-            if self._recent
-            else 0.0
-        )
+        """Measure the rate of generated tokens over the last few seconds."""
+        now, recent = time.monotonic(), self._recent_tokens
+        while recent and now - recent[0][0] > SPEED_WINDOW_S:
+            recent.popleft()
+        if not recent:
+            return 0.0
+        return sum(num_tokens for _, num_tokens in recent) / max(now - recent[0][0], 0.5)
 
     async def stats(self) -> dict[str, Any]:
-        """What /lamoe/stats answers."""
+        """Build the response of /lamoe/stats."""
         engine = self.engine
         if engine is None or not engine.alive:
             self.ready()
-            raise ended()
+            raise engine_ended()
         try:
-            return {
-                **await engine.call(_engine_stats),
-                "model": self.name,
-                "tokens_per_s": round(self.tokens_per_s(), 2),
-                "generated_tokens": self.generated_tokens,
-            }
+            engine_stats = await engine.call(_engine_stats)
         except EngineDead:
-            raise ended() from None
-
-    async def experts(self, id: str) -> dict[str, Any]:
-        """How often each expert of each MoE layer computed a token of a request, running or recently finished. 404 for others."""
-        job, c = self.jobs.get(id), getattr(self, "config", None)
-        if job is None and id not in self._experts:
-            raise ApiError(
-                404,
-                f"no request {id[:100]!r} is running or among the last {REMEMBERED}",
-                "request_not_found",
-            )
-        load = self._experts.get(id)
-        if job is not None:
-            try:
-                load = await self.engine.call(
-                    lambda llm: _sum(
-                        [*job.experts.values(), *(llm.experts(i) for i in job.run.ids)]
-                    )
-                )
-            except EngineDead:
-                raise ended() from None
-        if not c.is_moe:
-            return {"layers": []}
-        layers = list(c.moe_layers)
+            raise engine_ended() from None
         return {
-            "layers": layers,
-            "experts": c.n_routed_experts,
-            "load": [[0] * c.n_routed_experts for _ in layers] if load is None else load.tolist(),
+            **engine_stats,
+            "model": self.name,
+            "tokens_per_s": round(self.tokens_per_s(), 2),
+            "generated_tokens": self.generated_tokens,
         }
 
-    def remember(self, id: str, load: torch.Tensor | None) -> None:
-        self._experts[id] = load
-        while len(self._experts) > REMEMBERED:
-            self._experts.popitem(last=False)
+    async def experts(self, id: str) -> dict[str, Any]:
+        """Build the response of /lamoe/requests/{id}/experts.
 
-    def finished(self, job: Job) -> None:
-        self.release(job.sequences)
-        del self.jobs[job.id]
-        self.remember(job.id, _sum(list(job.experts.values())))
-        self.mean_seconds += 0.2 * (time.monotonic() - job.started - self.mean_seconds)
+        Raises:
+            ApiError: 404 if the request is neither running nor among the recent ones.
+        """
+        job = self.jobs.get(id)
+        if job is None and id not in self._expert_loads:
+            raise ApiError(
+                404,
+                f"no request {id[:100]!r} is running or among the last {MAX_KEPT_LOADS}",
+                "request_not_found",
+            )
+        load = self._expert_loads.get(id) if job is None else await job.expert_load()
+        layers, num_experts = list(self.config.moe_layers), self.config.n_routed_experts
+        if num_experts is None:
+            return {"layers": []}
+        if load is None:
+            load = torch.zeros(len(layers), num_experts, dtype=torch.int64)
+        return {"layers": layers, "experts": num_experts, "load": load.tolist()}
+
+    def keep_load(self, id: str, load: torch.Tensor | None) -> None:
+        """Keep the expert load of a finished request; drop the oldest ones."""
+        self._expert_loads[id] = load
+        while len(self._expert_loads) > MAX_KEPT_LOADS:
+            self._expert_loads.popitem(last=False)
 
 
 class Job:
-    """One request in the engine, from admission to its last byte. Whoever gets it closes it; that frees its pages wherever it stands."""
+    """One request in the engine, from admission to its last byte.
+
+    The owner must call `close`, which frees the pages of sequences that have not finished.
+
+    Attributes:
+        outputs: the finished sequences, by index. The n samples of a prompt are neighbours.
+        expert_loads: the expert load of each finished sequence, by index.
+    """
 
     def __init__(
         self,
         service: Service,
         id: str,
         run: Run,
-        requests: list[tuple[list[int], SamplingParams]],
+        prompts: list[tuple[list[int], SamplingParams]],
         sequences: int,
     ):
         self.service, self.id, self.run, self.sequences = service, id, run, sequences
-        self.prompts = [len(ids) for ids, p in requests]
-        self._first_of = [0]
-        for _, p in requests:
-            self._first_of.append(self._first_of[-1] + p.n)
+        self.prompt_lengths = [len(ids) for ids, _ in prompts]
+        self._first_samples = [0]  # index of the first sample of each prompt, and the end
+        for _, params in prompts:
+            self._first_samples.append(self._first_samples[-1] + params.n)
         self.outputs: dict[int, Output] = {}
-        self.experts: dict[int, torch.Tensor] = {}
-        self.started, self._first, self._counts, self._closed = (
-            time.monotonic(),
-            {},
-            [0] * sequences,
-            False,
-        )
-        limit = service.settings.request_timeout
-        self._timer = asyncio.get_running_loop().call_later(
-            limit,
-            run.fail,
-            ApiError(
-                408,
-                f"the answer was not complete within {limit:g} seconds (--request-timeout)",
-                "timeout",
-                headers={"X-Should-Retry": "false"},
-            ),
-        )
+        self.expert_loads: dict[int, torch.Tensor] = {}
+        self.started = time.monotonic()
+        self._first_token_times: dict[int, float] = {}
+        self._num_tokens = [0] * sequences
+        self._closed = False
+        timeout = service.settings.request_timeout
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(timeout, run.fail, timed_out(timeout))
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """(index of the sequence, what a step added to it). ApiError when one failed, at the time-out, and when the engine ended."""
+        """Yield (index of the sequence, what a step added to it).
+
+        Raises:
+            ApiError: if a sequence fails, the request times out, or the engine ends.
+        """
         try:
             async for index, delta in self.run:
-                self._note(index, delta)
+                self._record(index, delta)
                 yield index, delta
         except EngineDead:
-            raise ended() from None
+            raise engine_ended() from None
 
-    def _note(self, index: int, delta: Delta) -> None:
-        now = time.monotonic()
+    def _record(self, index: int, delta: Delta) -> None:
+        metrics, now = self.service.metrics, time.monotonic()
         if delta.token_id is not None:
             self.service.count_token()
-            self._counts[index] += 1
-            if index not in self._first:
-                self._first[index] = now
-                self.service.metrics.first_token.observe(now - self.started)
-        if delta.output is None:
+            self._num_tokens[index] += 1
+            if index not in self._first_token_times:
+                self._first_token_times[index] = now
+                metrics.first_token.observe(now - self.started)
+        output = delta.output
+        if output is None:
             return
-        self.outputs[index] = delta.output
-        if delta.output.experts is not None:
-            self.experts[index] = delta.output.experts
-        if delta.output.finish_reason == "error":
-            raise ApiError(
-                500 if delta.output.internal else 400,
-                f"generation failed: {delta.output.error}",
-                "generation_failed",
-            )
-        if self._counts[index] > 1:
-            self.service.metrics.between.observe(
-                (now - self._first[index]) / (self._counts[index] - 1)
-            )
+        self.outputs[index] = output
+        if output.experts is not None:
+            self.expert_loads[index] = output.experts
+        if output.finish_reason == "error":
+            status = 500 if output.internal else 400
+            raise ApiError(status, f"generation failed: {output.error}", "generation_failed")
+        intervals = self._num_tokens[index] - 1
+        if intervals > 0:
+            metrics.token_interval.observe((now - self._first_token_times[index]) / intervals)
 
     def usage(self) -> dict[str, Any]:
-        """OpenAI's usage of what has come so far; a prompt counts once, however many samples it has."""
-        prompt, completion = sum(self.prompts), sum(self._counts)
+        """Build OpenAI's usage object for the tokens so far.
+
+        A prompt counts once, however many samples it has.
+        """
         cached = sum(
-            self.outputs[i].cached_tokens for i in self._first_of[:-1] if i in self.outputs
+            self.outputs[i].cached_tokens for i in self._first_samples[:-1] if i in self.outputs
         )
-        return usage(prompt, completion, cached)
+        return usage(sum(self.prompt_lengths), sum(self._num_tokens), cached)
+
+    async def expert_load(self) -> torch.Tensor | None:
+        """Sum the expert loads of all sequences so far, [MoE layers, experts]."""
+        assert self.service.engine is not None
+        try:
+            return await self.service.engine.call(self._current_load)
+        except EngineDead:
+            raise engine_ended() from None
+
+    def _current_load(self, llm: LLM) -> torch.Tensor | None:
+        return _sum([*self.expert_loads.values(), *map(llm.experts, self.run.ids)])
 
     def close(self) -> None:
+        """End the request: free its pages and keep its expert load."""
         if self._closed:
             return
         self._closed = True
@@ -314,18 +350,17 @@ class Job:
         self.service.finished(self)
         loop = asyncio.get_running_loop()
 
-        def count(llm: LLM) -> None:  # also of what is cut short, which has no output
-            load = _sum([*self.experts.values(), *map(llm.experts, self.run.ids)])
-            try:
-                loop.call_soon_threadsafe(self.service.remember, self.id, load)
-            except RuntimeError:
-                pass  # the loop has ended
+        def keep_load(llm: LLM) -> None:
+            # Sequences that are cut short have no output; the engine still knows their load.
+            load = self._current_load(llm)
+            with contextlib.suppress(RuntimeError):  # the event loop has been closed
+                loop.call_soon_threadsafe(self.service.keep_load, self.id, load)
 
-        self.run.close(count)
+        self.run.close(keep_load)
 
 
 def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
-    """OpenAI's usage object."""
+    """Build OpenAI's usage object from numbers of tokens."""
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -334,7 +369,8 @@ def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
     }
 
 
-def ended() -> ApiError:
+def engine_ended() -> ApiError:
+    """Make the 503 error for requests to an engine that has stopped."""
     return ApiError(
         503,
         "the server is shutting down, or its engine has ended; try again later",
@@ -343,17 +379,25 @@ def ended() -> ApiError:
     )
 
 
+def _max_bytes_per_token(tokenizer: Tokenizer) -> int:
+    """Bound the bytes of text per token, to refuse texts that cannot fit without tokenizing."""
+    longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
+    # A normalizer may shorten the text before it is split into tokens.
+    return longest if tokenizer.inner.normalizer is None else 4 * longest
+
+
 def _sum(loads: list[torch.Tensor | None]) -> torch.Tensor | None:
-    loads = [load for load in loads if load is not None]
-    return torch.stack(loads).sum(0) if loads else None
+    present = [load for load in loads if load is not None]
+    return torch.stack(present).sum(0) if present else None
 
 
 def _engine_stats(llm: LLM) -> dict[str, Any]:
-    c, cache, pool = llm.model.config, llm.cache, llm.pool
-    page = cache.nbytes // cache.pages
-    twins = {
-        name[:3].lower(): 2 * n
-        for name, n in accounting.cache_twins(c).items()
+    cache, pool = llm.cache, llm.pool
+    page_bytes = cache.nbytes // cache.pages
+    # bytes per token if the model cached the keys and values of other attention forms in bf16
+    other_attention = {
+        name[:3].lower(): 2 * values
+        for name, values in accounting.cache_twins(llm.model.config).items()
         if name[:3] in ("MHA", "GQA", "MQA")
     }
     return {
@@ -361,12 +405,12 @@ def _engine_stats(llm: LLM) -> dict[str, Any]:
         "max_model_len": llm.max_model_len,
         "cache": {
             "format": cache.format,
-            "used_bytes": pool.owned * page,
+            "used_bytes": pool.owned * page_bytes,
             "total_bytes": cache.nbytes,
             "used_tokens": pool.owned * cache.page_size,
             "total_tokens": cache.pages * cache.page_size,
-            "bytes_per_token": page / cache.page_size,
-            "compare": twins,
+            "bytes_per_token": page_bytes / cache.page_size,
+            "compare": other_attention,
         },
         "running": len(llm.scheduler.running),
         "waiting": len(llm.scheduler.waiting),

@@ -1,4 +1,8 @@
-"""Every option of `lamoe serve` once: a field here is a flag --like-this and a variable LAMOE_LIKE_THIS. The flag wins."""
+"""The options of `lamoe serve`, each defined once.
+
+A field `like_this` of `Settings` is the flag `--like-this` and the environment variable
+`LAMOE_LIKE_THIS`. The flag takes precedence.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,18 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def parse_bytes(text: str) -> int:
-    """'16GB', '512 MiB', '1e9' -> bytes. ArgumentTypeError for anything else."""
+    """Convert an amount of memory such as '16GB', '512 MiB' or '1e9' to bytes.
+
+    Raises:
+        argparse.ArgumentTypeError: if the text is not an amount of memory.
+    """
     units = {
         "": 1,
         "k": 10**3,
@@ -36,61 +45,67 @@ def parse_bytes(text: str) -> int:
         ) from None
 
 
-def _option(default, help: str, kind: Callable = str):
+def _option(default: Any, help: str, kind: Callable = str) -> Any:
+    """Make a dataclass field; `kind` converts the text of a flag or variable to its value."""
     return dataclasses.field(default=default, metadata={"help": help, "kind": kind})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to serve one model. ValueError for values that cannot work; what concerns the model itself is checked when it loads."""
+    """How to serve one model. Options that depend on the model are checked when it loads.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
 
     host: str = _option(
-        "127.0.0.1", "address to listen on; anything but loopback should have an --api-key"
+        "127.0.0.1", "address to listen on; set an API key for anything but loopback"
     )
-    port: int = _option(8000, "0: any free one, see the log", int)
+    port: int = _option(8000, "port to listen on; 0 picks a free port and logs it", int)
     api_key: str | None = _option(
         None,
-        "secret that callers send as `Authorization: Bearer KEY`; other users can see it in the list of processes, so prefer "
-        "--api-key-file or the variable",
+        "secret that clients send as `Authorization: Bearer KEY`; other users can see it in the "
+        "process list, so prefer --api-key-file or the variable",
     )
-    api_key_file: str | None = _option(None, "file with a key on each line; all of them are valid")
+    api_key_file: str | None = _option(None, "file with one API key per line; each key is valid")
     served_model_name: str | None = _option(
-        None, "what the model is called in the API; default: the name of its folder"
+        None, "name of the model in the API; default: the name of its folder"
     )
     max_model_len: int | None = _option(
-        None, "longest prompt + output in tokens; default: what the model was made for", int
+        None, "longest prompt plus output in tokens; default: the model's context length", int
     )
-    max_num_seqs: int = _option(64, "sequences running at once", int)
-    max_num_batched_tokens: int = _option(512, "tokens of one step of the engine", int)
+    max_num_seqs: int = _option(64, "most sequences that run at once", int)
+    max_num_batched_tokens: int = _option(512, "most tokens in one engine step", int)
     quantization: str | None = _option(
         None,
-        "of the weights, while loading: int8 or int4; a folder made by `lamoe quantize` needs none",
+        "quantise the weights while loading: int8 or int4; "
+        "not needed for a folder made by `lamoe quantize`",
     )
     kv_cache_dtype: str = _option(
-        "bf16", "storage format of the cache: fp32, bf16, int8, 6bit or 4bit"
+        "bf16", "storage format of the KV cache: fp32, bf16, int8, 6bit or 4bit"
     )
     kv_cache_memory: int | None = _option(
         None,
-        "size of the cache, for example 2GB; default: four full contexts, at most 1 GiB",
+        "size of the KV cache, for example 2GB; default: four full contexts, at most 1 GiB",
         parse_bytes,
     )
     dtype: str | None = _option(
-        None, "of the computation: float32 or bfloat16; default: the model's own"
+        None, "compute dtype: float32 or bfloat16; default: the dtype of the checkpoint"
     )
-    threads: int = _option(0, "of the computation; default: all cores", int)
-    seed: int | None = _option(None, "of requests that bring none", int)
+    threads: int = _option(0, "number of compute threads; 0 uses all cores", int)
+    seed: int | None = _option(None, "sampling seed of requests that do not set one", int)
     max_queued_requests: int = _option(
-        128, "sequences that may wait for a place; beyond, requests get 429 with Retry-After", int
+        128, "most sequences that may wait; further requests get 429 with Retry-After", int
     )
-    max_choices: int = _option(128, "prompts x n of one request", int)
-    max_body_bytes: int = _option(8 << 20, "of one request", parse_bytes)
-    max_header_bytes: int = _option(32 << 10, "of one request", parse_bytes)
-    max_connections: int = _option(1024, "open at once; beyond, they get 503", int)
+    max_choices: int = _option(128, "most sequences (prompts x n) in one request", int)
+    max_body_bytes: int = _option(8 << 20, "largest request body", parse_bytes)
+    max_header_bytes: int = _option(32 << 10, "largest request headers", parse_bytes)
+    max_connections: int = _option(1024, "most open connections; further ones get 503", int)
     request_timeout: float = _option(
-        600.0, "seconds from a request to the end of its answer", float
+        600.0, "seconds from a request to the end of its response", float
     )
     body_timeout: float = _option(
-        30.0, "seconds in which the headers of a request must have come, and then its body", float
+        30.0, "seconds to wait for the headers of a request, and then for its body", float
     )
     shutdown_timeout: float = _option(
         30.0,
@@ -99,15 +114,16 @@ class Settings:
     )
     allowed_hosts: str | None = _option(
         None,
-        "names, with commas between, that callers may use in the Host header; * for any. Default: loopback names when "
-        "listening on loopback without a key (a web page could reach the server through a name of its own), else any",
+        "comma-separated names that clients may use in the Host header; * allows any. Default: "
+        "the loopback names when listening on loopback without a key (a defence against DNS "
+        "rebinding by web pages), else any",
     )
     log_level: str = _option(
-        "info", f"of the JSON lines on standard error: {', '.join(LOG_LEVELS)}"
+        "info", f"level of the JSON log lines on standard error: {', '.join(LOG_LEVELS)}"
     )
 
     def __post_init__(self):
-        for name, low in (
+        for name, minimum in (
             ("max_num_seqs", 1),
             ("max_num_batched_tokens", self.max_num_seqs),
             ("max_queued_requests", 0),
@@ -117,16 +133,16 @@ class Settings:
             ("max_connections", 1),
             ("threads", 0),
         ):
-            if getattr(self, name) < low:
-                raise ValueError(
-                    f"{_flag(name)} is {getattr(self, name)}; it must be at least {low}"
-                )
+            value = getattr(self, name)
+            if value < minimum:
+                raise ValueError(f"{_flag(name)} is {value}; it must be at least {minimum}")
         if not 0 <= self.port < 65536:
             raise ValueError(f"--port is {self.port}; it must be from 0 to 65535")
         for name in ("request_timeout", "body_timeout", "shutdown_timeout"):
-            if not 0 <= getattr(self, name) <= 1e7:
+            value = getattr(self, name)
+            if not 0 <= value <= 1e7:
                 raise ValueError(
-                    f"{_flag(name)} is {getattr(self, name)}; it must be a number of seconds, at least 0"
+                    f"{_flag(name)} is {value}; it must be a number of seconds from 0 to 1e7"
                 )
         if self.log_level not in LOG_LEVELS:
             raise ValueError(f"--log-level is {self.log_level!r}; known: {', '.join(LOG_LEVELS)}")
@@ -135,61 +151,71 @@ class Settings:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed is {self.seed}; it must be from 0 to 2**63 - 1")
 
-    def keys(self) -> tuple[str, ...]:
-        """The valid keys; none: the server is open. ValueError for a key file without keys or a key that no header can carry."""
+    def api_keys(self) -> tuple[str, ...]:
+        """Collect the valid API keys. Without any, the server needs no key.
+
+        Raises:
+            ValueError: if the key file holds no key, or a key does not fit in a header.
+            OSError: if the key file cannot be read.
+        """
         keys = [] if self.api_key is None else [self.api_key]
         if self.api_key_file is not None:
-            found = [
-                line.strip()
-                for line in Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
-                if line.strip()
-            ]
-            if not found:
+            lines = Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
+            file_keys = [line.strip() for line in lines if line.strip()]
+            if not file_keys:
                 raise ValueError(
-                    f"{self.api_key_file} holds no key; write one on each line, or leave --api-key-file out"
+                    f"{self.api_key_file} holds no key; write one key per line, or leave "
+                    "--api-key-file out"
                 )
-            keys += found
+            keys += file_keys
         for key in keys:
             if not key or not key.isascii() or not key.isprintable() or key != key.strip():
                 raise ValueError(
-                    "an API key must be printable ASCII without blanks around it; make one with: openssl rand -hex 32"
+                    "an API key must be printable ASCII without surrounding blanks; "
+                    "make one with: openssl rand -hex 32"
                 )
         return tuple(keys)
 
-    def hosts(self) -> frozenset[str] | None:
-        """Names allowed in the Host header; None: any."""
+    def host_names(self) -> frozenset[str] | None:
+        """Return the names allowed in the Host header, or None if any name is allowed."""
         if self.allowed_hosts is not None:
             names = {h.strip().lower() for h in self.allowed_hosts.split(",") if h.strip()}
             return None if "*" in names else frozenset(names)
-        return frozenset(LOOPBACK) if self.host in LOOPBACK and not self.keys() else None
+        return frozenset(LOOPBACK) if self.host in LOOPBACK and not self.api_keys() else None
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _variable(name: str) -> str:
+    return f"LAMOE_{name.upper()}"
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """A flag for every field; its help names the variable too."""
+    """Add one flag per field of `Settings`. The help names the environment variable too."""
     for f in dataclasses.fields(Settings):
-        default = (
-            f" (default: {f.default})"
-            if f.default is not None and "default:" not in f.metadata["help"]
-            else ""
-        )
+        help = f.metadata["help"]
+        if f.default is not None and "default:" not in help:
+            help += f" (default: {f.default})"
         parser.add_argument(
             _flag(f.name),
             type=f.metadata["kind"],
             metavar=f.name.rsplit("_", 1)[-1].upper(),
             default=argparse.SUPPRESS,
-            help=f"{f.metadata['help']}{default} [LAMOE_{f.name.upper()}]".replace("%", "%%"),
+            help=f"{help} [{_variable(f.name)}]".replace("%", "%%"),
         )
 
 
 def from_options(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Settings:
-    """Settings from flags, then variables, then defaults. ValueError names the variable whose value is not of its kind."""
+    """Build the settings: flags first, then environment variables, then defaults.
+
+    Raises:
+        ValueError: if a variable cannot be converted, or a value is out of range.
+    """
     values = {}
     for f in dataclasses.fields(Settings):
-        variable = f"LAMOE_{f.name.upper()}"
+        variable = _variable(f.name)
         if hasattr(args, f.name):
             values[f.name] = getattr(args, f.name)
         elif environ.get(variable):

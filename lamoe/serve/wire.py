@@ -1,7 +1,11 @@
-"""The shapes of requests and answers: what OpenAI's API defines and this server does, a few extensions, and nothing that is taken and then ignored.
+"""The shapes of requests and responses.
 
-Extensions, named as other servers name them: top_k, min_p, repetition_penalty, min_tokens, ignore_eos, regex, grammar. The answers are described here for
-/openapi.json; they are built as plain dicts.
+Requests: the part of OpenAI's API that this server supports. Unknown fields are refused, so no
+field is accepted and then ignored. Extensions have the names that other servers use: top_k, min_p,
+repetition_penalty, min_tokens, ignore_eos, regex, grammar.
+
+Responses: these models only describe them for /openapi.json. The responses themselves are plain
+dicts.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ MAX_TOKENS = 1 << 31
 Text = Annotated[str, StringConstraints(max_length=8 << 20)]
 Name = Annotated[str, StringConstraints(max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-# fail_fast: one complaint about a list, not one for each of a million elements
+# fail_fast: report the first wrong element of a list, not each of a million
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 TokenLists = Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
@@ -22,7 +26,7 @@ Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
 class Wire(BaseModel):
-    """A request: exact types, no unknown field, no nan."""
+    """Base of all request models: exact types, no unknown fields, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
@@ -39,17 +43,17 @@ class JsonSchema(Wire):
 
 
 class ResponseFormat(Wire):
-    """`strict` of a json_schema changes nothing: a schema is always enforced."""
+    """The form of the output. A schema is always enforced, whatever its `strict` says."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
 class Sampling(Wire):
-    """What both kinds of completion share."""
+    """The fields that /v1/completions and /v1/chat/completions share."""
 
     model: Name | None = Field(
-        None, description="the served model's name; may be left out, there is only one"
+        None, description="name of the served model; optional, because there is only one"
     )
     n: int | None = Field(None, ge=1, le=128)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -58,7 +62,7 @@ class Sampling(Wire):
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=100, description="default 1; 0 is greedy")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=1 << 31, description="0 or -1: off")
+    top_k: int | None = Field(None, ge=-1, le=1 << 31, description="0 or -1 switches it off")
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -80,24 +84,25 @@ class Sampling(Wire):
         None, description="the output matches this regular expression"
     )
     grammar: Annotated[str, StringConstraints(max_length=1 << 18)] | None = Field(
-        None, description="the output is a sentence of this Lark grammar"
+        None, description="the output follows this Lark grammar"
     )
-    user: Name | None = Field(None, description="goes into the log line of the request")
+    user: Name | None = Field(None, description="written to the log line of the request")
 
 
 class CompletionRequest(Sampling):
     prompt: Text | Texts | Tokens | TokenLists
     max_tokens: int | None = Field(
-        None, ge=0, le=MAX_TOKENS, description="default 16; 0 only with echo"
+        None, ge=0, le=MAX_TOKENS, description="default 16; 0 is allowed only with echo"
     )
     suffix: Text | None = Field(
         None,
-        description="fill in the middle between prompt and suffix; needs a tokenizer with the tokens for it",
+        description="generate the text between prompt and suffix; needs a tokenizer with "
+        "fill-in-the-middle tokens",
     )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(
-        None, ge=1, le=128, description="only the value of n: other samples would be thrown away"
+        None, ge=1, le=128, description="must equal n; further samples are not supported"
     )
 
 
@@ -123,7 +128,8 @@ class Message(Wire):
     name: Name | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
     tool_call_id: Name | None = None
-    refusal: None = None  # these four: clients send the reply back as they got it
+    # Clients send replies back as they got them, so the null fields of replies are accepted.
+    refusal: None = None
     annotations: None = None
     audio: None = None
     function_call: None = None
@@ -145,14 +151,14 @@ class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(
-        None, ge=1, le=MAX_TOKENS, description="default: what the context leaves"
+        None, ge=1, le=MAX_TOKENS, description="default: the rest of the context"
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = Field(
-        None, description="false: only the first call of a reply is returned"
+        None, description="false: return only the first call of a reply"
     )
 
 
@@ -164,17 +170,17 @@ class EmbeddingRequest(Wire):
 
 
 class TokenizeRequest(Wire):
-    """One of prompt and messages."""
+    """Either prompt or messages must be set."""
 
     model: Name | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
     tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
     add_special_tokens: bool = Field(
-        True, description="BOS before a prompt, where the model wants one"
+        True, description="put BOS before a prompt if the model uses it"
     )
     add_generation_prompt: bool = Field(
-        True, description="of messages: end where the assistant's reply begins"
+        True, description="with messages: end the prompt where the assistant's reply begins"
     )
     return_token_strs: bool = False
 
@@ -184,7 +190,7 @@ class DetokenizeRequest(Wire):
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
-# ---- answers, for the description ------------------------------------------------------------------------------------
+# ---- responses ---------------------------------------------------------------------------------
 class ErrorBody(BaseModel):
     message: str
     type: str

@@ -125,19 +125,19 @@ def test_bodies_in_memory_and_log_probabilities_are_bounded(monkeypatch):
             + b" " * 50_000
         )
         slow = [
-            socket.create_connection((host, int(port)), timeout=5) for _ in range(guard.BODIES + 3)
+            socket.create_connection((host, int(port)), timeout=5) for _ in range(guard.MAX_HELD_BODIES + 3)
         ]
         for sock in slow:
             sock.sendall(half)
-        until(lambda: s.serving._app.held == len(slow) * 50_000)
+        until(lambda: s.serving._app.held_bytes == len(slow) * 50_000)
         assert s.error(429, prompt="a" * 55_000)["code"] == "queue_full"
         assert (
             s.client.get("/health").status_code == 200
-            and s.serving._app.held < (guard.BODIES + 1) * 60_000
+            and s.serving._app.held_bytes < (guard.MAX_HELD_BODIES + 1) * 60_000
         )
         for sock in slow:
             sock.close()
-        until(lambda: s.serving._app.held == 0)
+        until(lambda: s.serving._app.held_bytes == 0)
         assert (
             s.error(400, prompt="a", n=128, max_tokens=4000, logprobs=20)["code"]
             == "too_many_logprobs"
@@ -164,7 +164,7 @@ def test_a_client_that_leaves_while_it_generates(stream):
         until(lambda: s.service.generated_tokens > 6)
         c.leave()
         until(s.idle, 1.0)
-        [id] = s.service._experts  # what was cut short counts too
+        [id] = s.service._expert_loads  # what was cut short counts too
         load = s.client.get(f"/lamoe/requests/{id}/experts").json()["load"]
         assert (
             sum(load[0])

@@ -1,0 +1,142 @@
+"""Converts the sampling fields of a request to `SamplingParams`, and compiles its grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lamoe.engine.grammar import Grammar
+from lamoe.engine.sampler import SamplingParams
+from lamoe.serve.errors import ApiError, invalid_value
+from lamoe.serve.prompts import need_tokenizer
+from lamoe.serve.service import Service
+from lamoe.serve.wire import Sampling
+
+MAX_LOGPROBS = 1 << 22  # per request; all of them stay in memory until its end
+
+
+async def sampling_params(
+    service: Service,
+    body: Sampling,
+    max_tokens: int,
+    logprobs: int | None,
+    skip_special: bool = True,
+) -> SamplingParams:
+    """Convert the sampling fields of a request.
+
+    Args:
+        service: the server's state.
+        body: the request.
+        max_tokens: the limit on generated tokens.
+        logprobs: number of top log-probabilities per token, or None for none.
+        skip_special: leave special tokens out of the text.
+
+    Raises:
+        ApiError: 400 if a value or the grammar is invalid.
+    """
+    if body.stream_options is not None and not body.stream:
+        raise invalid_value(
+            "stream_options is for stream: true only; leave it out, or set stream", "stream_options"
+        )
+    grammar = await compile_grammar(service, body)
+    # Fields that are absent here get the defaults of SamplingParams.
+    optional: dict[str, Any] = {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "min_p": body.min_p,
+        "seed": service.settings.seed if body.seed is None else body.seed % 2**63,
+        "min_tokens": body.min_tokens,
+        "ignore_eos": body.ignore_eos,
+        "n": body.n,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "repetition_penalty": body.repetition_penalty,
+        "grammar": grammar,
+    }
+    if body.top_k is not None:
+        optional["top_k"] = max(body.top_k, 0)
+    if body.logit_bias is not None:
+        optional["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    try:
+        return SamplingParams(
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            stop=tuple(stop),
+            skip_special=skip_special,
+            **{name: value for name, value in optional.items() if value is not None},
+        )
+    except ValueError as e:
+        # the messages of SamplingParams begin with the name of the field
+        field = str(e).split()[0]
+        raise invalid_value(str(e), field if field in type(body).model_fields else None) from None
+
+
+async def compile_grammar(service: Service, body: Sampling) -> Grammar | None:
+    """Compile what response_format, regex or grammar ask for; None if they ask for nothing.
+
+    Raises:
+        ApiError: 400 if the grammar is invalid or exceeds a limit.
+    """
+    form = body.response_format
+    if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
+        raise invalid_value(
+            "response_format: json_schema belongs to type json_schema, and to no other",
+            "response_format",
+        )
+    makers = _grammar_makers(body)
+    if not makers:
+        return None
+    fields = list(makers)
+    if len(fields) > 1:
+        message = f"{' and '.join(fields)} are given; an output can follow only one of them"
+        raise invalid_value(message, fields[1])
+    [(field, make)] = makers.items()
+    tokenizer = need_tokenizer(service, field)
+
+    def make_and_compile() -> Grammar:
+        grammar = make()
+        grammar.prepare(tokenizer)
+        return grammar
+
+    try:
+        return await service.compile(make_and_compile)
+    except ValueError as e:
+        raise ApiError(400, f"{field}: {e}", "invalid_grammar", field) from None
+
+
+def _grammar_makers(body: Sampling) -> dict[str, Callable[[], Grammar]]:
+    """Map each field that asks for a grammar to a function that makes the grammar."""
+    makers: dict[str, Callable[[], Grammar]] = {}
+    form = body.response_format
+    if form is not None and form.json_schema is not None:
+        makers["response_format"] = partial(Grammar.json_schema, form.json_schema.json_schema)
+    elif form is not None and form.type == "json_object":
+        makers["response_format"] = Grammar.json_object
+    if body.regex is not None:
+        makers["regex"] = partial(Grammar.regex, body.regex)
+    if body.grammar is not None:
+        makers["grammar"] = partial(Grammar.lark, body.grammar)
+    return makers
+
+
+def check_logprobs(
+    service: Service, prompts: list[list[int]], params: SamplingParams, echo: bool
+) -> None:
+    """Raise a 400 error if a request asks for more log-probabilities than may be kept in memory."""
+    if params.logprobs is None:
+        return
+    tokens = 0
+    for ids in prompts:
+        generated = min(params.max_tokens, service.max_model_len - len(ids))
+        tokens += params.n * (generated + (len(ids) if echo else 0))
+    per_token = params.logprobs + 1
+    if tokens * per_token > MAX_LOGPROBS:
+        raise ApiError(
+            400,
+            f"up to {tokens} tokens with {per_token} log-probabilities each are more than "
+            f"{MAX_LOGPROBS}; ask for a smaller max_tokens, n or logprobs",
+            "too_many_logprobs",
+            "logprobs",
+        )
