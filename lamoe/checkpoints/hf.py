@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from lamoe.checkpoints import shards
+from lamoe.checkpoints import atomic, shards
 from lamoe.checkpoints.shards import Found, few
 from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
@@ -350,16 +349,10 @@ def save(
     config = model.config.replace(torch_dtype=_common_dtype(model))
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
-    temporary.mkdir()
-    try:
+    with atomic.replace_folder(target) as temporary:
         shards.write_json(temporary / "config.json", config.to_dict())
         _write_extras(config, temporary, extras_from)
         shards.write(tensors, temporary, max_shard_bytes)
-        shards.sync(temporary)
-        _swap(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_target(target: Path, overwrite: bool):
@@ -406,22 +399,4 @@ def _write_extras(config: ModelConfig, folder: Path, extras_from: str | Path | N
         shards.write_json(folder / "generation_config.json", given)
     for name in EXTRAS if extras_from is not None else ():
         if (Path(extras_from) / name).is_file():
-            shards.copy(Path(extras_from) / name, folder / name)
-
-
-def _swap(new: Path, target: Path):
-    """Put `new` where `target` is. A folder cannot replace a folder that has files in one step, so the old one steps aside first and
-    is deleted last; whatever fails in between, it is either back or beside, never gone."""
-    old = None
-    if target.exists():
-        old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
-        os.rename(target, old)
-    try:
-        os.rename(new, target)
-    except OSError:
-        if old is not None:
-            os.rename(old, target)
-        raise
-    shards.sync(target.parent)
-    if old is not None:
-        shutil.rmtree(old)
+            shutil.copyfile(Path(extras_from) / name, folder / name)

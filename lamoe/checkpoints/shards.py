@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -275,7 +274,8 @@ def few(names: Iterable[str], show: int = 3) -> str:
 # ---- writing ---------------------------------------------------------------------------------------------------------------
 def write(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: int):
     """Write named tensors to an existing empty folder: one model.safetensors, or shards of at most `max_shard_bytes` of data
-    (a larger single tensor has a shard of its own) and their index. Views are written without a copy; every file is synced."""
+    (a larger single tensor has a shard of its own) and their index. Views are written without a copy. Flushing the files to the disk is
+    the caller's part (atomic.replace_folder)."""
     from huggingface_hub import (
         split_state_dict_into_shards_factory,  # here: it fixes the HF_* variables when imported
     )
@@ -298,7 +298,6 @@ def write(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: in
         (folder / filename).chmod(
             0o666 & ~_umask(folder)
         )  # safetensors makes its files private; a model is shared like any other file
-        sync(folder / filename)
     if plan.is_sharded:
         write_json(
             folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -310,20 +309,11 @@ def _umask(folder: Path) -> int:
     return 0o777 & ~folder.stat().st_mode
 
 
-def write_json(path: Path, content: dict):
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sync(path)
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` to a new file inside a folder that is not visible yet."""
+    path.write_text(json_text(content), encoding="utf-8")
 
 
-def copy(source: Path, target: Path):
-    shutil.copyfile(source, target)
-    sync(target)
-
-
-def sync(path: Path):
-    """fsync a file or folder, so that a rename after it never shows a file the disk has not got yet."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def json_text(content: dict) -> str:
+    """Return the JSON text of a model folder's config and index files."""
+    return json.dumps(content, indent=2) + "\n"

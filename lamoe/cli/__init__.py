@@ -314,6 +314,7 @@ def _sampling(p: argparse.ArgumentParser, max_tokens: int, what: str) -> None:
 
 
 def train(args) -> int:
+    from lamoe.train import checkpoint
     from lamoe.train.loop import Stopped
     from lamoe.train.loop import train as run
     from lamoe.train.recipe import Recipe
@@ -325,7 +326,7 @@ def train(args) -> int:
         print(f"lamoe train: {e}", file=sys.stderr)
         return 3
     return (
-        0 if int(last.name[5:13]) == recipe.run.steps else 130
+        0 if checkpoint.step_of(last) == recipe.run.steps else 130
     )  # stopped by a signal: what comes after && must not run
 
 
@@ -695,12 +696,13 @@ def find_model(name: str) -> str:
 
 def newest_run(folder: str = "runs") -> str:
     """The run under `folder` whose last checkpoint is the newest."""
-    runs = {
-        p.parent: max(
-            (c.stat().st_mtime for c in p.parent.glob("step-*/model/config.json")), default=0.0
-        )
-        for p in Path(folder).glob("*/recipe.json")
-    }
+    from lamoe.train import checkpoint
+
+    runs = {}
+    for recipe in Path(folder).glob("*/recipe.json"):
+        configs = [f / "model/config.json" for f in checkpoint.folders(recipe.parent)]
+        times = [c.stat().st_mtime for c in configs if c.is_file()]
+        runs[recipe.parent] = max(times, default=0.0)
     newest = max(runs, key=runs.get, default=None)
     if newest is None or not runs[newest]:
         raise ValueError(

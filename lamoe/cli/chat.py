@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
 import sys
 import threading
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from lamoe.checkpoints import atomic
 from lamoe.engine.llm import LLM
 from lamoe.engine.prefix_file import is_cache
 from lamoe.engine.request import Output
@@ -194,7 +194,8 @@ class Chat:
         except ValueError:
             rows.unlink(missing_ok=True)  # of what was saved under this name before
             cached = "nothing of it is in the cache"
-        _write(path, {"kind": KIND, "version": 1, "messages": self.messages})
+        content = {"kind": KIND, "version": 1, "messages": self.messages}
+        atomic.write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
         self.note(f"[saved {len(self.messages)} messages to {path}; {cached}]")
 
     def load(self, file: str) -> None:
@@ -376,16 +377,3 @@ def _read(path: Path) -> list[dict[str, str]]:
                 f"{path}: message {n} must be a role (system only first, user, assistant) and a content, found {str(m)[:60]!r}"
             )
     return messages
-
-
-def _write(path: Path, content: dict) -> None:
-    """All or nothing: the old file stays until the new one is on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "x", encoding="utf-8") as f:
-            f.write(json.dumps(content, ensure_ascii=False, indent=1) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from lamoe.backends.cpu.packed import PackedModel
 from lamoe.backends.paged_cache import PagedCache
-from lamoe.checkpoints import shards
+from lamoe.checkpoints import atomic, shards
 from lamoe.engine.pages import PagePool, content_hash
 from lamoe.model.transformer import Transformer
 
@@ -152,20 +150,12 @@ def _write(
     }
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    temporary = file.with_name(f".{file.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as f:
-            f.write(len(raw).to_bytes(8, "little") + raw)
-            f.write(ids)
-            for rows in cache.rows:
-                for _, slot, count in _runs(pages, cache.page_size):
-                    f.write(rows[slot : slot + count].numpy())
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, file)
-        shards.sync(file.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic.replace_file(file) as f:
+        f.write(len(raw).to_bytes(8, "little") + raw)
+        f.write(ids)
+        for rows in cache.rows:
+            for _, slot, count in _runs(pages, cache.page_size):
+                f.write(rows[slot : slot + count].numpy())
 
 
 def _read(file: Path, start: int, n: int, cache: PagedCache, pages: list[int], first: int) -> None:

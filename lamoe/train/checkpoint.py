@@ -11,11 +11,8 @@ import errno
 import hashlib
 import json
 import math
-import os
 import random
 import re
-import shutil
-import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,18 +23,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lamoe.checkpoints import atomic
+
 MANIFEST = "manifest.json"
-_STEP = re.compile(
-    r"step-(\d{8,})(\.old)?"
-)  # .old: a complete checkpoint of the same step, while it is being replaced
-_NO_FSYNC = {
-    errno.EINVAL,
-    errno.ENOTSUP,
-    errno.EBADF,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EISDIR,
-}  # "folders cannot be flushed here"
+_LABEL = "step"  # the beginning of temporary names
+# .old: a complete checkpoint of the same step, while it is being replaced
+_NAME = re.compile(r"step-(\d{8,})(\.old)?")
+
+
+def name(step: int) -> str:
+    """Return the folder name of the checkpoint after `step` steps, e.g. step-00000480."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: str | Path) -> int:
+    """Return the number of steps that the name of a checkpoint folder tells."""
+    match = _NAME.fullmatch(Path(path).name)
+    if match is None:
+        raise ValueError(f"{path} is not named like a checkpoint, for example {name(480)}")
+    return int(match[1])
 
 
 def save(run_dir: str | Path, step: int, write: Callable[[Path], None], keep: int = 3) -> Path:
@@ -53,16 +57,16 @@ def save(run_dir: str | Path, step: int, write: Callable[[Path], None], keep: in
             f"step {step} and keep {keep} must both be at least 0 (keep 0 keeps every checkpoint)"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
-    remove_dead(run_dir, "step")
-    temp = run_dir / temporary_name("step")
+    for label in (_LABEL, "latest"):
+        atomic.remove_leftovers(run_dir, label)
+    path = run_dir / name(step)
     try:
-        temp.mkdir()
-        write(temp)
-        _seal(temp, step, 1 + max((m["sequence"] for _, m in _complete(run_dir)), default=0))
-        path = _move_in(temp, run_dir / f"step-{step:08d}")
-        _point_to(path)
+        with atomic.replace_folder(path, _LABEL, path.with_name(path.name + ".old")) as folder:
+            write(folder)
+            sequence = 1 + max((m["sequence"] for _, m in _complete(run_dir)), default=0)
+            _seal(folder, step, sequence)
+        atomic.write_text(run_dir / "latest", path.name + "\n")
     except OSError as e:
-        shutil.rmtree(temp, ignore_errors=True)
         before = [p.name for p, _ in _complete(run_dir)]
         still = (
             f"{before[0]} is complete and untouched" if before else "there is no earlier checkpoint"
@@ -70,9 +74,6 @@ def save(run_dir: str | Path, step: int, write: Callable[[Path], None], keep: in
         cure = "; free some space on the disk" if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         words = f"the checkpoint of step {step} could not be saved in {run_dir}: {e.strerror or e}; {still}{cure}"
         raise OSError(e.errno, words, e.filename) from e
-    except BaseException:
-        shutil.rmtree(temp, ignore_errors=True)
-        raise
     _prune(run_dir, keep)
     return path
 
@@ -84,7 +85,7 @@ def latest(run_dir: str | Path) -> Path | None:
     """
     run_dir = Path(run_dir)
     complaints = []
-    for path in _steps(run_dir):
+    for path in folders(run_dir):
         try:
             verify(path)
         except ValueError as e:
@@ -130,38 +131,13 @@ def verify(path: str | Path) -> dict:
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------------
-def temporary_name(label: str) -> str:
-    """A hidden name that says which process, on which machine, is at work on it."""
-    return f".{label}.tmp-{socket.gethostname()}-{os.getpid()}"
+def folders(run_dir: Path) -> list[Path]:
+    """Return all checkpoint folders of a run, the last saved first.
 
-
-def remove_dead(folder: Path, label: str):
-    """Remove what processes of this machine that are no more left under `temporary_name(label)` or `(label.old)`.
-
-    Our own name counts too: nothing of ours is under way when this is called, so it is from an earlier process of the same number.
+    Folders whose manifest cannot be read come before the others, so that `latest` reports them.
     """
-    ours = re.compile(rf"\.{re.escape(label)}(\.old)?\.tmp-{re.escape(socket.gethostname())}-(\d+)")
-    for path in folder.iterdir():
-        if (match := ours.fullmatch(path.name)) and (
-            int(match[2]) == os.getpid() or not _alive(int(match[2]))
-        ):
-            shutil.rmtree(path)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is there, and somebody else's
-        return True
-    return True
-
-
-def _steps(run_dir: Path) -> list[Path]:
-    """All checkpoint folders, the last saved first; those whose manifest cannot be read come first of all, to be complained about."""
     found = (
-        [p for p in run_dir.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
+        [p for p in run_dir.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()]
         if run_dir.is_dir()
         else []
     )
@@ -173,7 +149,7 @@ def _complete(run_dir: Path) -> list[tuple[Path, dict]]:
     """(folder, manifest) of the checkpoints with a sound manifest, the last saved first. Their files are not read."""
     out = []
     for path in run_dir.iterdir() if run_dir.is_dir() else ():
-        if _STEP.fullmatch(path.name):
+        if _NAME.fullmatch(path.name):
             try:
                 out.append((path, _read_manifest(path)))
             except ValueError:
@@ -194,7 +170,6 @@ def _seal(folder: Path, step: int, sequence: int):
                 "bytes": path.stat().st_size,
                 "sha256": _sha256(path),
             }
-            _flush(path)
     if not files or MANIFEST in files:
         raise ValueError(
             f"write() must put at least one file into the checkpoint, none of them named {MANIFEST}; "
@@ -203,71 +178,14 @@ def _seal(folder: Path, step: int, sequence: int):
     (folder / MANIFEST).write_bytes(
         _manifest_bytes({"step": step, "sequence": sequence, "files": files})
     )
-    _flush(folder / MANIFEST)
-    for path in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
-        _flush_folder(path)
-
-
-def _move_in(temp: Path, path: Path) -> Path:
-    """Rename, atomically. A checkpoint of the same step steps aside under a name `latest` knows, and goes when the new one is there."""
-    aside = path.with_name(path.name + ".old")
-    if path.exists():
-        if aside.exists():
-            _remove(aside)
-        os.rename(path, aside)
-    os.rename(temp, path)
-    _flush_folder(path.parent)
-    if aside.exists():
-        _remove(aside)
-    return path
-
-
-def _point_to(path: Path):
-    temp = path.parent / ".latest.tmp"
-    temp.write_text(path.name + "\n", encoding="ascii")
-    _flush(temp)
-    os.replace(temp, path.parent / "latest")
-    _flush_folder(path.parent)
 
 
 def _prune(run_dir: Path, keep: int):
     try:
         for old, _ in _complete(run_dir)[keep:] if keep else ():
-            _remove(old)
+            atomic.remove_folder(old, _LABEL)
     except OSError as e:  # the new checkpoint is safe: no reason to stop a training run
         warnings.warn(f"an old checkpoint in {run_dir} could not be removed: {e}", stacklevel=3)
-
-
-def _remove(path: Path):
-    """First out of sight in one step, so that a kill half-way leaves no folder that looks like a damaged checkpoint."""
-    doomed = path.parent / temporary_name("step.old")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
-
-
-def _flush(path: Path):
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _flush_folder(path: Path):
-    """Make the names in a folder last. Some file systems cannot and say so; a real write error still comes through."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError as e:
-        if e.errno in _NO_FSYNC:
-            return
-        raise
-    try:
-        os.fsync(fd)
-    except OSError as e:
-        if e.errno not in _NO_FSYNC:
-            raise
-    finally:
-        os.close(fd)
 
 
 def _sha256(path: Path) -> str:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import warnings
 from array import array
 from collections.abc import Callable, Iterator
@@ -20,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lamoe.checkpoints import atomic
 from lamoe.model.config import did_you_mean
-from lamoe.train.checkpoint import remove_dead, temporary_name
 from lamoe.train.sources import Document, Plan, check_sources, plan_split, stamp
 
 FORMAT = "lamoe packed corpus 1"
@@ -137,14 +135,9 @@ def prepare(
         except ValueError as e:
             warnings.warn(f"{e}; packing it again", stacklevel=2)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_dead(folder.parent, folder.name)
-    temp = folder.parent / temporary_name(folder.name)
-    temp.mkdir()
-    try:
-        _pack(temp, key, encode_batch, progress or (lambda done, total, what: None))
-        _put_in_place(temp, folder)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
+    atomic.remove_leftovers(folder.parent, folder.name)
+    with atomic.replace_folder(folder) as temporary:
+        _pack(temporary, key, encode_batch, progress or (lambda done, total, what: None))
     return open_corpus(folder)
 
 
@@ -230,17 +223,6 @@ def _open_split(folder: Path, name: str, meta: dict) -> Split:
         )
     tokens = np.memmap(path, dtype, mode="r") if count else np.zeros(0, dtype)
     return Split(tokens, *np.ascontiguousarray(index.T))
-
-
-def _put_in_place(temp: Path, folder: Path):
-    """Two renames where something is replaced: who has the old files open keeps reading them."""
-    if folder.exists():
-        old = folder.parent / temporary_name(f"{folder.name}.old")
-        os.rename(folder, old)
-        os.rename(temp, folder)
-        shutil.rmtree(old)
-    else:
-        os.rename(temp, folder)
 
 
 @dataclass

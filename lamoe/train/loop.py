@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import random
 import signal
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from lamoe.checkpoints import hf, lock
+from lamoe.checkpoints import atomic, hf, lock
 from lamoe.engine.text_loss import shift, text_loss
 from lamoe.model import accounting
 from lamoe.model.config import CARRIED
@@ -325,7 +324,7 @@ def _locked(run: Path):
         try:
             yield
         except ValueError:  # refused: leave no trace in a folder that is not ours
-            if new and not list(run.glob("step-*")):
+            if new and not checkpoint.folders(run):
                 (run / ".lock").unlink()
             if made and not any(run.iterdir()):
                 run.rmdir()
@@ -403,9 +402,9 @@ def _claim(run: Path, recipe: Recipe, resume: bool, note=print) -> Path | None:
             "tokenizer_config.json",
         ):  # of an attempt that saved nothing, perhaps with another recipe
             (run / "tokenizer" / name).unlink(missing_ok=True)
-    temporary = saved.with_suffix(".tmp")
-    temporary.write_text(json.dumps(mine, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, saved)
+    for label in (saved.name, "metrics.jsonl"):
+        atomic.remove_leftovers(run, label)
+    atomic.write_text(saved, json.dumps(mine, indent=1, ensure_ascii=False) + "\n")
     return last
 
 
@@ -470,9 +469,7 @@ class _Log:
                 if step
                 else []
             )
-            temporary = self.file.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-            os.replace(temporary, self.file)
+            atomic.write_text(self.file, "".join(line + "\n" for line in lines))
         try:
             from torch.utils.tensorboard import SummaryWriter
 

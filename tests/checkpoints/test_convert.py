@@ -317,7 +317,7 @@ def test_a_failing_swap_puts_the_old_model_back(folder, monkeypatch):
     rename = os.rename
 
     def refuse_new(a, b):
-        if ".tmp-" in str(a):
+        if b == folder and ".old.tmp-" not in str(a):
             raise OSError("refused")
         rename(a, b)
 

@@ -324,7 +324,7 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     before, two = file.read_bytes(), llm()
     two.generate([[5] * 40], GREEDY)
     with monkeypatch.context() as patch:
-        patch.setattr(prefix_file.os, "fsync", mock.Mock(side_effect=OSError("no space left")))
+        patch.setattr(os, "fsync", mock.Mock(side_effect=OSError("no space left")))
         with pytest.raises(OSError, match="no space"):
             two.save_cache(file, [5] * 40)
     assert (

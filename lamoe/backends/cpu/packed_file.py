@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 
 from lamoe.backends.cpu import native, packed
 from lamoe.backends.cpu.packed import PackedModel, Piece, Read, Weigh
-from lamoe.checkpoints import hf, lock, shards
+from lamoe.checkpoints import atomic, hf, lock, shards
 from lamoe.model import accounting
 from lamoe.model.config import ModelConfig
 
@@ -213,13 +214,16 @@ def write(
     }
     _check_target(target, said, set(plan))
     target.mkdir(parents=True, exist_ok=True)
-    shards.write_json(target / _CONFIG_PART, config.to_dict() | {"quantization_config": said})
-    os.replace(
-        target / _CONFIG_PART, target / "config.json"
-    )  # whole or not there: half of one would look like another model to the call that goes on
+    # Complete or absent: the call that resumes would take half a config for another model.
+    atomic.write_text(
+        target / "config.json",
+        shards.json_text(config.to_dict() | {"quantization_config": said}),
+        temporary=target / _CONFIG_PART,
+    )
     for extra in hf.EXTRAS:
         if (folder / extra).is_file():
-            shards.copy(folder / extra, target / extra)
+            shutil.copyfile(folder / extra, target / extra)
+            atomic.sync(target / extra)
     for name, pieces in plan.items():
         if (
             target / name
@@ -231,7 +235,7 @@ def write(
             yield from ((p, packed.piece_bytes(p, packed.element(weights))) for p in pieces)
         else:
             yield from _write_file(target / name, pieces, weights, read, weigh)
-    shards.sync(target)
+    atomic.sync(target)
 
 
 def _source(folder: Path) -> str:
@@ -334,4 +338,4 @@ def _write_file(
         f.flush()
         os.fsync(f.fileno())
         os.replace(part, path)  # before the lock goes
-    shards.sync(path.parent)
+    atomic.sync(path.parent)

@@ -1,0 +1,195 @@
+"""Write-then-rename: a file or folder appears under its name complete, or not at all.
+
+The content is written under a temporary name in the same folder, flushed to the disk and then
+renamed. A process that is killed at any moment leaves the old content or the new one. It may also
+leave a hidden temporary, whose name says which process made it (see `remove_leftovers`).
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+_counter = itertools.count()
+# What systems answer that cannot flush a folder. Other errors of fsync are real write errors.
+_FOLDER_SYNC_UNSUPPORTED = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EBADF,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+}
+
+
+@contextmanager
+def replace_file(
+    path: str | Path, mode: str = "wb", temporary: Path | None = None
+) -> Iterator[IO]:
+    """Open a temporary file for writing that replaces `path` when the block ends.
+
+    If the block raises, the temporary file is removed and `path` stays as it was.
+
+    Args:
+        path: the final name. A symbolic link there is replaced, not followed.
+        mode: "wb", or "w" for UTF-8 text.
+        temporary: a fixed temporary name in the same folder, overwritten if it exists.
+            By default the name is new in every call.
+
+    Raises:
+        OSError: the file could not be written; `filename` is `path`.
+    """
+    path = Path(path)
+    if temporary is None:
+        temporary = path.with_name(temporary_name(path.name))
+        mode = mode.replace("w", "x")  # never write through a link that somebody put there
+    try:
+        file = open(temporary, mode, encoding=None if "b" in mode else "utf-8")  # noqa: SIM115
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as e:
+        if e.filename is None or str(e.filename) == str(temporary):
+            e.filename = str(path)
+        raise
+
+
+def write_text(path: str | Path, text: str, temporary: Path | None = None) -> None:
+    """Replace the file `path` by UTF-8 text. Arguments and errors: see `replace_file`."""
+    with replace_file(path, "w", temporary) as file:
+        file.write(text)
+
+
+@contextmanager
+def replace_folder(
+    target: str | Path, label: str | None = None, aside: Path | None = None
+) -> Iterator[Path]:
+    """Make a temporary folder that replaces the folder `target` when the block ends.
+
+    If the block raises, the temporary folder is removed and `target` stays as it was.
+
+    Args:
+        target: the final name; its parent folder must exist.
+        label: the beginning of the temporary name; default: the name of `target`.
+        aside: the name of the old folder while the new one moves in; default: a temporary name.
+
+    Raises:
+        OSError: the folder could not be written; `filename` is set.
+    """
+    target = Path(target)
+    label = label or target.name
+    temporary = target.with_name(temporary_name(label))
+    try:
+        temporary.mkdir()
+        yield temporary
+        _sync_tree(temporary)
+        _swap(temporary, target, label, aside or target.with_name(temporary_name(f"{label}.old")))
+    except OSError as e:
+        if e.filename is None:
+            e.filename = str(target)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, target: Path, label: str, aside: Path) -> None:
+    """Rename `new` to `target`.
+
+    A rename cannot replace a folder that holds files. The old folder is therefore renamed to
+    `aside` first, and deleted when the new one is in place. If that fails it is renamed back.
+    """
+    replaces = target.exists()
+    if replaces:
+        if aside.exists():
+            remove_folder(aside, label)
+        os.rename(target, aside)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        if replaces:
+            os.rename(aside, target)
+        raise
+    sync(target.parent)
+    if aside.exists():
+        remove_folder(aside, label)
+
+
+def remove_folder(folder: Path, label: str) -> None:
+    """Rename `folder` to a temporary name, then delete it: it never looks half deleted."""
+    doomed = folder.with_name(temporary_name(f"{label}.old"))
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+# ---- temporary names -----------------------------------------------------------------------------
+def temporary_name(label: str) -> str:
+    """Return a hidden name, new in every call, that holds this machine's name and the process id."""
+    return f".{label}.tmp-{socket.gethostname()}-{os.getpid()}.{next(_counter)}"
+
+
+def remove_leftovers(folder: Path, label: str) -> None:
+    """Remove temporaries of `label` that processes on this machine left when they were killed.
+
+    Temporaries with the id of this process go too: the id may have belonged to an earlier process.
+    So call this only while this process itself writes nothing under `label`.
+    """
+    host = re.escape(socket.gethostname())
+    pattern = re.compile(rf"\.{re.escape(label)}(?:\.old)?\.tmp-{host}-(\d+)(?:\.\d+)?")
+    for path in folder.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match is None or (int(match[1]) != os.getpid() and _is_alive(int(match[1]))):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name == "nt":  # os.kill(pid, 0) would interrupt the process there
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # the process exists and belongs to another user
+        return True
+    return True
+
+
+# ---- flushing to the disk ------------------------------------------------------------------------
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk.
+
+    Folders are skipped on systems that cannot flush them.
+    """
+    is_folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as e:
+        if not (is_folder and e.errno in _FOLDER_SYNC_UNSUPPORTED):
+            raise
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)
