@@ -31,9 +31,7 @@ _FOLDER_SYNC_UNSUPPORTED = {
 
 
 @contextmanager
-def replace_file(
-    path: str | Path, mode: str = "wb", temporary: Path | None = None
-) -> Iterator[IO]:
+def replace_file(path: str | Path, mode: str = "wb", temporary: Path | None = None) -> Iterator[IO]:
     """Open a temporary file for writing that replaces `path` when the block ends.
 
     If the block raises, the temporary file is removed and `path` stays as it was.
@@ -45,7 +43,7 @@ def replace_file(
             By default the name is new in every call.
 
     Raises:
-        OSError: the file could not be written; `filename` is `path`.
+        OSError: the file could not be written; the message names `path`.
     """
     path = Path(path)
     if temporary is None:
@@ -64,8 +62,17 @@ def replace_file(
             temporary.unlink(missing_ok=True)
     except OSError as e:
         if e.filename is None or str(e.filename) == str(temporary):
-            e.filename = str(path)
+            _name_file(e, path)
         raise
+
+
+def _name_file(error: OSError, path: Path) -> None:
+    """Make the message of an error of the operating system end with `path`.
+
+    An error without a number has a text of its own, which a file name would hide.
+    """
+    if error.errno is not None:
+        error.filename = str(path)
 
 
 def write_text(path: str | Path, text: str, temporary: Path | None = None) -> None:
@@ -88,7 +95,7 @@ def replace_folder(
         aside: the name of the old folder while the new one moves in; default: a temporary name.
 
     Raises:
-        OSError: the folder could not be written; `filename` is set.
+        OSError: the folder could not be written; the message names the file or folder.
     """
     target = Path(target)
     label = label or target.name
@@ -98,12 +105,11 @@ def replace_folder(
         yield temporary
         _sync_tree(temporary)
         _swap(temporary, target, label, aside or target.with_name(temporary_name(f"{label}.old")))
-    except OSError as e:
-        if e.filename is None:
-            e.filename = str(target)
-        raise
-    finally:
+    except BaseException as e:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(e, OSError) and e.filename is None:
+            _name_file(e, target)
+        raise
 
 
 def _swap(new: Path, target: Path, label: str, aside: Path) -> None:

@@ -35,12 +35,12 @@ def test_killed_while_it_wrote_the_config(source, tmp_path, monkeypatch):
         for _, _ in zip(range(done), packed_file.write(source, target, "int4")):
             pass
 
-        def half(path, content):
-            path.write_text('{"architectures": ["Deep')
+        def half(path, text, temporary):
+            temporary.write_text('{"architectures": ["Deep')
             raise KeyboardInterrupt
 
         with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-            m.setattr(packed_file.shards, "write_json", half)
+            m.setattr(packed_file.atomic, "write_text", half)
             list(packed_file.write(source, target, "int4"))
         list(packed_file.write(source, target, "int4"))
         assert contents(target) == contents(tmp_path / "whole")
