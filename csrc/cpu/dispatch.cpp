@@ -11,22 +11,36 @@
 #include <unistd.h>
 #endif
 
-#include "ops.h"
+#include "cpu/ops.h"
 
 namespace lamoe {
-namespace scalar { extern const Ops table; }
+namespace scalar {
+extern const Ops table;
+}
 #if defined(__x86_64__)
-namespace avx2 { extern const Ops table; }
-namespace avxvnni { extern const Ops table; }
-namespace avx512vnni { extern const Ops table; }
-namespace avx512 { extern const Ops table; }
-namespace amx { extern const Ops table; }
+namespace avx2 {
+extern const Ops table;
+}
+namespace avxvnni {
+extern const Ops table;
+}
+namespace avx512vnni {
+extern const Ops table;
+}
+namespace avx512 {
+extern const Ops table;
+}
+namespace amx {
+extern const Ops table;
+}
 #endif
 
 namespace {
-constexpr const char* kBestFirst[] = {"amx", "avx512", "avx512vnni", "avxvnni", "avx2"};  // avx512: with VNNI and BF16
+constexpr const char* kBestFirst[] = {"amx", "avx512", "avx512vnni", "avxvnni",
+                                      "avx2"};  // avx512: with VNNI and BF16
 
-// Tile registers are large: Linux lets a process have them that asks for it (and refuses where signal stacks are too small for them).
+// Tile registers are large: Linux lets a process have them that asks for it (and refuses where
+// signal stacks are too small for them).
 bool may_use_tiles() {
 #if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
   constexpr int kAskFor = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
@@ -42,16 +56,19 @@ bool has(const std::string& isa) {
   if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == "avxvnni") {
     unsigned a = 0, b, c, d;
-    return has("avx2") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    return has("avx2") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && a >= 1 &&
+           __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
   }
   if (isa == "avx512vnni")
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni");
   if (isa == "avx512") return has("avx512vnni") && __builtin_cpu_supports("avx512bf16");
   if (isa == "amx") {
     constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25, kBf16 = 1u << 22;
     unsigned a, b, c, d = 0;
-    return has("avx512") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kInt8) && (d & kBf16) && may_use_tiles();
+    return has("avx512") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) &&
+           (d & kInt8) && (d & kBf16) && may_use_tiles();
   }
 #endif
   return isa == "scalar";
@@ -61,7 +78,9 @@ const Ops& choose() {
   const char* forced = std::getenv("LAMOE_ISA");
   if (forced && *forced) {
     const Ops* t = ops_by_name(forced);
-    if (!t) throw std::invalid_argument(std::string("LAMOE_ISA is '") + forced + "'; this CPU runs: " + cpu_features());
+    if (!t)
+      throw std::invalid_argument(std::string("LAMOE_ISA is '") + forced +
+                                  "'; this CPU runs: " + cpu_features());
     return *t;
   }
   for (const char* isa : kBestFirst)
@@ -97,6 +116,8 @@ const Ops& ops() {
   return table;
 }
 
-size_t scratch_bytes(int k) { return size_t(192) * 2 * kBlock * 4 + size_t(ceil_to(k, kBlock)) / kBlock * 2 * 4 * 320 + 256; }
+size_t scratch_bytes(int k) {
+  return size_t(192) * 2 * kBlock * 4 + size_t(ceil_to(k, kBlock)) / kBlock * 2 * 4 * 320 + 256;
+}
 
 }  // namespace lamoe

@@ -1,4 +1,4 @@
-#include "threads.h"
+#include "model/threads.h"
 
 #include <pthread.h>
 
@@ -13,12 +13,13 @@ void pause() {
 }
 constexpr int kSpins = 4000;  // then give the core away between looks: another program may need it
 
-// A child of fork() has the thread that called it and no other: the first Session there begins with a new team. The lock is held across fork(), so a
-// child never finds it taken.
+// A child of fork() has the thread that called it and no other: the first Session there begins with
+// a new team. The lock is held across fork(), so a child never finds it taken.
 std::mutex renewing;
 std::atomic<unsigned> forks{0};
 void watch_forks() {
-  static const int once = pthread_atfork([] { renewing.lock(); }, [] { renewing.unlock(); }, [] { forks++, renewing.unlock(); });
+  static const int once = pthread_atfork([] { renewing.lock(); }, [] { renewing.unlock(); },
+                                         [] { forks++, renewing.unlock(); });
   (void)once;
 }
 }  // namespace
@@ -72,8 +73,9 @@ Threads::Session::Session(Threads& t) : t_(t) {
 
 Threads::Session::~Session() { t_.team_->awake = false; }
 
-// A round opens (round odd), its items are taken, it closes; then those who came in are waited for. Who enters (inside) looks at round once more:
-// either they see it closed and leave, or the caller sees them inside. Both sides write one and then read the other, hence seq_cst.
+// A round opens (round odd), its items are taken, it closes; then those who came in are waited for.
+// Who enters (inside) looks at round once more: either they see it closed and leave, or the caller
+// sees them inside. Both sides write one and then read the other, hence seq_cst.
 void Threads::Team::go(int items, const void* function) {
   f = function;
   const int n = size();
@@ -95,7 +97,9 @@ void Threads::Team::take(int thread) noexcept {
   try {
     for (int k = 0, n = size(); k < n; k++) {
       Range& r = ranges[(thread + k) % n];
-      for (int i; !failed.load(std::memory_order_relaxed) && (i = r.next.fetch_add(1, std::memory_order_relaxed)) < r.end;) call(f, i, thread);
+      for (int i; !failed.load(std::memory_order_relaxed) &&
+                  (i = r.next.fetch_add(1, std::memory_order_relaxed)) < r.end;)
+        call(f, i, thread);
     }
   } catch (...) {
     if (!failed.exchange(true, std::memory_order_relaxed)) error = std::current_exception();

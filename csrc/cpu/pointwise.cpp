@@ -1,7 +1,7 @@
 // Norms, rotary turns, and activation rows in the form that weights of each format want.
 #include <limits>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace lamoe {
 namespace LAMOE_NS {
@@ -19,10 +19,12 @@ void put_block(const Acts& a, int row, int block, const float* x) {
     sum = sum + v[j] * vzero();  // NaN or an infinity anywhere: NaN, which the scale carries on
   }
   const float s = vhmax(top) / 127.f + vsum(sum);
-  const bool some = s >= std::numeric_limits<float>::min();  // else NaN, or nothing that 1 / s could reach: bytes of zero
+  const bool some = s >= std::numeric_limits<float>::min();  // else NaN, or nothing that 1 / s
+                                                             // could reach: bytes of zero
   const float inverse = some ? 1.f / s : 0.f;
   a.s[at / kBlock] = s;
-  for (int j = 0; j < 4; j++) a.c[at / kGroup + j] = -64 * vquant(a.q + at + 16 * j, some ? v[j] * vset(inverse) : vzero());
+  for (int j = 0; j < 4; j++)
+    a.c[at / kGroup + j] = -64 * vquant(a.q + at + 16 * j, some ? v[j] * vset(inverse) : vzero());
 }
 
 void put_row(const Acts& a, int row, const float* x) {
@@ -47,7 +49,8 @@ void rms_norm(const float* x, const float* w, float eps, float* out, int n) {
     sum = vfma(v, v, sum);
   }
   const vf inv = vset(1.f / std::sqrt(vsum(sum) / n + eps));
-  for (i = 0; i < n; i += 16) vstore_n(out + i, vload_n(x + i, n - i) * inv * vload_n(w + i, n - i), n - i);
+  for (i = 0; i < n; i += 16)
+    vstore_n(out + i, vload_n(x + i, n - i) * inv * vload_n(w + i, n - i), n - i);
 }
 
 void rope(float* x, const float* cos_sin, int r, bool interleaved) {
@@ -55,7 +58,8 @@ void rope(float* x, const float* cos_sin, int r, bool interleaved) {
   for (int k = 0; k < half; k++) {
     float& a = x[interleaved ? 2 * k : k];
     float& b = x[interleaved ? 2 * k + 1 : k + half];
-    const float u = a * cos_sin[k] - b * cos_sin[half + k], v = a * cos_sin[half + k] + b * cos_sin[k];
+    const float u = a * cos_sin[k] - b * cos_sin[half + k],
+                v = a * cos_sin[half + k] + b * cos_sin[k];
     a = u, b = v;
   }
 }

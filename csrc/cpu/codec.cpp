@@ -1,7 +1,7 @@
 // Cache rows: the bytes of lamoe/codec.py, which documents them, made and read here without torch.
 #include <cmath>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace lamoe {
 namespace LAMOE_NS {
@@ -13,11 +13,16 @@ struct Planes {
 };
 constexpr Planes planes(int bits) {
   switch (bits) {
-    case 4: return {1, {4, 0, 0}};
-    case 5: return {2, {4, 1, 0}};
-    case 6: return {2, {4, 2, 0}};
-    case 7: return {3, {4, 2, 1}};
-    default: return {1, {8, 0, 0}};
+    case 4:
+      return {1, {4, 0, 0}};
+    case 5:
+      return {2, {4, 1, 0}};
+    case 6:
+      return {2, {4, 2, 0}};
+    case 7:
+      return {3, {4, 2, 1}};
+    default:
+      return {1, {8, 0, 0}};
   }
 }
 
@@ -25,24 +30,32 @@ float half_to_float(uint16_t h) {  // finite, not negative
   const int e = h >> 10, m = h & 0x3ff;
   return e ? std::ldexp(float(m + 1024), e - 25) : std::ldexp(float(m), -24);
 }
-float base_value(uint8_t code) { return code >= 0xf8 ? NAN : half_to_float(uint16_t(code << 7)) / 16.f; }
+float base_value(uint8_t code) {
+  return code >= 0xf8 ? NAN : half_to_float(uint16_t(code << 7)) / 16.f;
+}
 
 const float* base_table() {
   static const auto table = [] {
-    struct T { float v[256]; } t;
+    struct T {
+      float v[256];
+    } t;
     for (int i = 0; i < 256; i++) t.v[i] = base_value(uint8_t(i));
     return t;
   }();
   return table.v;
 }
 
-uint8_t base_code(float x) {  // the least e5m3 number that is not smaller than x >= 0; 0xff when there is none
+uint8_t base_code(
+    float x) {  // the least e5m3 number that is not smaller than x >= 0; 0xff when there is none
   if (!(x <= 3840.f)) return 0xff;
   const float* t = base_table();
   int low = 0, high = 0xf7;
   while (low < high) {
     int mid = (low + high) / 2;
-    if (t[mid] >= x) high = mid; else low = mid + 1;
+    if (t[mid] >= x)
+      high = mid;
+    else
+      low = mid + 1;
   }
   return t[low] >= x ? uint8_t(low) : 0xff;
 }
@@ -59,7 +72,9 @@ struct Block {  // sizes of one part
 void encode_block(const Block& b, const float* x, uint8_t* out) {
   const int half = (1 << (b.n - 1)) - 1;
   float need[512], step[512], most = 0;
-  const auto larger = [](float a, float b) { return a >= b || std::isnan(a) ? a : b; };  // NaN when either is: b, which then compares false
+  const auto larger = [](float a, float b) {
+    return a >= b || std::isnan(a) ? a : b;
+  };  // NaN when either is: b, which then compares false
   for (int g = 0; g < b.groups; g++) {
     float top = 0;
     for (int i = g * b.group; i < (g + 1) * b.group && i < b.w; i++) {
@@ -92,7 +107,8 @@ void encode_block(const Block& b, const float* x, uint8_t* out) {
     uint8_t* to = out + 1 + b.factors;
     for (int p = 0, shift = 0; p < pl.n; p++) {
       const int size = b.W * pl.bits[p] / 8;
-      to[i % size] |= uint8_t((code >> shift & ((1 << pl.bits[p]) - 1)) << (pl.bits[p] * (i / size)));
+      to[i % size] |=
+          uint8_t((code >> shift & ((1 << pl.bits[p]) - 1)) << (pl.bits[p] * (i / size)));
       to += size, shift += pl.bits[p];
     }
   }
@@ -112,21 +128,27 @@ void decode_wide(const Block& b, const float* step, const uint8_t* codes, int el
   constexpr Planes pl = planes(N);
   constexpr float zero = float(1 << (N - 1));
   const uint8_t* plane[pl.n];
-  int size[pl.n], at[pl.n] = {}, shift[pl.n] = {};  // bytes of a plane; where in it, and in its bytes, element i lies
-  for (int p = 0; p < pl.n; p++) plane[p] = p ? plane[p - 1] + size[p - 1] : codes, size[p] = b.W * pl.bits[p] / 8;
+  int size[pl.n],
+      at[pl.n] = {},
+      shift[pl.n] = {};  // bytes of a plane; where in it, and in its bytes, element i lies
+  for (int p = 0; p < pl.n; p++)
+    plane[p] = p ? plane[p - 1] + size[p - 1] : codes, size[p] = b.W * pl.bits[p] / 8;
   for (int i = 0; i < b.w; i += 64) {
     vw code = wset(0);
-    UNROLL for (int p = 0, up = 0; p < pl.n; up += pl.bits[p++]) {
+    UNROLL
+    for (int p = 0, up = 0; p < pl.n; up += pl.bits[p++]) {
       const vw field = bfields(plane[p] + at[p], shift[p], (1 << pl.bits[p]) - 1);
       code = p ? bor_left(code, field, up) : field;
       if ((at[p] += 64) == size[p]) at[p] = 0, shift[p] += pl.bits[p];
     }
-    // code * step - zero * step is (code - zero) * step exactly: a step has at most 9 significant bits, a code 8
+    // code * step - zero * step is (code - zero) * step exactly: a step has at most 9 significant
+    // bits, a code 8
     const float* s = step + i / 16;
     const auto value = [&](vf code, int j) { return vfma(code, vset(s[j]), vset(-zero * s[j])); };
-    const vf v[4] = {value(bfloats<0>(code), 0), value(bfloats<1>(code), 1), value(bfloats<2>(code), 2), value(bfloats<3>(code), 3)};
+    const vf v[4] = {value(bfloats<0>(code), 0), value(bfloats<1>(code), 1),
+                     value(bfloats<2>(code), 2), value(bfloats<3>(code), 3)};
     if (elem == FP32) {
-      UNROLL for (int j = 0; j < 4; j++) vstore((float*)out + i + 16 * j, v[j]);
+      UNROLL_FOR(j, 4) vstore((float*)out + i + 16 * j, v[j]);
     } else {
       vstore_bf16((uint16_t*)out + i, v[0], v[1]);
       vstore_bf16((uint16_t*)out + i + 32, v[2], v[3]);
@@ -145,7 +167,8 @@ void decode_block(const Block& b, const uint8_t* in, int elem, void* out) {
     float step[64 + 32], factor[64 + 32];  // of 16 elements; of a group
     for (int g = 0; b.factors && g < b.groups; g += 32) vfactors(in + 1 + g / 2, base, factor + g);
     const int per = b.group / 16;  // b.group is all of a part without factors
-    for (int g = 0; (per > 1 || !b.factors) && g < b.w / 16; g++) step[g] = b.factors ? factor[g / per] : base;
+    for (int g = 0; (per > 1 || !b.factors) && g < b.w / 16; g++)
+      step[g] = b.factors ? factor[g / per] : base;
     return decode_wide<N>(b, b.factors && per == 1 ? factor : step, codes, elem, out);
   }
   for (int i = 0; i < b.w; i += 16) {
@@ -157,7 +180,7 @@ void decode_block(const Block& b, const uint8_t* in, int elem, void* out) {
     vw code = wset(0);
     const uint8_t* from = codes;
     int shift = 0;
-    UNROLL for (int p = 0; p < kMaxPlanes; p++) {
+    UNROLL_FOR(p, kMaxPlanes) {
       if (p >= pl.n) break;
       const int bits = pl.bits[p], size = b.W * bits / 8, mask = (1 << bits) - 1;
       vw field;
@@ -165,7 +188,8 @@ void decode_block(const Block& b, const uint8_t* in, int elem, void* out) {
         field = wfields(from + i % size, bits * (i / size), mask);
       } else {  // sixteen neighbours do not lie side by side
         int32_t t[16] = {};
-        for (int j = 0; j < 16 && i + j < b.W; j++) t[j] = from[(i + j) % size] >> (bits * ((i + j) / size)) & mask;
+        for (int j = 0; j < 16 && i + j < b.W; j++)
+          t[j] = from[(i + j) % size] >> (bits * ((i + j) / size)) & mask;
         field = wload(t);
       }
       code = p ? wor_left(code, field, shift) : field;
@@ -177,16 +201,22 @@ void decode_block(const Block& b, const uint8_t* in, int elem, void* out) {
 
 void decode_any(const Block& b, const uint8_t* in, int elem, void* out) {
   switch (b.n) {
-    case 4: return decode_block<4>(b, in, elem, out);
-    case 5: return decode_block<5>(b, in, elem, out);
-    case 6: return decode_block<6>(b, in, elem, out);
-    case 7: return decode_block<7>(b, in, elem, out);
-    default: return decode_block<8>(b, in, elem, out);
+    case 4:
+      return decode_block<4>(b, in, elem, out);
+    case 5:
+      return decode_block<5>(b, in, elem, out);
+    case 6:
+      return decode_block<6>(b, in, elem, out);
+    case 7:
+      return decode_block<7>(b, in, elem, out);
+    default:
+      return decode_block<8>(b, in, elem, out);
   }
 }
 
-// A latent of 512 as signed bytes, 64 at a time and turned; their step and -64 x their sum. up: which halves are rounded up (neighbouring rows must
-// differ: what the mean of many rows gets from rounding is then nothing).
+// A latent of 512 as signed bytes, 64 at a time and turned; their step and -64 x their sum. up:
+// which halves are rounded up (neighbouring rows must differ: what the mean of many rows gets from
+// rounding is then nothing).
 template <int N>
 void decode_bytes(const Block& b, const uint8_t* in, int up, int8_t* out, float& step, int32_t& c) {
   alignas(32) uint8_t some[32], factor[32];  // of groups; of each sixteen
@@ -195,7 +225,7 @@ void decode_bytes(const Block& b, const uint8_t* in, int up, int8_t* out, float&
   const uint8_t* low = in + 1 + b.factors;
   const uint32_t ones = 0x01010101;
   vw sum = wset(0);
-  UNROLL for (int i = 0; i < 8; i++) {
+  UNROLL_FOR(i, 8) {
     vw code = bfields(low + i % 4 * 64, i / 4 * 4, 15);
     if (N == 5) code = bor_left(code, bfields(low + 256, i, 1), 4);
     const vw bytes = bturn(bscale<N>(code, factor + 4 * i, up));
@@ -217,12 +247,15 @@ void decode_ints(const Codec& c, const uint8_t* const* rows, int n, void* tile) 
   uint16_t* keys = (uint16_t*)(sums + 64);
   for (int i = 0; i < n; i += 4) {
     for (int j = i; j < i + 4 && j < n; j++) {
-      (latent.n == 4 ? decode_bytes<4> : decode_bytes<5>)(latent, rows[j], j % 2, bytes + size_t(j) * latent.w, step[j], sums[j]);
+      (latent.n == 4 ? decode_bytes<4> : decode_bytes<5>)(latent, rows[j], j % 2,
+                                                          bytes + size_t(j) * latent.w, step[j],
+                                                          sums[j]);
       decode_any(key, rows[j] + latent.bytes(), BF16, keys + size_t(j) * key.w);
     }
     for (int k = 0; k < latent.w; k += 64) {
       vw q[4];
-      bquads(bytes + size_t(i) * latent.w + k, latent.w, q);  // of rows beyond n whatever is there: their weight is 0
+      bquads(bytes + size_t(i) * latent.w + k, latent.w,
+             q);  // of rows beyond n whatever is there: their weight is 0
       for (int j = 0; j < 4; j++) wstore(quads + (size_t(k / 16 + j) * 16 + i / 4) * 64, q[j]);
     }
   }

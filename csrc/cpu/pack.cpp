@@ -4,16 +4,19 @@
 #include <limits>
 #include <vector>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace lamoe {
 namespace LAMOE_NS {
 namespace {
 
-constexpr float kTop4 = 56.f;  // the far level on the short side
-const uint8_t* nearest_level() {  // code of a value v from -64 on, by floor(2 (v + 64)): midpoints between integers are multiples of 1/2
+constexpr float kTop4 = 56.f;     // the far level on the short side
+const uint8_t* nearest_level() {  // code of a value v from -64 on, by floor(2 (v + 64)): midpoints
+                                  // between integers are multiples of 1/2
   static const auto table = [] {
-    struct T { uint8_t code[256]; } t;
+    struct T {
+      uint8_t code[256];
+    } t;
     for (int i = 0; i < 256; i++) {
       float v = 0.5f * i + 0.25f;
       int best = 0;
@@ -26,11 +29,15 @@ const uint8_t* nearest_level() {  // code of a value v from -64 on, by floor(2 (
   return table.code;
 }
 
-uint8_t scale_code_up(float s) {  // the least code whose value is at least s (the largest one beyond the range)
+uint8_t scale_code_up(
+    float s) {  // the least code whose value is at least s (the largest one beyond the range)
   int low = 1, high = 0x7f;
   while (low < high) {
     int mid = (low + high) / 2;
-    if (scale_value(uint8_t(mid)) >= s) high = mid; else low = mid + 1;
+    if (scale_value(uint8_t(mid)) >= s)
+      high = mid;
+    else
+      low = mid + 1;
   }
   return uint8_t(low);
 }
@@ -39,8 +46,9 @@ struct Group4 {
   uint8_t scale = 0, code[16] = {};
 };
 
-// The scale with the least (weighted) squared error among those near absmax / level, with either sign: the levels reach further below zero.
-// x in units of the matrix's scale: squares of very large or small weights would leave the range of float.
+// The scale with the least (weighted) squared error among those near absmax / level, with either
+// sign: the levels reach further below zero. x in units of the matrix's scale: squares of very
+// large or small weights would leave the range of float.
 Group4 best_int4(const float* x, const float* importance) {
   const uint8_t* nearest = nearest_level();
   float top = 0;
@@ -75,12 +83,15 @@ Group4 best_int8(const float* x, float matrix_scale, int8_t* code) {
   Group4 g;
   g.scale = top == 0.f ? 0 : scale_code_up(top / 127.f / matrix_scale);
   const float step = scale_value(g.scale) * matrix_scale;
-  for (int i = 0; i < 16; i++) code[i] = int8_t(std::clamp(step > 0 ? std::nearbyint(x[i] / step) : 0.f, -127.f, 127.f));
+  for (int i = 0; i < 16; i++)
+    code[i] = int8_t(std::clamp(step > 0 ? std::nearbyint(x[i] / step) : 0.f, -127.f, 127.f));
   return g;
 }
 
-// 16 rows, group by group. x holds them transposed, [input][row], and what is still to be rounded in it is moved by the errors made so far.
-void pack_low(const Mat& m, uint8_t* to, const float* w, size_t ldw, const float* importance, const float* feedback, int tile) {
+// 16 rows, group by group. x holds them transposed, [input][row], and what is still to be rounded
+// in it is moved by the errors made so far.
+void pack_low(const Mat& m, uint8_t* to, const float* w, size_t ldw, const float* importance,
+              const float* feedback, int tile) {
   const int k = m.k, groups = ceil_to(k, kBlock) / kGroup;
   const float unit = m.fmt == INT8 ? 1.f : m.scale;
   std::vector<float> x(size_t(groups) * kGroup * 16, 0.f);
@@ -95,18 +106,24 @@ void pack_low(const Mat& m, uint8_t* to, const float* w, size_t ldw, const float
       for (int i = 0; i < 16; i++) v[i] = x[size_t(first + i) * 16 + o];
       for (int i = 0; i < 16; i++) h[i] = importance && i < width ? importance[first + i] : 1.f;
       int8_t code8[16];
-      const Group4 best = m.fmt == INT8 ? best_int8(v, m.scale, code8) : best_int4(v, importance ? h : nullptr);
+      const Group4 best =
+          m.fmt == INT8 ? best_int8(v, m.scale, code8) : best_int4(v, importance ? h : nullptr);
       block[(g % 4) * 16 + o] = best.scale;
       const float step = scale_value(best.scale) * (m.fmt == INT8 ? m.scale : 1.f);
       for (int i = 0; i < 16; i++) {
         const int quad = (g % 4) * 4 + i / 4;
         float stored;
         if (m.fmt == INT8) {
-          const int c = feedback && step != 0.f ? int(std::clamp(std::nearbyint(v[i] / step), -127.f, 127.f)) : code8[i];
+          const int c = feedback && step != 0.f
+                            ? int(std::clamp(std::nearbyint(v[i] / step), -127.f, 127.f))
+                            : code8[i];
           block[64 + quad * 64 + 4 * o + i % 4] = uint8_t(c + 128);
           stored = float(c) * step;
         } else {
-          const uint8_t c = feedback && step != 0.f ? nearest_level()[int(std::clamp(v[i] * (2.f / step) + 128.f, 0.f, 255.f))] : best.code[i];
+          const uint8_t c =
+              feedback && step != 0.f
+                  ? nearest_level()[int(std::clamp(v[i] * (2.f / step) + 128.f, 0.f, 255.f))]
+                  : best.code[i];
           block[64 + (quad / 2) * 64 + 4 * o + i % 4] |= uint8_t(c << (quad % 2 ? 4 : 0));
           stored = float(kLevels[c] - 64) * step;
         }
@@ -122,8 +139,7 @@ void pack_low(const Mat& m, uint8_t* to, const float* w, size_t ldw, const float
     for (int j = first + kGroup; j < k; j++) {
       const float* f = feedback + size_t(first) * k + j;
       vf moved = vload(x.data() + size_t(j) * 16);
-      UNROLL
-      for (int i = 0; i < 16; i++) moved = vfma(vset(f[size_t(i) * k]), e[i], moved);
+      UNROLL_FOR(i, 16) moved = vfma(vset(f[size_t(i) * k]), e[i], moved);
       vstore(x.data() + size_t(j) * 16, moved);
     }
   }
@@ -136,10 +152,13 @@ float pack_scale(int fmt, const float* w, size_t ldw, int n, int k) {
   float top = 0;
   for (int i = 0; i < n; i++)
     for (int j = 0; j < k; j++) top = std::max(top, std::fabs(w[i * ldw + j]));
-  return top == 0.f ? 1.f : std::max(top / (fmt == INT8 ? 127.f : kTop4) / 1.5f, std::numeric_limits<float>::denorm_min());
+  return top == 0.f ? 1.f
+                    : std::max(top / (fmt == INT8 ? 127.f : kTop4) / 1.5f,
+                               std::numeric_limits<float>::denorm_min());
 }
 
-void pack(const Mat& m, uint8_t* out, const float* w, size_t ldw, const float* importance, const float* feedback, int tile) {
+void pack(const Mat& m, uint8_t* out, const float* w, size_t ldw, const float* importance,
+          const float* feedback, int tile) {
   const size_t size = tile_bytes(m.fmt, m.k);
   uint8_t* to = out + tile * size;
   std::memset(to, 0, size);

@@ -1,5 +1,6 @@
-// A program for the sanitizers (`make asan tsan`), without Python: every op on ugly sizes in buffers that end exactly where they should, then whole
-// models over threads, callers at once, and errors inside a parallel pass. Results are held against those of one thread; what is right is the
+// A program for the sanitizers (`make asan tsan`), without Python: every op on ugly sizes in
+// buffers that end exactly where they should, then whole models over threads, callers at once, and
+// errors inside a parallel pass. Results are held against those of one thread; what is right is the
 // business of the Python tests.
 #include <cmath>
 #include <cstdio>
@@ -8,8 +9,8 @@
 #include <random>
 #include <stdexcept>
 
-#include "valid.h"
-#include "vec.h"
+#include "model/validate.h"
+#include "simd/vec.h"
 
 using namespace lamoe;
 
@@ -33,7 +34,9 @@ void need(bool ok, const std::string& what) {
 struct Bytes {
   std::unique_ptr<uint8_t[]> all;
   uint8_t* p;
-  explicit Bytes(size_t n, size_t off = 0) : all(new uint8_t[n + off]), p(all.get() + off) { std::memset(all.get(), 0xff, n + off); }
+  explicit Bytes(size_t n, size_t off = 0) : all(new uint8_t[n + off]), p(all.get() + off) {
+    std::memset(all.get(), 0xff, n + off);
+  }
 };
 
 struct Weights {  // keeps what the model points to
@@ -43,7 +46,8 @@ struct Weights {  // keeps what the model points to
     const auto w = draws(size_t(n) * k, 0.3f);
     bytes.emplace_back(mat_bytes(fmt, n, k), 1);
     Mat m{fmt, n, k, bytes.back().p, ops().pack_scale(fmt, w.data(), k, n, k)};
-    for (int t = 0; t < tiles(n); t++) ops().pack(m, bytes.back().p, w.data(), k, nullptr, nullptr, t);
+    for (int t = 0; t < tiles(n); t++)
+      ops().pack(m, bytes.back().p, w.data(), k, nullptr, nullptr, t);
     return m;
   }
   const float* vec(int n) { return floats.emplace_back(draws(n)).data(); }
@@ -51,8 +55,12 @@ struct Weights {  // keeps what the model points to
     const auto x = draws(n, 0.3f);
     bytes.emplace_back(n * (elem == FP32 ? 4 : 2));
     for (size_t i = 0; i < n; i++) {
-      if (elem == FP32) std::memcpy(bytes.back().p + 4 * i, &x[i], 4);
-      else { const uint16_t h = float_to_bf16(x[i]); std::memcpy(bytes.back().p + 2 * i, &h, 2); }
+      if (elem == FP32)
+        std::memcpy(bytes.back().p + 4 * i, &x[i], 4);
+      else {
+        const uint16_t h = float_to_bf16(x[i]);
+        std::memcpy(bytes.back().p + 2 * i, &h, 2);
+      }
     }
     return bytes.back().p;
   }
@@ -60,13 +68,17 @@ struct Weights {  // keeps what the model points to
 
 void fill(Model& m, Weights& w, int fmt) {
   const Config& c = m.config;
-  const int d = c.hidden, width = c.heads * c.head_dim, out = c.heads * (c.latent ? c.value : c.head_dim);
+  const int d = c.hidden, width = c.heads * c.head_dim,
+            out = c.heads * (c.latent ? c.value : c.head_dim);
   for (int i = 0; i < c.layers; i++) {
     Layer& l = m.layer[i];
     l.attn_norm = w.vec(d), l.ffn_norm = w.vec(d), l.wo = w.mat(fmt, d, out);
     if (c.latent) {
-      if (c.q_lora) l.wq_a = w.mat(fmt, c.q_lora, d), l.wq_b = w.mat(fmt, width, c.q_lora), l.q_norm = w.vec(c.q_lora);
-      else l.wq = w.mat(fmt, width, d);
+      if (c.q_lora)
+        l.wq_a = w.mat(fmt, c.q_lora, d), l.wq_b = w.mat(fmt, width, c.q_lora),
+        l.q_norm = w.vec(c.q_lora);
+      else
+        l.wq = w.mat(fmt, width, d);
       l.wkv_a = w.mat(fmt, c.latent + c.rope, d), l.kv_norm = w.vec(c.latent);
       for (int h = 0; h < c.heads; h++) {
         l.uk.push_back(w.mat(fmt, c.latent, c.nope)), l.uv.push_back(w.mat(fmt, c.value, c.latent));
@@ -74,13 +86,17 @@ void fill(Model& m, Weights& w, int fmt) {
       }
       l.uk_rows = w.raw(c.elem, raw_size(c, "uk_rows"));
     } else {
-      l.wq = w.mat(fmt, width, d), l.wk = w.mat(fmt, c.kv_heads * c.head_dim, d), l.wv = w.mat(fmt, c.kv_heads * c.head_dim, d);
+      l.wq = w.mat(fmt, width, d), l.wk = w.mat(fmt, c.kv_heads * c.head_dim, d),
+      l.wv = w.mat(fmt, c.kv_heads * c.head_dim, d);
     }
     if (c.experts && i) {
       l.gate = w.mat(FP32, c.experts, d);
-      for (int e = 0; e < c.experts; e++) l.e13.push_back(w.mat(fmt, 2 * ceil_to(c.moe_width, kTile), d)), l.e2.push_back(w.mat(fmt, d, c.moe_width));
+      for (int e = 0; e < c.experts; e++)
+        l.e13.push_back(w.mat(fmt, 2 * ceil_to(c.moe_width, kTile), d)),
+            l.e2.push_back(w.mat(fmt, d, c.moe_width));
     }
-    if (!c.experts || i % 2 == 0) l.w13 = w.mat(fmt, 2 * ceil_to(33, kTile), d), l.w2 = w.mat(fmt, d, 33);
+    if (!c.experts || i % 2 == 0)
+      l.w13 = w.mat(fmt, 2 * ceil_to(33, kTile), d), l.w2 = w.mat(fmt, d, 33);
   }
   m.embed = w.raw(c.elem, raw_size(c, "embed")), m.norm = w.vec(d), m.head = w.mat(fmt, c.vocab, d);
 }
@@ -122,7 +138,9 @@ std::vector<float> run(Model& m, const Codec& format, const std::vector<int>& le
       seqs.push_back({int(tokens.size()), count, done + count, own[i].data()});
       for (int t = 0; t < count; t++) {
         tokens.push_back(int32_t(ids() % c.vocab)), out.push_back(int32_t(out.size()));
-        for (int k = 0; k < c.rope; k++) turn.push_back(k < c.rope / 2 ? std::cos(float(done + t) / (k + 1)) : std::sin(float(done + t) / (k + 1 - c.rope / 2)));
+        for (int k = 0; k < c.rope; k++)
+          turn.push_back(k < c.rope / 2 ? std::cos(float(done + t) / (k + 1))
+                                        : std::sin(float(done + t) / (k + 1 - c.rope / 2)));
       }
     }
     const int n = int(tokens.size());
@@ -130,7 +148,8 @@ std::vector<float> run(Model& m, const Codec& format, const std::vector<int>& le
     size_t moe = 0;
     for (const Layer& l : m.layer) moe += l.gate.data != nullptr;
     std::vector<int16_t> chosen(moe * n * c.top_k);
-    m.step(tokens.data(), turn.data(), n, seqs, cache, out.data(), n, logits.data(), states.data(), chosen.data());
+    m.step(tokens.data(), turn.data(), n, seqs, cache, out.data(), n, logits.data(), states.data(),
+           chosen.data());
     all.insert(all.end(), logits.begin(), logits.end());
   }
   for (float x : all) need(std::isfinite(x), "a logit is not finite");
@@ -206,12 +225,14 @@ void check_ops() {
           for (int vw : {18, 64}) {
             const int stride = kw + vw, e = elem == FP32 ? 4 : 2;
             Weights w;
-            const void* rows = w.raw(elem, size_t(n) * stride + (vw % 16 ? 15 : 0));  // as attention.cpp says
+            const void* rows =
+                w.raw(elem, size_t(n) * stride + (vw % 16 ? 15 : 0));  // as attention.cpp says
             const auto q = queries(kw);
             Bytes packed(size_t(kw) * e * 16), scratch(2 * 64 * 64);
             op.pack_lanes(elem, pointers(q).data(), lanes, kw, packed.p);
             auto s = state(vw);
-            op.attend_tile(elem, rows, stride, n, 0, 0, kw, kw, vw, 0.3f, {packed.p, last.data()}, lanes, s.data(), s.data() + 16, s.data() + 32, scratch.p, {});
+            op.attend_tile(elem, rows, stride, n, 0, 0, kw, kw, vw, 0.3f, {packed.p, last.data()},
+                           lanes, s.data(), s.data() + 16, s.data() + 32, scratch.p, {});
           }
       for (int kind : {3, 4})
         for (int rope : {2, 34, 64}) {
@@ -227,11 +248,13 @@ void check_ops() {
             each.push_back(rows.back().p);
           }
           const auto q = queries(512 + rope);
-          Bytes tile(ints_tile_bytes(format)), packed(ints_lanes_bytes(format)), scratch(2 * 64 * 64);
+          Bytes tile(ints_tile_bytes(format)), packed(ints_lanes_bytes(format)),
+              scratch(2 * 64 * 64);
           op.decode_ints(format, each.data(), n, tile.p);
           op.pack_lanes_ints(format, pointers(q).data(), lanes, packed.p);
           auto s = state(512);
-          op.attend_ints(format, tile.p, n, 0, 0.3f, {packed.p, last.data()}, lanes, s.data(), s.data() + 16, s.data() + 32, scratch.p, {});
+          op.attend_ints(format, tile.p, n, 0, 0.3f, {packed.p, last.data()}, lanes, s.data(),
+                         s.data() + 16, s.data() + 32, scratch.p, {});
         }
     }
   for (int n : {1, 15, 16, 17, 127}) {
@@ -242,21 +265,27 @@ void check_ops() {
 
 std::vector<Config> configs() {
   Config mla;
-  mla.layers = 3, mla.vocab = 37, mla.hidden = 50, mla.heads = 3, mla.kv_heads = 3, mla.head_dim = 20, mla.latent = 40, mla.rope = 6, mla.nope = 14, mla.value = 18;
-  mla.experts = 8, mla.top_k = 3, mla.groups = 4, mla.top_groups = 2, mla.group_limited = true, mla.moe_width = 27, mla.softmax_scale = 0.2f, mla.routed_scale = 2.5f;
+  mla.layers = 3, mla.vocab = 37, mla.hidden = 50, mla.heads = 3, mla.kv_heads = 3,
+  mla.head_dim = 20, mla.latent = 40, mla.rope = 6, mla.nope = 14, mla.value = 18;
+  mla.experts = 8, mla.top_k = 3, mla.groups = 4, mla.top_groups = 2, mla.group_limited = true,
+  mla.moe_width = 27, mla.softmax_scale = 0.2f, mla.routed_scale = 2.5f;
   Config lora = mla;
-  lora.q_lora = 21, lora.heads = 19, lora.group_limited = false, lora.normalise = true, lora.value = 272;
+  lora.q_lora = 21, lora.heads = 19, lora.group_limited = false, lora.normalise = true,
+  lora.value = 272;
   Config gqa;
-  gqa.layers = 2, gqa.vocab = 33, gqa.hidden = 48, gqa.heads = 6, gqa.kv_heads = 2, gqa.head_dim = 18, gqa.rope = 18, gqa.interleaved = false, gqa.softmax_scale = 0.2f;
+  gqa.layers = 2, gqa.vocab = 33, gqa.hidden = 48, gqa.heads = 6, gqa.kv_heads = 2,
+  gqa.head_dim = 18, gqa.rope = 18, gqa.interleaved = false, gqa.softmax_scale = 0.2f;
   Config wide = mla;  // cache rows that are attended to as integers
   wide.layers = 2, wide.latent = 512, wide.heads = 17;
   Config even = mla;  // widths that tiles of 32 elements divide
-  even.layers = 2, even.latent = 96, even.rope = 32, even.head_dim = even.nope + even.rope, even.heads = 17;
+  even.layers = 2, even.latent = 96, even.rope = 32, even.head_dim = even.nope + even.rope,
+  even.heads = 17;
   return {mla, lora, gqa, wide, even};
 }
 
 void check_models() {
-  const bool slow = ops().name == std::string("scalar");  // twenty times under a sanitizer: less of the same
+  const bool slow =
+      ops().name == std::string("scalar");  // twenty times under a sanitizer: less of the same
   for (Config c : configs())
     for (int fmt = FP32; fmt <= INT4; fmt++) {
       c.elem = fmt == FP32 ? FP32 : BF16;
@@ -265,21 +294,30 @@ void check_models() {
       Model one(c, 1);
       fill(one, w, fmt);
       need(wrong(one, true).empty(), wrong(one, true));
-      const std::vector<int> lengths = slow ? std::vector<int>{1, 60, 5, 131} : fmt == FP32 && !c.q_lora ? std::vector<int>{1, 5, 130, 1050, 64} : std::vector<int>{1, 5, 130, 64};
+      const std::vector<int> lengths = slow ? std::vector<int>{1, 60, 5, 131}
+                                       : fmt == FP32 && !c.q_lora
+                                           ? std::vector<int>{1, 5, 130, 1050, 64}
+                                           : std::vector<int>{1, 5, 130, 64};
       for (int chunk : {200, 33, 9}) {
-        const Codec format = codec(c, c.latent == 512 ? (chunk == 33 ? 3 : 4) : chunk == 200 ? fmt : chunk == 33 ? 3 : 5);
+        const Codec format = codec(c, c.latent == 512 ? (chunk == 33 ? 3 : 4)
+                                      : chunk == 200  ? fmt
+                                      : chunk == 33   ? 3
+                                                      : 5);
         if (chunk == 9 && (slow || fmt == FP32)) continue;
         if (c.latent == 512 && (chunk == 200 || fmt == INT8)) continue;
         const auto want = run(one, format, lengths, chunk);
         for (int threads : {2, 3, 5}) {
           if (slow && threads != 3) continue;
           Model many(c, threads);
-          many.layer = one.layer, many.embed = one.embed, many.norm = one.norm, many.head = one.head;
-          need(run(many, format, lengths, chunk) == want, "results depend on the number of threads");
+          many.layer = one.layer, many.embed = one.embed, many.norm = one.norm,
+          many.head = one.head;
+          need(run(many, format, lengths, chunk) == want,
+               "results depend on the number of threads");
         }
       }
       Model shared(c, 3);  // two callers at once
-      shared.layer = one.layer, shared.embed = one.embed, shared.norm = one.norm, shared.head = one.head;
+      shared.layer = one.layer, shared.embed = one.embed, shared.norm = one.norm,
+      shared.head = one.head;
       const auto want = run(one, codec(c, 1), {5, 40}, 8);
       std::vector<float> got[2];
       std::thread other([&] { got[0] = run(shared, codec(c, 1), {5, 40}, 8); });
@@ -301,7 +339,9 @@ void check_threads() {
       }
       bool caught = false;
       try {
-        pool.run(50, [&](int i, int) { if (i % 16 == 7) throw std::runtime_error("an item failed"); });
+        pool.run(50, [&](int i, int) {
+          if (i % 16 == 7) throw std::runtime_error("an item failed");
+        });
       } catch (const std::runtime_error&) {
         caught = true;
       }
