@@ -1,83 +1,63 @@
-// Products of activation rows with packed weights. A result depends on its row and its weights
-// alone: not on how many rows come along, nor on threads, because every kernel adds up in one order
-// (group by group, block by block).
+// Products of activation rows with packed weights, and SwiGLU.
+//
+// A result depends on its row and its weights alone, not on the number of rows or threads: every
+// kernel sums in the same order, group by group and block by block.
 #include "cpu/kernels.h"
-#if defined(LAMOE_ISA_AMX)
-#include "simd/amx.h"
-#endif
 
 namespace lamoe {
-namespace LAMOE_NS {
+namespace LAMOE_ISA {
 namespace {
 
-#if defined(LAMOE_ISA_AVX512)
-constexpr int
-    kRows = 12,
-    kTiles = 2, kTileRows = 6,
-    kUnitRows =
-        12;  // rows of a micro-kernel: INT8 / INT4; over kTiles decoded tiles at once; FP32 / BF16
-#else
-constexpr int kRows = 8, kTiles = 1, kTileRows = 8, kUnitRows = 6;
-#endif
 constexpr int kAhead = 9216;  // bytes between a prefetch and its use
-#if defined(LAMOE_ISA_AMX)
-constexpr int kDecodeFrom = kIntRows;
-#else
-constexpr int kDecodeFrom =
-    2 * kRows;  // from this many rows on a tile is decoded once, ahead of its rows
-#endif
-// Into L2 on Intel's cores (the only ones with these instructions and no more): what is on its way
-// to L1 takes one of the few buffers that all loads wait in.
-#if defined(LAMOE_ISA_AMX) || defined(LAMOE_ISA_AVXVNNI) || \
-    (defined(LAMOE_ISA_AVX512) && !defined(__AVX512BF16__))
-constexpr int kPrefetchTo = 2;
-#else
-constexpr int kPrefetchTo = 3;
-#endif
 
-// ---- INT8, INT4
-// --------------------------------------------------------------------------------------------------------
-// One group of four quads: weights as unsigned bytes, and the scales of the 16 outputs.
+// ---- INT8, INT4 --------------------------------------------------------------------------------
+// A micro-kernel reads weights through one of two classes, which give it a group of four quads as
+// operands of the byte dot product, with the scales of the 16 outputs.
+
+// Blocks as they are stored.
 template <int FMT>
 struct Packed {
-  const uint8_t *p, *end, *then;  // reading goes on up to `end`, and from `then` on
-  // A few rows wait for memory: what comes some blocks later is asked for, a quarter with each
-  // group (all at once would hold up the loads behind).
+  const uint8_t *p, *end, *then;  // prefetching goes on until `end`, then from `then`
+
+  // The block to prefetch while `block` is in use: with few rows, memory is what a kernel waits
+  // for. A quarter is prefetched with each group; all of it at once would delay other loads.
   INLINE const uint8_t* ahead(int block) const {
-    const uint8_t* b = p + size_t(block) * (FMT == INT8 ? 1088 : 576) + kAhead;
+    const uint8_t* b = (const uint8_t*)((const LowBitBlock<FMT>*)p + block) + kAhead;
     return b < end ? b : then + (b - end);
   }
   INLINE void prefetch(const uint8_t* b, int g) const {
-    constexpr int kLines = FMT == INT8 ? 17 : 9;
+    constexpr int kLines = sizeof(LowBitBlock<FMT>) / 64;
     for (int i = kLines * g / 4; i < kLines * (g + 1) / 4; i++)
-      __builtin_prefetch(b + 64 * i, 0, kPrefetchTo);
+      __builtin_prefetch(b + 64 * i, 0, Traits::kPrefetchLevel);
   }
   INLINE void group(int block, int g, vw* w, vf& s) const {
-    const uint8_t* b = p + size_t(block) * (FMT == INT8 ? 1088 : 576);
-    s = vscales(b + 16 * g);
-    if (FMT == INT8) {
-      for (int j = 0; j < 4; j++) w[j] = decode_int8(b + 64 + 64 * (4 * g + j));
+    const LowBitBlock<FMT>& b = ((const LowBitBlock<FMT>*)p)[block];
+    s = vscales(b.scales[g]);
+    if constexpr (FMT == INT8) {
+      for (int j = 0; j < 4; j++) w[j] = decode_int8((const uint8_t*)b.codes[g][j]);
     } else {
-      decode_int4(b + 64 + 128 * g, w[0], w[1]);
-      decode_int4(b + 128 + 128 * g, w[2], w[3]);
+      decode_int4((const uint8_t*)b.nibbles[g][0], w[0], w[1]);
+      decode_int4((const uint8_t*)b.nibbles[g][1], w[2], w[3]);
     }
   }
 };
-#if !defined(LAMOE_ISA_AMX)
-struct Decoded {            // [block][4 groups](16 scales, 4 x 64 bytes)
-  const uint8_t *p, *next;  // next: packed blocks to ask for meanwhile (null: none)
-  int lines;                // of `next`, for each block
+
+// Blocks that have been decoded into scratch.
+struct Decoded {
+  const DecodedBlock* p;
+  const uint8_t* next;  // packed weights to prefetch meanwhile
+  int lines;            // of `next`, with each block; 0: none
+
   INLINE const uint8_t* ahead(int block) const { return next + 64 * size_t(block) * lines; }
   INLINE void prefetch(const uint8_t* b, int g) const {
     for (int i = lines * g / 4; i < lines * (g + 1) / 4; i++) __builtin_prefetch(b + 64 * i, 0, 2);
   }
   INLINE void group(int block, int g, vw* w, vf& s) const {
-    const uint8_t* b = p + size_t(4 * block + g) * 320;
-    s = vload((const float*)b);
-    for (int j = 0; j < 4; j++) w[j] = wload(b + 64 + 64 * j);
+    const DecodedBlock::Group& group = p[block].groups[g];
+    s = vload(group.scales);
+    for (int j = 0; j < 4; j++) w[j] = wload(group.codes[j]);
   }
 };
-#endif
 
 template <int FMT>
 INLINE vw start(int32_t c) {
@@ -92,8 +72,7 @@ INLINE vw dot(vw acc, vw w, vw x) {
   return FMT == INT8 ? dot_int8(acc, w, x) : dot_int4(acc, w, x);
 }
 
-// T tiles x M rows. Two tiles for many rows: an activation word that is in a register serves both
-// tiles.
+// M rows times T tiles. With two tiles, each loaded word of activations is used twice.
 template <int FMT, class W, int T, int M>
 void micro_int(const W* weights, int blocks, float scale, const Acts& x, int row, float* out,
                ptrdiff_t ldo, int n) {
@@ -139,6 +118,7 @@ void micro_int(const W* weights, int blocks, float scale, const Acts& x, int row
     UNROLL_FOR(m, M) vstore_n(out + m * ldo + kTile * t, total[t][m] * vset(scale), n - kTile * t);
 }
 
+// All rows: M at a time, then the rest at once.
 template <int FMT, class W, int T, int M>
 void rows_int(const W* w, int blocks, float scale, const Acts& x, int row, int rows, float* out,
               ptrdiff_t ldo, int n) {
@@ -149,91 +129,112 @@ void rows_int(const W* w, int blocks, float scale, const Acts& x, int row, int r
   }
 }
 
-// One block as `Decoded` has it; on AMX, which multiplies signed bytes, with those.
-template <int FMT>
-INLINE void decode_block(const Packed<FMT>& packed, int block, uint8_t* to) {
+// `as_operand` turns stored codes into operands of the product that will read them.
+template <int FMT, class Operand>
+INLINE void decode_block(const Packed<FMT>& packed, int block, DecodedBlock* to,
+                         const Operand& as_operand) {
   const uint8_t* ahead = packed.ahead(block);
-  UNROLL
-  for (int g = 0; g < 4; g++, to += 320) {
+  UNROLL_FOR(g, 4) {
     packed.prefetch(ahead, g);
     vw w[4];
     vf s;
     packed.group(block, g, w, s);
-    vstore((float*)to, s);
-#if defined(LAMOE_ISA_AMX)
-    UNROLL_FOR(j, 4) wstore(to + 64 + 64 * j, signed_bytes<FMT>(w[j]));
-#else
-    UNROLL_FOR(j, 4) wstore(to + 64 + 64 * j, w[j]);
-#endif
+    vstore(to->groups[g].scales, s);
+    UNROLL_FOR(j, 4) wstore(to->groups[g].codes[j], as_operand(w[j]));
+  }
+}
+
+// Tiles t0 .. t1 of m, and what is prefetched after them.
+template <int FMT>
+struct TileRange {
+  const Mat& m;
+  int t0, t1;
+  const uint8_t* next;
+  size_t size = tile_bytes(FMT, m.k);
+  const uint8_t* data(int t) const { return m.data + t * size; }
+  const uint8_t* then() const { return next ? next : data(t0); }
+  Packed<FMT> packed(int t) const { return {data(t), data(t1), then()}; }
+};
+
+// On a matrix unit. A rest of up to 6 rows is faster without it.
+template <int FMT, class Unit>
+void tiles_int_on_unit(const TileRange<FMT>& range, const Acts& x, int row, int rows, float* out,
+                       ptrdiff_t ldo) {
+  const Mat& m = range.m;
+  const int remainder = rows % Unit::kRows;
+  const int rest = remainder <= 6 ? remainder : 0, most = rows - rest;
+  typename Unit::IntProducts products;
+  for (int t = range.t0; t < range.t1; t++) {
+    const Packed<FMT> w = range.packed(t);
+    const int n = m.n - kTile * t;
+    float* to = out + kTile * t;
+    for (int r = 0; r < most; r += Unit::kMostRows) {
+      const int from = std::min(r, most - Unit::kRows);
+      const int here = std::min(most - from, Unit::kMostRows);
+      const auto decode = [&](int b, DecodedBlock* decoded) {
+        decode_block<FMT>(w, b, decoded,
+                          [](vw codes) { return Unit::template operand<FMT>(codes); });
+      };
+      products.run(decode, blocks(m.k), m.scale, x, row + from, here, to + from * ldo, ldo, n);
+    }
+    rows_int<FMT, Packed<FMT>, 1, Traits::kIntRows>(&w, blocks(m.k), m.scale, x, row + most, rest,
+                                                    to + most * ldo, ldo, n);
+  }
+}
+
+// Many rows: each tile is decoded once, into scratch.
+template <int FMT>
+void tiles_int_decoded(const TileRange<FMT>& range, const Acts& x, int row, int rows, float* out,
+                       ptrdiff_t ldo, DecodedBlock* scratch) {
+  constexpr int kTiles = Traits::kPairTiles, kPairRows = Traits::kPairRows;
+  const Mat& m = range.m;
+  const int count_blocks = blocks(m.k);
+  for (int t = range.t0; t < range.t1;) {
+    const int count = t + kTiles <= range.t1 ? kTiles : 1, n = m.n - kTile * t;
+    float* to = out + kTile * t;
+    for (int i = 0; i < count; i++)
+      for (int b = 0; b < count_blocks; b++)
+        decode_block<FMT>({range.data(t + i), range.data(range.t1), range.then()}, b,
+                          scratch + i * count_blocks + b, [](vw codes) { return codes; });
+    t += count;
+    // The first rows prefetch the tiles that are decoded next.
+    const uint8_t* next = t < range.t1 ? range.data(t) : range.then();
+    const int next_tiles = t + kTiles <= range.t1 || t >= range.t1 ? kTiles : 1;
+    const Decoded first[2] = {{scratch, next, next_tiles * int(range.size / 64) / count_blocks},
+                              {scratch + count_blocks, nullptr, 0}};
+    const Decoded others[2] = {{scratch, nullptr, 0}, {scratch + count_blocks, nullptr, 0}};
+    const auto multiply = count == kTiles ? rows_int<FMT, Decoded, kTiles, kPairRows>
+                                          : rows_int<FMT, Decoded, 1, Traits::kIntRows>;
+    const int some = count == kTiles ? kPairRows : Traits::kIntRows;
+    multiply(first, count_blocks, m.scale, x, row, some, to, ldo, n);
+    multiply(others, count_blocks, m.scale, x, row + some, rows - some, to + some * ldo, ldo, n);
   }
 }
 
 template <int FMT>
 void tiles_int(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, float* out,
-               ptrdiff_t ldo, uint8_t* scratch, const uint8_t* then) {
-  const int blocks = ceil_to(m.k, kBlock) / kBlock;
-  const size_t size = tile_bytes(FMT, m.k);
-  const uint8_t* end = m.data + t1 * size;
-  if (!then) then = m.data + t0 * size;
-  if (rows < kDecodeFrom) {
+               ptrdiff_t ldo, void* scratch, const uint8_t* next) {
+  const TileRange<FMT> range{m, t0, t1, next};
+  if (rows < Traits::kDecodeRows) {
     for (int t = t0; t < t1; t++) {
-      const Packed<FMT> w{m.data + t * size, end, then};
-      rows_int<FMT, Packed<FMT>, 1, kRows>(&w, blocks, m.scale, x, row, rows, out + kTile * t, ldo,
-                                           m.n - kTile * t);
+      const Packed<FMT> w = range.packed(t);
+      rows_int<FMT, Packed<FMT>, 1, Traits::kIntRows>(&w, blocks(m.k), m.scale, x, row, rows,
+                                                      out + kTile * t, ldo, m.n - kTile * t);
     }
-    return;
+  } else if constexpr (Tiles::kAvailable) {
+    tiles_int_on_unit<FMT, Tiles>(range, x, row, rows, out, ldo);
+  } else {
+    tiles_int_decoded<FMT>(range, x, row, rows, out, ldo, (DecodedBlock*)scratch);
   }
-#if defined(LAMOE_ISA_AMX)
-  TileShapes shapes;
-  shape_ints(shapes);
-  const int rest = rows % kIntRows <= 6 ? rows % kIntRows : 0,
-            most = rows - rest;  // so few are done sooner without tiles
-  for (int t = t0; t < t1; t++) {
-    const Packed<FMT> w{m.data + t * size, end, then};
-    const int n = m.n - kTile * t;
-    float* to = out + kTile * t;
-    for (int r = 0; r < most; r += kIntMost) {
-      const int from = most - r < kIntRows ? most - kIntRows : r,
-                here = most - from < kIntMost ? most - from : kIntMost;
-      linear_ints([&](int b, uint8_t* decoded) { decode_block<FMT>(w, b, decoded); }, blocks,
-                  m.scale, x, row + from, here, to + from * ldo, ldo, n);
-    }
-    rows_int<FMT, Packed<FMT>, 1, kRows>(&w, blocks, m.scale, x, row + most, rest, to + most * ldo,
-                                         ldo, n);
-  }
-  (void)scratch;
-#else
-  const size_t decoded = size_t(blocks) * kDecodedBlock;
-  for (int t = t0; t < t1;) {
-    const int count = t + kTiles <= t1 ? kTiles : 1, n = m.n - kTile * t;
-    float* to = out + kTile * t;
-    for (int i = 0; i < count; i++)
-      for (int b = 0; b < blocks; b++)
-        decode_block<FMT>({m.data + (t + i) * size, end, then}, b,
-                          scratch + i * decoded + size_t(b) * kDecodedBlock);
-    t += count;
-    // the first rows ask for the tiles that are decoded next
-    const uint8_t* next = t < t1 ? m.data + t * size : then;
-    const Decoded first[2] = {
-        {scratch, next, (t + kTiles <= t1 || t >= t1 ? kTiles : 1) * int(size / 64) / blocks},
-        {scratch + decoded, nullptr, 0}};
-    const Decoded w[2] = {{scratch, nullptr, 0}, {scratch + decoded, nullptr, 0}};
-    const auto go = count == kTiles ? rows_int<FMT, Decoded, kTiles, kTileRows>
-                                    : rows_int<FMT, Decoded, 1, kRows>;
-    const int some = count == kTiles ? kTileRows : kRows;
-    go(first, blocks, m.scale, x, row, some, to, ldo, n);
-    go(w, blocks, m.scale, x, row + some, rows - some, to + some * ldo, ldo, n);
-  }
-#endif
 }
 
-// ---- FP32, BF16
-// --------------------------------------------------------------------------------------------------------
+// ---- FP32, BF16 --------------------------------------------------------------------------------
 template <int FMT>
 INLINE vf dot_unit(vf acc, vw w, const uint8_t* x) {
   return FMT == FP32 ? dot_f32(acc, w, x) : dot_bf16(acc, w, x);
 }
 
+// M rows times T tiles, `tile` bytes apart, of `units` units each.
 template <int FMT, int T, int M>
 void micro_unit(const uint8_t* w, size_t tile, int units, const uint8_t* x, size_t stride,
                 float* out, ptrdiff_t ldo, int n) {
@@ -247,7 +248,7 @@ void micro_unit(const uint8_t* w, size_t tile, int units, const uint8_t* x, size
       UNROLL_FOR(t, T) acc[t][m] = dot_unit<FMT>(acc[t][m], v[t], x + m * stride + size_t(u) * 4);
   }
   UNROLL_FOR(t, T)
-    UNROLL_FOR(m, M) vstore_n(out + m * ldo + 16 * t, acc[t][m], n - 16 * t);
+    UNROLL_FOR(m, M) vstore_n(out + m * ldo + kTile * t, acc[t][m], n - kTile * t);
 }
 
 template <int FMT, int T, int M>
@@ -260,17 +261,17 @@ void rows_unit(const uint8_t* w, size_t tile, int units, const uint8_t* x, size_
   }
 }
 
-template <int FMT>
+template <int FMT, class Unit = Tiles>
 void tiles_unit(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, float* out,
                 ptrdiff_t ldo) {
-  const size_t tile = tile_bytes(m.fmt, m.k), stride = size_t(x.stride) * (FMT == FP32 ? 4 : 2);
+  constexpr int kRows = Traits::kUnitRows;
+  const size_t tile = tile_bytes(m.fmt, m.k), stride = size_t(x.stride) * element_bytes(FMT);
   const uint8_t* y = (FMT == FP32 ? (const uint8_t*)x.f : (const uint8_t*)x.h) + row * stride;
   const int units = FMT == FP32 ? m.k : (m.k + 1) / 2;
-#if defined(LAMOE_ISA_AMX)
-  if (FMT == BF16)
-    return linear_bf16(m.data + t0 * tile, tile, t1 - t0, units, y, stride, rows, out + kTile * t0,
-                       ldo, m.n - kTile * t0);
-#endif
+  if constexpr (FMT == BF16 && Unit::kAvailable) {
+    return Unit::linear_bf16(m.data + t0 * tile, tile, t1 - t0, units, y, stride, rows,
+                             out + kTile * t0, ldo, m.n - kTile * t0);
+  }
   for (int t = t0; t < t1;) {
     const uint8_t* w = m.data + t * tile;
     const int n = m.n - kTile * t;
@@ -279,10 +280,10 @@ void tiles_unit(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, 
       micro_unit<FMT, 4, 1>(w, tile, units, y, stride, to, ldo, n);
       t += 4;
     } else if (t + 2 <= t1) {
-      rows_unit<FMT, 2, kUnitRows>(w, tile, units, y, stride, rows, to, ldo, n);
+      rows_unit<FMT, 2, kRows>(w, tile, units, y, stride, rows, to, ldo, n);
       t += 2;
     } else {
-      rows_unit<FMT, 1, kUnitRows>(w, tile, units, y, stride, rows, to, ldo, n);
+      rows_unit<FMT, 1, kRows>(w, tile, units, y, stride, rows, to, ldo, n);
       t += 1;
     }
   }
@@ -291,33 +292,30 @@ void tiles_unit(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, 
 }  // namespace
 
 void linear(const Mat& m, int t0, int t1, const Acts& x, int row0, int rows, float* out,
-            ptrdiff_t ldo, void* scratch, const uint8_t* then) {
+            ptrdiff_t ldo, void* scratch, const uint8_t* next) {
   if (rows <= 0) return;
   if (m.fmt == FP32) return tiles_unit<FP32>(m, t0, t1, x, row0, rows, out, ldo);
   if (m.fmt == BF16) return tiles_unit<BF16>(m, t0, t1, x, row0, rows, out, ldo);
-  (m.fmt == INT8 ? tiles_int<INT8> : tiles_int<INT4>)(m, t0, t1, x, row0, rows, out, ldo,
-                                                      (uint8_t*)scratch, then);
+  (m.fmt == INT8 ? tiles_int<INT8> : tiles_int<INT4>)(m, t0, t1, x, row0, rows, out, ldo, scratch,
+                                                      next);
 }
 
-// e^89 is infinite in every instruction set, so gates far below zero give -0; the infinite ones
-// NaN, because they are no results.
+// The exponent is limited to 89: e^89 overflows to infinity on every instruction set. So a gate far
+// below zero gives -0, and a gate of minus infinity gives NaN.
 INLINE static vf silu(vf x) { return x / (vset(1.f) + vexp(vmin(vset(89.f), vzero() - x))); }
 
-// One 64-wide block of F: gate and up products, silu(gate) * up * weight, and the activation rows
-// as `down` wants them.
 void swiglu(const Seg& s, int block, const Acts& x, const Acts& act, void* scratch,
-            const uint8_t* then) {
-  constexpr int kChunk = 192;  // rows at a time, so that gate and up stay in the cache
-  const int f = s.w2.k, from = block * kBlock, width = from + kBlock <= f ? kBlock : f - from;
+            const uint8_t* next) {
+  const int f = s.w2.k, from = block * kBlock, width = std::min(kBlock, f - from);
   const int first = from / kTile, count = tiles(width);
-  float* both = (float*)scratch;
-  uint8_t* rest = (uint8_t*)(both + size_t(kChunk) * 2 * kBlock);
-  for (int r = 0; r < s.rows; r += kChunk) {
-    const int rows = s.rows - r < kChunk ? s.rows - r : kChunk;
-    const Mat gate = tile_of(s.w13, first), up = tile_of(s.w13, tiles(f) + first);
+  float* both = (float*)scratch;  // [rows][gate | up]
+  void* rest = both + size_t(kChunkRows) * 2 * kBlock;
+  for (int r = 0; r < s.rows; r += kChunkRows) {
+    const int rows = std::min(kChunkRows, s.rows - r);
+    const Mat gate = from_tile(s.w13, first), up = from_tile(s.w13, tiles(f) + first);
     linear(gate, 0, count, x, s.row0 + r, rows, both, 2 * kBlock, rest, up.data);
     linear(up, 0, count, x, s.row0 + r, rows, both + kBlock, 2 * kBlock, rest,
-           r + rows < s.rows ? gate.data : then);
+           r + rows < s.rows ? gate.data : next);
     for (int i = 0; i < rows; i++) {
       float* g = both + size_t(i) * 2 * kBlock;
       const vf weight = vset(s.weight ? s.weight[r + i] : 1.f);
@@ -331,5 +329,5 @@ void swiglu(const Seg& s, int block, const Acts& x, const Acts& act, void* scrat
   }
 }
 
-}  // namespace LAMOE_NS
+}  // namespace LAMOE_ISA
 }  // namespace lamoe

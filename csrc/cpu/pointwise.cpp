@@ -1,10 +1,10 @@
-// Norms, rotary turns, and activation rows in the form that weights of each format want.
+// Norms, rotary embedding, and activation rows in the forms that weights of each format need.
 #include <limits>
 
 #include "cpu/kernels.h"
 
 namespace lamoe {
-namespace LAMOE_NS {
+namespace LAMOE_ISA {
 
 void put_block(const Acts& a, int row, int block, const float* x) {
   const size_t at = size_t(row) * a.stride + size_t(block) * kBlock;
@@ -12,19 +12,21 @@ void put_block(const Acts& a, int row, int block, const float* x) {
   if (a.h)
     for (int j = 0; j < kBlock; j += 16) vstore_bf16(a.h + at + j, vload(x + j));
   if (!a.q) return;
-  vf v[4], top = vzero(), sum = vzero();
+  vf v[4], top = vzero(), bad = vzero();
   for (int j = 0; j < 4; j++) {
     v[j] = vload(x + 16 * j);
     top = vmax(top, vabs(v[j]));
-    sum = sum + v[j] * vzero();  // NaN or an infinity anywhere: NaN, which the scale carries on
+    bad = bad + v[j] * vzero();  // NaN if any element is not finite; the scale passes it on
   }
-  const float s = vhmax(top) / 127.f + vsum(sum);
-  const bool some = s >= std::numeric_limits<float>::min();  // else NaN, or nothing that 1 / s
-                                                             // could reach: bytes of zero
+  const float s = vhmax(top) / 127.f + vsum(bad);
+  // Below this, 1 / s would overflow: the bytes become zero.
+  const bool some = s >= std::numeric_limits<float>::min();
   const float inverse = some ? 1.f / s : 0.f;
   a.s[at / kBlock] = s;
-  for (int j = 0; j < 4; j++)
-    a.c[at / kGroup + j] = -64 * vquant(a.q + at + 16 * j, some ? v[j] * vset(inverse) : vzero());
+  for (int j = 0; j < 4; j++) {
+    const vf scaled = some ? v[j] * vset(inverse) : vzero();
+    a.c[at / kGroup + j] = -64 * vquant(a.q + at + 16 * j, scaled);
+  }
 }
 
 void put_row(const Acts& a, int row, const float* x) {
@@ -58,11 +60,11 @@ void rope(float* x, const float* cos_sin, int r, bool interleaved) {
   for (int k = 0; k < half; k++) {
     float& a = x[interleaved ? 2 * k : k];
     float& b = x[interleaved ? 2 * k + 1 : k + half];
-    const float u = a * cos_sin[k] - b * cos_sin[half + k],
-                v = a * cos_sin[half + k] + b * cos_sin[k];
+    const float u = a * cos_sin[k] - b * cos_sin[half + k];
+    const float v = a * cos_sin[half + k] + b * cos_sin[k];
     a = u, b = v;
   }
 }
 
-}  // namespace LAMOE_NS
+}  // namespace LAMOE_ISA
 }  // namespace lamoe

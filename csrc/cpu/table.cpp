@@ -1,34 +1,40 @@
-// The op table of one ISA.
+// The table of one instruction set.
 #include "cpu/kernels.h"
 
+#define LAMOE_QUOTE_(x) #x
+#define LAMOE_QUOTE(x) LAMOE_QUOTE_(x)
+
 namespace lamoe {
-namespace LAMOE_NS {
+namespace LAMOE_ISA {
+
 extern const Ops table;
-#define LAMOE_STR2(x) #x
-#define LAMOE_STR(x) LAMOE_STR2(x)
-const Ops table = {LAMOE_STR(LAMOE_NS),
-                   pack,
-                   pack_scale,
-                   unpack,
-                   put_row,
-                   linear,
-                   swiglu,
-                   rms_norm,
-                   rope,
-                   encode,
-                   decode,
-                   attend_tile,
-                   decode_ints,
-                   pack_lanes_ints,
-                   attend_ints,
-                   combine,
-                   pack_lanes,
-                   rows_as_mat,
-                   rows_as_values,
-                   expand_keys,
-                   expand_values,
-                   softmax_rows,
-                   probe_read,
-                   probe_dots};
-}  // namespace LAMOE_NS
+const Ops table = {
+    LAMOE_QUOTE(LAMOE_ISA),
+    Traits::kCpuFeatures,
+    pack_scale,
+    pack,
+    unpack,
+    put_row,
+    linear,
+    swiglu,
+    rms_norm,
+    rope,
+    encode,
+    decode,
+    decode_ints,
+    pack_lanes,
+    pack_lanes_ints,
+    attend_tile,
+    attend_ints,
+    combine,
+    rows_as_keys,
+    rows_as_values,
+    expand_keys,
+    expand_values,
+    softmax_rows,
+    probe_read,
+    probe_dots,
+};
+
+}  // namespace LAMOE_ISA
 }  // namespace lamoe

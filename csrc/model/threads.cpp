@@ -11,10 +11,10 @@ void pause() {
   __builtin_ia32_pause();
 #endif
 }
-constexpr int kSpins = 4000;  // then give the core away between looks: another program may need it
+constexpr int kSpins = 4000;  // then yield between looks: another program may need the core
 
-// A child of fork() has the thread that called it and no other: the first Session there begins with
-// a new team. The lock is held across fork(), so a child never finds it taken.
+// A child of fork() has only the thread that called it, so its first Session starts a new team. The
+// lock is held across fork(): a child never finds it taken.
 std::mutex renewing;
 std::atomic<unsigned> forks{0};
 void watch_forks() {
@@ -38,7 +38,7 @@ Threads::~Threads() {
 
 void Threads::renew() {
   std::lock_guard<std::mutex> lock(renewing);
-  if (born_ == forks) return;  // another thread has
+  if (born_ == forks) return;  // another thread was faster
   team_ = new Team(n_);
   born_ = forks.load();
 }
@@ -46,7 +46,7 @@ void Threads::renew() {
 Threads::Team::Team(int n) : ranges(new Range[size_t(n)]) {
   try {
     for (int i = 1; i < n; i++) workers.emplace_back([this, i] { work(i); });
-  } catch (...) {  // no more threads to be had
+  } catch (...) {  // no more threads available
     stop();
     throw;
   }
@@ -73,9 +73,10 @@ Threads::Session::Session(Threads& t) : t_(t) {
 
 Threads::Session::~Session() { t_.team_->awake = false; }
 
-// A round opens (round odd), its items are taken, it closes; then those who came in are waited for.
-// Who enters (inside) looks at round once more: either they see it closed and leave, or the caller
-// sees them inside. Both sides write one and then read the other, hence seq_cst.
+// A round opens (odd), its items are taken, and it closes. Then the caller waits for the workers
+// that are inside. A worker that enters looks at `round` once more: either it sees the round closed
+// and leaves, or the caller sees it inside. Both sides write one variable and then read the other,
+// hence seq_cst.
 void Threads::Team::go(int items, const void* function) {
   f = function;
   const int n = size();
@@ -107,7 +108,7 @@ void Threads::Team::take(int thread) noexcept {
 }
 
 void Threads::Team::work(int thread) {
-  uint32_t seen = 0;  // the last round that this thread was in
+  uint32_t seen = 0;  // the last round that this thread entered
   for (int spins = 0; !end;) {
     const uint32_t at = round.load(std::memory_order_acquire);
     if (at % 2 && at != seen) {

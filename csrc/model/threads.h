@@ -1,8 +1,10 @@
-// A parallel_for over a few threads that spin between calls of one step and sleep between steps.
-// Each thread goes through a range of its own, in order (neighbours in memory are then read by one
-// core, one behind the other), and takes single items of the others' ranges when it has done: one
-// that another program slows down does fewer, and one that is not there at all is not waited for.
-// What an item computes never depends on who computes it.
+// A parallel_for over a few threads, which spin between the calls of one step and sleep between
+// steps.
+//
+// Each thread first processes its own range of items, in order, so that neighbours in memory are
+// read by one core. Then it takes single items from the ranges of others. So a thread that another
+// program slows down does less, and nobody waits for a thread that is not scheduled at all. What an
+// item computes must not depend on the thread that computes it.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -23,9 +25,9 @@ class Threads {
   Threads(const Threads&) = delete;
   int size() const { return n_; }
 
-  // f(item, thread) for every item from 0 to items - 1. Not from two threads at once: the caller
-  // holds a Session. What f throws in any thread is thrown here, once all threads have left f
-  // (items that nobody had begun are left out).
+  // Calls f(item, thread) for every item from 0 to items - 1. The caller holds a Session. If f
+  // throws in any thread, items that have not begun are skipped, and once all threads have left f
+  // the exception is thrown here.
   template <class F>
   void run(int items, const F& f) {
     if (items <= 0) return;
@@ -37,7 +39,8 @@ class Threads {
     team_->go(items, &f);
   }
 
-  // While one exists the workers spin, ready at once. One at a time; a second caller waits.
+  // While a Session exists, the workers spin and are ready at once. A second caller waits for the
+  // first one's Session to end.
   class Session {
    public:
     explicit Session(Threads& t);
@@ -70,16 +73,17 @@ class Threads {
       std::atomic<int> next{0};
       int end = 0;
     };
-    std::unique_ptr<Range[]> ranges;             // one for each thread
-    alignas(64) std::atomic<uint32_t> round{0};  // odd: open, workers may come in
-    alignas(64) std::atomic<int> inside{0};      // workers that may be reading call, f, ranges
+    std::unique_ptr<Range[]> ranges;             // one per thread
+    alignas(64) std::atomic<uint32_t> round{0};  // odd: open, workers may enter
+    alignas(64) std::atomic<int> inside{0};      // workers that may be reading call, f and ranges
   };
   void renew();
 
   const int n_;
-  Team* team_;  // left to itself, not freed, in a child of fork(): its threads are not there, its
-                // locks are in any state
-  std::atomic<unsigned> born_;  // forks before this team began
+  // After fork(), a child abandons this without freeing it: the threads do not exist there, and
+  // the locks are in an unknown state.
+  Team* team_;
+  std::atomic<unsigned> born_;  // number of forks when this team began
 };
 
 }  // namespace lamoe

@@ -8,13 +8,13 @@ namespace {
 std::string s(int64_t x) { return std::to_string(x); }
 std::string size(int64_t n, int64_t k) { return "[" + s(n) + ", " + s(k) + "]"; }
 
-// A whole row of a low-bit part; codec.cpp lays it out.
+// Bytes of a low-bit part, which codec.cpp lays out.
 size_t part_bytes(int w, int bits, int group) {
   return 1 + (w <= group ? 0 : ((w + group - 1) / group + 1) / 2) +
          size_t(ceil_to(w, 8)) / 8 * bits;
 }
 
-struct Check {  // the first thing that is wrong with the matrices of a layer
+struct Check {  // finds the first wrong matrix of a layer
   std::string where, found;
   void one(const char* name, const Mat& m, int n, int k, int fmt = -1) {
     if (!found.empty()) return;
@@ -131,8 +131,8 @@ std::string wrong(const Codec& c, const Config& m) {
 std::string wrong(const Model& m, bool head) {
   const Config& c = m.config;
   const int d = c.hidden, width = c.heads * c.head_dim;
-  for (size_t i = 0; i < m.layer.size(); i++) {
-    const Layer& l = m.layer[i];
+  for (size_t i = 0; i < m.layers.size(); i++) {
+    const Layer& l = m.layers[i];
     Check is{"layer " + s(i) + ": ", ""};
     is.there("attn_norm", l.attn_norm);
     is.there("ffn_norm", l.ffn_norm);
@@ -153,7 +153,7 @@ std::string wrong(const Model& m, bool head) {
       is.one("wk", l.wk, c.kv_heads * c.head_dim, d);
       is.one("wv", l.wv, c.kv_heads * c.head_dim, d);
     }
-    is.one("wo", l.wo, d, c.heads * (c.latent ? c.value : c.head_dim));
+    is.one("wo", l.wo, d, c.heads * c.head_value());
     if (l.gate.data || !l.e13.empty() || !l.e2.empty()) {
       is.one("gate", l.gate, c.experts, d, FP32);
       is.many("e13", l.e13, c.experts, 2 * ceil_to(c.moe_width, kTile), d);

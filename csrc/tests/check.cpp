@@ -1,7 +1,7 @@
-// A program for the sanitizers (`make asan tsan`), without Python: every op on ugly sizes in
-// buffers that end exactly where they should, then whole models over threads, callers at once, and
-// errors inside a parallel pass. Results are held against those of one thread; what is right is the
-// business of the Python tests.
+// A program for the sanitizers (`make asan tsan`), without Python: every operation on awkward sizes
+// in buffers of exactly the needed size, then whole models with threads, concurrent callers, and
+// errors inside a parallel pass. Results are compared with those of one thread; the Python tests
+// check whether they are right.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -10,7 +10,7 @@
 #include <stdexcept>
 
 #include "model/validate.h"
-#include "simd/vec.h"
+#include "simd/common.h"
 
 using namespace lamoe;
 
@@ -30,7 +30,7 @@ void need(bool ok, const std::string& what) {
   std::exit(1);
 }
 
-// Bytes that begin `off` behind an allocation's start and end with it.
+// n bytes that begin `off` bytes after the start of an allocation and end with it.
 struct Bytes {
   std::unique_ptr<uint8_t[]> all;
   uint8_t* p;
@@ -71,7 +71,7 @@ void fill(Model& m, Weights& w, int fmt) {
   const int d = c.hidden, width = c.heads * c.head_dim,
             out = c.heads * (c.latent ? c.value : c.head_dim);
   for (int i = 0; i < c.layers; i++) {
-    Layer& l = m.layer[i];
+    Layer& l = m.layers[i];
     l.attn_norm = w.vec(d), l.ffn_norm = w.vec(d), l.wo = w.mat(fmt, d, out);
     if (c.latent) {
       if (c.q_lora)
@@ -128,32 +128,106 @@ std::vector<float> run(Model& m, const Codec& format, const std::vector<int>& le
   std::vector<float> all;
   std::mt19937 ids(7);
   for (int done = 0, most = 0; done == 0 || done < most; done += chunk) {
-    std::vector<SeqStep> seqs;
+    Step step;
     std::vector<int32_t> tokens, out;
-    std::vector<float> turn;
+    std::vector<float> cos_sin;
     for (size_t i = 0; i < lengths.size(); i++) {
       most = std::max(most, lengths[i]);
       const int count = std::min(chunk, lengths[i] - done);
       if (count <= 0) continue;
-      seqs.push_back({int(tokens.size()), count, done + count, own[i].data()});
+      step.sequences.push_back({int(tokens.size()), count, done + count, own[i].data()});
       for (int t = 0; t < count; t++) {
         tokens.push_back(int32_t(ids() % c.vocab)), out.push_back(int32_t(out.size()));
         for (int k = 0; k < c.rope; k++)
-          turn.push_back(k < c.rope / 2 ? std::cos(float(done + t) / (k + 1))
-                                        : std::sin(float(done + t) / (k + 1 - c.rope / 2)));
+          cos_sin.push_back(k < c.rope / 2 ? std::cos(float(done + t) / (k + 1))
+                                           : std::sin(float(done + t) / (k + 1 - c.rope / 2)));
       }
     }
     const int n = int(tokens.size());
     std::vector<float> logits(size_t(n) * c.vocab), states(size_t(n) * c.hidden);
     size_t moe = 0;
-    for (const Layer& l : m.layer) moe += l.gate.data != nullptr;
+    for (const Layer& l : m.layers) moe += l.gate.data != nullptr;
     std::vector<int16_t> chosen(moe * n * c.top_k);
-    m.step(tokens.data(), turn.data(), n, seqs, cache, out.data(), n, logits.data(), states.data(),
-           chosen.data());
+    step.tokens = step.outputs = n, step.cache = cache;
+    step.ids = tokens.data(), step.cos_sin = cos_sin.data(), step.out_rows = out.data();
+    step.logits = logits.data(), step.states = states.data(), step.chosen = chosen.data();
+    m.step(step);
     all.insert(all.end(), logits.begin(), logits.end());
   }
   for (float x : all) need(std::isfinite(x), "a logit is not finite");
   return all;
+}
+
+std::vector<std::vector<float>> draw_queries(int lanes, int width) {
+  std::vector<std::vector<float>> q;
+  for (int i = 0; i < lanes; i++) q.push_back(draws(width));
+  return q;
+}
+
+std::vector<const float*> pointers(const std::vector<std::vector<float>>& rows) {
+  std::vector<const float*> p;
+  for (const auto& x : rows) p.push_back(x.data());
+  return p;
+}
+
+// A state of exactly `lanes` lanes.
+struct State {
+  std::vector<float> floats;
+  AttentionState state;
+  State(int lanes, int width)
+      : floats(2 * kLanes + size_t(lanes) * width), state{floats.data(), width} {
+    state.reset(lanes);
+  }
+};
+
+void check_attend_tile(int elem, int lanes, int n, int kw, int vw) {
+  const Ops& op = ops();
+  const std::vector<int> last(kLanes, n / 2);
+  const int stride = kw + vw;
+  Weights w;
+  const int overread = vw % 16 ? 15 : 0;  // what attend_tile may read after the last row
+  const void* rows = w.raw(elem, size_t(n) * stride + overread);
+  const auto q = draw_queries(lanes, kw);
+  Bytes packed(size_t(kw) * element_bytes(elem) * kLanes), scratch(sizeof(AttentionScratch));
+  op.pack_lanes(elem, pointers(q).data(), lanes, kw, packed.p);
+  State s(lanes, vw);
+  op.attend_tile(elem, {rows, stride, n, 0}, {0, kw, kw, vw}, 0.3f, {packed.p, last.data(), lanes},
+                 s.state, (AttentionScratch*)scratch.p, {});
+}
+
+void check_attend_ints(int kind, int lanes, int n, int rope) {
+  const Ops& op = ops();
+  const std::vector<int> last(kLanes, n / 2);
+  Config c;
+  c.latent = 512, c.rope = rope;
+  const Codec format = codec(c, kind);
+  std::vector<Bytes> rows;
+  std::vector<const uint8_t*> each;
+  for (int i = 0; i < n; i++) {
+    const auto x = draws(format.width());
+    rows.emplace_back(format.row);
+    op.encode(format, x.data(), rows.back().p);
+    each.push_back(rows.back().p);
+  }
+  const auto q = draw_queries(lanes, format.width());
+  Bytes tile(IntTile::bytes(format)), packed(IntLanes::bytes(format));
+  Bytes scratch(sizeof(AttentionScratch));
+  op.decode_ints(format, each.data(), n, tile.p);
+  op.pack_lanes_ints(format, pointers(q).data(), lanes, packed.p);
+  State s(lanes, c.latent);
+  op.attend_ints(format, {tile.p, 0, n, 0}, 0.3f, {packed.p, last.data(), lanes}, s.state,
+                 (AttentionScratch*)scratch.p, {});
+}
+
+void check_attention() {
+  for (int lanes : {1, 3, 16})
+    for (int n : {1, 3, 15, 16, 17, 33, 48, 63, 64}) {
+      for (int elem : {FP32, BF16})
+        for (int kw : {18, 32, 96})
+          for (int vw : {18, 64}) check_attend_tile(elem, lanes, n, kw, vw);
+      for (int kind : {3, 4})
+        for (int rope : {2, 34, 64}) check_attend_ints(kind, lanes, n, rope);
+    }
 }
 
 void check_ops() {
@@ -202,61 +276,7 @@ void check_ops() {
           op.decode(format, row.p, BF16, h.data());
         }
       }
-  for (int lanes : {1, 3, 16})
-    for (int n : {1, 3, 15, 16, 17, 33, 48, 63, 64}) {
-      const std::vector<int> last(16, n / 2);
-      const auto state = [&](int vw) {
-        std::vector<float> s(32 + size_t(lanes) * vw);
-        std::fill(s.begin(), s.begin() + 16, -1e30f);
-        return s;
-      };
-      const auto queries = [&](int width) {
-        std::vector<std::vector<float>> q;
-        for (int i = 0; i < lanes; i++) q.push_back(draws(width));
-        return q;
-      };
-      const auto pointers = [](const std::vector<std::vector<float>>& q) {
-        std::vector<const float*> p;
-        for (const auto& x : q) p.push_back(x.data());
-        return p;
-      };
-      for (int elem : {FP32, BF16})
-        for (int kw : {18, 32, 96})
-          for (int vw : {18, 64}) {
-            const int stride = kw + vw, e = elem == FP32 ? 4 : 2;
-            Weights w;
-            const void* rows =
-                w.raw(elem, size_t(n) * stride + (vw % 16 ? 15 : 0));  // as attention.cpp says
-            const auto q = queries(kw);
-            Bytes packed(size_t(kw) * e * 16), scratch(2 * 64 * 64);
-            op.pack_lanes(elem, pointers(q).data(), lanes, kw, packed.p);
-            auto s = state(vw);
-            op.attend_tile(elem, rows, stride, n, 0, 0, kw, kw, vw, 0.3f, {packed.p, last.data()},
-                           lanes, s.data(), s.data() + 16, s.data() + 32, scratch.p, {});
-          }
-      for (int kind : {3, 4})
-        for (int rope : {2, 34, 64}) {
-          Config c;
-          c.latent = 512, c.rope = rope;
-          const Codec format = codec(c, kind);
-          std::vector<Bytes> rows;
-          std::vector<const uint8_t*> each;
-          for (int i = 0; i < n; i++) {
-            const auto x = draws(512 + rope);
-            rows.emplace_back(format.row);
-            op.encode(format, x.data(), rows.back().p);
-            each.push_back(rows.back().p);
-          }
-          const auto q = queries(512 + rope);
-          Bytes tile(ints_tile_bytes(format)), packed(ints_lanes_bytes(format)),
-              scratch(2 * 64 * 64);
-          op.decode_ints(format, each.data(), n, tile.p);
-          op.pack_lanes_ints(format, pointers(q).data(), lanes, packed.p);
-          auto s = state(512);
-          op.attend_ints(format, tile.p, n, 0, 0.3f, {packed.p, last.data()}, lanes, s.data(),
-                         s.data() + 16, s.data() + 32, scratch.p, {});
-        }
-    }
+  check_attention();
   for (int n : {1, 15, 16, 17, 127}) {
     auto x = draws(n), w = draws(n), y = draws(n);
     op.rms_norm(x.data(), w.data(), 1e-6f, y.data(), n);
@@ -309,14 +329,14 @@ void check_models() {
         for (int threads : {2, 3, 5}) {
           if (slow && threads != 3) continue;
           Model many(c, threads);
-          many.layer = one.layer, many.embed = one.embed, many.norm = one.norm,
+          many.layers = one.layers, many.embed = one.embed, many.norm = one.norm,
           many.head = one.head;
           need(run(many, format, lengths, chunk) == want,
                "results depend on the number of threads");
         }
       }
       Model shared(c, 3);  // two callers at once
-      shared.layer = one.layer, shared.embed = one.embed, shared.norm = one.norm,
+      shared.layers = one.layers, shared.embed = one.embed, shared.norm = one.norm,
       shared.head = one.head;
       const auto want = run(one, codec(c, 1), {5, 40}, 8);
       std::vector<float> got[2];

@@ -5,12 +5,13 @@ import pytest
 import torch
 from test_native import EPS, ISAS, draw, formats, isas, seen
 
+import native_ops
 from lamoe.backends import cache_codec
 from lamoe.backends.cpu import native
 from lamoe.backends.cpu.packed import codec_numbers
 from lamoe.kernels import ref
 
-pytestmark = pytest.mark.skipif(native.lib is None, reason="needs the compiled kernels")
+pytestmark = pytest.mark.skipif(native_ops.lib is None, reason="needs lamoe._native_test")
 NAN = float("nan")
 
 
@@ -21,14 +22,14 @@ def test_rms_norm(isa, n, size):
     x, w = draw(7, n, seed=n) * size, draw(n, seed=1)
     x[1], x[3] = NAN, 0
     x[5, n // 2] = float("inf")
-    got, want = native.rms_norm(x, w, 1e-6, isa), ref.rms_norm(x.double(), w.double(), 1e-6)
+    got, want = native_ops.rms_norm(x, w, 1e-6, isa), ref.rms_norm(x.double(), w.double(), 1e-6)
     good = [0, 2, 3, 4, 6]  # rows do not know their neighbours
     assert (
         ((got - want).abs() <= (n + 8) * EPS * want.abs() + 1e-37)[good].all()
         and not got[1].isfinite().any()
         and not got[5, n // 2].isfinite()
     )
-    assert torch.equal(native.rms_norm(x[:1], w, 1e-6, isa), got[:1])
+    assert torch.equal(native_ops.rms_norm(x[:1], w, 1e-6, isa), got[:1])
 
 
 @isas
@@ -37,7 +38,7 @@ def test_rms_norm(isa, n, size):
 def test_rope(isa, interleaved, r):
     x, angle = draw(5, r, seed=r), 1000 * draw(5, r // 2, seed=1)
     x[2] = NAN
-    got = native.rope(x, torch.cat([angle.cos(), angle.sin()], 1), interleaved, isa)
+    got = native_ops.rope(x, torch.cat([angle.cos(), angle.sin()], 1), interleaved, isa)
     want = ref.rope(
         x.double()[None, :, None],
         torch.complex(angle.cos().double(), angle.sin().double())[None],
@@ -65,7 +66,7 @@ def test_swiglu(fmt, isa, f):
             .flatten(0, 1)
         )
         x, weight = draw(m, d, seed=m), draw(m, seed=2)
-        got = native.swiglu(fmt, data, scale, f, x, weight, isa)
+        got = native_ops.swiglu(fmt, data, scale, f, x, weight, isa)
         inputs = seen(fmt, x)
         both, error = inputs @ stored.t(), (d + 8) * EPS * (inputs.abs() @ stored.abs().t())
         want = ref.swiglu(both) * weight[:, None].double()
@@ -82,7 +83,7 @@ def test_swiglu(fmt, isa, f):
         )
         if m > 2:
             x[1, d - 1], weight[2] = NAN, NAN
-            hurt = native.swiglu(fmt, data, scale, f, x, weight, isa)
+            hurt = native_ops.swiglu(fmt, data, scale, f, x, weight, isa)
             others = [i for i in range(m) if i not in (1, 2)]
             assert (
                 torch.equal(hurt[others], got[others])
@@ -100,9 +101,9 @@ def test_swiglu_at_the_ends_of_silu(isa):
             [torch.nn.functional.pad(g, (0, -len(g) % 16)) for g in (gates, torch.ones(len(gates)))]
         )
         data, scale = native.pack("fp32", w13.flatten()[:, None])
-        return native.swiglu("fp32", data, scale, len(gates), torch.ones(1, 1), torch.ones(1), isa)[
-            0, : len(gates)
-        ]
+        return native_ops.swiglu(
+            "fp32", data, scale, len(gates), torch.ones(1, 1), torch.ones(1), isa
+        )[0, : len(gates)]
 
     gates = torch.cat(
         [
@@ -116,7 +117,7 @@ def test_swiglu_at_the_ends_of_silu(isa):
     ).all()  # exp takes x log2(e), rounded
     far = silu(-torch.tensor([89.0, 100.0, 1000.0, 1e10, 1e30, 1e34, 1e36, 3e38]))
     assert (far == 0).all() and far.signbit().all()
-    beyond = native.swiglu(
+    beyond = native_ops.swiglu(
         "fp32",
         native.pack("fp32", -torch.ones(32, 1) * 1e30)[0],
         1.0,
@@ -176,7 +177,7 @@ def test_attention_in_lanes(isa, dtype, lanes, kw, vw, n, chunk, sharp):
             rows[:, v0 : v0 + vw] = draw(n, vw, seed=3)
         rows = rows.to(dtype)
         got, (want, size) = (
-            native.attend(rows, q, last, k0, v0, vw, scale, chunk, isa),
+            native_ops.attend(rows, q, last, k0, v0, vw, scale, chunk, isa),
             attended(rows, q, last, k0, v0, vw, scale),
         )
         score = (
@@ -189,7 +190,9 @@ def test_attention_in_lanes(isa, dtype, lanes, kw, vw, n, chunk, sharp):
         assert ((got - want).abs() <= relative * size).all(), (k0, v0)
         for i in range(lanes):  # a lane does not know its neighbours
             assert torch.equal(
-                native.attend(rows, q[i : i + 1], last[i : i + 1], k0, v0, vw, scale, chunk, isa),
+                native_ops.attend(
+                    rows, q[i : i + 1], last[i : i + 1], k0, v0, vw, scale, chunk, isa
+                ),
                 got[i : i + 1],
             )
 
@@ -199,17 +202,17 @@ def test_attention_in_lanes(isa, dtype, lanes, kw, vw, n, chunk, sharp):
 def test_rows_that_a_lane_does_not_see_do_not_count(isa, dtype):
     """Neither by their number, however large their scores, nor by a key that is none; nor does a query that is none touch the others."""
     rows, q = draw(100, 40).to(dtype), draw(3, 16, seed=1)
-    want = native.attend(
+    want = native_ops.attend(
         rows, q, torch.tensor([9, 69, 9], dtype=torch.int32), 0, 20, 20, 0.3, 64, isa
     )
     huge = rows.clone()
     huge[70:, :16], huge[80, :16] = 1e4, NAN
     q[2] = NAN
-    got = native.attend(
+    got = native_ops.attend(
         huge, q, torch.tensor([9, 69, 9], dtype=torch.int32), 0, 20, 20, 0.3, 64, isa
     )
     assert torch.equal(got[:2], want[:2]) and got[2].isnan().all()
-    short = native.attend(
+    short = native_ops.attend(
         rows[:10], q[:1], torch.tensor([9], dtype=torch.int32), 0, 20, 20, 0.3, 64, isa
     )
     torch.testing.assert_close(
@@ -223,7 +226,7 @@ def test_rows_that_a_lane_does_not_see_weigh_nothing_at_all(isa, dtype):
     """Where all values that it sees are zero it gets zero, not 1e-38; on AMX too (widths of 32)."""
     rows = draw(5, 96).to(dtype)
     rows[:2, 32:] = 0
-    got = native.attend(
+    got = native_ops.attend(
         rows, draw(1, 32, seed=1), torch.tensor([1], dtype=torch.int32), 0, 32, 64, 0.3, 64, isa
     )
     assert torch.equal(got, torch.zeros(1, 64))
@@ -246,7 +249,7 @@ def integers(name: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def attended_ints(name, rows, q, last, scale, most=255):
-    """The definition of native.attend_ints with one chunk, and how much the rounding of a single weight may move an output."""
+    """The definition of native_ops.attend_ints with one chunk, and how much the rounding of a single weight may move an output."""
     whole, step, key = integers(name, rows)
     out, quantum = [], []
     for query, n in zip(q, last):
@@ -286,7 +289,7 @@ def test_attention_over_integers(isa, name, lanes, n, sharp):
     last = torch.tensor(
         [n - 1 - (i * 7) % n if i else n - 1 for i in range(lanes)], dtype=torch.int32
     )
-    got = native.attend_ints(numbers, rows, q, last, sharp, 1 << 20, isa)
+    got = native_ops.attend_ints(numbers, rows, q, last, sharp, 1 << 20, isa)
     want, quantum = attended_ints(name, rows, q, last, sharp, 127 if isa == "avx2" else 255)
     assert (
         (got - want).abs() <= 6 * quantum + 1e-3 * want.abs().amax(1, keepdim=True)
@@ -294,7 +297,9 @@ def test_attention_over_integers(isa, name, lanes, n, sharp):
     assert (got - want).norm() < 0.01 * want.norm()
     for i in range(lanes):  # a lane does not know its neighbours
         assert torch.equal(
-            native.attend_ints(numbers, rows, q[i : i + 1], last[i : i + 1], sharp, 1 << 20, isa),
+            native_ops.attend_ints(
+                numbers, rows, q[i : i + 1], last[i : i + 1], sharp, 1 << 20, isa
+            ),
             got[i : i + 1],
         )
 
@@ -308,7 +313,7 @@ def test_a_row_that_has_all_the_weight_comes_out_as_it_is(isa, name):
     for first in range(0, 64, 16):
         q = torch.zeros(16, 576)
         q[range(16), range(512 + first, 528 + first)] = 30.0
-        got = native.attend_ints(
+        got = native_ops.attend_ints(
             codec_numbers(name, WIDTHS),
             rows,
             q,
@@ -327,23 +332,23 @@ def test_integers_of_rows_and_queries_that_are_none(isa, name):
     """What a lane does not see may be NaN; what it sees may not; nor may its query. Chunks are combined."""
     rows, q, numbers = stored_rows(name, 200), draw(3, 576, seed=1), codec_numbers(name, WIDTHS)
     last = torch.tensor([130, 190, 130], dtype=torch.int32)
-    want = native.attend_ints(numbers, rows, q, last, 0.05, 64, isa)
-    whole = native.attend_ints(numbers, rows, q, last, 0.05, 1 << 20, isa)
+    want = native_ops.attend_ints(numbers, rows, q, last, 0.05, 64, isa)
+    whole = native_ops.attend_ints(numbers, rows, q, last, 0.05, 1 << 20, isa)
     assert (whole - want).norm() < 0.01 * want.norm()
     bad = rows.clone()
     bad[140, 0] = 0xFF
     q[2, 100] = float("inf")
-    got = native.attend_ints(numbers, bad, q, last, 0.05, 64, isa)
+    got = native_ops.attend_ints(numbers, bad, q, last, 0.05, 64, isa)
     assert torch.equal(got[0], want[0]) and got[1:].isnan().all()
     q[2] = 0
-    got = native.attend_ints(numbers, rows, q, last, 0.05, 64, isa)
+    got = native_ops.attend_ints(numbers, rows, q, last, 0.05, 64, isa)
     assert torch.equal(got[:2], want[:2]) and got[2].isfinite().all()
     for wrong in (
-        lambda: native.attend_ints(codec_numbers("int8", WIDTHS), rows, q, last, 1.0, 64),
-        lambda: native.attend_ints(numbers, rows, q, last, 1.0, 33),
-        lambda: native.attend_ints(numbers, rows[:, 1:], q, last, 1.0, 64),
-        lambda: native.attend_ints(numbers, rows, q[:, 1:], last, 1.0, 64),
-        lambda: native.attend_ints(codec_numbers(name, (384, 64)), rows, q, last, 1.0, 64),
+        lambda: native_ops.attend_ints(codec_numbers("int8", WIDTHS), rows, q, last, 1.0, 64),
+        lambda: native_ops.attend_ints(numbers, rows, q, last, 1.0, 33),
+        lambda: native_ops.attend_ints(numbers, rows[:, 1:], q, last, 1.0, 64),
+        lambda: native_ops.attend_ints(numbers, rows, q[:, 1:], last, 1.0, 64),
+        lambda: native_ops.attend_ints(codec_numbers(name, (384, 64)), rows, q, last, 1.0, 64),
     ):
         with pytest.raises(ValueError):
             wrong()
@@ -362,7 +367,7 @@ def test_what_rounding_leaves_over_stays_with_what_is_seen(isa):
     q[0, 512] = 0.1796875
     rows, last = cache_codec.encode("4bit", (latent, key)), torch.tensor([1], dtype=torch.int32)
     alone, beside = (
-        native.attend_ints(
+        native_ops.attend_ints(
             codec_numbers("4bit", WIDTHS), rows[:n], q, last, 0.11800399422645569, 64, isa
         )
         for n in (2, 3)
@@ -373,21 +378,21 @@ def test_what_rounding_leaves_over_stays_with_what_is_seen(isa):
 def test_what_does_not_fit_is_refused():
     x, rows, last = draw(2, 6), draw(3, 8), torch.tensor([2, 2], dtype=torch.int32)
     for call in (
-        lambda: native.rms_norm(x, draw(5), 1e-6),
-        lambda: native.rope(draw(2, 5), draw(2, 5), True),
-        lambda: native.rope(x, draw(1, 6), True),
-        lambda: native.swiglu(
+        lambda: native_ops.rms_norm(x, draw(5), 1e-6),
+        lambda: native_ops.rope(draw(2, 5), draw(2, 5), True),
+        lambda: native_ops.rope(x, draw(1, 6), True),
+        lambda: native_ops.swiglu(
             "fp32", torch.zeros(64 * 6 * 2, dtype=torch.uint8), 1.0, 16, x, draw(1)
         ),
-        lambda: native.swiglu("fp32", torch.zeros(7, dtype=torch.uint8), 1.0, 16, x, draw(2)),
-        lambda: native.attend(rows, x, last, 3, 0, 2, 1.0, 64),
-        lambda: native.attend(rows, x, last, -1, 0, 2, 1.0, 64),
-        lambda: native.attend(rows, x, last, 0, 7, 2, 1.0, 64),
-        lambda: native.attend(rows, x, last[:1], 0, 0, 2, 1.0, 64),
-        lambda: native.attend(rows, x, last, 0, 0, 2, 1.0, 0),
-        lambda: native.attend(rows[:0], x, last, 0, 0, 2, 1.0, 64),
-        lambda: native.attend(rows, draw(17, 6), last, 0, 0, 2, 1.0, 64),
-        lambda: native.rms_norm(x, draw(6), 1e-6, "mmx"),
+        lambda: native_ops.swiglu("fp32", torch.zeros(7, dtype=torch.uint8), 1.0, 16, x, draw(2)),
+        lambda: native_ops.attend(rows, x, last, 3, 0, 2, 1.0, 64),
+        lambda: native_ops.attend(rows, x, last, -1, 0, 2, 1.0, 64),
+        lambda: native_ops.attend(rows, x, last, 0, 7, 2, 1.0, 64),
+        lambda: native_ops.attend(rows, x, last[:1], 0, 0, 2, 1.0, 64),
+        lambda: native_ops.attend(rows, x, last, 0, 0, 2, 1.0, 0),
+        lambda: native_ops.attend(rows[:0], x, last, 0, 0, 2, 1.0, 64),
+        lambda: native_ops.attend(rows, draw(17, 6), last, 0, 0, 2, 1.0, 64),
+        lambda: native_ops.rms_norm(x, draw(6), 1e-6, "mmx"),
     ):
         with pytest.raises(ValueError):
             call()

@@ -1,7 +1,7 @@
 """The compiled kernels (csrc/, `lamoe._native`) as functions of torch tensors, when they are there. `available()` says whether; without them
 everything runs on torch ops, and `announce` says so once. LAMOE_ISA = scalar | avx2 | avxvnni | avx512vnni | avx512 | amx forces an instruction set.
 
-Weight formats, group-wise over 16 inputs of one output (csrc/ops.h has the bytes):
+Weight formats, group-wise over 16 inputs of one output (csrc/cpu/formats.h has the bytes):
     fp32, bf16   as they are
     int8         code -127..127 x an 8-bit scale: 8.5 bits a weight
     int4         16 uneven levels x an 8-bit scale with a sign: 4.5 bits a weight
@@ -126,97 +126,4 @@ def linear(
     each, bf16 to bfloat16; sums are exact integers per group, then float32."""
     return torch.from_numpy(
         lib.linear(FORMATS[fmt], data.numpy(), scale, n, x.contiguous().numpy(), isa)
-    )
-
-
-# ---- ops that a step is made of, one by one: for tests against ref.py --------------------------------------------------------------------------
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, isa: str = "") -> torch.Tensor:
-    """ref.rms_norm of float32 rows x [n, D], weight [D]."""
-    return torch.from_numpy(
-        lib.rms_norm(x.contiguous().numpy(), weight.contiguous().numpy(), eps, isa)
-    )
-
-
-def rope(x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool, isa: str = "") -> torch.Tensor:
-    """Float32 rows x [n, R] turned, each by its row of cos_sin [n, R]: R / 2 cosines, then R / 2 sines."""
-    return torch.from_numpy(
-        lib.rope(x.contiguous().numpy(), cos_sin.contiguous().numpy(), interleaved, isa)
-    )
-
-
-def swiglu(
-    fmt: str,
-    w13: torch.Tensor,
-    scale: float,
-    f: int,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    isa: str = "",
-) -> torch.Tensor:
-    """silu(gate) * up * weight of x [m, D]; w13: a packed matrix of F gates and F ups, each filled up to whole tiles of 16; weight [m] -> float32 [m, F filled
-    up to 64 with zeros]."""
-    return torch.from_numpy(
-        lib.swiglu(
-            FORMATS[fmt],
-            w13.numpy(),
-            scale,
-            f,
-            x.contiguous().numpy(),
-            weight.contiguous().numpy(),
-            isa,
-        )
-    )
-
-
-def attend(
-    rows: torch.Tensor,
-    q: torch.Tensor,
-    last: torch.Tensor,
-    k0: int,
-    v0: int,
-    vw: int,
-    scale: float,
-    chunk: int,
-    isa: str = "",
-) -> torch.Tensor:
-    """Attention of up to 16 queries q [L, kw] over cache rows [S, W] (float32 or bfloat16): keys in columns k0 .. k0 + kw, values in v0 .. v0 + vw; query i sees
-    rows 0 .. last[i] (int32). chunk: rows of a partial result. -> float32 [L, vw]"""
-    elem = "fp32" if rows.dtype == torch.float32 else "bf16"
-    return torch.from_numpy(
-        lib.attend(
-            FORMATS[elem],
-            rows.contiguous().view(torch.uint8).numpy(),
-            q.contiguous().numpy(),
-            last.numpy(),
-            k0,
-            v0,
-            vw,
-            scale,
-            chunk,
-            isa,
-        )
-    )
-
-
-def attend_ints(
-    codec: list[int],
-    rows: torch.Tensor,
-    q: torch.Tensor,
-    last: torch.Tensor,
-    scale: float,
-    chunk: int,
-    isa: str = "",
-) -> torch.Tensor:
-    """Absorbed attention of up to 16 queries q [L, latent + rope] over stored rows (uint8 [S, row bytes]; codec: packed.codec_numbers) as integers: the latent as
-    bytes with one step a row, queries of 8 bits, weights of 8 bits in each tile of 64 rows; the rope key in bfloat16. -> float32 [L, latent]"""
-    return torch.from_numpy(
-        lib.attend_ints(
-            codec,
-            rows.contiguous().numpy(),
-            q.contiguous().numpy(),
-            last.numpy(),
-            scale,
-            chunk,
-            isa,
-        )
     )
