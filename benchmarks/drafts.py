@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import lamoe
-from lamoe.cli import find_model
+from lamoe.cli.models import find_model
 from lamoe.train.sources import read_documents
 
 FUNCTIONS = (

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import lamoe
-from lamoe.measure import needle, report
+from lamoe.measure import needle, plots
 from lamoe.model.config import ModelConfig, RopeScaling
 from lamoe.model.transformer import Transformer
 from lamoe.train.optim import MasterAdamW, Optim
@@ -214,7 +214,7 @@ def main() -> None:
             flush=True,
         )
     args.out.mkdir(parents=True, exist_ok=True)
-    report.plot_needle(panels, args.out / "needle.png")
+    plots.needle(panels, args.out / "needle.png")
     (args.out / "needle.json").write_text(json.dumps(panels, indent=1) + "\n", encoding="utf-8")
     for folder, name in (("base", f"trained at {LENGTH}"), ("extended", "with YaRN, extended")):
         if name in models:

@@ -1,7 +1,8 @@
-"""`python -m lamoe` is the command line."""
+"""`python -m lamoe` runs the command line."""
 
 import sys
 
 from lamoe.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

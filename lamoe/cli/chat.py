@@ -1,7 +1,10 @@
-"""A conversation in the terminal: turns over one LLM, whose prefix cache holds what was said, so that a turn computes only what is new.
+"""A conversation in the terminal.
 
-Replies go to `out`; everything else (notices, answers of commands) to `err`, so that `lamoe chat` in a pipe prints replies only. Without a terminal
-every line of standard input is a turn.
+All turns run on one LLM. Its prefix cache holds the conversation so far, so each turn computes only
+the new tokens.
+
+Replies go to `out`. Notices and the output of commands go to `err`, so a pipe gets the replies
+alone. Without a terminal, each line of standard input is one message.
 """
 
 from __future__ import annotations
@@ -26,14 +29,15 @@ from lamoe.model.config import did_you_mean
 HELP = """/help           this list
 /clear          forget the conversation; the system text stays
 /system [TEXT]  show the system text, or set it; /system "" removes it
-/save FILE      write the conversation, and what is cached of it to FILE.cache.safetensors
-/load FILE      go on with a saved conversation
+/save FILE      write the conversation, and its cached part to FILE.cache.safetensors
+/load FILE      continue a saved conversation
 /quit           leave (Ctrl-D too)
-A line that begins with \"\"\" opens a message of several lines; the next \"\"\" at the end of a line closes it. A message that itself begins with / is
-written with //. Ctrl-C stops the reply."""
+A line that begins with \"\"\" opens a message of several lines; the next \"\"\" at the end of a
+line closes it. Write // for a message that begins with /. Ctrl-C stops the reply."""
 COMMANDS = ("/help", "/clear", "/system", "/save", "/load", "/quit")
 KIND, MAX_FILE_BYTES = "lamoe conversation", 64 << 20
-# On a terminal control characters are commands (move the cursor, change the title, ...), which a model must not be able to give
+# Visible replacements of control characters. A terminal takes those as commands (move the cursor,
+# change the title, ...), and a model must not be able to send commands.
 _VISIBLE = (
     {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}
     | {0x7F: 0x2421}
@@ -42,8 +46,12 @@ _VISIBLE = (
 
 
 class Chat:
-    """The conversation: `messages` ({"role", "content"}, a system text first when there is one) and what can be done with it. A turn or command that
-    fails says so on `err`, counts in `failures` and leaves the conversation as it was."""
+    """A conversation and the commands that act on it.
+
+    `messages` holds {"role", "content"} dictionaries; a system text comes first if there is one. A
+    turn or command that fails prints why on `err`, adds one to `failures` and leaves the
+    conversation unchanged.
+    """
 
     def __init__(
         self,
@@ -57,28 +65,36 @@ class Chat:
         if llm.tokenizer is None:
             raise ValueError("a chat needs a tokenizer; use a model folder with tokenizer.json")
         if params.n != 1:
-            raise ValueError(f"a chat has one reply a turn, n is {params.n}; leave it at 1")
+            raise ValueError(f"a chat has one reply per turn, but n is {params.n}; set it to 1")
         self.llm, self.params, self.dim, self.failures = llm, params, dim, 0
         self.out, self.err = out or sys.stdout, err or sys.stderr
         self.messages = [{"role": "system", "content": system}] if system else []
 
-    # ---- turns ---------------------------------------------------------------------------------------------------
+    # ---- turns -----------------------------------------------------------------------------------
     def say(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Output | None:
-        """One turn: print the reply to `text` as it comes, until it ends or `stopped()`. A reply that was stopped stays in the conversation as far as
-        it was shown; when nothing was, the turn is taken back. None when the turn failed."""
+        """Run one turn: stream the reply to `text` until it ends or `stopped()` is true.
+
+        Of a stopped reply, the part that was shown stays in the conversation. If nothing was
+        shown, the message is removed from the conversation.
+
+        Returns:
+            The output, or None if the turn failed.
+        """
         turn = [*self.messages, {"role": "user", "content": text}]
         try:
             output = self._reply(turn, stopped)
         except ValueError as e:
-            return self._fail(str(e))
+            self._fail(str(e))
+            return None
         if output.finish_reason == "error":
-            return self._fail(f"the reply failed: {output.error}; the message is taken back")
-        reply = output.text.strip()  # a template sets its own blanks around a reply
+            self._fail(f"the reply failed: {output.error}; the message is discarded")
+            return None
+        reply = output.text.strip()  # the chat template adds its own whitespace
         if output.finish_reason == "abort":
             self.note(
                 "[stopped]"
                 if reply
-                else "[stopped before the reply began; the message is taken back]"
+                else "[stopped before the reply began; the message is discarded]"
             )
             if not reply:
                 return output
@@ -90,12 +106,14 @@ class Chat:
         return output
 
     def _reply(self, turn: list[dict], stopped: Callable[[], bool]) -> Output:
-        """Not through llm.stream: a long prompt takes many steps without a delta, and `stopped` is asked between all of them."""
+        # llm.stream would check `stopped` only at each token, but a long prompt takes many steps
+        # before the first one.
         ids = self.llm.tokenizer.apply_chat(turn)
         if len(ids) >= self.llm.max_model_len:
             raise ValueError(
-                f"with this message the conversation has {len(ids)} tokens, and the context is {self.llm.max_model_len}, reply included; "
-                "the message is not kept: shorten it, or /save FILE and /clear to start anew"
+                f"with this message the conversation has {len(ids)} tokens, and the context is "
+                f"{self.llm.max_model_len}, reply included; the message is discarded: shorten it, "
+                "or /save FILE and /clear to start again"
             )
         [id] = self.llm.add(ids, self.params)
         output, began = None, False
@@ -121,19 +139,21 @@ class Chat:
         used, context = output.prompt_tokens + len(output.token_ids), self.llm.max_model_len
         if used >= context:
             self.note(
-                f"[the context is full: {used} of {context} tokens; /save FILE keeps the conversation, /clear starts anew]"
+                f"[the context is full: {used} of {context} tokens; /save FILE keeps the "
+                "conversation, /clear starts a new one]"
             )
         else:
             self.note(f"[cut at --max-tokens {self.params.max_tokens}]")
 
-    # ---- commands ------------------------------------------------------------------------------------------------
+    # ---- commands --------------------------------------------------------------------------------
     def command(self, line: str) -> bool:
-        """Do what a line that begins with / says. True: leave."""
+        """Run a line that begins with /. Returns True if the chat should end."""
         name, _, rest = line.strip().partition(" ")
         rest = rest.strip()
         if name not in COMMANDS:
             self._fail(
-                f"unknown command {name!r}{did_you_mean(name, COMMANDS) or ';'} /help lists them; a message that itself begins with / is written with //"
+                f"unknown command {name!r}{did_you_mean(name, COMMANDS) or ';'} /help lists the "
+                "commands; write // for a message that begins with /"
             )
         elif name in ("/save", "/load") and not rest:
             self._fail(f"{name} needs a file, for example {name} talk.json")
@@ -151,19 +171,16 @@ class Chat:
         self.note(HELP)
 
     def quit(self) -> None:
-        """Nothing to do first."""
+        """`command` leaves; nothing has to be done before."""
 
     def clear(self) -> None:
         self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
         self.note("[the conversation is cleared]")
 
     def system(self, text: str) -> None:
-        """Show the system text when `text` is empty, else set it for the whole conversation; '""' removes it."""
-        now = (
-            self.messages[0]["content"]
-            if self.messages and self.messages[0]["role"] == "system"
-            else None
-        )
+        """Show the system text if `text` is empty, else set it; '""' removes it."""
+        has_system = bool(self.messages) and self.messages[0]["role"] == "system"
+        now = self.messages[0]["content"] if has_system else None
         if not text:
             self.note(now or "[no system text]")
             return
@@ -173,33 +190,34 @@ class Chat:
         self.note("[system text set]" if text else "[system text removed]")
 
     def save(self, file: str) -> None:
-        """Write the conversation to `file` (JSON) and the cache rows of its beginning, where there are any, beside it."""
+        """Write the conversation to `file` (JSON) and its cached rows to a file next to it."""
         path = Path(file).expanduser()
         if path.exists():
-            _read(path)  # only a conversation is overwritten
+            _read(path)  # refuse to overwrite anything but a conversation
         rows = _cache_file(path)
         if rows.exists() and not is_cache(rows):
             raise ValueError(
-                f"{rows} exists and is not a saved cache, so it is not overwritten; save to another name"
+                f"{rows} exists and is not a saved cache, so it is not overwritten; save to "
+                "another name"
             )
-        tokens = (
-            self.llm.tokenizer.apply_chat(self.messages, add_generation_prompt=False)
-            if self.messages
-            else []
-        )
+        tokens = []
+        if self.messages:
+            tokens = self.llm.tokenizer.apply_chat(self.messages, add_generation_prompt=False)
         try:
-            cached = (
-                f"{self.llm.save_cache(rows, tokens)} of {len(tokens)} tokens cached in {rows.name}"
-            )
+            num_saved = self.llm.save_cache(rows, tokens)
+            cached = f"{num_saved} of {len(tokens)} tokens cached in {rows.name}"
         except ValueError:
-            rows.unlink(missing_ok=True)  # of what was saved under this name before
-            cached = "nothing of it is in the cache"
+            rows.unlink(missing_ok=True)  # it belongs to an earlier conversation of this name
+            cached = "none of it is in the cache"
         content = {"kind": KIND, "version": 1, "messages": self.messages}
         atomic.write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
         self.note(f"[saved {len(self.messages)} messages to {path}; {cached}]")
 
     def load(self, file: str) -> None:
-        """Replace the conversation by a saved one. Cache rows that do not suit this model are left aside, and said so: the text is what counts."""
+        """Replace the conversation with a saved one.
+
+        Cached rows of another model are ignored with a notice; the text is then computed again.
+        """
         path = Path(file).expanduser()
         self.messages, rows = _read(path), _cache_file(path)
         cached = "without cached rows, so its text is computed again"
@@ -210,8 +228,9 @@ class Chat:
                 cached = f"its cached rows are not used, so its text is computed again: {e}"
         self.note(f"[loaded {len(self.messages)} messages from {path}; {cached}]")
 
-    # ---- what is said beside replies -----------------------------------------------------------------------------
+    # ---- notices ---------------------------------------------------------------------------------
     def note(self, text: str) -> None:
+        """Print a notice on `err`."""
         text = text.translate(_VISIBLE) if self.err.isatty() else text
         print(f"\x1b[2m{text}\x1b[0m" if self.dim else text, file=self.err, flush=True)
 
@@ -229,21 +248,27 @@ def run(
     stdout: TextIO | None = None,
     stderr: TextIO | None = None,
 ) -> int:
-    """Chat until the input ends or /quit. The exit code: 1 when there is no terminal and a line of the input failed, else 0."""
+    """Chat until the input ends or /quit.
+
+    Returns:
+        The exit code: 1 if the input is not a terminal and one of its lines failed, else 0.
+    """
     stdin = stdin or sys.stdin
     terminal = stdin.isatty() and (stdout or sys.stdout).isatty()
     colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     chat = Chat(llm, params, system, stdout, stderr, dim=colour and (stderr or sys.stderr).isatty())
     if terminal:
         chat.note(
-            f"{name or 'model'} · context {llm.max_model_len} tokens · cache {llm.cache.format}, {human_bytes(llm.cache.nbytes)} · /help\n{llm.plan().describe()}"
+            f"{name or 'model'} · context {llm.max_model_len} tokens · cache {llm.cache.format}, "
+            f"{human_bytes(llm.cache.nbytes)} · /help\n{llm.plan().describe()}"
         )
     if llm.tokenizer.chat_template is None:
         chat.note(
-            "[this model comes without a chat template, so it may not be trained to chat; DeepSeek-V2's format is used]"
+            "[this model has no chat template and may not be trained to chat; DeepSeek-V2's format "
+            "is used]"
         )
     read = _reader(stdin, chat.out, terminal, colour)
-    leaving = False  # the last thing was a Ctrl-C at the prompt
+    leaving = False  # whether the last input was a Ctrl-C at the prompt
     while True:
         try:
             line = _message(read)
@@ -253,30 +278,35 @@ def run(
             chat.out.write("\n")
             if leaving:
                 return 0
-            chat.note("[/quit or Ctrl-C once more leaves]")
+            chat.note("[Ctrl-C again or /quit leaves]")
             leaving = True
             continue
         leaving = False
-        if line is None:
-            if terminal:
-                print(file=chat.out, flush=True)
+        if line is None and terminal:
+            print(file=chat.out, flush=True)
+        if line is None or _handle(chat, line, terminal):
             return 1 if chat.failures and not terminal else 0
-        with _Interrupt(terminal) as interrupt:
-            if line.startswith("/") and not line.startswith("//"):
-                if chat.command(line):
-                    return 1 if chat.failures and not terminal else 0
-            elif line.strip():
-                chat.say(line.removeprefix("/"), lambda: interrupt.asked)
+
+
+def _handle(chat: Chat, line: str, terminal: bool) -> bool:
+    """Run one message or command. Returns True if the chat should end."""
+    with _Interrupt(terminal) as interrupt:
+        if line.startswith("/") and not line.startswith("//"):
+            return chat.command(line)
+        if line.strip():
+            chat.say(line.removeprefix("/"), lambda: interrupt.asked)
+    return False
 
 
 class _Interrupt:
-    """Inside, the first Ctrl-C only sets `asked`: raised anywhere, it could leave the engine between two states. The second one raises."""
+    """While active, the first Ctrl-C only sets `asked`, and the second one raises.
+
+    An exception at an arbitrary point could leave the engine in an undefined state.
+    """
 
     def __init__(self, active: bool):
-        self.active, self.asked = (
-            active and threading.current_thread() is threading.main_thread(),
-            False,
-        )
+        self.active = active and threading.current_thread() is threading.main_thread()
+        self.asked = False
 
     def __enter__(self) -> _Interrupt:
         if self.active:
@@ -293,21 +323,19 @@ class _Interrupt:
         self.asked = True
 
 
-# ---- input -----------------------------------------------------------------------------------------------------------
+# ---- input ---------------------------------------------------------------------------------------
 def _reader(
     stdin: TextIO, out: TextIO, terminal: bool, colour: bool
 ) -> Callable[[str], str | None]:
-    """A function that reads one line, with the prompt before it on a terminal; None at the end of the input."""
+    """Return a function that shows a prompt (on a terminal) and reads one line; None at the end."""
     if not terminal:
         return lambda prompt: stdin.readline() or None
     try:
-        import readline  # noqa: F401  (line editing and the history of this session; not on every system)
+        import readline  # noqa: F401 (enables line editing and a history in `input`)
 
-        start, end = (
-            "\x01\x1b[1m\x02",
-            "\x01\x1b[0m\x02",
-        )  # readline counts what is not between \x01 and \x02
-    except ImportError:
+        # \x01 and \x02 exclude the escape codes from readline's count of columns
+        start, end = "\x01\x1b[1m\x02", "\x01\x1b[0m\x02"
+    except ImportError:  # not on every system
         start, end = "\x1b[1m", "\x1b[0m"
 
     def read(prompt: str) -> str | None:
@@ -325,7 +353,7 @@ def _reader(
 
 
 def _message(read: Callable[[str], str | None]) -> str | None:
-    """The next line, or the lines from one that begins with three quotes to one that ends with them."""
+    '''Read a line, or the lines between two """. Returns None at the end of the input.'''
     line = read("> ")
     if line is None:
         return None
@@ -339,19 +367,20 @@ def _message(read: Callable[[str], str | None]) -> str | None:
             break
         lines.append(more.rstrip("\r\n"))
     text = "\n".join(lines).rstrip().removesuffix('"""').strip("\n")
-    return f"/{text}" if text.startswith("/") else text  # not a command
+    return f"/{text}" if text.startswith("/") else text  # "//": a message, not a command
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 def _cache_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.cache.safetensors")
 
 
 def _read(path: Path) -> list[dict[str, str]]:
-    """The messages of a saved conversation. ValueError when the file is anything else."""
+    """Read the messages of a saved conversation. ValueError if the file is anything else."""
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(
-            f"{path} has {path.stat().st_size:,} bytes; a conversation of more than {MAX_FILE_BYTES:,} is refused"
+            f"{path} has {path.stat().st_size:,} bytes; a conversation may have at most "
+            f"{MAX_FILE_BYTES:,}"
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -359,11 +388,13 @@ def _read(path: Path) -> list[dict[str, str]]:
         raw = None
     if not isinstance(raw, dict) or raw.get("kind") != KIND:
         raise ValueError(
-            f"{path} is not a saved conversation; give a file that /save wrote, or to /save another name"
+            f"{path} is not a saved conversation; give a file that /save wrote, or to /save "
+            "another name"
         )
     if raw.get("version") != 1:
         raise ValueError(
-            f"{path} is a conversation of version {str(raw.get('version'))[:20]}; this lamoe reads version 1"
+            f"{path} is a conversation of version {str(raw.get('version'))[:20]}; this lamoe reads "
+            "version 1"
         )
     messages = raw.get("messages")
     for n, m in enumerate(messages if isinstance(messages, list) else [None]):
@@ -374,6 +405,7 @@ def _read(path: Path) -> list[dict[str, str]]:
             or m["role"] not in ("user", "assistant", *(["system"] if n == 0 else []))
         ):
             raise ValueError(
-                f"{path}: message {n} must be a role (system only first, user, assistant) and a content, found {str(m)[:60]!r}"
+                f"{path}: message {n} must have a role (user, assistant, or system for the first "
+                f"one) and a content, found {str(m)[:60]!r}"
             )
     return messages

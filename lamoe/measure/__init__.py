@@ -1,1 +1,1 @@
-"""Measuring a model and the machine: quality, speed, health."""
+"""Measurements of a model and of the machine: quality, speed, health."""

@@ -1,7 +1,8 @@
-"""`lamoe doctor`: what this machine and installation are, what lamoe makes of them, and a small check that the kernels compute what the torch ops do.
+"""`lamoe doctor`: describe the machine and the installation, and check the kernels' results.
 
-`examine` finds out, `render` says it in words. Problems (something is broken, or the compiled kernels are missing although nobody switched them off)
-make the exit code 1; notes (it works, but here is something to know) do not.
+`examine` collects the facts and `render` prints them. A problem means that something is broken, or
+that the compiled kernels are missing although nobody disabled them; the exit code is then 1. A note
+is worth knowing but nothing is wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import os
 import platform
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,42 +23,42 @@ from lamoe.backends.cpu import native
 from lamoe.engine.llm import LLM
 from lamoe.engine.plan import available_memory
 from lamoe.engine.sampler import SamplingParams
-from lamoe.measure.bench import Machine
+from lamoe.measure.timing import Machine
 from lamoe.model.accounting import human_bytes
 from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
 
 EXTRAS = {
     "serve": "lamoe serve, and structured output (regex, grammar, JSON schema)",
-    "train": "pictures in reports, TensorBoard events",
+    "train": "plots in reports, TensorBoard events",
     "gguf": "lamoe convert of GGUF files",
-    "test": "make test; of no use to a server, and neither is the chromium that tests of the page look for",
+    "test": "make test; a server does not need it, nor the chromium that tests of the page use",
     "lm-eval": "make test-lm-eval",
-    "dev": "make lint and make format",
+    "dev": "make lint: ruff, mypy, clang-format",
 }
+# CPU features that the kernels can use, with the names of /proc/cpuinfo
 FLAGS = (
-    "avx2",
-    "fma",
-    "f16c",
-    "avx512f",
-    "avx512bw",
-    "avx512dq",
-    "avx512vl",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx_vnni",
-    "amx_tile",
-    "amx_int8",
-    "amx_bf16",
-)  # as Linux calls them
+    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    *("avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16"),
+)
 VARIABLES = ("LAMOE_IMPL", "LAMOE_ISA", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
-MARGIN = 1e-3  # of the largest value, by which two ways of adding up may differ; a wrong kernel is off by far more
+# Differences from another order of summation stay below this share of the largest value. A wrong
+# kernel is off by far more.
+MARGIN = 1e-3
+Replies = tuple[list[list[int]], list[float]]
 
 
 def examine(buffer_bytes: int = 256 << 20) -> dict[str, Any]:
-    """Everything, as JSON takes it. buffer_bytes: read to measure the memory's bandwidth; far larger than the caches."""
+    """Collect all facts, run the checks and judge them.
+
+    Args:
+        buffer_bytes: memory that the bandwidth probe reads; must be far larger than the caches.
+
+    Returns:
+        JSON-compatible facts, with the keys "problems", "notes" and "verdict".
+    """
     cpu, memory, kernels = _cpu(), _memory(), _kernels()
-    found = {
+    found: dict[str, Any] = {
         "lamoe": __version__,
         "cpu": cpu,
         "memory": memory,
@@ -70,38 +70,32 @@ def examine(buffer_bytes: int = 256 << 20) -> dict[str, Any]:
             **{name: _version(name) for name in _requirements(None)},
         },
         "extras": {
-            extra: {
-                "for": why,
-                "missing": [name for name in _requirements(extra) if _version(name) is None],
-            }
-            for extra, why in EXTRAS.items()
+            extra: {"for": purpose, "missing": _missing(extra)} for extra, purpose in EXTRAS.items()
         },
         "hub": {"folder": constants.HF_HUB_CACHE, "offline": constants.HF_HUB_OFFLINE},
     }
-    probed = kernels["isa"] is not None
-    if probed and (memory["available"] is None or memory["available"] > 2 * buffer_bytes):
-        machine = Machine.probe(cpu["threads"], torch.zeros(buffer_bytes, dtype=torch.uint8))
-        found["probe"] = {
-            "read_bytes_per_s": machine.read,
-            "int8_ops_per_s": 2 * machine.int8,
-            "bf16_flops": 2 * machine.bf16,
-            "fp32_flops": 2 * machine.fp32,
-        }
+    enough_memory = memory["available"] is None or memory["available"] > 2 * buffer_bytes
+    if kernels["isa"] is not None and enough_memory:
+        found["probe"] = _probe(cpu["threads"], buffer_bytes)
     found["checks"] = checks()
     found["problems"], found["notes"] = _judge(found)
-    found["verdict"] = (
-        "broken"
-        if any(not c["passed"] for c in found["checks"])
-        else "limited"
-        if found["problems"]
-        else "good"
-    )
+    failed = any(not check["passed"] for check in found["checks"])
+    found["verdict"] = "broken" if failed else "limited" if found["problems"] else "good"
     return found
 
 
-# ---- the machine -------------------------------------------------------------------------------------------------------
+def exit_code(found: dict[str, Any]) -> int:
+    """Return 0 if there are no problems, else 1."""
+    return int(bool(found["problems"]))
+
+
+# ---- the machine ---------------------------------------------------------------------------------
 def _cpu(info: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
-    """threads: what torch, and so lamoe without --threads, computes with. quota: CPUs that the control group grants, None without a limit."""
+    """Facts about the CPU.
+
+    "threads" is what torch uses, and so lamoe without --threads. "quota" is the number of CPUs that
+    the control group grants; None means no limit.
+    """
     try:
         text = info.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -112,21 +106,18 @@ def _cpu(info: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
         if block.strip()
     ]
     first = blocks[0] if blocks else {}
-    has = set(first.get("flags", "").split())
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    flags = set(first.get("flags", "").split())
+    cores = {
+        (b["physical id"], b["core id"]) for b in blocks if "core id" in b and "physical id" in b
+    }
     return {
         "model": first.get("model name", platform.processor() or "unknown"),
-        "features": [f for f in FLAGS if f in has],
-        "cores": len(
-            {
-                (b["physical id"], b["core id"])
-                for b in blocks
-                if "core id" in b and "physical id" in b
-            }
-        )
-        or None,
+        "features": [f for f in FLAGS if f in flags],
+        "cores": len(cores) or None,
         "logical": os.cpu_count(),
-        "usable": usable,
+        "usable": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "quota": _quota(),
         "threads": torch.get_num_threads(),
     }
@@ -136,7 +127,7 @@ def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
     try:
         most, period = file.read_text().split()
         return round(int(most) / int(period), 2)
-    except (OSError, ValueError):  # "max" is no number and no limit
+    except (OSError, ValueError):  # no control group, or "max", which means no limit
         return None
 
 
@@ -146,26 +137,45 @@ def _memory() -> dict[str, Any]:
     except (ValueError, OSError, AttributeError):
         total = None
     try:
-        pages = re.search(
-            r"\[(\w+)\]", Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-        )[1]
-    except (OSError, TypeError):
-        pages = None
-    return {"total": total, "available": available_memory(), "huge_pages": pages}
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        setting = ""
+    chosen = re.search(r"\[(\w+)\]", setting)
+    return {
+        "total": total,
+        "available": available_memory(),
+        "huge_pages": chosen[1] if chosen else None,
+    }
 
 
-# ---- the installation ----------------------------------------------------------------------------------------------------
+def _probe(threads: int, buffer_bytes: int) -> dict[str, float]:
+    machine = Machine.probe(threads, torch.zeros(buffer_bytes, dtype=torch.uint8))
+    return {
+        "read_bytes_per_s": machine.read,
+        "int8_ops_per_s": 2 * machine.int8,
+        "bf16_flops": 2 * machine.bf16,
+        "fp32_flops": 2 * machine.fp32,
+    }
+
+
+# ---- the installation ----------------------------------------------------------------------------
 def _requirements(extra: str | None) -> list[str]:
-    """Names of the packages that lamoe, or an extra of it, asks for."""
+    """Names of the packages that lamoe requires, or that one of its extras requires."""
     try:
         lines = importlib.metadata.requires("lamoe") or []
     except importlib.metadata.PackageNotFoundError:  # run from a folder that is not installed
         return []
-    of = [
-        (re.match(r"[\w.-]+", line)[0], re.search(r"extra\s*==\s*['\"]([\w.-]+)", line))
-        for line in lines
-    ]
-    return [name for name, found in of if (found[1] if found else None) == extra]
+    names = []
+    for line in lines:
+        name = re.match(r"[\w.-]+", line)
+        belongs_to = re.search(r"extra\s*==\s*['\"]([\w.-]+)", line)
+        if name and (belongs_to[1] if belongs_to else None) == extra:
+            names.append(name[0])
+    return names
+
+
+def _missing(extra: str) -> list[str]:
+    return [name for name in _requirements(extra) if _version(name) is None]
 
 
 def _version(package: str) -> str | None:
@@ -176,80 +186,77 @@ def _version(package: str) -> str | None:
 
 
 def _kernels() -> dict[str, Any]:
-    """isa: of the compiled kernels when they run, else None and `why`."""
-    found = {"isa": None, "why": None, "could": []}
+    """Facts about the compiled kernels.
+
+    "isa" is the instruction set that runs; None if the kernels do not run, and "why" says why.
+    "could" lists the instruction sets that this CPU supports.
+    """
+    found: dict[str, Any] = {"isa": None, "why": None, "could": []}
     if native.lib is None:
-        return found | {"why": f"they are not there ({native.missing()})"}
+        return found | {"why": f"they are missing ({native.missing()})"}
     found["could"] = [name.strip() for name in native.lib.features().split(",")]
     if not native.available():
-        return found | {"why": f"LAMOE_IMPL={os.environ['LAMOE_IMPL']} switches them off"}
+        return found | {"why": f"LAMOE_IMPL={os.environ['LAMOE_IMPL']} disables them"}
     try:
         return found | {"isa": native.lib.isa()}
-    except ValueError as e:  # LAMOE_ISA names one that this CPU lacks
+    except ValueError as e:  # LAMOE_ISA names an instruction set that this CPU lacks
         return found | {"why": str(e)}
 
 
-# ---- whether it computes what it should ------------------------------------------------------------------------------------
+# ---- whether the results are right ---------------------------------------------------------------
 def checks() -> list[dict[str, Any]]:
-    """[{"name", "passed", "says"}]. On a tiny random DeepSeek-V2: the torch ops run; where the compiled kernels run, their products are those of torch
-    for every weight format and instruction set, and their replies are those of the torch ops."""
-    torch_tokens, torch_logprobs = _replies("torch")
+    """Run the checks on a tiny random DeepSeek-V2.
+
+    The torch ops must run. If the compiled kernels run, their matrix products must agree with torch
+    for every weight format and instruction set, and their replies with those of the torch ops.
+
+    Returns:
+        [{"name", "passed", "says"}]
+    """
+    expected = _replies("torch")
     out = [
         _check(
-            "the torch ops run a tiny random model", lambda: f"{sum(map(len, torch_tokens))} tokens"
+            "the torch ops run a tiny random model", lambda: f"{sum(map(len, expected[0]))} tokens"
         )
     ]
-    if _kernels()["isa"] is None:
+    kernels = _kernels()
+    if kernels["isa"] is None:
         return out
-    for isa in _kernels()["could"]:
-        out.append(_check(f"products of {isa} equal torch's", partial(_products, isa)))
-    return [
-        *out,
-        _check(
-            "compiled kernels and torch ops give the same replies",
-            lambda: _same(_replies("native"), (torch_tokens, torch_logprobs)),
-        ),
-    ]
+    for isa in kernels["could"]:
+        out.append(_check(f"products of {isa} equal torch's", _products, isa))
+    name = "compiled kernels and torch ops give the same replies"
+    return [*out, _check(name, lambda: _same(_replies("native"), expected))]
 
 
-def _check(name: str, work: Callable[[], str]) -> dict[str, Any]:
+def _check(name: str, work: Callable[..., str], *args) -> dict[str, Any]:
     try:
-        return {"name": name, "passed": True, "says": work()}
-    except Exception as e:  # whatever it is, it is what doctor is there to tell
-        return {
-            "name": name,
-            "passed": False,
-            "says": f"{type(e).__name__}: {e}" if not isinstance(e, ArithmeticError) else str(e),
-        }
+        return {"name": name, "passed": True, "says": work(*args)}
+    except Exception as e:  # doctor reports any failure
+        says = str(e) if isinstance(e, ArithmeticError) else f"{type(e).__name__}: {e}"
+        return {"name": name, "passed": False, "says": says}
 
 
 def _products(isa: str) -> str:
     generator, worst = torch.Generator().manual_seed(0), 0.0
-    w, x = (
-        torch.randn(48, 192, generator=generator) * 0.02,
-        torch.randn(5, 192, generator=generator),
-    )
-    for fmt, most in (
-        ("fp32", MARGIN),
-        ("bf16", 0.02),
-        ("int8", 0.03),
-        ("int4", 0.03),
-    ):  # x is rounded too: bf16 keeps 8 bits, int8 and int4 take 8
+    w = torch.randn(48, 192, generator=generator) * 0.02
+    x = torch.randn(5, 192, generator=generator)
+    # The inputs are rounded too: to bfloat16, or to 8 bits for int8 and int4.
+    for fmt, limit in (("fp32", MARGIN), ("bf16", 0.02), ("int8", 0.03), ("int4", 0.03)):
         data, scale = native.pack(fmt, w, isa=isa)
         want = x @ native.unpack(fmt, data, 48, 192, scale, isa).T
-        error = float(
-            (native.linear(fmt, data, scale, 48, x, isa) - want).abs().max() / want.abs().max()
-        )
-        if not error <= most:
+        got = native.linear(fmt, data, scale, 48, x, isa)
+        error = float((got - want).abs().max() / want.abs().max())
+        if not error <= limit:
             raise ArithmeticError(
-                f"{fmt} weights: off by {error:.2g} of the largest value, at most {most:g} is rounding"
+                f"{fmt} weights: off by {error:.2g} of the largest value; rounding explains at "
+                f"most {limit:g}"
             )
         worst = max(worst, error)
-    return f"fp32, bf16, int8, int4; at most {worst:.1g} off, which is rounding"
+    return f"fp32, bf16, int8, int4; at most {worst:.1g} off, which rounding explains"
 
 
-def _replies(impl: str) -> tuple[list[list[int]], list[float]]:
-    """Greedy tokens of three prompts and the log-probability of each."""
+def _replies(impl: str) -> Replies:
+    """Greedy tokens for three prompts, and the log-probability of each token."""
     config = ModelConfig(
         model_type="deepseek_v2",
         vocab_size=128,
@@ -271,19 +278,18 @@ def _replies(impl: str) -> tuple[list[list[int]], list[float]]:
         initializer_range=0.2,
         torch_dtype="float32",
     )
-    llm = LLM(
-        Transformer(config).init_weights(1).eval(), cache="fp32", impl=impl, cache_memory=1 << 22
-    )
-    prompts = [[(7 * i + j) % 128 for i in range(n)] for j, n in enumerate((1, 19, 64))]
-    outs = llm.generate(
-        prompts, SamplingParams(temperature=0.0, max_tokens=24, logprobs=0, ignore_eos=True)
-    )
-    return [o.token_ids for o in outs], [
-        found[t] for o in outs for t, found in zip(o.token_ids, o.logprobs)
+    model = Transformer(config).init_weights(1).eval()
+    llm = LLM(model, cache="fp32", impl=impl, cache_memory=1 << 22)
+    prompts: list[str | list[int]] = [
+        [(7 * i + j) % 128 for i in range(n)] for j, n in enumerate((1, 19, 64))
     ]
+    params = SamplingParams(temperature=0.0, max_tokens=24, logprobs=0, ignore_eos=True)
+    outs = llm.generate(prompts, params)
+    logprobs = [found[t] for o in outs for t, found in zip(o.token_ids, o.logprobs)]
+    return [o.token_ids for o in outs], logprobs
 
 
-def _same(a: tuple[list[list[int]], list[float]], b: tuple[list[list[int]], list[float]]) -> str:
+def _same(a: Replies, b: Replies) -> str:
     if a[0] != b[0]:
         raise ArithmeticError("their greedy tokens differ")
     off = max(abs(x - y) for x, y in zip(a[1], b[1]))
@@ -292,131 +298,136 @@ def _same(a: tuple[list[list[int]], list[float]], b: tuple[list[list[int]], list
     return f"{len(a[1])} greedy tokens, log-probabilities within {off:.1g}"
 
 
-# ---- what to make of it ------------------------------------------------------------------------------------------------------
+# ---- the judgement -------------------------------------------------------------------------------
 def _judge(found: dict[str, Any]) -> tuple[list[str], list[str]]:
-    cpu, kernels = found["cpu"], found["kernels"]
+    """(problems, notes)."""
     problems = [f"{c['name']}: NO. {c['says']}" for c in found["checks"] if not c["passed"]]
     problems += [
-        f"{name} is not installed; pip install lamoe again"
+        f"{name} is not installed; install lamoe again with pip"
         for name, version in found["versions"].items()
         if version is None
     ]
-    notes = []
-    if kernels["isa"] is None:
-        if (
-            native.available()
-        ):  # LAMOE_ISA names what this CPU lacks, and models do not fall back in silence
-            problems.append(f"{kernels['why']}. No model runs like this; leave LAMOE_ISA away")
-        else:
-            told = notes if os.environ.get("LAMOE_IMPL") else problems
-            told.append(
-                f"the compiled kernels do not run: {kernels['why']}. Everything but quantised weights works on torch ops, many times slower"
-                + ("; install lamoe with a C++ compiler at hand" if native.lib is None else "")
-            )
-    elif kernels["could"] and kernels["isa"] != kernels["could"][0]:
-        notes.append(
-            f"LAMOE_ISA={kernels['isa']} keeps the kernels from {kernels['could'][0]}, which is faster"
-        )
-    granted = min(
-        filter(None, (cpu["usable"], cpu["quota"] and max(1, int(cpu["quota"])))), default=None
-    )
-    if granted and cpu["threads"] > granted:
-        notes.append(
-            f"{cpu['threads']} threads for {granted} CPUs: they will wait for each other; set --threads {granted} or OMP_NUM_THREADS={granted}"
-        )
+    kernel_problems, notes = _judge_kernels(found["kernels"])
+    notes += _judge_threads(found["cpu"])
     if found["extras"]["serve"]["missing"]:
         notes.append("lamoe serve needs pip install 'lamoe[serve]'")
-    if "probe" not in found and kernels["isa"]:
-        notes.append("too little memory is free to measure how fast it is")
-    return problems, notes
+    if "probe" not in found and found["kernels"]["isa"]:
+        notes.append("the speed was not measured, because too little memory is available")
+    return problems + kernel_problems, notes
 
 
-def render(found: dict[str, Any]) -> str:
-    """The findings in lines for people; the last one is the verdict."""
-    cpu, memory, kernels, probe = (
-        found["cpu"],
-        found["memory"],
-        found["kernels"],
-        found.get("probe"),
+def _judge_kernels(kernels: dict[str, Any]) -> tuple[list[str], list[str]]:
+    isa, why, could = kernels["isa"], kernels["why"], kernels["could"]
+    if isa is not None:
+        if could and isa != could[0]:
+            return [], [f"LAMOE_ISA={isa} disables {could[0]}, which is faster"]
+        return [], []
+    if native.available():  # LAMOE_ISA is not supported, and models refuse to run then
+        return [f"{why}. No model runs with this setting; unset LAMOE_ISA"], []
+    said = (
+        f"the compiled kernels do not run: {why}. Everything except quantised weights works on "
+        "torch ops, many times slower"
     )
-    size = {
-        k: "unknown" if v is None else human_bytes(v)
-        for k, v in memory.items()
-        if k != "huge_pages"
-    }
+    if native.lib is None:
+        said += "; install lamoe with a C++ compiler"
+    return ([], [said]) if os.environ.get("LAMOE_IMPL") else ([said], [])
+
+
+def _judge_threads(cpu: dict[str, Any]) -> list[str]:
+    quota = max(1, int(cpu["quota"])) if cpu["quota"] else None
+    granted = min(filter(None, (cpu["usable"], quota)), default=None)
+    if not granted or cpu["threads"] <= granted:
+        return []
+    return [
+        f"{cpu['threads']} threads for {granted} CPUs will wait for each other; set --threads "
+        f"{granted} or OMP_NUM_THREADS={granted}"
+    ]
+
+
+# ---- the output ----------------------------------------------------------------------------------
+def render(found: dict[str, Any]) -> str:
+    """Format the facts as lines of text. The last line is the verdict."""
+    rows = [
+        *_machine_rows(found),
+        *_installation_rows(found),
+        *(("check", f"{'ok ' if c['passed'] else 'NO '} {c['name']}: {c['says']}")
+          for c in found["checks"]),
+        *(("note", n) for n in found["notes"]),
+        *(("problem", p) for p in found["problems"]),
+        ("verdict", _verdict(found)),
+    ]  # fmt: skip
+    return "\n".join(f"{name:9} {text}" for name, text in rows)
+
+
+def _machine_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    cpu, memory, variables = found["cpu"], found["memory"], found["variables"]
+    total, available = (
+        "unknown" if memory[k] is None else human_bytes(memory[k]) for k in ("total", "available")
+    )
+    limited = f", limited to {cpu['quota']:g}" if cpu["quota"] else ""
     rows = [
         ("cpu", cpu["model"]),
-        ("features", " ".join(cpu["features"]) or "none of those that the kernels know"),
+        ("features", " ".join(cpu["features"]) or "none that the kernels can use"),
         (
             "cores",
             f"{cpu['cores'] or '?'} cores, {cpu['logical']} logical CPUs, {cpu['usable']} usable"
-            + (f", limited to {cpu['quota']:g}" if cpu["quota"] else ""),
+            f"{limited}",
         ),
         (
             "threads",
-            f"{cpu['threads']} (OMP_NUM_THREADS {found['variables']['OMP_NUM_THREADS'] or 'not set'}; --threads of the verbs wins)",
+            f"{cpu['threads']} (OMP_NUM_THREADS {variables['OMP_NUM_THREADS'] or 'not set'}; "
+            "--threads overrides it)",
         ),
         (
             "memory",
-            f"{size['total']}, {size['available']} available; transparent huge pages: {memory['huge_pages'] or 'unknown'}",
+            f"{total}, {available} available; transparent huge pages: "
+            f"{memory['huge_pages'] or 'unknown'}",
         ),
     ]
-    if probe:
-        rows += [
+    if probe := found.get("probe"):
+        rows.append(
             (
-                "probed",
-                f"{probe['read_bytes_per_s'] / 1e9:.1f} GB/s read, {probe['int8_ops_per_s'] / 1e9:.0f} Gop/s int8, {probe['bf16_flops'] / 1e9:.0f} GFLOP/s bf16, "
-                f"{probe['fp32_flops'] / 1e9:.0f} GFLOP/s fp32, with {cpu['threads']} thread{'s' * (cpu['threads'] > 1)}",
+                "measured",
+                f"{probe['read_bytes_per_s'] / 1e9:.1f} GB/s read, "
+                f"{probe['int8_ops_per_s'] / 1e9:.0f} Gop/s int8, "
+                f"{probe['bf16_flops'] / 1e9:.0f} GFLOP/s bf16, "
+                f"{probe['fp32_flops'] / 1e9:.0f} GFLOP/s fp32, "
+                f"with {cpu['threads']} thread{'s' * (cpu['threads'] > 1)}",
             )
-        ]
-    rows += [
-        (
-            "kernels",
-            f"compiled, {kernels['isa']} (this CPU runs {', '.join(kernels['could'])})"
-            if kernels["isa"]
-            else f"torch ops; of the compiled ones: {kernels['why']}",
-        ),
-        (
-            "",
-            f"LAMOE_IMPL {found['variables']['LAMOE_IMPL'] or 'not set'}, LAMOE_ISA {found['variables']['LAMOE_ISA'] or 'not set'}",
-        ),
-        (
-            "versions",
-            ", ".join(
-                f"{name} {version or 'MISSING'}"
-                for name, version in {"lamoe": found["lamoe"], **found["versions"]}.items()
-            ),
-        ),
-    ]
-    rows += [
-        (
-            f"[{extra}]",
-            ("present" if not x["missing"] else f"missing {', '.join(x['missing'])}")
-            + f"; for {x['for']}",
         )
-        for extra, x in found["extras"].items()
-    ]
-    rows += [
-        (
-            "models",
-            f"from the hub into {found['hub']['folder']}, {'offline: only what is there already' if found['hub']['offline'] else 'downloads allowed (HF_HUB_OFFLINE=1 forbids them)'}",
-        )
-    ]
-    rows += [
-        ("check", f"{'ok ' if c['passed'] else 'NO '} {c['name']}: {c['says']}")
-        for c in found["checks"]
-    ]
-    rows += [("note", n) for n in found["notes"]] + [("problem", p) for p in found["problems"]]
-    verdict = {
-        "good": f"good: the compiled kernels ({kernels['isa']}) run and compute what the torch ops do"
-        if kernels["isa"]
-        else "good: the torch ops run, as LAMOE_IMPL asks",
-        "limited": "limited: see the problems above",
-        "broken": "broken: a check failed; please report the lines above",
-    }[found["verdict"]]
-    return "\n".join([*(f"{name:9} {text}" for name, text in rows), f"verdict   {verdict}"])
+    return rows
 
 
-def exit_code(found: dict[str, Any]) -> int:
-    """0 when nothing is wrong."""
-    return int(bool(found["problems"]))
+def _installation_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    kernels, variables, hub = found["kernels"], found["variables"], found["hub"]
+    if kernels["isa"]:
+        runs = f"compiled, {kernels['isa']} (this CPU supports {', '.join(kernels['could'])})"
+    else:
+        runs = f"torch ops; the compiled kernels do not run: {kernels['why']}"
+    settings = [f"{v} {variables[v] or 'not set'}" for v in ("LAMOE_IMPL", "LAMOE_ISA")]
+    versions = {"lamoe": found["lamoe"], **found["versions"]}
+    rows = [
+        ("kernels", runs),
+        ("", ", ".join(settings)),
+        ("versions", ", ".join(f"{name} {v or 'MISSING'}" for name, v in versions.items())),
+    ]
+    for extra, x in found["extras"].items():
+        state = f"missing {', '.join(x['missing'])}" if x["missing"] else "present"
+        rows.append((f"[{extra}]", f"{state}; for {x['for']}"))
+    access = (
+        "offline: only what is there already"
+        if hub["offline"]
+        else "downloads allowed (HF_HUB_OFFLINE=1 forbids them)"
+    )
+    return [*rows, ("models", f"from the hub into {hub['folder']}, {access}")]
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    if found["verdict"] == "broken":
+        return "broken: a check failed; please report the lines above"
+    if found["verdict"] == "limited":
+        return "limited: see the problems above"
+    isa = found["kernels"]["isa"]
+    if isa:
+        return f"good: the compiled kernels ({isa}) run and compute what the torch ops do"
+    return "good: the torch ops run, as LAMOE_IMPL asks"

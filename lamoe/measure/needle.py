@@ -1,4 +1,4 @@
-"""Whether a model finds a needle in a haystack at any depth of any length."""
+"""The needle-in-a-haystack test: does a model find one sentence anywhere in a long text?"""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from lamoe.model.cache import KVCache
 from lamoe.model.transformer import Transformer
 from lamoe.text.tokenizer import Tokenizer
 
-# ---- a needle in a haystack ------------------------------------------------------------------------------------------------
-CHUNK = 1024  # tokens of one pass: bounds what a long haystack needs beside its cache
+CHUNK = 1024  # tokens per forward pass; bounds the activation memory of a long haystack
 Needle = Callable[[int, float, random.Random], tuple[list[int], list[int]]]
-CITIES = """Amsterdam Athens Bergen Berlin Bombay Boston Cairo Calcutta Dublin Geneva Havana Lima Lisbon London Madrid Milan Moscow Munich Naples Oslo Paris Prague
-Rome Seville Tokyo Turin Venice Vienna Warsaw York Zurich""".split()
+CITIES = (
+    "Amsterdam Athens Bergen Berlin Bombay Boston Cairo Calcutta Dublin Geneva Havana Lima Lisbon "
+    "London Madrid Milan Moscow Munich Naples Oslo Paris Prague Rome Seville Tokyo Turin Venice "
+    "Vienna Warsaw York Zurich"
+).split()
 
 
 @torch.inference_mode()
@@ -31,54 +33,79 @@ def needle(
     depths: list[float],
     draws: int = 8,
     seed: int = 0,
-    note=lambda text: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> np.ndarray:
-    """How often the model finds the needle, [depths, lengths]: the share of `draws` whose answer it gives token for token (greedily).
+    """Measure how often the model answers the question about the needle, by greedy decoding.
 
-    make(length, depth, random): (ids of a haystack with the needle at `depth`, 0 the beginning and 1 the end, and the question behind it; ids of the
-    answer), together at most `length` tokens. A cell's draws depend on (seed, length, depth, number of the draw) alone. `note` is told about each
-    finished length. ValueError when a length is beyond the model's limit.
+    Args:
+        make: make(length, depth, random) returns the token ids of a haystack that ends with the
+            question, and the token ids of the answer. Together they have at most `length` tokens.
+            The needle lies at `depth`: 0 is the start of the haystack, 1 its end.
+        draws: needles per depth and length. Each one depends only on (seed, length, depth, number
+            of the draw).
+        note: called with a line of progress after each length.
+
+    Returns:
+        [depths, lengths] shares of draws whose answer was exact.
+
+    Raises:
+        ValueError: A length is beyond the model's limit, or a depth is outside 0 to 1.
     """
-    limit = model.config.max_position_embeddings
-    if not lengths or not depths or draws < 1:
-        raise ValueError(
-            f"a needle test needs at least one length, depth and draw; found {len(lengths)}, {len(depths)}, {draws}"
-        )
-    if bad := [n for n in lengths if not 2 <= n <= limit]:
-        raise ValueError(
-            f"a haystack of {bad[0]} tokens was asked for; it must have from 2 to the model's max_position_embeddings {limit}"
-        )
-    if bad := [d for d in depths if not 0 <= d <= 1]:
-        raise ValueError(f"a depth is {bad[0]}; 0 is the beginning of the haystack and 1 its end")
+    _check(model.config.max_position_embeddings, lengths, depths, draws)
     found = np.zeros((len(depths), len(lengths)))
     for column, length in enumerate(lengths):
         for row, depth in enumerate(depths):
             for draw in range(draws):
-                prompt, answer = make(
-                    length, depth, random.Random(f"{seed} {length} {depth:.6f} {draw}")
-                )
+                generator = random.Random(f"{seed} {length} {depth:.6f} {draw}")
+                prompt, answer = make(length, depth, generator)
                 assert answer and len(prompt) + len(answer) <= length
                 found[row, column] += _answers(model, prompt, answer)
         note(f"{length} tokens: {found[:, column].mean() / draws:.0%} found")
     return found / draws
 
 
+def _check(limit: int, lengths: list[int], depths: list[float], draws: int) -> None:
+    if not lengths or not depths or draws < 1:
+        raise ValueError(
+            "a needle test needs at least one length, depth and draw; found "
+            f"{len(lengths)}, {len(depths)}, {draws}"
+        )
+    if bad := [n for n in lengths if not 2 <= n <= limit]:
+        raise ValueError(
+            f"a haystack of {bad[0]} tokens was asked for; it must have from 2 to the model's "
+            f"max_position_embeddings {limit}"
+        )
+    if bad_depths := [d for d in depths if not 0 <= d <= 1]:
+        raise ValueError(
+            f"a depth is {bad_depths[0]}; 0 is the beginning of the haystack and 1 its end"
+        )
+
+
 def _answers(model: Transformer, prompt: list[int], answer: list[int]) -> bool:
-    """Whether greedy decoding of `prompt` gives `answer`: each of its tokens is the most likely one behind those before it."""
+    """Whether greedy decoding of `prompt` gives `answer`.
+
+    One pass over both decides this: each answer token must be the most likely one at its position.
+    """
     weight = model.embed.weight
     ids = torch.tensor([prompt + answer[:-1]], device=weight.device)
     cache = KVCache(model.config, 1, ids.shape[1], weight.dtype, weight.device)
-    kept = ids[0, :0]
+    likely = ids[0, :0]
     for part in ids.split(CHUNK, 1):
-        kept = torch.cat(
-            [kept, model.logits(model.hidden(part, cache)[0, -len(answer) :]).argmax(-1)]
-        )[-len(answer) :]
-    return kept.tolist() == answer
+        logits = model.logits(model.hidden(part, cache)[0, -len(answer) :])
+        likely = torch.cat([likely, logits.argmax(-1)])[-len(answer) :]
+    return likely.tolist() == answer
 
 
 def text_needle(tok: Tokenizer, texts: Iterable[str]) -> Needle:
-    """Needles for a model of text: "The secret number of Paris is 48213." between two sentences of `texts`, and at the end "The secret number of Paris
-    is". The haystack is a stretch of consecutive sentences, begun anew at the first when the text ends. ValueError for a text without sentences."""
+    """Return a `make` function for `needle` with haystacks of text.
+
+    The needle is "The secret number of Paris is 48213." between two sentences of `texts`. The
+    question is "The secret number of Paris is". The haystack is a run of consecutive sentences that
+    starts at a random one and wraps around.
+
+    Raises:
+        ValueError: The texts have no sentences.
+    """
     sentences = [
         s for text in texts for s in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if s
     ]
@@ -89,35 +116,47 @@ def text_needle(tok: Tokenizer, texts: Iterable[str]) -> Needle:
 
     def make(length: int, depth: float, draw: random.Random) -> tuple[list[int], list[int]]:
         city, number = draw.choice(CITIES), f"{draw.randrange(10000, 100000)}"
-        question, whole = (
-            tok.encode(f" The secret number of {city} is"),
-            tok.encode(f" The secret number of {city} is {number}"),
-        )
-        question = os.path.commonprefix(
-            [question, whole]
-        )  # a vocabulary may join the end of one to the beginning of the other
-        answer, hidden = (
-            whole[len(question) :],
-            tok.encode(f" The secret number of {city} is {number}."),
-        )
-        room = length - len(begin) - len(hidden) - len(question) - len(answer)
-        if room < 0:
+        question, answer, hidden = _sentences(tok, city, number)
+        space = length - len(begin) - len(hidden) - len(question) - len(answer)
+        if space < 0:
             raise ValueError(
-                f"a haystack of {length} tokens has no room for the needle and the question, {length - room} tokens; take longer ones"
+                f"a haystack of {length} tokens has no room for the needle and the question, "
+                f"{length - space} tokens; take longer ones"
             )
-        at, hay, size = draw.randrange(len(encoded)), [], 0
-        while size < room:
-            hay.append(encoded[at % len(encoded)])
-            at, size = at + 1, size + len(hay[-1])
-        if hay:
-            hay[-1] = hay[-1][: len(hay[-1]) - (size - room)]
-        ends = [0, *accumulate(map(len, hay))]
-        cut = min(bisect.bisect_left(ends, depth * room), len(hay))
-        cut -= (
-            cut > 0 and ends[cut] - depth * room > depth * room - ends[cut - 1]
-        )  # the nearer gap between two sentences
-        return begin + [
-            t for part in (*hay[:cut], hidden, *hay[cut:], question) for t in part
-        ], answer
+        hay = _hay(encoded, draw.randrange(len(encoded)), space)
+        cut = _nearest_gap(hay, depth * space)
+        parts = [begin, *hay[:cut], hidden, *hay[cut:], question]
+        return [token for part in parts for token in part], answer
 
     return make
+
+
+def _sentences(tok: Tokenizer, city: str, number: str) -> tuple[list[int], list[int], list[int]]:
+    """The token ids of the question, of the answer and of the needle."""
+    asked = tok.encode(f" The secret number of {city} is")
+    whole = tok.encode(f" The secret number of {city} is {number}")
+    # A tokenizer may merge the end of the question with the start of the number.
+    question = whole[: len(os.path.commonprefix([asked, whole]))]
+    return (
+        question,
+        whole[len(question) :],
+        tok.encode(f" The secret number of {city} is {number}."),
+    )
+
+
+def _hay(sentences: list[list[int]], first: int, size: int) -> list[list[int]]:
+    """Consecutive sentences with `size` tokens in total; the last one is cut."""
+    hay: list[list[int]] = []
+    while size > 0:
+        hay.append(sentences[(first + len(hay)) % len(sentences)][:size])
+        size -= len(hay[-1])
+    return hay
+
+
+def _nearest_gap(hay: list[list[int]], place: float) -> int:
+    """The number of sentences before the gap that is nearest to token `place`."""
+    ends = [0, *accumulate(map(len, hay))]
+    cut = min(bisect.bisect_left(ends, place), len(hay))
+    if cut > 0 and ends[cut] - place > place - ends[cut - 1]:
+        cut -= 1
+    return cut

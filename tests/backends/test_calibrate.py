@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lamoe
-from lamoe import cli
+from lamoe.cli import models
 from lamoe.backends.cpu import calibrate, native, packed, packed_file
 from lamoe.checkpoints import hf
 from oracles import tiny
@@ -151,7 +151,7 @@ def test_calibrated_errors_fall_where_inputs_are_large():
 
 
 def test_rows_to_calibrate_on(trained):
-    folder = Path(cli.find_model(str(trained)))
+    folder = Path(models.find_model(str(trained)))
     tok, c = lamoe.Tokenizer.load(folder), hf.read_config(folder)
     rows = calibrate.rows_of(tok, ["the cat sat on the mat. " * 200, "the dog ran. " * 300], c, 256)
     assert rows.shape[1] == c.max_position_embeddings and rows.shape[0] == 256 // rows.shape[1]

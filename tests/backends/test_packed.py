@@ -20,6 +20,7 @@ from lamoe import cli
 from lamoe.backends.cpu import native, packed, packed_file
 from lamoe.backends.cpu.packed import PackedModel
 from lamoe.checkpoints import hf, lock
+from lamoe.cli import models
 from lamoe.engine import score
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
@@ -574,7 +575,7 @@ def test_loss_of_a_packed_model_is_the_models(trained):
     from lamoe.train.data import heldout_rows, open_corpus
 
     corpus = open_corpus(trained / "data")
-    model = lamoe.load(cli.find_model(str(trained)), dtype=torch.float32)
+    model = lamoe.load(models.find_model(str(trained)), dtype=torch.float32)
     for mask in (True, False):
         rows = lambda: heldout_rows(corpus, 32)
         want = text_loss(model, rows(), document_mask=mask)

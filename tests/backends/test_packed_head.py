@@ -15,7 +15,8 @@ from lamoe.checkpoints import hf
 from lamoe.engine import score
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
-from lamoe.measure import bench
+from lamoe.measure.random_weights import random_model
+from lamoe.measure.timing import Bench
 from lamoe.model.config import ModelConfig
 from oracles import tiny
 from tiny_packed import FAMILIES, contents, pack, source
@@ -147,11 +148,11 @@ def test_bytes_of_the_class():
 
 def test_bench_on_random_weights():
     c = FAMILIES["mla"]
-    one, other = bench.random_model(c, "int4", 1), bench.random_model(c, "int4", 1, "int8")
+    one, other = random_model(c, "int4", 1), random_model(c, "int4", 1, "int8")
     assert (one.head, other.head) == ("int4", "int8") and one.nbytes | {
         "head": native.mat_bytes("int8", c.vocab_size, c.hidden_size)
     } == other.nbytes
-    runs = [bench.Bench(m, "bf16", 40) for m in (one, other)]
+    runs = [Bench(m, "bf16", 40) for m in (one, other)]
     line = runs[0].line("", 1, 16)
     assert (
         runs[1].bytes(line, torch.empty(0)) - runs[0].bytes(line, torch.empty(0))
@@ -208,7 +209,7 @@ def test_what_is_refused(tmp_path):
         lambda: pack(model, tmp_path / "new", head="int3"),
         lambda: LLM(model, weights="int4", head="int3"),
         lambda: LLM(lamoe.load(model), head="int3"),
-        lambda: bench.random_model(FAMILIES["mla"], "int4", 1, "int3"),
+        lambda: random_model(FAMILIES["mla"], "int4", 1, "int3"),
     ):
         with pytest.raises(
             ValueError,

@@ -137,7 +137,7 @@ def test_stopped_replies(llm):
     c.say("more", lambda: True)
     assert (
         c.messages == kept
-        and "the message is taken back" in c.err.getvalue()
+        and "the message is discarded" in c.err.getvalue()
         and llm.pool.owned == 0
     )
     assert c.say("more").finish_reason == "length" and c.failures == 0
@@ -167,7 +167,7 @@ def test_a_full_context(llm):
     kept = list(c.messages)
     assert c.say("and?") is None and c.messages == kept and c.failures == 1
     assert (
-        "tokens, and the context is 400, reply included; the message is not kept"
+        "tokens, and the context is 400, reply included; the message is discarded"
         in c.err.getvalue()
         and "/clear" in c.err.getvalue()
     )
@@ -256,7 +256,7 @@ def test_a_failed_line_shows_in_the_exit_code(llm):
 
 def test_no_template(parts):
     bare = Tokenizer(parts[1].inner, bos=parts[1]._bos, eos=parts[1]._eos)
-    assert "comes without a chat template" in talk(LLM(parts[0], bare), "")[2]
+    assert "has no chat template" in talk(LLM(parts[0], bare), "")[2]
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def test_save_and_load(llm, parts, tmp_path):
         == system[: len(system) // 4 * 4]
     )
     c.command('/system ""'), c.command(f"/save {file}")
-    assert "nothing of it is in the cache" in c.err.getvalue() and [
+    assert "none of it is in the cache" in c.err.getvalue() and [
         p.name for p in tmp_path.iterdir()
     ] == ["a talk.json"]
     other.command(f"/load {file}")
@@ -472,7 +472,7 @@ def test_prompt_banner_and_colour(llm, monkeypatch):
 def test_ctrl_c_at_the_prompt(llm, monkeypatch):
     stop = KeyboardInterrupt()
     out, err = interactive(llm, [stop, "hi\n", stop, "/clear\n", stop, stop], monkeypatch)
-    assert err.count("[/quit or Ctrl-C once more leaves]") == 3 and "cleared" in err
+    assert err.count("[Ctrl-C again or /quit leaves]") == 3 and "cleared" in err
     with pytest.raises(KeyboardInterrupt):  # without a terminal it ends the program, as everywhere
         run(
             llm,
@@ -609,7 +609,7 @@ def test_in_a_real_terminal(endless, tmp_path):
     c.type("\x03")
     time.sleep(0.3)
     c.type("\x7f")  # which this is, in case the machine was slower than that
-    c.until("[/quit or Ctrl-C once more leaves]", "> ")
+    c.until("[Ctrl-C again or /quit leaves]", "> ")
     c.type("\x04")
     assert c.end() == 0
     assert json.loads((tmp_path / "talk").read_text())["messages"][0] == {

@@ -14,7 +14,9 @@ import pytest
 import lamoe
 from lamoe import cli
 from lamoe.backends.paged_cache import PagedCache
+from lamoe.cli import models
 from lamoe.model.config import PRESETS
+from lamoe.serve import settings
 from lamoe.train import checkpoint, loop
 from tiny_run import metrics, raw_recipe, trained, write_texts, write_toml  # noqa: F401 (trained is a fixture)
 
@@ -421,7 +423,7 @@ def test_info_refuses(tmp_path, capsys):
     ],
 )
 def test_amounts_of_memory(text, value):
-    assert cli.parse_bytes(text) == value
+    assert settings.parse_bytes(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "GB", "16XB", "nan", "inf", "1e999", "12 GB 3", "0x10"])
@@ -476,12 +478,12 @@ def test_verbs_are_listed_and_required(capsys):
 
 
 def test_errors_are_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_config", mock.Mock(side_effect=RuntimeError("first\nsecond")))
+    monkeypatch.setattr(models, "read_config", mock.Mock(side_effect=RuntimeError("first\nsecond")))
     assert refused(capsys, "info", "tiny") == "lamoe info: first second\n"
     monkeypatch.setenv("LAMOE_TRACEBACK", "1")
     with pytest.raises(RuntimeError):
         run("info", "tiny")
-    monkeypatch.setattr(cli, "_config", mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(models, "read_config", mock.Mock(side_effect=KeyboardInterrupt))
     assert run("info", "tiny") == 130
 
 

@@ -8,7 +8,8 @@ import torch
 
 from lamoe import cli
 from lamoe.backends.cpu import native, packed
-from lamoe.measure import bench
+from lamoe.measure import llama_cpp, tables, timing
+from lamoe.measure.random_weights import random_model
 from oracles import tiny
 
 pytestmark = pytest.mark.skipif(native.lib is None, reason="needs the compiled kernels")
@@ -39,12 +40,12 @@ llama_batched_bench: n_kv_max = 4096, n_batch = 2048, n_ubatch = 512, flash_attn
 
 
 def test_what_its_tools_print():
-    assert bench.parse(DEPTH) == {
+    assert llama_cpp.parse(DEPTH) == {
         (64, 100, 1): [173.404, 149.382, 175.071],
         (1, 100, 1): [49.9698, 21.3305, 35.3968],
     }
-    assert bench.parse(MANY) == {(1, 16, 4): [119.610970], (1, 16, 16): [170.525131]}
-    assert bench.parse("") == {}
+    assert llama_cpp.parse(MANY) == {(1, 16, 4): [119.610970], (1, 16, 16): [170.525131]}
+    assert llama_cpp.parse("") == {}
 
 
 @pytest.fixture
@@ -71,25 +72,27 @@ def tools(tmp_path, monkeypatch):
 
 def test_what_is_missing_is_said_before_anything_is_measured(tools):
     with pytest.raises(ValueError, match="llama-bench is not on PATH"):
-        bench.Peer(tools.model, 1)
+        llama_cpp.Peer(tools.model, 1)
     tools("llama-bench", DEPTH)
     with pytest.raises(ValueError, match="llama-batched-bench is not on PATH"):
-        bench.Peer(tools.model, 1)
+        llama_cpp.Peer(tools.model, 1)
     tools("llama-batched-bench", MANY)
     with pytest.raises(ValueError, match="not a file; give the GGUF file"):
-        bench.Peer(tools.model + "x", 1)
+        llama_cpp.Peer(tools.model + "x", 1)
 
 
 def test_ours_and_the_peer_take_turns(tools):
     tools("llama-bench", DEPTH, SAID)
     tools("llama-batched-bench", MANY)
     run, said, reads = (
-        bench.Bench(bench.random_model(MLA, "int8", 1), "bf16", 200),
+        timing.Bench(random_model(MLA, "int8", 1), "bf16", 200),
         [],
         iter(range(1, 100)),
     )
     lines = run.lines([(64, 100)], [100], [4])
-    bench.in_turn(run, bench.Peer(tools.model, 3), lines, 1, lambda: next(reads) * 1e9, said.append)
+    llama_cpp.measure_interleaved(
+        run, llama_cpp.Peer(tools.model, 3), lines, 1, lambda: next(reads) * 1e9, said.append
+    )
     model = f"-m {tools.model} -t 3"
     assert (
         tools.calls()
@@ -121,14 +124,14 @@ def test_ours_and_the_peer_take_turns(tools):
         and decode.read == [1e9, 2e9, 3e9, 4e9]
         and four.read == [5e9, 6e9, 7e9, 8e9]
     )
-    assert "| 35.4 |" in bench.peer_table(lines) and bench.peer_table(lines).endswith(
+    assert "| 35.4 |" in tables.peer_speeds(lines) and tables.peer_speeds(lines).endswith(
         "5.0, 6.0, 7.0, 8.0 |"
     )
 
 
 def test_a_tool_that_fails_is_quoted(tools):
     tools("llama-batched-bench", "")
-    line = bench.Line("decode at 0", 1, 0, 1, 1.0)
+    line = timing.Line("decode at 0", 1, 0, 1, 1.0)
     tools(
         "llama-bench",
         "",
@@ -139,16 +142,16 @@ def test_a_tool_that_fails_is_quoted(tools):
         ValueError,
         match=r"(?s)code 1 and said: .*unknown model architecture: 'mamba9' main: failed",
     ):
-        bench.Peer(tools.model, 1).measure([line], print)
+        llama_cpp.Peer(tools.model, 1).measure([line], print)
     tools("llama-bench", MANY)
     with pytest.raises(ValueError, match="no figure for decode at 0"):
-        bench.Peer(tools.model, 1).measure([line], print)
+        llama_cpp.Peer(tools.model, 1).measure([line], print)
 
 
 # ---- ours ----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "int4"])
 def test_bytes_of_a_pass_are_those_of_the_form_it_takes(weights):
-    run = bench.Bench(bench.random_model(MLA, weights, 1), "bf16", 100)
+    run = timing.Bench(random_model(MLA, weights, 1), "bf16", 100)
     elem, parts = packed.element(weights), {}
     for p in packed.pieces(MLA, weights):
         parts[p.name] = parts.get(p.name, 0) + packed.piece_bytes(p, elem)
@@ -189,13 +192,13 @@ def test_bytes_of_a_pass_are_those_of_the_form_it_takes(weights):
 
 
 def test_a_dense_model_is_measured_too():
-    run = bench.Bench(
-        bench.random_model(tiny.config("llama", max_position_embeddings=256), "bf16", 1),
+    run = timing.Bench(
+        random_model(tiny.config("llama", max_position_embeddings=256), "bf16", 1),
         "fp32",
         200,
     )
     lines = run.lines([(20, 0), (20, 40)], [0, 50], [2])
-    bench.measure(run, lines, 1)
+    timing.measure(run, lines, 1)
     assert [len(x.seconds) for x in lines] == [3, 3, 1, 1, 2] and all(x.rate > 0 for x in lines)
     weights = sum(run.model.nbytes.values()) - run.model.nbytes["embed"]
     assert (
@@ -261,8 +264,8 @@ def test_tokens_of_random_weights_go_to_experts_of_their_own():
         n_group=1,
         topk_group=1,
     )
-    model = bench.random_model(config, "int4", 1)
-    run = bench.Bench(model, "bf16", 16 * 32)
+    model = random_model(config, "int4", 1)
+    run = timing.Bench(model, "bf16", 16 * 32)
     pages = torch.arange(16, dtype=torch.int32)
     seqs = torch.tensor([[1, 1, i] for i in range(16)], dtype=torch.int32)
     _, chosen = model.run(

@@ -12,7 +12,7 @@ import torch
 
 import lamoe
 from lamoe.engine.text_loss import text_loss
-from lamoe.measure import report
+from lamoe.measure import plots, report, tables
 from lamoe.model.config import ModelConfig
 from lamoe.text.tokenizer import Tokenizer
 from lamoe.train import checkpoint
@@ -91,7 +91,7 @@ def test_the_other_figures(trained, spoken, result):
 
 
 def test_markdown_says_what_was_measured(result):
-    text = report.markdown(result, "a name")
+    text = tables.report(result, "a name")
     h = result["heldout"][0]
     assert (
         text.startswith("# a name\n")
@@ -105,7 +105,7 @@ def test_markdown_says_what_was_measured(result):
 
 
 def test_png(result, tmp_path):
-    report.plot(result, "a name", tmp_path / "r.png")
+    plots.report(result, "a name", tmp_path / "r.png")
     data = (tmp_path / "r.png").read_bytes()
     assert data[:8] == PNG and int.from_bytes(data[16:20]) > 1000 and len(data) > 20_000
 
@@ -126,9 +126,9 @@ def test_a_dense_model_on_any_text(spoken, tmp_path, heads, name):
         and "training" not in r
         and r["context"] == 16
     )
-    text = report.markdown(r, "x")
+    text = tables.report(r, "x")
     assert "Expert load" not in text and "Training" not in text
-    report.plot(r, "x", tmp_path / "r.png")
+    plots.report(r, "x", tmp_path / "r.png")
     assert (tmp_path / "r.png").read_bytes()[:8] == PNG
 
 
@@ -217,5 +217,5 @@ def test_several_sources_and_layers(tmp_path):
     parts = [text_loss(lamoe.load(folder), heldout_rows(corpus, 32, s)) for s in (str(a), str(b))]
     want = sum(p.load * p.targets for p in parts) / sum(p.targets for p in parts)
     assert np.allclose(r["expert_load"], want) and parts[0].targets != parts[1].targets
-    text = report.markdown(r, "x")
+    text = tables.report(r, "x")
     assert "\n| 2 | " in text and "\n| 3 | " in text

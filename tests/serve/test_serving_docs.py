@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lamoe import cli
+from lamoe.cli.parser import build_parser
 from lamoe.serve import metrics, settings
 from lamoe.serve.settings import Settings
 
@@ -21,7 +21,7 @@ TEXT = PAGE.read_text(encoding="utf-8")
 
 
 def parser() -> argparse.ArgumentParser:
-    verbs = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    verbs = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     return verbs.choices["serve"]
 
 

@@ -1,0 +1,117 @@
+"""`lamoe quantize` and `lamoe convert`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from lamoe.cli.models import find_model
+
+
+def quantize(args: argparse.Namespace) -> int:
+    """Pack a model into a folder, with a progress bar, and print the size of each weight class."""
+    import torch
+
+    from lamoe.backends.cpu import packed, packed_file
+    from lamoe.checkpoints import read_config, resolve
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    source = resolve(find_model(args.source))
+    config = read_config(source)
+    element = packed.element(args.weights)
+    planned = packed.pieces(config, args.weights, args.head)
+    total = sum(packed.piece_bytes(piece, element) for piece in planned)
+    packing, done = f"packing as {args.weights}", []
+    with _progress_bar() as bar:
+        task = bar.add_task(packing, total=total)
+
+        def show_layer(layer: int) -> None:
+            bar.update(task, description=f"calibrating, layer {layer}")
+
+        options = _calibration(args, source, config, show_layer) if args.calibrate else {}
+        for piece, size in packed_file.write(
+            source, args.target, args.weights, head=args.head, **options
+        ):
+            bar.update(task, advance=size, description=packing)
+            done.append(piece)
+    print(_class_table(packed.classes(config, args.weights, done, args.head)))
+    print(_summary(args.target, sum(packed.piece_bytes(piece, element) for piece in done)))
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Write a model, or a GGUF file, as a Hugging Face folder."""
+    from lamoe.checkpoints import gguf, load, resolve, save
+
+    if args.source.endswith(".gguf"):
+        gguf.to_folder(
+            args.source,
+            args.target,
+            dtype=args.dtype,
+            tokenizer=args.tokenizer,
+            max_shard_bytes=args.max_shard_size,
+            overwrite=args.overwrite,
+        )
+    else:
+        folder = resolve(find_model(args.source))
+        save(
+            load(folder, args.dtype),
+            args.target,
+            max_shard_bytes=args.max_shard_size,
+            extras_from=args.tokenizer or folder,
+            overwrite=args.overwrite,
+        )
+    print(f"wrote {args.target}")
+    return 0
+
+
+def _progress_bar():
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def _calibration(
+    args: argparse.Namespace, source, config, show_layer: Callable[[int], None]
+) -> dict[str, Any]:
+    """Keyword arguments of packed_file.write for --calibrate."""
+    from lamoe.backends.cpu import calibrate
+    from lamoe.text.tokenizer import Tokenizer
+    from lamoe.train.sources import read_documents
+
+    if "int4" not in (args.weights, args.head):
+        raise ValueError(
+            f"--calibrate concerns int4; {args.weights} rounds every weight to the nearest value, "
+            "whatever the inputs are"
+        )
+    texts = [document.text for document in read_documents([args.calibrate])]
+    rows = calibrate.rows_of(Tokenizer.load(source), texts, config, args.calibrate_tokens)
+    return calibrate.options(source, config, rows, show_layer)
+
+
+def _class_table(classes) -> str:
+    lines = [f"{'class':<20} {'weights':>16} {'bytes':>16} {'bits per weight':>16}  format"]
+    for name, c in classes.items():
+        bits = f"{8 * c.bytes / c.elements:.2f}" if c.elements else "-"
+        formats = ", ".join(c.formats)
+        lines.append(f"{name:<20} {c.elements:>16,} {c.bytes:>16,} {bits:>16}  {formats}")
+    return "\n".join(lines)
+
+
+def _summary(target: str, total: int) -> str:
+    from lamoe.backends.cpu import packed_file
+    from lamoe.model.accounting import human_bytes
+
+    bits = packed_file.bits(target)
+    return f"{target} is complete: {human_bytes(total)}, {bits:.2f} bits per weight in total"

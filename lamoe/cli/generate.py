@@ -1,0 +1,94 @@
+"""`lamoe generate`, `lamoe chat` and `lamoe serve`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from lamoe.cli.models import find_model, newest_run
+from lamoe.serve import settings
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Print the prompt and, as it is generated, its continuation."""
+    from lamoe.backends.cpu import packed_file
+    from lamoe.checkpoints import resolve
+    from lamoe.engine.llm import LLM
+    from lamoe.text.tokenizer import Tokenizer
+
+    params = _sampling_params(args)
+    folder = resolve(find_model(args.model))
+    tok = Tokenizer.load(folder)
+    prompt = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
+    ids = tok.encode(prompt, bos=tok.add_bos)
+    if args.max_model_len is None:
+        limit = packed_file.any_config(folder).max_position_embeddings
+        args.max_model_len = max(2, min(len(ids) + args.max_tokens, limit))
+    llm = LLM(folder, tok, max_num_seqs=1, **_engine_options(args))
+    deltas = llm.stream(ids, params)
+    print(prompt, end="", flush=True)
+    error = None
+    for delta in deltas:
+        print(delta.text, end="", flush=True)
+        error = delta.output.error if delta.output else None
+    print()
+    if error:
+        raise RuntimeError(error)
+    return 0
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Chat in the terminal until the input ends."""
+    from lamoe.cli import chat as terminal
+    from lamoe.engine.llm import LLM
+
+    params = _sampling_params(args)
+    options = _engine_options(args)
+    llm = LLM(find_model(args.model), max_num_seqs=args.max_num_seqs, **options)
+    return terminal.run(llm, params, args.system, name=args.model)
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serve one model over HTTP until a signal stops the process."""
+    chosen = settings.from_options(args)
+    if args.name and args.model and args.name != args.model:
+        raise ValueError(f"two models are named, {args.name} and --model {args.model}; name one")
+    name = args.name or args.model or os.environ.get("LAMOE_MODEL") or newest_run()
+    try:
+        from lamoe.serve import run
+    except ImportError as e:
+        raise ValueError(
+            f"serving needs packages that are not installed ({e.name}); pip install 'lamoe[serve]'"
+        ) from None
+    shown = Path(os.path.abspath(name)).name if Path(name).exists() else name
+    return run.run(find_model(name), shown, chosen)
+
+
+def _sampling_params(args: argparse.Namespace):
+    from lamoe.engine.sampler import SamplingParams
+
+    return SamplingParams(
+        args.temperature,
+        args.top_p,
+        args.top_k,
+        args.min_p,
+        args.seed,
+        args.max_tokens,
+        tuple(args.stop),
+    )
+
+
+def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of LLM from the options that generate and chat share."""
+    return dict(
+        cache=args.cache,
+        cache_memory=args.kv_cache_memory,
+        max_model_len=args.max_model_len,
+        dtype=args.dtype,
+        weights=args.weights,
+        head=args.head,
+        threads=args.threads,
+    )

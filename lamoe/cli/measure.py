@@ -1,0 +1,132 @@
+"""`lamoe evaluate`, `lamoe info`, `lamoe bench` and `lamoe doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lamoe.cli import models
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure the quality of a model, print the report and write it to a folder."""
+    from lamoe.measure import report, tables
+
+    if args.seq_len is not None and not args.data:
+        raise ValueError(
+            "--seq-len needs --data; a run is measured at the length it was trained with"
+        )
+    if args.needle and args.seq_len is not None:
+        raise ValueError(
+            "--seq-len goes with text; the needle test takes its lengths from --needle"
+        )
+    run = Path(args.model)
+    result = _evaluate(args, run)
+    name, kind = f"lamoe: {run.name or args.model}", "needle" if args.needle else "report"
+    text = tables.needle(result, name) if args.needle else tables.report(result, name)
+    print(text)
+    unchanged = not args.data and not args.weights and not args.head
+    if args.out or (unchanged and (run / "recipe.json").exists()):
+        print(report.write(kind, result, name, text, Path(args.out) if args.out else run))
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, run: Path) -> dict[str, Any]:
+    """The result of the needle test, of a report on --data, or of a report on a run's own text."""
+    from lamoe.measure import report
+
+    model, tok = _load(args)
+    if args.needle:
+        return report.evaluate_needle(
+            model,
+            tok,
+            args.needle,
+            args.data or ["austen"],
+            args.needle_depths,
+            args.needle_draws,
+            note=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+    if args.data:
+        return report.evaluate_texts(model, tok, args.data, args.seq_len or report.trained_at(run))
+    return report.evaluate_run(model, tok, run)
+
+
+def _load(args: argparse.Namespace):
+    """(model, tokenizer); the model is packed if the folder is, or if a format is asked for."""
+    import torch
+
+    from lamoe.backends.cpu import packed_file
+    from lamoe.checkpoints import load, resolve
+    from lamoe.engine import llm
+    from lamoe.text.tokenizer import Tokenizer
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder, run = resolve(models.find_model(args.model)), Path(args.model)
+    is_run = (run / "recipe.json").exists() and (run / "data").is_dir()
+    if not (args.needle or args.data or is_run):
+        raise ValueError(
+            f"{args.model} is not a run folder, so it has no held-out text; name a text with --data"
+        )
+    if args.weights is None and args.head is None and not packed_file.is_packed(folder):
+        return load(folder), Tokenizer.load(folder)
+    model = llm.load_runnable(folder, args.weights, None, args.threads, head=args.head)
+    return model, Tokenizer.load(folder)
+
+
+def info(args: argparse.Namespace) -> int:
+    """Show what a model's config implies. Does not import torch for presets and config files."""
+    from lamoe.model import accounting
+
+    config, name, bits = models.read_config(args.model)
+    options = dict(
+        name=name,
+        context=args.context,
+        weight_bits=bits if args.weight_bits is None else args.weight_bits,
+        cache_bits=args.cache_bits,
+        memory_bytes=args.memory,
+    )
+    if args.json:
+        print(json.dumps(accounting.report(config, **options), indent=1))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        console.width = max(100, console.width)  # narrower tables would lose columns
+        console.print(accounting.render(config, **options))
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Measure speed. The last line of the output is JSON."""
+    from lamoe.measure import bench, tables
+
+    if models.is_config(args.model):
+        config = models.read_config(args.model)[0]
+        make = bench.random_weights(config, args.weights, args.head)
+    else:
+        make = bench.stored_weights(models.find_model(args.model), args.weights, args.head)
+    result = bench.run(
+        args.model,
+        make,
+        bench.Workload(args.prefill, args.depth, args.batch),
+        cache=args.cache,
+        threads=args.threads,
+        rounds=args.rounds,
+        peer_model=(args.peer_model or "") if args.peer else None,
+    )
+    print(tables.bench(result))
+    print(json.dumps(tables.bench_json(result)))
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Describe the machine and check the kernels; exit code 1 if something is wrong."""
+    from lamoe.measure import doctor
+
+    found = doctor.examine()
+    print(json.dumps(found, indent=1) if args.json else doctor.render(found))
+    return doctor.exit_code(found)

@@ -1,0 +1,64 @@
+"""What a model name on the command line refers to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lamoe.model.config import PRESETS, ModelConfig, did_you_mean
+
+
+def find_model(name: str) -> str:
+    """Return the model folder of a run's newest checkpoint, or `name` itself for other names."""
+    path = Path(name)
+    if (path / "recipe.json").exists():
+        from lamoe.train import checkpoint
+
+        return str(checkpoint.model_of_run(path))
+    if (path / "model" / "config.json").exists() and not (path / "config.json").exists():
+        return str(path / "model")
+    return name
+
+
+def newest_run(folder: str = "runs") -> str:
+    """Return the run under `folder` that has the newest checkpoint."""
+    from lamoe.train import checkpoint
+
+    runs = {}
+    for recipe in Path(folder).glob("*/recipe.json"):
+        configs = [f / "model/config.json" for f in checkpoint.folders(recipe.parent)]
+        times = [c.stat().st_mtime for c in configs if c.is_file()]
+        runs[recipe.parent] = max(times, default=0.0)
+    newest = max(runs, key=lambda run: runs[run], default=None)
+    if newest is None or not runs[newest]:
+        raise ValueError(
+            f"there is no trained model under {folder}/; name a run folder, a model folder or a "
+            "hub id, or train a model with `make demo`"
+        )
+    return str(newest)
+
+
+def is_config(name: str) -> bool:
+    """Whether `name` is a preset or a config.json, which have no weights."""
+    return name in PRESETS or name.endswith(".json")
+
+
+def read_config(name: str) -> tuple[ModelConfig, str, float]:
+    """Return (config, name to show, bits per stored weight) of a preset, file, folder or hub id."""
+    if name in PRESETS:
+        return ModelConfig.preset(name), name, 16.0
+    path = Path(find_model(name))
+    if path.is_file():
+        return ModelConfig.from_file(path), str(path), 16.0
+    if not path.is_dir() and name.count("/") != 1:
+        raise ValueError(
+            f"{name!r} is neither a preset{did_you_mean(name, PRESETS)} nor a folder, a "
+            f"config.json or a hub id; presets: {', '.join(PRESETS)}"
+        )
+    from lamoe import checkpoints
+    from lamoe.backends.cpu import packed_file
+
+    folder = path if path.is_dir() else checkpoints.resolve(name)
+    shown = str(path) if path.is_dir() else name
+    if packed_file.is_packed(folder):
+        return packed_file.any_config(folder), shown, packed_file.bits(folder)
+    return checkpoints.read_config(folder), shown, 16.0
