@@ -1,15 +1,21 @@
-"""What a low-bit cache does to a model's predictions: every storage format beside the 16-bit cache, in one run.
+"""Measure what each storage format of the cache does to a model's predictions, in one run.
 
     python benchmarks/cache.py runs/tiny [--tokens 20480] [--seq 256] [--threads 2]
 
-Held-out rows of `seq` tokens, each inside one document, are predicted with teacher forcing while attention reads all keys and
-values, its own token's included, through encode and decode of the format. Columns: bytes of a cache row (one token, one layer) and bits per
-element; held-out bits per byte and their change against the bf16 cache; share of positions with the same most likely token; mean
-KL(bf16 || format) of the next token, in nats. Beside that, on Gaussian rows of 512 + 64 elements: relative root-mean-square error of
-each part, and milliseconds to encode and to decode 4,096 rows. Weights and arithmetic are float32.
+The model predicts held-out rows of `seq` tokens with teacher forcing. Each row lies inside one
+document. Attention reads all keys and values after they have been encoded and decoded by the
+format, including those of the current token. Weights and arithmetic are float32. Columns:
 
-Then the same predictions by the compiled kernels, token by token from caches of these formats, weights and attention in bfloat16: what they
-lose beyond the format is what attending to rows as integers does (latents of 512 elements in 6bit and 4bit). Last line: JSON.
+- bytes of a cache row (one token, one layer) and bits per element,
+- held-out bits per byte and their change against the bf16 cache,
+- share of positions with the same top-1 token,
+- mean KL(bf16 || format) of the next token, in nats,
+- on Gaussian rows of 512 + 64 elements: relative RMS error of each part, and milliseconds to
+  encode and to decode 4,096 rows.
+
+A second table repeats the predictions on the compiled kernels, token by token, with weights and
+attention in bfloat16. The kernels attend to latents of 512 elements in 6bit and 4bit as integers,
+so the second table includes that loss. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +41,7 @@ from lamoe.train.data import heldout_rows, open_corpus
 
 
 class ThroughFormat:
-    """Stands in for the cache of one pass over whole rows: attention gets what the format makes of them, nothing is kept."""
+    """Replace the cache in one pass over whole rows: encode and decode the rows, keep nothing."""
 
     length = 0
 
@@ -57,20 +63,31 @@ class ThroughFormat:
 
 
 def single_document_rows(folder: Path, seq: int, tokens: int) -> torch.Tensor:
-    """About `tokens` held-out tokens as ids [rows, seq + 1], spread evenly. (A cache knows no document boundaries.)"""
+    """Return about `tokens` held-out tokens as ids [rows, seq + 1], spread evenly over the text.
+
+    Rows that cross a document boundary are left out, because a cache has no document mask.
+    """
     rows = [ids for ids, segments in heldout_rows(open_corpus(folder), seq) if segments[-1] == 0]
     wanted = -(-tokens // seq)
     if len(rows) < wanted:
         raise ValueError(
-            f"the held-out text has {len(rows)} rows of {seq} tokens inside one document, asked for {wanted}; lower --tokens or --seq"
+            f"the held-out text has {len(rows)} rows of {seq} tokens inside one document, "
+            f"asked for {wanted}; lower --tokens or --seq"
         )
     return torch.from_numpy(np.stack([rows[i * len(rows) // wanted] for i in range(wanted)]))
 
 
 @torch.no_grad()
 def compare(ids: torch.Tensor, formats: list, predict, batch: int = 8) -> list[dict]:
-    """Sums over all positions of ids [rows, T + 1], one dict per format: nats, same (top-1 as bf16), kl. predict(ids, format) -> log-probabilities
-    [rows, T, vocabulary]"""
+    """Compare the predictions with each cache format to those with bf16.
+
+    Args:
+        ids: [rows, T + 1] token ids.
+        predict: (ids, format) -> log-probabilities [rows, T, vocabulary].
+
+    Returns:
+        One dict of sums over all positions per format: nats, same (equal top-1 tokens), kl.
+    """
     sums = [dict(nats=0.0, same=0, kl=0.0) for _ in formats]
     for part in ids.split(batch):
         goal = part[:, 1:, None]
@@ -85,7 +102,7 @@ def compare(ids: torch.Tensor, formats: list, predict, batch: int = 8) -> list[d
 
 
 def by_kernels(packed: PackedModel, ids: torch.Tensor, name: str) -> torch.Tensor:
-    """Log-probabilities [rows, T, vocabulary] of all rows side by side, one token a step."""
+    """Return log-probabilities [rows, T, vocabulary]; all rows advance one token per step."""
     rows, length = ids.shape[0], ids.shape[1] - 1
     each = -(-length // 16)
     cache = PagedCache(packed.config, rows * each, 16, name, packed.dtype)
@@ -131,7 +148,7 @@ def main() -> None:
     parser.add_argument(
         "run",
         type=Path,
-        help="a run folder of `lamoe train`: its latest checkpoint and its packed corpus",
+        help="run folder of `lamoe train`: uses its latest checkpoint and its corpus",
     )
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--seq", type=int, default=256)
@@ -158,10 +175,12 @@ def main() -> None:
     )
 
     print(
-        f"{step}: {targets} held-out tokens, {text_bytes} bytes, rows of {args.seq}; a cache row is {widths[0]} + {widths[1]} elements"
+        f"{step}: {targets} held-out tokens, {text_bytes} bytes, rows of {args.seq}; "
+        f"a cache row is {widths[0]} + {widths[1]} elements"
     )
     print(
-        "| format | bytes of a row | bits an element | bits/byte | change | top-1 same | KL | bytes of 512 + 64 | bits an element | rel. rms error, Gaussian 512 / 64 "
+        "| format | bytes of a row | bits an element | bits/byte | change | top-1 same | KL "
+        "| bytes of 512 + 64 | bits an element | rel. rms error, Gaussian 512 / 64 "
         "| encode | decode 4,096 rows |\n" + "|---" * 12 + "|"
     )
     out = {
@@ -186,8 +205,11 @@ def main() -> None:
         }
         out["formats"][name] = r
         print(
-            f"| {name} | {r['row_bytes']} | {r['bits_per_element']:.2f} | {bpb:.4f} | {r['change_percent']:+.4f} % | {r['top1_percent']:.2f} % | {r['kl']:.1e} | {r['v2_row_bytes']} | "
-            f"{r['v2_bits_per_element']:.2f} | {r['relative_rms'][0]:.4f} / {r['relative_rms'][1]:.4f} | {r['encode_ms']:.2f} ms | {r['decode_ms']:.2f} ms |"
+            f"| {name} | {r['row_bytes']} | {r['bits_per_element']:.2f} | {bpb:.4f} "
+            f"| {r['change_percent']:+.4f} % | {r['top1_percent']:.2f} % | {r['kl']:.1e} "
+            f"| {r['v2_row_bytes']} | {r['v2_bits_per_element']:.2f} "
+            f"| {r['relative_rms'][0]:.4f} / {r['relative_rms'][1]:.4f} "
+            f"| {r['encode_ms']:.2f} ms | {r['decode_ms']:.2f} ms |"
         )
     if native.available():
         packed = PackedModel.of(
@@ -209,7 +231,8 @@ def main() -> None:
                 "kl": s["kl"] / targets,
             }
             print(
-                f"| {name} | {r['change_percent']:+.4f} % | {r['top1_percent']:.2f} % | {r['kl']:.1e} |"
+                f"| {name} | {r['change_percent']:+.4f} % | {r['top1_percent']:.2f} % "
+                f"| {r['kl']:.1e} |"
             )
     print(json.dumps(out))
 

@@ -1,12 +1,17 @@
-"""Prompt-lookup drafts (engine/lookup.py): tokens per second with and without, on code editing, summarising, and text that gives drafts nothing to find.
+"""Measure tokens per second with and without prompt-lookup drafts (engine/lookup.py).
 
-    python benchmarks/drafts.py runs/tiny [--rounds 3] [--tokens 128] [--dtype float32] [--threads 2]
-    python benchmarks/drafts.py FOLDER            a model with a chat template is asked in its own format
+    python benchmarks/drafts.py runs/tiny [--rounds 3] [--tokens 128] [--dtype float32]
+    python benchmarks/drafts.py FOLDER      a model with a chat template is asked in its own format
 
-Two engines over the same weights take turns, prompt by prompt; figures are medians, ratios are taken within a turn. Time runs from the first token
-to the last, so the prompt does not count. "sampled" draws at temperature 1 from the same prompts, where the text so far says little about what comes:
-there drafts must switch themselves off. "same": the share of outputs that are token for token those without drafts (they all must be in float32; in
-bfloat16 a pass over several tokens may round a tie the other way). Last line: JSON.
+The prompts ask for code editing and for summaries. The third kind, "sampled", draws at temperature
+1 from the same prompts. There the text so far says little about the next token, so drafts must
+switch themselves off.
+
+Two engines over the same weights run interleaved, prompt by prompt. Figures are medians; ratios are
+taken between the two runs of one prompt. Time runs from the first token to the last, so the prompt
+does not count. "same output" is the share of outputs that equal those without drafts token for
+token. It must be 100 % in float32. In bfloat16 a pass over several tokens may round a near tie the
+other way. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ FUNCTIONS = (
 
 
 def prompts(tok: lamoe.Tokenizer) -> dict[str, list[list[int]]]:
-    """{kind: prompts}. A model that was trained to chat is asked; another one gets a text to go on with."""
+    """Return {kind: prompts}: a question for chat models, the beginning of a text for others."""
     edits, summaries, chat = [], [], tok.chat_template is not None
     for module, name, old, new in FUNCTIONS:
         code = inspect.getsource(getattr(module, name))
@@ -41,7 +46,8 @@ def prompts(tok: lamoe.Tokenizer) -> dict[str, list[list[int]]]:
                     [
                         {
                             "role": "user",
-                            "content": f"Rename `{old}` to `{new}` in this function. Answer with the whole function.\n\n```python\n{code}```",
+                            "content": f"Rename `{old}` to `{new}` in this function. "
+                            f"Answer with the whole function.\n\n```python\n{code}```",
                         }
                     ]
                 )
@@ -49,7 +55,8 @@ def prompts(tok: lamoe.Tokenizer) -> dict[str, list[list[int]]]:
         else:
             edits.append(
                 tok.encode(
-                    f"{code}\n\n# the same function, {old} is now called {new}\n{code.splitlines()[0].replace(old, new)}\n",
+                    f"{code}\n\n# the same function, {old} is now called {new}\n"
+                    f"{code.splitlines()[0].replace(old, new)}\n",
                     bos=tok.add_bos,
                 )
             )
@@ -62,7 +69,8 @@ def prompts(tok: lamoe.Tokenizer) -> dict[str, list[list[int]]]:
                     [
                         {
                             "role": "user",
-                            "content": f"Summarise this text in a few sentences, in its own words.\n\n{text}",
+                            "content": "Summarise this text in a few sentences, in its own words."
+                            f"\n\n{text}",
                         }
                     ]
                 )
@@ -137,15 +145,15 @@ def main() -> None:
                 for llm in ((without, drafts) if (turn + i) % 2 else (drafts, without))
             ]
             plain, quick = pair if (turn + i) % 2 else pair[::-1]
-            if turn:  # the first one warms up
+            if turn:  # the first round warms up
                 found.setdefault(kind, []).append((plain, quick))
     print(
-        f"{args.model}, {args.dtype}, {args.cache} cache, {args.threads} threads; {args.rounds} rounds, up to {args.tokens} tokens"
+        f"{args.model}, {args.dtype}, {args.cache} cache, {args.threads} threads; "
+        f"{args.rounds} rounds, up to {args.tokens} tokens"
     )
     print(
-        "| | tokens/s without | with drafts | faster by (range) | tokens a step | draft tokens per token | of them right | same output |\n"
-        + "|---" * 8
-        + "|"
+        "| | tokens/s without | with drafts | faster by (range) | tokens per step "
+        "| draft tokens per token | of them accepted | same output |\n" + "|---" * 8 + "|"
     )
     result = {}
     for kind, pairs in found.items():
@@ -167,8 +175,10 @@ def main() -> None:
         }
         result[kind] = r
         print(
-            f"| {kind} | {r['without']:.1f} | {r['with']:.1f} | {r['gain']:.2f} x ({r['low']:.2f} to {r['high']:.2f}) | {r['tokens_per_step']:.2f} | {r['drafted_per_token']:.2f} | "
-            f"{r['acceptance']:.0%} | {r['same']:.0%} |"
+            f"| {kind} | {r['without']:.1f} | {r['with']:.1f} "
+            f"| {r['gain']:.2f} x ({r['low']:.2f} to {r['high']:.2f}) "
+            f"| {r['tokens_per_step']:.2f} | {r['drafted_per_token']:.2f} "
+            f"| {r['acceptance']:.0%} | {r['same']:.0%} |"
         )
     print(
         json.dumps(

@@ -1,15 +1,22 @@
-"""The engine on the 24.6M-parameter preset "small" (random weights): batched decoding, decoding at depth beside transformers, prefix hits, cache bytes.
+"""Measure the engine on the 24.6M-parameter preset "small" with random weights.
 
-    python benchmarks/engine.py [--rounds 5] [--steps 32] [--depth 4096] [--shared 2000] [--cache bf16] [--threads 2]
+    python benchmarks/engine.py [--rounds 5] [--steps 32] [--depth 4096] [--shared 2000]
+                                [--cache bf16] [--threads 2]
 
-Contestants live in one process, stay warm, and run in turn; figures are medians over the rounds. Ratios are taken within a round, so a drift of
-the machine's speed does not touch them. Drafts (prompt lookup) are off: every token is one pass of the model. Last line: JSON.
+Four tables:
 
-Batched decoding: prompts of 16 tokens, the context grows while it is measured; weights in bfloat16 and in float32, and the faster one at batch 16 goes on
-to the other tables. Depth: one sequence behind --depth cached tokens; transformers' DeepseekV2 has the same geometry, the same dtype as its other self
-measured beside it, and the faster of its two counts. First token: a request of --shared tokens and 16 of its own, once on an empty cache and once
-when another request has brought the shared ones. Bytes: what is allocated for one context of 32,768 tokens against
-tokens x layers x (latent + rope key) x bytes of an element (low-bit formats: the documented bytes of a row), and what it adds to the process.
+- Batched decoding: prompts of 16 tokens, so the context grows during the measurement. Weights in
+  bfloat16 and in float32; the dtype that is faster at batch 16 is used in the other tables.
+- Decoding one sequence at context length --depth, beside transformers' DeepseekV2 of the same
+  geometry. transformers is measured in both dtypes, and the faster one counts.
+- Time to first token of a request with --shared tokens and 16 of its own: once with an empty cache,
+  and once after another request with the same shared tokens.
+- Bytes of a cache of 32,768 tokens: allocated, in resident memory, and by the closed form tokens x
+  layers x (latent + rope key) x bytes per element (low-bit formats: the documented row bytes).
+
+All contestants live in one process, stay warm, and run interleaved. Figures are medians over the
+rounds. Ratios are taken within a round, so a drift of the machine's speed cancels out. Drafts are
+off: every token is one pass of the model. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +40,7 @@ from lamoe.model.transformer import Transformer
 
 BATCHES = (1, 4, 16, 32)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LONG = 8192  # positions of the models that are measured at depth: the geometry stays, only the limit is raised
+LONG = 8192  # max_position_embeddings of all models here; the preset has fewer
 
 
 def config(positions: int) -> ModelConfig:
@@ -53,7 +60,10 @@ def endless(n: int) -> SamplingParams:
 
 
 def decoding(model: Transformer, batch: int, depth: int, steps: int, cache: str):
-    """An engine with `batch` sequences behind `depth` tokens: call it for the seconds of each of `steps` steps."""
+    """Return a function that measures the mean seconds of a decode step.
+
+    It decodes `batch` sequences for `steps` steps, from context length `depth` on.
+    """
     engine = LLM(
         model,
         cache=cache,
@@ -83,7 +93,7 @@ def decoding(model: Transformer, batch: int, depth: int, steps: int, cache: str)
 
 
 def decoding_transformers(dtype: str, depth: int, steps: int):
-    """One sequence of transformers' DeepseekV2 behind `depth` tokens: call it for the seconds of a step."""
+    """Do the same as `decoding` for one sequence of transformers' DeepseekV2."""
     raw = {
         k: v for k, v in config(LONG).to_dict().items() if k not in ("architectures", "torch_dtype")
     }
@@ -96,9 +106,8 @@ def decoding_transformers(dtype: str, depth: int, steps: int):
         out = model(input_ids=torch.randint(8192, (1, depth)), use_cache=True, logits_to_keep=1)
         for step in range(steps + 1):
             if step == 1:
-                begin = (
-                    time.perf_counter()
-                )  # the first step grows the cache out of its prefill form
+                # the first step converts the cache from its prefill form
+                begin = time.perf_counter()
             out = model(
                 input_ids=out.logits[:, -1:].argmax(-1),
                 past_key_values=out.past_key_values,
@@ -109,8 +118,8 @@ def decoding_transformers(dtype: str, depth: int, steps: int):
     return measure
 
 
-def in_turn(contestants: dict, rounds: int) -> dict:
-    """{name: a figure per round}; one round before them warms everybody up."""
+def interleaved(contestants: dict, rounds: int) -> dict:
+    """Return {name: a figure per round}; a first round warms up and is not counted."""
     found = {name: [] for name in contestants}
     for _ in range(rounds + 1):
         for name, measure in contestants.items():
@@ -119,7 +128,7 @@ def in_turn(contestants: dict, rounds: int) -> dict:
 
 
 def ratio(slow: list[float], fast: list[float]) -> dict:
-    """Of two lists of seconds, round by round."""
+    """Return the ratio of two lists of seconds, taken round by round: median, low, high."""
     each = sorted(a / b for a, b in zip(slow, fast))
     return {"median": statistics.median(each), "low": each[0], "high": each[-1]}
 
@@ -129,9 +138,9 @@ def spread(r: dict) -> str:
 
 
 def batched(args) -> tuple[dict, str]:
-    """Tokens per second by batch and dtype, and the dtype that is faster at batch 16."""
+    """Measure tokens per second by batch and dtype; also return the faster dtype at batch 16."""
     models = {dtype: lamoe_model(dtype) for dtype in DTYPES}
-    seconds = in_turn(
+    seconds = interleaved(
         {
             (dtype, b): decoding(models[dtype], b, 16, args.steps, args.cache)
             for dtype in DTYPES
@@ -141,37 +150,42 @@ def batched(args) -> tuple[dict, str]:
     )
     best = min(DTYPES, key=lambda d: statistics.median(seconds[d, 16]))
     print(
-        f"\nDecoding, prompts of 16 tokens, {args.cache} cache, {args.steps} steps a round\n| weights | batch | ms a step | tokens/s | times batch 1 (range of rounds) |\n|---|---|---|---|---|"
+        f"\nDecoding, prompts of 16 tokens, {args.cache} cache, {args.steps} steps per round\n"
+        "| weights | batch | ms per step | tokens/s | times batch 1 (range of rounds) |\n"
+        "|---|---|---|---|---|"
     )
     result = {"dtype": best}
     for (dtype, b), s in seconds.items():
-        # a ratio of tokens per second: b tokens in this step against one in the step of batch 1
+        # tokens per second: this step yields b tokens, the step of batch 1 yields one
         gain = {k: b * v for k, v in ratio(seconds[dtype, 1], s).items()}
         result[f"{dtype}_batch_{b}"] = {"tokens_per_s": b / statistics.median(s), "gain": gain}
         print(
-            f"| {dtype} | {b} | {1e3 * statistics.median(s):.2f} | {b / statistics.median(s):,.0f} | {spread(gain) if b > 1 else ''} |"
+            f"| {dtype} | {b} | {1e3 * statistics.median(s):.2f} "
+            f"| {b / statistics.median(s):,.0f} | {spread(gain) if b > 1 else ''} |"
         )
     return result, best
 
 
 def deep(args, dtype: str) -> dict:
-    """Seconds of a step at depth, lamoe and both dtypes of transformers in turn."""
+    """Measure a decode step at context length --depth: lamoe and transformers, interleaved."""
     contestants = {
         f"lamoe {dtype}": decoding(lamoe_model(dtype), 1, args.depth, args.steps, args.cache)
     }
     contestants |= {
         f"transformers {d}": decoding_transformers(d, args.depth, args.steps) for d in DTYPES
     }
-    seconds = in_turn(contestants, args.rounds)
+    seconds = interleaved(contestants, args.rounds)
     print(
-        f"\nDecoding one sequence at {args.depth:,} cached tokens\n| | ms a step | tokens/s | lamoe is faster by (range of rounds) |\n|---|---|---|---|"
+        f"\nDecoding one sequence with {args.depth:,} cached tokens\n"
+        "| | ms per step | tokens/s | lamoe is faster by (range of rounds) |\n|---|---|---|---|"
     )
     result = {}
     for name, s in seconds.items():
         gain = ratio(s, seconds[f"lamoe {dtype}"])
         result[name] = {"tokens_per_s": 1 / statistics.median(s), "lamoe_ratio": gain}
         print(
-            f"| {name} | {1e3 * statistics.median(s):.2f} | {1 / statistics.median(s):.1f} | {'' if name.startswith('lamoe') else spread(gain)} |"
+            f"| {name} | {1e3 * statistics.median(s):.2f} | {1 / statistics.median(s):.1f} "
+            f"| {'' if name.startswith('lamoe') else spread(gain)} |"
         )
     result["ratio"] = min(
         result[n]["lamoe_ratio"]["median"] for n in contestants if n.startswith("transformers")
@@ -180,7 +194,7 @@ def deep(args, dtype: str) -> dict:
 
 
 def first_token(args, dtype: str) -> dict:
-    """Seconds from a request to its first token, without and with its beginning in the cache."""
+    """Measure the time to first token, without and with a cached prefix."""
     engine = LLM(lamoe_model(dtype), cache=args.cache, max_model_len=LONG, speculate=0)
 
     def ask(shared: list[int]) -> tuple[float, int]:
@@ -203,26 +217,29 @@ def first_token(args, dtype: str) -> dict:
     cold, hit = cold[1:], hit[1:]
     gain = ratio(cold, hit)
     print(
-        f"\nFirst token of {args.shared:,} shared tokens and 16 more ({dtype} weights)\n| | ms | shorter by (range of rounds) |\n|---|---|---|"
+        f"\nTime to first token, {args.shared:,} shared tokens and 16 more ({dtype} weights)\n"
+        "| | ms | shorter by (range of rounds) |\n|---|---|---|"
     )
     print(
-        f"| cold | {1e3 * statistics.median(cold):.1f} | |\n| prefix hit | {1e3 * statistics.median(hit):.1f} | {spread(gain)} |"
+        f"| cold | {1e3 * statistics.median(cold):.1f} | |\n"
+        f"| prefix hit | {1e3 * statistics.median(hit):.1f} | {spread(gain)} |"
     )
     return {"cold_s": statistics.median(cold), "hit_s": statistics.median(hit), "gain": gain}
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def cache_bytes(tokens: int = 32768) -> dict:
-    """What a cache of `tokens` tokens allocates, and what its pages add to the process when they are written."""
+    """Measure what a cache of `tokens` tokens allocates and what it adds to resident memory."""
     model, c, result = lamoe_model("bf16", tokens), config(tokens), {}
     elements = tokens * accounting.cache_elements(c)
     print(
-        f"\nThe cache of {tokens:,} tokens, {accounting.cache_elements(c):,} elements a token"
-        f"\n| format | allocated | of the closed form | resident | bits an element | keys and values at 16 bits are larger by |\n|---|---|---|---|---|---|"
+        f"\nThe cache of {tokens:,} tokens, {accounting.cache_elements(c):,} elements per token"
+        "\n| format | allocated | of the closed form | resident | bits per element "
+        "| expanded keys and values at 16 bits are larger by |\n|---|---|---|---|---|---|"
     )
     for name, bits in {
         "fp32": 32,
@@ -249,7 +266,8 @@ def cache_bytes(tokens: int = 32768) -> dict:
             "expanded_ratio": expanded,
         }
         print(
-            f"| {name} | {accounting.human_bytes(allocated)} | {allocated / closed:.2%} | {accounting.human_bytes(grown)} | {bits:.2f} | {expanded:.1f} x |"
+            f"| {name} | {accounting.human_bytes(allocated)} | {allocated / closed:.2%} "
+            f"| {accounting.human_bytes(grown)} | {bits:.2f} | {expanded:.1f} x |"
         )
     return result
 
@@ -265,7 +283,8 @@ def main() -> None:
         or max(args.depth, args.shared) + args.steps + 64 > LONG
     ):
         parser.error(
-            f"rounds, steps, depth and shared must be at least 1; depth and shared leave room for the steps below {LONG} tokens"
+            "rounds, steps, depth and shared must be at least 1, "
+            f"and depth or shared plus steps plus 64 at most {LONG} tokens"
         )
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -1,10 +1,10 @@
-"""What structured output costs beside the model: milliseconds to compile a grammar and to mask and accept each token of a known text.
+"""Measure what structured output costs: compiling a grammar, masking logits, accepting a token.
 
     python benchmarks/grammar.py [--tokenizer FOLDER] [--rounds 20] [--rows 0]
 
---tokenizer: a folder with tokenizer.json (default: 8,000 tokens trained on the standard library's source, made anew); --rows: of the model's output, at least
-the vocabulary. Each text is followed token by token as the engine does it, in one thread; "first" is a Grammar's first use (its lexer is still
-empty), the other columns are over `rounds` further ones. Last line: JSON.
+Each text is followed token by token as in the engine, in one thread, without a model. "first mask"
+is the first use of a Grammar, when its lexer is still empty. The other columns are over `rounds`
+further uses. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ CASES = {
     ),
     "Lark, arithmetic": (
         lambda: Grammar.lark(
-            'start: sum\nsum: (sum "+")? product\nproduct: (product "*")? value\nvalue: /[0-9]{1,6}/ | "(" sum ")"'
+            'start: sum\nsum: (sum "+")? product\nproduct: (product "*")? value\n'
+            'value: /[0-9]{1,6}/ | "(" sum ")"'
         ),
         "(1+22)*(333+4444*(5+6))+77*8",
     ),
@@ -76,9 +77,15 @@ CASES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="folder with tokenizer.json; default: train 8,000 tokens on the standard library",
+    )
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--rows", type=int, default=0)
+    parser.add_argument(
+        "--rows", type=int, default=0, help="size of the logits, at least the vocabulary"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     source = Path(sysconfig.get_paths()["stdlib"])
@@ -97,7 +104,9 @@ def main() -> None:
         "cases": {},
     }
     print(
-        f"{tok.vocab_size} tokens, {len(logits)} rows; vocabulary read in {found['vocabulary_ms']:.0f} ms\n{'':26}compile ms  first mask ms  mask ms     p99  accept ms  tokens"
+        f"{tok.vocab_size} tokens, {len(logits)} logits; "
+        f"vocabulary read in {found['vocabulary_ms']:.0f} ms\n"
+        f"{'':26}compile ms  first mask ms  mask ms     p99  accept ms  tokens"
     )
     for name, (make, text) in CASES.items():
         ids, times = tok.encode(text), []
@@ -127,7 +136,8 @@ def main() -> None:
         }
         found["cases"][name] = row
         print(
-            f"{name:26}{compiled:10.1f}{row['first_mask_ms']:15.3f}{row['mask_ms']:9.3f}{row['p99_mask_ms']:8.3f}{row['accept_ms']:11.4f}{len(ids):8}"
+            f"{name:26}{compiled:10.1f}{row['first_mask_ms']:15.3f}{row['mask_ms']:9.3f}"
+            f"{row['p99_mask_ms']:8.3f}{row['accept_ms']:11.4f}{len(ids):8}"
         )
     print(json.dumps(found))
 

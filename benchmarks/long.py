@@ -1,11 +1,19 @@
-"""A YaRN model at 32K and 128K positions through the engine: what its cache really takes, against the closed form, and what a step costs there.
+"""Measure the cache of a YaRN model at 32K and 128K positions against the closed form.
 
     python benchmarks/long.py [--formats bf16 6bit] [--layers 1] [--threads 2]
 
-One sequence grows to 32,768 and on to 131,072 tokens. Its cache rows are DeepSeek-V2's (512 + 64 elements); the rest of the model is as narrow as can be
-(one head, random weights), because it is the cache that is measured. Pages: those the sequence owns, times their bytes. Resident: memory behind the
-cache that the system has really given (mincore), counted after the sequence has been written to that length; a page of the cache that no token has
-reached takes none. Closed form: tokens x layers x bytes of a row. Last line: JSON.
+One sequence grows to 32,768 and on to 131,072 tokens. Its cache rows are DeepSeek-V2's (512 + 64
+elements). The rest of the model is as narrow as possible (one head, random weights), because only
+the cache is measured. Columns:
+
+- closed form: tokens x layers x bytes of a row,
+- pages owned: pages of the sequence x bytes of a page,
+- resident: bytes of the cache that are in physical memory (mincore) after the sequence has reached
+  that length; cache pages that were never written take none,
+- speed of prefill and of a decode step.
+
+The exit code is 1 if the pages are not within 2 % of the closed form. The last line of standard
+output is JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +36,7 @@ from lamoe.model.config import ModelConfig, RopeScaling
 from lamoe.model.transformer import Transformer
 
 LENGTHS = (32768, 131072)
-STEPS = 16  # decode steps that are timed at each length
+STEPS = 16  # timed decode steps at each length
 
 
 def model(layers: int) -> Transformer:
@@ -50,7 +58,7 @@ def model(layers: int) -> Transformer:
 
 
 def resident(t: torch.Tensor) -> int:
-    """Bytes of a tensor's storage that are in memory."""
+    """Return how many bytes of a tensor's storage are in physical memory."""
     size = os.sysconf("SC_PAGE_SIZE")
     first = t.data_ptr() // size * size
     pages = -(-(t.data_ptr() + t.untyped_storage().nbytes() - first) // size)
@@ -72,7 +80,7 @@ def measure(m: Transformer, format: str) -> Iterator[dict]:
         [id] = engine.add(
             tokens[: length - STEPS - 1],
             SamplingParams(temperature=0.0, max_tokens=4 * STEPS, ignore_eos=True),
-        )  # what is cached is not computed again
+        )  # a prefix hit: the tokens of the shorter length are not computed again
         computed = 0
         while not computed or engine.scheduler.running[0].todo > 1:
             engine.step()
@@ -110,10 +118,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     m = model(args.layers)
     print(
-        f"{args.layers} layer{'s' * (args.layers != 1)}, one head, rows of 512 + 64, YaRN factor 40 over 4,096; {args.threads} threads"
+        f"{args.layers} layer{'s' * (args.layers != 1)}, one head, rows of 512 + 64, "
+        f"YaRN factor 40 over 4,096; {args.threads} threads"
     )
     print(
-        "| format | tokens | closed form | pages owned | of the closed form | resident | of the closed form | reserved for 163,840 | prefill tokens/s | decode step |\n"
+        "| format | tokens | closed form | pages owned | of the closed form | resident "
+        "| of the closed form | reserved for 163,840 | prefill tokens/s | decode step |\n"
         + "|---" * 10
         + "|"
     )
@@ -122,8 +132,11 @@ def main() -> None:
         for r in measure(m, format):
             rows.append(r)
             print(
-                f"| {format} | {r['tokens']:,} | {human_bytes(r['closed_form'])} | {human_bytes(r['pages'])} | {r['of_closed_form']:.2%} | {human_bytes(r['resident'])} | "
-                f"{r['resident'] / r['closed_form']:.2%} | {human_bytes(r['reserved'])} | {r['prefill_tokens_per_s']:,.0f} | {r['decode_ms']:.1f} ms |",
+                f"| {format} | {r['tokens']:,} | {human_bytes(r['closed_form'])} "
+                f"| {human_bytes(r['pages'])} | {r['of_closed_form']:.2%} "
+                f"| {human_bytes(r['resident'])} | {r['resident'] / r['closed_form']:.2%} "
+                f"| {human_bytes(r['reserved'])} | {r['prefill_tokens_per_s']:,.0f} "
+                f"| {r['decode_ms']:.1f} ms |",
                 flush=True,
             )
     print(json.dumps({"threads": args.threads, "rows": rows}))

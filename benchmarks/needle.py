@@ -1,15 +1,21 @@
-"""Needle in a haystack beyond the training length: a small MLA model learns retrieval at 256 tokens, fails beyond, and works there with YaRN.
+"""Train a small MLA model for retrieval, extend its context with YaRN, and test both.
 
-    python benchmarks/needle.py [--out runs/needle] [--steps 4500] [--extend-steps 200] [--lengths 64,128,256,512,1024,2048,4096] [--threads 1]
+    python benchmarks/needle.py [--out runs/needle] [--steps 4500] [--extend-steps 200]
+                                [--lengths 64,128,256,512,1024,2048,4096] [--threads 1]
 
-A haystack is random words; a needle is a key and the word behind it (the value, a word like any other), and other keys with other values lie about. At
-the end stands the question, a mark and the key; the answer is the value. It takes two layers: one looks one token back (which word stands behind
-which key), one looks through the whole haystack for the key. The first needs the quick pairs of the rotary position; and as the heads are two thirds rotary,
-the second one uses the slow pairs as well, as it does in models whose heads are rotary altogether.
+The task is a needle in a haystack. The haystack is random words. The needle is a key followed by
+its value, which is a word like any other; further keys with other values are distractors. The
+question at the end is a mark and the key, and the answer is the value.
 
-Four heat maps over depth x length, the same needles in each: the trained model as it is; the same weights with YaRN (only rope_scaling set); YaRN and some
-training on rows of 4 x the length (the paper's extension, 3.1.4); and, to compare, that training without YaRN. Written to --out: needle.png,
-needle.json and the two models. One thread is the default: the products are small. Last line: JSON.
+Two layers suffice. The first attends to the previous token and so learns which value follows which
+key; it needs the fast pairs of the rotary embedding. The second searches the whole haystack for the
+key. As two thirds of each head are rotary, it also uses the slow pairs, as models do whose heads
+are fully rotary. So it fails beyond the training length of 256 tokens.
+
+Four heat maps over depth x length use the same needles: the trained model; the same weights with
+YaRN (only rope_scaling set); YaRN and some training on rows of 4 x the length (section 3.1.4 of the
+paper); and that training without YaRN. --out receives needle.png, needle.json and two models. One
+thread is the default, because the products are small. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,10 +35,10 @@ from lamoe.model.config import ModelConfig, RopeScaling
 from lamoe.model.transformer import Transformer
 from lamoe.train.optim import MasterAdamW, Optim
 
-KEYS, WORDS = 32, 32  # ids: 0 the question mark, then the keys, then the words
+KEYS, WORDS = 32, 32  # ids: 0 is the question mark, then come the keys, then the words
 FIRST_WORD = 1 + KEYS
-LENGTH, LONG = 256, 4  # the length of the training; rows of the extension are so many times longer
-DISTRACTORS = 7  # other keys in a haystack that is tested
+LENGTH, LONG = 256, 4  # training length; rows of the extension are LONG times as long
+DISTRACTORS = 7  # other keys in a test haystack
 
 
 def config(args) -> ModelConfig:
@@ -53,17 +59,16 @@ def config(args) -> ModelConfig:
 
 
 def row(length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A row of training, many needles and their questions in any order, and its targets: the values, and -1 (does not count) everywhere else."""
-    n = min(
-        KEYS, int(length * (0.13 if length <= 64 else draw.uniform(0.03, 0.13)))
-    )  # dense at first: that is what makes it learn quickly
+    """Return a training row (ids, targets) with many needles and their questions in random order.
+
+    Targets are the values after the questions, and -1 (ignored) everywhere else.
+    """
+    # many needles in short rows: the model learns the task sooner
+    n = min(KEYS, int(length * (0.13 if length <= 64 else draw.uniform(0.03, 0.13))))
     key, value = 1 + draw.permutation(KEYS)[:n], FIRST_WORD + draw.integers(0, WORDS, n)
     ids, targets = FIRST_WORD + draw.integers(0, WORDS, length), np.full(length, -1)
-    gaps, used, known = (
-        np.sort(draw.integers(0, length - 5 * n + 1, 2 * n)),
-        0,
-        set(),
-    )  # words before each of them; a needle takes 2 places, a question 3
+    # gaps: words before each item; a needle takes 2 tokens, a question 3
+    gaps, used, known = np.sort(draw.integers(0, length - 5 * n + 1, 2 * n)), 0, set()
     for gap, j in zip(gaps, draw.permutation(np.repeat(np.arange(n), 2))):
         place = gap + used
         if j in known:
@@ -77,7 +82,7 @@ def row(length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]
 
 
 def make(length: int, depth: float, draw: random.Random) -> tuple[list[int], list[int]]:
-    """One needle at `depth` among others, for needle.needle."""
+    """Return (prompt ids, answer ids) with one needle at `depth` (0 to 1) among distractors."""
     key, *others = draw.sample(range(1, FIRST_WORD), 1 + DISTRACTORS)
     words = [draw.randrange(FIRST_WORD, FIRST_WORD + WORDS) for _ in range(length - 3)]
     at = round(depth * (len(words) - 2))
@@ -91,12 +96,15 @@ def make(length: int, depth: float, draw: random.Random) -> tuple[list[int], lis
 
 
 def fit(model: Transformer, o: Optim, steps: int, length_at, batch_tokens: int, seed: int) -> None:
-    """Train in bfloat16 over float32 masters, and write the masters back into `model`. length_at(loss so far) -> length of the next rows."""
+    """Train in bfloat16 with float32 master weights, and write the masters back into `model`.
+
+    length_at(running loss) gives the length of the next rows.
+    """
     draw, begin, loss = np.random.default_rng(seed), time.perf_counter(), None
     masters = [p.detach().clone() for p in model.parameters()]
     work = copy(model).to(torch.bfloat16)
     optimizer = MasterAdamW(work, o)
-    torch._foreach_copy_(optimizer.masters, masters)  # unrounded
+    torch._foreach_copy_(optimizer.masters, masters)  # not rounded to bfloat16
     for step in range(steps):
         length = length_at(loss)
         ids, targets = (
@@ -111,7 +119,8 @@ def fit(model: Transformer, o: Optim, steps: int, length_at, batch_tokens: int, 
         loss = now.item() if loss is None else 0.97 * loss + 0.03 * now.item()
         if step % 250 == 0 or step == steps - 1:
             print(
-                f"step {step}/{steps}  rows of {length}  loss {loss:.3f}  {time.perf_counter() - begin:.0f} s",
+                f"step {step}/{steps}  rows of {length}  loss {loss:.3f}  "
+                f"{time.perf_counter() - begin:.0f} s",
                 flush=True,
             )
     with torch.no_grad():
@@ -119,7 +128,7 @@ def fit(model: Transformer, o: Optim, steps: int, length_at, batch_tokens: int, 
 
 
 def curriculum(limit: int):
-    """Longer rows as soon as those so far are mostly answered."""
+    """Double the row length whenever the model has learnt the current one."""
     length, patience = 32, 0
 
     def length_at(loss: float | None) -> int:
@@ -161,7 +170,7 @@ def main() -> None:
     parser.add_argument(
         "--base",
         type=Path,
-        help="a model folder that was trained before: only lengthen and test it",
+        help="model folder from an earlier run: only extend and test it",
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -220,7 +229,8 @@ def main() -> None:
         if name in models:
             lamoe.save(models[name], args.out / folder, overwrite=True)
     print(
-        f"wrote {args.out / 'needle.png'}; training took {trained:.0f} s, everything {time.perf_counter() - begin:.0f} s"
+        f"wrote {args.out / 'needle.png'}; training took {trained:.0f} s, "
+        f"everything {time.perf_counter() - begin:.0f} s"
     )
     print(
         json.dumps(

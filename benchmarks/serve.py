@@ -1,8 +1,14 @@
-"""Load on `lamoe serve`, over real HTTP on loopback, with a small random model in a process of its own.
+"""Put load on `lamoe serve`: real HTTP on loopback, a small random model, a server process.
 
-Part one, the server's overhead: 16 clients that stream, beside the same 16 requests given to the engine directly, in turn. Part two, `--seconds` of
-`--clients` clients at once that stream, leave early, send garbage and ask for more than the queue holds. Wanted: no 5xx, nothing in the cache at the end,
-time to the first token within what the queue's limit allows, less than a millisecond of overhead a token. The exit code is 1 when one of these fails.
+    python benchmarks/serve.py [--seconds 120] [--clients 64] [--rounds 7] [--threads 1]
+
+Part one measures HTTP overhead: 16 streaming clients, interleaved with the same 16 requests given
+to the engine directly. Part two runs many clients at once: they stream, disconnect early, send
+garbage, and ask for more than the queue holds.
+
+The exit code is 1 unless all of these hold: no 5xx; no stream without its end; an empty cache
+afterwards; the 99th percentile of the time to first token within what the queue's limit allows;
+less than 1 ms of overhead per token. The last line is JSON.
 """
 
 import argparse
@@ -30,8 +36,8 @@ from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
 from lamoe.text import tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-SEATS, QUEUE, BATCH = 16, 40, 16  # sequences that run, that may wait; of part one
+SEATS, QUEUE = 16, 40  # sequences that run at once, and that may wait
+BATCH = 16  # clients of part one
 WORDS = (
     "the cat sat on a mat and the dog ran to the hill while one bird sang of rain in spring".split()
 )
@@ -55,8 +61,8 @@ GARBAGE: list[tuple[str, str, bytes, dict[str, str]]] = [  # method, path, body,
     (
         "POST",
         "/v1/completions",
-        b'{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": %s}}}'
-        % DEEP.encode(),
+        b'{"prompt": "a", "response_format": {"type": "json_schema", '
+        b'"json_schema": {"name": "x", "schema": %s}}}' % DEEP.encode(),
         {},
     ),
     ("POST", "/v1/chat/completions", b'{"messages": []}', {}),
@@ -81,17 +87,17 @@ GARBAGE: list[tuple[str, str, bytes, dict[str, str]]] = [  # method, path, body,
 ]
 
 
-# ---- a model and a server ----------------------------------------------------------------------------------------------------
+# ---- a model and a server ----
 def make_model(folder: Path) -> None:
-    """Preset tiny with random weights and a vocabulary of 512."""
-    tok = tokenizer.train([(ROOT / "lamoe" / "cli.py").read_text(), " ".join(WORDS)], 512)
+    """Save the preset tiny with random weights and a vocabulary of 512."""
+    tok = tokenizer.train([Path(__file__).read_text(encoding="utf-8"), " ".join(WORDS)], 512)
     config = ModelConfig.preset("tiny").replace(vocab_size=tok.vocab_size, torch_dtype="bfloat16")
     lamoe.save(Transformer(config).init_weights(0).to(torch.bfloat16).eval(), folder)
     tok.save(folder)
 
 
 class Server:
-    """`lamoe serve` in a process of its own; its log is kept."""
+    """A `lamoe serve` process and its log."""
 
     def __init__(self, folder: Path, threads: int):
         env = {k: v for k, v in os.environ.items() if not k.startswith("LAMOE_")} | {
@@ -144,7 +150,7 @@ class Server:
             raise
 
 
-# ---- a client that costs little -----------------------------------------------------------------------------------------------
+# ---- a cheap client: it must not take the CPU from the server ----
 async def ask(
     port: int,
     method: str,
@@ -153,7 +159,15 @@ async def ask(
     headers: dict[str, str] | None = None,
     leave_after: float = math.inf,
 ) -> dict:
-    """One request on a connection of its own: {"status", "retry", "text", "times" (of events), "events"}. leave_after: events, then hang up; 0: at once."""
+    """Send one request on a new connection.
+
+    Args:
+        leave_after: disconnect after this many events; 0 disconnects right after sending.
+
+    Returns:
+        status; retry (seconds of Retry-After); sent and times (when it was sent, and when each
+        event came); last (the last event that is not [DONE]).
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     out = {"status": 0, "retry": 1, "times": [], "last": None, "sent": time.perf_counter()}
     try:
@@ -217,11 +231,14 @@ async def gauges(port: int) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"^(lamoe_\w+) (\S+)$", text, re.M)}
 
 
-# ---- part one: overhead -------------------------------------------------------------------------------------------------------
+# ---- part one: overhead ----
 def overhead(
     port: int, folder: Path, threads: int, rounds: int, tokens: int = 128
 ) -> dict[str, float]:
-    """Seconds per token and sequence at batch 16, medians of rounds in turn: over HTTP, and of the engine with the same requests."""
+    """Measure milliseconds per token at batch 16, over HTTP and from the engine directly.
+
+    The rounds are interleaved; the results are medians.
+    """
     llm = LLM(folder, threads=threads, max_num_seqs=SEATS, count_experts=True)
     prompts = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(BATCH)]
     params = SamplingParams(temperature=1.0, seed=1, max_tokens=tokens, ignore_eos=True)
@@ -250,9 +267,12 @@ def overhead(
     }
 
 
-# ---- part two: load -----------------------------------------------------------------------------------------------------------
+# ---- part two: load ----
 class Load:
-    """What all clients saw. places: seconds that a sequence which was not cut short held its place."""
+    """Many clients at once, and what they saw.
+
+    places: for each stream that ran to its end, the seconds from its first token to its last.
+    """
 
     def __init__(self, port: int, seconds: float):
         self.port, self.until, self.seconds = port, time.monotonic() + seconds, seconds
@@ -303,9 +323,8 @@ class Load:
         self.status[kind][
             "left" if cut else got["status"] if got["status"] != 200 or complete else "not complete"
         ] += 1
-        skip = (
-            1 if path.endswith("chat/completions") else 0
-        )  # a chat's first event says who speaks, before the first token
+        # the first event of a chat only names the role; it comes before the first token
+        skip = 1 if path.endswith("chat/completions") else 0
         if got["status"] == 200 and len(got["times"]) > skip and "n" not in more:
             self.first.append(got["times"][skip] - got["sent"])
             if complete:
@@ -331,7 +350,7 @@ class Load:
         return 0
 
     async def run(self, clients: int) -> dict:
-        """All of it; then whether the cache is empty within two seconds."""
+        """Run all clients, then wait up to two seconds for the cache to become empty."""
         await asyncio.gather(*(self.client(i) for i in range(clients)))
         end = time.monotonic() + 2
         while True:
@@ -357,7 +376,8 @@ class Load:
                 "p99": first[int(len(first) * 0.99)],
                 "max": first[-1],
             },
-            # all who may be ahead, SEATS at a time, each for as long as the longest held its place; and the same for what runs now
+            # the longest possible wait: the running sequences, then the queue ahead, SEATS at a
+            # time, each as slow as the slowest sequence seen
             "ttft_bound_s": (math.ceil(QUEUE / SEATS) + 1) * max(self.places),
             "tokens_per_s": now["lamoe_generated_tokens_total"] / self.seconds,
         }
@@ -367,12 +387,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=120.0, help="of load")
+    parser.add_argument("--seconds", type=float, default=120.0, help="duration of part two")
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7, help="of the overhead's measurement")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="of the engine, in the server and called directly"
-    )
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of part one")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the engine")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp) / "tiny"
@@ -392,24 +410,30 @@ def main() -> int:
         "nothing left in the cache": not any(load["left_at_end"].values()),
         "p99 of the first token within the queue's bound": load["ttft_s"]["p99"]
         <= load["ttft_bound_s"],
-        "less than 1 ms of overhead a token": cost["overhead_ms"] < 1.0,
+        "less than 1 ms of overhead per token": cost["overhead_ms"] < 1.0,
         "ends with code 0": code == 0,
     }
     print(
-        f"{args.clients} clients, {args.seconds:g} s, {SEATS} sequences run, {QUEUE} may wait, {args.threads} thread(s) for the engine\n"
+        f"{args.clients} clients, {args.seconds:g} s, {SEATS} sequences run, {QUEUE} may wait, "
+        f"{args.threads} thread(s) for the engine\n"
     )
     print("| clients that | requests | answers |\n|---|---|---|")
     for kind, seen in load["status"].items():
         print(
-            f"| {kind} | {sum(seen.values()):,} | {', '.join(f'{v:,} x {k}' for k, v in seen.items())} |"
+            f"| {kind} | {sum(seen.values()):,} "
+            f"| {', '.join(f'{v:,} x {k}' for k, v in seen.items())} |"
         )
     ttft = load["ttft_s"]
     print(
-        f"\ntime to first token of {load['streams']:,} streams: p50 {ttft['p50']:.2f} s, p99 {ttft['p99']:.2f} s, longest {ttft['max']:.2f} s; the queue allows {load['ttft_bound_s']:.2f} s"
+        f"\ntime to first token of {load['streams']:,} streams: p50 {ttft['p50']:.2f} s, "
+        f"p99 {ttft['p99']:.2f} s, longest {ttft['max']:.2f} s; "
+        f"the queue allows {load['ttft_bound_s']:.2f} s"
     )
     print(f"{load['tokens_per_s']:,.0f} tokens/s; left at the end: {load['left_at_end']}")
     print(
-        f"batch {BATCH}: {cost['http_ms']:.2f} ms a token over HTTP, {cost['engine_ms']:.2f} ms from the engine, overhead {cost['overhead_ms']:.2f} ms (median of pairs)\n"
+        f"batch {BATCH}: {cost['http_ms']:.2f} ms per token over HTTP, "
+        f"{cost['engine_ms']:.2f} ms from the engine, "
+        f"overhead {cost['overhead_ms']:.2f} ms (median of pairs)\n"
     )
     for name, kept in wanted.items():
         print(f"{'yes' if kept else 'NO '} {name}")

@@ -1,13 +1,15 @@
-"""Training steps of the 24.6M-parameter preset "small", lamoe beside transformers' DeepseekV2 of the same geometry, in turn.
+"""Compare training speed with transformers: preset "small" (24.6M parameters), same geometry.
 
     python benchmarks/train.py [--rounds 5] [--steps 3] [--batch 8] [--seq 512] [--no-compile]
 
-Every contestant is a process of its own that stays warm; they run in turn, a few steps each, with a GEMM probe before each turn. Figures are
-medians over the rounds; ratios are taken within a round, so a drift of the machine's speed does not touch them. Last line: JSON.
+Every contestant is a process that stays warm. They run interleaved, a few steps each, with a GEMM
+probe before each turn. Figures are medians over the rounds. Ratios are taken within a round, so a
+drift of the machine's speed cancels out. The last line is JSON.
 
-What a step is. lamoe: bfloat16 weights with float32 masters, three balance losses, fused AdamW, gradient clipping. transformers:
-float32 weights under bfloat16 autocast, grouped_mm experts, no balance loss (it has none), fused AdamW, gradient clipping; the
-compiled one is torch.compile of the whole model.
+A step of lamoe: bfloat16 weights with float32 masters, three balance losses, fused AdamW, gradient
+clipping. A step of transformers' DeepseekV2: float32 weights under bfloat16 autocast, grouped_mm
+experts, no balance loss (it has none), fused AdamW, gradient clipping. The compiled contestant is
+torch.compile of the whole model.
 """
 
 from __future__ import annotations
@@ -84,7 +86,10 @@ def make_transformers(batch: int, seq: int, compiled: bool):
 
 
 def work(args) -> None:
-    """A contestant: warm up, then for every line on standard input run `steps` steps and answer with one line of JSON."""
+    """Be a contestant: warm up, then run `steps` steps for every line on standard input.
+
+    Every answer is one line of JSON on standard output.
+    """
     import torch
 
     torch.manual_seed(0)
@@ -132,7 +137,7 @@ def main() -> None:
     names = [n for n in CONTESTANTS if not (args.no_compile and n == "compile")]
     flags = [f"--{k}={getattr(args, k)}" for k in ("rounds", "steps", "batch", "seq", "threads")]
     workers, warm = {}, {}
-    for name in names:  # one after the other, so that nobody warms up against another
+    for name in names:  # one after the other, so that they do not compete while warming up
         workers[name] = subprocess.Popen(
             [sys.executable, __file__, f"--worker={name}", *flags],
             stdin=subprocess.PIPE,
@@ -143,7 +148,8 @@ def main() -> None:
         line = workers[name].stdout.readline()
         if not line:
             sys.exit(
-                f"the contestant {CONTESTANTS[name]!r} died; run it alone to see why: python {__file__} --worker={name}"
+                f"the contestant {CONTESTANTS[name]!r} died; run it alone to see why: "
+                f"python {__file__} --worker={name}"
             )
         warm[name] = json.loads(line)["warm_up"]
         print(f"{CONTESTANTS[name]}: ready after {warm[name]:.0f} s", flush=True)
@@ -175,10 +181,12 @@ def main() -> None:
         return statistics.median(r[key] for r in rounds[name])
 
     print(
-        f"\n{flops / 1e6:.1f} MFLOP a token, {args.batch} x {args.seq} tokens a step, {args.threads} threads, {args.rounds} rounds of {args.steps} steps"
+        f"\n{flops / 1e6:.1f} MFLOP per token, {args.batch} x {args.seq} tokens per step, "
+        f"{args.threads} threads, {args.rounds} rounds of {args.steps} steps"
     )
     print(
-        "| | tokens/s | lamoe is faster by (median, range of rounds) | GFLOP/s | of the bf16 GEMM peak | peak memory | warm-up |"
+        "| | tokens/s | lamoe is faster by (median, range of rounds) | GFLOP/s "
+        "| of the bf16 GEMM peak | peak memory | warm-up |"
     )
     print("|---|---|---|---|---|---|---|")
     result = {}
@@ -201,7 +209,9 @@ def main() -> None:
             else ""
         )
         print(
-            f"| {CONTESTANTS[name]} | {result[name]['tokens_per_s']:,.0f} | {spread} | {median(name, 'gflops'):.0f} | {share:.0%} of {result[name]['gemm_peak_gflops']:.0f} "
+            f"| {CONTESTANTS[name]} | {result[name]['tokens_per_s']:,.0f} | {spread} "
+            f"| {median(name, 'gflops'):.0f} "
+            f"| {share:.0%} of {result[name]['gemm_peak_gflops']:.0f} "
             f"| {result[name]['peak_bytes'] / 1e9:.2f} GB | {warm[name]:.0f} s |"
         )
     print(json.dumps(result))

@@ -1,20 +1,39 @@
-"""What low-bit weights do to a model's predictions: lamoe's formats beside those of llama.cpp, in one run.
+"""Measure what low-bit weights do to a model's predictions: formats of lamoe and of llama.cpp.
 
-    python benchmarks/weights_quality.py runs/tiny [--ggml DIR] [--tokens 20480] [--calibrate stdlib --calibrate-tokens 32768]
+    python benchmarks/weights_quality.py runs/tiny [--ggml DIR] [--tokens 20480]
+                                         [--calibrate stdlib --calibrate-tokens 32768]
     python benchmarks/weights_quality.py FOLDER --text FILE ...
 
-Every format rounds the same matrices (all linears, experts and the head; not embedding, router and norms) of the same model, which then predicts
-held-out rows of `seq` tokens with teacher forcing, in float32. Columns: bits a weight of those matrices with all scales; relative
-root-mean-square error of the weights; bits per byte and its change against the unrounded model; mean KL(unrounded || rounded) of the next token in
-nats; share of positions with the same most likely token. W^UK and W^UV (kv_b_proj) have 8 bits in every format, as lamoe keeps them.
+Every format rounds the same matrices of the same model: all linears, the experts and the head, but
+not embedding, router and norms. The rounded model then predicts held-out rows of `seq` tokens with
+teacher forcing, in float32. W^UK and W^UV (kv_b_proj) have 8 bits in every format, as in lamoe.
+Columns:
 
-Rows `kernels ...` are the packed model on the compiled kernels, activations rounded to 8 bits, attention in bfloat16, a bf16 cache; `folder NAME` is the same of
-what `lamoe quantize` made (--packed), whatever its options.
-Formats of llama.cpp: Q4_0 and Q8_0 by the `gguf` package (pip install gguf; no extra of lamoe has it), K quants by llama.cpp's own library (--ggml: the folder of libggml-base.so), which want rows of
-256: shorter rows are filled up with zeros (the bits stated are the format's). Q4_K_M is its mixture: Q6_K for the head and for half of the
-layers' value and down projections, else Q4_K. "+ text": as --calibrate does it (int4), or with an importance matrix (K quants), over the same rows;
-"+ importance" is int4 with the same importance matrix and no error feedback. "int4 with int8 head" is about as large as Q4_K_M.
-Last line: JSON.
+- bits per weight of those matrices, scales included,
+- relative RMS error of the weights,
+- bits per byte, and its change against the unrounded model,
+- mean KL(unrounded || rounded) of the next token, in nats,
+- share of positions with the same top-1 token.
+
+Rows of lamoe:
+
+- "kernels ..." is the packed model on the compiled kernels: activations in 8 bits, attention and
+  cache in bfloat16,
+- "folder NAME" is the same for a folder that `lamoe quantize` made (--packed),
+- "int4 + text" is calibrated as with --calibrate; "int4 + importance" uses the same importance
+  matrix without error feedback,
+- "int4 with int8 head" is about as large as Q4_K_M.
+
+Rows of llama.cpp:
+
+- Q4_0 and Q8_0 come from the `gguf` package (extra lamoe[gguf]),
+- K quants come from llama.cpp's own library (--ggml: the folder of libggml-base.so). They need rows
+  of 256, so shorter rows are padded with zeros; the bits stated are the format's,
+- Q4_K_M is its mixture: Q6_K for the head and for half of the layers' value and down projections,
+  else Q4_K,
+- "+ text" uses an importance matrix from the same rows as lamoe's calibration.
+
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -47,12 +66,11 @@ GGML = {
     "Q5_K": (13, 5.5),
     "Q6_K": (14, 6.5625),
 }
-Round = Callable[
-    [str, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, float]
-]  # (disk name, weights [n, k], moments [k, k]) -> (rounded, bits)
+# (tensor name in the checkpoint, weights [n, k], moments [k, k]) -> (rounded weights, bits)
+Round = Callable[[str, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, float]]
 
 
-# ---- formats ---------------------------------------------------------------------------------------------------------------
+# ---- formats ----
 def ours(fmt: str, feedback: bool = True) -> Round:
     def round_(name, w, moments):
         if moments is not None:
@@ -68,7 +86,7 @@ def with_int8_head(name, w, moments):
 
 
 def by_gguf(name: str) -> Round:
-    """The gguf package's own quantiser; rows are filled up to its block."""
+    """Use the quantiser of the gguf package; rows are padded to its block size."""
     kind = gguf.GGMLQuantizationType[name]
 
     def round_(_, w, moments):
@@ -82,7 +100,7 @@ def by_gguf(name: str) -> Round:
 
 
 def by_ggml(lib: ctypes.CDLL, choose: Callable[[str], str]) -> Round:
-    """llama.cpp's own quantiser, with an importance matrix when there is one."""
+    """Use llama.cpp's quantiser, with an importance matrix if there are moments."""
 
     def round_(disk, w, moments):
         name = choose(disk)
@@ -127,7 +145,10 @@ def open_ggml(folder: Path) -> ctypes.CDLL:
 
 
 def q4_k_m(layers: int) -> Callable[[str], str]:
-    """llama.cpp's mixture (llama-quant.cpp, use_more_bits): the first and last eighth of the layers and every third between them."""
+    """Return llama.cpp's mixture Q4_K_M (llama-quant.cpp, use_more_bits).
+
+    More bits go to the first and last eighth of the layers, and to every third one between them.
+    """
 
     def choose(disk: str) -> str:
         if "lm_head" in disk:
@@ -139,9 +160,9 @@ def q4_k_m(layers: int) -> Callable[[str], str]:
     return choose
 
 
-# ---- rounding a model ------------------------------------------------------------------------------------------------------
+# ---- rounding a model ----
 def untied(model: lamoe.Transformer) -> lamoe.Transformer:
-    """The same function with a head of its own, so that the embedding can stay as it is."""
+    """Return the same model with an untied head, so that the embedding stays unrounded."""
     if not model.config.tie_word_embeddings:
         return model
     out = lamoe.Transformer(model.config.replace(tie_word_embeddings=False)).eval()
@@ -175,7 +196,7 @@ def moments_of(disk: str, found: dict[str, calibrate.Moments]) -> torch.Tensor |
 def rounded(
     model: lamoe.Transformer, round_: Round, found: dict[str, torch.Tensor]
 ) -> tuple[lamoe.Transformer, float, float]:
-    """(a rounded copy, bits a weight, relative root-mean-square error of the weights)."""
+    """Return (a rounded copy, bits per weight, relative RMS error of the weights)."""
     out = lamoe.Transformer(model.config).eval()
     out.load_state_dict(model.state_dict())
     bits = weights = error = power = 0.0
@@ -193,7 +214,7 @@ def rounded(
 
 
 def stated_bits(run: PackedModel) -> float:
-    """Of the matrices that `rounded` rounds, by their formats: without filling."""
+    """Return the bits per weight of the matrices that `rounded` rounds, without padding."""
     found = packed.classes(
         run.config, run.weights, packed.pieces(run.config, run.weights, run.head), run.head
     )
@@ -207,10 +228,10 @@ def stated_bits(run: PackedModel) -> float:
     )
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------------
+# ---- measuring ----
 @torch.inference_mode()
 def predict(model, ids: torch.Tensor, batch: int = 4):
-    """Log-probabilities of the next token, a few rows at a time: [rows, T, vocabulary]."""
+    """Yield log-probabilities of the next token, a few rows at a time: [rows, T, vocabulary]."""
     for part in ids.split(batch):
         if isinstance(model, PackedModel):
             yield torch.stack(
@@ -257,23 +278,23 @@ def main() -> None:
     parser.add_argument(
         "--text",
         action="append",
-        help="text source to measure on instead of the run's held-out text",
+        help="text source to predict, instead of the run's held-out text",
     )
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument(
-        "--calibrate", action="append", help="text source; default: what the run was trained on"
+        "--calibrate", action="append", help="text source; default: the run's training text"
     )
     parser.add_argument("--calibrate-tokens", type=int, default=32768)
-    parser.add_argument("--ggml", type=Path, help="a build of llama.cpp, for K quants")
+    parser.add_argument("--ggml", type=Path, help="build folder of llama.cpp, for K quants")
     parser.add_argument(
         "--packed",
         type=Path,
         action="append",
         default=[],
-        help="a folder that `lamoe quantize` made of this model",
+        help="folder that `lamoe quantize` made from this model",
     )
-    parser.add_argument("--only", help="formats, comma separated")
+    parser.add_argument("--only", help="names of rows, comma separated")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -328,7 +349,8 @@ def main() -> None:
         float(t.gather(-1, part[:, 1:, None]).double().sum()) for t, part in zip(true, ids.split(4))
     )
     print(
-        f"{step}: {ids.shape[0] * args.seq} tokens, {text_bytes} bytes, rows of {args.seq}; unrounded {base / math.log(2) / text_bytes:.4f} bits/byte"
+        f"{step}: {ids.shape[0] * args.seq} tokens, {text_bytes} bytes, rows of {args.seq}; "
+        f"unrounded {base / math.log(2) / text_bytes:.4f} bits/byte"
     )
     print(
         "format                       bits   rel. error  bits/byte     change         KL  top-1 same"
@@ -352,9 +374,7 @@ def main() -> None:
                 else PackedModel.of(model, kernels[name][0], args.threads, kernels[name][1])
             )
             if run.config != model.config:
-                raise ValueError(
-                    f"{folders[name]} was not made of {step}: its config is another one"
-                )
+                raise ValueError(f"{folders[name]} was not made from {step}: the configs differ")
             bits, error = stated_bits(run), float("nan")
         r = compare(true, run, ids)
         r |= {
@@ -365,7 +385,8 @@ def main() -> None:
         }
         out["formats"][name] = r
         print(
-            f"{name:27s} {bits:5.2f} {error:11.4f} {r['bits_per_byte']:10.4f} {r['change_percent']:+9.4f}% {r['kl']:10.3e} {r['top1_percent']:10.2f}%",
+            f"{name:27s} {bits:5.2f} {error:11.4f} {r['bits_per_byte']:10.4f} "
+            f"{r['change_percent']:+9.4f}% {r['kl']:10.3e} {r['top1_percent']:10.2f}%",
             flush=True,
         )
     print(json.dumps(out))

@@ -1,10 +1,11 @@
-"""Builds lamoe/corpus/austen.tar.xz: six novels by Jane Austen (public domain), one text file each, out of Debian's package.
+"""Build lamoe/corpus/austen.tar.xz: six novels by Jane Austen (public domain), one file each.
 
     apt-get download r-cran-janeaustenr && python tools/build_prose.py r-cran-janeaustenr_*.deb
 
-The package is an R library: the novels are string vectors, one string per hard-wrapped line of about 70 columns, in R's binary
-serialisation. This reads that without R, joins the lines of a paragraph, and writes an archive that is the same bytes whenever
-it is built (times, owners and order fixed). The result is committed: nothing in lamoe needs this script or the package to run.
+The Debian package is an R library. Its novels are string vectors in R's binary serialisation, one
+string per hard-wrapped line of about 70 columns. This script reads them without R, joins the lines
+of each paragraph, and writes a reproducible archive (times, owners and order are fixed). The result
+is committed; nothing in lamoe needs this script or the package.
 """
 
 from __future__ import annotations
@@ -30,12 +31,17 @@ TITLES = (
     "pride-and-prejudice",
     "sense-and-sensibility",
 )  # order in the package
-MODERN_NOTE = "\n\nA NOTE ON THE TEXT\n\n"  # a modern publisher's words, at the end of Northanger Abbey: not the author's, so left out
-SHORT = 55  # columns; prose is wrapped at about 70, so a line shorter than this inside a paragraph was broken on purpose
+# a modern publisher's note at the end of Northanger Abbey; left out, because it is not the author's
+MODERN_NOTE = "\n\nA NOTE ON THE TEXT\n\n"
+# Prose is wrapped at about 70 columns: a shorter line inside a paragraph was broken on purpose.
+SHORT = 55
 
 
 def string_vectors(rdb: bytes):
-    """The character vectors of an R lazy-load database: records of [big-endian u32 raw size][zlib stream]."""
+    """Yield the character vectors of an R lazy-load database.
+
+    Its records are [big-endian u32 raw size][zlib stream].
+    """
     at = 0
     while at < len(rdb):
         stream = zlib.decompressobj()
@@ -43,14 +49,18 @@ def string_vectors(rdb: bytes):
         (size,) = struct.unpack_from(">I", rdb, at)
         if len(raw) != size:
             raise ValueError(
-                f"record at byte {at} says {size} bytes and holds {len(raw)}: not an R lazy-load database"
+                f"record at byte {at} says {size} bytes and holds {len(raw)}: "
+                "not an R lazy-load database"
             )
         yield read_strings(raw)
         at = len(rdb) - len(stream.unused_data)
 
 
 def read_strings(raw: bytes) -> list[str]:
-    """R's XDR serialisation, version 3, of one STRSXP (type 16): elements are flags (low byte 9), an i32 length, the bytes."""
+    """Parse R's XDR serialisation, version 3, of one STRSXP (type 16).
+
+    Each element is flags (low byte 9), an i32 length, and the bytes.
+    """
     if raw[:6] != b"X\n\x00\x00\x00\x03":
         raise ValueError(f"expected R serialisation version 3 in XDR form, found {raw[:6]!r}")
     at = 14  # magic, format version, R version written and needed
@@ -73,7 +83,10 @@ def read_strings(raw: bytes) -> list[str]:
 
 
 def reflow(lines: list[str]) -> str:
-    """Paragraphs on one line each, a blank line between them. Verse, addresses and signatures keep their line breaks."""
+    """Put each paragraph on one line, with blank lines between them.
+
+    Verse, addresses and signatures keep their line breaks.
+    """
     paragraphs = re.split(r"\n(?:[ \t]*\n)+", "\n".join(lines).strip())
     return (
         "\n\n".join(
@@ -85,7 +98,10 @@ def reflow(lines: list[str]) -> str:
 
 
 def join_lines(lines: list[str]) -> str:
-    """One paragraph. Verse and addresses start every line with a capital; one line that does not makes the paragraph prose."""
+    """Join the lines of one paragraph.
+
+    In verse and addresses every line starts with a capital; any other line marks prose.
+    """
     is_prose = any(line[:1].islower() for line in lines[1:])
     out = lines[0]
     for before, line in itertools.pairwise(lines):
@@ -94,7 +110,7 @@ def join_lines(lines: list[str]) -> str:
 
 
 def archive(texts: dict[str, str]) -> bytes:
-    """A .tar.xz that depends on the texts alone."""
+    """Return a .tar.xz that depends on the texts alone."""
     plain = io.BytesIO()
     with tarfile.open(fileobj=plain, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, text in sorted(texts.items()):
@@ -120,7 +136,8 @@ def main():
     novels = list(string_vectors(rdb))
     if len(novels) != len(TITLES):
         raise ValueError(
-            f"{args.deb} holds {len(novels)} texts, expected the {len(TITLES)} novels {', '.join(TITLES)}"
+            f"{args.deb} holds {len(novels)} texts, expected the {len(TITLES)} novels "
+            f"{', '.join(TITLES)}"
         )
     texts = {
         f"{title}.txt": reflow(lines).split(MODERN_NOTE)[0].rstrip() + "\n"

@@ -1,11 +1,12 @@
-"""Make the frozen goldens of tests/oracles/goldens: tiny random models of transformers with what they compute.
+"""Make the golden files in tests/oracles/goldens: tiny random models and what they compute.
 
-    python tools/make_goldens.py            # all of them; needs transformers >= 5.17
-    python tools/make_goldens.py run        # only the ten losses of lamoe itself, after a change of numerics that is meant
+    python tools/make_goldens.py        # all of them; needs transformers >= 5.17
+    python tools/make_goldens.py run    # only lamoe's ten losses, after an intended numeric change
 
-transformers' files do not involve lamoe: its own config classes, its own weights, its own save_pretrained. Each file holds the
-checkpoint (bfloat16 weights, the computing is float32), ids, logits at positions 0 .. T - 1, logits at far positions, greedy
-tokens and two numbers of every gradient; config.json and the versions are its metadata. The same versions make the same bytes.
+The files of transformers do not involve lamoe: config classes, weights and save_pretrained are its
+own. Each file holds the checkpoint (weights in bfloat16, computation in float32), ids, logits at
+positions 0 .. T - 1, logits at far positions, greedy tokens, and two numbers per gradient. The
+metadata holds config.json and the versions. The same versions make the same bytes.
 """
 
 from __future__ import annotations
@@ -98,7 +99,10 @@ MODELS = {
 
 
 def summary(gradient: torch.Tensor) -> torch.Tensor:
-    """[2]: the norm, and the sum under fixed weights that tell every place from every other. float64."""
+    """Return [norm, weighted sum] in float64.
+
+    The weights of the sum differ at every position, so that permuted values change it.
+    """
     g = gradient.detach().double().flatten()
     return torch.stack(
         [g.norm(), g @ torch.cos(torch.arange(g.numel(), dtype=torch.float64) * 0.7)]
@@ -106,7 +110,7 @@ def summary(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def per_disk_name(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """transformers stacks the experts in memory; its gradients under the names that the tensors have on disk."""
+    """Rename gradients to the names on disk; transformers stacks the experts in memory."""
     out = {}
     for name, g in gradients.items():
         stem = name.removesuffix("experts.gate_up_proj").removesuffix("experts.down_proj")
@@ -148,9 +152,8 @@ def golden(name: str):
         n: summary(g)
         for n, g in per_disk_name({n: p.grad for n, p in model.named_parameters()}).items()
     }
-    with (
-        torch.no_grad()
-    ):  # the mask of ones says that jumps between positions are not borders between documents
+    with torch.no_grad():
+        # without the mask of ones, transformers takes position jumps for document borders
         far = model(
             ids, position_ids=torch.tensor([FAR, FAR]), attention_mask=torch.ones_like(ids)
         ).logits
@@ -173,9 +176,8 @@ def golden(name: str):
         "greedy": greedy[:, TOKENS:].contiguous(),
     }
     tensors |= {f"gradients.{n}": g for n, g in gradients.items()}
-    save_file(
-        tensors, OUT / f"{name}.safetensors", {"about": json.dumps(about)}
-    )  # one entry: several have no fixed order
+    # one metadata entry, because several have no fixed order
+    save_file(tensors, OUT / f"{name}.safetensors", {"about": json.dumps(about)})
     print(f"{name}: {(OUT / f'{name}.safetensors').stat().st_size:,} bytes")
 
 
