@@ -1,11 +1,17 @@
-"""Attention(MHA, GQA, MQA: only head counts differ) and MLA, with one call signature.
+"""Two attention layers with one call signature: Attention (MHA, GQA, MQA) and MLA.
 
-MLA has two forms that are equal in exact arithmetic (paper 2.1, App. C): *expand* makes keys and values of the latents and
-attends as usual; *absorb* moves W^UK to the query and W^UV to the output and attends over the latents themselves, as if they
-were one shared 576-wide key head. Both read and write the same cache rows: normed latent | rotated rope key.
+Multi-head latent attention has two forms that are equal in exact arithmetic (paper 2.1, App. C):
+
+    expand   computes the keys and values of all heads from the latents, then attends as usual
+    absorb   moves W^UK to the query and W^UV to the output and attends over the latents
+             themselves, as if they were one key / value head of width C + R shared by all heads
+
+Both read and write the same cache rows: latent after its norm | rotary key after rotation.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -13,12 +19,16 @@ from torch import nn
 from lamoe import kernels
 from lamoe.model.cache import Cache, View
 from lamoe.model.config import ModelConfig
+from lamoe.model.costs import cheaper_form
 from lamoe.model.layers import RMSNorm, linear
 from lamoe.model.rope import softmax_scale
 
 
 class Attention(nn.Module):
-    """Multi-head attention with `num_key_value_heads` key / value heads. x [B, T, D] -> [B, T, D]."""
+    """Multi-head attention with G key / value heads, [B, T, D] -> [B, T, D].
+
+    G = H is MHA, G = 1 is MQA, numbers between are GQA.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -29,27 +39,34 @@ class Attention(nn.Module):
         self.wv = linear(config.hidden_size, g * d)
         self.wo = linear(h * d, config.hidden_size)
 
-    def forward(self, x, freqs, cache: Cache | None = None, segments=None, form: str | None = None):
-        width = self.config.qk_head_dim
-        q, k, v = (
-            w(x).unflatten(-1, (-1, width)) for w in (self.wq, self.wk, self.wv)
-        )  # [B, T, heads, d]
-        q = kernels.rope(q, freqs, self.config.rope_interleaved)
-        k = kernels.rope(k, freqs, self.config.rope_interleaved)
+    def forward(
+        self,
+        x: torch.Tensor,
+        freqs: torch.Tensor,
+        cache: Cache | None = None,
+        segments: torch.Tensor | None = None,
+        form: str | None = None,
+    ) -> torch.Tensor:
+        """Attend from x to itself and the cached tokens; `form` is MLA's and has no effect here."""
+        width, interleaved = self.config.qk_head_dim, self.config.rope_interleaved
+        q, k, v = (w(x).unflatten(-1, (-1, width)) for w in (self.wq, self.wk, self.wv))
+        q = kernels.rope(q, freqs, interleaved)  # [B, T, H, width]
+        k = kernels.rope(k, freqs, interleaved)  # [B, T, G, width]
 
         def attend(q, k, v, first):
             k, v = (rows.unflatten(-1, (-1, width)) for rows in (k, v))
-            return kernels.attend(q, k, v, self.scale, _padding(first, k.shape[1]))
+            return kernels.attend(q, k, v, self.scale, _padding_segments(first, k.shape[1]))
 
         if cache is None:
-            return self.wo(kernels.attend(q, k, v, self.scale, segments).flatten(2))
-        return self.wo(
-            over_views(cache.views(self.layer, k.flatten(2), v.flatten(2)), (q,), attend).flatten(2)
-        )
+            out = kernels.attend(q, k, v, self.scale, segments)
+        else:
+            views = cache.views(self.layer, k.flatten(2), v.flatten(2))
+            out = _attend_views(views, (q,), attend)
+        return self.wo(out.flatten(2))
 
 
 class MLA(nn.Module):
-    """Multi-head latent attention. x [B, T, D] -> [B, T, D]. `form`: "expand" | "absorb"; None takes the cheaper."""
+    """Multi-head latent attention, [B, T, D] -> [B, T, D] (paper eq. 37-47)."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -66,51 +83,85 @@ class MLA(nn.Module):
         self.wkv_b = linear(c, h * (config.qk_nope_head_dim + config.v_head_dim))
         self.wo = linear(h * config.v_head_dim, d)
 
-    def forward(self, x, freqs, cache: Cache | None = None, segments=None, form: str | None = None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        freqs: torch.Tensor,
+        cache: Cache | None = None,
+        segments: torch.Tensor | None = None,
+        form: str | None = None,
+    ) -> torch.Tensor:
+        """Attend from x to itself and the cached tokens, in the given form or the cheaper one."""
         c = self.config
         q = self.wq(x) if c.q_lora_rank is None else self.wq_b(self.q_norm(self.wq_a(x)))
         q = q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim))  # [B, T, H, N + R]
-        latent, k_rope = self.wkv_a(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        latent = self.kv_norm(latent)  # [B, T, C]; the rope key gets no norm
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        latent, k_rope = self.wkv_a(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        latent = self.kv_norm(latent)  # [B, T, C]; the rotary key gets no norm
         q_rope = kernels.rope(q_rope, freqs, c.rope_interleaved)
-        k_rope = kernels.rope(k_rope[:, :, None], freqs, c.rope_interleaved)[
-            :, :, 0
-        ]  # [B, T, R], one for all heads
+        k_rope = kernels.rope(k_rope[:, :, None], freqs, c.rope_interleaved)
+        k_rope = k_rope.squeeze(2)  # [B, T, R], shared by all heads
 
         def attend(q_nope, q_rope, latent, k_rope, first):
-            if (form or cheaper_form(c, q_nope.shape[1], latent.shape[1])) == "expand":
-                return self.expand(q_nope, q_rope, latent, k_rope, _padding(first, latent.shape[1]))
+            s = latent.shape[1]
+            if (form or cheaper_form(c, q_nope.shape[1], s)) == "expand":
+                return self.expand(q_nope, q_rope, latent, k_rope, _padding_segments(first, s))
             return self.absorb(q_nope, q_rope, latent, k_rope, first)
 
         if cache is not None:
             views = cache.views(self.layer, latent, k_rope)
-            out = over_views(views, (q_nope, q_rope), attend)
+            out = _attend_views(views, (q_nope, q_rope), attend)
         elif segments is None:
             out = attend(q_nope, q_rope, latent, k_rope, None)
         elif form == "absorb":
             raise ValueError(
-                "the absorbed form is for decoding and takes no segments; use form='expand' for packed documents"
+                "the absorbed form is for decoding and takes no segments; "
+                "use form='expand' for packed documents"
             )
         else:
             out = self.expand(q_nope, q_rope, latent, k_rope, segments)
         return self.wo(out.flatten(2))
 
-    def expand(self, q_nope, q_rope, latent, k_rope, segments):
-        """Keys and values of every latent, then ordinary attention (eq. 40-46). -> [B, T, H, V]"""
+    def expand(
+        self,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        latent: torch.Tensor,
+        k_rope: torch.Tensor,
+        segments: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attend over the keys and values computed from the latents (eq. 42, 44-46).
+
+        Args:
+            q_nope: [B, T, H, N] queries without rotation.
+            q_rope: [B, T, H, R] rotated queries.
+            latent: [B, S, C] latents after their norm.
+            k_rope: [B, S, R] rotated keys.
+            segments: [B, S] integers; see Transformer.hidden.
+
+        Returns:
+            [B, T, H, V].
+        """
         c = self.config
         kv = self.wkv_b(latent).unflatten(-1, (c.num_attention_heads, -1))  # [B, S, H, N + V]
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         k_rope = k_rope[:, :, None].expand(-1, -1, c.num_attention_heads, -1)
-        # heads before tokens in memory, the order in which attention reads them
-        q, k = (
-            torch.cat([a.transpose(1, 2), b.transpose(1, 2)], -1).transpose(1, 2)
-            for a, b in ((q_nope, q_rope), (k_nope, k_rope))
-        )
+        q, k = _concat_by_head(q_nope, q_rope), _concat_by_head(k_nope, k_rope)
         return kernels.attend(q, k, v, self.scale, segments)
 
-    def absorb(self, q_nope, q_rope, latent, k_rope, first=None):
-        """Attention over the latents themselves (App. C); rows before `first` [B] are padding. -> [B, T, H, V]"""
+    def absorb(
+        self,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        latent: torch.Tensor,
+        k_rope: torch.Tensor,
+        first: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend over the latents themselves (App. C). Arguments and result are those of `expand`.
+
+        Args:
+            first: [B] int64; latents before it are padding. None: no padding.
+        """
         c = self.config
         w = self.wkv_b.weight.unflatten(0, (c.num_attention_heads, -1))  # [H, N + V, C]
         w_uk, w_uv = w.split([c.qk_nope_head_dim, c.v_head_dim], 1)
@@ -119,28 +170,32 @@ class MLA(nn.Module):
         return torch.einsum("bthc,hvc->bthv", o_latent, w_uv)
 
 
-def over_views(views: list[View], queries: tuple[torch.Tensor, ...], attend) -> torch.Tensor:
-    """Attend group by group: queries [B, T, H, ...] are cut as the views say, `attend(*queries, *rows, first)` gives [b, t, H, V] of each
-    group. -> [B, T, H, V]"""
+def _attend_views(
+    views: list[View],
+    queries: tuple[torch.Tensor, ...],
+    attend: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """Call `attend(*queries, *rows, first)` on each view's queries and rows; join the results.
+
+    queries are [B, T, H, ...]; a view's part of them is [b, t, H, ...]. -> [B, T, H, V]
+    """
     parts = []
     for tokens, rows, first in views:
-        mine = (
-            queries
-            if tokens is None
-            else [q[0, tokens].unflatten(0, (rows[0].shape[0], -1)) for q in queries]
-        )
-        parts.append(attend(*mine, *rows, first).flatten(0, 1))
+        own = queries
+        if tokens is not None:  # the engine's batch is one row: b sequences of t tokens each
+            own = tuple(q[0, tokens].unflatten(0, (rows[0].shape[0], -1)) for q in queries)
+        parts.append(attend(*own, *rows, first).flatten(0, 1))
     return torch.cat(parts).unflatten(0, queries[0].shape[:2])
 
 
-def _padding(first: torch.Tensor | None, s: int) -> torch.Tensor | None:
-    """Rows before `first` [b] as a segment of their own, [b, S]: queries, being last, do not see them."""
+def _padding_segments(first: torch.Tensor | None, s: int) -> torch.Tensor | None:
+    """[b, S] segment numbers that separate the rows before `first` [b], which no query may see."""
     return None if first is None else (torch.arange(s, device=first.device) < first[:, None]).int()
 
 
-def cheaper_form(c: ModelConfig, t: int, s: int) -> str:
-    """The form with fewer multiply-adds per head for T queries over S cached tokens (all of them expanded by "expand")."""
-    up = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
-    expand = s * up + t * s * (c.qk_head_dim + c.v_head_dim)
-    absorb = t * up + t * s * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
-    return "expand" if expand < absorb else "absorb"
+def _concat_by_head(nope: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Concatenate [B, S, H, N] and [B, S, H, R]; in memory heads come before tokens.
+
+    Attention reads head after head, so this layout saves it a transposed copy.
+    """
+    return torch.cat([nope.transpose(1, 2), rope.transpose(1, 2)], -1).transpose(1, 2)

@@ -1,8 +1,11 @@
-"""What attention remembers of earlier tokens. A row of one token and layer is (latent after its norm | rope key after rotation) under
-MLA, kv_lora_rank + qk_rope_head_dim elements; keys | values otherwise.
+"""What attention keeps of earlier tokens: the interface of a cache, and the plain contiguous one.
 
-KVCache is the plain form: contiguous, unpacked, all sequences of one length. PagedCache is the engine's: rows in any storage format of
-codec.py, in pages that sequences of any length share; a `Step` is what one pass of the model sees of it. Both hand attention `views`.
+A cache row belongs to one token and one layer and has two parts. Under MLA these are the latent
+after its norm (C elements) and the rotary key after rotation (R elements); otherwise they are the
+keys and the values of all heads.
+
+KVCache stores plain tensors for sequences of equal length. The engine has another implementation,
+backends/paged_cache.py: quantised rows, in pages that sequences of any length share.
 """
 
 from __future__ import annotations
@@ -11,12 +14,17 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from lamoe.model import rope
 from lamoe.model.config import ModelConfig
 
 
 class View(NamedTuple):
-    """What a group of queries attends to. tokens: which of the step's tokens (None: all, as they lie in the batch); rows: the two parts
-    [b, S, width]; first: [b] int64, rows before it are padding (None: no padding). Queries are the last ones of the S positions."""
+    """The cached rows that one group of queries attends to.
+
+    tokens: the group's slice of the batch's tokens. None: all tokens.
+    rows: the two parts of the rows, each [b, S, width]; the queries belong to the last positions.
+    first: [b] int64. Rows before it are padding. None: no padding.
+    """
 
     tokens: slice | None
     rows: list[torch.Tensor]
@@ -24,17 +32,38 @@ class View(NamedTuple):
 
 
 class Cache(Protocol):
-    """What attention asks of a cache: KVCache here, backends.paged_cache.Step in the engine."""
+    """What the model asks of a cache.
 
-    def positions(self, tokens: int) -> torch.Tensor: ...
+    A forward pass calls `positions` once, `views` once per layer, then `advance` once.
+    """
 
-    def views(self, layer: int, *new: torch.Tensor) -> list[View]: ...
+    def positions(self, tokens: int) -> torch.Tensor:
+        """Return the positions of the next `tokens` tokens, [1, T]."""
+        ...
 
-    def advance(self, tokens: int) -> None: ...
+    def views(self, layer: int, *new: torch.Tensor) -> list[View]:
+        """Append one layer's new rows [B, T, width] and return what the queries attend to."""
+        ...
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` new tokens as cached, after all layers have appended their rows."""
+        ...
 
 
 class KVCache:
-    """Room for `capacity` tokens of `batch` sequences: two tensors [layers, B, capacity, width]. `length` tokens are filled."""
+    """A contiguous cache for B sequences of equal length.
+
+    Args:
+        config: gives the number of layers and the widths of a row.
+        batch: number of sequences B.
+        capacity: most tokens per sequence.
+        dtype: of the stored rows; use the model's.
+        device: use the model's.
+
+    Attributes:
+        rows: the two parts of the rows, each [layers, B, capacity, width].
+        length: number of cached tokens per sequence.
+    """
 
     def __init__(
         self,
@@ -42,12 +71,14 @@ class KVCache:
         batch: int,
         capacity: int,
         dtype: torch.dtype = torch.float32,
-        device="cpu",
+        device: torch.device | str = "cpu",
     ):
         if batch < 1 or capacity < 1:
             raise ValueError(
-                f"a cache needs room for at least one sequence and one token, asked for {batch} x {capacity}"
+                "a cache needs room for at least one sequence and one token, "
+                f"asked for {batch} x {capacity}"
             )
+        self.config = config
         shape = (config.num_hidden_layers, batch, capacity)
         self.rows = [
             torch.empty(*shape, width, dtype=dtype, device=device) for width in config.cache_row
@@ -56,34 +87,50 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
+        """Most tokens per sequence."""
         return self.rows[0].shape[2]
 
     @property
     def nbytes(self) -> int:
+        """Bytes allocated for rows."""
         return sum(r.numel() * r.element_size() for r in self.rows)
 
     def append(self, layer: int, *new: torch.Tensor) -> list[torch.Tensor]:
-        """Write one layer's rows [B, T, width] behind the filled ones and return all rows so far, [B, length + T, width] each.
-        `length` moves only with `advance`, once all layers have written."""
+        """Write one layer's new rows after the cached ones.
+
+        `length` does not change here: `advance` moves it once every layer has written.
+
+        Args:
+            layer: index of the layer.
+            new: the two parts of the new rows, each [B, T, width].
+
+        Returns:
+            All rows of the layer so far, each part [B, length + T, width].
+        """
         batch, end = new[0].shape[0], self.length + new[0].shape[1]
         if batch != self.rows[0].shape[1]:
             raise ValueError(
-                f"{batch} sequences do not go into a cache made for {self.rows[0].shape[1]}; make one cache per batch"
+                f"{batch} sequences do not go into a cache made for {self.rows[0].shape[1]}; "
+                "make one cache per batch"
             )
         if end > self.capacity:
             raise ValueError(
-                f"{end} tokens do not fit in a cache of {self.capacity}; make the cache larger or the text shorter"
+                f"{end} tokens do not fit in a cache of {self.capacity}; "
+                "make the cache larger or the text shorter"
             )
         for rows, part in zip(self.rows, new):
             rows[layer, :, self.length : end] = part
         return [rows[layer, :, :end] for rows in self.rows]
 
     def views(self, layer: int, *new: torch.Tensor) -> list[View]:
+        """Append one layer's new rows and return one view of everything. See Cache."""
         return [View(None, self.append(layer, *new), None)]
 
     def positions(self, tokens: int) -> torch.Tensor:
-        """Of the next tokens, [1, T]."""
-        return torch.arange(self.length, self.length + tokens)[None]
+        """Return the positions [1, T] of the next tokens; ValueError beyond the model's context."""
+        rope.check_length(self.config, self.length + tokens)
+        return torch.arange(self.length, self.length + tokens, device=self.rows[0].device)[None]
 
     def advance(self, tokens: int) -> None:
+        """Count `tokens` new tokens as cached."""
         self.length += tokens

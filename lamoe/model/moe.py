@@ -1,6 +1,6 @@
-"""The feed-forward layers: SwiGLU MLP, and DeepSeekMoE = shared experts + routed experts (paper 2.2, eq. 20).
+"""DeepSeekMoE: shared experts for every token plus routed experts for some (paper 2.2, eq. 20).
 
-Routed experts are stacked tensors, so that their products can be grouped over tokens sorted by expert.
+routing.py decides which experts compute a token; this file holds their weights and adds up results.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from lamoe.model.layers import MLP
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts as two stacked tensors: w13 [E, 2F, D], w2 [E, D, F]."""
+    """E SwiGLU experts as two stacked tensors, w13 [E, 2 F, D] and w2 [E, D, F].
+
+    Stacked, so that a kernel can sort tokens by expert and multiply each expert's tokens at once.
+    """
 
     def __init__(self, n: int, dim: int, width: int):
         super().__init__()
         self.w13 = nn.Parameter(torch.empty(n, 2 * width, dim))
         self.w2 = nn.Parameter(torch.empty(n, dim, width))
 
-    def forward(self, x, expert, weight):
+    def forward(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Sum the weighted outputs of each row's K experts: x [N, D], expert, weight [N, K]."""
         return kernels.experts(x, expert, weight, self.w13, self.w2)
 
 
 class Gate(nn.Module):
-    """The router's weight [E, D]. It is used in float32 whatever its own dtype; see routing.route."""
+    """The router's weight [E, D]. `routing.route` uses it in float32 whatever its dtype."""
 
     def __init__(self, n: int, dim: int):
         super().__init__()
@@ -35,7 +39,10 @@ class Gate(nn.Module):
 
 
 class MoE(nn.Module):
-    """x [B, T, D] -> [B, T, D]. N_s shared experts are one MLP of N_s times the width (a sum of SwiGLUs is a wider SwiGLU)."""
+    """The mixture-of-experts feed-forward layer, [B, T, D] -> [B, T, D].
+
+    The shared experts are one MLP of their total width: a sum of SwiGLUs is one wider SwiGLU.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()

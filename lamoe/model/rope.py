@@ -1,7 +1,7 @@
-"""Everything that depends on context length: rotary frequencies, the YaRN ramp, and the two YaRN factors.
+"""Rotary position embedding and its extension YaRN: frequencies, rotations, the two YaRN factors.
 
-Sources: paper 3.1.4 and eq. 39-43; YaRN, arXiv 2309.00071. All of it depends on the config alone, never on the length of a
-buffer or of the text at hand: YaRN is static once configured.
+Everything follows from the config alone, never from the length of a buffer or of the text at hand.
+Sources: paper 3.1.4 and eq. 39-43; YaRN, arXiv 2309.00071.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from lamoe.model.config import ModelConfig, RopeScaling
 
 
 def mscale(factor: float, weight: float) -> float:
-    """m(s, c) = 0.1 c ln s + 1 for s > 1, else 1. With c = 0.707 this is the paper's 0.0707 ln s + 1."""
+    """Return YaRN's m(s, c) = 0.1 c ln s + 1 for s > 1, else 1. s is `factor`, c is `weight`.
+
+    With c = 0.707 this is the 0.0707 ln s + 1 of paper 3.1.4.
+    """
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """What attention logits are multiplied by: 1 / sqrt(query width), times m(s, mscale_all_dim)^2 under YaRN.
+    """Return the factor on attention logits: 1 / sqrt(width of a query head), times YaRN's factor.
 
-    The factor acts on the whole logit, nope part included, at every position. It is the part of YaRN most often forgotten.
-    It belongs to MLA: other programs that load a llama checkpoint know the factor on cos and sin only.
+    The YaRN factor m(s, mscale_all_dim) squared scales the whole logit at every position, also the
+    part without rotation. It applies to MLA only: programs that load llama checkpoints scale cos
+    and sin instead.
     """
     scale = config.qk_head_dim**-0.5
     if config.is_mla and config.rope_scaling is not None and config.rope_scaling.mscale_all_dim:
@@ -31,48 +35,69 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def amplitude(config: ModelConfig) -> float:
-    """What cos and sin are multiplied by: m(s, mscale) / m(s, mscale_all_dim), exactly 1 in every released model."""
+    """Return YaRN's factor on cos and sin, m(s, mscale) / m(s, mscale_all_dim).
+
+    It is exactly 1 in every released model, whose two weights are equal.
+    """
     y = config.rope_scaling
     return 1.0 if y is None else mscale(y.factor, y.mscale) / mscale(y.factor, y.mscale_all_dim)
 
 
 def yarn_ramp_limits(y: RopeScaling, dim: int, theta: float) -> tuple[int, int]:
-    """(low, high): pairs up to `low` keep their frequency, pairs from `high` on are slowed by `factor`. (10, 23) for V2."""
+    """Return the rotary pairs (low, high) between which YaRN blends frequencies; (10, 23) for V2.
 
-    def pair_turning(
-        rotations: float,
-    ) -> float:  # the pair that turns this often within the original context
-        return (
-            dim
-            * math.log(y.original_max_position_embeddings / (rotations * 2 * math.pi))
-            / (2 * math.log(theta))
-        )
+    Pairs up to `low` keep their frequency; from `high` on it is divided by `factor`.
+    """
 
-    return max(math.floor(pair_turning(y.beta_fast)), 0), min(
-        math.ceil(pair_turning(y.beta_slow)), dim - 1
-    )
+    def pair_with(rotations: float) -> float:
+        """The (fractional) pair that makes this many rotations within the original context."""
+        period = y.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return dim * math.log(period) / (2 * math.log(theta))
+
+    low, high = math.floor(pair_with(y.beta_fast)), math.ceil(pair_with(y.beta_slow))
+    return max(low, 0), min(high, dim - 1)
 
 
 def inv_freq(config: ModelConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Angle per position of each rotary pair, [R / 2]. Computed in float32 unless asked otherwise, as the published code does:
-    at position 100,000 the last bit of a frequency is a visible part of a turn."""
+    """Return the angle per position of each rotary pair, [R / 2], on the host.
+
+    float32 gives the frequencies of the published code: at position 100,000 the last bit of a
+    frequency changes the angle visibly. Computed on the host so that every device gets these bits.
+    """
     dim = config.rope_dim
-    turns = config.rope_theta ** (torch.arange(0, dim, 2, dtype=dtype) / dim)
-    plain = 1.0 / turns
+    positions_per_radian = config.rope_theta ** (torch.arange(0, dim, 2, dtype=dtype) / dim)
+    plain = 1.0 / positions_per_radian
     y = config.rope_scaling
     if y is None:
         return plain
     low, high = yarn_ramp_limits(y, dim, config.rope_theta)
     ramp = ((torch.arange(dim // 2, dtype=dtype) - low) / max(high - low, 0.001)).clamp(0, 1)
     keep = 1 - ramp
-    return 1.0 / (y.factor * turns) * (1 - keep) + plain * keep
+    return 1.0 / (y.factor * positions_per_radian) * (1 - keep) + plain * keep
 
 
 def freqs(
     config: ModelConfig, positions: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Rotation of each pair at each position as unit complex numbers times `amplitude`: [..., R / 2], complex64 (complex128 for
-    dtype float64). `positions`: integers of any shape."""
+    """Return the rotation of each pair at each position as a complex number.
+
+    Args:
+        config: gives the frequencies and the factor on cos and sin.
+        positions: integers of any shape [...]. The result is on their device.
+        dtype: of the model. float64 gives complex128, everything else complex64.
+
+    Returns:
+        [..., R / 2] complex, of magnitude `amplitude(config)`.
+    """
     work = torch.float64 if dtype == torch.float64 else torch.float32
     angle = positions.to(work)[..., None] * inv_freq(config, work).to(positions.device)
     return torch.polar(torch.full_like(angle, amplitude(config)), angle)
+
+
+def check_length(config: ModelConfig, length: int) -> None:
+    """Raise ValueError when a sequence of `length` tokens exceeds max_position_embeddings."""
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"{length} positions are more than the model's max_position_embeddings "
+            f"{config.max_position_embeddings}; shorten the text"
+        )

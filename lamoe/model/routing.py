@@ -1,7 +1,11 @@
-"""Who computes a token: gate scores, greedy and device-limited top-k, the three balance losses, device-level token dropping.
+"""Which experts compute a token: gate, top-k, balance losses, token dropping, and routing hooks.
 
-Pure functions over tensors; moe.py calls them. Letters: B sequences, T tokens, E experts, K experts per token, N = B T.
-Sources: paper eq. 20-22 (gate), 2.2.2 (device-limited routing), eq. 23-31 (losses), 2.2.4 (dropping).
+The functions here are pure. What records or changes anything are the hooks `Chosen` and `Training`,
+which a caller passes to the model as `routing_hook`.
+
+Letters: B sequences of T tokens, N = B T rows, E experts, K experts per token, D hidden size.
+Sources: paper eq. 20-22 (gate), 2.2.2 (device-limited routing), eq. 23-31 (balance losses),
+2.2.4 (token dropping).
 """
 
 from __future__ import annotations
@@ -17,7 +21,12 @@ from lamoe.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Route:
-    """scores [N, E] float32 softmax over all experts; expert [N, K] int64; weight [N, K] float32 (with routed_scaling_factor)."""
+    """The router's choice for N rows.
+
+    scores: [N, E] softmax over all experts, in at least float32.
+    expert: [N, K] int64 chosen experts; id E stands for no expert.
+    weight: [N, K] factors on the experts' outputs, routed_scaling_factor included.
+    """
 
     scores: torch.Tensor
     expert: torch.Tensor
@@ -25,8 +34,18 @@ class Route:
 
 
 def route(x: torch.Tensor, gate: torch.Tensor, config: ModelConfig) -> Route:
-    """Choose experts for x [N, D] with gate [E, D]. Logits and softmax in float32 (float64 for float64 models) whatever the
-    model's dtype: in bfloat16 near ties flip. Weights are not renormalised unless `norm_topk_prob`."""
+    """Choose the experts of each row.
+
+    Scores are computed in float32 (float64 in float64 models) whatever the model's dtype: bfloat16
+    would decide near ties differently. Weights are renormalised only if `norm_topk_prob`.
+
+    Args:
+        x: [N, D] input of the layer.
+        gate: [E, D] router weight.
+        config: the routing method and its sizes.
+
+    Source: eq. 20-22.
+    """
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     scores = F.linear(x.to(work), gate.to(work)).softmax(-1)
     weight, expert = choose(scores, config)
@@ -36,9 +55,14 @@ def route(x: torch.Tensor, gate: torch.Tensor, config: ModelConfig) -> Route:
 
 
 def choose(scores: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Top-k (weight, expert), both [N, K], of scores [N, E]. `group_limited_greedy`: a group's score is the *maximum* of its
-    experts (V3 differs), the best `topk_group` groups stay, experts of the others are set to -inf (0 could still win a place
-    when softmax underflows)."""
+    """Select K experts per row of scores [N, E]. Returns (their scores, their ids), both [N, K].
+
+    Under "group_limited_greedy" only the experts of a row's best `topk_group` groups compete. A
+    group's score is the maximum of its experts (DeepSeek-V3 sums the best two instead). Experts of
+    other groups get -inf: with 0 they could still win where softmax underflows to 0.
+
+    Source: 2.2.2.
+    """
     allowed = scores
     if config.topk_method == "group_limited_greedy":
         best = scores.unflatten(-1, (config.n_group, -1)).amax(-1)  # [N, groups]
@@ -50,22 +74,30 @@ def choose(scores: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, tor
     return scores.gather(-1, expert), expert
 
 
+# ---- training: balance losses and token dropping -------------------------------------------------
 @dataclass(frozen=True)
 class Balance:
-    """The training-time part of routing, from the recipe. Devices are virtual: contiguous blocks of E / devices experts."""
+    """The recipe's [balance] section: weights of the balance losses, and token dropping.
 
-    expert: float = (
-        0.003  # alpha_1: the paper's 236B recipe. (Released configs say 0.001, which was Lite's.)
-    )
-    device: float = 0.05  # alpha_2
-    communication: float = 0.02  # alpha_3
-    devices: int = 1  # D
-    capacity_factor: float = (
-        0.0  # a device's budget in units of the average load; 0: nothing is dropped. Paper: 1.0
-    )
-    keep_share: float = 0.1  # share of sequences whose tokens are never dropped
+    Devices are virtual: device d holds the d-th contiguous block of E / devices experts. The
+    default weights are those of the paper's 236B run (released configs carry Lite's 0.001).
+
+    expert, device, communication: alpha_1, alpha_2, alpha_3 of eq. 23-31.
+    devices: number of devices D.
+    capacity_factor: budget of a device in multiples of the average load; 0 drops nothing, the
+        paper uses 1.0.
+    keep_share: share of the sequences whose tokens are never dropped.
+    """
+
+    expert: float = 0.003
+    device: float = 0.05
+    communication: float = 0.02
+    devices: int = 1
+    capacity_factor: float = 0.0
+    keep_share: float = 0.1
 
     def check(self, config: ModelConfig) -> None:
+        """Raise ValueError when a value is out of range or does not fit the model."""
         for name in ("expert", "device", "communication", "capacity_factor", "keep_share"):
             if not getattr(self, name) >= 0:
                 raise ValueError(
@@ -73,45 +105,125 @@ class Balance:
                 )
         if self.keep_share > 1:
             raise ValueError(
-                f"balance.keep_share is {self.keep_share}; it is a share of the sequences, at most 1"
+                f"balance.keep_share is {self.keep_share}; "
+                "it is a share of the sequences, at most 1"
             )
         if config.is_moe and (self.devices < 1 or config.n_routed_experts % self.devices):
             raise ValueError(
-                f"balance.devices is {self.devices}; it must divide n_routed_experts {config.n_routed_experts}"
+                f"balance.devices is {self.devices}; "
+                f"it must divide n_routed_experts {config.n_routed_experts}"
             )
         if config.topk_method == "group_limited_greedy" and self.devices not in (1, config.n_group):
             raise ValueError(
-                f"balance.devices is {self.devices}, but the router limits tokens over n_group {config.n_group} groups; use that number, or 1"
+                f"balance.devices is {self.devices}, but the router limits tokens over "
+                f"n_group {config.n_group} groups; use that number, or 1"
             )
 
 
 def reach(config: ModelConfig, devices: int) -> int:
-    """M, the most devices that one token can be sent to: `topk_group` under device-limited routing, else min(K, devices)."""
+    """Return M, the most devices that one token can be sent to.
+
+    M is `topk_group` if the router itself limits tokens over these devices, else min(K, devices).
+    """
     limited = config.topk_method == "group_limited_greedy" and devices == config.n_group
     return config.topk_group if limited else min(config.num_experts_per_tok, devices)
 
 
-@dataclass
-class LayerRecord:
-    """What one MoE layer did in one training step. All detached but the three losses."""
+def balance_losses(
+    scores: torch.Tensor, expert: torch.Tensor, config: ModelConfig, devices: int
+) -> torch.Tensor:
+    """Compute the three balance losses without their weights alpha.
 
-    losses: (
-        torch.Tensor
-    )  # [3] unweighted: expert, device, communication; 1 when routing is even (see balance_losses)
-    load: torch.Tensor  # [E] int64 chosen assignments, before dropping
-    dropped: torch.Tensor  # [] int64 assignments dropped
-    entropy: torch.Tensor  # [] mean entropy of a token's scores, nats
+    Each sequence is balanced by itself and the results are averaged, so the values do not depend on
+    how sequences are batched. Gradients flow through the mean scores P; the counts f have none.
+
+    Args:
+        scores: [B, T, E] router scores.
+        expert: [B, T, K] chosen experts, before dropping.
+        config: K and the routing method.
+        devices: number of virtual devices.
+
+    Returns:
+        [3]: expert-, device- and communication-level loss. Even routing gives exactly 1 for the
+        first two, and for the third when every token reaches all of its M devices (fewer: less).
+
+    Source: eq. 23-31.
+    """
+    b, t, e = scores.shape
+    k = expert.shape[-1]
+    flat = expert.reshape(b, -1)
+    counts = scores.new_zeros(b, e).scatter_add_(1, flat, scores.new_ones(flat.shape))
+    f = counts * (e / (k * t))  # f_i
+    p = scores.mean(1)  # P_i
+    f_device = f.unflatten(1, (devices, -1)).mean(-1)  # f'_i
+    p_device = p.unflatten(1, (devices, -1)).sum(-1)  # P'_i = P''_i
+    sent = scores.new_zeros(b, t, devices).scatter_(2, expert // (e // devices), 1.0)
+    f_comm = sent.sum(1) * (devices / (reach(config, devices) * t))  # f''_i
+    sums = [(f * p).sum(1), (f_device * p_device).sum(1), (f_comm * p_device).sum(1)]
+    return torch.stack([s.mean() for s in sums])
 
 
+def keep_mask(
+    affinity: torch.Tensor,
+    expert: torch.Tensor,
+    n_experts: int,
+    devices: int,
+    capacity_factor: float,
+    protected: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Decide which assignments (token, expert) stay when every device has a budget.
+
+    A device may take capacity_factor * N K / devices assignments of this batch, rounded up. When it
+    is over its budget, the assignments of lowest affinity are dropped; of equal ones, the later
+    token's. Assignments of protected tokens always stay and use up the budget first.
+
+    Args:
+        affinity: [N, K] router score of each assignment.
+        expert: [N, K] chosen experts.
+        n_experts: E.
+        devices: number of virtual devices.
+        capacity_factor: see Balance.
+        protected: [N] bool. None protects nothing.
+
+    Returns:
+        [N, K] bool, True for assignments that stay.
+
+    Source: 2.2.4.
+    """
+    n, k = expert.shape
+    budget = -int(-(capacity_factor * n * k) // devices)
+    device = (expert // (n_experts // devices)).flatten()
+    rank_by = affinity.detach().flatten().to(torch.float64)
+    if protected is not None:
+        # Scores are at most 1, so this puts protected assignments before all others.
+        rank_by = rank_by + 2.0 * protected.repeat_interleave(k)
+    order = rank_by.argsort(descending=True, stable=True)
+    order = order[device[order].argsort(stable=True)]  # by device, best first
+    counts = device.bincount(minlength=devices)
+    place = torch.arange(n * k, device=expert.device) - (counts.cumsum(0) - counts)[device[order]]
+    keep = torch.empty(n * k, dtype=torch.bool, device=expert.device)
+    keep[order] = place < budget
+    if protected is not None:
+        keep |= protected.repeat_interleave(k)
+    return keep.view(n, k)
+
+
+# ---- routing hooks -------------------------------------------------------------------------------
 class RoutingHook(Protocol):
-    """An observer of the router that a caller passes through the model: every MoE layer calls it once.
+    """What a caller passes to the model to observe or change routing.
 
-    Implement it as a plain class. FSDP2 copies dataclasses and lists among forward's arguments, so
-    whatever such a hook records would be lost.
+    Every MoE layer calls it once per forward pass. Implement it as a plain class: FSDP2 copies
+    dataclasses and lists among the arguments of forward, and what a copy records is lost.
     """
 
     def after_routing(self, route: Route, sequences: int, config: ModelConfig) -> Route:
-        """Return the route that the layer uses, given the router's choice for `sequences` rows of equal length."""
+        """Return the route that the layer uses.
+
+        Args:
+            route: the router's choice for N rows.
+            sequences: number of sequences B; the rows of a sequence are adjacent.
+            config: of the model.
+        """
         ...
 
 
@@ -131,14 +243,30 @@ class Chosen:
         return route
 
 
+@dataclass
+class LayerRecord:
+    """What one MoE layer did in one training step. Only `losses` carries gradients.
+
+    losses: [3] balance losses without their weights; see balance_losses.
+    load: [E] int64 assignments per expert, before dropping.
+    dropped: [] int64 number of dropped assignments.
+    entropy: [] mean entropy of a row's scores, in nats.
+    """
+
+    losses: torch.Tensor
+    load: torch.Tensor
+    dropped: torch.Tensor
+    entropy: torch.Tensor
+
+
 class Training:
-    """Routing hook of the trainer: records balance losses and load, and drops assignments over budget.
+    """Routing hook of the trainer: records balance losses and load, drops assignments over budget.
 
     Use a new one for every forward pass.
 
     Args:
-        balance: coefficients of the losses, number of virtual devices, dropping budget.
-        protected: [B] bool, sequences of which nothing is dropped. None protects none.
+        balance: weights of the losses, number of virtual devices, dropping budget.
+        protected: [B] bool, True for sequences whose tokens are never dropped. None: no such.
 
     Attributes:
         records: one LayerRecord per MoE layer, in order.
@@ -180,67 +308,13 @@ class Training:
         return Route(route.scores, expert, weight)
 
     def loss(self) -> torch.Tensor:
-        """Return alpha_1 L_ExpBal + alpha_2 L_DevBal + alpha_3 L_CommBal, summed over the recorded layers."""
+        """Return the weighted balance losses, summed over the recorded layers; 0 without any.
+
+        Source: alpha_1 L_ExpBal + alpha_2 L_DevBal + alpha_3 L_CommBal of eq. 23-31.
+        """
         if not self.records:
             return torch.zeros(())
         losses = torch.stack([record.losses for record in self.records]).sum(0)
         b = self.balance
         alphas = torch.tensor([b.expert, b.device, b.communication], device=losses.device)
         return (losses * alphas).sum()
-
-
-def balance_losses(
-    scores: torch.Tensor, expert: torch.Tensor, config: ModelConfig, devices: int
-) -> torch.Tensor:
-    """The three sums of eq. 23-31 without their alphas, [3]: expert, device, communication.
-
-    scores [B, T, E], expert [B, T, K]: computed for each sequence on its own and averaged over B, so that the value does not
-    depend on how sequences are batched. Counts carry no gradient; it flows through the mean scores P. Even routing gives exactly 1 for experts and
-    devices; for communication too when every token reaches all of its M devices, and less when it reaches fewer.
-    """
-    b, t, e = scores.shape
-    k = expert.shape[-1]
-    flat = expert.reshape(b, -1)
-    f = scores.new_zeros(b, e).scatter_add_(1, flat, scores.new_ones(flat.shape)) * (
-        e / (k * t)
-    )  # f_i
-    p = scores.mean(1)  # P_i
-    f_device = f.unflatten(1, (devices, -1)).mean(-1)  # f'_i
-    p_device = p.unflatten(1, (devices, -1)).sum(-1)  # P'_i = P''_i
-    sent = scores.new_zeros(b, t, devices).scatter_(2, expert // (e // devices), 1.0)
-    f_comm = sent.sum(1) * (devices / (reach(config, devices) * t))  # f''_i
-    sums = [(f * p).sum(1), (f_device * p_device).sum(1), (f_comm * p_device).sum(1)]
-    return torch.stack([s.mean() for s in sums])
-
-
-def keep_mask(
-    affinity: torch.Tensor,
-    expert: torch.Tensor,
-    n_experts: int,
-    devices: int,
-    capacity_factor: float,
-    protected: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Device-level token dropping: which assignments stay, [N, K] bool.
-
-    A device's budget is capacity_factor * N K / devices assignments of this batch, rounded up. On a device over its budget the
-    (token, expert) pairs of lowest affinity go first (ties: the later token goes). Assignments of `protected` [N] bool tokens
-    always stay and use the budget up first. Affinity [N, K] is the gate's score of the pair.
-    """
-    n, k = expert.shape
-    budget = -int(-(capacity_factor * n * k) // devices)
-    device = (expert // (n_experts // devices)).flatten()
-    rank_by = affinity.detach().flatten().to(torch.float64)
-    if protected is not None:
-        rank_by = rank_by + 2.0 * protected.repeat_interleave(
-            k
-        )  # scores are at most 1, so protected ones come first
-    order = rank_by.argsort(descending=True, stable=True)
-    order = order[device[order].argsort(stable=True)]  # by device, best first
-    counts = device.bincount(minlength=devices)
-    place = torch.arange(n * k, device=expert.device) - (counts.cumsum(0) - counts)[device[order]]
-    keep = torch.empty(n * k, dtype=torch.bool, device=expert.device)
-    keep[order] = place < budget
-    if protected is not None:
-        keep |= protected.repeat_interleave(k)
-    return keep.view(n, k)

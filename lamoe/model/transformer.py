@@ -1,7 +1,19 @@
-"""The model, read top to bottom: embedding, blocks of (norm, attention, norm, feed-forward), norm, head.
+"""The model: embedding, blocks of (norm, attention, norm, feed-forward), final norm, head.
 
-READ THIS FIRST. No distribution, quantisation or file paths here: those are applied to a finished model from outside.
-Parameter names are the paper's; convert/hf.py maps the public checkpoints onto them.
+READ THIS FIRST, from top to bottom; then attention.py and moe.py. Nothing here knows about devices,
+distribution, quantisation or files: those are applied to a finished model from outside.
+
+Parameters carry the paper's names (wq_a, wkv_b, ...); checkpoints/hf.py maps public names to them.
+
+Letters in shapes and einsum strings, the same in every file of model/ and kernels/:
+
+    B  sequences in the batch        D  hidden size            E  routed experts
+    T  new (query) tokens            C  KV latent (512)        K  experts per token
+    S  attended (key) tokens         R  rotary part (64)       F  width of a feed-forward layer
+    H  query heads                   N  part of a query or key head without rotation (128)
+    G  key / value heads             V  value head (128)
+
+Sizes in brackets are DeepSeek-V2's. Routing works on B T rows and calls their number N.
 """
 
 from __future__ import annotations
@@ -11,43 +23,46 @@ import torch.nn.functional as F
 from torch import nn
 
 from lamoe import kernels
-from lamoe.model import rope, routing
+from lamoe.model import rope
 from lamoe.model.attention import MLA, Attention
 from lamoe.model.cache import Cache
 from lamoe.model.config import ModelConfig
 from lamoe.model.layers import MLP, RMSNorm, linear
 from lamoe.model.moe import MoE
+from lamoe.model.routing import RoutingHook
 
 
 class Block(nn.Module):
-    """Pre-norm residual block. x [B, T, D] -> [B, T, D]."""
+    """One pre-norm residual block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = (MLA if config.is_mla else Attention)(config, layer)
+        self.attn: MLA | Attention = (MLA if config.is_mla else Attention)(config, layer)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.ffn = (
-            MoE(config)
-            if config.is_moe_layer(layer)
-            else MLP(config.hidden_size, config.intermediate_size)
-        )
+        self.ffn: MoE | MLP
+        if config.is_moe_layer(layer):
+            self.ffn = MoE(config)
+        else:
+            self.ffn = MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x, freqs, cache=None, segments=None, routing_hook=None, form=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        freqs: torch.Tensor,
+        cache: Cache | None = None,
+        segments: torch.Tensor | None = None,
+        routing_hook: RoutingHook | None = None,
+        form: str | None = None,
+    ) -> torch.Tensor:
+        """Map x [B, T, D] to [B, T, D]. The arguments are those of Transformer.hidden."""
         x = x + self.attn(self.attn_norm(x), freqs, cache, segments, form)
         h = self.ffn_norm(x)
         return x + (self.ffn(h, routing_hook) if isinstance(self.ffn, MoE) else self.ffn(h))
 
 
 class Transformer(nn.Module):
-    """`model(ids)` -> logits. ids [B, T] int64.
-
-    cache: earlier tokens; the new ones are appended (and `advance`d) and ids continue from there.
-    segments: [B, T] integers; a token sees only earlier tokens of its own segment (documents packed into one row).
-    routing_hook: called by every MoE layer after routing. routing.Training records balance losses and drops tokens;
-        routing.Chosen records the chosen experts.
-    form: forces MLA's "expand" or "absorb"; for tests and measurements.
-    """
+    """A decoder-only language model of the DeepSeek family. `model(ids)` returns logits."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -60,57 +75,106 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """[vocabulary, D]."""
+        """The head's matrix [vocabulary, D], which is the embedding's when the two are tied."""
         return self.embed.weight if self.config.tie_word_embeddings else self.head.weight
 
     def hidden(
         self,
-        ids,
+        ids: torch.Tensor,
         cache: Cache | None = None,
-        segments=None,
-        routing_hook: routing.RoutingHook | None = None,
-        form=None,
-    ):
-        """Final normed states [B, T, D]: what the head reads."""
-        positions = (
-            torch.arange(ids.shape[-1])[None] if cache is None else cache.positions(ids.shape[-1])
-        )
-        check_ids(ids, self.config, positions)
+        segments: torch.Tensor | None = None,
+        routing_hook: RoutingHook | None = None,
+        form: str | None = None,
+    ) -> torch.Tensor:
+        """Compute the final normed states, which the head reads.
+
+        Args:
+            ids: [B, T] int64 or int32 token ids, on the device of the weights.
+            cache: rows of earlier tokens. `ids` continue them, and their rows are appended.
+            segments: [B, T] integers. A token attends only to earlier tokens with its own number:
+                several documents packed into one row. Not together with a cache.
+            routing_hook: called by every MoE layer after routing. `routing.Training` records
+                balance losses and drops tokens, `routing.Chosen` records the chosen experts.
+            form: "expand" or "absorb" forces one form of MLA, for tests and measurements.
+                None takes the cheaper one.
+
+        Returns:
+            [B, T, D] in the dtype of the weights.
+
+        Raises:
+            ValueError: for ids outside the vocabulary, positions beyond max_position_embeddings,
+                segments of another shape or beside a cache, an unknown form, a full cache.
+        """
+        check_ids(ids, self.config)
         if segments is not None and (cache is not None or segments.shape != ids.shape):
             raise ValueError(
-                f"segments must have the shape of ids {tuple(ids.shape)} and go without a cache, found {tuple(segments.shape)}"
-                + (" and a cache" if cache is not None else "")
+                f"segments must have the shape of ids {tuple(ids.shape)} and go without a cache, "
+                f"found {tuple(segments.shape)}" + (" and a cache" if cache is not None else "")
             )
         if form not in (None, "expand", "absorb"):
             raise ValueError(f"form is {form!r}; known: expand, absorb")
+        tokens = ids.shape[1]
+        if cache is None:
+            rope.check_length(self.config, tokens)
+            positions = torch.arange(tokens, device=ids.device)[None]
+        else:
+            positions = cache.positions(tokens).to(ids.device)
         x = self.embed(ids)
-        freqs = rope.freqs(
-            self.config, positions.to(ids.device), x.dtype
-        )  # [1, T, R / 2], one table for all layers
+        freqs = rope.freqs(self.config, positions, x.dtype)  # [1, T, R / 2], for all layers
         for block in self.layers:
             x = block(x, freqs, cache, segments, routing_hook, form)
         if cache is not None:
-            cache.advance(ids.shape[1])
+            cache.advance(tokens)
         return self.norm(x)
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., vocabulary], at least float32."""
+        """Map normed states [..., D] to logits [..., vocabulary] in at least float32."""
         out = F.linear(h, self.head_weight) if self.config.tie_word_embeddings else self.head(h)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
-    def forward(self, ids, cache=None, segments=None, routing_hook=None, form=None) -> torch.Tensor:
+    def forward(
+        self,
+        ids: torch.Tensor,
+        cache: Cache | None = None,
+        segments: torch.Tensor | None = None,
+        routing_hook: RoutingHook | None = None,
+        form: str | None = None,
+    ) -> torch.Tensor:
+        """Compute the logits [B, T, vocabulary]. The arguments are those of `hidden`."""
         return self.logits(self.hidden(ids, cache, segments, routing_hook, form))
 
-    def loss(self, ids, targets, segments=None, routing_hook=None) -> torch.Tensor:
-        """Mean cross-entropy in nats (float32) of targets [B, T] (negative: does not count), without the balance losses.
-        The [B T, vocabulary] logits never exist at once."""
+    def loss(
+        self,
+        ids: torch.Tensor,
+        targets: torch.Tensor,
+        segments: torch.Tensor | None = None,
+        routing_hook: RoutingHook | None = None,
+    ) -> torch.Tensor:
+        """Compute the mean cross-entropy in nats, without the balance losses.
+
+        The logits of all tokens never exist at once, which bounds memory for large vocabularies.
+
+        Args:
+            ids: [B, T] token ids.
+            targets: [B, T] int64, the id that each position should predict; negative: not counted.
+            segments: as in `hidden`.
+            routing_hook: as in `hidden`.
+
+        Returns:
+            A scalar in at least float32; 0 when no target counts.
+        """
         h = self.hidden(ids, None, segments, routing_hook)
         return kernels.cross_entropy(h.flatten(0, 1), self.head_weight, targets.flatten())
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> Transformer:
-        """N(0, initializer_range) for every matrix, gate included (paper 3.1.2: std 0.006 for all learnable parameters); ones for
-        norms. Drawn in float32 in the order of the parameters, so a seed means the same weights in every dtype."""
+        """Draw all matrices, the gates included, from N(0, initializer_range); set norms to one.
+
+        Numbers are drawn on the host in float32, in the order of the parameters. A seed therefore
+        gives the same weights in every dtype and on every device.
+
+        Source: paper 3.1.2 (standard deviation 0.006 for all learnable parameters).
+        """
         generator = torch.Generator().manual_seed(seed)
         for p in self.parameters():
             if p.dim() == 1:
@@ -120,17 +184,22 @@ class Transformer(nn.Module):
         return self
 
 
-def check_ids(ids: torch.Tensor, config: ModelConfig, positions: torch.Tensor) -> None:
+def check_ids(ids: torch.Tensor, config: ModelConfig) -> None:
+    """Raise ValueError unless `ids` are integers [B, T] inside the vocabulary.
+
+    Only ids on the host are compared with the vocabulary. On another device the comparison would
+    wait for the device in every forward pass, so callers check ids before they move them.
+    """
     if ids.dim() != 2 or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"ids must be integers of shape [batch, tokens] with at least one of each, found {ids.dtype} {tuple(ids.shape)}"
+            "ids must be integers of shape [batch, tokens] with at least one of each, "
+            f"found {ids.dtype} {tuple(ids.shape)}"
         )
+    if ids.device.type != "cpu":
+        return
     low, high = ids.aminmax()
     if low < 0 or high >= config.vocab_size:
         raise ValueError(
-            f"token id {int(low if low < 0 else high)} is outside the vocabulary of {config.vocab_size} tokens"
-        )
-    if (end := int(positions.max()) + 1) > config.max_position_embeddings:
-        raise ValueError(
-            f"{end} positions are more than the model's max_position_embeddings {config.max_position_embeddings}; shorten the text"
+            f"token id {int(low if low < 0 else high)} is outside the vocabulary of "
+            f"{config.vocab_size} tokens"
         )

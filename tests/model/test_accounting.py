@@ -108,9 +108,16 @@ def test_published_activated(config, body, with_head, with_both):
     ]
 
 
+def plain_twin(config, kv_heads):
+    """The same model with ordinary attention (MHA, GQA or MQA by `kv_heads`), equal value heads."""
+    mla = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    changes = {"model_type": "deepseek", **dict.fromkeys(mla)} if config.is_mla else {}
+    return config.replace(**changes, head_dim=config.value_head_dim, num_key_value_heads=kv_heads)
+
+
 def test_table_9_small_mha():
     """The paper's ablation: Lite with MHA instead of MLA is 15.79 B / 2.53 B and caches 110,592 elements."""
-    mha = acc.plain_twin(LITE, LITE.num_attention_heads)
+    mha = plain_twin(LITE, LITE.num_attention_heads)
     p = acc.parameters(mha)
     assert (round(p.total / 1e9, 2), round(p.activated / 1e9, 2)) == (15.79, 2.53)
     assert acc.cache_elements(mha) == 110_592 and acc.cache_elements(LITE) == 15_552
@@ -328,7 +335,7 @@ def test_cache_bytes_are_what_the_cache_allocates(name):
 @pytest.mark.parametrize("config", [MLA, GQA])
 def test_twins_are_caches_of_models_that_exist(config):
     for name, groups in (("MHA", config.num_attention_heads), ("MQA", 1)):
-        twin = acc.plain_twin(config, groups)
+        twin = plain_twin(config, groups)
         model = Transformer(twin).init_weights(0)
         cache = KVCache(twin, 1, 4)
         model(torch.tensor([[1, 2, 3]]), cache=cache)

@@ -126,7 +126,8 @@ def moments(
 ) -> Iterator[dict[str, Moments]]:
     """One dict for each layer, then one for the head: {piece key: second moments of its inputs}. read: the tensors of a checkpoint by name
     (packed_file.reader); ids [rows, T]."""
-    check_ids(ids, config, torch.arange(ids.shape[1]))
+    check_ids(ids, config)
+    rope.check_length(config, ids.shape[1])
     states = [read("model.embed_tokens.weight")[part].to(dtype) for part in ids.split(ROWS)]
     freqs = rope.freqs(config, torch.arange(ids.shape[1])[None], dtype)
     for layer in range(config.num_hidden_layers):
