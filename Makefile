@@ -10,9 +10,8 @@ endif
 , := ,
 RUN    := $(VENV)/.ready-run
 DEV    := $(VENV)/.ready-dev
-SOURCE := pyproject.toml constraints.txt tools/install.py CMakeLists.txt \
-          $(wildcard csrc/* csrc/*/*.cpp csrc/*/*.h)
-CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+SOURCE := pyproject.toml constraints.txt tools/install.py CMakeLists.txt $(CPP_FILES)
 
 .PHONY: help demo test lint format test-lm-eval wheel-check long needle bench bench-serve \
         asan tsan clean
@@ -37,14 +36,14 @@ test: $(DEV)  ## all tests
 lint: $(DEV)  ## ruff, clang-format and mypy; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/python tools/check_text.py
 	$(BIN)/mypy
 
 format: $(DEV)  ## apply ruff's and clang-format's layout, and ruff's safe fixes
 	$(BIN)/ruff check --fix --exit-zero .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/clang-format -i $(CPP_FILES)
 
 test-lm-eval: $(DEV)  ## lm-eval against the server; apart: its installation takes over a minute
 	$(PYTHON) tools/install.py $(VENV) serve,train,test,dev,lm-eval
