@@ -1,7 +1,11 @@
-"""Headless Chromium for the tests of the page: fixtures `server` (page_server.py), `page` (open and ready), `tabs` (to open more), and small helpers.
+"""Headless Chromium for the tests of the web page.
 
-A test also fails when the browser reports an error of the page, a violation of its Content-Security-Policy, or a request to anywhere else. Without
-Chromium the test files that import this are skipped, loudly."""
+Fixtures: `server` (page_server.py), `page` (an open page that is ready), `tabs` (opens more pages).
+
+A test also fails if the browser reports an error of the page, a violation of its
+Content-Security-Policy, or a request to another server. Without Chromium, the test files that
+import this module are skipped with a warning.
+"""
 
 import os
 import shutil
@@ -17,14 +21,9 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 if CHROMIUM is None:
-    warnings.warn(
-        "NO CHROMIUM: nothing of the page is tested. On Debian: apt-get install chromium",
-        stacklevel=1,
-    )
-    pytest.skip(
-        "NO CHROMIUM: nothing of the page is tested. On Debian: apt-get install chromium",
-        allow_module_level=True,
-    )
+    MESSAGE = "NO CHROMIUM: the web page is not tested. On Debian: apt-get install chromium"
+    warnings.warn(MESSAGE, stacklevel=1)
+    pytest.skip(MESSAGE, allow_module_level=True)
 from playwright.sync_api import Page, expect, sync_playwright  # noqa: E402
 
 FLAGS = [
@@ -36,33 +35,35 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-WIDE, PHONE, NARROWEST = (
-    {"width": 1280, "height": 800},
-    {"width": 390, "height": 844},
-    {"width": 360, "height": 640},
-)
-PATIENCE = 30_000  # ms; a machine that others use too has stood still for ten seconds, and waiting costs nothing where all is well
-WATCH = "window.violations = []; addEventListener('securitypolicyviolation', e => violations.push(`${e.violatedDirective} ${e.blockedURI} ${e.sample}`))"
-expect.set_options(timeout=PATIENCE)
+WIDE = {"width": 1280, "height": 800}
+PHONE = {"width": 390, "height": 844}
+NARROWEST = {"width": 360, "height": 640}
+TIMEOUT_MS = 30_000  # a busy machine can stall for ten seconds; passing tests do not wait
+RECORD_VIOLATIONS = """
+window.violations = [];
+addEventListener('securitypolicyviolation',
+  e => violations.push(`${e.violatedDirective} ${e.blockedURI} ${e.sample}`));
+"""
+expect.set_options(timeout=TIMEOUT_MS)
 
 
-def in_memory() -> str | None:
-    """A folder for the browser's profile and shared memory. On a disk that others keep busy, pages were seen to stand still for a minute; the small
-    /dev/shm of containers does not do, though."""
-    return (
-        "/dev/shm"
-        if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 1 << 30
-        else None
-    )
+def memory_folder() -> str | None:
+    """Return a folder in memory for the browser's profile, or None if there is no large one.
+
+    On a busy disk, pages were seen to stall for a minute. The /dev/shm of a container is often
+    too small for a browser.
+    """
+    folder = "/dev/shm"
+    is_usable = os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > 1 << 30
+    return folder if is_usable else None
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with tempfile.TemporaryDirectory(dir=in_memory(), ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(dir=memory_folder(), ignore_cleanup_errors=True) as folder:
         with mock.patch.dict(os.environ, TMPDIR=folder):
-            driver = (
-                sync_playwright().start()
-            )  # of the module, not the session: while it runs, no other test could use asyncio.run
+            # One driver per module, not session: while it runs, no other test can use asyncio.run
+            driver = sync_playwright().start()
             b = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield b
         b.close()
@@ -79,60 +80,53 @@ def server():
 
 
 class Tabs:
-    """Opens pages and remembers what each of them did wrong."""
+    """Opens pages and records their errors."""
 
     def __init__(self, browser):
-        self.browser, self.contexts, self.pages, self.wrong = browser, [], [], []
+        self.browser, self.contexts, self.pages, self.errors = browser, [], [], []
 
     def context(self, size=WIDE, **options):
         self.contexts.append(self.browser.new_context(viewport=size, **options))
-        self.contexts[-1].set_default_timeout(PATIENCE)
-        self.contexts[-1].add_init_script(WATCH)
+        self.contexts[-1].set_default_timeout(TIMEOUT_MS)
+        self.contexts[-1].add_init_script(RECORD_VIOLATIONS)
         return self.contexts[-1]
 
     def open(self, url: str, context=None, ready: bool = True, **options) -> Page:
         page = (context or self.context(**options)).new_page()
         self.pages.append(page)
-        page.on("pageerror", lambda e: self.wrong.append(f"error of the page: {e}"))
-        page.on(
-            "console",
-            lambda m: (
-                self.wrong.append(f"console: {m.text}")
-                if m.type == "error" and "Failed to load resource" not in m.text
-                else None
-            ),
-        )
-        page.on(
-            "request",
-            lambda r: (
-                self.wrong.append(f"request to {r.url}")
-                if not r.url.startswith((url, "data:", "blob:"))
-                else None
-            ),
-        )
+        page.on("pageerror", lambda e: self.errors.append(f"error of the page: {e}"))
+        page.on("console", self._check_console)
+        page.on("request", lambda request: self._check_request(request, url))
         page.goto(url)
         if ready:
             expect(page.locator("#dot")).to_have_class("dot ready")
         return page
 
+    def _check_console(self, message) -> None:
+        # the tests provoke failed requests, which the browser reports too
+        if message.type == "error" and "Failed to load resource" not in message.text:
+            self.errors.append(f"console: {message.text}")
+
+    def _check_request(self, request, url: str) -> None:
+        if not request.url.startswith((url, "data:", "blob:")):
+            self.errors.append(f"request to {request.url}")
+
     def close(self) -> list[str]:
-        found = self.wrong + [
-            f"CSP: {v}"
-            for p in self.pages
-            if not p.is_closed()
-            for v in p.evaluate("window.violations")
-        ]
-        for c in self.contexts:
-            c.close()
-        return found
+        """Close all pages and return the errors of all of them."""
+        for page in self.pages:
+            if not page.is_closed():
+                self.errors += [f"CSP: {v}" for v in page.evaluate("window.violations")]
+        for context in self.contexts:
+            context.close()
+        return self.errors
 
 
 @pytest.fixture
 def tabs(browser):
     t = Tabs(browser)
     yield t
-    found = t.close()
-    assert not found, found  # pytest rewrites the asserts of test files only
+    errors = t.close()
+    assert not errors, errors  # with a message, because pytest explains asserts in test files only
 
 
 @pytest.fixture
@@ -141,6 +135,7 @@ def page(tabs, server) -> Page:
 
 
 def send(page: Page, text: str, wait: bool = True):
+    """Send a message, and wait for the end of the reply unless told otherwise."""
     page.locator("#input").fill(text)
     page.keyboard.press("Enter")
     if wait:
@@ -148,6 +143,7 @@ def send(page: Page, text: str, wait: bool = True):
 
 
 def done(page: Page):
+    """Wait until the last reply is complete."""
     expect(page.locator(".msg.model").last).to_have_attribute("aria-busy", "false")
     expect(page.locator("#send")).to_be_visible()
 
@@ -157,6 +153,8 @@ def reply(page: Page):
 
 
 def stored(page: Page) -> list[dict]:
+    """Return the conversations in the page's localStorage."""
     return page.evaluate(
-        "Object.keys(localStorage).filter(k => k.startsWith('lamoe:c:')).map(k => JSON.parse(localStorage[k]))"
+        "Object.keys(localStorage).filter(key => key.startsWith('lamoe:c:'))"
+        ".map(key => JSON.parse(localStorage[key]))"
     )

@@ -1,7 +1,18 @@
-"""A server that speaks what the page needs of `lamoe serve`, with replies a random model would never give: Markdown, hostile HTML, a connection
-that breaks, a full queue. test_page.py uses it beside the real server. `python tests/page_server.py` serves it for a look by hand.
+"""A fake server for the tests of the web page.
 
-The last word of the user decides: "evil", "long", "slow", "busy", "die", "cut", "full", "broken"; anything else gets REPLY.
+It speaks the part of `lamoe serve` that the page uses, but it sends replies that a random model
+would never generate (Markdown, hostile HTML) and fails on demand. `python tests/page_server.py`
+runs it for manual tests.
+
+The last word of the user's message selects the behaviour:
+
+- "evil": a reply full of attacks.
+- "long", "slow": long replies.
+- "busy": 429 while `busy_left` lasts.
+- "broken": a 400 error.
+- "die": the connection breaks after 20 pieces.
+- "cut", "full": the reply ends at the token limit, or at the end of the context.
+- anything else: REPLY.
 """
 
 import json
@@ -13,8 +24,9 @@ from pathlib import Path
 
 PAGE = Path(__file__).resolve().parent.parent / "lamoe" / "serve" / "page"
 CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
 )
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -23,7 +35,9 @@ TYPES = {
     ".txt": "text/plain",
 }
 WINDOW, LAYERS, EXPERTS = 4096, 5, 16
-REPLY = """Attention keeps **one latent vector** per token instead of keys and values for every head. Three things follow:
+REPLY = """\
+Attention keeps **one latent vector** per token instead of keys and values for every head. \
+Three things follow:
 
 1. The cache shrinks, here to `640` bytes a token.
 2. A step reads less memory, so it is *faster*.
@@ -41,54 +55,111 @@ def absorb(q, w_uk, latent):
 | MQA | 1,024 | 1.6 |
 | this model | 640 | 1.0 |
 
-> The released model keeps 576 numbers per token and layer. See [the paper](https://arxiv.org/abs/2405.04434).
+> The released model keeps 576 numbers per token and layer. \
+See [the paper](https://arxiv.org/abs/2405.04434).
 """
-EVIL = """<img src=x onerror="window.pwned=1"><script>window.pwned=2</script><iframe src="javascript:parent.pwned=3"></iframe>
+EVIL = """\
+<img src=x onerror="window.pwned=1"><script>window.pwned=2</script>\
+<iframe src="javascript:parent.pwned=3"></iframe>
 
-<svg onload="window.pwned=4"><style>body{display:none}</style><a href="javascript:window.pwned=5">a</a>
+<svg onload="window.pwned=4"><style>body{display:none}</style>\
+<a href="javascript:window.pwned=5">a</a>
 
-[click](javascript:window.pwned=6) [data](data:text/html,<script>window.pwned=7</script>) ![i](https://example.com/x.png)
+[click](javascript:window.pwned=6) [data](data:text/html,<script>window.pwned=7</script>) \
+![i](https://example.com/x.png)
 
-<form action="https://example.com"><input name=x autofocus onfocus="window.pwned=8"></form> <div style="position:fixed;inset:0" id="input">over</div>
+<form action="https://example.com"><input name=x autofocus onfocus="window.pwned=8"></form> \
+<div style="position:fixed;inset:0" id="input">over</div>
 
 ```html"><script>window.pwned=9</script>
 <b onclick="window.pwned=10">bold</b>
 ```
 
-<math><mtext><table><mglyph><style><img src=x onerror=window.pwned=11></style></mglyph></table></mtext></math>
+<math><mtext><table><mglyph><style><img src=x onerror=window.pwned=11></style></mglyph></table>\
+</mtext></math>
 """
+REPLIES = {
+    "evil": EVIL,
+    "long": "\n\n".join(f"Paragraph {i}: {'word ' * 40}" for i in range(30)),
+    "slow": "word " * 4000,
+    "full": "and so on " * 20,
+}
 
 
 class Server(ThreadingHTTPServer):
-    """state: what tests change and read. key: str | None, loading: bool, down: bool (every connection is cut), bodies: the chats that came,
-    dropped: how many streams the reader left, delay: seconds between pieces."""
+    """The server and its state, which tests change and read.
+
+    Attributes:
+        key: the API key that requests must have, or None.
+        loading: answer 503.
+        down: cut every connection.
+        busy_left: number of "busy" messages that still get 429.
+        delay: seconds between the pieces of a reply.
+        bodies: the chat requests so far.
+        dropped: number of streams that the client closed early.
+    """
 
     daemon_threads = True
-
-    request_queue_size = 128  # the default of 5 drops connections of a browser in a hurry, which then waits seconds before it knocks again
+    # With the default of 5, a browser that opens many connections at once waits seconds to retry.
+    request_queue_size = 128
 
     def __init__(self, port: int = 0, delay: float = 0.001):
         super().__init__(("127.0.0.1", port), Handler)
-        (
-            self.key,
-            self.loading,
-            self.down,
-            self.bodies,
-            self.dropped,
-            self.delay,
-            self.running,
-            self.busy_left,
-        ) = None, False, False, [], 0, delay, 0, 0
-        self.used, self.generated, self.prompted, self.cached, self.speed = 0, 0, 0, 0, 0.0
+        self.key, self.loading, self.down, self.delay = None, False, False, delay
+        self.bodies, self.dropped, self.busy_left = [], 0, 0
+        # what /lamoe/stats reports
+        self.running, self.used, self.speed = 0, 0, 0.0
+        self.generated, self.prompted, self.cached = 0, 0, 0
         self.model = "deepseek-v2-tiny"
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # browsers hang up when they like
+        if not isinstance(
+            sys.exc_info()[1], ConnectionError
+        ):  # a browser may disconnect at any time
             super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def stats(self) -> dict:
+        """Build the response of /lamoe/stats."""
+        return {
+            "model": self.model,
+            "dtype": "bfloat16",
+            "max_model_len": WINDOW,
+            "running": self.running,
+            "waiting": 0,
+            "tokens_per_s": self.speed if self.running else 0.0,
+            "cache": {
+                "format": "6bit",
+                "used_bytes": self.used * 252,
+                "total_bytes": 16384 * 252,
+                "used_tokens": self.used,
+                "total_tokens": 16384,
+                "bytes_per_token": 252,
+                "compare": {"mha": 4096, "gqa": 2048, "mqa": 1024},
+            },
+            "prompt_tokens": self.prompted,
+            "cached_tokens": self.cached,
+            "generated_tokens": self.generated,
+            "drafted": 120,
+            "accepted": 78,
+        }
+
+    def experts(self) -> dict:
+        """Build the response of /lamoe/requests/{id}/experts, with an uneven load."""
+        n = self.generated + 40
+
+        def load(layer: int, expert: int) -> int:
+            mixed = n * ((7 * expert * (layer + 3) + expert * expert) % 23)
+            return mixed // (40 + 9 * (expert % 3))
+
+        return {
+            "layers": list(range(1, LAYERS + 1)),
+            "experts": EXPERTS,
+            "load": [[load(layer, e) for e in range(EXPERTS)] for layer in range(LAYERS)],
+        }
 
     def begin(self) -> "Server":
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -110,31 +181,24 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status: int, body, content_type: str = "application/json", **headers):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"content-type": content_type, "content-length": str(len(data)), **headers}
         self.send_response(status)
-        for name, value in {
-            "content-type": content_type,
-            "content-length": str(len(data)),
-            **headers,
-        }.items():
+        for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(data)
 
     def refuse(self, status: int, message: str, **headers):
-        self.answer(
-            status,
-            {
-                "error": {
-                    "message": message,
-                    "type": "invalid_request_error",
-                    "param": None,
-                    "code": None,
-                }
-            },
-            **headers,
-        )
+        error = {
+            "message": message,
+            "type": "invalid_request_error",
+            "param": None,
+            "code": None,
+        }
+        self.answer(status, {"error": error}, **headers)
 
-    def allowed(self) -> bool:
+    def check_access(self) -> bool:
+        """Answer with an error, if the state says so; tell whether the request may go on."""
         s = self.server
         if s.down:
             self.close_connection = True
@@ -158,134 +222,65 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, file.read_bytes(), TYPES[file.suffix], content_security_policy=CSP)
         elif path == "/health":
             self.answer(503 if s.loading else 200, {"status": "loading" if s.loading else "ok"})
-        elif not self.allowed():
+        elif not self.check_access():
             return
         elif path == "/v1/models":
             self.answer(200, {"object": "list", "data": [{"id": s.model, "object": "model"}]})
         elif path == "/lamoe/stats":
-            self.answer(
-                200,
-                {
-                    "model": s.model,
-                    "dtype": "bfloat16",
-                    "max_model_len": WINDOW,
-                    "running": s.running,
-                    "waiting": 0,
-                    "tokens_per_s": s.speed if s.running else 0.0,
-                    "cache": {
-                        "format": "6bit",
-                        "used_bytes": s.used * 252,
-                        "total_bytes": 16384 * 252,
-                        "used_tokens": s.used,
-                        "total_tokens": 16384,
-                        "bytes_per_token": 252,
-                        "compare": {"mha": 4096, "gqa": 2048, "mqa": 1024},
-                    },
-                    "prompt_tokens": s.prompted,
-                    "cached_tokens": s.cached,
-                    "generated_tokens": s.generated,
-                    "drafted": 120,
-                    "accepted": 78,
-                },
-            )
+            self.answer(200, s.stats())
         elif path.startswith("/lamoe/requests/"):
-            n = s.generated + 40
-            load = [
-                [
-                    (n * ((7 * e * (layer + 3) + e * e) % 23)) // (40 + 9 * (e % 3))
-                    for e in range(EXPERTS)
-                ]
-                for layer in range(LAYERS)
-            ]
-            self.answer(
-                200, {"layers": list(range(1, LAYERS + 1)), "experts": EXPERTS, "load": load}
-            )
+            self.answer(200, s.experts())
         else:
             self.refuse(404, "no such route")
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        if not self.allowed():
+        if not self.check_access():
             return
         if self.path == "/tokenize":
             n = sum(len(m["content"]) for m in body["messages"]) // 4
             return self.answer(200, {"tokens": [0] * n, "count": n, "max_model_len": WINDOW})
         self.server.bodies.append(body)
-        said = body["messages"][-1]["content"]
-        word = said.split()[-1]
+        message = body["messages"][-1]["content"]
+        word = message.split()[-1]
         if word == "busy" and self.server.busy_left:
             self.server.busy_left -= 1
             return self.refuse(429, "the queue is full: 64 requests wait", retry_after="1")
         if word == "broken":
             return self.refuse(400, "temperature is 9; it must be between 0 and 2")
-        self.stream(said, word)
+        self.stream(message, word)
 
-    def stream(self, said: str, word: str):
+    def stream(self, message: str, word: str):
+        """Stream the reply that `word` selects, and update the statistics meanwhile."""
         s = self.server
-        text = {
-            "evil": EVIL,
-            "long": "\n\n".join(f"Paragraph {i}: {'word ' * 40}" for i in range(30)),
-            "slow": "word " * 4000,
-        }.get(word, REPLY)
-        if word == "full":
-            text = "and so on " * 20
-        pieces = [text[i : i + 5] for i in range(0, len(text), 5)]
-        prompt = len(said) // 4 + 20
+        text = REPLIES.get(word, REPLY)
+        prompt = len(message) // 4 + 20  # tokens
         s.running, s.used, s.speed = s.running + 1, prompt, 1 / (s.delay + 0.001)
         s.prompted, s.cached = s.prompted + prompt, s.cached + 16
         self.send_response(200)
-        for name, value in {
-            "content-type": "text/event-stream",
-            "x-request-id": f"chatcmpl-{len(s.bodies)}",
-            "connection": "close",
-        }.items():
-            self.send_header(name, value)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("x-request-id", f"chatcmpl-{len(s.bodies)}")
+        self.send_header("connection", "close")
         self.end_headers()
         self.close_connection = True
         n = 0
         try:
-            self.event(
-                {
-                    "choices": [
-                        {
-                            "index": 0,
-                            "delta": {"role": "assistant", "content": ""},
-                            "finish_reason": None,
-                        }
-                    ]
-                }
-            )
-            for piece in pieces:
+            self.send_delta({"role": "assistant", "content": ""})
+            for start in range(0, len(text), 5):
                 if s.down or (word == "die" and n == 20):
                     return
                 time.sleep(s.delay)
-                self.event(
-                    {"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]}
-                )
+                self.send_delta({"content": text[start : start + 5]})
                 n, s.used, s.generated = n + 1, s.used + 1, s.generated + 1
-            self.event(
-                {
-                    "choices": [
-                        {
-                            "index": 0,
-                            "delta": {},
-                            "finish_reason": "length" if word in ("cut", "full") else "stop",
-                        }
-                    ]
-                }
-            )
+            self.send_delta({}, "length" if word in ("cut", "full") else "stop")
             total = WINDOW if word == "full" else prompt + n
-            self.event(
-                {
-                    "choices": [],
-                    "usage": {
-                        "prompt_tokens": total - n,
-                        "completion_tokens": n,
-                        "total_tokens": total,
-                        "prompt_tokens_details": {"cached_tokens": 16},
-                    },
-                }
-            )
+            usage = {
+                "prompt_tokens": total - n,
+                "completion_tokens": n,
+                "total_tokens": total,
+                "prompt_tokens_details": {"cached_tokens": 16},
+            }
+            self.send_event({"choices": [], "usage": usage})
             self.wfile.write(b"data: [DONE]\n\n")
         except OSError:
             s.dropped += 1
@@ -293,10 +288,13 @@ class Handler(BaseHTTPRequestHandler):
             s.running -= 1
             s.used = 0
 
-    def event(self, chunk: dict):
-        self.wfile.write(
-            f"data: {json.dumps({'object': 'chat.completion.chunk', **chunk})}\n\n".encode()
-        )
+    def send_delta(self, delta: dict, finish_reason: str | None = None):
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        self.send_event({"choices": [choice]})
+
+    def send_event(self, chunk: dict):
+        data = json.dumps({"object": "chat.completion.chunk", **chunk})
+        self.wfile.write(f"data: {data}\n\n".encode())
         self.wfile.flush()
 
 

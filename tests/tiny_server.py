@@ -1,9 +1,10 @@
-"""A real server over a tiny random model, on a free port of loopback, in a thread of the test; and ways to talk to it."""
+"""A real server over a tiny random model, in a thread of the test, and clients for it."""
 
 import asyncio
 import contextlib
 import functools
 import json
+import socket
 import threading
 import time
 
@@ -11,6 +12,7 @@ import httpx2
 import torch
 
 from lamoe.engine.llm import LLM
+from lamoe.engine.sampler import SamplingParams
 from lamoe.serve.run import Serving
 from lamoe.serve.settings import Settings
 from lamoe.text import tokenizer
@@ -18,12 +20,19 @@ from oracles import tiny
 
 CONTEXT = 4096
 NAME = "tiny"
-WORDS = "the cat sat on a mat and the dog ran to the hill while one bird sang of rain in spring 0123456789 def read(self): return None\n"
-# what DeepSeek's chat templates do with tools, in short
+WORDS = (
+    "the cat sat on a mat and the dog ran to the hill while one bird sang of rain in spring "
+    "0123456789 def read(self): return None\n"
+)
+# a short form of what DeepSeek's chat templates do with tools
 TOOL_TEMPLATE = (
-    "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m['role'] + ': ' }}{{ m['content'] or '' }}"
-    "{% for c in m.get('tool_calls') or [] %}{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>' + c['function']['name'] + '\\n```json\\n' + "
-    "c['function']['arguments'] + '\\n```<｜tool▁call▁end｜>' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}{{ m['role'] + ': ' }}{{ m['content'] or '' }}"
+    "{% for c in m.get('tool_calls') or [] %}"
+    "{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>' + c['function']['name']"
+    " + '\\n```json\\n' + c['function']['arguments'] + '\\n```<｜tool▁call▁end｜>' }}"
+    "{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 TOOL_TOKENS = (
     "<｜tool▁calls▁begin｜>",
@@ -62,8 +71,17 @@ def llm(family: str = "deepseek_v2", tok=tok, **options) -> LLM:
     return LLM(model(family), tok() if callable(tok) else tok, **options)
 
 
+def direct(prompt="the cat", **params):
+    """Return the output of a fresh engine, without a server."""
+    [output] = llm().generate([prompt], SamplingParams(**params))
+    return output
+
+
 def paced(**options) -> LLM:
-    """One that takes at least a millisecond a step, so that a test about what happens meanwhile has a meanwhile on any machine."""
+    """Make an engine whose steps take at least a millisecond.
+
+    Tests of what happens during generation then have time to act on any machine.
+    """
     engine = llm(**options)
     step = engine.step
     engine.step = lambda: time.sleep(0.001) or step()
@@ -71,7 +89,14 @@ def paced(**options) -> LLM:
 
 
 class Running:
-    """`with Running(load, **settings) as server`: server.url, server.service, server.client (an httpx2 client on its URL)."""
+    """A running server: `with Running(load, **settings) as server: ...`.
+
+    Attributes:
+        url: the address of the server.
+        service: the server's `Service`.
+        client: an httpx2 client for the address.
+        code: the exit code, once the server has ended.
+    """
 
     def __init__(self, load=llm, **settings):
         settings = {"port": 0, "max_num_seqs": 8, "max_num_batched_tokens": 128, **settings}
@@ -95,7 +120,7 @@ class Running:
         self.serving.loop.call_soon_threadsafe(self.serving.signal)
 
     def stop(self) -> int:
-        """Drain at most a second, then cut off."""
+        """Stop the server; cut off requests that take longer than a second. Return the code."""
         if self._thread.is_alive():
             self.signal()
             self._thread.join(1)
@@ -109,11 +134,11 @@ class Running:
         self.client.close()
         self.stop()
 
-    def talk(self):
-        """One more client, for while self.client is in a stream."""
+    def new_client(self):
+        """Make another client, for use while `client` reads a stream."""
         return httpx2.Client(base_url=self.url, timeout=60)
 
-    # ---- talking -------------------------------------------------------------------------------------------------
+    # ---- requests --------------------------------------------------------------------------------
     def post(self, path: str, **body):
         return self.client.post(path, json=body)
 
@@ -132,7 +157,7 @@ class Running:
         return r.json()
 
     def events(self, path: str, **body) -> list[dict]:
-        """The objects of a stream; it must end with [DONE]."""
+        """Return the objects of a stream, which must end with [DONE]."""
         with self.client.stream("POST", path, json=body | {"stream": True}) as r:
             assert r.status_code == 200, r.read()
             assert r.headers["content-type"].startswith("text/event-stream")
@@ -141,19 +166,15 @@ class Running:
         return [json.loads(d) for d in data[:-1]]
 
     def error(self, status: int, path: str = "/v1/completions", **body) -> dict:
-        """The error object of a request that must fail so."""
+        """Return the error object of a request that must fail with `status`."""
         r = self.post(path, **body)
         assert r.status_code == status, r.text
-        assert set(r.json()) == {"error"} and set(r.json()["error"]) == {
-            "message",
-            "type",
-            "param",
-            "code",
-        }
+        assert set(r.json()) == {"error"}
+        assert set(r.json()["error"]) == {"message", "type", "param", "code"}
         return r.json()["error"]
 
     def idle(self) -> bool:
-        """Nothing runs, waits, is counted, or holds a page."""
+        """Check that no request runs or waits, and that no cache page is in use."""
         s = self.client.get("/lamoe/stats").json()
         return (
             not s["running"]
@@ -166,7 +187,53 @@ class Running:
 
 
 def until(condition, seconds: float = 20.0):
+    """Wait until `condition()` is true; fail after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "never came true"
+        assert time.monotonic() < end, "the condition did not become true in time"
         time.sleep(0.005)
+
+
+def connect(url: str, timeout: float = 30.0) -> socket.socket:
+    """Open a plain connection to a server."""
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=timeout)
+
+
+def post_head(length: int, path: str = "/v1/completions") -> bytes:
+    """Write the head of a POST request with a JSON body of `length` bytes."""
+    lines = (
+        f"POST {path} HTTP/1.1",
+        "host: 127.0.0.1",
+        "content-type: application/json",
+        f"content-length: {length}",
+    )
+    return "".join(f"{line}\r\n" for line in (*lines, "")).encode()
+
+
+class Client(threading.Thread):
+    """Sends one request over its own connection and collects what comes back."""
+
+    def __init__(self, server, path="/v1/completions", **body):
+        super().__init__(daemon=True)
+        self.sock = connect(server.url)
+        data = json.dumps(body).encode()
+        self.sock.sendall(post_head(len(data), path) + data)
+        self.received = b""
+        self.start()
+
+    def run(self):
+        with contextlib.suppress(OSError):  # the connection was closed
+            while data := self.sock.recv(65536):
+                self.received += data
+
+    def leave(self):
+        """Close the connection, whatever state the request is in."""
+        self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+        self.join(5)
+
+    @property
+    def status(self) -> int:
+        """The status of the response, or 0 before it has begun."""
+        return int(self.received.split()[1]) if self.received else 0

@@ -1,5 +1,8 @@
-"""What the page of `lamoe serve` does, in headless Chromium: against page_server.py (replies a random model would never give, servers that fail), and at
-the end against the real server with a tiny random model. How it looks and what it keeps out: test_page_looks.py."""
+"""The behaviour of the web page in headless Chromium.
+
+Most tests use the fake server page_server.py. The last ones use the real server with a tiny random
+model. test_page_looks.py tests the appearance and the security of the page.
+"""
 
 import json
 import re
@@ -20,13 +23,13 @@ from page_server import WINDOW
 from tiny_run import BODY, MLA, MOE, trained  # noqa: F401 (trained is a fixture)
 
 
-# ---- talking ---------------------------------------------------------------------------------------------------------------
-def test_a_message_is_sent_and_its_reply_streams_in_as_markdown(page, server):
+# ---- sending messages ----------------------------------------------------------------------------
+def test_reply_streams_in_as_markdown(page, server):
     server.delay = 0.02
     send(page, "tell me about the cache", wait=False)
     expect(reply(page)).to_have_attribute("aria-busy", "true")
     expect(reply(page)).to_contain_text("latent vector")
-    assert "the paper" not in reply(page).inner_text()  # it streams: the end is not there yet
+    assert "the paper" not in reply(page).inner_text()  # still streaming
     expect(page.locator("#stop")).to_be_visible()
     server.delay = 0
     done(page)
@@ -55,7 +58,7 @@ def test_a_message_is_sent_and_its_reply_streams_in_as_markdown(page, server):
     expect(page.locator("#list .open")).to_have_text("tell me about the cache")
 
 
-def test_shift_enter_makes_a_line_and_nothing_is_sent_without_words(page, server):
+def test_shift_enter_adds_a_line_and_empty_messages_are_not_sent(page, server):
     expect(page.locator("#send")).to_be_disabled()
     page.keyboard.press("Enter")
     page.locator("#input").fill("  ")
@@ -70,7 +73,7 @@ def test_shift_enter_makes_a_line_and_nothing_is_sent_without_words(page, server
 
 
 @pytest.mark.parametrize("how", ["Escape", "button"])
-def test_stop_keeps_what_was_written_and_leaves_the_connection(page, server, how):
+def test_stop_keeps_the_partial_reply_and_closes_the_connection(page, server, how):
     send(page, "slow", wait=False)
     expect(reply(page)).to_contain_text("word word")
     if how == "button":
@@ -90,7 +93,7 @@ def test_stop_keeps_what_was_written_and_leaves_the_connection(page, server, how
     assert server.bodies[1]["messages"][1] == {"role": "assistant", "content": kept["content"]}
 
 
-def test_regenerate_makes_a_second_version_that_can_be_compared(page, server):
+def test_regenerate_adds_a_version(page, server):
     send(page, "please cut")
     page.keyboard.press("Alt+r")
     done(page)
@@ -105,7 +108,7 @@ def test_regenerate_makes_a_second_version_that_can_be_compared(page, server):
     expect(reply(page).locator(".versions")).to_contain_text("3 / 3")
 
 
-def test_the_last_message_can_be_edited(page, server):
+def test_edit_the_last_message(page, server):
     send(page, "first")
     send(page, "secnod")
     page.keyboard.press("ArrowUp")
@@ -125,7 +128,7 @@ def test_the_last_message_can_be_edited(page, server):
     ]
 
 
-def test_settings_go_with_the_request_and_stay(page, server):
+def test_settings_are_sent_and_kept(page, server):
     page.keyboard.press("Alt+s")
     expect(page.locator("#system")).to_be_focused()
     page.keyboard.type("Answer in rhymes.")
@@ -136,7 +139,9 @@ def test_settings_go_with_the_request_and_stay(page, server):
         ("Seed", "7"),
     ):
         page.get_by_label(name, exact=True).fill(value)
-    page.get_by_label("Top p", exact=True).fill("5")  # above its limit: shown as wrong, not used
+    page.get_by_label("Top p", exact=True).fill(
+        "5"
+    )  # above its limit: marked as invalid and not used
     page.get_by_label("Min p, slider").fill("0.1")
     expect(page.get_by_label("Min p", exact=True)).to_have_value("0.1")
     send(page, "hello")
@@ -152,8 +157,8 @@ def test_settings_go_with_the_request_and_stay(page, server):
     expect(page.get_by_label("Temperature", exact=True)).to_have_value("0.7")
 
 
-# ---- keeping ---------------------------------------------------------------------------------------------------------------
-def test_a_reload_keeps_conversation_and_draft(page):
+# ---- storing conversations -----------------------------------------------------------------------
+def test_reload_keeps_conversation_and_draft(page):
     send(page, "remember me")
     page.locator("#input").fill("half a thought")
     page.wait_for_timeout(500)
@@ -164,7 +169,7 @@ def test_a_reload_keeps_conversation_and_draft(page):
     expect(page.locator("#title")).to_have_text("remember me")
 
 
-def test_a_reload_in_the_middle_of_a_reply_keeps_what_had_come(page, server):
+def test_reload_keeps_a_partial_reply(page, server):
     send(page, "slow", wait=False)
     expect(reply(page)).to_contain_text("word word")
     page.reload()
@@ -174,7 +179,7 @@ def test_a_reload_in_the_middle_of_a_reply_keeps_what_had_come(page, server):
     expect(reply(page).get_by_role("button", name="Regenerate")).to_be_enabled()
 
 
-def test_conversations_are_listed_renamed_deleted_and_brought_back(page):
+def test_list_rename_delete_and_undo(page):
     for text in ("alpha", "beta"):
         page.keyboard.press("Alt+n")
         send(page, text)
@@ -200,10 +205,19 @@ def test_conversations_are_listed_renamed_deleted_and_brought_back(page):
     assert [c["title"] for c in stored(page)] == ["beta"]
 
 
-def test_many_conversations_can_be_searched(tabs, server):
+def test_search_conversations(tabs, server):
     context = tabs.context()
-    context.add_init_script("""for (let i = 0; i < 9; i++) localStorage[`lamoe:c:${i}`] = JSON.stringify({id: `${i}`, title: `talk ${i}`, updated: Date.now() - i * 864e5,
-        messages: [{role: 'user', content: i == 4 ? 'the needle' : 'hay'}]})""")
+    context.add_init_script("""
+        const day = 864e5;
+        for (let i = 0; i < 9; i++) {
+          localStorage[`lamoe:c:${i}`] = JSON.stringify({
+            id: `${i}`,
+            title: `talk ${i}`,
+            updated: Date.now() - i * day,
+            messages: [{role: 'user', content: i == 4 ? 'the needle' : 'hay'}],
+          });
+        }
+    """)
     page = tabs.open(server.url, context)
     expect(page.locator("#list .open")).to_have_count(9)
     expect(page.locator("#list .day")).to_have_text(
@@ -215,7 +229,7 @@ def test_many_conversations_can_be_searched(tabs, server):
     expect(page.locator("#list-empty")).to_have_text("Nothing found.")
 
 
-def test_conversations_can_be_exported(page):
+def test_export_conversations(page):
     send(page, "what to keep")
 
     def saved(name: str) -> tuple[str, str]:
@@ -225,8 +239,9 @@ def test_conversations_can_be_exported(page):
 
     page.get_by_role("button", name="Options for what to keep").click()
     name, text = saved("Export as Markdown")
-    assert name == "what-to-keep.md" and text.startswith(
-        "# what to keep\n\n## You\n\nwhat to keep\n\n## Model\n\nAttention keeps **one latent vector**"
+    assert name == "what-to-keep.md"
+    assert text.startswith(
+        "# what to keep\n\n## You\n\nwhat to keep\n\n## Model\n\nAttention keeps"
     )
     page.get_by_role("button", name="Options for what to keep").click()
     assert json.loads(saved("Export as JSON")[1])["messages"][0]["content"] == "what to keep"
@@ -235,27 +250,27 @@ def test_conversations_can_be_exported(page):
     ]
 
 
-def test_another_tab_sees_the_change(tabs, server):
+def test_other_tabs_see_a_new_conversation(tabs, server):
     context = tabs.context()
     one, two = tabs.open(server.url, context), tabs.open(server.url, context)
     send(one, "from the first tab")
     expect(two.locator("#list .open")).to_have_text("from the first tab")
 
 
-def test_a_reply_goes_on_while_another_conversation_is_open(page, server):
+def test_reply_continues_while_another_conversation_is_open(page, server):
     server.delay = 0.01
     send(page, "first", wait=False)
     expect(reply(page)).to_contain_text("Attention")
     page.keyboard.press("Alt+n")
     expect(page.locator("#empty")).to_be_visible()
-    expect(page.locator("#send")).to_be_visible()  # this one is not busy
+    expect(page.locator("#send")).to_be_visible()  # the new conversation is not busy
     expect(page.locator("#list li.busy")).to_have_count(1)
     expect(page.locator("#list li.busy")).to_have_count(0)
     page.locator("#list .open").click()
     expect(reply(page)).to_contain_text("the paper")
 
 
-def test_no_more_replies_at_once_than_a_browser_has_connections_for(page, server):
+def test_limit_of_concurrent_replies(page, server):
     server.delay = 0.02
     for i in range(4):
         page.keyboard.press("Alt+n")
@@ -268,10 +283,14 @@ def test_no_more_replies_at_once_than_a_browser_has_connections_for(page, server
     assert len(server.bodies) == 4
 
 
-def test_damaged_and_full_storage_do_no_harm(tabs, server):
+def test_damaged_or_full_storage(tabs, server):
     context = tabs.context()
-    context.add_init_script("""localStorage['lamoe:c:bad'] = '{"id": 3'; localStorage['lamoe:c:odd'] = '{"id":"odd","title":"t","messages":[{"role":"x"}]}';
-        localStorage['lamoe:prefs'] = 'nonsense'; Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError') }""")
+    context.add_init_script("""
+        localStorage['lamoe:c:bad'] = '{"id": 3';
+        localStorage['lamoe:c:odd'] = '{"id":"odd","title":"t","messages":[{"role":"x"}]}';
+        localStorage['lamoe:prefs'] = 'nonsense';
+        Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError') };
+    """)
     page = tabs.open(server.url, context)
     expect(page.locator("#list-empty")).to_be_visible()
     send(page, "hello")
@@ -279,8 +298,8 @@ def test_damaged_and_full_storage_do_no_harm(tabs, server):
     expect(reply(page)).to_contain_text("latent vector")
 
 
-# ---- when things go wrong ----------------------------------------------------------------------------------------------------
-def test_a_wrong_key_is_asked_for_again(tabs, server):
+# ---- failures ------------------------------------------------------------------------------------
+def test_key_is_asked_for_until_it_is_right(tabs, server):
     server.key = "right-key"
     page = tabs.open(server.url, ready=False)
     dialog = page.locator("#key-dialog")
@@ -296,12 +315,9 @@ def test_a_wrong_key_is_asked_for_again(tabs, server):
     expect(page.locator("#dot")).to_have_class("dot ready")
     send(page, "hello")
     expect(reply(page)).to_contain_text("latent vector")
-    assert page.evaluate(
-        "sessionStorage['lamoe:key']"
-    ) == "right-key" and "right-key" not in page.evaluate("JSON.stringify(localStorage)")
-    server.key = (
-        "another"  # the server was started anew: the next message asks, and goes on by itself
-    )
+    assert page.evaluate("sessionStorage['lamoe:key']") == "right-key"
+    assert "right-key" not in page.evaluate("JSON.stringify(localStorage)")
+    server.key = "another"  # as after a restart: the next message asks for the key, then continues
     send(page, "and now?", wait=False)
     expect(dialog).to_be_visible()
     page.locator("#key").fill("another")
@@ -316,11 +332,10 @@ def test_a_wrong_key_is_asked_for_again(tabs, server):
     expect(reply(page).locator(".note")).to_contain_text("wants a key")
 
 
-def test_a_server_that_is_gone_is_waited_for(page, server):
+def test_page_waits_for_an_unreachable_server(page, server):
     server.down = True
-    page.evaluate(
-        "document.dispatchEvent(new Event('visibilitychange'))"
-    )  # as when somebody comes back to the tab: it asks at once
+    # as when the user returns to the tab: the page checks the server at once
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
     expect(page.locator("#banner")).to_contain_text("cannot be reached")
     send(page, "are you there?", wait=False)
     expect(reply(page)).to_contain_text("cannot be reached. Trying again in")
@@ -331,7 +346,7 @@ def test_a_server_that_is_gone_is_waited_for(page, server):
     expect(reply(page)).to_contain_text("latent vector")
 
 
-def test_waiting_for_a_server_can_be_stopped(page, server):
+def test_stop_waiting_for_a_server(page, server):
     server.down = True
     send(page, "anybody?", wait=False)
     expect(reply(page)).to_contain_text("Trying again in")
@@ -341,7 +356,7 @@ def test_waiting_for_a_server_can_be_stopped(page, server):
     server.down = False
 
 
-def test_a_lost_connection_keeps_the_beginning(page):
+def test_lost_connection_keeps_the_partial_reply(page):
     send(page, "please die")
     expect(reply(page).locator(".note")).to_have_text(
         "The connection was lost before the reply was complete."
@@ -350,7 +365,7 @@ def test_a_lost_connection_keeps_the_beginning(page):
     expect(reply(page).get_by_role("button", name="Regenerate")).to_be_enabled()
 
 
-def test_a_model_that_loads_is_waited_for(tabs, server):
+def test_page_waits_while_the_model_loads(tabs, server):
     server.loading = True
     page = tabs.open(server.url, ready=False)
     expect(page.locator("#banner")).to_have_text(
@@ -364,7 +379,7 @@ def test_a_model_that_loads_is_waited_for(tabs, server):
     expect(page.locator("#banner")).to_be_hidden()
 
 
-def test_a_full_queue_is_waited_for(page, server):
+def test_page_waits_while_the_queue_is_full(page, server):
     server.busy_left = 1
     send(page, "busy", wait=False)
     expect(reply(page)).to_contain_text("queue is full. Trying again in 1 s")
@@ -373,14 +388,14 @@ def test_a_full_queue_is_waited_for(page, server):
     assert len(server.bodies) == 2
 
 
-def test_a_refusal_is_told_in_the_servers_words(page):
+def test_server_error_is_shown(page):
     send(page, "broken")
     expect(reply(page).locator(".note")).to_have_text(
         "temperature is 9; it must be between 0 and 2"
     )
 
 
-def test_the_two_ends_by_length_are_told_apart(page):
+def test_token_limit_and_full_context_have_different_notes(page):
     send(page, "cut")
     expect(reply(page).locator(".note")).to_contain_text("Cut at the limit of 135 tokens")
     send(page, "full")
@@ -390,7 +405,7 @@ def test_the_two_ends_by_length_are_told_apart(page):
     expect(page.locator("#context")).to_have_class("context bad")
 
 
-def test_a_long_paste_is_counted_refused_when_hopeless_and_folded_when_sent(page, server):
+def test_long_paste_is_counted_limited_and_folded(page, server):
     page.locator("#input").fill("word " * 40_000)
     expect(page.locator("#draft-note")).to_contain_text(
         f"50,000 tokens with the conversation; this model reads {WINDOW:,}"
@@ -414,53 +429,38 @@ def test_a_long_paste_is_counted_refused_when_hopeless_and_folded_when_sent(page
     assert said.bounding_box()["height"] > 2000
 
 
-# ---- the real server -----------------------------------------------------------------------------------------------------------
+# ---- the real server -----------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def real(trained, tmp_path_factory):
-    """The URL of `lamoe serve` with a tiny random model that knows letters, and a key."""
+    """The URL of `lamoe serve` with a tiny random model, a trained tokenizer, and a key."""
     folder = tmp_path_factory.mktemp("real") / "tiny-random"
     config = ModelConfig(
         **{**BODY, "max_position_embeddings": 256, "initializer_range": 0.2}, **MLA, **MOE
     )
     lamoe.save(Transformer(config).init_weights(1).eval(), folder)
     Tokenizer.load(checkpoint.latest(trained) / "model").save(folder)
+    options = "--port 0 --api-key secret --threads 1 --kv-cache-dtype 6bit".split()
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "lamoe",
-            "serve",
-            str(folder),
-            "--port",
-            "0",
-            "--api-key",
-            "secret",
-            "--threads",
-            "1",
-            "--kv-cache-dtype",
-            "6bit",
-        ],
+        [sys.executable, "-m", "lamoe", "serve", str(folder), *options],
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).resolve().parents[2],
     )
-    said = []
+    output = []
     for line in process.stderr:
-        said.append(line)
+        output.append(line)
         if line.startswith("{") and "url" in (event := json.loads(line)):
             break
     else:
-        raise AssertionError("the server ended: " + "".join(said))
+        raise AssertionError("the server ended: " + "".join(output))
     yield event["url"]
     process.kill()
     process.wait()
 
 
-def test_the_page_and_the_real_server_understand_each_other(tabs, real):
+def test_page_with_the_real_server(tabs, real):
     page = tabs.open(real, ready=False)
-    expect(page.locator("#key-dialog")).to_be_visible(
-        timeout=20000
-    )  # the key is asked before the model is there
+    expect(page.locator("#key-dialog")).to_be_visible(timeout=20000)  # even while the model loads
     page.locator("#key").fill("secret")
     page.keyboard.press("Enter")
     expect(page.locator("#dot")).to_have_class("dot ready", timeout=20000)
@@ -478,12 +478,9 @@ def test_the_page_and_the_real_server_understand_each_other(tabs, real):
     assert first["usage"]["completion_tokens"] == 24 and first["content"]
     page.keyboard.press("Alt+r")
     done(page)
-    expect(page.locator("#hits-reply")).not_to_contain_text(
-        "0 of "
-    )  # the prompt's pages were still there
-    assert (
-        stored(page)[0]["messages"][1]["versions"][1]["content"] == first["content"]
-    )  # the same seed
+    expect(page.locator("#hits-reply")).not_to_contain_text("0 of ")  # the prompt was cached
+    second = stored(page)[0]["messages"][1]["versions"][1]
+    assert second["content"] == first["content"]  # because of the seed
     page.keyboard.press("Alt+n")
     page.keyboard.press("Alt+s")
     page.get_by_label("Tokens per reply", exact=True).fill("1000")
@@ -491,9 +488,7 @@ def test_the_page_and_the_real_server_understand_each_other(tabs, real):
     page.get_by_role("tab", name="Live").click()
     send(page, "the dog ran on the hill")
     expect(note.last).to_contain_text("The context is full: 256 of 256 tokens")
-    expect(page.locator("#pool-text")).to_have_text(
-        re.compile("^0 of ")
-    )  # all pages are free again
+    expect(page.locator("#pool-text")).to_have_text(re.compile("^0 of "))  # all pages are free
     page.locator("#input").fill("the bird sang " * 400)
     expect(page.locator("#draft-note")).to_contain_text("this model reads 256. Shorten it to send.")
     expect(page.locator("#send")).to_be_disabled()

@@ -1,4 +1,7 @@
-"""How the page of `lamoe serve` looks and feels, and what it keeps out: hostile text, phones, the keyboard, names and contrast, the live panel, its files."""
+"""The appearance and the security of the web page.
+
+Hostile text, phones, keyboard use, accessibility, themes, the live panel, and the page's files.
+"""
 
 import re
 
@@ -8,10 +11,14 @@ from playwright.sync_api import Page, expect
 from chromium import NARROWEST, PHONE, browser, done, page, reply, send, server, tabs  # noqa: F401 (some are fixtures)
 from page_server import EVIL, PAGE, REPLY
 
-# ---- nothing gets in -----------------------------------------------------------------------------------------------------------
+# ---- hostile text --------------------------------------------------------------------------------
 ALLOWED_TAGS = set(
-    "DIV P BR STRONG EM DEL CODE PRE SPAN A UL OL LI BLOCKQUOTE H2 H3 H4 H5 H6 HR TABLE THEAD TBODY TR TH TD BUTTON svg use".split()
+    (
+        "DIV P BR STRONG EM DEL CODE PRE SPAN A UL OL LI BLOCKQUOTE H2 H3 H4 H5 H6 HR "
+        "TABLE THEAD TBODY TR TH TD BUTTON svg use"
+    ).split()
 )
+FORBIDDEN_ATTRIBUTES = {"style", "id", "name", "src", "srcdoc", "action", "formaction"}
 VECTORS = [
     EVIL,
     "<script>pwned=1</script>",
@@ -28,7 +35,8 @@ VECTORS = [
     '[a](<https://x.example/" onclick="pwned=1>)',
     '```" onload="pwned=1\nx\n```',
     "`<img src=x onerror=pwned=1>`",
-    "| <img src=x onerror=pwned=1> | [b](javascript:pwned=1) |\n|---|---|\n| <svg/onload=pwned=1> | c |",
+    "| <img src=x onerror=pwned=1> | [b](javascript:pwned=1) |\n"
+    "|---|---|\n| <svg/onload=pwned=1> | c |",
     "# <iframe srcdoc='<script>parent.pwned=1</script>'>",
     "- <details open ontoggle=pwned=1>",
     "> <form><button formaction=javascript:pwned=1>x",
@@ -57,36 +65,31 @@ RENDER = """async (vectors) => {
     const el = document.createElement('div');
     document.body.append(el);
     new Prose(el).update(v);
-    return { text: el.innerText, nodes: [...el.querySelectorAll('*')].map(n => [n.nodeName, [...n.attributes].map(a => [a.name, a.value])]) };
+    const attributes = node => [...node.attributes].map(a => [a.name, a.value]);
+    const nodes = [...el.querySelectorAll('*')].map(node => [node.nodeName, attributes(node)]);
+    return { text: el.innerText, nodes };
   });
 }"""
 
 
-def test_markdown_lets_no_html_through(page):
+def test_html_in_markdown_is_inert(page):
     for vector, out in zip(VECTORS, page.evaluate(RENDER, VECTORS)):
         for tag, attributes in out["nodes"]:
             assert tag in ALLOWED_TAGS, (vector, tag)
             for name, value in attributes:
-                assert not name.startswith("on") and name not in (
-                    "style",
-                    "id",
-                    "name",
-                    "src",
-                    "srcdoc",
-                    "action",
-                    "formaction",
-                ), (vector, name, value)
+                is_allowed = not name.startswith("on") and name not in FORBIDDEN_ATTRIBUTES
+                assert is_allowed, (vector, name, value)
                 if name == "href":
                     assert re.match(r"https?://|mailto:|#i-", value), (vector, value)
-    assert (
-        "<script>pwned=1</script>" in page.evaluate(RENDER, [VECTORS[1]])[0]["text"]
-    )  # shown, not dropped: a reader sees what the model said
+    # HTML is shown as text instead of being dropped, so the reader sees what the model wrote
+    assert "<script>pwned=1</script>" in page.evaluate(RENDER, [VECTORS[1]])[0]["text"]
     page.wait_for_timeout(100)
     assert page.evaluate("window.pwned") is None
 
 
-def test_markdown_that_grows_ends_like_markdown_that_came_at_once(page):
-    text = f"{REPLY}\n{EVIL}\n- a\n- b\n  - c\n\n  more of b\n\n[ref]\n\nSetext\n===\n\n1) x\n\n    indented\n\n[ref]: https://x.example\n"
+def test_streamed_markdown_equals_whole_markdown(page):
+    lists = "- a\n- b\n  - c\n\n  more of b\n\n[ref]\n\nSetext\n===\n\n1) x\n\n    indented\n"
+    text = f"{REPLY}\n{EVIL}\n{lists}\n[ref]: https://x.example\n"
     same = page.evaluate(
         """async (text) => {
       const { Prose } = await import('/page/markdown.js');
@@ -102,7 +105,7 @@ def test_markdown_that_grows_ends_like_markdown_that_came_at_once(page):
     assert same == [True, 15]
 
 
-def test_nothing_that_anybody_says_becomes_part_of_the_page(tabs, server):
+def test_html_in_messages_names_and_settings_is_inert(tabs, server):
     server.model = "<img src=x onerror=pwned=1>"
     page = tabs.open(server.url)
     page.keyboard.press("Alt+s")
@@ -117,32 +120,33 @@ def test_nothing_that_anybody_says_becomes_part_of_the_page(tabs, server):
     page.reload()
     expect(reply(page)).to_contain_text('<img src=x onerror="window.pwned=1">')
     assert page.evaluate("window.pwned") is None
-    assert (
-        page.locator(
-            ":is(img, iframe, style, form:not(#composer, dialog form), base, object, embed, math):not(head *)"
-        ).count()
-        == 0
-    )
+    foreign = "img, iframe, style, form:not(#composer, dialog form), base, object, embed, math"
+    assert page.locator(f":is({foreign}):not(head *)").count() == 0
     assert page.locator("[id=input]").count() == 1 and page.locator("script").count() == 2
 
 
-def test_the_browser_itself_refuses_html_from_text(tabs, server):
-    """Should a later change write text as HTML after all, Trusted Types stop it; and with them the CSP stops inline code."""
+def test_trusted_types_refuse_html_from_text(tabs, server):
+    """A future bug that writes text as HTML is stopped by the browser."""
     page = tabs.open(server.url)
-    failed = page.evaluate(
-        """() => { try { document.createElement('div').innerHTML = '<b>x</b>'; return 'taken' } catch (e) { return e.name } }"""
-    )
-    assert failed == "TypeError"
+    error = page.evaluate("""() => {
+      try { document.createElement('div').innerHTML = '<b>x</b>'; return null }
+      catch (e) { return e.name }
+    }""")
+    assert error == "TypeError"
     assert len(page.evaluate("new Promise(done => setTimeout(() => done(violations), 50))")) == 1
     page.evaluate("violations.length = 0")
-    tabs.wrong.clear()
+    tabs.errors.clear()
 
 
-# ---- how it feels --------------------------------------------------------------------------------------------------------------
+# ---- devices and keyboard ------------------------------------------------------------------------
 @pytest.mark.parametrize("size", [PHONE, NARROWEST], ids=["390", "360"])
-def test_on_a_phone_nothing_is_wider_than_the_screen(tabs, server, size):
+def test_phone_layout_fits_the_screen(tabs, server, size):
     page = tabs.open(server.url, size=size, has_touch=True, is_mobile=True)
-    fits = "[document.documentElement, document.body, ...document.querySelectorAll('main, .scroll, .panel-body, .side, dialog[open]')].every(e => e.scrollWidth <= e.clientWidth + 1) && visualViewport.scale === 1"
+    fits = """() => {
+      const parts = document.querySelectorAll('main, .scroll, .panel-body, .side, dialog[open]');
+      return [document.documentElement, document.body, ...parts]
+        .every(e => e.scrollWidth <= e.clientWidth + 1) && visualViewport.scale === 1;
+    }"""
     assert page.evaluate(fits)
     send(page, f"{'x' * 300} and {'longword' * 40}")
     assert page.evaluate(fits)
@@ -159,21 +163,22 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(tabs, server, size):
     page.locator("#settings-open").tap()
     expect(page.locator("#system")).to_be_in_viewport()
     assert page.evaluate(fits)
-    small = page.evaluate(
-        """[...document.querySelectorAll('main button, #panel button')].filter(b => b.checkVisibility() && b.offsetHeight < 24).map(b => b.outerHTML)"""
-    )
-    assert small == []
+    small_buttons = page.evaluate("""
+      [...document.querySelectorAll('main button, #panel button')]
+        .filter(b => b.checkVisibility() && b.offsetHeight < 24).map(b => b.outerHTML)
+    """)
+    assert small_buttons == []
 
 
-def test_everything_works_by_keyboard(page, server):
+def test_keyboard(page, server):
     expect(page.locator("#input")).to_be_focused()
-    page.keyboard.type("?/")  # in a field these are just letters
+    page.keyboard.type("?/")  # typed into a field, so not shortcuts
     expect(page.locator("#input")).to_have_value("?/")
     page.locator("#input").fill("")
     page.locator("#title").evaluate("() => document.activeElement.blur()")
     page.keyboard.press("?")
     expect(page.get_by_role("dialog", name="Keyboard shortcuts")).to_be_visible()
-    page.keyboard.press("Alt+n")  # not while a dialog is open
+    page.keyboard.press("Alt+n")  # ignored while a dialog is open
     page.keyboard.press("Escape")
     expect(page.locator("#help")).to_be_hidden()
     page.keyboard.press("/")
@@ -183,7 +188,7 @@ def test_everything_works_by_keyboard(page, server):
     page.keyboard.press("Alt+b")
     expect(page.locator("#side")).to_be_hidden()
     page.reload()
-    expect(page.locator("#side")).to_be_hidden()  # it is remembered
+    expect(page.locator("#side")).to_be_hidden()  # the choice is kept
     page.keyboard.press("Alt+b")
     page.keyboard.press("Alt+p")
     send(page, "hello")
@@ -194,8 +199,12 @@ def test_everything_works_by_keyboard(page, server):
     for _ in range(40):
         page.keyboard.press("Tab")
         order.append(
-            page.evaluate("""() => { const e = document.activeElement; const s = getComputedStyle(e);
-            return [e.id || e.getAttribute('aria-label') || e.className, s.outlineStyle !== 'none' || s.boxShadow !== 'none' || e.closest('.composer, .segments') !== null] }""")
+            page.evaluate("""() => {
+              const e = document.activeElement, style = getComputedStyle(e);
+              const showsFocus = style.outlineStyle !== 'none' || style.boxShadow !== 'none'
+                || e.closest('.composer, .segments') !== null;
+              return [e.id || e.getAttribute('aria-label') || e.className, showsFocus];
+            }""")
         )
     names = [n for n, _ in order]
     places = [
@@ -217,16 +226,15 @@ def test_everything_works_by_keyboard(page, server):
     ]
 
 
-def test_the_end_is_followed_unless_the_reader_has_left_it(page, server):
+def test_view_follows_the_reply_until_the_user_scrolls_up(page, server):
     send(page, "long")
     box = page.locator("#scroll")
     assert box.evaluate("e => e.scrollHeight - e.scrollTop - e.clientHeight") < 2
     page.keyboard.press("PageUp")
     expect(page.locator("#latest")).to_be_visible()
     server.delay = 0.002
-    page.locator("#input").fill(
-        "x"
-    )  # regenerating goes to the end again; scrolling up while it writes stays
+    # regenerating scrolls to the end again; scrolling up during the reply stops that
+    page.locator("#input").fill("x")
     page.keyboard.press("Alt+r")
     expect(reply(page)).to_contain_text("Paragraph 8")
     page.keyboard.press("PageUp")
@@ -239,66 +247,48 @@ def test_the_end_is_followed_unless_the_reader_has_left_it(page, server):
     done(page)
 
 
-def accessible(page: Page) -> list[str]:
-    """What is wrong for those who do not see the page: from Chromium's own accessibility tree, and from the document."""
+def accessibility_errors(page: Page) -> list[str]:
+    """Find accessibility errors in Chromium's accessibility tree and in the document."""
     session = page.context.new_cdp_session(page)
     nodes = session.send("Accessibility.getFullAXTree")["nodes"]
     session.detach()
-    needs = {
-        "button",
-        "link",
-        "textbox",
-        "searchbox",
-        "spinbutton",
-        "slider",
-        "radio",
-        "tab",
-        "tabpanel",
-        "dialog",
-        "img",
-        "image",
-        "region",
-        "complementary",
-        "navigation",
-        "article",
-        "heading",
-        "combobox",
-        "checkbox",
-        "Canvas",
-        "canvas",
+    needs_name = {
+        *("button", "link", "textbox", "searchbox", "spinbutton", "slider", "radio", "checkbox"),
+        *("combobox", "tab", "tabpanel", "dialog", "img", "image", "Canvas", "canvas"),
+        *("region", "complementary", "navigation", "article", "heading"),
     }
     wrong = []
     for n in nodes:
         role, name = n.get("role", {}).get("value"), n.get("name", {}).get("value", "").strip()
-        focusable = any(
-            p["name"] == "focusable" and p["value"]["value"] for p in n.get("properties", [])
-        )
-        if (
-            not n.get("ignored")
-            and not name
-            and (role in needs or (focusable and role not in ("RootWebArea", "generic")))
-        ):
+        properties = {p["name"]: p["value"].get("value") for p in n.get("properties", [])}
+        is_widget = properties.get("focusable") and role not in ("RootWebArea", "generic")
+        if not n.get("ignored") and not name and (role in needs_name or is_widget):
             wrong.append(f"no name: {role}")
     wrong += page.evaluate("""() => {
-      const all = [...document.querySelectorAll('[id]')].map(e => e.id), out = all.filter((id, i) => all.indexOf(id) !== i).map(id => `id twice: ${id}`);
+      const all = [...document.querySelectorAll('[id]')].map(e => e.id);
+      const out = all.filter((id, i) => all.indexOf(id) !== i).map(id => `duplicate id: ${id}`);
       for (const a of ['aria-labelledby', 'aria-describedby', 'aria-controls', 'for'])
         for (const e of document.querySelectorAll(`[${a}]`))
-          for (const id of e.getAttribute(a).split(' ')) if (!document.getElementById(id)) out.push(`${a} to nothing: ${id}`);
-      const shown = [...document.querySelectorAll('h1,h2,h3,h4,h5,h6')].filter(h => h.checkVisibility());
+          for (const id of e.getAttribute(a).split(' '))
+            if (!document.getElementById(id)) out.push(`${a} to a missing id: ${id}`);
+      const headings = [...document.querySelectorAll('h1,h2,h3,h4,h5,h6')];
+      const shown = headings.filter(h => h.checkVisibility());
       if (shown.filter(h => h.tagName === 'H1').length !== 1) out.push('not one h1');
-      if (!document.documentElement.lang || !document.title || document.querySelectorAll('main').length !== 1) out.push('no language, title or main');
+      const mains = document.querySelectorAll('main');
+      if (!document.documentElement.lang || !document.title || mains.length !== 1)
+        out.push('no language, title or main');
       return out;
     }""")
     return wrong
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_everything_has_a_name_and_can_be_read(tabs, server, theme):
+def test_accessibility_and_contrast(tabs, server, theme):
     page = tabs.open(server.url, color_scheme=theme)
-    assert accessible(page) == []
+    assert accessibility_errors(page) == []
     send(page, "slow", wait=False)
     expect(page.locator("#stop")).to_be_visible()
-    assert accessible(page) == []
+    assert accessibility_errors(page) == []
     page.keyboard.press("Escape")
     done(page)
     page.keyboard.press("Alt+n")
@@ -306,37 +296,52 @@ def test_everything_has_a_name_and_can_be_read(tabs, server, theme):
     page.keyboard.press("Alt+r")
     done(page)
     expect(page.locator("#heat")).to_be_visible()
-    assert accessible(page) == []
+    assert accessibility_errors(page) == []
     page.get_by_role("tab", name="Settings").click()
-    assert accessible(page) == []
+    assert accessibility_errors(page) == []
     page.get_by_role("button", name="Options for hello").click()
-    assert accessible(page) == []
+    assert accessibility_errors(page) == []
     page.keyboard.press("Escape")
     page.locator("#help-button").click()
-    assert accessible(page) == []
+    assert accessibility_errors(page) == []
     assert page.evaluate(CONTRAST) == []
 
 
 CONTRAST = """() => {
-  // WCAG AA for every text that is shown, against the nearest painted background
+  // Checks the WCAG AA contrast of every visible text against the nearest opaque background.
   const probe = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
-  const rgba = c => { probe.clearRect(0, 0, 1, 1); probe.fillStyle = c; probe.fillRect(0, 0, 1, 1); return [...probe.getImageData(0, 0, 1, 1).data]; };
-  const light = ([r, g, b]) => [r, g, b].map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [.2126, .7152, .0722][i], 0);
+  const rgba = color => {
+    probe.clearRect(0, 0, 1, 1);
+    probe.fillStyle = color;
+    probe.fillRect(0, 0, 1, 1);
+    return [...probe.getImageData(0, 0, 1, 1).data];
+  };
+  const linear = v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const luminance = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b);
+  const background = e => {
+    for (; e; e = e.parentElement) {
+      const color = rgba(getComputedStyle(e).backgroundColor);
+      if (color[3] > 250) return color;
+    }
+  };
+  const visible = { opacityProperty: true, visibilityProperty: true };
+  const ignored = ':disabled, .offscreen, .skip, script, style';
   const wrong = new Set(), walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node; (node = walker.nextNode());) {
     const e = node.parentElement;
-    if (!node.data.trim() || !e.checkVisibility({ opacityProperty: true, visibilityProperty: true }) || e.closest(':disabled, .offscreen, .skip, script, style')) continue;
-    let ground = null;
-    for (let b = e; b && !ground; b = b.parentElement) { const c = rgba(getComputedStyle(b).backgroundColor); if (c[3] > 250) ground = c; }
-    const a = light(rgba(getComputedStyle(e).color)), z = light(ground), ratio = (Math.max(a, z) + .05) / (Math.min(a, z) + .05);
+    const text = node.data.trim();
+    if (!text || !e.checkVisibility(visible) || e.closest(ignored)) continue;
+    const [a, b] = [rgba(getComputedStyle(e).color), background(e)].map(luminance);
+    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
     const size = parseFloat(getComputedStyle(e).fontSize);
-    if (ratio < (size >= 24 ? 3 : 4.5)) wrong.add(`${ratio.toFixed(2)} ${e.className || e.id || e.tagName}: ${node.data.trim().slice(0, 30)}`);
+    if (ratio < (size >= 24 ? 3 : 4.5))
+      wrong.add(`${ratio.toFixed(2)} ${e.className || e.id || e.tagName}: ${text.slice(0, 30)}`);
   }
   return [...wrong];
 }"""
 
 
-def test_the_theme_follows_the_system_and_can_be_fixed(tabs, server):
+def test_theme_follows_the_system_or_the_choice(tabs, server):
     page = tabs.open(server.url, color_scheme="dark")
     ground = "getComputedStyle(document.body).backgroundColor"
     dark = page.evaluate(ground)
@@ -351,8 +356,8 @@ def test_the_theme_follows_the_system_and_can_be_fixed(tabs, server):
     assert page.evaluate(ground) == light
 
 
-# ---- the live panel ------------------------------------------------------------------------------------------------------------
-def test_the_panel_shows_the_cache_beside_other_attention(page, server):
+# ---- the live panel ------------------------------------------------------------------------------
+def test_panel_compares_the_cache_with_other_attention(page, server):
     bars = page.locator("#bars li")
     expect(bars).to_have_text(
         [
@@ -371,11 +376,10 @@ def test_the_panel_shows_the_cache_beside_other_attention(page, server):
         f"{tokens * 252 / 1000:.3g} kB",
         f"{tokens * 252 / 1000:.2f} kB",
     )
-    page.wait_for_timeout(350)  # the bars move
+    page.wait_for_timeout(350)  # until the bars' transition has ended
     widths = [w["width"] for w in (bar.bounding_box() for bar in page.locator("#bars i").all())]
-    assert widths[0] / widths[3] == pytest.approx(252 / 4096, abs=0.01) and widths[2] / widths[
-        3
-    ] == pytest.approx(0.5, abs=0.01)
+    assert widths[0] / widths[3] == pytest.approx(252 / 4096, abs=0.01)
+    assert widths[2] / widths[3] == pytest.approx(0.5, abs=0.01)
     assert float(page.locator("#speed").inner_text()) > 0
     page.keyboard.press("Escape")
     done(page)
@@ -387,7 +391,7 @@ def test_the_panel_shows_the_cache_beside_other_attention(page, server):
     assert re.match(r"\d+ ms", page.locator("#first").inner_text())
 
 
-def test_the_expert_load_is_a_heat_map_with_words(page, server):
+def test_expert_load_heat_map(page, server):
     expect(page.locator("#experts-none")).to_be_visible()
     send(page, "hello")
     heat = page.locator("#heat")
@@ -395,13 +399,15 @@ def test_the_expert_load_is_a_heat_map_with_words(page, server):
     expect(heat).to_have_attribute(
         "aria-label",
         re.compile(
-            r"Expert load. 5 layers of 16 experts. Most uneven: layer \d, where expert \d+ had \d\.\d times"
+            r"Expert load. 5 layers of 16 experts. "
+            r"Most uneven: layer \d, where expert \d+ had \d\.\d times"
         ),
     )
-    colours = heat.evaluate(
-        "c => new Set([...new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)]).size"
-    )
-    assert colours > 8
+    num_colours = heat.evaluate("""canvas => {
+      const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+      return new Set(new Uint32Array(pixels.buffer)).size;
+    }""")
+    assert num_colours > 8
     page.locator("summary", has_text="As a table").click()
     expect(page.locator("#heat-rows tr")).to_have_count(5)
     heat.focus()
@@ -416,8 +422,8 @@ def test_the_expert_load_is_a_heat_map_with_words(page, server):
     expect(page.locator("#heat-cell")).to_contain_text("Layer 5, expert 15")
 
 
-# ---- the files -----------------------------------------------------------------------------------------------------------------
-def test_the_files_are_small_readable_and_licensed():
+# ---- the files -----------------------------------------------------------------------------------
+def test_files_are_short_and_licensed():
     own = [p for p in PAGE.iterdir() if not p.name.startswith("vendor-")]
     assert {"index.html", "style.css", "app.js"} <= {p.name for p in own}
     for p in own:
@@ -431,7 +437,5 @@ def test_the_files_are_small_readable_and_licensed():
         ), p.name
         assert not re.search(r"""(src|href)=["']?https?:|@import|url\(""", text), p.name
     for p in PAGE.glob("vendor-*.js"):
-        assert (
-            len(p.with_name(f"{p.stem}.LICENSE.txt").read_text()) > 500
-            and "sourceMappingURL" not in p.read_text()
-        )
+        assert len(p.with_name(f"{p.stem}.LICENSE.txt").read_text()) > 500
+        assert "sourceMappingURL" not in p.read_text()

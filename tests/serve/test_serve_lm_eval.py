@@ -1,6 +1,9 @@
-"""lm-eval's local-completions adapter, unchanged, against the server: a task made here, its log-likelihoods as the model itself has them, and generation.
+"""lm-eval's unchanged local-completions adapter against the server.
 
-lm-eval brings about 45 packages, more than a minute of installing, so it has an extra of its own: `make test-lm-eval`.
+Log-likelihoods equal those of the model itself; generation and a small task work.
+
+lm-eval installs about 45 packages in more than a minute, so it has its own extra:
+`make test-lm-eval`.
 """
 
 import os
@@ -14,7 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 lm_eval = pytest.importorskip(
     "lm_eval",
-    reason="NOT TESTED: lm-eval against the server. lm-eval is not installed; run `make test-lm-eval`",
+    reason="NOT TESTED: lm-eval against the server. lm-eval is not installed; "
+    "run `make test-lm-eval`",
 )
 
 from lm_eval import evaluator  # noqa: E402
@@ -36,7 +40,7 @@ def server():
 
 @pytest.fixture(params=["huggingface", "auto"])
 def lm(server, request, tmp_path):
-    """The adapter with a tokenizer of its own from a folder, or with the server's over HTTP, which is what "auto" finds."""
+    """The adapter, with a tokenizer from a folder, or ("auto") with the server's over HTTP."""
     tok().save(tmp_path / "tokenizer")
     where = {"tokenizer": str(tmp_path / "tokenizer")} if request.param == "huggingface" else {}
     made = get_model("local-completions")(
@@ -53,7 +57,7 @@ def lm(server, request, tmp_path):
 
 
 def loglikelihood(context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """As the model has it, in one plain pass."""
+    """Compute (log-likelihood, whether greedy decoding gives it) in one forward pass."""
     ids = context + continuation
     with torch.no_grad():
         logp = model()(torch.tensor([ids]))[0, len(context) - 1 : -1].log_softmax(-1)
@@ -95,7 +99,7 @@ def test_generate_until(lm, server):
     assert got == [want]
 
 
-def test_a_whole_task(lm):
+def test_task(lm):
     import datasets
 
     task = ConfigurableTask(

@@ -1,4 +1,4 @@
-"""The real `openai` client, sync and async, unchanged: what it sends is understood, what it gets it can parse, its errors are the right ones."""
+"""The unchanged `openai` client, sync and async: requests, responses, streams and errors."""
 
 import asyncio
 
@@ -27,11 +27,9 @@ def test_completions(client):
     got = client.completions.create(
         model=NAME, prompt="the cat", max_tokens=8, temperature=0, logprobs=2, stop=["never there"]
     )
-    assert (
-        got.choices[0].finish_reason == "length"
-        and len(got.choices[0].logprobs.token_logprobs) == 8
-        and got.usage.completion_tokens == 8
-    )
+    assert got.choices[0].finish_reason == "length"
+    assert len(got.choices[0].logprobs.token_logprobs) == 8
+    assert got.usage.completion_tokens == 8
     chunks = list(
         client.completions.create(
             model=NAME,
@@ -42,10 +40,8 @@ def test_completions(client):
             stream_options={"include_usage": True},
         )
     )
-    assert (
-        "".join(c.choices[0].text for c in chunks[:-1]) == got.choices[0].text
-        and chunks[-1].usage.total_tokens == got.usage.total_tokens
-    )
+    assert "".join(c.choices[0].text for c in chunks[:-1]) == got.choices[0].text
+    assert chunks[-1].usage.total_tokens == got.usage.total_tokens
 
 
 def test_chat(client):
@@ -59,13 +55,10 @@ def test_chat(client):
         logprobs=True,
         top_logprobs=2,
     )
-    assert (
-        len(got.choices) == 2 and got.choices[0].message.content == got.choices[1].message.content
-    )
-    assert (
-        got.usage.prompt_tokens_details.cached_tokens is not None
-        and len(got.choices[0].logprobs.content[0].top_logprobs) == 2
-    )
+    assert len(got.choices) == 2
+    assert got.choices[0].message.content == got.choices[1].message.content
+    assert got.usage.prompt_tokens_details.cached_tokens is not None
+    assert len(got.choices[0].logprobs.content[0].top_logprobs) == 2
     text = "".join(
         c.choices[0].delta.content or ""
         for c in client.chat.completions.create(
@@ -75,7 +68,7 @@ def test_chat(client):
     assert text == got.choices[0].message.content
     with client.chat.completions.stream(
         model=NAME, messages=messages, max_tokens=8, temperature=0, stop=text[3:5]
-    ) as stream:  # the helper that puts deltas together
+    ) as stream:  # the client's helper that joins deltas
         assert (
             stream.get_final_completion().choices[0].message.content
             == text[: text.index(text[3:5])]
@@ -84,7 +77,7 @@ def test_chat(client):
         *messages,
         got.choices[0].message.model_dump(),
         {"role": "user", "content": "go on"},
-    ]  # a reply goes back as it came
+    ]  # the reply is sent back with all its fields
     assert (
         client.chat.completions.create(model=NAME, messages=again, max_tokens=2)
         .choices[0]
@@ -108,15 +101,12 @@ def test_raw_headers_carry_the_request_id(client):
 
 
 def test_models_and_embeddings(client):
-    assert [m.id for m in client.models.list()] == [NAME] and client.models.retrieve(
-        NAME
-    ).id == NAME
-    got = client.embeddings.create(model=NAME, input=["a", "the cat"])  # the client asks for base64
+    assert [m.id for m in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).id == NAME
+    got = client.embeddings.create(model=NAME, input=["a", "the cat"])  # the client requests base64
     plain = client.embeddings.create(model=NAME, input="the cat", encoding_format="float")
-    assert (
-        got.data[1].embedding == pytest.approx(plain.data[0].embedding, rel=1e-5)
-        and len(plain.data[0].embedding) == 32
-    )
+    assert got.data[1].embedding == pytest.approx(plain.data[0].embedding, rel=1e-5)
+    assert len(plain.data[0].embedding) == 32
 
 
 def test_errors(client, server):
@@ -129,7 +119,7 @@ def test_errors(client, server):
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="sk-wrong", max_retries=0).models.list()
 
 
-def test_async_side_by_side_equals_sync(client, server):
+def test_concurrent_async_requests_equal_sync_requests(client, server):
     prompts = ["the cat", "a dog", "rain", "one bird sang"]
     want = [
         client.completions.create(model=NAME, prompt=p, max_tokens=10, seed=7).choices[0].text
@@ -162,19 +152,19 @@ def test_async_side_by_side_equals_sync(client, server):
 
 
 def test_tool_calls(monkeypatch):
-    """The model is random, so what it 'says' is put in its mouth: token by token, through the same streams as ever."""
+    """The sampler is replaced: it returns the tokens of a prepared reply, one by one."""
     t = tok(tools=True)
-    said = t.encode(
-        'I look.\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "Rome"}\n```<｜tool▁call▁end｜>'
-        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>time\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    call_reply = t.encode(
+        "I look.\n<｜tool▁calls▁begin｜>"
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n"
+        '```json\n{"city": "Rome"}\n```<｜tool▁call▁end｜>'
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>time\n"
+        "```json\n{}\n```<｜tool▁call▁end｜>"
+        "<｜tool▁calls▁end｜>",
         allow_special=True,
     ) + [t.eos_id]
-    seen = {}
-
-    def speak(logits, p, generator=None):
-        return seen["left"].pop(0)
-
-    monkeypatch.setattr("lamoe.engine.llm.sample", speak)
+    to_sample: list[int] = []
+    monkeypatch.setattr("lamoe.engine.llm.sample", lambda *args, **kwargs: to_sample.pop(0))
     tools = [
         {
             "type": "function",
@@ -194,7 +184,7 @@ def test_tool_calls(monkeypatch):
     ):
 
         def ask(**more):
-            seen["left"] = list(said)
+            to_sample[:] = call_reply
             return client.chat.completions.create(
                 model=NAME, messages=messages, tools=tools, **more
             )
@@ -207,10 +197,8 @@ def test_tool_calls(monkeypatch):
         ]
         assert len(ask(parallel_tool_calls=False).choices[0].message.tool_calls) == 1
         chunks = list(ask(stream=True))
-        assert (
-            "".join(c.choices[0].delta.content or "" for c in chunks) == "I look."
-            and chunks[-1].choices[0].finish_reason == "tool_calls"
-        )
+        assert "".join(c.choices[0].delta.content or "" for c in chunks) == "I look."
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
         streamed = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or []]
         assert [(c.index, c.function.name, c.function.arguments) for c in streamed] == [
             (0, "weather", '{"city": "Rome"}'),
@@ -225,12 +213,11 @@ def test_tool_calls(monkeypatch):
                 "content": "20 degrees",
             },
         ]
-        seen["left"] = t.encode("Mild.") + [t.eos_id]
+        to_sample[:] = t.encode("Mild.") + [t.eos_id]
         final = client.chat.completions.create(model=NAME, messages=back, tools=tools)
-        assert (
-            final.choices[0].message.content == "Mild." and final.choices[0].finish_reason == "stop"
-        )
-        seen["left"] = list(said)
+        assert final.choices[0].message.content == "Mild."
+        assert final.choices[0].finish_reason == "stop"
+        to_sample[:] = call_reply
         assert (
             client.chat.completions.create(
                 model=NAME, messages=messages, tools=tools, tool_choice="none"

@@ -1,4 +1,7 @@
-"""`lamoe serve` as people start it: a real process over a trained run, its options and variables, its log, signals, and its end."""
+"""`lamoe serve` as a real process over a trained run.
+
+Options, environment variables, log, signals and exit codes.
+"""
 
 import argparse
 import json
@@ -14,20 +17,19 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from test_serve_limits import Client
 
 from lamoe import cli
 from lamoe.serve import settings
 from lamoe.serve.settings import Settings
 from tiny_run import trained  # noqa: F401 (a fixture)
-from tiny_server import until
+from tiny_server import Client, until
 
-ADDRESS = "127.0.0.1:8000"  # of the server in the README
+ADDRESS = "127.0.0.1:8000"  # of the server in the README's examples
 
 
 @pytest.fixture(autouse=True)
-def logging_as_before():
-    """cli.main(["serve", ...]) takes the process's logging over."""
+def restore_logging():
+    """Undo what `cli.main(["serve", ...])` does to the logging of the test process."""
     root, access = logging.getLogger(), logging.getLogger("uvicorn.access")
     handlers, level = list(root.handlers), root.level
     yield
@@ -35,7 +37,7 @@ def logging_as_before():
 
 
 class Process:
-    """A server in a process of its own. `log`: its JSON lines so far."""
+    """A server in its own process."""
 
     def __init__(self, *words, cwd=None, **environment):
         env = (
@@ -55,10 +57,12 @@ class Process:
 
     @property
     def log(self) -> list[dict]:
+        """The JSON lines that the server has logged so far."""
         self._text += self.process.stderr.read() or b""
         return [json.loads(line) for line in self._text.splitlines() if line.startswith(b"{")]
 
     def event(self, name: str) -> dict | None:
+        """Return the first log line of an event, if there is one."""
         return next((line for line in self.log if line["event"] == name), None)
 
     def wait_ready(self):
@@ -78,71 +82,53 @@ class Process:
         self.process.stderr.close()
 
 
-def test_sigterm_drains_and_a_second_one_aborts(trained, tmp_path):
-    """Started with nothing but a folder that has runs/: the newest one is served. Then both ends of a life, in one process each."""
+def test_newest_run_is_served_until_sigterm(trained, tmp_path):
+    """Without a model argument, the newest run under runs/ is served. SIGTERM ends it cleanly."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").symlink_to(trained)
-    with Process(
-        "--port",
-        0,
-        "--seed",
-        7,
-        cwd=tmp_path,
-        LAMOE_API_KEY="sk-from-the-environment",
-        LAMOE_MAX_NUM_SEQS="3",
-    ) as p:
+    key = "sk-from-the-environment"
+    variables = {"LAMOE_API_KEY": key, "LAMOE_MAX_NUM_SEQS": "3"}
+    with Process("--port", 0, "--seed", 7, cwd=tmp_path, **variables) as p:
         p.wait_ready()
-        with httpx2.Client(
-            base_url=p.url, headers={"authorization": "Bearer sk-from-the-environment"}, timeout=30
-        ) as c:
+        assert httpx2.get(f"{p.url}/v1/models").status_code == 401
+        headers = {"authorization": f"Bearer {key}"}
+        with httpx2.Client(base_url=p.url, headers=headers, timeout=30) as c:
             [model] = c.get("/v1/models").json()["data"]
-            assert (model["id"], model["max_model_len"]) == ("mine", 64) and httpx2.get(
-                f"{p.url}/v1/models"
-            ).status_code == 401
-            first = [
-                c.post("/v1/completions", json={"prompt": "the ", "max_tokens": 8}).json()[
-                    "choices"
-                ][0]["text"]
-                for _ in range(2)
-            ]
-            assert first[0] == first[1]  # --seed is that of requests without one
-            with c.stream(
-                "POST",
-                "/v1/completions",
-                json={"prompt": "the ", "max_tokens": 50, "ignore_eos": True, "stream": True},
-            ) as r:
+            assert (model["id"], model["max_model_len"]) == ("mine", 64)
+            body = {"prompt": "the ", "max_tokens": 8}
+            replies = [c.post("/v1/completions", json=body).json() for _ in range(2)]
+            texts = [reply["choices"][0]["text"] for reply in replies]
+            assert texts[0] == texts[1]  # --seed applies to requests without a seed
+            stream = {"prompt": "the ", "max_tokens": 50, "ignore_eos": True, "stream": True}
+            with c.stream("POST", "/v1/completions", json=stream) as r:
                 lines = r.iter_lines()
                 next(lines)
                 p.process.send_signal(signal.SIGTERM)
                 assert [line for line in lines if line][-1] == "data: [DONE]"
-        assert p.process.wait(20) == 0 and p.event("draining") and p.event("stopped")["code"] == 0
+        assert p.process.wait(20) == 0
+        assert p.event("draining")
+        assert p.event("stopped")["code"] == 0
         request = next(line for line in p.log if line.get("path") == "/v1/completions")
-        assert (
-            request["id"].startswith("cmpl-")
-            and request["status"] == 200
-            and request["generated_tokens"] == 8
-            and request["ms"] > 0
-        )
-        assert b"sk-from" not in p._text and all(
-            {"time", "level", "event"} <= set(line) for line in p.log
-        )
+        assert request["id"].startswith("cmpl-") and request["status"] == 200
+        assert request["generated_tokens"] == 8 and request["ms"] > 0
+        assert b"sk-from" not in p._text
+        assert all({"time", "level", "event"} <= set(line) for line in p.log)
+
+
+def test_second_sigterm_cuts_requests_off(trained):
     with Process(trained, "--port", 0, "--max-num-seqs", 1) as p:
         p.wait_ready()
-        slow = [
-            Client(p, prompt=["the"] * 40, max_tokens=60, ignore_eos=True, n=3, seed=1)
-            for _ in range(1)
-        ]
+        slow = Client(p, prompt=["the"] * 40, max_tokens=60, ignore_eos=True, n=3, seed=1)
         time.sleep(0.3)
         p.process.send_signal(signal.SIGTERM)
         until(lambda: p.event("draining"))
         started = time.monotonic()
         p.process.send_signal(signal.SIGTERM)
-        assert p.process.wait(10) == 1 and time.monotonic() - started < 5, p.log
-        slow[0].join(5)
-        assert (
-            slow[0].status in (0, 503)
-            and p.event("requests are cut off")["why"] == "a second signal"
-        )
+        assert p.process.wait(10) == 1, p.log
+        assert time.monotonic() - started < 5
+        slow.join(5)
+        assert slow.status in (0, 503)
+        assert p.event("requests are cut off")["why"] == "a second signal"
 
 
 def test_sigterm_while_the_model_loads(trained):
@@ -188,7 +174,7 @@ def test_readme_examples_that_call_the_server(trained):
         (["x", "--request-timeout", "nan"], "--request-timeout"),
     ],
 )
-def test_what_cannot_start_says_why(words, says, tmp_path, monkeypatch, capsys):
+def test_failed_start_names_the_reason(words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code = cli.main(["serve", *words, *([] if "--port" in words else ["--port", "0"])])
     assert code and says in capsys.readouterr().err
@@ -210,7 +196,7 @@ def parse(*words, **environment) -> Settings:
     return settings.from_options(parser.parse_args(words), environment)
 
 
-def test_every_flag_is_also_a_variable():
+def test_every_flag_has_an_environment_variable():
     values = {
         "host": "::1",
         "port": "9",
@@ -240,18 +226,16 @@ def test_every_flag_is_also_a_variable():
     assert set(values) == set(Settings.__dataclass_fields__)
     by_flag = parse(*[w for k, v in values.items() for w in ("--" + k.replace("_", "-"), v)])
     by_variable = parse(**{f"LAMOE_{k.upper()}": v for k, v in values.items()})
-    assert (
-        by_flag == by_variable
-        and by_flag.kv_cache_memory == 2 << 30
-        and by_flag.host_names() == {"a", "b"}
-    )
+    assert by_flag == by_variable
+    assert by_flag.kv_cache_memory == 2 << 30
+    assert by_flag.host_names() == {"a", "b"}
     assert all(getattr(by_flag, k) != getattr(Settings(), k) for k in values)
     assert parse("--port", "1", LAMOE_PORT="2").port == 1 and parse(LAMOE_PORT="").port == 8000
     with pytest.raises(ValueError, match="LAMOE_PORT is not a value for --port"):
         parse(LAMOE_PORT="eighty")
 
 
-def test_keys_and_names(tmp_path):
+def test_api_keys_and_host_names(tmp_path):
     file = tmp_path / "keys"
     file.write_text("\n one \ntwo\n")
     assert Settings(api_key="zero", api_key_file=str(file)).api_keys() == ("zero", "one", "two")
@@ -259,8 +243,6 @@ def test_keys_and_names(tmp_path):
     with pytest.raises(ValueError, match="holds no key"):
         Settings(api_key_file=str(file)).api_keys()
     assert Settings().host_names() == {"127.0.0.1", "::1", "localhost"}
-    assert (
-        Settings(api_key="k").host_names() is None
-        and Settings(host="0.0.0.0").host_names() is None
-        and Settings(allowed_hosts="*").host_names() is None
-    )
+    assert Settings(api_key="k").host_names() is None
+    assert Settings(host="0.0.0.0").host_names() is None
+    assert Settings(allowed_hosts="*").host_names() is None

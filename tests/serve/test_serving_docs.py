@@ -1,5 +1,7 @@
-"""docs/SERVING.md says what the code does: options, variables, error codes, metrics, and what is in the examples. `python tests/serve/test_serving_docs.py` writes
-the table of options."""
+"""docs/SERVING.md agrees with the code: options, variables, error codes, metrics, examples.
+
+`python tests/serve/test_serving_docs.py` writes the table of options.
+"""
 
 import argparse
 import ast
@@ -26,21 +28,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def options() -> str:
-    """The table, from the parser itself."""
+    """Write the table of options from the parser."""
     rows = ["| flag | variable | default | |", "|---|---|---|---|"]
     defaults = {f"--{f.name.replace('_', '-')}": f.default for f in dataclasses.fields(Settings)}
     for a in parser()._actions:
         flag = a.option_strings[-1] if a.option_strings else ""
         variable = re.search(r"\[(LAMOE_\w+)\]$", a.help or "")
         if flag in defaults and variable:
-            says = re.sub(
-                r" \(default: [^)]*\)$",
-                "",
-                a.help.removesuffix(variable[0]).strip().replace("%%", "%"),
-            )
-            rows.append(
-                f"| `{flag}` | `{variable[1]}` | {'' if defaults[flag] is None else f'`{defaults[flag]}`'} | {says.replace('|', '/')} |"
-            )
+            help = a.help.removesuffix(variable[0]).strip().replace("%%", "%").replace("|", "/")
+            help = re.sub(r" \(default: [^)]*\)$", "", help)
+            default = "" if defaults[flag] is None else f"`{defaults[flag]}`"
+            rows.append(f"| `{flag}` | `{variable[1]}` | {default} | {help} |")
     assert len(rows) == len(defaults) + 2
     return "\n".join(rows)
 
@@ -53,11 +51,11 @@ def block(kind: str) -> str:
     return re.search(rf"```{kind}\n(.*?)```", TEXT, re.DOTALL)[1]
 
 
-def test_the_table_of_options_is_the_parsers():
+def test_table_of_options_is_current():
     assert between(TEXT, "options") == options(), "run: python tests/serve/test_serving_docs.py"
 
 
-def test_every_variable_of_the_table_acts():
+def test_every_variable_of_the_table_changes_its_setting():
     sample = {str: "info", int: "70", float: "7.5", settings.parse_bytes: "1MB"}
     for flag, variable in re.findall(
         r"^\| `(--[\w-]+)` \| `(LAMOE_\w+)` \|", between(TEXT, "options"), re.M
@@ -82,7 +80,7 @@ def test_every_flag_in_the_text_exists():
 
 
 def codes_in_the_code() -> set[str]:
-    """Third argument (or code=) of every ApiError, whatever expression it is; the strings in it."""
+    """Find the error codes: the strings in the third argument of every ApiError."""
     found = set()
     for path in (ROOT / "lamoe" / "serve").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -129,7 +127,7 @@ def test_every_metric_is_listed():
     )
 
 
-def test_the_unit_starts_what_exists():
+def test_systemd_unit_uses_existing_options():
     unit = configparser.ConfigParser(interpolation=None, strict=False)
     unit.optionxform = str
     unit.read_string(block("ini"))
@@ -141,32 +139,27 @@ def test_the_unit_starts_what_exists():
     assert {k for k in given if k.startswith("LAMOE_")} <= {
         f"LAMOE_{f.name.upper()}" for f in dataclasses.fields(Settings)
     }
-    assert (
-        chosen.api_key_file == "%d/key"
-        and args.name == "/srv/models/chat"
-        and int(unit["Service"]["TimeoutStopSec"]) > chosen.shutdown_timeout
-    )
+    assert chosen.api_key_file == "%d/key"
+    assert args.name == "/srv/models/chat"
+    assert int(unit["Service"]["TimeoutStopSec"]) > chosen.shutdown_timeout
 
 
-def test_the_proxy_fits_the_defaults():
+def test_proxy_example_fits_the_default_limits():
     proxy = block("nginx")
-    assert (
-        proxy.count("{") == proxy.count("}")
-        and f"127.0.0.1:{Settings.port}" in proxy
-        and "proxy_buffering off" in proxy
-    )
+    assert proxy.count("{") == proxy.count("}")
+    assert f"127.0.0.1:{Settings.port}" in proxy
+    assert "proxy_buffering off" in proxy
     assert int(re.search(r"proxy_read_timeout (\d+)s", proxy)[1]) > Settings.request_timeout
     assert int(re.search(r"client_max_body_size (\d+)m", proxy)[1]) << 20 >= Settings.max_body_bytes
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:tests|lamoe|docs)/[\w/.]+)`", TEXT))))
-def test_files_that_are_named_exist(path):
+def test_named_files_exist(path):
     assert (ROOT / path).exists()
 
 
 if __name__ == "__main__":
     before, rest = TEXT.split("<!-- options -->\n")
-    PAGE.write_text(
-        f"{before}<!-- options -->\n{options()}\n<!-- /options -->{rest.split('<!-- /options -->')[1]}",
-        encoding="utf-8",
-    )
+    after = rest.split("<!-- /options -->")[1]
+    table = f"<!-- options -->\n{options()}\n<!-- /options -->"
+    PAGE.write_text(f"{before}{table}{after}", encoding="utf-8")
