@@ -1,4 +1,6 @@
-"""One thread, so that sums are added up in one order, and the two implementations of the kernels as a fixture."""
+"""One thread, so that sums are added up in one order, and the two implementations of the kernels as
+a fixture.
+"""
 
 import hypothesis
 import pytest

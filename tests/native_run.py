@@ -1,4 +1,6 @@
-"""Sequences over a packed model and a poisoned cache, fed in any cuts and company: what the tests of the compiled model drive it with."""
+"""Sequences over a packed model and a poisoned cache, fed in any cuts and company: what the tests
+of the compiled model drive it with.
+"""
 
 import torch
 
@@ -7,7 +9,11 @@ from lamoe.backends.paged_cache import PagedCache
 
 
 class Run:
-    """Sequences by name. Pages are dealt out in random order; what is not written holds 0xFF, which is NaN in every format."""
+    """Sequences by name.
+
+    Pages are dealt out in random order; what is not written holds 0xFF, which is NaN in every
+    format.
+    """
 
     def __init__(
         self,
@@ -29,7 +35,9 @@ class Run:
     def feed(
         self, work: dict[str, list[int]], experts: bool = False, rows: list[int] | None = None
     ):
-        """One step: the next tokens of each sequence -> logits of all of them (or of `rows`) [N, vocabulary]; with the chosen experts when asked for."""
+        """One step: the next tokens of each sequence -> logits of all of them (or of `rows`) [N,
+        vocabulary]; with the chosen experts when asked for.
+        """
         ids, positions, seqs, table = [], [], [], []
         for name, new in work.items():
             text, pages = self.tokens.setdefault(name, []), self.pages.setdefault(name, [])
@@ -57,7 +65,9 @@ class Run:
         return (logits, chosen) if experts else logits
 
     def all(self, text: list[int], cuts: list[int], name: str = "a") -> torch.Tensor:
-        """A whole text in pieces of `cuts` tokens, the last size again and again. -> logits [N, vocabulary]"""
+        """A whole text in pieces of `cuts` tokens, the last size again and again. -> logits [N,
+        vocabulary]
+        """
         out, at, cuts = [], 0, list(cuts)
         while at < len(text):
             size = cuts.pop(0) if len(cuts) > 1 else cuts[0]

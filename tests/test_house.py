@@ -1,4 +1,6 @@
-"""The layout of the house, checked on the syntax trees: imports go down, files stay short, nothing dead, nothing that runs foreign code."""
+"""The layout of the house, checked on the syntax trees: imports go down, files stay short, nothing
+dead, nothing that runs foreign code.
+"""
 
 import ast
 import subprocess
@@ -10,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lamoe"
-# Imports go down this list: a package imports its own modules and those of packages with a smaller number.
+# Imports go down this list: a package imports its own modules and those of packages with a smaller
+# number.
 LEVEL = {
     "kernels": 0,
     "text": 0,
@@ -46,7 +49,9 @@ def tree(name: str) -> ast.Module:
 
 
 def imports(name: str) -> set[str]:
-    """Modules of lamoe that a module imports, anywhere in it: `from lamoe.a import b` counts as lamoe.a.b when that is a module."""
+    """Modules of lamoe that a module imports, anywhere in it: `from lamoe.a import b` counts as
+    lamoe.a.b when that is a module.
+    """
     found = set()
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.Import):
@@ -234,8 +239,11 @@ DOCUMENTED_ELSEWHERE = {
 
 
 def undocumented(name: str) -> list[str]:
-    """What others are meant to call must say what it does. Modules, public classes and public module-level functions carry a
-    docstring; methods may speak for themselves, and so may functions of at most four statements."""
+    """What others are meant to call must say what it does.
+
+    Modules, public classes and public module-level functions carry a docstring; methods may speak
+    for themselves, and so may functions of at most four statements.
+    """
     missing = [] if ast.get_docstring(tree(name)) else ["the module"]
     for node in tree(name).body:
         if (

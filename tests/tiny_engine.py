@@ -1,4 +1,6 @@
-"""Engines over tiny random models, prompts for them, and greedy decoding without any cache to hold them against."""
+"""Engines over tiny random models, prompts for them, and greedy decoding without any cache to hold
+them against.
+"""
 
 import pytest
 import torch

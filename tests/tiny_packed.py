@@ -1,4 +1,6 @@
-"""Small models of every family, as folders and packed: what the tests of packed folders and of calibration share."""
+"""Small models of every family, as folders and packed: what the tests of packed folders and of
+calibration share.
+"""
 
 from pathlib import Path
 

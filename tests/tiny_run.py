@@ -1,4 +1,6 @@
-"""A training run small enough for tests: text, recipe, and one finished run that many tests look at (copy it before writing to it)."""
+"""A training run small enough for tests: text, recipe, and one finished run that many tests look at
+(copy it before writing to it).
+"""
 
 import copy
 import functools
@@ -36,12 +38,15 @@ TIMINGS = ("tokens_per_s", "mfu")  # of metrics.jsonl: all else is reproducible
 
 
 def write_texts(folder: Path, files: int = 40, seed: int = 0) -> Path:
-    """Sentences of few words, so that a tiny model can learn them, in documents hardly longer than a row."""
+    """Sentences of few words, so that a tiny model can learn them, in documents hardly longer than
+    a row.
+    """
     rng, folder = random.Random(seed), Path(folder)
     folder.mkdir(parents=True)
     for i in range(files):
         body = "".join(
-            f"the {rng.choice(('cat', 'dog', 'bird'))} {rng.choice(('sat', 'ran', 'sang'))} on the {rng.choice(('mat', 'hill'))} "
+            f"the {rng.choice(('cat', 'dog', 'bird'))} {rng.choice(('sat', 'ran', 'sang'))} on "
+            f"the {rng.choice(('mat', 'hill'))} "
             f"of {''.join(rng.choices('abcdefgh', k=3))}.\n"
             for _ in range(1 + i % 7)
         )
@@ -50,7 +55,9 @@ def write_texts(folder: Path, files: int = 40, seed: int = 0) -> Path:
 
 
 def raw_recipe(texts: Path, out: Path, **changes) -> dict:
-    """Recipe.from_dict's argument. changes: section=dict(key=value), merged in; model= replaces the model when it says model_type."""
+    """Recipe.from_dict's argument. changes: section=dict(key=value), merged in; model= replaces the
+    model when it says model_type.
+    """
     raw = {
         "model": {**BODY, **MLA, **MOE},
         "data": {"sources": [str(texts)], "seq_len": 32, "holdout": 0.1},
@@ -80,7 +87,9 @@ def metrics(run: Path) -> list[dict]:
 
 
 def state(folder: Path) -> dict:
-    """A checkpoint's state without the process-wide random generators, and the bytes of its weights."""
+    """A checkpoint's state without the process-wide random generators, and the bytes of its
+    weights.
+    """
     out = checkpoint.load_tensors(Path(folder) / "state.safetensors")
     del out["rng"]
     return {
@@ -115,5 +124,8 @@ def _trained(base: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """The folder of a finished run. One for all test files: pytest sees this fixture once per file that imports it."""
+    """The folder of a finished run.
+
+    One for all test files: pytest sees this fixture once per file that imports it.
+    """
     return _trained(tmp_path_factory.getbasetemp() / "trained")

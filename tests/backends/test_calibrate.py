@@ -1,4 +1,6 @@
-"""`lamoe quantize --calibrate`: second moments of a model's inputs, what is made of them, and the text they come from."""
+"""`lamoe quantize --calibrate`: second moments of a model's inputs, what is made of them, and the
+text they come from.
+"""
 
 import re
 import weakref
@@ -9,9 +11,9 @@ import pytest
 import torch
 
 import lamoe
-from lamoe.cli import models
 from lamoe.backends.cpu import calibrate, native, packed, packed_file
 from lamoe.checkpoints import hf
+from lamoe.cli import models
 from oracles import tiny
 from tiny_packed import FAMILIES, pack, source
 from tiny_run import trained  # noqa: F401 (a fixture)
@@ -21,7 +23,9 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled ker
 
 @pytest.mark.parametrize("family", ["mla q_lora", "mla", "moe v1 mha", "gqa tied"])
 def test_moments_are_those_of_the_model(tmp_path, family):
-    """Second moments of every linear's input, caught on the whole model, whose layers must be those that were walked one by one."""
+    """Second moments of every linear's input, caught on the whole model, whose layers must be those
+    that were walked one by one.
+    """
     c, model = FAMILIES[family], source(tmp_path / "model", family)
     plain, ids, want = lamoe.load(model), tiny.ids(FAMILIES[family], 6, 20), {}
     names = {
@@ -101,8 +105,9 @@ def correlated(n: int, k: int, seed: int = 0) -> torch.Tensor:
     "isa", re.split(r"\W+", native.lib.features()) if native.available() else []
 )
 def test_later_inputs_make_up_for_the_errors_of_earlier_ones(k, isa):
-    """On inputs that go together, the output error falls far below that of rounding each weight by itself, at the same bytes; codes are those of the
-    definition in plain torch."""
+    """On inputs that go together, the output error falls far below that of rounding each weight by
+    itself, at the same bytes; codes are those of the definition in plain torch.
+    """
     g = torch.Generator().manual_seed(1)
     w, x = torch.randn(40, k, generator=g), correlated(4 * k, k)
     importance, feedback = calibrate.solve(x.T @ x / len(x))
@@ -137,7 +142,9 @@ def test_feedback_of_unrelated_inputs_changes_nothing():
 
 
 def test_calibrated_errors_fall_where_inputs_are_large():
-    """Scales are searched by weighted squared errors: on inputs of very unequal sizes the output error becomes smaller, at the same bytes."""
+    """Scales are searched by weighted squared errors: on inputs of very unequal sizes the output
+    error becomes smaller, at the same bytes.
+    """
     g = torch.Generator().manual_seed(0)
     w, spread = torch.randn(64, 128, generator=g), torch.exp(1.5 * torch.randn(128, generator=g))
     x = torch.randn(500, 128, generator=g) * spread

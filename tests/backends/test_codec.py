@@ -1,4 +1,6 @@
-"""Storage formats of cache rows: documented bytes, error bounds, independence of rows, and what is not a number."""
+"""Storage formats of cache rows: documented bytes, error bounds, independence of rows, and what is
+not a number.
+"""
 
 import numpy as np
 import pytest
@@ -40,9 +42,11 @@ def largest(x):
     return x.abs().amax(1, keepdim=True).double()
 
 
-# ---- sizes -------------------------------------------------------------------------------------------------------------
+# ---- sizes ----
 def test_six_bits_are_the_papers_933_percent():
-    """Paper 2.1.4 / 3.2.3: 6 bits per element on average; 1 - 60 layers of it / the 16-bit GQA cache of DeepSeek 67B is 93.3 %."""
+    """Paper 2.1.4 / 3.2.3: 6 bits per element on average; 1 - 60 layers of it / the 16-bit GQA
+    cache of DeepSeek 67B is 93.3 %.
+    """
     v2, dense = ModelConfig.preset("deepseek-v2"), ModelConfig.preset("deepseek-67b")
     stored = cache_codec.row_bytes("6bit", v2.cache_row)
     assert stored <= 432
@@ -107,7 +111,7 @@ def test_bytes_are_as_stated(name, widths):
     assert cache_codec.bits_per_element(name, widths) == 8 * rows.shape[1] / sum(widths)
 
 
-# ---- errors ------------------------------------------------------------------------------------------------------------
+# ---- errors ----
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("name", cache_codec.FORMATS)
 def test_error_bound(name, widths):
@@ -138,7 +142,9 @@ def test_error_bound_at_any_size(name, w0, w1, exponent, seed):
 
 
 def test_the_bound_is_not_idle():
-    """Some row comes within a tenth of the stated bound, so that the bound would notice a coarser code."""
+    """Some row comes within a tenth of the stated bound, so that the bound would notice a coarser
+    code.
+    """
     x = torch.randn(20000, 16, generator=torch.Generator().manual_seed(0))
     for name in LOW_BIT:
         decoded = cache_codec.decode(
@@ -150,7 +156,9 @@ def test_the_bound_is_not_idle():
 
 @pytest.mark.parametrize("name", LOW_BIT)
 def test_groups_have_their_own_step(name):
-    """An outlier costs precision in its own group only: the second group is coded as if the first were small."""
+    """An outlier costs precision in its own group only: the second group is coded as if the first
+    were small.
+    """
     group = cache_codec._LOW_BIT[name][3]
     x = torch.randn(8, 2 * group, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
     x[:, 0] = 20.0
@@ -187,7 +195,7 @@ def test_codes_are_symmetric(name):
         assert torch.equal(x, -y)
 
 
-# ---- rows stand alone --------------------------------------------------------------------------------------------------
+# ---- rows stand alone ----
 @pytest.mark.parametrize("widths", [(512, 64), (64, 16), (37, 17)])
 @pytest.mark.parametrize("name", cache_codec.FORMATS)
 def test_a_row_does_not_depend_on_its_batch(name, widths):
@@ -233,7 +241,7 @@ def test_input_types_and_views(name):
     )[1].shape == (0, 16)
 
 
-# ---- the documented layout, read by another program ------------------------------------------------------------------------
+# ---- the documented layout, read by another program ----
 def read_block(data: bytes, w: int, n: int, group: int) -> tuple[np.ndarray, int]:
     """The top of cache_codec.py followed byte by byte, one element at a time. -> values, bytes used"""
     base = float(np.array([data[0] << 7], np.uint16).view(np.float16)[0]) / 16
@@ -296,11 +304,13 @@ GOLDEN = {
 }
 
 
-# ---- what is not a number ------------------------------------------------------------------------------------------------
+# ---- what is not a number ----
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("name", LOW_BIT)
 def test_bad_numbers_are_not_hidden(name, bad):
-    """The part that holds one decodes to NaN throughout; its neighbours in the row and in the batch stay as they are."""
+    """The part that holds one decodes to NaN throughout; its neighbours in the row and in the batch
+    stay as they are.
+    """
     a, b = parts((64, 16))
     good = cache_codec.encode(name, (a, b))
     a[3, 63] = bad
@@ -352,7 +362,7 @@ def test_e5m3_is_the_least_number_not_smaller():
     assert torch.equal(cache_codec._to_e5m3(x), torch.searchsorted(values, x).to(torch.uint8))
 
 
-# ---- user errors -----------------------------------------------------------------------------------------------------------
+# ---- user errors ----
 @pytest.mark.parametrize(
     "call",
     [
@@ -369,7 +379,8 @@ def test_e5m3_is_the_least_number_not_smaller():
 def test_unknown_format(call):
     with pytest.raises(
         ValueError,
-        match=r"unknown cache format '6bits', did you mean '6bit'\?; known: fp32, bf16, int8, 6bit, 4bit",
+        match=r"unknown cache format '6bits', did you mean '6bit'\?; known: fp32, bf16, int8, "
+        r"6bit, 4bit",
     ):
         call("6bits")
 

@@ -1,5 +1,7 @@
-"""The compiled kernels op by op, on every instruction set of this CPU, against what they stand for. Whole models: test_native_model.py;
-hostile arguments: test_native_hostile.py."""
+"""The compiled kernels op by op, on every instruction set of this CPU, against what they stand for.
+
+Whole models: test_native_model.py; hostile arguments: test_native_hostile.py.
+"""
 
 import re
 from pathlib import Path
@@ -57,7 +59,7 @@ def product(
     )
 
 
-# ---- weights --------------------------------------------------------------------------------------------------------------------
+# ---- weights ----
 @isas
 @formats
 @pytest.mark.parametrize(
@@ -101,7 +103,9 @@ def test_bits_of_a_weight_count_everything():
 @pytest.mark.parametrize("size", [1e-42, 1e-37, 1e-25, 1e-8, 1e8, 1e25, 1e37])
 @pytest.mark.parametrize("fmt", ["int8", "int4"])
 def test_the_unit_of_the_weights_does_not_matter(fmt, size):
-    """Neither huge nor tiny weights overflow on the way; a matrix of denormals may lose its small groups, no more."""
+    """Neither huge nor tiny weights overflow on the way; a matrix of denormals may lose its small
+    groups, no more.
+    """
     w = draw(16, 64) / draw(16, 64).abs().max() * size
     data, scale = native.pack(fmt, w)
     got = native.unpack(fmt, data, 16, 64, scale)
@@ -117,7 +121,9 @@ def test_the_unit_of_the_weights_does_not_matter(fmt, size):
 
 
 def test_int4_of_its_own_levels_is_exact():
-    """Groups made of the levels themselves, of either sign, at scales that the format has: the largest weight makes the matrix's own scale 1."""
+    """Groups made of the levels themselves, of either sign, at scales that the format has: the
+    largest weight makes the matrix's own scale 1.
+    """
     levels = LEVELS.float()
     w = torch.stack(
         [
@@ -135,7 +141,9 @@ def test_int4_of_its_own_levels_is_exact():
 
 
 def test_room_for_weights_may_have_huge_pages():
-    """Where the system grants them on request, what `room` gives is eligible: shared memory would need another switch."""
+    """Where the system grants them on request, what `room` gives is eligible: shared memory would
+    need another switch.
+    """
     switch, maps = Path("/sys/kernel/mm/transparent_hugepage/enabled"), Path("/proc/self/smaps")
     if not (switch.is_file() and maps.is_file()) or "[never]" in switch.read_text():
         pytest.skip("this system has no huge pages on request")
@@ -180,7 +188,7 @@ def test_weights_that_are_not_finite_are_refused(bad):
         native.pack("int8", w)
 
 
-# ---- linear ---------------------------------------------------------------------------------------------------------------------
+# ---- linear ----
 @isas
 @formats
 @pytest.mark.parametrize("k", SIZES + [1408])
@@ -244,7 +252,9 @@ def test_a_row_does_not_know_its_batch(fmt, isa):
 @pytest.mark.parametrize("fmt", ["int8", "int4"])
 @pytest.mark.parametrize("m", [16, 17, 22, 23, 31, 48, 192, 193, 199, 208, 215])
 def test_tiles_of_bytes_add_up_as_vectors_do(fmt, m):
-    """Around the sizes of its blocks of rows: 16, up to 192 at once, and up to 6 more without tiles."""
+    """Around the sizes of its blocks of rows: 16, up to 192 at once, and up to 6 more without
+    tiles.
+    """
     for n, k in [(130, 65), (17, 320)]:
         data, scale = native.pack(fmt, draw(n, k))
         x = draw(m, k, seed=m)
@@ -328,7 +338,9 @@ def test_inputs_of_any_size(fmt, isa, size):
 @pytest.mark.parametrize("k", [64, 1408])
 @pytest.mark.parametrize("weights", [1e-6, 1.0, 50.0])
 def test_huge_inputs_are_computed_or_not_finite(fmt, isa, k, weights):
-    """Up to the largest float: what is finite is right; and up to the limit that native.py states all of it is finite, the worst case included."""
+    """Up to the largest float: what is finite is right; and up to the limit that native.py states
+    all of it is finite, the worst case included.
+    """
     for w in (draw(17, k) * weights, torch.full((17, k), weights), -torch.full((17, k), weights)):
         data, scale = native.pack(fmt, w)
         stored = native.unpack(fmt, data, 17, k, scale).double()
@@ -355,7 +367,7 @@ def test_no_rows_no_results(isa):
         assert native.linear(fmt, data, scale, 17, torch.empty(0, 65), isa).shape == (0, 17)
 
 
-# ---- cache rows -----------------------------------------------------------------------------------------------------------------
+# ---- cache rows ----
 WIDTHS = [
     (1, 1),
     (3, 15),

@@ -1,5 +1,6 @@
-"""What the extension must refuse: wrong types, sizes, counts and ids, a model that is not complete; and what it must survive: callers at once.
-A crash here ends the whole test run, which is the point."""
+"""What the extension must refuse: wrong types, sizes, counts and ids, a model that is not complete;
+and what it must survive: callers at once. A crash here ends the whole test run, which is the point.
+"""
 
 import threading
 
@@ -23,7 +24,7 @@ def floats(*shape: int) -> np.ndarray:
     return np.zeros(shape, np.float32)
 
 
-# ---- ops ------------------------------------------------------------------------------------------------------------------------
+# ---- ops ----
 @pytest.mark.parametrize("n", HUGE)
 def test_sizes_beyond_reason_are_refused(n):
     data = np.zeros(1088, np.uint8)
@@ -118,7 +119,7 @@ def test_a_codec_whose_bytes_would_not_fit_is_refused(numbers):
         lib.decode(CODEC, np.zeros((2, CODEC[6] + 1), np.uint8))
 
 
-# ---- building a model -----------------------------------------------------------------------------------------------------------------
+# ---- building a model ----
 SETTINGS = dict(
     layers=1,
     vocab=8,
@@ -293,14 +294,16 @@ def test_weights_live_as_long_as_the_model():
     del waste
 
 
-# ---- steps ----------------------------------------------------------------------------------------------------------------------------
+# ---- steps ----
 @pytest.fixture(scope="module")
 def model():
     return PackedModel.of(tiny.model(tiny.HARD, dtype=torch.float32), threads=2)
 
 
 def step(p: PackedModel, **changes):
-    """One step of two sequences, 3 tokens after 2 and 1 token after 7, with some arguments replaced."""
+    """One step of two sequences, 3 tokens after 2 and 1 token after 7, with some arguments
+    replaced.
+    """
     cache = PagedCache(p.config, 4, 4, "fp32", p.dtype)
     a = dict(
         ids=np.array([1, 2, 3, 4], np.int32),
@@ -423,7 +426,9 @@ def test_no_wanted_rows(model):
 
 
 def test_two_callers_at_once(model):
-    """Steps of one model from several threads, each with its own cache, come out as if they were alone."""
+    """Steps of one model from several threads, each with its own cache, come out as if they were
+    alone.
+    """
     texts = {i: tiny.ids(model.config, 40, seed=i).tolist() for i in range(4)}
     want = {i: Run(model).all(ids, [7]) for i, ids in texts.items()}
     got, errors = {}, []

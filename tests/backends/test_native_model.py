@@ -1,4 +1,6 @@
-"""The packed model against the model in torch: every geometry, both forms of attention, any cuts and company, any number of threads."""
+"""The packed model against the model in torch: every geometry, both forms of attention, any cuts
+and company, any number of threads.
+"""
 
 import os
 import subprocess
@@ -75,13 +77,15 @@ def reference(m, ids: list[int]) -> torch.Tensor:
 
 
 def noise(m, ids: list[int], want: torch.Tensor) -> float:
-    """What float32 may differ by: 1e-5 of the largest logit, or what torch's own float32 differs from float64 by where that is much already."""
+    """What float32 may differ by: 1e-5 of the largest logit, or what torch's own float32 differs
+    from float64 by where that is much already.
+    """
     return max(
         1e-5, 3 * distance(want, reference(tiny.model(m.config, dtype=torch.float32).double(), ids))
     )
 
 
-# ---- float32: one model -----------------------------------------------------------------------------------------------------------
+# ---- float32: one model ----
 @pytest.mark.parametrize("name", CONFIGS)
 def test_float32_is_the_torch_model(name):
     """At once (expanded), token by token (absorbed), and in between."""
@@ -156,7 +160,9 @@ def test_decoding_far_out_beside_short_ones():
     ids=["mla", "gqa", "mla 6bit"],
 )
 def test_partial_results_of_attention_take_at_most_what_they_may(c, weights, format):
-    """Many sequences and tokens at once, cut into calls by the memory their states may take: the same bits, and never more than a token of the longest needs."""
+    """Many sequences and tokens at once, cut into calls by the memory their states may take: the
+    same bits, and never more than a token of the longest needs.
+    """
     c = c.replace(num_hidden_layers=2)
     m, out, taken = pack(c, weights)[1], {}, {}
     kv, width = (1, c.kv_lora_rank) if c.is_mla else (2, c.qk_head_dim)
@@ -207,7 +213,7 @@ def test_the_chosen_experts_are_those_of_the_router(name):
     assert torch.equal(torch.cat([a, b], 1).long(), torch.stack(chosen.layers))
 
 
-# ---- bit for bit --------------------------------------------------------------------------------------------------------------------
+# ---- bit for bit ----
 @pytest.mark.parametrize(
     "weights, name",
     [
@@ -218,7 +224,9 @@ def test_the_chosen_experts_are_those_of_the_router(name):
     ],
 )
 def test_nothing_depends_on_threads_company_or_pages(weights, name):
-    """Equal bits with 1, 2, 3 and 5 threads, with pages elsewhere, and beside others; what is poisoned would show."""
+    """Equal bits with 1, 2, 3 and 5 threads, with pages elsewhere, and beside others; what is
+    poisoned would show.
+    """
     c = CONFIGS[name]
     ids, others = text(c, 150), {str(i): text(c, 20 + 17 * i, seed=50 + i) for i in range(5)}
     m, first = pack(c, weights)[1], None
@@ -271,12 +279,14 @@ def test_a_sequence_of_nan_hurts_nobody_else(weights):
             )
 
 
-# ---- cache formats ------------------------------------------------------------------------------------------------------------------
+# ---- cache formats ----
 @pytest.mark.parametrize("format", cache_codec.FORMATS)
 @pytest.mark.parametrize("name", ["odd", "lora-yarn-limited-1dense", "llama-gqa", "wide-latent"])
 @torch.no_grad()
 def test_every_cache_format_beside_the_torch_path(name, format):
-    """The rows that the kernels wrote, read by both: the next token, absorbed, and a long chunk, expanded."""
+    """The rows that the kernels wrote, read by both: the next token, absorbed, and a long chunk,
+    expanded.
+    """
     m, p = pack(CONFIGS[name])
     ids = text(m.config, 150)
     for n in (1, 90):
@@ -298,8 +308,10 @@ def test_every_cache_format_beside_the_torch_path(name, format):
         assert torch.equal(mine[:, slots[:60]], stored[:, slots[:60]])
 
 
-# ---- bfloat16 and quantised weights -----------------------------------------------------------------------------------------------------
-BF16 = 0.15  # two implementations in bfloat16 differ by at most this share of the largest logit on the models of CALM (others: an expert may flip)
+# ---- bfloat16 and quantised weights ----
+# two implementations in bfloat16 differ by at most this share of the largest logit on the models of
+# CALM (others: an expert may flip)
+BF16 = 0.15
 CALM = ["llama-mha", "llama-gqa", "llama-mqa-tied", "17-experts", "no-shared", "moe-v1 mha"]
 
 
@@ -310,7 +322,9 @@ def of_rows(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bfloat16_is_nearer_to_float32_than_torch_is(name):
-    """The same weights in float32 as the truth; median over tokens, which an expert that flips for one token does not move."""
+    """The same weights in float32 as the truth; median over tokens, which an expert that flips for
+    one token does not move.
+    """
     m, p = pack(CONFIGS[name], dtype=torch.bfloat16)
     ids = text(m.config, 90)
     exact, theirs = (
@@ -329,7 +343,9 @@ def test_bfloat16_is_nearer_to_float32_than_torch_is(name):
 @pytest.mark.parametrize("weights, limit", [("int8", 0.1), ("int4", 0.18)])
 @pytest.mark.parametrize("name", ["odd", "plain-yarn-greedy-1dense", "llama-gqa", "wide-latent"])
 def test_quantised_weights_are_the_model_of_their_rounded_values(name, weights, limit):
-    """The packed model against torch with the unpacked weights in place of its own; what is left is 8-bit inputs and bfloat16 attention."""
+    """The packed model against torch with the unpacked weights in place of its own; what is left is
+    8-bit inputs and bfloat16 attention.
+    """
     m, p = pack(CONFIGS[name], weights)
     rounded = tiny.model(m.config, dtype=torch.float32)
     views = packed.hf.views(m.config, dict(rounded.named_parameters()))
@@ -346,7 +362,10 @@ def test_quantised_weights_are_the_model_of_their_rounded_values(name, weights, 
 
 
 def test_both_forms_read_the_same_rounded_weights():
-    """W^UK is stored twice, and W^UV: for the query and output side, and for the rows. Whichever runs, it is one model."""
+    """W^UK is stored twice, and W^UV: for the query and output side, and for the rows.
+
+    Whichever runs, it is one model.
+    """
     for weights, limit in (("bf16", 0.03), ("int8", 0.1), ("int4", 0.1)):
         _, p = pack(CONFIGS["wide-latent"], weights)
         ids = text(p.config, 120)
@@ -356,7 +375,9 @@ def test_both_forms_read_the_same_rounded_weights():
 
 @pytest.mark.parametrize("format", ["6bit", "4bit"])
 def test_rows_as_integers_lose_little_beside_what_the_format_loses(format):
-    """Latents of 512 in 4 and 5 bits are attended to as integers token by token, decoded and expanded in a long chunk."""
+    """Latents of 512 in 4 and 5 bits are attended to as integers token by token, decoded and
+    expanded in a long chunk.
+    """
     _, p = pack(CONFIGS["latent-512"], "bf16")
     ids = text(p.config, 250)
     exact, expanded, integers = (
@@ -370,10 +391,12 @@ def test_rows_as_integers_lose_little_beside_what_the_format_loses(format):
     )
 
 
-# ---- engine -------------------------------------------------------------------------------------------------------------------------------
+# ---- engine ----
 @pytest.mark.parametrize("name", CALM)
 def test_greedy_tokens_in_bfloat16_are_those_of_the_reference(name):
-    """Wherever the reference's first choice is clear of its second by more than the two implementations differ."""
+    """Wherever the reference's first choice is clear of its second by more than the two
+    implementations differ.
+    """
     m = tiny.model(CONFIGS[name].replace(max_position_embeddings=256), dtype=torch.bfloat16)
     prompts = [text(m.config, n, seed=n) for n in (1, 9, 40)]
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
@@ -396,7 +419,8 @@ def test_greedy_tokens_in_bfloat16_are_those_of_the_reference(name):
 def test_forced_instruction_sets_run_the_same_model(isa):
     """LAMOE_ISA counts for a whole process."""
     program = (
-        "import torch\nfrom native_run import Run, distance\nfrom test_native_model import CONFIGS, pack, reference, text\nfrom lamoe.backends.cpu import native\n"
+        "import torch\nfrom native_run import Run, distance\nfrom test_native_model import "
+        "CONFIGS, pack, reference, text\nfrom lamoe.backends.cpu import native\n"
         f"assert native.lib.isa() == {isa!r}\n"
         "for name in ('odd', 'lora-yarn-limited-1dense', 'llama-gqa'):\n"
         "    for dtype, limit in ((torch.float32, 3e-5), (torch.bfloat16, 0.25)):\n"
@@ -404,7 +428,8 @@ def test_forced_instruction_sets_run_the_same_model(isa):
         "        ids = text(m.config, 100)\n"
         "        want = reference(m.float(), ids)\n"
         "        for cuts in ([100], [1], [70, 3]):\n"
-        "            d = distance(Run(p, 'fp32' if dtype == torch.float32 else 'bf16').all(ids, cuts), want)\n"
+        "            d = distance(Run(p, 'fp32' if dtype == torch.float32 else 'bf16').all(ids, "
+        "cuts), want)\n"
         "            assert d < limit, (name, dtype, cuts, d)\n"
     )
     done = subprocess.run(

@@ -1,5 +1,6 @@
-"""The ops that otherwise only a whole step runs: norm, turn, SwiGLU and attention in lanes, on every instruction set, against ref.py in float64; odd sizes,
-and NaN in all that must not be read."""
+"""The ops that otherwise only a whole step runs: norm, turn, SwiGLU and attention in lanes, on
+every instruction set, against ref.py in float64; odd sizes, and NaN in all that must not be read.
+"""
 
 import pytest
 import torch
@@ -131,9 +132,11 @@ def test_swiglu_at_the_ends_of_silu(isa):
     )  # gates that have overflown are no results, and 0 would look like one
 
 
-# ---- attention in lanes ------------------------------------------------------------------------------------------------------------------
+# ---- attention in lanes ----
 def attended(rows, q, last, k0, v0, vw, scale):
-    """ref.attend of each query over the rows it sees, in float64, and the sums of the values' sizes under the same weights."""
+    """ref.attend of each query over the rows it sees, in float64, and the sums of the values' sizes
+    under the same weights.
+    """
     k, v = rows[:, k0 : k0 + q.shape[1]].double(), rows[:, v0 : v0 + vw].double()
 
     def one(q, n, v):
@@ -164,7 +167,9 @@ SHAPES = [  # lanes, key width, value width, rows, chunk
 @pytest.mark.parametrize("lanes, kw, vw, n, chunk", SHAPES)
 @pytest.mark.parametrize("sharp", [0.3, 30.0])
 def test_attention_in_lanes(isa, dtype, lanes, kw, vw, n, chunk, sharp):
-    """MLA's layout (the value is the beginning of the key) and that of MHA (a value elsewhere in the row), with NaN in every other column."""
+    """MLA's layout (the value is the beginning of the key) and that of MHA (a value elsewhere in
+    the row), with NaN in every other column.
+    """
     q, scale = draw(lanes, kw, seed=1).to(dtype).float(), sharp / kw**0.5
     last = torch.tensor(
         [n - 1 - (i * 7) % n if i else n - 1 for i in range(lanes)], dtype=torch.int32
@@ -200,7 +205,9 @@ def test_attention_in_lanes(isa, dtype, lanes, kw, vw, n, chunk, sharp):
 @isas
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_rows_that_a_lane_does_not_see_do_not_count(isa, dtype):
-    """Neither by their number, however large their scores, nor by a key that is none; nor does a query that is none touch the others."""
+    """Neither by their number, however large their scores, nor by a key that is none; nor does a
+    query that is none touch the others.
+    """
     rows, q = draw(100, 40).to(dtype), draw(3, 16, seed=1)
     want = native_ops.attend(
         rows, q, torch.tensor([9, 69, 9], dtype=torch.int32), 0, 20, 20, 0.3, 64, isa
@@ -232,12 +239,14 @@ def test_rows_that_a_lane_does_not_see_weigh_nothing_at_all(isa, dtype):
     assert torch.equal(got, torch.zeros(1, 64))
 
 
-# ---- attention over rows as integers -----------------------------------------------------------------------------------------------------
+# ---- attention over rows as integers ----
 WIDTHS = (512, 64)
 
 
 def integers(name: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Stored rows -> the latents as csrc/ops.h has them (integers and a step a row), the rope keys; float64."""
+    """Stored rows -> the latents as csrc/ops.h has them (integers and a step a row), the rope keys;
+    float64.
+    """
     latent, key = cache_codec.decode(name, rows, WIDTHS, torch.float64)
     unit = cache_codec._from_e5m3(rows[:, 0]).double()[:, None] / 16
     whole = latent / unit
@@ -249,7 +258,9 @@ def integers(name: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def attended_ints(name, rows, q, last, scale, most=255):
-    """The definition of native_ops.attend_ints with one chunk, and how much the rounding of a single weight may move an output."""
+    """The definition of native_ops.attend_ints with one chunk, and how much the rounding of a
+    single weight may move an output.
+    """
     whole, step, key = integers(name, rows)
     out, quantum = [], []
     for query, n in zip(q, last):
@@ -329,7 +340,10 @@ def test_a_row_that_has_all_the_weight_comes_out_as_it_is(isa, name):
 @isas
 @pytest.mark.parametrize("name", ["6bit", "4bit"])
 def test_integers_of_rows_and_queries_that_are_none(isa, name):
-    """What a lane does not see may be NaN; what it sees may not; nor may its query. Chunks are combined."""
+    """What a lane does not see may be NaN; what it sees may not; nor may its query.
+
+    Chunks are combined.
+    """
     rows, q, numbers = stored_rows(name, 200), draw(3, 576, seed=1), codec_numbers(name, WIDTHS)
     last = torch.tensor([130, 190, 130], dtype=torch.int32)
     want = native_ops.attend_ints(numbers, rows, q, last, 0.05, 64, isa)
@@ -356,7 +370,9 @@ def test_integers_of_rows_and_queries_that_are_none(isa, name):
 
 @isas
 def test_what_rounding_leaves_over_stays_with_what_is_seen(isa):
-    """The largest weight may come out a little above 255; cut to that, it leaves over a little more than a half, which made the row after it count."""
+    """The largest weight may come out a little above 255; cut to that, it leaves over a little more
+    than a half, which made the row after it count.
+    """
     latent, key, q = (
         torch.randn(3, 512, generator=torch.Generator().manual_seed(0)),
         torch.zeros(3, 64),

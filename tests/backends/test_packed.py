@@ -1,4 +1,6 @@
-"""Packed models: the same tokens from a folder as from memory, files that other programs can read, and what is refused."""
+"""Packed models: the same tokens from a folder as from memory, files that other programs can read,
+and what is refused.
+"""
 
 import json
 import os
@@ -45,7 +47,7 @@ def tokens(llm: LLM, family: str) -> list[list[int]]:
     return [o.token_ids for o in llm.generate(prompts(family), GREEDY)]
 
 
-# ---- the same model --------------------------------------------------------------------------------------------------------
+# ---- the same model ----
 @EVERY
 @WEIGHTS
 def test_a_folder_speaks_as_the_model_packed_in_memory(tmp_path, family, weights):
@@ -61,7 +63,9 @@ def test_a_folder_speaks_as_the_model_packed_in_memory(tmp_path, family, weights
 
 @EVERY
 def test_logits_are_those_of_the_rounded_weights(tmp_path, family):
-    """The torch model with every linear replaced by what the file holds: only the rounding of activations is left between them."""
+    """The torch model with every linear replaced by what the file holds: only the rounding of
+    activations is left between them.
+    """
     model = source(tmp_path / "model", family)
     pack(model, tmp_path / "packed", "int8")
     plain, run = lamoe.load(model), packed_file.load(tmp_path / "packed")
@@ -100,11 +104,13 @@ def test_tokens_do_not_depend_on_the_instruction_set(tmp_path, family, weights):
     assert len(set(said.values())) == 1, said
 
 
-# ---- bytes -----------------------------------------------------------------------------------------------------------------
+# ---- bytes ----
 @EVERY
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_every_class_is_quantised(family, weights):
-    """Fused experts that silently stay at 16 bits have happened to others: bytes per class, and they add up to the model."""
+    """Fused experts that silently stay at 16 bits have happened to others: bytes per class, and
+    they add up to the model.
+    """
     c = FAMILIES[family]
     found = packed.classes(c, weights, packed.pieces(c, weights))
     p = accounting.parameters(c)
@@ -188,7 +194,9 @@ def test_files_are_plain_aligned_safetensors(tmp_path, family, weights):
 
 
 def test_processes_share_the_pages(tmp_path):
-    """A loaded model is a mapping of the file: its weights are clean pages of the file, none is a private copy."""
+    """A loaded model is a mapping of the file: its weights are clean pages of the file, none is a
+    private copy.
+    """
     pack(source(tmp_path / "model", "lite widths"), tmp_path / "packed")
     llm = LLM(tmp_path / "packed")
     tokens(llm, "lite widths")
@@ -200,7 +208,7 @@ def test_processes_share_the_pages(tmp_path):
     assert any(int(re.search(r"\nRss: +(\d+)", m)[1]) > 0 for m in mine)
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------------
+# ---- writing ----
 def test_an_interrupted_writer_goes_on(tmp_path):
     model = source(tmp_path / "model", "mla q_lora")
     pack(model, tmp_path / "whole")
@@ -314,7 +322,9 @@ def test_a_file_that_broke_after_it_was_complete_is_not_taken_for_finished(tmp_p
 
 
 def test_a_writer_that_comes_while_another_ends(tmp_path, monkeypatch):
-    """It has opened the unfinished file when the other one finishes it: under its new name it must stay whole."""
+    """It has opened the unfinished file when the other one finishes it: under its new name it must
+    stay whole.
+    """
     model, real = source(tmp_path / "model", "mla"), lock.try_lock
 
     def first_the_other(f):
@@ -365,7 +375,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path):
         pack(tmp_path / "model", tmp_path / "out")
 
 
-# ---- reading what somebody else wrote --------------------------------------------------------------------------------------
+# ---- reading what somebody else wrote ----
 def rewrite(path: Path, change) -> None:
     """The file with another header (and as much data as before)."""
     raw = path.read_bytes()
@@ -380,7 +390,9 @@ def rewrite(path: Path, change) -> None:
 
 
 def _misalign(header, data):
-    """A tensor of one byte in front: everything behind it is shifted, in a file that is valid safetensors."""
+    """A tensor of one byte in front: everything behind it is shifted, in a file that is valid
+    safetensors.
+    """
     for entry in header.values():
         entry["data_offsets"] = [x + 4 for x in entry["data_offsets"]]
     header["layers.0.attn_norm.scale"], first = (
@@ -444,7 +456,9 @@ def test_truncated_missing_swapped_files(tmp_path):
 
 
 def test_files_that_the_config_does_not_name(tmp_path):
-    """Of a model with more layers, or a copy: nobody can know which of them is meant, so none is read."""
+    """Of a model with more layers, or a copy: nobody can know which of them is meant, so none is
+    read.
+    """
     pack(source(tmp_path / "model", "mla"), out := tmp_path / "out")
     packed_file.load(out)
     (out / "packed-00003.safetensors.bak").touch()
@@ -454,13 +468,15 @@ def test_files_that_the_config_does_not_name(tmp_path):
         shutil.copy(out / "packed-00001.safetensors", out / name)
         with pytest.raises(
             ValueError,
-            match=f"holds '{re.escape(name)}' beside the 4 files that its config.json names for 3 layers: .*Delete",
+            match=f"holds '{re.escape(name)}' beside the 4 files that its config.json names for "
+            "3 layers: .*Delete",
         ):
             packed_file.load(out)
         (out / "packed-00002.safetensors").rename(tmp_path / "away")
         with pytest.raises(
             ValueError,
-            match=r"has 4 packed files and its config.json names 4 \(packed-00002.safetensors is missing\)",
+            match=r"has 4 packed files and its config.json names 4 \(packed-00002.safetensors is "
+            r"missing\)",
         ):
             packed_file.load(out)
         (tmp_path / "away").rename(out / "packed-00002.safetensors")
@@ -469,7 +485,8 @@ def test_files_that_the_config_does_not_name(tmp_path):
     path.write_text(path.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'))
     with pytest.raises(
         ValueError,
-        match="holds 'packed-00003.safetensors' beside the 3 files that its config.json names for 2 layers",
+        match="holds 'packed-00003.safetensors' beside the 3 files that its config.json names "
+        "for 2 layers",
     ):
         packed_file.load(out)
 
@@ -525,7 +542,7 @@ def test_one_format_for_a_packed_model(tmp_path, monkeypatch):
         LLM(tmp_path / "out")
 
 
-# ---- verbs -----------------------------------------------------------------------------------------------------------------
+# ---- verbs ----
 def run(*argv) -> int:
     return cli.main([str(a) for a in argv])
 
@@ -571,7 +588,9 @@ def test_the_verbs_take_a_packed_folder(trained, tmp_path, capsys):
 
 
 def test_loss_of_a_packed_model_is_the_models(trained):
-    """Through the paged cache, document by document, in steps smaller than a row: the loss of the torch model, and its experts' loads."""
+    """Through the paged cache, document by document, in steps smaller than a row: the loss of the
+    torch model, and its experts' loads.
+    """
     from lamoe.train.data import heldout_rows, open_corpus
 
     corpus = open_corpus(trained / "data")

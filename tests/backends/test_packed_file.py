@@ -1,4 +1,7 @@
-"""Packed folders whose writing was cut off or raced. (Layout, formats, hostile files: test_packed.py.)"""
+"""Packed folders whose writing was cut off or raced.
+
+(Layout, formats, hostile files: test_packed.py.)
+"""
 
 import gc
 import shutil
@@ -49,7 +52,9 @@ def test_killed_while_it_wrote_the_config(source, tmp_path, monkeypatch):
 def test_a_file_that_another_process_finished_meanwhile_is_not_cut_off(
     source, tmp_path, monkeypatch
 ):
-    """Between the second process's open and its lock, the first renames the file: the second one holds the finished file now."""
+    """Between the second process's open and its lock, the first renames the file: the second one
+    holds the finished file now.
+    """
     target = tmp_path / "out"
     list(packed_file.write(source, tmp_path / "whole", "int4"))
     first, try_lock = packed_file.write(source, target, "int4"), lock.try_lock
@@ -70,7 +75,9 @@ def test_a_file_that_another_process_finished_meanwhile_is_not_cut_off(
 
 
 def test_a_calibrated_folder_goes_on_where_it_stopped(source, tmp_path):
-    """The walk begins anew, at layer 0, and gives the layers that are left the same moments; only one layer's weights are alive at a time."""
+    """The walk begins anew, at layer 0, and gives the layers that are left the same moments; only
+    one layer's weights are alive at a time.
+    """
     config, ids = lamoe.checkpoints.read_config(source), torch.arange(128).reshape(4, 32) * 7 % 64
 
     def write(target: Path, calibrated: bool = True) -> list[int]:
@@ -125,7 +132,10 @@ def test_the_walk_keeps_one_layer(tmp_path):
 
 
 def test_one_huge_input_does_not_drown_the_others():
-    """Real models have inputs a thousand times larger than the rest. What the others tell of one another must still be used."""
+    """Real models have inputs a thousand times larger than the rest.
+
+    What the others tell of one another must still be used.
+    """
     g = torch.Generator().manual_seed(0)
     x = torch.randn(512, 4, generator=g) @ torch.randn(4, 64, generator=g) + 0.05 * torch.randn(
         512, 64, generator=g

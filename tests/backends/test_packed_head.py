@@ -1,4 +1,6 @@
-"""The output head in another format than the other linears: what is stored, what it computes, how long a folder remembers it."""
+"""The output head in another format than the other linears: what is stored, what it computes, how
+long a folder remembers it.
+"""
 
 import json
 import re
@@ -51,7 +53,7 @@ def says(folder: Path, **changes) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-# ---- what is stored and what it computes -----------------------------------------------------------------------------------
+# ---- what is stored and what it computes ----
 @PAIRS
 @pytest.mark.parametrize("family", ["mla q_lora", "gqa tied", "odd widths"])
 def test_the_head_alone_is_stored_otherwise(tmp_path, family, weights, head):
@@ -97,8 +99,9 @@ def test_the_head_alone_is_stored_otherwise(tmp_path, family, weights, head):
 @pytest.mark.parametrize("family", ["mla q_lora", "gqa tied", "odd widths"])
 @pytest.mark.parametrize("head", ["int8", "int4", "bf16"])
 def test_tokens_are_those_of_the_torch_model_with_that_head(tmp_path, family, head):
-    """Float32 but for the head: logits within what the format says of rounded inputs (kernels/native.py), and so the same most likely token wherever
-    it leads by more."""
+    """Float32 but for the head: logits within what the format says of rounded inputs
+    (kernels/native.py), and so the same most likely token wherever it leads by more.
+    """
     model = source(tmp_path / "model", family)
     w, ids, k = head_of(model), tiny.ids(FAMILIES[family], 60, seed=3), FAMILIES[family].hidden_size
     kept = native.unpack(head, *native.pack(head, w)[:1], *w.shape, native.pack(head, w)[1])
@@ -161,7 +164,7 @@ def test_bench_on_random_weights():
     assert runs[1].run(line, experts=True).shape == (len(c.moe_layers), 1, c.num_experts_per_tok)
 
 
-# ---- how long a folder remembers it ----------------------------------------------------------------------------------------
+# ---- how long a folder remembers it ----
 def test_an_interrupted_folder_goes_on_with_its_own_head_only(tmp_path):
     model = source(tmp_path / "model", "mla")
     for begun, others in (("int8", (None, "int4", "bf16")), (None, ("int8",))):
@@ -171,7 +174,8 @@ def test_an_interrupted_folder_goes_on_with_its_own_head_only(tmp_path):
         for other in others:
             with pytest.raises(
                 ValueError,
-                match=f"not the beginning of this packed model.*head was {begun or 'int4'}, is {other or 'int4'}",
+                match=f"not the beginning of this packed model.*head was {begun or 'int4'}, is "
+                f"{other or 'int4'}",
             ):
                 pack(model, target, head=other)
             assert contents(target) == before
@@ -233,7 +237,7 @@ def test_what_is_refused(tmp_path):
             packed_file.load(tmp_path / "out")
 
 
-# ---- with --calibrate, and as a verb ---------------------------------------------------------------------------------------
+# ---- with --calibrate, and as a verb ----
 @pytest.mark.parametrize("family", ["mla", "gqa tied"])
 def test_calibration_leaves_an_8_bit_head_alone(tmp_path, family):
     model, c, walked = source(tmp_path / "model", family), FAMILIES[family], []

@@ -1,4 +1,7 @@
-"""Hugging Face folders in and out: exact round trips, transformers as the other side, strict names. (Files that lie: hostile/.)"""
+"""Hugging Face folders in and out: exact round trips, transformers as the other side, strict names.
+
+(Files that lie: hostile/.)
+"""
 
 import json
 import os
@@ -74,7 +77,9 @@ IDS = torch.arange(2 * 40).reshape(2, 40) * 7 % 64  # longer than YaRN's origina
 
 
 def tiny(config: ModelConfig, seed=0) -> Transformer:
-    """Random weights of unit scale, norms included: a swapped or forgotten tensor changes the logits."""
+    """Random weights of unit scale, norms included: a swapped or forgotten tensor changes the
+    logits.
+    """
     model = Transformer(config).to(getattr(torch, config.torch_dtype)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -112,7 +117,7 @@ def sharded(tmp_path) -> Path:
     return tmp_path / "m"
 
 
-# ---- lamoe to lamoe ------------------------------------------------------------------------------------------------------------
+# ---- lamoe to lamoe ----
 @pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 11_000])
 def test_round_trip_is_exact(config, tmp_path, max_shard_bytes):
     model = tiny(config)
@@ -209,7 +214,7 @@ def test_loading_holds_one_tensor_beside_the_model(folder, monkeypatch):
     assert len(order) == len(hf.table(CONFIGS["v2-lite"])) and max(order) <= 1
 
 
-# ---- transformers on the other side -----------------------------------------------------------------------------------------
+# ---- transformers on the other side ----
 @pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 30_000])
 @pytest.mark.parametrize("name", ["v2-lite", "v2", "v2-dense", "llama-gqa", "llama-mqa-tied"])
 def test_transformers_loads_what_lamoe_saves(name, tmp_path, max_shard_bytes):
@@ -256,7 +261,7 @@ def test_lamoe_loads_what_transformers_saves(name, tmp_path):
         assert_close_logits(ours(IDS), theirs(IDS).logits)
 
 
-# ---- saving never destroys --------------------------------------------------------------------------------------------------
+# ---- saving never destroys ----
 def test_extras_travel(folder, tmp_path):
     for name in hf.EXTRAS:
         (folder / name).write_text(f'{{"from": "{name}"}}')
@@ -356,7 +361,7 @@ def test_unsavable_models_are_refused_before_anything_is_written(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
-# ---- sources ------------------------------------------------------------------------------------------------------------------
+# ---- sources ----
 def test_sources_that_are_no_model(folder, tmp_path, monkeypatch):
     for bad in (
         "no-such-folder",
@@ -429,7 +434,7 @@ def test_code_in_the_folder_is_never_run(folder, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-# ---- tensors that do not belong to the config -----------------------------------------------------------------------------------
+# ---- tensors that do not belong to the config ----
 def edit(folder: Path, change):
     """Apply `change` to the dict of stored tensors, in place on disk."""
     tensors = load_file(folder / "model.safetensors")

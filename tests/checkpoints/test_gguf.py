@@ -1,4 +1,7 @@
-"""GGUF files in: written here by the gguf package, as llama.cpp's converter lays them out. (The real vocabularies: test_tokenizer.py.)"""
+"""GGUF files in: written here by the gguf package, as llama.cpp's converter lays them out.
+
+(The real vocabularies: test_tokenizer.py.)
+"""
 
 import builtins
 import itertools
@@ -54,7 +57,9 @@ def model_of(config: ModelConfig, seed: int = 0) -> Transformer:
 
 
 def interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """As the converter stores Q and K: in each head, row j of the first half is followed by row j of the second."""
+    """As the converter stores Q and K: in each head, row j of the first half is followed by row j
+    of the second.
+    """
     half = rows.shape[0] // heads // 2
     order = [
         h * 2 * half + part * half + j for h in range(heads) for j in range(half) for part in (0, 1)
@@ -87,7 +92,10 @@ def words() -> tokenizers.Tokenizer:
 def write(
     path, model: Transformer, words: tokenizers.Tokenizer, kind: str = "F32", change=None
 ) -> dict[str, np.ndarray]:
-    """A GGUF file of `model`; returns its tensors as they were stored, dequantised. `change(facts, tensors)` may spoil it."""
+    """A GGUF file of `model`; returns its tensors as they were stored, dequantised.
+
+    `change(facts, tensors)` may spoil it.
+    """
     c = model.config
     vocab = sorted(words.get_vocab().items(), key=lambda item: item[1])
     tokens = [t for t, _ in vocab] + [f"[PAD{i}]" for i in range(len(vocab), c.vocab_size)]
@@ -267,7 +275,8 @@ def test_a_tokenizer_from_elsewhere(tmp_path, words):
     )
     with pytest.raises(
         ValueError,
-        match=r"m\.gguf: it splits text as 'some-model', which is not known here; known: gpt-2, .*--tokenizer",
+        match=r"m\.gguf: it splits text as 'some-model', which is not known here; known: gpt-2, "
+        r".*--tokenizer",
     ):
         ours.to_folder(tmp_path / "m.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -280,9 +289,11 @@ def test_a_tokenizer_from_elsewhere(tmp_path, words):
     )
 
 
-# ---- scored pieces ---------------------------------------------------------------------------------------------------------
+# ---- scored pieces ----
 def joined(text: str, scores: dict[str, float]) -> list[str]:
-    """The definition: of all neighbours whose join is a piece, the best score joins first, the leftmost of equals."""
+    """The definition: of all neighbours whose join is a piece, the best score joins first, the
+    leftmost of equals.
+    """
     parts = list(text)
     while found := [
         (-scores[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in scores
@@ -322,7 +333,7 @@ def test_scored_pieces_join_best_first(tmp_path, blank):
     assert tok.add_bos and tok.encode("</s>") != [2]
 
 
-# ---- files that do not fit ---------------------------------------------------------------------------------------------------
+# ---- files that do not fit ----
 @pytest.mark.parametrize(
     "facts, tensors, says",
     [
@@ -379,7 +390,9 @@ def test_what_does_not_fit_is_refused(tmp_path, words, facts, tensors, says):
 
 
 def test_broken_files_are_value_errors(tmp_path, words):
-    """Bytes cut off and bytes changed in the head of the file: a model or a ValueError that names it, never another error."""
+    """Bytes cut off and bytes changed in the head of the file: a model or a ValueError that names
+    it, never another error.
+    """
     write(tmp_path / "good.gguf", model_of(CONFIG), words)
     good, bad = (tmp_path / "good.gguf").read_bytes(), tmp_path / "bad.gguf"
     generator, refused = np.random.default_rng(0), 0

@@ -1,5 +1,6 @@
-"""The folder of a trained run is what vLLM and SGLang load: as far as that can be shown without them, through the Auto classes of transformers, which both
-use for config and tokenizer."""
+"""The folder of a trained run is what vLLM and SGLang load: as far as that can be shown without
+them, through the Auto classes of transformers, which both use for config and tokenizer.
+"""
 
 import json
 

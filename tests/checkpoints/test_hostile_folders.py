@@ -1,4 +1,7 @@
-"""Model folders that lie: safetensors headers, indexes, pickles. Allowed outcomes: a ValueError that names the file, or success."""
+"""Model folders that lie: safetensors headers, indexes, pickles.
+
+Allowed outcomes: a ValueError that names the file, or success.
+"""
 
 import json
 import os
@@ -53,7 +56,7 @@ def edit_json(path: Path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-# ---- files that lie ---------------------------------------------------------------------------------------------------------------
+# ---- files that lie ----
 def raw(path: Path, header, data: bytes = b"", length: int | None = None) -> Path:
     """A safetensors file as given, right or wrong."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -199,7 +202,7 @@ def test_fuzzed_files_raise_value_error_or_read(tmp_path_factory, cut, flip):
         pass
 
 
-# ---- indexes that lie -------------------------------------------------------------------------------------------------------------
+# ---- indexes that lie ----
 @pytest.mark.parametrize(
     "name",
     [
@@ -290,7 +293,8 @@ def test_pickles_are_refused_by_name(folder, name):
     (folder / "model.safetensors").rename(folder / name)
     with pytest.raises(
         ValueError,
-        match=rf"weights only as '{name}': pickles.*save_file\(torch.load\('{name}', weights_only=True\)",
+        match=rf"weights only as '{name}': pickles.*save_file\(torch.load\('{name}', "
+        r"weights_only=True\)",
     ):
         checkpoints.load(folder)
 

@@ -1,4 +1,6 @@
-"""The terminal chat: turns, prefix reuse, every command, what happens at the edges; and once in a real terminal."""
+"""The terminal chat: turns, prefix reuse, every command, what happens at the edges; and once in a
+real terminal.
+"""
 
 import io
 import json
@@ -66,7 +68,7 @@ def talk(llm, text, params=GREEDY, system=None):
     )
 
 
-# ---- turns -----------------------------------------------------------------------------------------------------------------
+# ---- turns ----
 def test_a_turn_is_the_models_answer_to_the_template(llm, parts):
     c = chat(llm, system="be brief")
     for n, said in enumerate(("the cat", "and then? ✓", "<｜end▁of▁sentence｜>")):
@@ -230,7 +232,7 @@ def test_a_model_cannot_command_the_terminal(llm, terminal):
     )
 
 
-# ---- piped -----------------------------------------------------------------------------------------------------------------
+# ---- piped ----
 def test_lines_are_turns(llm, parts):
     code, out, err = talk(llm, "the cat\n\n   \nand then?")
     c = chat(llm)
@@ -259,7 +261,7 @@ def test_no_template(parts):
     assert "has no chat template" in talk(LLM(parts[0], bare), "")[2]
 
 
-# ---- commands --------------------------------------------------------------------------------------------------------------
+# ---- commands ----
 @pytest.mark.parametrize(
     "line, words",
     [
@@ -433,9 +435,12 @@ def test_files_that_are_no_conversation(llm, tmp_path, content, words):
     )
 
 
-# ---- a terminal ------------------------------------------------------------------------------------------------------------
+# ---- a terminal ----
 def interactive(llm, lines, monkeypatch, **env):
-    """Standard output and error of a conversation at a terminal. A line that is an exception is raised where it is read."""
+    """Standard output and error of a conversation at a terminal.
+
+    A line that is an exception is raised where it is read.
+    """
     for name in ("NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
@@ -618,7 +623,7 @@ def test_in_a_real_terminal(endless, tmp_path):
     }
 
 
-# ---- the verb --------------------------------------------------------------------------------------------------------------
+# ---- the verb ----
 def test_the_verb(trained, capsys, monkeypatch):
     def out(*argv, text="hi\n"):
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))

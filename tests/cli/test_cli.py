@@ -45,7 +45,7 @@ def refused(capsys, *argv) -> str:
     return err
 
 
-# ---- train -----------------------------------------------------------------------------------------------------------------
+# ---- train ----
 @pytest.mark.parametrize("order", ["after", "before", "mixed"])
 def test_train_with_overrides(tmp_path, quick, capsys, order):
     raw = raw_recipe(write_texts(tmp_path / "in"), tmp_path / "no")
@@ -83,7 +83,7 @@ def test_train_refuses(tmp_path, capsys):
         assert e.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
 
 
-# ---- generate --------------------------------------------------------------------------------------------------------------
+# ---- generate ----
 def test_generate(trained, capsys, monkeypatch):
     assert (
         run(
@@ -167,7 +167,9 @@ def test_generate_options_arrive(trained, capsys):
 
 
 def test_generate_within_a_memory(trained, capsys):
-    """The cache is as large as prompt and output need; a longer one can be asked for, one that does not suffice is refused."""
+    """The cache is as large as prompt and output need; a longer one can be asked for, one that does
+    not suffice is refused.
+    """
     made = []
 
     def out(*argv):
@@ -261,7 +263,7 @@ def test_a_refused_prompt_is_not_echoed(trained, capsys):
     assert capsys.readouterr().out == ""
 
 
-# ---- evaluate --------------------------------------------------------------------------------------------------------------
+# ---- evaluate ----
 def test_evaluate_a_run(trained, tmp_path, capsys):
     out = tmp_path / "new" / "report"
     assert run("evaluate", trained, "--out", out) == 0
@@ -365,7 +367,7 @@ def test_evaluate_needles(trained, tmp_path, capsys, monkeypatch):
     assert "not a list of lengths" in capsys.readouterr().err
 
 
-# ---- info ------------------------------------------------------------------------------------------------------------------
+# ---- info ----
 @pytest.mark.parametrize("name", PRESETS)
 def test_info_of_presets(name, capsys):
     assert run("info", name) == 0
@@ -436,7 +438,7 @@ def test_wrong_amounts_of_memory(text, capsys):
     )
 
 
-# ---- convert ---------------------------------------------------------------------------------------------------------------
+# ---- convert ----
 def test_convert(trained, tmp_path, capsys):
     assert (
         run("convert", trained, tmp_path / "new", "--dtype", "bfloat16", "--max-shard-size", "50kB")
@@ -463,7 +465,7 @@ def test_convert(trained, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
-# ---- the frame -------------------------------------------------------------------------------------------------------------
+# ---- the frame ----
 def test_verbs_are_listed_and_required(capsys):
     for argv in ([], ["--help"], ["trian"]):
         with pytest.raises(SystemExit) as e:

@@ -1,4 +1,6 @@
-"""AsyncLLM: same tokens as the synchronous engine, requests side by side, cancellation, errors, the end."""
+"""AsyncLLM: same tokens as the synchronous engine, requests side by side, cancellation, errors, the
+end.
+"""
 
 import asyncio
 

@@ -1,4 +1,6 @@
-"""Sampling against brute force, generation against a full re-forward, stop strings against the whole text."""
+"""Sampling against brute force, generation against a full re-forward, stop strings against the
+whole text.
+"""
 
 import math
 
@@ -47,7 +49,7 @@ def spoken(trained):
     return lamoe.load(folder), Tokenizer.load(folder)
 
 
-# ---- generation ------------------------------------------------------------------------------------------------------------
+# ---- generation ----
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("prompt", [[7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]])
 def test_greedy_is_a_full_reforward(name, prompt):
@@ -64,7 +66,9 @@ def test_greedy_is_a_full_reforward(name, prompt):
 
 
 def test_greedy_in_bf16():
-    """The absorbed form rounds elsewhere than the full forward pass: the token chosen is the best, or as good as it within rounding."""
+    """The absorbed form rounds elsewhere than the full forward pass: the token chosen is the best,
+    or as good as it within rounding.
+    """
     m, ids, same = model(dtype=torch.bfloat16), [3, 1, 4], 0
     with torch.no_grad():
         for p in generate(m, ids.copy(), GREEDY):
@@ -143,7 +147,7 @@ def test_prompts_refused_before_anything_runs(prompt, words):
         generate(model(), [1], SamplingParams(stop="x"))
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------------
+# ---- text ----
 def test_pieces_are_the_decoded_text(spoken):
     m, tok = spoken
     for params in (
@@ -178,7 +182,9 @@ def test_tokenizers_eos_ends(spoken):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 9])
 def test_stop_strings_are_never_shown(spoken, length):
-    """Every substring of a greedy text as stop string: the output ends before its first occurrence, wherever tokens end."""
+    """Every substring of a greedy text as stop string: the output ends before its first occurrence,
+    wherever tokens end.
+    """
     m, tok = spoken
     prompt, params = (
         tok.encode("the ", bos=True),
@@ -260,7 +266,9 @@ def test_stop_strings_by_hand(pieces, stop, want):
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
 )
 def test_stop_strings_against_the_whole_text(pieces, stop):
-    """However the text is cut into pieces: what is shown before a stop never contains one, and nothing else is lost."""
+    """However the text is cut into pieces: what is shown before a stop never contains one, and
+    nothing else is lost.
+    """
     shown, hit = stopped(pieces, stop)
     text = "".join(pieces)
     assert (
@@ -269,7 +277,8 @@ def test_stop_strings_against_the_whole_text(pieces, stop):
         and not any(s in shown for s in stop)
     )
     if hit:
-        # the stop that is complete first in the stream ends it; of several complete within one piece, the one that begins first
+        # the stop that is complete first in the stream ends it; of several complete within one
+        # piece, the one that begins first
         reach = next(
             n for n in range(len(pieces) + 1) if any(s in "".join(pieces[:n]) for s in stop)
         )
@@ -288,7 +297,7 @@ def test_a_half_character_is_shown_at_the_end(spoken):
     assert text.add(half) == ("", False) and text.rest() == ""
 
 
-# ---- sampling --------------------------------------------------------------------------------------------------------------
+# ---- sampling ----
 def brute(logits: list[float], p: SamplingParams) -> list[float]:
     """The definition, in Python's floats, over sorted lists."""
     weights = [math.exp((x - max(logits)) / p.temperature) for x in logits]

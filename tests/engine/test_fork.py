@@ -1,5 +1,8 @@
-"""A child of fork() has no threads but one: the kernels there begin with new ones. Each scene is a process of its own, which must end by itself, as a
-program does, with everything freed."""
+"""A child of fork() has no threads but one: the kernels there begin with new ones.
+
+Each scene is a process of its own, which must end by itself, as a program does, with everything
+freed.
+"""
 
 import os
 import signal
@@ -102,7 +105,10 @@ def test_a_child_that_computes_nothing_can_end_and_free():
 
 
 def test_forks_in_the_middle_of_steps():
-    """Another thread is inside the kernels, whose locks and counters are then in any state. Its own model is copied half-way; the threads are not."""
+    """Another thread is inside the kernels, whose locks and counters are then in any state.
+
+    Its own model is copied half-way; the threads are not.
+    """
     scene("""
         packed = model(2)
         want, end = Run(packed).all(TEXT, [7]), False

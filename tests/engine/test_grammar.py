@@ -1,4 +1,6 @@
-"""Structured output: what a random model writes under a grammar is what the grammar says, in every way the engine can run; grammars beyond the limits."""
+"""Structured output: what a random model writes under a grammar is what the grammar says, in every
+way the engine can run; grammars beyond the limits.
+"""
 
 import asyncio
 import gc
@@ -61,7 +63,10 @@ def engine(tok: Tokenizer, **options) -> LLM:
 def walk(
     grammar: Grammar, tok: Tokenizer, seed: int, most: int = 300, keep: str = ""
 ) -> tuple[str, bool]:
-    """(text, whether it came to an end) of a model that knows nothing. White space is unlikely, or a third of JSON would be that."""
+    """(text, whether it came to an end) of a model that knows nothing.
+
+    White space is unlikely, or a third of JSON would be that.
+    """
     matcher, generator, out = grammar.start(tok), torch.Generator().manual_seed(seed), []
     blank = [i for i in range(tok.vocab_size) if not tok.decode([i]).strip()]
     while len(out) < most and not matcher.complete:
@@ -74,7 +79,7 @@ def walk(
     return tok.decode(out), matcher.complete
 
 
-# ---- whatever is written fits --------------------------------------------------------------------------------------------
+# ---- whatever is written fits ----
 NAMES = st.sampled_from(["a", "b", "name", "ü", 'q"\\', "中"])
 SCALARS = st.one_of(
     st.just({"type": "null"}),
@@ -238,12 +243,14 @@ def eval_sum(text: str) -> int:
     return value
 
 
-# ---- against an oracle ---------------------------------------------------------------------------------------------------
+# ---- against an oracle ----
 WORDS = ["the cat", "the c", "abba", "abbaab", "ab", "ü中", "ü中文!", "zzz"]
 
 
 def finite(tok: Tokenizer, words: list[str], prompt: int, more=lambda logits, ids: logits):
-    """`adjust` for reforward: by trying every token against a list of all the words, EOS where a word is whole."""
+    """`adjust` for reforward: by trying every token against a list of all the words, EOS where a
+    word is whole.
+    """
     spelled = [w.encode() for w in words]
 
     def adjust(logits, ids):
@@ -373,7 +380,7 @@ def test_samples_of_one_request_stand_apart(llm, tok, asked):
         check(SCHEMA, o.text)
 
 
-# ---- ends ----------------------------------------------------------------------------------------------------------------
+# ---- ends ----
 def ends(llm: LLM, pattern: str, **options):
     (o,) = llm.generate(
         ["ab"],
@@ -484,9 +491,12 @@ def test_logprobs_are_the_models_own(llm):
     ) <= set(o.logprobs[0])
 
 
-# ---- harm ----------------------------------------------------------------------------------------------------------------
+# ---- harm ----
 def test_one_that_runs_into_a_limit_fails_alone(llm):
-    """Nested repeats exhaust the lexer while the text grows. The Grammar can be used again: its next request begins with fresh states."""
+    """Nested repeats exhaust the lexer while the text grows.
+
+    The Grammar can be used again: its next request begins with fresh states.
+    """
     bomb, good = (
         Grammar.regex("((a{0,100}){0,100}){0,100}"),
         SamplingParams(
@@ -643,7 +653,9 @@ def nested(depth: int) -> dict:
 
 
 def hostile() -> None:
-    """Every case in a thread with the usual stack, as the engine's has: refused, or eighty tokens of it within bounds. Prints what it came to."""
+    """Every case in a thread with the usual stack, as the engine's has: refused, or eighty tokens
+    of it within bounds. Prints what it came to.
+    """
     tok = tokenizer.train(TEXT, 330)
     for name, make in CASES.items():
         try:
@@ -664,10 +676,14 @@ def hostile() -> None:
 
 
 def test_hostile_grammars():
-    """In a process of its own, because the library's answer to a long chain is to end the process; with limits on memory and processor time."""
+    """In a process of its own, because the library's answer to a long chain is to end the process;
+    with limits on memory and processor time.
+    """
     code = (
-        "import resource, sys, threading; resource.setrlimit(resource.RLIMIT_CPU, (60, 60)); resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30));"
-        "sys.path[:0] = ['tests', 'tests/engine']; import test_grammar; t = threading.Thread(target=test_grammar.hostile); t.start(); t.join()"
+        "import resource, sys, threading; resource.setrlimit(resource.RLIMIT_CPU, (60, 60)); "
+        "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30));"
+        "sys.path[:0] = ['tests', 'tests/engine']; import test_grammar; t = "
+        "threading.Thread(target=test_grammar.hostile); t.start(); t.join()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,4 +1,6 @@
-"""The engine: the same tokens in every way of running, pages that come back, requests that fail or leave alone."""
+"""The engine: the same tokens in every way of running, pages that come back, requests that fail or
+leave alone.
+"""
 
 import math
 
@@ -24,7 +26,7 @@ from tiny_engine import (
     watch,
 )
 
-# ---- the same tokens -------------------------------------------------------------------------------------------------
+# ---- the same tokens ----
 LENGTHS = (1, 3, 4, 5, 17, 40, 64)
 
 
@@ -91,7 +93,9 @@ def test_on_a_prefix_hit(expected, budget):
 @pytest.mark.parametrize("budget", [16, 512])
 @pytest.mark.parametrize("speculate", [0, 8])
 def test_after_preemption(expected, budget, speculate):
-    """Room for one full context only: sequences are pushed out while decoding, and all end as they should."""
+    """Room for one full context only: sequences are pushed out while decoding, and all end as they
+    should.
+    """
     family, out = expected
     one = llm(family)
     engine = llm(
@@ -144,9 +148,11 @@ def test_logits_do_not_depend_on_the_way(family):
             assert list(a) == list(b) and all(abs(a[i] - b[i]) < 1e-3 for i in a)
 
 
-# ---- shared pages ----------------------------------------------------------------------------------------------------
+# ---- shared pages ----
 def test_shared_pages_are_never_written():
-    """The bytes of every published page stay what they were, as long as the page stands for that text."""
+    """The bytes of every published page stay what they were, as long as the page stands for that
+    text.
+    """
     engine, seen, checked = (
         llm(cache_memory=llm().cache.nbytes // 3, max_num_batched_tokens=24),
         {},
@@ -181,7 +187,9 @@ def test_partial_pages_are_never_shared(length, shared):
 
 
 def test_another_beginning_is_another_text():
-    """The same tokens in the second page, behind another first page: computed anew, and with another result."""
+    """The same tokens in the second page, behind another first page: computed anew, and with
+    another result.
+    """
     engine, prompt = llm(), prompts(21)[0]
     other = [(prompt[0] + 1) % 64, *prompt[1:]]
     a, b = (engine.generate([p], greedy())[0] for p in (prompt, other))
@@ -210,7 +218,7 @@ def test_samples_share_their_prompt():
     )  # the prompt went through the model once
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
+# ---- memory ----
 @EVERY
 def test_cache_memory_is_a_bound_and_is_used(family):
     c = FAMILIES[family]
@@ -256,7 +264,8 @@ def test_a_prompt_that_is_too_long_is_refused_with_both_numbers():
     for n in (CONTEXT, CONTEXT + 1, 500):
         with pytest.raises(
             ValueError,
-            match=f"the prompt has {n} tokens .* max_model_len {CONTEXT}; shorten it, or raise max_model_len .* 256",
+            match=f"the prompt has {n} tokens .* max_model_len {CONTEXT}; shorten it, or raise "
+            "max_model_len .* 256",
         ):
             engine.add([1] * n, greedy())
     with pytest.raises(ValueError, match="max_model_len 256; shorten it$"):
@@ -270,12 +279,14 @@ def test_a_prompt_that_is_too_long_is_refused_with_both_numbers():
     [
         (
             dict(cache="6bits"),
-            r"unknown cache format '6bits', did you mean '6bit'\?; known: fp32, bf16, int8, 6bit, 4bit",
+            r"unknown cache format '6bits', did you mean '6bit'\?; known: fp32, bf16, int8, "
+            r"6bit, 4bit",
         ),
         (dict(cache="fp8"), "unknown cache format 'fp8'.*known: fp32"),
         (
             dict(cache_memory=30 * 288),
-            r"a cache of 8.640 kB in fp32 holds 28 tokens, less than max_model_len 96, which needs 27.65 kB; give more cache_memory, a smaller cache format, or max_model_len 28",
+            r"a cache of 8.640 kB in fp32 holds 28 tokens, less than max_model_len 96, which "
+            r"needs 27.65 kB; give more cache_memory, a smaller cache format, or max_model_len 28",
         ),
         (dict(cache_memory=0), "holds 0 tokens"),
         (
@@ -298,7 +309,7 @@ def test_refused_options(options, message):
         llm(**options)
 
 
-# ---- bad requests, cancelled requests --------------------------------------------------------------------------------
+# ---- bad requests, cancelled requests ----
 @pytest.mark.parametrize(
     "prompt, params, message",
     [
@@ -334,7 +345,9 @@ def test_generate_wants_lists():
 
 @EVERY
 def test_a_poisoned_request_fails_alone(family):
-    """NaN in the embedding of one token: only the prompt that holds it ends with an error, in prefill and in a decoding batch."""
+    """NaN in the embedding of one token: only the prompt that holds it ends with an error, in
+    prefill and in a decoding batch.
+    """
     engine, texts = llm(family, max_num_batched_tokens=16), prompts(5, 20, 9, 33)
     clean = [[t if t != 63 else 1 for t in p] for p in texts]
     expected_ = tokens(llm(family).generate(clean, greedy(12, logit_bias={63: -100})))
@@ -364,7 +377,9 @@ def test_a_poisoned_request_fails_alone(family):
 
 
 def test_impossible_sampling_fails_alone():
-    """min_tokens forbids the only token the bias leaves: whatever happens, it happens to that request."""
+    """min_tokens forbids the only token the bias leaves: whatever happens, it happens to that
+    request.
+    """
     engine = llm(changes=dict(eos_token_id=5))
     odd = SamplingParams(
         max_tokens=4, min_tokens=4, seed=0, logit_bias=dict.fromkeys(range(64), -100.0) | {5: 100.0}
@@ -459,7 +474,7 @@ def test_two_streams_and_a_generate_at_once():
     ] and idle(engine)
 
 
-# ---- budgets ---------------------------------------------------------------------------------------------------------
+# ---- budgets ----
 @pytest.mark.parametrize("speculate", [0, 3])
 @pytest.mark.parametrize("seqs, budget", [(1, 1), (3, 3), (3, 7), (8, 64)])
 def test_budgets_are_kept(seqs, budget, speculate):

@@ -1,4 +1,6 @@
-"""What goes wrong inside a step ends whom it belongs to: one request, those of a pass, or (when nothing is known any more) the engine."""
+"""What goes wrong inside a step ends whom it belongs to: one request, those of a pass, or (when
+nothing is known any more) the engine.
+"""
 
 import asyncio
 import logging
@@ -32,11 +34,14 @@ class Panic(BaseException):
     """As a panic in Rust arrives in Python: no Exception."""
 
 
-# ---- a pass ----------------------------------------------------------------------------------------------------------------------
+# ---- a pass ----
 @EVERY
 @native_too
 def test_whoever_makes_a_pass_fail_ends_alone(family, impl, caplog):
-    """A token id that no vocabulary has, behind the engine's back: the op refuses the whole pass. The others, in prefill and decoding, say what they say alone."""
+    """A token id that no vocabulary has, behind the engine's back: the op refuses the whole pass.
+
+    The others, in prefill and decoding, say what they say alone.
+    """
     texts = prompts(5, 30, 9, 40)
     want = tokens(llm(family, impl=impl).generate(texts, greedy(12)))
     for at, steps in ((1, 0), (2, 0), (2, 4)):
@@ -68,7 +73,9 @@ def test_whoever_makes_a_pass_fail_ends_alone(family, impl, caplog):
     ids=lambda e: type(e).__name__,
 )
 def test_a_pass_that_fails_for_all_ends_them_and_nobody_else(error, monkeypatch):
-    """Running sequences end, pages come back; those who waited and those who come later get what a fresh engine gives, prefix hits included."""
+    """Running sequences end, pages come back; those who waited and those who come later get what a
+    fresh engine gives, prefix hits included.
+    """
     texts, engine = prompts(9, 9, 20, 6), llm(impl="torch", max_num_seqs=2)
     want = tokens(llm(impl="torch").generate(texts, greedy(12)))
     running = engine.add_all([(p, greedy(12)) for p in texts[:2]])
@@ -172,7 +179,10 @@ def test_no_memory_inside_the_kernels_ends_whom_it_is_too_little_for():
 @native_too
 @pytest.mark.parametrize("budget", [64, 8])
 def test_numbers_that_are_none_stay_out_of_the_prefix_cache(family, impl, budget):
-    """NaN of a token reaches the rows before it (0 x NaN in masked attention). Who comes later with the same beginning must not find them."""
+    """NaN of a token reaches the rows before it (0 x NaN in masked attention).
+
+    Who comes later with the same beginning must not find them.
+    """
     engine, (text,) = (
         llm(family, impl=impl, max_num_batched_tokens=budget),
         [[t % 62 for t in p] for p in prompts(24)],
@@ -186,7 +196,7 @@ def test_numbers_that_are_none_stay_out_of_the_prefix_cache(family, impl, budget
     assert tokens(outputs) == tokens(want) and idle(engine)
 
 
-# ---- a sequence --------------------------------------------------------------------------------------------------------------------
+# ---- a sequence ----
 @pytest.mark.parametrize(
     "error, says, internal",
     [
@@ -243,7 +253,7 @@ def test_who_stops_the_program_stops_it(error, monkeypatch):
     assert idle(engine)  # what was asked for is taken back
 
 
-# ---- the thread ----------------------------------------------------------------------------------------------------------------------
+# ---- the thread ----
 def run(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, 60))
 

@@ -1,4 +1,6 @@
-"""Sampling options through the engine, held against loops over whole passes: seeds, penalties, bias, log-probabilities, ends."""
+"""Sampling options through the engine, held against loops over whole passes: seeds, penalties,
+bias, log-probabilities, ends.
+"""
 
 import math
 
@@ -98,7 +100,9 @@ OPTIONS = {
 
 @pytest.mark.parametrize("rule", OPTIONS, ids=lambda f: f.__name__)
 def test_penalties_and_bias(rule):
-    """Against loops over whole passes; in the engine, batched with requests without options, and in the plain loop of generate.py."""
+    """Against loops over whole passes; in the engine, batched with requests without options, and in
+    the plain loop of generate.py.
+    """
     engine, texts = llm(), prompts(5, 13)
     for prompt in texts:
         expected_, _ = reforward(
@@ -117,7 +121,9 @@ def test_penalties_and_bias(rule):
 
 @pytest.mark.parametrize("options", [{}, dict(repetition_penalty=1.7, logit_bias={3: 6.5})])
 def test_logprobs(options):
-    """Of the model's own distribution, before penalties and bias: the most likely ones in order, and the chosen one whatever its rank."""
+    """Of the model's own distribution, before penalties and bias: the most likely ones in order,
+    and the chosen one whatever its rank.
+    """
     engine, (prompt,) = llm(), prompts(9)
     (o,) = engine.generate([prompt], SamplingParams(seed=1, max_tokens=12, logprobs=3, **options))
     ids, outside = list(prompt), 0
@@ -146,7 +152,9 @@ def test_more_logprobs_than_tokens():
 
 @pytest.mark.parametrize("least", [0, 1, 7])
 def test_end_of_text_and_min_tokens(least):
-    """With the bias EOS is the best token from the first on: it comes as soon as min_tokens allows, and is the last."""
+    """With the bias EOS is the best token from the first on: it comes as soon as min_tokens allows,
+    and is the last.
+    """
     engine = llm(changes=dict(eos_token_id=9))
     for prompt in prompts(6, 19):
         free, _ = reforward(
@@ -171,7 +179,9 @@ def test_end_of_text_and_min_tokens(least):
 
 @pytest.fixture(scope="module")
 def spoken() -> tuple[LLM, SamplingParams, str]:
-    """(engine with a byte tokenizer, parameters under which it writes plain letters, what it writes)."""
+    """(engine with a byte tokenizer, parameters under which it writes plain letters, what it
+    writes).
+    """
     tok = tokenizer.train(["a"], 256 + len(tokenizer.SPECIAL_TOKENS))
     engine = llm(vocabulary=tok.vocab_size, changes=dict(first_k_dense_replace=1))
     engine = LLM(engine.model, tok, cache="fp32", max_model_len=CONTEXT, page_size=4)
@@ -199,7 +209,9 @@ def spoken() -> tuple[LLM, SamplingParams, str]:
 )
 @pytest.mark.parametrize("speculate", [0, 2])
 def test_stop_strings(spoken, stops, speculate):
-    """The output ends before the one that is complete first, no piece shows any of it, and pages are free again."""
+    """The output ends before the one that is complete first, no piece shows any of it, and pages
+    are free again.
+    """
     engine, params, whole = spoken
     engine.scheduler.speculate = speculate
     stop = stops(whole)

@@ -1,4 +1,6 @@
-"""Prompt lookup: what is proposed, how the length of drafts follows what they are worth, and that a draft never changes an output."""
+"""Prompt lookup: what is proposed, how the length of drafts follows what they are worth, and that a
+draft never changes an output.
+"""
 
 import pytest
 
@@ -100,8 +102,9 @@ def repeating(n: int) -> list[int]:
 
 @pytest.mark.parametrize("dear", [False, True])
 def test_the_engine_stops_drafting_when_it_does_not_pay(dear, monkeypatch):
-    """Passes over several tokens that take a hundred times as long as plain ones: drafts rest, however right they are. Either way the output is
-    that of plain decoding."""
+    """Passes over several tokens that take a hundred times as long as plain ones: drafts rest,
+    however right they are. Either way the output is that of plain decoding.
+    """
     engine = llm(
         max_model_len=256, cache_memory=1 << 22, speculate=1, changes=dict(initializer_range=0.02)
     )

@@ -84,7 +84,9 @@ def test_the_least_recently_used_text_goes_first():
 
 
 def test_of_one_text_the_end_goes_first():
-    """A beginning without its continuation can be shared; a continuation without its beginning is never looked for."""
+    """A beginning without its continuation can be shared; a continuation without its beginning is
+    never looked for.
+    """
     pool, text = PagePool(3, 1), names(1, 2, 3)
     pages = full(pool, text)
     pool.give_back(pages)
@@ -97,7 +99,9 @@ def test_of_one_text_the_end_goes_first():
 
 
 def test_two_pages_of_one_content():
-    """Computed at the same time by two sequences: the first is the shared one, the second is plain again when it is given back."""
+    """Computed at the same time by two sequences: the first is the shared one, the second is plain
+    again when it is given back.
+    """
     pool, (a,) = PagePool(2, 1), names(7)
     one, two = full(pool, [a]) + full(pool, [a])
     assert pool.share(a) == one

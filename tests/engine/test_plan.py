@@ -65,7 +65,8 @@ def test_figures_of_lite():
     said = p.describe()
     assert (
         "weights 31.41 GB" in said
-        and "31,104 bytes a token; as expanded keys and values 276,480 (8.9 x), the same memory would hold 14,466 tokens"
+        and "31,104 bytes a token; as expanded keys and values 276,480 (8.9 x), the same memory "
+        "would hold 14,466 tokens"
         in said
     )
     assert said.endswith(
@@ -100,7 +101,9 @@ LITE_STATE = 4 * (16 + 16 + 16 * 512)  # maximum, sum and latent of 16 lanes in 
     ],
 )  # n < 2^17 S / (2^17 + 768 S) tokens over S rows are absorbed
 def test_partial_results_of_attention(length, seqs, step, tokens, chunks):
-    """One token of Lite has 16 heads, one block of lanes; each block has a state for each chunk of rows."""
+    """One token of Lite has 16 heads, one block of lanes; each block has a state for each chunk of
+    rows.
+    """
     size = tokens * chunks * LITE_STATE
     assert state_bytes(LITE, length, seqs, step) == size * 5 // 4 + 4096
 
@@ -143,7 +146,8 @@ def test_the_plan_counts_them():
     assert "attention" not in lite(length=1600).describe()
     with pytest.raises(
         ValueError,
-        match=f"with {human_bytes(partial)} for attention, are more than .*lower max_model_len to 1584,",
+        match=f"with {human_bytes(partial)} for attention, are more than .*lower max_model_len "
+        "to 1584,",
     ):
         fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 100 * page + partial - 1, 64)
     with pytest.raises(
@@ -171,8 +175,9 @@ def test_the_plan_counts_them():
     "c", [tiny.HARD, tiny.config("llama", num_key_value_heads=2, head_dim=10)], ids=["mla", "gqa"]
 )
 def test_partial_results_of_attention_are_what_is_allocated(c):
-    """Seven sequences that decode at the end of their context, behind a prompt they share: to the byte what the plan says, where a token fills its blocks
-    (16 heads of a KV head), and never more."""
+    """Seven sequences that decode at the end of their context, behind a prompt they share: to the
+    byte what the plan says, where a token fills its blocks (16 heads of a KV head), and never more.
+    """
     for heads in (32, 4):
         m = tiny.model(
             c.replace(num_attention_heads=heads, max_position_embeddings=200, num_hidden_layers=2)
@@ -192,7 +197,9 @@ def test_partial_results_of_attention_are_what_is_allocated(c):
 
 
 def test_how_large_a_cache_is_when_nobody_says():
-    """Four contexts, at most 1 GiB, one context in any case; and never more than the machine has left."""
+    """Four contexts, at most 1 GiB, one context in any case; and never more than the machine has
+    left.
+    """
     page = 16 * 31104
     assert (
         lite(length=1600).pages == 400
@@ -207,16 +214,20 @@ def test_how_large_a_cache_is_when_nobody_says():
     [
         (
             dict(length=163841),
-            "max_model_len is 163841; it must be from 2 to the model's max_position_embeddings 163840",
+            "max_model_len is 163841; it must be from 2 to the model's max_position_embeddings "
+            "163840",
         ),
         (
             dict(cache_memory=10**9),
-            "a cache of 1.000 GB in bf16 holds 32144 tokens, less than max_model_len 163840, which needs 5.096 GB; .*max_model_len 32144",
+            "a cache of 1.000 GB in bf16 holds 32144 tokens, less than max_model_len 163840, "
+            "which needs 5.096 GB; .*max_model_len 32144",
         ),
         (
             dict(available=LITE_16 + 10**9),
-            "31.41 GB of weights and a cache of 5.096 GB (163,840 tokens in bf16, 31,104 bytes a token) are more than the 32.41 GB of memory "
-            "that are available; lower max_model_len to 32144, or take a smaller cache format (4bit: 8,505 bytes a token)",
+            "31.41 GB of weights and a cache of 5.096 GB (163,840 tokens in bf16, 31,104 bytes a "
+            "token) are more than the 32.41 GB of memory "
+            "that are available; lower max_model_len to 32144, or take a smaller cache format "
+            "(4bit: 8,505 bytes a token)",
         ),
         (
             dict(available=LITE_16 + 10**9, length=20000, cache_memory=2 * 10**9),
@@ -224,7 +235,8 @@ def test_how_large_a_cache_is_when_nobody_says():
         ),
         (
             dict(available=16 * 10**9),
-            "are more than the 16.00 GB of memory that are available; free some memory, or take a smaller model",
+            "are more than the 16.00 GB of memory that are available; free some memory, or take "
+            "a smaller model",
         ),
     ],
 )

@@ -1,4 +1,6 @@
-"""A saved cache: the same tokens after loading it, and a refusal for every file that does not belong."""
+"""A saved cache: the same tokens after loading it, and a refusal for every file that does not
+belong.
+"""
 
 import json
 import os
@@ -45,7 +47,7 @@ def saved(path, tokens=TEXT, **options):
     return path, one.save_cache(path, tokens), out
 
 
-# ---- the round trip --------------------------------------------------------------------------------------------------------
+# ---- the round trip ----
 @pytest.mark.parametrize("config", [CONFIG, GQA], ids=["mla", "gqa"])
 @pytest.mark.parametrize("format", cache_codec.FORMATS)
 @pytest.mark.parametrize("written, read", [(4, 4), (4, 16), (16, 4), (1, 3), (7, 1)])
@@ -164,7 +166,7 @@ def test_it_does_not_fit(tmp_path):
     assert two.pool.available == 16 and two.load_cache(file) == 60
 
 
-# ---- what it is bound to ---------------------------------------------------------------------------------------------------
+# ---- what it is bound to ----
 def test_digest():
     base = model()
     assert (
@@ -181,7 +183,9 @@ def test_digest():
 
 
 def test_digest_of_large_tensors_samples_all_of_them(monkeypatch):
-    """With small limits: every tensor is sampled, and a change anywhere but between two samples is seen."""
+    """With small limits: every tensor is sampled, and a change anywhere but between two samples is
+    seen.
+    """
     monkeypatch.setattr(prefix_file, "WHOLE_BYTES", 1024)
     monkeypatch.setattr(prefix_file, "SAMPLES", 16)
     monkeypatch.setattr(prefix_file, "SAMPLE_BYTES", 64)
@@ -206,7 +210,8 @@ def test_digest_of_large_tensors_samples_all_of_them(monkeypatch):
     [
         (
             dict(m=model(seed=2)),
-            "has the model digest '[0-9a-f]{64}', this one has '[0-9a-f]{64}'; use the model it was saved with",
+            "has the model digest '[0-9a-f]{64}', this one has '[0-9a-f]{64}'; use the model it "
+            "was saved with",
         ),
         (
             dict(cache="bf16"),
@@ -227,7 +232,7 @@ def test_what_does_not_belong_is_refused(tmp_path, options, words):
     )
 
 
-# ---- hostile files ---------------------------------------------------------------------------------------------------------
+# ---- hostile files ----
 def rewritten(file, meta=None, **tensors):
     stored = load_file(file)
     with safe_open(file, framework="pt") as f:
@@ -318,7 +323,7 @@ def test_a_file_cut_short_while_it_is_read(tmp_path):
         refused(file, "ends in the middle of its rows")
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------------
+# ---- writing ----
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     file, *_ = saved(tmp_path / "c")
     before, two = file.read_bytes(), llm()

@@ -1,4 +1,6 @@
-"""The scheduler without a model: a shadow of the cache remembers which text every row belongs to, and every step is checked against it."""
+"""The scheduler without a model: a shadow of the cache remembers which text every row belongs to,
+and every step is checked against it.
+"""
 
 import random
 
@@ -51,7 +53,9 @@ class World:
         return group
 
     def step(self) -> list[tuple[Sequence, int]]:
-        """One step: rows are written, `next_token` follows every text that is complete, finished sequences leave."""
+        """One step: rows are written, `next_token` follows every text that is complete, finished
+        sequences leave.
+        """
         s, size = self.scheduler, self.pool.page_size
         work = s.schedule()
         self.steps += 1
@@ -157,7 +161,7 @@ def text(n: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(3, 50), k=n)
 
 
-# ---- everything at once ----------------------------------------------------------------------------------------------
+# ---- everything at once ----
 REQUEST = st.tuples(
     st.integers(0, 3), st.integers(1, 20), st.integers(1, 10), st.integers(1, 3)
 )  # which beginning, its length, output, samples
@@ -173,7 +177,9 @@ REQUEST = st.tuples(
     st.lists(st.one_of(REQUEST, st.just("step"), st.just("step"), st.integers(0, 30)), max_size=40),
 )
 def test_any_stream_of_requests(size, max_sequences, spare_tokens, spare_pages, speculate, events):
-    """Requests that share beginnings, cancellations of anybody at any time, few pages: the rules of World hold and everything comes to its end."""
+    """Requests that share beginnings, cancellations of anybody at any time, few pages: the rules of
+    World hold and everything comes to its end.
+    """
     world = World(
         -(-30 // size) + spare_pages, size, max_sequences, max_sequences + spare_tokens, speculate
     )
@@ -197,7 +203,7 @@ def test_any_stream_of_requests(size, max_sequences, spare_tokens, spare_pages, 
             assert seq.tokens == expected
 
 
-# ---- one rule at a time ----------------------------------------------------------------------------------------------
+# ---- one rule at a time ----
 def test_decoding_goes_first_and_a_long_prompt_comes_in_chunks():
     world = World(40, max_tokens=8)
     (a,) = world.add(text(3), 20)
@@ -302,7 +308,9 @@ def test_the_youngest_is_pushed_out_and_comes_back_first():
 
 
 def test_a_half_read_prompt_is_not_starved_by_small_requests():
-    """It waits for pages that a decoding sequence holds; small requests come all the time, and each would fit."""
+    """It waits for pages that a decoding sequence holds; small requests come all the time, and each
+    would fit.
+    """
     world = World(10, max_tokens=12)
     (a,) = world.add(text(16), 16)
     world.step(), world.step()
@@ -336,7 +344,9 @@ def test_one_sequence_may_fill_the_whole_cache():
 
 @pytest.mark.parametrize("after", range(9))
 def test_cancelling_frees_pages_at_once(after):
-    """Waiting, half-read, decoding, pushed out: whatever the stage, the others end as if it had not been there."""
+    """Waiting, half-read, decoding, pushed out: whatever the stage, the others end as if it had not
+    been there.
+    """
     world = World(9, max_sequences=3, max_tokens=6)
     seqs = [world.add(text(11, i), 8)[0] for i in range(4)]
     for _ in range(after):

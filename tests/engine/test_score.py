@@ -1,4 +1,6 @@
-"""Beside generation: texts scored and embedded between the engine's steps, experts counted, several prompts opened as one request."""
+"""Beside generation: texts scored and embedded between the engine's steps, experts counted, several
+prompts opened as one request.
+"""
 
 import asyncio
 
@@ -69,7 +71,9 @@ def test_mean_state_while_others_generate():
 
 
 def test_experts_are_counted_per_sequence():
-    """Three sequences in one batch: each has the counts of its own tokens in plain passes, all but the last token, which was never computed."""
+    """Three sequences in one batch: each has the counts of its own tokens in plain passes, all but
+    the last token, which was never computed.
+    """
     engine = llm(count_experts=True, speculate=0)
     m, c = engine.model, engine.model.config
     for prompt, out in zip(prompts(5, 9, 14), engine.generate(prompts(5, 9, 14), GREEDY)):

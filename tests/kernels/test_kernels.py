@@ -1,5 +1,7 @@
-"""Every op of kernels/: "fused" against "ref", the definition. float64 to rounding with all gradients, float32 and bfloat16 no
-further from float64 than the definition itself, ugly sizes, and the memory that an op may touch."""
+"""Every op of kernels/: "fused" against "ref", the definition. float64 to rounding with all
+gradients, float32 and bfloat16 no further from float64 than the definition itself, ugly sizes, and
+the memory that an op may touch.
+"""
 
 import pytest
 import torch
@@ -21,7 +23,9 @@ def draw(*shape: int, seed: int = 0, dtype=F64) -> torch.Tensor:
 
 
 def run(op: str, impl: str, args: list, dtype) -> list[torch.Tensor]:
-    """[output, gradient of every float input], in `dtype`; integer, bool and complex arguments pass unchanged."""
+    """[output, gradient of every float input], in `dtype`; integer, bool and complex arguments pass
+    unchanged.
+    """
     cast = lambda a: (
         a.to(dtype).requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a
     )
@@ -72,7 +76,7 @@ def check(op: str, *args, bf16: float = 2e-2):
             )
 
 
-# ---- pointwise ----------------------------------------------------------------------------------------------------------------
+# ---- pointwise ----
 @pytest.mark.parametrize("d", SIZES[1:])
 @pytest.mark.parametrize("lead", [(1,), (2, 5), (2, 3, 4)])
 def test_rms_norm(lead, d):
@@ -122,7 +126,7 @@ def test_swiglu_of_extreme_gates():
         assert torch.equal(out, torch.tensor([[0.0, 600.0, 0.0]])) and grad.isfinite().all()
 
 
-# ---- attention ----------------------------------------------------------------------------------------------------------------
+# ---- attention ----
 @pytest.mark.parametrize("t", SIZES)
 def test_attend(t):
     check("attend", draw(2, t, 2, 12), draw(2, t, 2, 12, seed=1), draw(2, t, 2, 7, seed=2), 0.3)
@@ -239,7 +243,7 @@ def test_attend_against_torch(impl):
     assert torch.allclose(kernels.attend(q, k, v, 0.3), theirs.transpose(1, 2), rtol=0, atol=1e-13)
 
 
-# ---- experts ------------------------------------------------------------------------------------------------------------------
+# ---- experts ----
 def expert_args(n: int, k: int, e: int, d: int = 8, f: int = 5, nobody: float = 0.0, seed: int = 0):
     generator = torch.Generator().manual_seed(seed + n)
     expert = torch.rand(n, e, generator=generator).topk(k, -1).indices
@@ -318,7 +322,7 @@ def test_an_expert_of_nobody_is_never_read(impl):
     assert torch.equal(kernels.experts(x, expert, weight, w13, w2), clean)
 
 
-# ---- cross-entropy -------------------------------------------------------------------------------------------------------------
+# ---- cross-entropy ----
 @pytest.mark.parametrize("n", [*SIZES, 511, 512, 513, 1100])
 def test_cross_entropy(n):
     generator = torch.Generator().manual_seed(n)
@@ -348,7 +352,10 @@ def test_cross_entropy_ignores_every_negative_target(impl):
 
 
 def test_cross_entropy_of_nothing_is_finite_in_fused():
-    """A batch row in which no position counts must not stop a run: loss 0 and gradients 0. (torch's mean over nothing is NaN.)"""
+    """A batch row in which no position counts must not stop a run: loss 0 and gradients 0.
+
+    (torch's mean over nothing is NaN.)
+    """
     out = run(
         "cross_entropy", "fused", [draw(70, 8), draw(37, 8, seed=1), torch.full((70,), -1)], F64
     )
@@ -407,12 +414,14 @@ def test_the_loss_of_a_model_never_holds_all_logits(monkeypatch):
 
 
 def test_attention_never_holds_more_than_the_batch_needs():
-    """The causal half beyond each block is not computed, and no [T, T] mask of the whole text is made."""
+    """The causal half beyond each block is not computed, and no [T, T] mask of the whole text is
+    made.
+    """
     q = draw(1, 1024, 1, 4, dtype=F32)
     assert largest(lambda: kernels.attend(q, q, q, 0.5, impl="fused")) < 1024 * 1024 // 2
 
 
-# ---- gradients by finite differences, and the switch between implementations ---------------------------------------------------
+# ---- gradients by finite differences, and the switch between implementations ----
 def gradcheck(op: str, *args):
     args = [a.requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
     assert torch.autograd.gradcheck(getattr(fused, op), args, atol=1e-7, rtol=1e-5)

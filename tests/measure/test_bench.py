@@ -1,4 +1,6 @@
-"""`lamoe bench`: what a pass reads, the options, and llama.cpp beside it by what its tools print (recorded from b11434, here from scripts of their names)."""
+"""`lamoe bench`: what a pass reads, the options, and llama.cpp beside it by what its tools print
+(recorded from b11434, here from scripts of their names).
+"""
 
 import json
 import sys
@@ -15,7 +17,7 @@ from oracles import tiny
 pytestmark = pytest.mark.skipif(native.lib is None, reason="needs the compiled kernels")
 MLA = tiny.config("deepseek_v2", max_position_embeddings=256)
 
-# ---- recorded ------------------------------------------------------------------------------------------------------------
+# ---- recorded ----
 DEPTH = """\
 {"build_commit": "unknown", "build_number": 0, "cpu_info": "AMD EPYC", "gpu_info": "", "backends": "CPU", "model_filename": "tiny-q8.gguf", "model_type": "deepseek2 ?B Q8_0", \
 "model_size": 115808256, "model_n_params": 108652032, "n_batch": 2048, "n_ubatch": 512, "n_threads": 2, "cpu_mask": "0x0", "cpu_strict": false, "poll": 50, "type_k": "f16", \
@@ -50,7 +52,9 @@ def test_what_its_tools_print():
 
 @pytest.fixture
 def tools(tmp_path, monkeypatch):
-    """Scripts in place of llama.cpp's tools: `write(name, stdout, stderr, code)`; what they were called with is in the list."""
+    """Scripts in place of llama.cpp's tools: `write(name, stdout, stderr, code)`; what they were
+    called with is in the list.
+    """
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     (tmp_path / "calls").touch()
@@ -58,7 +62,8 @@ def tools(tmp_path, monkeypatch):
     def write(name: str, out: str, err: str = "", code: int = 0) -> None:
         file = tmp_path / name
         file.write_text(
-            f"#!{sys.executable}\nimport sys\nopen({str(tmp_path / 'calls')!r}, 'a').write(' '.join([{name!r}, *sys.argv[1:]]) + '\\n')\n"
+            f"#!{sys.executable}\nimport sys\nopen({str(tmp_path / 'calls')!r}, 'a').write(' "
+            f"'.join([{name!r}, *sys.argv[1:]]) + '\\n')\n"
             f"sys.stdout.write({out!r})\nsys.stderr.write({err!r})\nsys.exit({code})\n"
         )
         file.chmod(0o755)
@@ -94,13 +99,11 @@ def test_ours_and_the_peer_take_turns(tools):
         run, llama_cpp.Peer(tools.model, 3), lines, 1, lambda: next(reads) * 1e9, said.append
     )
     model = f"-m {tools.model} -t 3"
-    assert (
-        tools.calls()
-        == [
-            f"llama-bench {model} -fa 1 -r 2 -d 100 -p 64 -n 32 -o jsonl --progress",  # one fill for both
-            f"llama-batched-bench {model} -fa on -npp 16 -ntg 16 -npl 4,4 -c 160 --output-format jsonl",
-        ]
-    )
+    assert tools.calls() == [
+        # one fill for both
+        f"llama-bench {model} -fa 1 -r 2 -d 100 -p 64 -n 32 -o jsonl --progress",
+        f"llama-batched-bench {model} -fa on -npp 16 -ntg 16 -npl 4,4 -c 160 --output-format jsonl",
+    ]
     assert [s for s in said if "1/3" not in s and "3/3" not in s and " x" not in s] == [
         "lamoe: decode at 100",
         "lamoe: prefill 64 at 100",
@@ -148,7 +151,7 @@ def test_a_tool_that_fails_is_quoted(tools):
         llama_cpp.Peer(tools.model, 1).measure([line], print)
 
 
-# ---- ours ----------------------------------------------------------------------------------------------------------------
+# ---- ours ----
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "int4"])
 def test_bytes_of_a_pass_are_those_of_the_form_it_takes(weights):
     run = timing.Bench(random_model(MLA, weights, 1), "bf16", 100)
@@ -252,7 +255,9 @@ def test_the_command_line(tmp_path, capsys, tools):
 
 
 def test_tokens_of_random_weights_go_to_experts_of_their_own():
-    """As a trained model's do: weights with a mean drive all tokens in one direction, to the same few experts, and a batch would read too little."""
+    """As a trained model's do: weights with a mean drive all tokens in one direction, to the same
+    few experts, and a batch would read too little.
+    """
     config = MLA.replace(
         hidden_size=1024,
         num_hidden_layers=8,

@@ -1,4 +1,6 @@
-"""`lamoe doctor`: what it reports is what is there, its checks see broken kernels, and its verdict and exit code follow."""
+"""`lamoe doctor`: what it reports is what is there, its checks see broken kernels, and its verdict
+and exit code follow.
+"""
 
 import json
 import os
@@ -34,7 +36,8 @@ def test_all_is_well_here_and_the_numbers_are_the_machines(capsys):
     text = capsys.readouterr().out
     assert (
         text.splitlines()[-1]
-        == f"verdict   good: the compiled kernels ({native.lib.isa()}) run and compute what the torch ops do"
+        == f"verdict   good: the compiled kernels ({native.lib.isa()}) run and compute what the "
+        "torch ops do"
     )
     assert found["problems"] == [] and found["verdict"] == "good" and found["lamoe"] == __version__
     assert found["kernels"] == {
@@ -161,7 +164,8 @@ def test_processors_are_read_and_odd_systems_are_no_error(tmp_path):
     file = tmp_path / "cpuinfo"
     file.write_text(
         "".join(
-            f"processor\t: {i}\nmodel name\t: A CPU @ 2: fast\nphysical id\t: 0\ncore id\t\t: {i // 2}\nflags\t\t: fpu avx2 fma avx512f\n\n"
+            f"processor\t: {i}\nmodel name\t: A CPU @ 2: fast\nphysical id\t: 0\ncore id\t\t: "
+            f"{i // 2}\nflags\t\t: fpu avx2 fma avx512f\n\n"
             for i in range(8)
         )
     )

@@ -23,7 +23,9 @@ CONFIG = ModelConfig(**BODY, **MLA, **MOE)
 
 
 def rows(n=7, t=12, seed=0):
-    """Rows of two to four documents; the last one is padding from its middle on, each place a segment of its own."""
+    """Rows of two to four documents; the last one is padding from its middle on, each place a
+    segment of its own.
+    """
     rng, out = np.random.RandomState(seed), []
     for i in range(n):
         segments = np.sort(rng.randint(0, 4, t + 1)).astype(np.int32)
@@ -38,7 +40,9 @@ def model(seed=0) -> Transformer:
 
 
 def test_against_a_direct_computation():
-    """Token by token: each target's negative log-probability given its own document's earlier tokens of the row, and nothing else."""
+    """Token by token: each target's negative log-probability given its own document's earlier
+    tokens of the row, and nothing else.
+    """
     m, nats, targets = model(), 0.0, 0
     with torch.no_grad():
         for ids, segments in rows():
@@ -80,7 +84,9 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary():
 
 
 def test_independent_of_the_batch_size():
-    """Also of what shares a batch: no token is dropped in an evaluation, and shares are weighted by targets."""
+    """Also of what shares a batch: no token is dropped in an evaluation, and shares are weighted by
+    targets.
+    """
     m = model()
     whole = text_loss(m, rows(), batch=7)
     for batch in (1, 2, 3, 100):
@@ -139,9 +145,11 @@ def test_shift():
     assert shift(ids, segments).tolist() == [[6, -1, 8, -1]]
 
 
-# ---- needle in a haystack ------------------------------------------------------------------------------------------------------
+# ---- needle in a haystack ----
 def own_continuation(m, wrong=()):
-    """Needles whose answer is what the model says anyway, for the draws that are not in `wrong`; there one token of it is another."""
+    """Needles whose answer is what the model says anyway, for the draws that are not in `wrong`;
+    there one token of it is another.
+    """
     count = iter(range(10**6))
 
     def make(length, depth, draw):
@@ -210,7 +218,9 @@ def test_needle_refuses(lengths, depths, draws, what):
 
 
 def test_text_needles(trained):
-    """The needle is a sentence at the depth asked for, the haystack the text around it, the question at the end."""
+    """The needle is a sentence at the depth asked for, the haystack the text around it, the
+    question at the end.
+    """
     tok = Tokenizer.load(checkpoint.latest(trained) / "model")
     text = " ".join(f"Sentence {i} has some words{'.!?'[i % 3]}" for i in range(300))
     make, before = needle.text_needle(tok, [text]), -1

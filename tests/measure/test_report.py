@@ -133,7 +133,9 @@ def test_a_dense_model_on_any_text(spoken, tmp_path, heads, name):
 
 
 def test_texts_are_measured_exactly(spoken, tmp_path):
-    """Long documents go over several rows; every token behind BOS is a target once; direct computation for one short document."""
+    """Long documents go over several rows; every token behind BOS is a target once; direct
+    computation for one short document.
+    """
     model, tok = spoken
     (tmp_path / "a.txt").write_text("the cat sat on the mat.\n")
     (tmp_path / "b.jsonl").write_text(

@@ -1,4 +1,6 @@
-"""lamoe/accounting.py against the paper's numbers, and against the real model: its parameters, counted products, allocated cache."""
+"""lamoe/accounting.py against the paper's numbers, and against the real model: its parameters,
+counted products, allocated cache.
+"""
 
 import io
 import json
@@ -63,7 +65,7 @@ MODELS = {
 }
 
 
-# ---- parameters ------------------------------------------------------------------------------------------------------
+# ---- parameters ----
 @pytest.mark.parametrize(
     "config, total",
     [
@@ -116,7 +118,9 @@ def plain_twin(config, kv_heads):
 
 
 def test_table_9_small_mha():
-    """The paper's ablation: Lite with MHA instead of MLA is 15.79 B / 2.53 B and caches 110,592 elements."""
+    """The paper's ablation: Lite with MHA instead of MLA is 15.79 B / 2.53 B and caches 110,592
+    elements.
+    """
     mha = plain_twin(LITE, LITE.num_attention_heads)
     p = acc.parameters(mha)
     assert (round(p.total / 1e9, 2), round(p.activated / 1e9, 2)) == (15.79, 2.53)
@@ -152,7 +156,7 @@ def test_tied_embedding_is_stored_once_and_used_twice():
     assert tied.activated_all == tied.activated == free.activated_all - table
 
 
-# ---- FLOPs -----------------------------------------------------------------------------------------------------------
+# ---- FLOPs ----
 def counted(config, monkeypatch, run) -> int:
     """FLOPs that torch itself counts in the reference ops while run(model) runs."""
     monkeypatch.setattr(kernels, "_DEFAULT", "ref")
@@ -190,7 +194,9 @@ def test_decode_flops_equal_the_counted_products(name, form, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mla", "gqa"])
 def test_forward_and_training_flops_equal_the_counted_products(name, monkeypatch):
-    """The reference attends densely (T x T), accounting counts the causal triangle: the difference is known exactly."""
+    """The reference attends densely (T x T), accounting counts the causal triangle: the difference
+    is known exactly.
+    """
     config, t = MODELS[name], 9
     ids = torch.arange(t)[None]
     ours = acc.forward_flops(config, t, form="expand")
@@ -282,7 +288,7 @@ def test_impossible_flop_questions(call):
         call()
 
 
-# ---- cache -----------------------------------------------------------------------------------------------------------
+# ---- cache ----
 def test_cache_constants():
     assert (
         sum(V2.cache_row) == 576
@@ -352,9 +358,11 @@ def test_impossible_widths(bits):
         acc.stored_bytes(100, bits)
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
+# ---- memory ----
 def test_plan_of_the_paper_node():
-    """640 GB: 15.6 M cached tokens with FP8 weights and the 6-bit cache, 1.30 M for DeepSeek 67B in 16 bit."""
+    """640 GB: 15.6 M cached tokens with FP8 weights and the 6-bit cache, 1.30 M for DeepSeek 67B in
+    16 bit.
+    """
     v2, dense = acc.plan(V2, 8, 6, 640 * 10**9, 32_768), acc.plan(DENSE67, 16, 16, 640 * 10**9)
     assert v2.weight_bytes == 235_741_434_880 and v2.cache_bytes_per_token == 25_920
     assert (
@@ -398,12 +406,14 @@ def test_plan_to_the_last_byte():
 def test_plan_refuses_with_numbers():
     with pytest.raises(
         ValueError,
-        match=r"235,741,434,880 parameters at 16 bits are 471.5 GB, more than the 24.00 GB of memory; no storage format",
+        match=r"235,741,434,880 parameters at 16 bits are 471.5 GB, more than the 24.00 GB of "
+        r"memory; no storage format",
     ):
         acc.plan(V2, 16, 6, 24 * 10**9)
     with pytest.raises(
         ValueError,
-        match=r"15,706,484,224 parameters at 16 bits are 31.41 GB, more than the 24.00 GB of memory; at most 12.22 bits",
+        match=r"15,706,484,224 parameters at 16 bits are 31.41 GB, more than the 24.00 GB of "
+        r"memory; at most 12.22 bits",
     ):
         acc.plan(LITE, 16, 6, 24 * 10**9)
     with pytest.raises(
@@ -476,7 +486,7 @@ def test_decode_bytes():
     assert acc.decode_bytes(DENSE67, 0, 16, 16, sequences=9) == acc.decode_bytes(DENSE67, 0, 16, 16)
 
 
-# ---- the report ------------------------------------------------------------------------------------------------------
+# ---- the report ----
 @pytest.mark.parametrize("name", [*PRESETS, "mla", "gqa tied"])
 def test_report_is_json_and_agrees_with_the_functions(name):
     config = MODELS[name]
@@ -563,7 +573,8 @@ def test_human_bytes(n, said):
 
 def test_imports_neither_torch_nor_rich():
     code = (
-        "import sys, lamoe.model.accounting as a; from lamoe.model.config import ModelConfig; a.report(ModelConfig.preset('deepseek-v2'), memory_bytes=10**12); "
+        "import sys, lamoe.model.accounting as a; from lamoe.model.config import ModelConfig; "
+        "a.report(ModelConfig.preset('deepseek-v2'), memory_bytes=10**12); "
         "sys.exit(bool({'torch', 'numpy', 'rich', 'lamoe.model.transformer'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,5 +1,6 @@
-"""MLA and Attention as modules: the two forms agree, the cheaper is picked, segments and caches do what they say.
-(Against the paper and transformers: test_oracles.py.)"""
+"""MLA and Attention as modules: the two forms agree, the cheaper is picked, segments and caches do
+what they say. (Against the paper and transformers: test_oracles.py.)
+"""
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def test_the_future_is_not_seen(impl):
         )
 
 
-# ---- which form ------------------------------------------------------------------------------------------------------------
+# ---- which form ----
 @pytest.mark.parametrize("c", [V2, LITE], ids=["v2", "lite"])
 def test_decode_absorbs_and_prefill_expands(c):
     for cached in (1, 10, 1000, 128_000):
@@ -176,7 +177,7 @@ def test_head_counts_are_the_only_difference():
     assert torch.allclose(gqa(x, freqs), mha(x, freqs), rtol=0, atol=1e-13)
 
 
-# ---- the cache ---------------------------------------------------------------------------------------------------------------
+# ---- the cache ----
 @pytest.mark.parametrize(
     "c",
     [

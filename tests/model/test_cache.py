@@ -1,4 +1,6 @@
-"""The paged cache: its bytes, its slots, and the model over pages against the model over a contiguous cache."""
+"""The paged cache: its bytes, its slots, and the model over pages against the model over a
+contiguous cache.
+"""
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ def rows_of(c, n: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(n, width, generator=generator) for width in c.cache_row)
 
 
-# ---- bytes ---------------------------------------------------------------------------------------------------------
+# ---- bytes ----
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("format, size", [("fp32", 4), ("bf16", 2)])
 def test_bytes_are_the_closed_form(name, format, size):
@@ -69,10 +71,12 @@ def test_formats_are_ordered_by_size():
     assert sizes[:2] == [4 * 576, 2 * 576]
 
 
-# ---- rows ----------------------------------------------------------------------------------------------------------
+# ---- rows ----
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_written_is_read(name):
-    """Scattered slots, in any order, twice in one read; other slots and other layers stay as they were."""
+    """Scattered slots, in any order, twice in one read; other slots and other layers stay as they
+    were.
+    """
     c = CONFIGS[name]
     cache = PagedCache(c, 3, 4, "fp32")
     cache.rows.fill_(0xFF)
@@ -106,10 +110,12 @@ def test_refusals():
             PagedCache(tiny.HARD, pages, size)
 
 
-# ---- the model over pages ------------------------------------------------------------------------------------------
+# ---- the model over pages ----
 @pytest.mark.parametrize("name", CONFIGS)
 def test_pages_change_nothing(name, impl):
-    """Two prompts prefilled as two groups, then decoded as one padded group, in scrambled slots among NaN: as each alone in a contiguous cache."""
+    """Two prompts prefilled as two groups, then decoded as one padded group, in scrambled slots
+    among NaN: as each alone in a contiguous cache.
+    """
     c, m = CONFIGS[name], tiny.model(CONFIGS[name], dtype=torch.float32)
     cache = PagedCache(c, 8, 4, "fp32")
     cache.rows.fill_(0xFF)  # NaN in every slot

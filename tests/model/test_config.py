@@ -1,4 +1,6 @@
-"""lamoe/config.py: every field acts, is carried or is refused; every error has a test; Hugging Face files are read in both spellings."""
+"""lamoe/config.py: every field acts, is carried or is refused; every error has a test; Hugging Face
+files are read in both spellings.
+"""
 
 import dataclasses
 import json
@@ -23,7 +25,8 @@ from lamoe.model.config import (
 from lamoe.model.transformer import Transformer
 
 YARN = RopeScaling(factor=4.0, mscale=0.8, mscale_all_dim=0.7)
-# initializer_range is large so that every change of the numerics shows in the logits of a tiny model
+# initializer_range is large so that every change of the numerics shows in the logits of a tiny
+# model
 MOE = ModelConfig(
     vocab_size=40,
     hidden_size=32,
@@ -74,9 +77,11 @@ def numbers(config: ModelConfig) -> dict:
     return {k: report[k] for k in ("parameters", "flops", "cache", "memory")}
 
 
-# ---- every field acts, is carried, or is refused ---------------------------------------------------------------------
-# field -> what changing it does to the base model: "counts" (the accounting), "logits" (of the same weights), "carried" (only
-# config.json), or "refused"; and the change, of the one field alone unless a dict says what must go with it.
+# ---- every field acts, is carried, or is refused ----
+# field -> what changing it does to the base model: "counts" (the accounting), "logits" (of the same
+# weights), "carried" (only
+# config.json), or "refused"; and the change, of the one field alone unless a dict says what must go
+# with it.
 ON_MOE = {
     "model_type": ("refused", "deepseek"),
     "vocab_size": ("counts", 41),
@@ -208,7 +213,7 @@ def test_the_position_limit_is_kept():
         model(IDS)
 
 
-# ---- derived sizes ---------------------------------------------------------------------------------------------------
+# ---- derived sizes ----
 def test_derived_sizes():
     assert (
         MOE.is_mla,
@@ -283,7 +288,7 @@ def test_presets():
     )
 
 
-# ---- errors, each once -----------------------------------------------------------------------------------------------
+# ---- errors, each once ----
 def moe(**change):
     return lambda: MOE.replace(**change)
 
@@ -396,7 +401,8 @@ ERRORS = [
     # experts
     (
         moe(n_routed_experts=None),
-        r"moe_intermediate_size, num_experts_per_tok, n_shared_experts belong to a mixture of experts",
+        r"moe_intermediate_size, num_experts_per_tok, n_shared_experts belong to a mixture of "
+        r"experts",
     ),
     (
         dense(n_group=2),
@@ -471,7 +477,8 @@ ERRORS = [
     ),
     (
         lambda: RopeScaling(factor=10**30),
-        r"rope_scaling.factor is 1000000000000000000000000000000; it must be from 1 / 2147483647 to 2147483647",
+        r"rope_scaling.factor is 1000000000000000000000000000000; it must be from 1 / 2147483647 "
+        r"to 2147483647",
     ),
     (lambda: RopeScaling(mscale=1e308), r"rope_scaling.mscale is 1e\+308; it must be from"),
     (
@@ -570,7 +577,7 @@ def test_did_you_mean_is_silent_without_a_neighbour():
     )
 
 
-# ---- hostile files ---------------------------------------------------------------------------------------------------
+# ---- hostile files ----
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -588,7 +595,8 @@ def test_did_you_mean_is_silent_without_a_neighbour():
             "integer string conversion",
         ),
         (
-            b'{"model_type": "llama", "rms_norm_eps": NaN, "hidden_size": 8, "vocab_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}',
+            b'{"model_type": "llama", "rms_norm_eps": NaN, "hidden_size": 8, "vocab_size": 8, '
+            b'"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}',
             "rms_norm_eps must be a finite number",
         ),
     ],
@@ -641,7 +649,9 @@ _keys = st.sampled_from(
     rope=st.none() | _rope,
 )
 def test_any_json_is_read_or_refused(base, changes, rope):
-    """Whatever a config.json says, the answer is a ModelConfig that survives its own file, or a ValueError."""
+    """Whatever a config.json says, the answer is a ModelConfig that survives its own file, or a
+    ValueError.
+    """
     raw = {**base.to_dict(), **changes, **({} if rope is None else {"rope_scaling": rope})}
     try:
         config = ModelConfig.from_dict(raw)
@@ -658,7 +668,7 @@ def test_two_billion_layers_cost_nothing_to_look_at():
     assert len(config.moe_layers) == MAX_INT - 1 and accounting.parameters(config).total > 2**31
 
 
-# ---- Hugging Face files ----------------------------------------------------------------------------------------------
+# ---- Hugging Face files ----
 LITE_FILE = """{
   "architectures": ["DeepseekV2ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
   "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV2Config", "AutoModelForCausalLM": "modeling_deepseek.DeepseekV2ForCausalLM"},
@@ -698,7 +708,9 @@ def test_both_spellings_are_the_same_model():
 
 
 def test_defaults_of_files_that_say_little():
-    """No dtype means float32 weights; YaRN without mscale scales cos / sin as mscale = 1 and leaves the softmax alone."""
+    """No dtype means float32 weights; YaRN without mscale scales cos / sin as mscale = 1 and leaves
+    the softmax alone.
+    """
     raw = {k: v for k, v in MOE.to_dict().items() if k != "torch_dtype"}
     raw["rope_scaling"] = {"type": "yarn", "factor": 8, "original_max_position_embeddings": 64.0}
     config = ModelConfig.from_dict(raw)
@@ -710,7 +722,8 @@ def test_defaults_of_files_that_say_little():
     assert ModelConfig.from_dict({**raw, "eos_token_id": [2, 3]}).eos_token_id == 2
 
 
-# (lamoe's fields as transformers 5 calls them; its rope lives in rope_parameters and its dtype is an object)
+# (lamoe's fields as transformers 5 calls them; its rope lives in rope_parameters and its dtype is
+# an object)
 SHARED = [
     "vocab_size",
     "hidden_size",
@@ -753,7 +766,9 @@ V2_ONLY = [
     ],
 )
 def test_transformers_reads_and_rewrites_what_lamoe_writes(config, tmp_path):
-    """lamoe -> config.json -> transformers: every field equal; transformers -> config.json -> lamoe: the identity."""
+    """lamoe -> config.json -> transformers: every field equal; transformers -> config.json ->
+    lamoe: the identity.
+    """
     transformers = pytest.importorskip("transformers", minversion="5.17")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -777,7 +792,9 @@ def test_transformers_reads_and_rewrites_what_lamoe_writes(config, tmp_path):
 
 
 def test_shapes_that_transformers_knows_otherwise_are_not_misread(tmp_path):
-    """What config.json leaves out, transformers fills with its own defaults: 64 experts, a latent of 512."""
+    """What config.json leaves out, transformers fills with its own defaults: 64 experts, a latent
+    of 512.
+    """
     transformers = pytest.importorskip("transformers", minversion="5.17")
     dense_mla = MOE.replace(
         n_routed_experts=None,

@@ -1,4 +1,7 @@
-"""A YaRN model at 128K positions through the engine, its cache growing page by page. Slow (a minute or two): `make long`."""
+"""A YaRN model at 128K positions through the engine, its cache growing page by page.
+
+Slow (a minute or two): `make long`.
+"""
 
 import math
 
@@ -14,7 +17,9 @@ POSITIONS = 131072
 
 
 def last_logits(c, w, ids, at):
-    """The paper's equations for the token at position `at` of a one-layer model; its keys and values are the rows 0 .. at."""
+    """The paper's equations for the token at position `at` of a one-layer model; its keys and
+    values are the rows 0 .. at.
+    """
     w = {k.removeprefix("model.layers.0."): v for k, v in w.items()}
     n, r, v, heads = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.num_attention_heads
     x = w["model.embed_tokens.weight"]
@@ -78,8 +83,10 @@ def config(**changes):
 
 
 def run(positions: int):
-    """Fill the context of a one-layer model to its end: every step's pages, the last log-probabilities against the paper's, and a second request
-    that finds the whole text in the cache."""
+    """Fill the context of a one-layer model to its end: every step's pages, the last
+    log-probabilities against the paper's, and a second request that finds the whole text in the
+    cache.
+    """
     c = config()
     m, generated = tiny.model(c).float(), 8
     engine = LLM(

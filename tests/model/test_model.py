@@ -1,5 +1,6 @@
-"""The whole model: its walk, caches of any size, packed documents, low precision, initial weights, and what it refuses.
-(Numbers against the paper, transformers and frozen goldens: test_oracles.py.)"""
+"""The whole model: its walk, caches of any size, packed documents, low precision, initial weights,
+and what it refuses. (Numbers against the paper, transformers and frozen goldens: test_oracles.py.)
+"""
 
 import itertools
 import math
@@ -33,7 +34,7 @@ def config(request):
     return FAMILIES[request.param]
 
 
-# ---- structure ------------------------------------------------------------------------------------------------------------------
+# ---- structure ----
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_parameters_that_accounting_says(name):
     c = PRESETS[name]
@@ -74,10 +75,13 @@ def test_a_tied_head_is_the_embedding():
     )
 
 
-# ---- caches ------------------------------------------------------------------------------------------------------------------------
+# ---- caches ----
 @pytest.mark.parametrize("form", ["expand", "absorb", None])
 def test_the_size_of_the_cache_changes_nothing(config, form, impl):
-    """A buffer is not a parameter: YaRN and everything else come from the config alone. NaN fills what is not in use."""
+    """A buffer is not a parameter: YaRN and everything else come from the config alone.
+
+    NaN fills what is not in use.
+    """
     m = tiny.model(config)
     tokens = tiny.ids(config, 2, 9)
     out = []
@@ -100,7 +104,7 @@ def test_max_position_embeddings_changes_nothing_but_the_limit(config):
     assert torch.equal(a, b)
 
 
-# ---- packed documents --------------------------------------------------------------------------------------------------------------
+# ---- packed documents ----
 def test_packed_documents_equal_separate_ones(config, impl):
     m = tiny.model(config)
     tokens = tiny.ids(config, 2, 40)
@@ -116,7 +120,7 @@ def test_packed_documents_equal_separate_ones(config, impl):
             assert a == 0 or (unseparated[row, a:b] - alone).abs().max() > 1e-3
 
 
-# ---- loss --------------------------------------------------------------------------------------------------------------------------
+# ---- loss ----
 def test_loss_is_the_mean_over_what_counts(config, impl):
     m = tiny.model(config)
     tokens = tiny.ids(config, 2, 12)
@@ -140,9 +144,11 @@ def test_training_pass_gives_every_parameter_a_gradient(config, impl):
         assert len(training.records) == len(config.moe_layers)
 
 
-# ---- precision ---------------------------------------------------------------------------------------------------------------------
+# ---- precision ----
 def test_bfloat16_is_finite_and_close(config, impl):
-    """All experts are chosen, so that a near tie cannot send a token elsewhere; the rest is rounding."""
+    """All experts are chosen, so that a near tie cannot send a token elsewhere; the rest is
+    rounding.
+    """
     if config.is_moe:
         config = config.replace(
             num_experts_per_tok=8,
@@ -185,7 +191,7 @@ def test_autocast_is_not_needed_and_logits_are_at_least_float32(config, dtype):
     assert m.hidden(tiny.ids(config, 1, 3)).dtype == dtype
 
 
-# ---- initial weights ---------------------------------------------------------------------------------------------------------------
+# ---- initial weights ----
 def test_initial_weights_have_the_std_of_the_config():
     m = Transformer(
         tiny.config(hidden_size=128, vocab_size=512, moe_intermediate_size=64)
@@ -220,7 +226,7 @@ def test_an_untrained_model_knows_nothing():
     assert m.loss(tokens, tokens.roll(-1, 1)).item() == pytest.approx(math.log(64), abs=0.01)
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------------------------
+# ---- what is refused ----
 @pytest.mark.parametrize(
     "bad, message",
     [

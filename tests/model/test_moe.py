@@ -1,4 +1,7 @@
-"""DeepSeekMoE as a module: shared + routed experts by loops, dropping, and who is trained by what. (Kernels: test_kernels.py.)"""
+"""DeepSeekMoE as a module: shared + routed experts by loops, dropping, and who is trained by what.
+
+(Kernels: test_kernels.py.)
+"""
 
 import pytest
 import torch
@@ -65,7 +68,9 @@ def test_two_shared_experts_are_one_wide_one():
 
 
 def test_each_token_is_alone():
-    """The result of a token does not depend on what else is in the batch, also where experts have many rows."""
+    """The result of a token does not depend on what else is in the batch, also where experts have
+    many rows.
+    """
     moe, _ = moe_of(CASES["limited"])
     x = some_x(4, 80, 32)
     whole = moe(x)

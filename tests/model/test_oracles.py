@@ -1,5 +1,6 @@
-"""The model against three oracles: the paper as loops (naive.py), transformers, and goldens frozen from transformers. Then every
-oracle is shown to turn red when a formula is broken. Comparisons of mutations start at position 1: position 0 hides a wrong scale.
+"""The model against three oracles: the paper as loops (naive.py), transformers, and goldens frozen
+from transformers. Then every oracle is shown to turn red when a formula is broken. Comparisons of
+mutations start at position 1: position 0 hides a wrong scale.
 """
 
 import functools
@@ -45,7 +46,9 @@ ALL_CASES = {
 
 
 def by_every_path(m, tokens: torch.Tensor):
-    """(name, logits) of the whole text at once in each form, and through a cache: in uneven chunks, and token by token."""
+    """(name, logits) of the whole text at once in each form, and through a cache: in uneven chunks,
+    and token by token.
+    """
     forms = ["expand", "absorb"] if m.config.is_mla else [None]
     with torch.no_grad():
         for form in forms:
@@ -61,14 +64,16 @@ def by_every_path(m, tokens: torch.Tensor):
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str = ""):
-    """Largest error relative to the largest value, not counting the token at position 0 of [B, T, ...]; and no NaN hides."""
+    """Largest error relative to the largest value, not counting the token at position 0 of [B, T,
+    ...]; and no NaN hides.
+    """
     ours, theirs = ours[:, 1:].double(), theirs[:, 1:].double()
     assert ours.shape == theirs.shape
     error = float((ours - theirs).abs().max() / theirs.abs().max())
     assert error <= tolerance, f"{what}: relative error {error:.1e} > {tolerance:.0e}"
 
 
-# ---- the paper as loops ----------------------------------------------------------------------------------------------------
+# ---- the paper as loops ----
 def against_naive(m, tokens: torch.Tensor):
     w = tiny.weights(m)
     theirs = torch.tensor(np.stack([naive.logits(m.config, w, row) for row in tokens.tolist()]))
@@ -104,7 +109,9 @@ def test_far_positions_equal_the_paper(name, impl):
     "name", ["lora-yarn-limited-1dense", "plain-rope-greedy-1dense", "moe-v1", "llama-gqa"]
 )
 def test_gradient_is_the_slope_of_the_paper(name, impl):
-    """Central difference of the naive loss along a random direction over all parameters, against lamoe's gradient along it."""
+    """Central difference of the naive loss along a random direction over all parameters, against
+    lamoe's gradient along it.
+    """
     m = tiny.model(ALL_CASES[name])
     tokens = tiny.ids(m.config, 1, 8)
     targets = tokens.roll(-1, 1)
@@ -125,17 +132,19 @@ def test_gradient_is_the_slope_of_the_paper(name, impl):
     assert slope == pytest.approx((naive_loss(h) - naive_loss(-h)) / (2 * h), rel=1e-6)
 
 
-# ---- transformers ----------------------------------------------------------------------------------------------------------
+# ---- transformers ----
 @functools.cache
 def _transformers():
     transformers = pytest.importorskip(
         "transformers",
-        reason="THE ORACLE IS MISSING: parity with transformers was NOT checked; pip install 'lamoe[test]'",
+        reason="THE ORACLE IS MISSING: parity with transformers was NOT checked; pip install "
+        "'lamoe[test]'",
     )
     version = tuple(int(x) for x in transformers.__version__.split(".")[:2])
     if version < (5, 17):
         pytest.skip(
-            f"THE ORACLE IS TOO OLD: transformers {transformers.__version__} computes YaRN wrongly; parity was NOT checked; need >= 5.17"
+            f"THE ORACLE IS TOO OLD: transformers {transformers.__version__} computes YaRN "
+            "wrongly; parity was NOT checked; need >= 5.17"
         )
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -144,7 +153,10 @@ def _transformers():
 
 @functools.lru_cache(maxsize=4)
 def theirs_of(c: ModelConfig, dtype: torch.dtype = torch.float32):
-    """transformers' model with the weights of tiny.model(c). Its norms, rotations and softmax are float32 in either dtype."""
+    """transformers' model with the weights of tiny.model(c).
+
+    Its norms, rotations and softmax are float32 in either dtype.
+    """
     transformers = _transformers()
     with tempfile.TemporaryDirectory() as folder:
         checkpoints.save(tiny.model(c, dtype=dtype), folder)
@@ -291,7 +303,9 @@ def test_transformers_over_4200_tokens(name):
 
 
 def from_position_40000(m, theirs, form: str | None):
-    """Logits of 4 tokens that follow 40,000 cached ones, ours and theirs: the same random cache rows are put into both."""
+    """Logits of 4 tokens that follow 40,000 cached ones, ours and theirs: the same random cache
+    rows are put into both.
+    """
     c, start = m.config, 40000
     cache = KVCache(c, 1, start + 4)
     generator = torch.Generator().manual_seed(5)
@@ -329,7 +343,7 @@ def test_far_oracle_sees_a_position_off_by_one(monkeypatch):
         assert_close(*from_position_40000(m, theirs_of(LONG["mla"]), "absorb"), 5e-5)
 
 
-# ---- frozen goldens --------------------------------------------------------------------------------------------------------
+# ---- frozen goldens ----
 def frozen(name: str, folder: Path):
     """(the model of the golden `name`, loaded as any checkpoint is; its other tensors)."""
     with safe_open(GOLDENS / f"{name}.safetensors", "pt") as f:
@@ -396,14 +410,16 @@ def test_golden_greedy_tokens_and_gradients(name, tmp_path, impl):
 
 
 def test_golden_run(impl):
-    """Ten losses and the first step's gradients of lamoe itself: a refactor reproduces them, whichever kernels run."""
+    """Ten losses and the first step's gradients of lamoe itself: a refactor reproduces them,
+    whichever kernels run.
+    """
     expected, found = json.loads((GOLDENS / "run.json").read_text()), run.ten_steps()
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert found["gradient"] == pytest.approx(expected["gradient"], rel=1e-4)
     assert found["losses"][-1] < 0.7 * found["losses"][0]
 
 
-# ---- mutations: every oracle turns red --------------------------------------------------------------------------------------
+# ---- mutations: every oracle turns red ----
 MUTATIONS = {
     "YaRN softmax factor forgotten": (rope.softmax_scale, ("** 2", "** 0")),
     "YaRN softmax factor not squared": (rope.softmax_scale, ("** 2", "** 1")),

@@ -1,4 +1,6 @@
-"""Rotary embedding and YaRN: the published constants, both pair layouts, and what must not depend on buffers or types."""
+"""Rotary embedding and YaRN: the published constants, both pair layouts, and what must not depend
+on buffers or types.
+"""
 
 import math
 
@@ -14,7 +16,7 @@ V2 = ModelConfig.preset("deepseek-v2")
 PLAIN = V2.replace(rope_scaling=None)
 
 
-# ---- constants of the paper and of the released configs -------------------------------------------------------------------
+# ---- constants of the paper and of the released configs ----
 def test_mscale():
     assert rope.mscale(40, 0.707) == pytest.approx(
         1.2608037774, abs=1e-10
@@ -93,7 +95,7 @@ def test_ramp_slows_each_pair_as_published():
     assert (ratio.diff() <= 1e-15).all()
 
 
-# ---- frequencies ------------------------------------------------------------------------------------------------------------
+# ---- frequencies ----
 @pytest.mark.parametrize(
     "c", [V2, PLAIN, PRESETS["deepseek-67b"], tiny.HARD], ids=["v2", "plain", "67b", "tiny-yarn"]
 )
@@ -108,7 +110,9 @@ def test_freqs_are_the_angles_of_the_paper(c):
 
 @pytest.mark.parametrize("preset", ["deepseek-v2", "deepseek-v2.5", "deepseek-67b"])
 def test_float32_freqs_are_those_of_transformers_bit_for_bit(preset):
-    """Rounded in another order, position 40,000 would already stand a visible part of a turn elsewhere."""
+    """Rounded in another order, position 40,000 would already stand a visible part of a turn
+    elsewhere.
+    """
     transformers = pytest.importorskip(
         "transformers",
         reason="THE ORACLE IS MISSING: rotary tables were NOT compared with transformers",
@@ -133,7 +137,9 @@ def test_float32_freqs_are_those_of_transformers_bit_for_bit(preset):
 
 
 def test_freqs_depend_on_the_position_alone():
-    """Not on how many positions are asked for at once, nor on the model's dtype below float64 (bf16 angles would be useless)."""
+    """Not on how many positions are asked for at once, nor on the model's dtype below float64 (bf16
+    angles would be useless).
+    """
     many = rope.freqs(V2, torch.arange(5000))
     assert torch.equal(rope.freqs(V2, torch.tensor([4097])), many[4097:4098])
     assert torch.equal(rope.freqs(V2, torch.tensor([[4097, 3]])), many[[4097, 3]][None])
@@ -144,7 +150,7 @@ def test_freqs_depend_on_the_position_alone():
     )
 
 
-# ---- the two layouts --------------------------------------------------------------------------------------------------------
+# ---- the two layouts ----
 def rotate_half(x, freqs):
     """The llama form with cosines and sines of twice the frequencies; x [B, T, H, R]."""
     cos, sin = (

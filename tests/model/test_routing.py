@@ -1,4 +1,6 @@
-"""Routing: device-limited top-k, the three balance losses and token dropping against loops over tokens, and what they do to a gate."""
+"""Routing: device-limited top-k, the three balance losses and token dropping against loops over
+tokens, and what they do to a gate.
+"""
 
 import math
 import random
@@ -22,7 +24,7 @@ def random_scores(*shape: int, seed: int = 0, sharpness: float = 2.0) -> torch.T
     return (torch.randn(*shape, generator=generator, dtype=torch.float64) * sharpness).softmax(-1)
 
 
-# ---- who is chosen ------------------------------------------------------------------------------------------------------------
+# ---- who is chosen ----
 def test_v2_tokens_touch_at_most_three_devices_of_twenty_experts():
     scores = random_scores(500, 160, sharpness=1.0)
     _, expert = routing.choose(scores, V2)
@@ -33,7 +35,9 @@ def test_v2_tokens_touch_at_most_three_devices_of_twenty_experts():
 
 
 def test_group_score_is_the_maximum():
-    """Groups {0,1} {2,3} {4,5} {6,7}: one strong expert beats two fair ones; V3's sum would choose the other way."""
+    """Groups {0,1} {2,3} {4,5} {6,7}: one strong expert beats two fair ones; V3's sum would choose
+    the other way.
+    """
     scores = torch.tensor([[0.30, 0.01, 0.20, 0.19, 0.14, 0.13, 0.02, 0.01]])
     _, expert = routing.choose(scores, LIMITED.replace(topk_group=1, num_experts_per_tok=2))
     assert expert.tolist() == [[0, 1]]
@@ -42,7 +46,9 @@ def test_group_score_is_the_maximum():
 
 
 def underflowing(n: int) -> torch.Tensor:
-    """Scores where one or two experts have everything and softmax gives the rest exactly 0 in float32."""
+    """Scores where one or two experts have everything and softmax gives the rest exactly 0 in
+    float32.
+    """
     logits = torch.zeros(n, 8)
     for i in range(n):
         logits[i, i % 8] = 300.0
@@ -112,7 +118,7 @@ def test_near_ties_are_decided_in_float32():
     assert routing.route(x.bfloat16(), gate.bfloat16(), c).expert.tolist() == [[5]]
 
 
-# ---- balance losses -----------------------------------------------------------------------------------------------------------
+# ---- balance losses ----
 def losses_by_loops(scores: list, expert: list, devices: int, most: int) -> list[float]:
     """Eq. 23-31 for one sequence, word by word: scores [T][E], expert [T][K]."""
     t, e, k = len(scores), len(scores[0]), len(expert[0])
@@ -148,7 +154,9 @@ def test_losses_equal_the_loops(c, devices, most):
 
 
 def uniform(c: ModelConfig, t: int, devices: int):
-    """Equal scores, and choices that load every expert equally and send each token to exactly `reach` devices."""
+    """Equal scores, and choices that load every expert equally and send each token to exactly
+    `reach` devices.
+    """
     e, k = c.n_routed_experts, c.num_experts_per_tok
     per, most = e // devices, routing.reach(c, devices)
     share = k // most
@@ -202,7 +210,9 @@ def test_losses_do_not_depend_on_batching():
 
 
 def test_gradient_flows_through_the_mean_scores_only():
-    """dL/ds of eq. 23 is f_i / (B T) and of the others f' and f'' of the expert's device: counts are constants."""
+    """dL/ds of eq. 23 is f_i / (B T) and of the others f' and f'' of the expert's device: counts
+    are constants.
+    """
     b, t, devices = 2, 9, 4
     scores = random_scores(b, t, 8).requires_grad_()
     expert = routing.choose(scores.flatten(0, 1), LIMITED)[1].unflatten(0, (b, t))
@@ -252,7 +262,7 @@ def test_impossible_balance_is_refused(change):
     Balance(devices=2).check(GREEDY)
 
 
-# ---- dropping -----------------------------------------------------------------------------------------------------------------
+# ---- dropping ----
 def keep_by_loops(
     affinity, expert, n_experts, devices, capacity_factor, protected
 ) -> list[list[bool]]:
@@ -390,9 +400,11 @@ def test_dropping_oracle_turns_red(monkeypatch):
                     test_dropping_equals_the_loops(seed, 4, capacity)
 
 
-# ---- what the losses are for --------------------------------------------------------------------------------------------------
+# ---- what the losses are for ----
 def imbalance_after_training(weight: float) -> float:
-    """Busiest expert over the average after 60 steps of a router that starts out biased to two experts."""
+    """Busiest expert over the average after 60 steps of a router that starts out biased to two
+    experts.
+    """
     c = GREEDY.replace(num_experts_per_tok=2)
     generator = torch.Generator().manual_seed(0)
     x = (

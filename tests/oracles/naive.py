@@ -1,7 +1,9 @@
-"""The paper's equations as loops over tokens, heads, keys and experts: a second, independent statement of the model.
+"""The paper's equations as loops over tokens, heads, keys and experts: a second, independent
+statement of the model.
 
-float64 numpy, one sequence, no cache, no batching, nothing shared with lamoe but the names of the weights on disk. Slow and
-plain on purpose. Numbers of equations are arXiv 2405.04434's; YaRN is section 3.1.4 and arXiv 2309.00071.
+float64 numpy, one sequence, no cache, no batching, nothing shared with lamoe but the names of the
+weights on disk. Slow and plain on purpose. Numbers of equations are arXiv 2405.04434's; YaRN is
+section 3.1.4 and arXiv 2309.00071.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import numpy as np
 def logits(
     c, weights: dict[str, np.ndarray], ids: list[int], positions: list[int] | None = None
 ) -> np.ndarray:
-    """[T, vocabulary]. `positions` default to 0 .. T - 1; `c` only has its Hugging Face fields read."""
+    """[T, vocabulary]. `positions` default to 0 .. T - 1; `c` only has its Hugging Face fields
+    read.
+    """
     positions = list(range(len(ids))) if positions is None else positions
     h = [weights["model.embed_tokens.weight"][i] for i in ids]
     for layer in range(c.num_hidden_layers):
@@ -45,7 +49,7 @@ def norm(x, gain, eps):
     return x / math.sqrt(sum(v * v for v in x) / len(x) + eps) * gain
 
 
-# ---- rotary embedding --------------------------------------------------------------------------------------------------------
+# ---- rotary embedding ----
 def angles(c, position: int, width: int) -> list[float]:
     """The angle of each of the width / 2 pairs."""
     out = []
@@ -90,7 +94,7 @@ def rotate(c, x, position: int):
     return out
 
 
-# ---- attention ---------------------------------------------------------------------------------------------------------------
+# ---- attention ----
 def mix(q, keys, values, scale):
     """softmax(q . k_j * scale)-weighted sum of v_j (eq. 46)."""
     logit = [scale * float(np.dot(q, k)) for k in keys]
@@ -154,7 +158,7 @@ def plain_attention(c, w, h, positions):
     return out
 
 
-# ---- feed-forward ------------------------------------------------------------------------------------------------------------
+# ---- feed-forward ----
 def swiglu(w, name, x):
     gate, up = w[f"{name}gate_proj.weight"] @ x, w[f"{name}up_proj.weight"] @ x
     return w[f"{name}down_proj.weight"] @ (gate / (1 + np.exp(-gate)) * up)
@@ -168,7 +172,9 @@ def affinities(w, u):
 
 
 def choose(c, s) -> list[int]:
-    """The K experts of a token: the best ones, or the best ones within its `topk_group` best groups (2.2.2)."""
+    """The K experts of a token: the best ones, or the best ones within its `topk_group` best groups
+    (2.2.2).
+    """
     allowed = list(range(c.n_routed_experts))
     if c.topk_method == "group_limited_greedy":
         size = c.n_routed_experts // c.n_group
@@ -179,7 +185,9 @@ def choose(c, s) -> list[int]:
 
 
 def moe(c, w, u):
-    """Eq. 20 without the residual: shared experts plus the chosen ones, weighted by their affinity (eq. 21)."""
+    """Eq. 20 without the residual: shared experts plus the chosen ones, weighted by their affinity
+    (eq. 21).
+    """
     s = affinities(w, u)
     chosen = choose(c, s)
     total = sum(s[i] for i in chosen) if c.norm_topk_prob else 1.0

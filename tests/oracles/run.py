@@ -1,4 +1,6 @@
-"""The golden run: ten steps of plain SGD on a tiny model, everything of the training path switched on."""
+"""The golden run: ten steps of plain SGD on a tiny model, everything of the training path switched
+on.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from oracles import tiny
 
 
 def ten_steps() -> dict[str, list[float]]:
-    """{"losses": ten losses before their steps, "gradient": the norm of every parameter's gradient in the first step}."""
+    """{"losses": ten losses before their steps, "gradient": the norm of every parameter's gradient
+    in the first step}.
+    """
     c = tiny.HARD.replace(initializer_range=0.1, num_hidden_layers=2)
     model = Transformer(c).init_weights(seed=3)
     tokens = tiny.ids(c, 4, 24)

@@ -1,4 +1,6 @@
-"""Tiny random models for the oracles: weights wide enough that logits, attention and routing vary, norms that are not ones."""
+"""Tiny random models for the oracles: weights wide enough that logits, attention and routing vary,
+norms that are not ones.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ def config(family: str = "deepseek_v2", **changes) -> ModelConfig:
     return ModelConfig(**{**_BASE, **parts, **changes})
 
 
-# q_lora x YaRN x routing x first_k_dense_replace: every combination that the released models draw from.
+# q_lora x YaRN x routing x first_k_dense_replace: every combination that the released models draw
+# from.
 V2_CASES = {
     f"{'lora' if lora else 'plain'}-{'yarn' if yarn else 'rope'}-{'limited' if limited else 'greedy'}-{dense}dense": config(
         q_lora_rank=24 if lora else None,
@@ -85,7 +88,9 @@ HARD = V2_CASES["lora-yarn-limited-1dense"]
 
 
 def model(c: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:
-    """Eval-mode model with N(0, 0.3) matrices and norms in 0.5 .. 1.5; the same weights, rounded, in every dtype."""
+    """Eval-mode model with N(0, 0.3) matrices and norms in 0.5 .. 1.5; the same weights, rounded,
+    in every dtype.
+    """
     generator = torch.Generator().manual_seed(seed)
     m = Transformer(c).to(dtype).eval()
     with torch.no_grad():
@@ -114,7 +119,9 @@ def weights(m: Transformer) -> dict:
 def at_positions(
     m: Transformer, tokens: torch.Tensor, positions: list[int], form: str | None = None
 ) -> torch.Tensor:
-    """Logits of tokens [B, T] that stand at these positions: the walk of Transformer.hidden with gaps between the tokens."""
+    """Logits of tokens [B, T] that stand at these positions: the walk of Transformer.hidden with
+    gaps between the tokens.
+    """
     x = m.embed(tokens)
     freqs = rope.freqs(m.config, torch.tensor([positions]), x.dtype)
     for block in m.layers:
@@ -123,13 +130,16 @@ def at_positions(
 
 
 def mutate(monkeypatch, function, *changes: tuple[str, str]):
-    """Replace text in the source of a function (or of a property's getter) for one test. Fails when the text is not there once,
-    so that a mutation cannot silently stop to mutate."""
+    """Replace text in the source of a function (or of a property's getter) for one test.
+
+    Fails when the text is not there once, so that a mutation cannot silently stop to mutate.
+    """
     function = getattr(function, "fget", function)
     source = textwrap.dedent(inspect.getsource(function))
     for old, new in changes:
         assert source.count(old) == 1, (
-            f"{function.__qualname__} has {source.count(old)} times {old!r}; bring the mutation up to date"
+            f"{function.__qualname__} has {source.count(old)} times {old!r}; bring the mutation "
+            "up to date"
         )
         source = source.replace(old, new)
     namespace: dict = {}

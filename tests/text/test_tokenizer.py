@@ -1,6 +1,8 @@
-"""The tokenizer: training, byte-exact round trips, control tokens that text cannot forge, chat templates, streaming, broken files.
+"""The tokenizer: training, byte-exact round trips, control tokens that text cannot forge, chat
+templates, streaming, broken files.
 
-Tests marked `network` use DeepSeek's real vocabularies (tests/fetch_v2_vocab.py); without them they are skipped, with the command.
+Tests marked `network` use DeepSeek's real vocabularies (tests/fetch_v2_vocab.py); without them they
+are skipped, with the command.
 """
 
 import json
@@ -39,14 +41,16 @@ def v3_like():
         [AddedToken(t, special=False, normalized=False) for t in (USER, ASSISTANT, "<think>", "öö")]
     )
     template = (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}{% elif m.role == 'assistant' %}"
-        "{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + eos_token }}{% else %}{{ m.content | trim }}{% endif %}{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<｜User｜>' + "
+        "m.content }}{% elif m.role == 'assistant' %}"
+        "{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + eos_token }}{% else %}{{ "
+        "m.content | trim }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
     )
     return Tokenizer(tok.inner, bos=BOS, eos=EOS, pad=EOS, chat_template=template)
 
 
-# ---- training ------------------------------------------------------------------------------------------------------------
+# ---- training ----
 def test_train_gives_the_size_asked_and_deepseeks_special_ids(tok):
     assert tok.vocab_size == 400 == tok.inner.get_vocab_size()
     assert [tok.inner.token_to_id(t) for t in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
@@ -122,7 +126,7 @@ def test_train_refuses(texts, size, says):
         train(texts, size)
 
 
-# ---- round trips and control tokens -----------------------------------------------------------------------------------------
+# ---- round trips and control tokens ----
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=60))
 @example("a  b   c\n\n\n   d\t\t e \r\n")
@@ -194,7 +198,7 @@ def test_a_normalizer_cannot_smuggle_a_control_token_in():
         tok.encode("＜sys＞")
 
 
-# ---- streaming ---------------------------------------------------------------------------------------------------------------
+# ---- streaming ----
 def joined(tok, ids, skip_special=True):
     s = tok.stream(skip_special=skip_special)
     pieces = [s.step(i) for i in ids]
@@ -271,7 +275,7 @@ def test_stream_with_byte_fallback(byte_fallback, ids):
     assert joined(byte_fallback, ids)[1] == byte_fallback.decode(ids)
 
 
-# ---- chat ----------------------------------------------------------------------------------------------------------------------
+# ---- chat ----
 CONVERSATION = [
     {"role": "system", "content": "You are a helpful assistant"},
     {"role": "user", "content": "Hello"},
@@ -284,7 +288,8 @@ CONVERSATION = [
 
 def test_v2_template(tok):
     expected = (
-        f"{BOS}You are a helpful assistant\n\nUser: Hello\n\nAssistant: Hi there{EOS}User: Who are you\n\n"
+        f"{BOS}You are a helpful assistant\n\nUser: Hello\n\nAssistant: Hi there{EOS}User: Who "
+        "are you\n\n"
         f"Assistant:    I am an assistant   {EOS}User: Another question\n\nAssistant:"
     )
     assert tok.render_chat(CONVERSATION) == expected
@@ -306,7 +311,8 @@ def test_v2_template(tok):
     ],
 )
 def test_messages_cannot_forge_control_tokens(tok, v3_like, contents):
-    glue = "{{ bos_token }}{% for m in messages %}{{ m.content | trim }}{% endfor %}"  # the worst template for this
+    # the worst template for this
+    glue = "{{ bos_token }}{% for m in messages %}{{ m.content | trim }}{% endfor %}"
     glued = Tokenizer(tok.inner, bos=BOS, eos=EOS, chat_template=glue)
     messages = [{"role": "user", "content": c} for c in contents]
     ids = glued.apply_chat(messages)
@@ -455,7 +461,8 @@ GROW = "{% set ns = namespace(s='aa') %}{% for i in range(99) %}{% set ns.s = ST
         ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(0) }}", "too deeply"),
         ("x" * 300_000, "262144 is refused"),
         (
-            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(18) }}",
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ "
+            "f(18) }}",
             "more work",
         ),
         (
@@ -509,12 +516,17 @@ def test_the_deadline_stops_a_template(tok, monkeypatch):
 
 def test_what_real_templates_use_still_works(tok):
     template = (
-        "{%- set ns = namespace(first=true, out='') -%}\n{%- for m in messages if m['role'] != 'system' -%}\n"
-        "  {%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('alternate') }}{%- endif -%}\n"
-        "  {%- if loop.first and not loop.last -%}{%- set ns.out = 'first ' ~ loop.length -%}{%- endif -%}\n"
+        "{%- set ns = namespace(first=true, out='') -%}\n{%- for m in messages if m['role'] != "
+        "'system' -%}\n"
+        "  {%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}{{ "
+        "raise_exception('alternate') }}{%- endif -%}\n"
+        "  {%- if loop.first and not loop.last -%}{%- set ns.out = 'first ' ~ loop.length -%}{%- "
+        "endif -%}\n"
         "  {%- if m.content.startswith('skip') -%}{%- continue -%}{%- endif -%}\n"
         "{{ m.role | upper }}={{ m.content | trim | tojson }};\n{%- endfor -%}\n"
-        "{% generation %}{{ strftime_now('%%d') }}{% endgeneration %}|{{ ns.out }}|{{ messages | map(attribute='role') | join(', ') }}|{{ (messages | selectattr('role', 'equalto', 'user') | list | length) + 1 }}"
+        "{% generation %}{{ strftime_now('%%d') }}{% endgeneration %}|{{ ns.out }}|{{ messages | "
+        "map(attribute='role') | join(', ') }}|{{ (messages | selectattr('role', 'equalto', "
+        "'user') | list | length) + 1 }}"
     )
     messages = [
         {"role": "system", "content": "s"},
@@ -535,7 +547,7 @@ def test_a_long_conversation_is_not_taken_for_an_attack(tok):
     assert len(tok.render_chat(messages)) > 3_000_000
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------------------
+# ---- files ----
 def test_save_and_load(tok, tmp_path):
     tok.max_length = 512
     try:
@@ -717,7 +729,7 @@ def test_an_absurd_control_token_is_refused(tok):
         Tokenizer(inner)
 
 
-# ---- the real vocabularies ---------------------------------------------------------------------------------------------------------
+# ---- the real vocabularies ----
 @pytest.fixture(scope="module")
 def v2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("v2")

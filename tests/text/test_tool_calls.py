@@ -1,4 +1,6 @@
-"""Tool calls: rendered into chat templates that define them, and read out of replies, however these are cut and whatever they say."""
+"""Tool calls: rendered into chat templates that define them, and read out of replies, however these
+are cut and whatever they say.
+"""
 
 import itertools
 import json
@@ -13,19 +15,29 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lamoe.text import chat_template
 from lamoe.text.tool_calls import DEEPSEEK, MAX_CALLS, TAGS, Splitter, form_of, parse
 
-# Written for these tests in the two manners; the first does not read `tools`, as DeepSeek-V3's own does not
+# Written for these tests in the two manners; the first does not read `tools`, as DeepSeek-V3's own
+# does not
 DEEPSEEK_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% elif m.role == 'tool' %}"
-    "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>{{ m.content }}<｜tool▁output▁end｜><｜tool▁outputs▁end｜>{% elif m.role == 'assistant' %}<｜Assistant｜>{{ m.content or '' }}"
-    "{% if m.tool_calls %}<｜tool▁calls▁begin｜>{% for c in m.tool_calls %}{{ '' if loop.first else '\n' }}<｜tool▁call▁begin｜>{{ c.type }}<｜tool▁sep｜>{{ c.function.name }}\n"
-    "```json\n{{ c.function.arguments }}\n```<｜tool▁call▁end｜>{% endfor %}<｜tool▁calls▁end｜>{% endif %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% "
+    "elif m.role == 'tool' %}"
+    "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>{{ m.content "
+    "}}<｜tool▁output▁end｜><｜tool▁outputs▁end｜>{% elif m.role == 'assistant' %}<｜Assistant｜>{{ "
+    "m.content or '' }}"
+    "{% if m.tool_calls %}<｜tool▁calls▁begin｜>{% for c in m.tool_calls %}{{ '' if loop.first "
+    "else '\n' }}<｜tool▁call▁begin｜>{{ c.type }}<｜tool▁sep｜>{{ c.function.name }}\n"
+    "```json\n{{ c.function.arguments }}\n```<｜tool▁call▁end｜>{% endfor %}<｜tool▁calls▁end｜>{% "
+    "endif %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
 )
 TAGS_TEMPLATE = (
-    '{% if tools %}<|im_start|>system\n# Tools\n<tools>{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n</tools>\nAnswer with <tool_call>\n{"name": ..., "arguments": ...}\n'
-    "</tool_call>.<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n{% if m.role == 'tool' %}<tool_response>\n{{ m.content }}\n"
-    '</tool_response>{% else %}{{ m.content or \'\' }}{% endif %}{% for c in m.tool_calls or [] %}\n<tool_call>\n{"name": "{{ c.function.name }}", "arguments": '
-    "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}}\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if tools %}<|im_start|>system\n# Tools\n<tools>{% for tool in tools %}\n{{ tool | tojson "
+    '}}{% endfor %}\n</tools>\nAnswer with <tool_call>\n{"name": ..., "arguments": ...}\n'
+    "</tool_call>.<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ 'user' if m.role "
+    "== 'tool' else m.role }}\n{% if m.role == 'tool' %}<tool_response>\n{{ m.content }}\n"
+    "</tool_response>{% else %}{{ m.content or '' }}{% endif %}{% for c in m.tool_calls or [] "
+    '%}\n<tool_call>\n{"name": "{{ c.function.name }}", "arguments": '
+    "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | "
+    "tojson }}}\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TOOLS = [
@@ -86,7 +98,7 @@ def written(form, name: str, arguments: str) -> str:
     return f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜>"
 
 
-# ---- templates -----------------------------------------------------------------------------------------------------------
+# ---- templates ----
 @pytest.mark.parametrize(
     "template, tools", [(DEEPSEEK_TEMPLATE, None), (TAGS_TEMPLATE, TOOLS), (TAGS_TEMPLATE, None)]
 )
@@ -115,7 +127,8 @@ def test_tools_for_a_template_that_would_not_show_them():
         chat_template.render(DEEPSEEK_TEMPLATE, CHAT, tools=TOOLS, bos_token="", eos_token="")
     with pytest.raises(ValueError, match="does not know tools"):
         chat_template.render(
-            "{# tools #}some tools{% for m in messages %}{{ m.content }}{% set tools = 1 %}{% endfor %}",
+            "{# tools #}some tools{% for m in messages %}{{ m.content }}{% set tools = 1 %}{% "
+            "endfor %}",
             CHAT[:1],
             tools=TOOLS,
         )
@@ -134,7 +147,7 @@ def test_forms():
     assert form_of(chat_template.V2_TEMPLATE) is None
 
 
-# ---- replies -------------------------------------------------------------------------------------------------------------
+# ---- replies ----
 ARGUMENTS = st.dictionaries(
     st.text(max_size=5),
     st.recursive(
@@ -205,7 +218,9 @@ def test_sound_calls_are_read(form, calls, ascii):
 @FORMS
 @given(pieces=st.lists(PIECES, max_size=12), cuts=st.lists(st.integers(0, 400), max_size=8))
 def test_a_stream_says_what_the_whole_says(form, pieces, cuts):
-    """However it is cut; what was shown is never taken back; a reply without a sound call comes through untouched."""
+    """However it is cut; what was shown is never taken back; a reply without a sound call comes
+    through untouched.
+    """
     text, splitter, shown = "".join(pieces), Splitter(form), ""
     edges = sorted({0, len(text), *(c for c in cuts if c < len(text))})
     for a, b in itertools.pairwise(edges):

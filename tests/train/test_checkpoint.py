@@ -1,4 +1,6 @@
-"""A checkpoint is complete or not there: killed at every step of a save, on full disks, with flipped bytes; and nothing is pickled."""
+"""A checkpoint is complete or not there: killed at every step of a save, on full disks, with
+flipped bytes; and nothing is pickled.
+"""
 
 import errno
 import io
@@ -112,7 +114,9 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 
 @pytest.mark.parametrize("second", [2, 1])  # a new step, and the same step once more
 def test_killed_at_every_file_operation(tmp_path, monkeypatch, second):
-    """The process dies just before its n-th operation on the file system, for every n: what was complete stays loadable."""
+    """The process dies just before its n-th operation on the file system, for every n: what was
+    complete stays loadable.
+    """
     monkeypatch.setattr(
         os, "fsync", lambda fd: None
     )  # a killed process loses nothing the system has; waiting for the disk is for power cuts
@@ -342,7 +346,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_stop_training(tmp_pat
         assert save(tmp_path, 2, writer(2), keep=1).name == "step-00000002"
 
 
-# ---- tensors ---------------------------------------------------------------------------------------------------------------
+# ---- tensors ----
 def equal(a, b) -> bool:
     if isinstance(a, torch.Tensor):
         return (

@@ -1,4 +1,6 @@
-"""Sources, split, packing and sampling, with a byte-level stand-in for the tokenizer: id = byte, BOS 256, EOS 257."""
+"""Sources, split, packing and sampling, with a byte-level stand-in for the tokenizer: id = byte,
+BOS 256, EOS 257.
+"""
 
 import gzip
 import json
@@ -57,7 +59,7 @@ def texts_of(split) -> Counter:
     return Counter(bytes(split.document(i)[1:-1].tolist()).decode() for i in range(len(split)))
 
 
-# ---- sources ---------------------------------------------------------------------------------------------------------------
+# ---- sources ----
 def test_builtin_sources():
     counts = {}
     docs = list(read_documents(["stdlib", "austen"], counts))
@@ -206,7 +208,7 @@ def test_sources_that_cannot_be_used(tmp_path, monkeypatch):
             list(read_documents(names))
 
 
-# ---- split and packing -----------------------------------------------------------------------------------------------------
+# ---- split and packing ----
 def test_every_document_is_packed_once_and_on_one_side(tmp_path):
     texts = write_folder(tmp_path / "texts")
     corpus = pack([tmp_path / "texts"], tmp_path / "packed", holdout=0.1)
@@ -450,9 +452,11 @@ def test_settings_and_tokenizers_that_do_not_fit(tmp_path, changes, complaint):
     assert not (tmp_path / "packed").exists()
 
 
-# ---- sampling --------------------------------------------------------------------------------------------------------------
+# ---- sampling ----
 def stream(corpus, seed, epochs):
-    """What Batches promises, built the long way: all epochs' documents one after the other, with a running document number."""
+    """What Batches promises, built the long way: all epochs' documents one after the other, with a
+    running document number.
+    """
     ids, docs = [], []
     for epoch in range(epochs):
         order = np.random.RandomState([seed, 0, epoch]).permutation(len(corpus.train))

@@ -37,7 +37,9 @@ def longer(texts, out, start, **changes) -> dict:
 
 
 def test_it_goes_on_from_the_weights_with_another_rope(trained, texts, tmp_path):
-    """The first step's loss is that of the old weights under the new config on the new rows; random weights would say ln 300 = 5.7."""
+    """The first step's loss is that of the old weights under the new config on the new rows; random
+    weights would say ln 300 = 5.7.
+    """
     last = train(longer(texts, tmp_path / "run", trained))
     config = hf.read_config(last / "model")
     assert config.rope_scaling == RopeScaling(**YARN) and config.max_position_embeddings == 256

@@ -11,7 +11,7 @@ from torch import nn
 from lamoe.train.optim import Batch, MasterAdamW, Optim
 
 
-# ---- learning rate ---------------------------------------------------------------------------------------------------------
+# ---- learning rate ----
 def test_lr_of_v2():
     """Paper 3.1.2: 2K warm-up steps to 2.4e-4, times 0.316 after 60 % and after 90 % of the tokens."""
     o = Optim()
@@ -64,7 +64,7 @@ def test_optim_refuses(bad, words):
         Optim(**bad)
 
 
-# ---- batch ramp ------------------------------------------------------------------------------------------------------------
+# ---- batch ramp ----
 def test_ramp_by_hand():
     b = Batch(size=16, micro=4, ramp_from=4, ramp_steps=6)
     assert [b.size_at(i) for i in range(9)] == [
@@ -117,7 +117,7 @@ def test_batch_refuses(bad, words):
         Batch(**bad)
 
 
-# ---- AdamW -----------------------------------------------------------------------------------------------------------------
+# ---- AdamW ----
 class Net(nn.Module):
     """Matrices, a stack of matrices, a norm's gain, and a weight that nobody uses."""
 
@@ -190,7 +190,9 @@ def test_decay_acts_on_matrices_only():
 
 
 def test_bf16_masters_keep_small_steps():
-    """A step of 1e-3 on a weight of 1 is below half a bf16 step (2**-9): alone it would be lost every time."""
+    """A step of 1e-3 on a weight of 1 is below half a bf16 step (2**-9): alone it would be lost
+    every time.
+    """
     net = Net(torch.bfloat16)
     alone = net.gain.detach().clone()
     ours = MasterAdamW(net, Optim(eps=1e-30))

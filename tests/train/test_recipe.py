@@ -83,7 +83,7 @@ def test_a_model_from_its_fields(tmp_path):
     assert Recipe.load(write_toml(tmp_path / "r.toml", raw)) == Recipe.from_dict(raw)
 
 
-# ---- overrides -------------------------------------------------------------------------------------------------------------
+# ---- overrides ----
 @pytest.mark.parametrize(
     "words, section, key, value",
     [
@@ -169,7 +169,7 @@ def test_override_refused(tmp_path, words, message):
     assert "r.toml: " in str(e.value) and "\n" not in str(e.value)
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------------
+# ---- files ----
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -216,7 +216,7 @@ def test_missing_file_names_neighbours(tmp_path):
         Recipe.load(tmp_path)
 
 
-# ---- what a run keeps ------------------------------------------------------------------------------------------------------
+# ---- what a run keeps ----
 @pytest.mark.parametrize("name", PRESETS)
 def test_to_dict_is_the_identity(name):
     raw = {
@@ -232,7 +232,9 @@ def test_to_dict_is_the_identity(name):
 
 
 def test_the_saved_config_tells_the_recipes_coefficient():
-    """Released configs say 0.001 where the paper trained with 0.003: never take the coefficient from the config."""
+    """Released configs say 0.001 where the paper trained with 0.003: never take the coefficient
+    from the config.
+    """
     assert Recipe.from_dict({"model": {"preset": "deepseek-v2"}}).model.aux_loss_alpha == 0.003
     assert Recipe.from_dict({**TINY, "balance": {"expert": 0.5}}).model.aux_loss_alpha == 0.5
     assert Recipe.from_dict(

@@ -1,4 +1,6 @@
-"""A run folder belongs to one run, one process and one recipe; what is somebody else's is left as it was."""
+"""A run folder belongs to one run, one process and one recipe; what is somebody else's is left as
+it was.
+"""
 
 import pytest
 from test_train import signal_after, texts  # noqa: F401 (texts is a fixture)

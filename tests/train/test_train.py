@@ -75,7 +75,7 @@ def signal_after(step: int, number=signal.SIGTERM):
     return mock.patch.object(MasterAdamW, "step", wrapped)
 
 
-# ---- learning --------------------------------------------------------------------------------------------------------------
+# ---- learning ----
 def test_it_learns(trained):
     lines = metrics(trained)
     losses = [m["loss"] for m in lines if "loss" in m]
@@ -181,7 +181,9 @@ def test_tensorboard_events(trained):
 
 
 def test_masters_start_unrounded(texts, tmp_path):
-    """A seed means the same weights in every dtype: after a step of nearly nothing the masters are the float32 initialisation."""
+    """A seed means the same weights in every dtype: after a step of nearly nothing the masters are
+    the float32 initialisation.
+    """
     raw = raw_recipe(
         texts, tmp_path / "run", optim=dict(lr=1e-30), run=dict(steps=1, dtype="bfloat16")
     )
@@ -220,7 +222,7 @@ def test_golden_losses(texts, tmp_path):
     )
 
 
-# ---- one step --------------------------------------------------------------------------------------------------------------
+# ---- one step ----
 def gradients(raw: dict) -> tuple[dict, list[torch.Tensor]]:
     """(first line of the metrics, unclipped gradients of the first step)."""
     found, original = [], MasterAdamW.clip
@@ -235,7 +237,9 @@ def gradients(raw: dict) -> tuple[dict, list[torch.Tensor]]:
 
 
 def test_the_rate_follows_the_tokens_under_a_ramp(texts, tmp_path):
-    """Batches of 2, 4, 4, 6, 8, 8 rows: before the last step 24 of 32 are seen, before the one before 16, below 0.6 though 4 of 6 steps."""
+    """Batches of 2, 4, 4, 6, 8, 8 rows: before the last step 24 of 32 are seen, before the one
+    before 16, below 0.6 though 4 of 6 steps.
+    """
     train(
         raw_recipe(
             texts,
@@ -254,7 +258,9 @@ def test_the_rate_follows_the_tokens_under_a_ramp(texts, tmp_path):
 
 @pytest.mark.parametrize("mask", [True, False])
 def test_accumulation_is_one_big_batch(texts, tmp_path, mask):
-    """Micro-batches have different numbers of targets (a document's first token is none), so shares are weighted by tokens."""
+    """Micro-batches have different numbers of targets (a document's first token is none), so shares
+    are weighted by tokens.
+    """
     raws = [
         raw_recipe(
             texts,
@@ -283,7 +289,9 @@ def test_accumulation_is_one_big_batch(texts, tmp_path, mask):
 
 
 def test_step_is_what_a_reader_would_write(texts, tmp_path):
-    """Loss and gradient of the first step against a plain program: all rows at once, mean over targets, plus the balance losses."""
+    """Loss and gradient of the first step against a plain program: all rows at once, mean over
+    targets, plus the balance losses.
+    """
     raw = raw_recipe(
         texts, tmp_path / "run", balance=dict(capacity_factor=0.0), run=dict(steps=1, seed=3)
     )
@@ -293,7 +301,9 @@ def test_step_is_what_a_reader_would_write(texts, tmp_path):
     ids, segments = map(torch.from_numpy, Batches(corpus, 32, 3).next_batch(4))
     model = Transformer(recipe.model).init_weights(3)
     watch = routing.Training(recipe.balance)
-    logits = model(ids[:, :-1], segments=segments[:, :-1], routing_hook=watch).float().log_softmax(-1)
+    logits = (
+        model(ids[:, :-1], segments=segments[:, :-1], routing_hook=watch).float().log_softmax(-1)
+    )
     nll = -logits.gather(-1, ids[:, 1:, None])[..., 0][segments[:, 1:] == segments[:, :-1]]
     (nll.mean() + watch.loss()).backward()
     assert (segments[:, 1:] != segments[:, :-1]).any()
@@ -317,7 +327,9 @@ def test_document_mask_acts(texts, tmp_path):
 
 
 def test_drop_rate(texts, tmp_path):
-    """None without a capacity; with a router that likes one expert, most assignments beyond the budget; none of protected ones."""
+    """None without a capacity; with a router that likes one expert, most assignments beyond the
+    budget; none of protected ones.
+    """
 
     def run(name, **balance):
         train(raw_recipe(texts, tmp_path / name, balance=balance, run=dict(steps=2)))
@@ -379,7 +391,7 @@ def test_peak_is_measured():
     )  # a resumed run's random numbers must not depend on it
 
 
-# ---- going on --------------------------------------------------------------------------------------------------------------
+# ---- going on ----
 RESUMES = {  # what a run may be in the middle of when it stops after step 5 of 9
     "fp32": {"run": dict(dtype="float32")},
     "bf16": {"run": dict(dtype="bfloat16")},
@@ -421,7 +433,9 @@ def test_resume_restores_the_random_generators(texts, tmp_path):
 
 
 def test_resume_from_a_periodic_checkpoint_forgets_later_metrics(texts, tmp_path):
-    """As after kill -9: the newest checkpoint is older than the last line of the metrics, which may also be cut short."""
+    """As after kill -9: the newest checkpoint is older than the last line of the metrics, which may
+    also be cut short.
+    """
     raw = raw_recipe(texts, tmp_path / "run", run=dict(steps=7, save_every=3, keep=0))
     whole = state(train(raw))
     lines = metrics(tmp_path / "run")
@@ -433,7 +447,9 @@ def test_resume_from_a_periodic_checkpoint_forgets_later_metrics(texts, tmp_path
 
 
 def test_resume_needs_the_sources_no_more(tmp_path):
-    """The text was packed into the run; editing or deleting the files afterwards must neither stop nor destroy it."""
+    """The text was packed into the run; editing or deleting the files afterwards must neither stop
+    nor destroy it.
+    """
     texts = write_texts(tmp_path / "in")
     raw = raw_recipe(texts, tmp_path / "run", run=dict(steps=4))
     with signal_after(2):
@@ -510,13 +526,14 @@ def test_what_does_not_matter_may_change_on_resume(texts, tmp_path):
     assert [p.name for p in (tmp_path / "moved").glob("step-*")] == ["step-00000003"]
 
 
-# ---- nothing is overwritten ------------------------------------------------------------------------------------------------
+# ---- nothing is overwritten ----
 def test_a_used_run_folder_is_refused(trained):
     before = contents(trained)
     for raw in (raw_recipe(trained.parent / "texts", trained), raw_recipe("elsewhere", trained)):
         with pytest.raises(
             ValueError,
-            match="holds a run already .step-00000040.; add --resume to go on with it, or choose another --run.out",
+            match="holds a run already .step-00000040.; add --resume to go on with it, or choose "
+            "another --run.out",
         ):
             train(raw)
     assert contents(trained) == before
@@ -570,7 +587,8 @@ def test_tokenizer_larger_than_the_model(trained, texts, tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match="the tokenizer has 300 tokens, more than model.vocab_size 280; raise model.vocab_size",
+        match="the tokenizer has 300 tokens, more than model.vocab_size 280; raise "
+        "model.vocab_size",
     ):
         train(raw)
     raw = raw_recipe(
@@ -626,7 +644,7 @@ def test_what_the_screen_says(texts, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
-# ---- trouble ---------------------------------------------------------------------------------------------------------------
+# ---- trouble ----
 def nan_at(call: int):
     original, calls = Transformer.loss, []
 
@@ -638,7 +656,9 @@ def nan_at(call: int):
 
 
 def test_nan_loss_stops_before_the_weights_change(texts, tmp_path):
-    """Two micro-batches a step: call 7 is the first of step 4 (steps from 0: 3); a checkpoint of step 2 exists."""
+    """Two micro-batches a step: call 7 is the first of step 4 (steps from 0: 3); a checkpoint of
+    step 2 exists.
+    """
     raw = raw_recipe(texts, tmp_path / "run", run=dict(steps=6, save_every=2))
     updates, original = [], MasterAdamW.step
     with (
@@ -663,7 +683,10 @@ def test_nan_loss_stops_before_the_weights_change(texts, tmp_path):
 
 
 def test_overflow_of_a_gradient_stops_too(texts, tmp_path):
-    """The loss is finite, a gradient is not; before any checkpoint. Through the command line: exit code 3."""
+    """The loss is finite, a gradient is not; before any checkpoint.
+
+    Through the command line: exit code 3.
+    """
     raw = raw_recipe(texts, tmp_path / "run")
     original = MasterAdamW.collect
 
@@ -716,7 +739,10 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def test_children_that_are_stopped_and_killed(texts, tmp_path):
-    """SIGTERM, SIGINT and SIGKILL to real processes, then resume: as if nothing had happened. All at the same time, to save time."""
+    """SIGTERM, SIGINT and SIGKILL to real processes, then resume: as if nothing had happened.
+
+    All at the same time, to save time.
+    """
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
     raws = {
         s: raw_recipe(
