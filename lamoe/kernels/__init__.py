@@ -1,9 +1,9 @@
-"""Torch ops with gradients, one function per op, in two implementations with one signature.
+"""The model's ops with gradients: one function per op, two implementations with one signature.
 
-"ref" (ref.py) is the definition of an op: plain torch, short, slow. "fused" (fused.py), the default,
-has hand-written backward passes. The environment variable LAMOE_OPS=ref|fused sets the default of a process,
-`impl=` that of one call. (LAMOE_IMPL, its older name, is read too.) Which backend runs a model is
-another question: see lamoe/backends.
+"ref" (ref.py) defines an op: plain torch, short, slow. "fused" (fused.py), the default,
+has hand-written backward passes. LAMOE_OPS=ref|fused in the environment sets the default of a
+process, `impl=` chooses for one call. LAMOE_IMPL, the variable's older name, is read too.
+Which backend runs a model is a separate choice: see lamoe/backends.
 """
 
 from __future__ import annotations

@@ -319,7 +319,8 @@ def _parameter_table(c: ModelConfig, p: dict):
 
 
 def _flops_table(c: ModelConfig, f: dict):
-    columns, note = ("",), ""
+    columns: tuple[str, ...] = ("",)
+    note = ""
     if c.is_mla:
         columns = ("expand", "absorb")
         note = (

@@ -1,27 +1,44 @@
-"""The architecture as data: one frozen dataclass with Hugging Face field names, read strictly, and the presets.
+"""The architecture as data: a frozen dataclass with the field names of Hugging Face.
 
-It says what a model *is*; nothing here says how it is trained (train/recipe.py) or run (engine/). Every field either changes
-the model, is carried for other programs (listed in CARRIED), or is refused by name when it asks for something lamoe lacks.
+A config says what a model *is*; recipes say how it is trained, the engine how it is run. Every
+field either changes the model, or is carried for other programs (CARRIED), or is refused with its
+name when it asks for something that lamoe does not implement.
+
+hf_config.py reads config.json, presets.py lists the presets.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FAMILIES = {  # model_type -> the class name other programs look for in config.json
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek": "DeepseekForCausalLM",
-    "llama": "LlamaForCausalLM",
-}
+from lamoe.model import presets
+from lamoe.model.field_checks import (
+    check_at_least,
+    check_types,
+    did_you_mean,
+    is_finite,
+    refuse_unknown,
+)
+from lamoe.model.hf_config import FAMILIES, check_family, read_fields
 
-# Written to config.json for other programs; they do not change what lamoe computes. (The trainer takes its balance
-# coefficients from the recipe, never from here: released configs say 0.001 where the paper trained with 0.003.)
+__all__ = [
+    "CARRIED",
+    "FAMILIES",
+    "MAX_INT",
+    "PRESETS",
+    "ModelConfig",
+    "RopeScaling",
+    "check_types",
+    "did_you_mean",
+]
+
+# Written to config.json for other programs; they change nothing that lamoe computes. The trainer
+# takes the weights of its balance losses from the recipe: aux_loss_alpha is 0.001 in released
+# configs, where the paper trained with 0.003.
 CARRIED = frozenset(
     {
         "aux_loss_alpha",
@@ -33,44 +50,19 @@ CARRIED = frozenset(
     }
 )
 
-MAX_INT = (
-    2**31 - 1
-)  # no size, count or id of a model is larger; a file that says so is broken or hostile
-
-# Keys of public config.json files that are read by other programs only. Their value is not looked at and not kept.
-_FOREIGN = frozenset(
-    """architectures auto_map transformers_version use_cache _name_or_path model_type_name id2label label2id
-    problem_type return_dict output_attentions output_hidden_states output_router_logits is_encoder_decoder chunk_size_feed_forward
-    qk_head_dim is_decoder _attn_implementation attn_implementation _commit_hash router_aux_loss_coef""".split()
-)
-# A config.json must say these; a silent default would be some other model.
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-)
-# Keys that are harmless at exactly these values and would change the model at any other.
-_ONLY = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0, 0.0, None),
-    "hidden_act": ("silu",),
-    "scoring_func": ("softmax",),
-    "ep_size": (1, None),
-    "pretraining_tp": (1, None),
-    "num_nextn_predict_layers": (0, None),
-    "quantization_config": (None,),
-    "sliding_window": (None,),
-    "rope_interleave": (True, None),
-    "partial_rotary_factor": (1.0, 1, None),
-}
+# No size, count or id of a model is larger; a file that says so is broken or hostile.
+MAX_INT = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """YaRN parameters (arXiv 2309.00071; paper 3.1.4). `mscale_all_dim` scales the softmax, `mscale / mscale_all_dim` the cos/sin."""
+    """YaRN's parameters.
+
+    `mscale_all_dim` sets the factor on the softmax scale; the ratio of the factors of `mscale` and
+    `mscale_all_dim` scales cos and sin.
+
+    Source: paper 3.1.4; YaRN, arXiv 2309.00071.
+    """
 
     factor: float = 40.0
     original_max_position_embeddings: int = 4096
@@ -79,34 +71,35 @@ class RopeScaling:
     mscale: float = 0.707
     mscale_all_dim: float = 0.707
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            if not _is_finite(getattr(self, f.name)):
-                raise ValueError(
-                    f"rope_scaling.{f.name} must be a finite number, found {getattr(self, f.name)!r}"
-                )
+            if not is_finite(getattr(self, f.name)):
+                found = getattr(self, f.name)
+                raise ValueError(f"rope_scaling.{f.name} must be a finite number, found {found!r}")
         if not self.factor >= 1:
             raise ValueError(
-                f"rope_scaling.factor is {self.factor}; YaRN stretches the context, so it must be at least 1"
+                f"rope_scaling.factor is {self.factor}; "
+                "YaRN stretches the context, so it must be at least 1"
             )
         original = self.original_max_position_embeddings
         if original != int(original) or not 1 <= original <= MAX_INT:
             raise ValueError(
-                f"rope_scaling.original_max_position_embeddings is {original}; it must be a whole number from 1 to {MAX_INT}"
+                f"rope_scaling.original_max_position_embeddings is {original}; "
+                f"it must be a whole number from 1 to {MAX_INT}"
             )
-        object.__setattr__(
-            self, "original_max_position_embeddings", int(original)
-        )  # JSON may say 4096.0
+        # JSON may say 4096.0.
+        object.__setattr__(self, "original_max_position_embeddings", int(original))
         if not self.beta_fast > self.beta_slow > 0:
             raise ValueError(
-                f"rope_scaling needs beta_fast > beta_slow > 0, found {self.beta_fast} and {self.beta_slow}"
+                "rope_scaling needs beta_fast > beta_slow > 0, "
+                f"found {self.beta_fast} and {self.beta_slow}"
             )
         for name in ("mscale", "mscale_all_dim"):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"rope_scaling.{name} is {getattr(self, name)}; it must be at least 0"
                 )
-        for f in dataclasses.fields(self):  # so that powers and logarithms of them are numbers too
+        for f in dataclasses.fields(self):  # keeps powers and logarithms of them finite
             value = getattr(self, f.name)
             if value > MAX_INT or 0 < value < 1 / MAX_INT:
                 raise ValueError(
@@ -116,10 +109,16 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer of the DeepSeek family. Fields are Hugging Face's; derived sizes are properties.
+    """A decoder-only transformer of the DeepSeek family.
 
-    Attention is MLA when `kv_lora_rank` is set, else MHA / GQA / MQA by `num_key_value_heads`. The feed-forward is DeepSeekMoE
-    from layer `first_k_dense_replace` on when `n_routed_experts` is set, else dense SwiGLU everywhere.
+    Fields have the names and meanings of Hugging Face configs; derived sizes are properties.
+    Attention is MLA when `kv_lora_rank` is set, else MHA, GQA or MQA by `num_key_value_heads`. When
+    `n_routed_experts` is set, layers from `first_k_dense_replace` on are mixtures of experts; all
+    other feed-forward layers are dense SwiGLU.
+
+    Raises:
+        ValueError: for a value out of range, and for a field that has no effect or contradicts
+            another one.
     """
 
     model_type: str = "deepseek_v2"
@@ -127,10 +126,8 @@ class ModelConfig:
     hidden_size: int = 2048
     num_hidden_layers: int = 27
     num_attention_heads: int = 16
-    num_key_value_heads: int | None = (
-        None  # None: as many as num_attention_heads. Without meaning under MLA
-    )
-    head_dim: int | None = None  # MHA / GQA / MQA only; None: hidden_size / num_attention_heads
+    num_key_value_heads: int | None = None  # None: num_attention_heads. Not used by MLA
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads. Not used by MLA
     # MLA (paper 2.1)
     q_lora_rank: int | None = None
     kv_lora_rank: int | None = None
@@ -147,7 +144,7 @@ class ModelConfig:
     moe_layer_freq: int = 1
     n_group: int = 1
     topk_group: int = 1
-    topk_method: str = "greedy"  # greedy | group_limited_greedy
+    topk_method: str = "greedy"  # or "group_limited_greedy"
     norm_topk_prob: bool = False
     routed_scaling_factor: float = 1.0
     # the rest
@@ -164,7 +161,7 @@ class ModelConfig:
     eos_token_id: int | None = None
     pad_token_id: int | None = None
 
-    # ---- derived sizes -------------------------------------------------------------------------------------------
+    # ---- derived sizes ---------------------------------------------------------------------------
     @property
     def is_mla(self) -> bool:
         return self.kv_lora_rank is not None
@@ -175,82 +172,101 @@ class ModelConfig:
 
     @property
     def n_kv_heads(self) -> int:
-        return (
-            self.num_attention_heads
-            if self.num_key_value_heads is None
-            else self.num_key_value_heads
-        )
+        """Number of key / value heads G."""
+        given = self.num_key_value_heads
+        return self.num_attention_heads if given is None else given
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of one query / key head: nope + rope under MLA."""
+        """Width of a query or key head: N + R under MLA."""
         if self.is_mla:
             return self.qk_nope_head_dim + self.qk_rope_head_dim
-        return (
-            self.head_dim
-            if self.head_dim is not None
-            else self.hidden_size // self.num_attention_heads
-        )
+        even_split = self.hidden_size // self.num_attention_heads
+        return even_split if self.head_dim is None else self.head_dim
 
     @property
     def value_head_dim(self) -> int:
+        """Width of a value head V."""
         return self.v_head_dim if self.is_mla else self.qk_head_dim
 
     @property
     def rope_dim(self) -> int:
+        """Width R of the rotated part of a query or key head."""
         return self.qk_rope_head_dim if self.is_mla else self.qk_head_dim
 
     @property
     def rope_interleaved(self) -> bool:
-        """DeepSeek-V2 checkpoints pair elements (2k, 2k+1); llama and MoE-v1 checkpoints pair (k, k + R/2)."""
+        """Whether rotary pairs are the elements (2k, 2k + 1), as in DeepSeek-V2 checkpoints.
+
+        llama and DeepSeekMoE-16B checkpoints pair (k, k + R / 2).
+        """
         return self.model_type == "deepseek_v2"
 
     @property
     def cache_row(self) -> tuple[int, int]:
-        """The two parts of one token's cache row in one layer: (latent, rope key) under MLA, else (keys, values). Elements."""
+        """Widths in elements of the two parts of a cache row, for one token and one layer.
+
+        (latent, rotary key) under MLA, else (keys, values) of all heads.
+        """
         if self.is_mla:
             return self.kv_lora_rank, self.qk_rope_head_dim
         return self.n_kv_heads * self.qk_head_dim, self.n_kv_heads * self.value_head_dim
 
     def is_moe_layer(self, layer: int) -> bool:
+        """Return whether the feed-forward of layer `layer` is a mixture of experts."""
         return (
             self.is_moe and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
         )
 
     @property
     def moe_layers(self) -> range:
-        """Indices of the MoE layers. A range, so that a config that claims 2 billion layers costs nothing to look at."""
+        """Indices of the MoE layers.
+
+        A range, so that a hostile config with 2 billion layers costs neither time nor memory.
+        """
         first = -(-self.first_k_dense_replace // self.moe_layer_freq) * self.moe_layer_freq
         return range(first, self.num_hidden_layers if self.is_moe else first, self.moe_layer_freq)
 
-    # ---- validation ----------------------------------------------------------------------------------------------
-    def __post_init__(self):
+    # ---- validation ------------------------------------------------------------------------------
+    def __post_init__(self) -> None:
         check_types(self)
+        self._check_numbers()
+        self._check_attention()
+        if self.is_moe:
+            self._check_moe()
+        else:
+            self._check_dense()
+        # Store a default that was written out as the default, so that equal models compare equal.
+        if self.num_key_value_heads == self.num_attention_heads:
+            object.__setattr__(self, "num_key_value_heads", None)
+        width = self.head_dim
+        if width is not None and width * self.num_attention_heads == self.hidden_size:
+            object.__setattr__(self, "head_dim", None)
+
+    def _check_numbers(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if "float" in f.type and not _is_finite(value):
+            if "float" in f.type and not is_finite(value):
                 raise ValueError(f"{f.name} must be a finite number, found {value!r}")
             if isinstance(value, int) and abs(value) > MAX_INT:
                 raise ValueError(f"{f.name} is {value}; the limit is {MAX_INT}")
-        if self.model_type not in FAMILIES:
-            raise ValueError(
-                f"model_type {self.model_type!r} is not supported; known: {', '.join(FAMILIES)}"
-            )
-        for name in (
+        check_family(self.model_type)
+        self._at_least(
+            1,
             "vocab_size",
             "hidden_size",
             "num_hidden_layers",
             "num_attention_heads",
             "intermediate_size",
             "max_position_embeddings",
-        ):
-            _at_least(name, getattr(self, name), 1)
+        )
         for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "initializer_range"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.rope_scaling is not None and not self.rope_theta > 1:
             raise ValueError(
-                f"rope_theta is {self.rope_theta}; YaRN divides by its logarithm, so it must be above 1"
+                f"rope_theta is {self.rope_theta}; "
+                "YaRN divides by its logarithm, so it must be above 1"
             )
         if self.torch_dtype not in ("float32", "bfloat16", "float16", "float64"):
             raise ValueError(
@@ -264,150 +280,147 @@ class ModelConfig:
                 )
         if self.aux_loss_alpha < 0:
             raise ValueError(f"aux_loss_alpha is {self.aux_loss_alpha}; it must be at least 0")
-        self._check_attention()
-        self._check_moe()
-        # One spelling per model: a default said aloud is kept as the default, so that equal models compare equal.
-        if self.num_key_value_heads == self.num_attention_heads:
-            object.__setattr__(self, "num_key_value_heads", None)
-        if (
-            self.head_dim is not None
-            and self.head_dim * self.num_attention_heads == self.hidden_size
-        ):
-            object.__setattr__(self, "head_dim", None)
 
-    def _check_attention(self):
-        mla_dims = {
-            n: getattr(self, n) for n in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        }
+    def _at_least(self, low: int, *names: str) -> None:
+        for name in names:
+            check_at_least(name, getattr(self, name), low)
+
+    def _check_attention(self) -> None:
         if self.is_mla:
-            _at_least("kv_lora_rank", self.kv_lora_rank, 1)
-            for name, value in mla_dims.items():
-                if value is None:
-                    raise ValueError(
-                        f"kv_lora_rank is set, so attention is MLA and {name} must be given too"
-                    )
-                _at_least(name, value, 1)
-            if self.q_lora_rank is not None:
-                _at_least("q_lora_rank", self.q_lora_rank, 1)
-            if self.head_dim is not None:
-                raise ValueError(
-                    f"head_dim is {self.head_dim}, but MLA heads are {self.qk_head_dim} wide ({self.qk_rope_head_dim} of it rotary); leave head_dim out"
-                )
-            if self.n_kv_heads != self.num_attention_heads:
-                raise ValueError(
-                    f"num_key_value_heads is {self.n_kv_heads}, but every one of the {self.num_attention_heads} heads of MLA has its own keys; leave it out"
-                )
-            if self.model_type != "deepseek_v2":
-                raise ValueError(
-                    f"kv_lora_rank asks for MLA, which only model_type deepseek_v2 has; found {self.model_type!r}"
-                )
+            self._check_mla()
         else:
-            given = [n for n, v in mla_dims.items() if v is not None] + (
-                ["q_lora_rank"] if self.q_lora_rank is not None else []
-            )
-            if given:
-                raise ValueError(
-                    f"{', '.join(given)} belong to MLA, but kv_lora_rank is not set; set it, or leave them out"
-                )
-            if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; give head_dim or change one"
-                )
-            _at_least("head_dim", self.qk_head_dim, 1)
-            _at_least("num_key_value_heads", self.n_kv_heads, 1)
-            if self.num_attention_heads % self.n_kv_heads:
-                raise ValueError(
-                    f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.n_kv_heads}"
-                )
+            self._check_heads()
         if self.rope_dim % 2:
             raise ValueError(
-                f"the rotary width is {self.rope_dim}; rotary embedding turns pairs, so it must be even"
+                f"the rotary width is {self.rope_dim}; "
+                "rotary embedding rotates pairs, so it must be even"
             )
 
-    def _check_moe(self):
-        if not self.is_moe:
-            given = [
-                n
-                for n in ("moe_intermediate_size", "num_experts_per_tok")
-                if getattr(self, n) is not None
-            ]
-            if given or self.n_shared_experts:
-                given += ["n_shared_experts"] if self.n_shared_experts else []
+    def _check_mla(self) -> None:
+        self._at_least(1, "kv_lora_rank")
+        for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            if getattr(self, name) is None:
                 raise ValueError(
-                    f"{', '.join(given)} belong to a mixture of experts, but n_routed_experts is not set; set it, or leave them out"
+                    f"kv_lora_rank is set, so attention is MLA and {name} must be given too"
                 )
-            moe_only = {
-                "n_group": 1,
-                "topk_group": 1,
-                "topk_method": "greedy",
-                "norm_topk_prob": False,
-                "routed_scaling_factor": 1.0,
-                "first_k_dense_replace": 0,
-                "moe_layer_freq": 1,
-                "aux_loss_alpha": 0.0,
-                "seq_aux": True,
-            }
-            for name, inert in moe_only.items():
-                if getattr(self, name) != inert:
-                    raise ValueError(
-                        f"{name} is {getattr(self, name)!r} in a model without routed experts, where it would do nothing; leave it out"
-                    )
-            return
+            self._at_least(1, name)
+        if self.q_lora_rank is not None:
+            self._at_least(1, "q_lora_rank")
+        if self.head_dim is not None:
+            raise ValueError(
+                f"head_dim is {self.head_dim}, but MLA heads are {self.qk_head_dim} wide "
+                f"({self.qk_rope_head_dim} of it rotary); leave head_dim out"
+            )
+        if self.n_kv_heads != self.num_attention_heads:
+            raise ValueError(
+                f"num_key_value_heads is {self.n_kv_heads}, but every one of the "
+                f"{self.num_attention_heads} heads of MLA has its own keys; leave it out"
+            )
+        if self.model_type != "deepseek_v2":
+            raise ValueError(
+                "kv_lora_rank asks for MLA, which only model_type deepseek_v2 has; "
+                f"found {self.model_type!r}"
+            )
+
+    def _check_heads(self) -> None:
+        mla_only = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank")
+        given = [name for name in mla_only if getattr(self, name) is not None]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} belong to MLA, but kv_lora_rank is not set; "
+                "set it, or leave them out"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                f"{self.num_attention_heads}; give head_dim or change one"
+            )
+        check_at_least("head_dim", self.qk_head_dim, 1)
+        check_at_least("num_key_value_heads", self.n_kv_heads, 1)
+        if self.num_attention_heads % self.n_kv_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.n_kv_heads}"
+            )
+
+    def _check_dense(self) -> None:
+        """Refuse fields of a mixture of experts that would have no effect."""
+        sizes = ("moe_intermediate_size", "num_experts_per_tok")
+        given = [name for name in sizes if getattr(self, name) is not None]
+        if self.n_shared_experts:
+            given.append("n_shared_experts")
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} belong to a mixture of experts, but n_routed_experts is not "
+                "set; set it, or leave them out"
+            )
+        for name in _MOE_ONLY:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r} in a model without routed experts, "
+                    "where it would do nothing; leave it out"
+                )
+
+    def _check_moe(self) -> None:
         if self.model_type == "llama":
             raise ValueError(
-                "n_routed_experts is set, but model_type llama is dense; use deepseek (MHA / GQA) or deepseek_v2 (MLA)"
+                "n_routed_experts is set, but model_type llama is dense; "
+                "use deepseek (MHA / GQA) or deepseek_v2 (MLA)"
             )
         for name in ("moe_intermediate_size", "num_experts_per_tok"):
             if getattr(self, name) is None:
                 raise ValueError(f"n_routed_experts is set, so {name} must be given too")
-            _at_least(name, getattr(self, name), 1)
-        for name in ("n_routed_experts", "n_group", "topk_group", "moe_layer_freq"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("n_shared_experts", "first_k_dense_replace"):
-            _at_least(name, getattr(self, name), 0)
+            self._at_least(1, name)
+        self._at_least(1, "n_routed_experts", "n_group", "topk_group", "moe_layer_freq")
+        self._at_least(0, "n_shared_experts", "first_k_dense_replace")
         if not self.moe_layers:
             raise ValueError(
-                f"first_k_dense_replace {self.first_k_dense_replace} and moe_layer_freq {self.moe_layer_freq} leave none of the "
-                f"{self.num_hidden_layers} layers to the experts; lower them, or leave n_routed_experts out"
+                f"first_k_dense_replace {self.first_k_dense_replace} and moe_layer_freq "
+                f"{self.moe_layer_freq} leave none of the {self.num_hidden_layers} layers to the "
+                "experts; lower them, or leave n_routed_experts out"
             )
         if self.num_experts_per_tok > self.n_routed_experts:
             raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} is more than n_routed_experts {self.n_routed_experts}"
+                f"num_experts_per_tok {self.num_experts_per_tok} is more than "
+                f"n_routed_experts {self.n_routed_experts}"
             )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
         if self.topk_method not in ("greedy", "group_limited_greedy"):
-            hint = (
-                " (that is DeepSeek-V3's bias-corrected routing)"
-                if self.topk_method == "noaux_tc"
-                else ""
-            )
+            v3 = " (that is DeepSeek-V3's bias-corrected routing)"
             raise ValueError(
-                f"topk_method {self.topk_method!r}{hint} is not supported; known: greedy, group_limited_greedy"
+                f"topk_method {self.topk_method!r}{v3 if self.topk_method == 'noaux_tc' else ''} "
+                "is not supported; known: greedy, group_limited_greedy"
             )
         if self.n_routed_experts % self.n_group:
             raise ValueError(
-                f"n_routed_experts {self.n_routed_experts} is not divisible into n_group {self.n_group} groups"
+                f"n_routed_experts {self.n_routed_experts} is not divisible into "
+                f"n_group {self.n_group} groups"
             )
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group {self.topk_group} is more than n_group {self.n_group}")
         if self.topk_method == "greedy" and (self.n_group, self.topk_group) != (1, 1):
             raise ValueError(
-                f"n_group {self.n_group} and topk_group {self.topk_group} do nothing under topk_method greedy; "
-                "set both to 1, or topk_method to group_limited_greedy"
+                f"n_group {self.n_group} and topk_group {self.topk_group} do nothing under "
+                "topk_method greedy; set both to 1, or topk_method to group_limited_greedy"
             )
         reachable = self.n_routed_experts // self.n_group * self.topk_group
         if self.topk_method == "group_limited_greedy" and reachable < self.num_experts_per_tok:
             raise ValueError(
-                f"topk_group {self.topk_group} of {self.n_group} groups leaves {reachable} experts, fewer than num_experts_per_tok {self.num_experts_per_tok}"
+                f"topk_group {self.topk_group} of {self.n_group} groups leaves {reachable} "
+                f"experts, fewer than num_experts_per_tok {self.num_experts_per_tok}"
             )
 
-    # ---- reading and writing -------------------------------------------------------------------------------------
-    def replace(self, **changes) -> ModelConfig:
-        """A copy with fields changed, checked anew; an unknown field name is a ValueError."""
-        _refuse_unknown(changes, "ModelConfig")
+    # ---- reading and writing ---------------------------------------------------------------------
+    def replace(self, **changes: Any) -> ModelConfig:
+        """Return a checked copy with fields changed; ValueError for an unknown field name."""
+        refuse_unknown(changes, _field_names(ModelConfig), "ModelConfig")
         return dataclasses.replace(self, **changes)
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
+        """Return the preset of that name; ValueError with the known names if there is none."""
         if name not in PRESETS:
             raise ValueError(
                 f"unknown preset {name!r}{did_you_mean(name, PRESETS)}; known: {', '.join(PRESETS)}"
@@ -416,46 +429,17 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
-        """Read the content of a Hugging Face config.json (both the older and the transformers-5 spelling). Strict: an unknown
-        key, or a known key whose value lamoe does not implement, raises ValueError."""
-        if not isinstance(raw, dict):
-            raise ValueError(f"a model config must be a JSON object, found {type(raw).__name__}")
-        raw = {k: v for k, v in raw.items() if k not in _FOREIGN}
-        if raw.get("model_type") is None:
-            raise ValueError(f"the config has no model_type; known: {', '.join(FAMILIES)}")
-        if raw["model_type"] not in list(FAMILIES):  # a list: the value may be unhashable
-            raise ValueError(
-                f"model_type {raw['model_type']!r} is not supported; known: {', '.join(FAMILIES)}"
-            )
-        for key, allowed in _ONLY.items():
-            if key in raw and (found := raw.pop(key)) not in allowed:
-                raise ValueError(
-                    f"{key} is {found!r}, which lamoe does not implement; supported: {' or '.join(map(repr, allowed))}"
-                )
-        _merge(raw, "torch_dtype", raw.pop("dtype", None))
-        _read_rope(raw)
-        # a null means "not given" in public configs, except where None is a value of its own
-        raw = {k: v for k, v in raw.items() if v is not None}
-        if isinstance(raw.get("eos_token_id"), list) and raw["eos_token_id"]:
-            raw["eos_token_id"] = raw["eos_token_id"][
-                0
-            ]  # several stop ids are generation_config.json's business
-        _refuse_unknown(raw, "config.json")
-        missing = [k for k in _REQUIRED if k not in raw]
-        if missing:
-            raise ValueError(f"the config does not say {', '.join(missing)}; these have no default")
-        if "kv_lora_rank" in raw and raw.get("head_dim") == raw.get("qk_rope_head_dim"):
-            raw.pop("head_dim", None)  # transformers 5 writes the rotary width of MLA here
-        if (
-            "n_routed_experts" not in raw
-            and raw.get("first_k_dense_replace") == raw["num_hidden_layers"]
-        ):
-            del raw["first_k_dense_replace"]  # all layers dense, said aloud; see to_dict
-        raw.setdefault("torch_dtype", "float32")
-        return cls(**raw)
+        """Make a config of the content of a Hugging Face config.json.
+
+        Raises:
+            ValueError: for an unknown key, and for a value that lamoe does not implement.
+        """
+        fields = read_fields(raw, _field_names(ModelConfig), _field_names(RopeScaling))
+        return _from_fields(fields)
 
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:
+        """Read a Hugging Face config.json. ValueErrors begin with the path."""
         path = Path(path)
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
@@ -467,50 +451,32 @@ class ModelConfig:
             raise ValueError(f"{path}: {e}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The config.json content that transformers, vLLM and SGLang read. `from_dict(to_dict())` is the identity."""
+        """Return the content of a config.json that transformers, vLLM and SGLang read.
+
+        `from_dict(config.to_dict())` equals `config`.
+        """
         out: dict[str, Any] = {"architectures": [FAMILIES[self.model_type]]}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.name == "rope_scaling":
-                value = (
-                    None
-                    if value is None
-                    else {"type": "yarn", "rope_type": "yarn", **dataclasses.asdict(value)}
-                )
-            elif value is None and f.name not in (
-                "q_lora_rank",
-                "bos_token_id",
-                "eos_token_id",
-                "pad_token_id",
-            ):
-                continue  # those four are said aloud: left out, transformers fills in 1536, 1, 2
-            out[f.name] = value
+            if value is not None or f.name in _WRITTEN_AS_NULL:
+                out[f.name] = value
+        yarn = self.rope_scaling
+        if yarn is not None:
+            out["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", **dataclasses.asdict(yarn)}
         out["num_key_value_heads"] = self.n_kv_heads
         if not self.is_mla:
             out.pop("q_lora_rank")
             if self.model_type == "deepseek_v2":
-                out["kv_lora_rank"] = (
-                    None  # no other program has this; left out, transformers would fill in 512
-                )
+                # Only lamoe has such models. If absent, transformers would fill in 512.
+                out["kv_lora_rank"] = None
             out["head_dim"] = self.qk_head_dim
-        if not self.is_moe:
-            for name in (
-                "n_shared_experts",
-                "first_k_dense_replace",
-                "moe_layer_freq",
-                "n_group",
-                "topk_group",
-                "topk_method",
-                "norm_topk_prob",
-                "routed_scaling_factor",
-                "aux_loss_alpha",
-                "seq_aux",
-            ):
-                out.pop(name)
-            if self.is_mla:  # transformers fills in 64 experts, but builds none below this layer
-                out["first_k_dense_replace"] = self.num_hidden_layers
-        else:
+        if self.is_moe:
             out["scoring_func"] = "softmax"
+        else:
+            for name in ("n_shared_experts", *_MOE_ONLY):
+                out.pop(name)
+            if self.is_mla:  # transformers fills in 64 experts, but makes none below this layer
+                out["first_k_dense_replace"] = self.num_hidden_layers
         return {
             **out,
             "hidden_act": "silu",
@@ -520,218 +486,38 @@ class ModelConfig:
         }
 
 
-def did_you_mean(name: str, known) -> str:
-    """', did you mean X?' when something known is close, else ''."""
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def _is_finite(value) -> bool:
-    """True for a real number that a double can hold; bools, NaN, infinities and integers beyond 1e308 are not."""
-    try:
-        return (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        )
-    except OverflowError:
-        return False
-
-
-def _merge(raw: dict[str, Any], key: str, value):
-    """raw[key] = value where `value` is the second spelling of the same fact; two different values are refused."""
-    if value is None:
-        return
-    if raw.get(key) is not None and raw[key] != value:
-        raise ValueError(f"the config says {key} twice and differently: {raw[key]!r} and {value!r}")
-    raw[key] = value
-
-
-def check_types(obj, where: str = "") -> None:
-    """ValueError unless every field of the dataclass `obj` holds what its annotation says (scalars, `| None`, dataclasses, and
-    tuples of scalars). `where` prefixes the field name in the message."""
-    for f in dataclasses.fields(obj):
-        value, kind = getattr(obj, f.name), str(f.type)
-        options = [k.strip() for k in kind.split("|")]
-        if not any(_is_a(value, option) for option in options):
-            raise ValueError(f"{where}{f.name} must be {kind}, found {value!r}")
-
-
-def _is_a(value, kind: str) -> bool:
-    if kind.startswith("tuple["):
-        return isinstance(value, tuple) and all(
-            _is_a(v, kind[6:].split(",")[0].rstrip("]")) for v in value
-        )
-    if kind in ("int", "float"):
-        return not isinstance(value, bool) and isinstance(
-            value, int if kind == "int" else (int, float)
-        )
-    return type(value).__name__ == {"None": "NoneType"}.get(kind, kind)
-
-
-def _at_least(name: str, value: int, low: int):
-    if value < low:
-        raise ValueError(f"{name} is {value}; it must be at least {low}")
-
-
-def _refuse_unknown(keys, where: str):
-    known = [f.name for f in dataclasses.fields(ModelConfig)]
-    for key in keys:
-        if key not in known:
-            raise ValueError(f"unknown key {key!r} in {where}{did_you_mean(key, known)}")
-
-
-def _read_rope(raw: dict[str, Any]):
-    """Fold `rope_scaling` (older) or `rope_parameters` (transformers 5) into rope_theta and a RopeScaling, in place."""
-    rope: dict[str, Any] = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        part = raw.pop(key, None)
-        if part is not None and not isinstance(part, dict):
-            raise ValueError(f"{key} must be an object, found {part!r}")
-        for name, value in (part or {}).items():
-            _merge(rope, name, value)
-    _merge(raw, "rope_theta", rope.pop("rope_theta", None))
-    _merge(rope, "rope_type", rope.pop("type", None))
-    kind = rope.pop("rope_type", "default")
-    if kind not in ("default", "yarn"):
-        raise ValueError(f"rope_scaling type {kind!r} is not supported; known: yarn (or none)")
-    if kind == "default":
-        if rope:
-            raise ValueError(
-                f"rope_scaling has {', '.join(rope)} but no type; say type yarn, or leave it out"
-            )
-        return
-    known = [f.name for f in dataclasses.fields(RopeScaling)]
-    for key in rope:
-        if key not in known:
-            raise ValueError(f"unknown key {key!r} in rope_scaling{did_you_mean(key, known)}")
-    missing = [k for k in ("factor", "original_max_position_embeddings") if k not in rope]
-    if missing:
-        raise ValueError(f"rope_scaling of type yarn needs {' and '.join(missing)}")
-    # A config without mscale_all_dim has no softmax factor; without mscale the factor on cos/sin follows mscale = 1 (remote code).
-    raw["rope_scaling"] = RopeScaling(**{"mscale": 1.0, "mscale_all_dim": 0.0, **rope})
-
-
-# ---- presets: paper 3.1.2, App. B and the released configs -------------------------------------------------------------
-_V2 = dict(
-    model_type="deepseek_v2",
-    vocab_size=102400,
-    hidden_size=5120,
-    num_hidden_layers=60,
-    num_attention_heads=128,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    intermediate_size=12288,
-    moe_intermediate_size=1536,
-    n_routed_experts=160,
-    n_shared_experts=2,
-    num_experts_per_tok=6,
-    first_k_dense_replace=1,
-    n_group=8,
-    topk_group=3,
-    topk_method="group_limited_greedy",
-    routed_scaling_factor=16.0,
-    rope_scaling=RopeScaling(),
-    max_position_embeddings=163840,
-    initializer_range=0.006,
-    aux_loss_alpha=0.001,
-    bos_token_id=100000,
-    eos_token_id=100001,
+# Fields that must keep their default in a model without routed experts, where they have no effect.
+_MOE_ONLY = (
+    "n_group",
+    "topk_group",
+    "topk_method",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "first_k_dense_replace",
+    "moe_layer_freq",
+    "aux_loss_alpha",
+    "seq_aux",
 )
-_LITE = {
-    **_V2,
-    "hidden_size": 2048,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "q_lora_rank": None,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "n_routed_experts": 64,
-    "n_group": 1,
-    "topk_group": 1,
-    "topk_method": "greedy",
-    "routed_scaling_factor": 1.0,
-}
-_SMALL = dict(
-    model_type="deepseek_v2",
-    q_lora_rank=None,
-    n_shared_experts=1,
-    first_k_dense_replace=1,
-    rope_scaling=None,
-    torch_dtype="float32",
-    aux_loss_alpha=0.003,
+# Fields that are written when None. If absent, transformers would fill in a rank of 1536 and ids.
+_WRITTEN_AS_NULL = (
+    "q_lora_rank",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "rope_scaling",
 )
 
-PRESETS: dict[str, ModelConfig] = {
-    "deepseek-v2": ModelConfig(**_V2),
-    "deepseek-v2.5": ModelConfig(
-        **{**_V2, "rope_scaling": RopeScaling(mscale=1.0, mscale_all_dim=1.0)}
-    ),
-    "deepseek-v2-lite": ModelConfig(**_LITE),
-    "coder-v2-lite": ModelConfig(**_LITE),
-    "deepseek-67b": ModelConfig(
-        model_type="llama",
-        vocab_size=102400,
-        hidden_size=8192,
-        num_hidden_layers=95,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        intermediate_size=22016,
-        max_position_embeddings=4096,
-        bos_token_id=100000,
-        eos_token_id=100001,
-    ),
-    "deepseek-moe-16b": ModelConfig(
-        model_type="deepseek",
-        vocab_size=102400,
-        hidden_size=2048,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        intermediate_size=10944,
-        moe_intermediate_size=1408,
-        n_routed_experts=64,
-        n_shared_experts=2,
-        num_experts_per_tok=6,
-        first_k_dense_replace=1,
-        max_position_embeddings=4096,
-        aux_loss_alpha=0.001,
-        bos_token_id=100000,
-        eos_token_id=100001,
-    ),
-    # trains in minutes on two cores: the model of `make demo`
-    "tiny": ModelConfig(
-        **_SMALL,
-        vocab_size=4096,
-        hidden_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        kv_lora_rank=64,
-        qk_nope_head_dim=48,
-        qk_rope_head_dim=16,
-        v_head_dim=64,
-        intermediate_size=512,
-        moe_intermediate_size=96,
-        n_routed_experts=16,
-        num_experts_per_tok=4,
-        max_position_embeddings=1024,
-        initializer_range=0.02,
-    ),
-    # the geometry of the training benchmark: 24.6M parameters, 12.2M of them active beside the embedding
-    "small": ModelConfig(
-        **_SMALL,
-        vocab_size=8192,
-        hidden_size=384,
-        num_hidden_layers=8,
-        num_attention_heads=6,
-        kv_lora_rank=96,
-        qk_nope_head_dim=64,
-        qk_rope_head_dim=32,
-        v_head_dim=64,
-        intermediate_size=1024,
-        moe_intermediate_size=96,
-        n_routed_experts=16,
-        num_experts_per_tok=4,
-        max_position_embeddings=2048,
-    ),
-}
+
+def _field_names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _from_fields(fields: dict[str, Any]) -> ModelConfig:
+    """Make a config of fields in which rope_scaling is a dict or None."""
+    fields = dict(fields)
+    if fields.get("rope_scaling") is not None:
+        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+    return ModelConfig(**fields)
+
+
+PRESETS = {name: _from_fields(fields) for name, fields in presets.FIELDS.items()}

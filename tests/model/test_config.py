@@ -396,7 +396,7 @@ ERRORS = [
     ),
     (dense(num_key_value_heads=0), r"num_key_value_heads is 0; it must be at least 1"),
     (dense(head_dim=0), r"head_dim is 0; it must be at least 1"),
-    (dense(head_dim=7), r"the rotary width is 7; rotary embedding turns pairs, so it must be even"),
+    (dense(head_dim=7), r"the rotary width is 7; rotary embedding rotates pairs, so it must be even"),
     (moe(qk_rope_head_dim=15), r"the rotary width is 15"),
     # experts
     (
