@@ -33,7 +33,7 @@ import torch
 import lamoe
 from lamoe.backends import cache_codec
 from lamoe.backends.cpu import native
-from lamoe.backends.cpu.packed import PackedModel
+from lamoe.backends.cpu.backend import CpuBackend
 from lamoe.backends.paged_cache import PagedCache
 from lamoe.model.cache import View
 from lamoe.train import checkpoint
@@ -101,7 +101,7 @@ def compare(ids: torch.Tensor, formats: list, predict, batch: int = 8) -> list[d
     return sums
 
 
-def by_kernels(packed: PackedModel, ids: torch.Tensor, name: str) -> torch.Tensor:
+def by_kernels(packed: CpuBackend, ids: torch.Tensor, name: str) -> torch.Tensor:
     """Return log-probabilities [rows, T, vocabulary]; all rows advance one token per step."""
     rows, length = ids.shape[0], ids.shape[1] - 1
     each = -(-length // 16)
@@ -212,7 +212,7 @@ def main() -> None:
             f"| {r['encode_ms']:.2f} ms | {r['decode_ms']:.2f} ms |"
         )
     if native.available():
-        packed = PackedModel.of(
+        packed = CpuBackend.from_transformer(
             lamoe.load(step / "model", dtype=torch.bfloat16), "bf16", args.threads
         )
         formats = ["bf16", "int8", "6bit", "4bit"]

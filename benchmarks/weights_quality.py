@@ -52,7 +52,7 @@ from cache import single_document_rows
 
 import lamoe
 from lamoe.backends.cpu import calibrate, native, packed, packed_file
-from lamoe.backends.cpu.packed import PackedModel
+from lamoe.backends.cpu.backend import CpuBackend
 from lamoe.checkpoints import hf
 from lamoe.engine import score
 from lamoe.train import checkpoint
@@ -213,10 +213,10 @@ def rounded(
     return out, bits / weights, math.sqrt(error / power)
 
 
-def stated_bits(run: PackedModel) -> float:
+def stated_bits(run: CpuBackend) -> float:
     """Return the bits per weight of the matrices that `rounded` rounds, without padding."""
-    found = packed.classes(
-        run.config, run.weights, packed.pieces(run.config, run.weights, run.head), run.head
+    found = packed.weight_classes(
+        run.config, run.formats, packed.packed_tensors(run.config, run.formats)
     )
     every = [
         found[kind]
@@ -233,7 +233,7 @@ def stated_bits(run: PackedModel) -> float:
 def predict(model, ids: torch.Tensor, batch: int = 4):
     """Yield log-probabilities of the next token, a few rows at a time: [rows, T, vocabulary]."""
     for part in ids.split(batch):
-        if isinstance(model, PackedModel):
+        if isinstance(model, CpuBackend):
             yield torch.stack(
                 [
                     torch.cat(list(score.forward(model, row[:-1].tolist(), 512, True)))
@@ -371,7 +371,7 @@ def main() -> None:
             run = (
                 packed_file.load(folders[name], args.threads)
                 if name in folders
-                else PackedModel.of(model, kernels[name][0], args.threads, kernels[name][1])
+                else CpuBackend.from_transformer(model, kernels[name][0], args.threads, kernels[name][1])
             )
             if run.config != model.config:
                 raise ValueError(f"{folders[name]} was not made from {step}: the configs differ")

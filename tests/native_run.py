@@ -4,7 +4,8 @@ of the compiled model drive it with.
 
 import torch
 
-from lamoe.backends.cpu.packed import PackedModel
+from lamoe.backends.base import Batch
+from lamoe.backends.cpu.backend import CpuBackend
 from lamoe.backends.paged_cache import PagedCache
 
 
@@ -17,7 +18,7 @@ class Run:
 
     def __init__(
         self,
-        packed: PackedModel,
+        packed: CpuBackend,
         format: str = "fp32",
         page: int = 16,
         pages: int = 64,
@@ -53,15 +54,14 @@ class Run:
             ]  # what stands behind a sequence's pages is nobody's business
             ids += new
         rows = list(range(len(ids))) if rows is None else rows
-        logits, chosen = self.packed.run(
+        batch = Batch(
             ids,
             torch.tensor(positions),
             torch.tensor(seqs, dtype=torch.int32),
             torch.tensor(table, dtype=torch.int32),
-            self.cache,
             rows,
-            experts=experts,
         )
+        logits, chosen = self.packed.forward(batch, self.cache, experts=experts)
         return (logits, chosen) if experts else logits
 
     def all(self, text: list[int], cuts: list[int], name: str = "a") -> torch.Tensor:

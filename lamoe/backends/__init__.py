@@ -1,1 +1,5 @@
-"""What runs a model: the torch ops on any device, or the compiled CPU kernels."""
+"""Backends: what runs a model. base.py has the interface; `load` chooses and loads one."""
+
+from lamoe.backends.load import load, prepare
+
+__all__ = ["load", "prepare"]

@@ -1,4 +1,8 @@
-"""The engine's cache: rows in any storage format of cache_codec.py, in pages that sequences of any length share; a `Step` is what one pass of the model sees of it."""
+"""The paged cache of the engine, and what one forward pass of the torch model sees of it.
+
+Rows are stored in any format of cache_codec.py, in pages that sequences of any length share.
+Which page belongs to which sequence is decided in engine/pages.py.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,13 @@ from lamoe.model.config import ModelConfig
 
 
 class PagedCache:
-    """`pages` pages of `page_size` rows in storage format `format`: one byte tensor [layers, pages * page_size, row bytes]. A slot is a row's
-    number, page * page_size + place. Rows are read in `dtype`. Which page belongs to whom is engine/pages.py's business."""
+    """`pages` pages of `page_size` cache rows each, for every layer.
+
+    Attributes:
+        rows: uint8 [layers, pages * page_size, row bytes]. The index of a row is called its slot:
+            page * page_size + offset in the page.
+        dtype: the dtype that rows are decoded to.
+    """
 
     def __init__(
         self,
@@ -24,22 +33,23 @@ class PagedCache:
         page_size: int = 16,
         format: str = "bf16",
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ):
         if pages < 1 or page_size < 1:
             raise ValueError(
-                f"a paged cache needs at least one page of one row, asked for {pages} of {page_size}"
+                "a paged cache needs at least one page of one row, "
+                f"asked for {pages} of {page_size}"
             )
-        self.widths, self.page_size, self.pages, self.format, self.dtype = (
-            config.cache_row,
-            page_size,
-            pages,
-            format,
-            dtype,
-        )
-        row = cache_codec.row_bytes(format, self.widths)
-        # numpy's zeros, not torch's: the system gives the memory when it is written, so a cache takes what its tokens take, not what it may come to
-        self.rows = torch.from_numpy(
-            np.zeros((config.num_hidden_layers, pages * page_size, row), np.uint8)
+        self.widths, self.format, self.dtype = config.cache_row, format, dtype
+        self.pages, self.page_size, self.device = pages, page_size, torch.device(device)
+        row_bytes = cache_codec.row_bytes(format, self.widths)
+        shape = (config.num_hidden_layers, pages * page_size, row_bytes)
+        # numpy's zeros take memory only when they are written; torch.zeros writes them all now.
+        on_host = self.device.type == "cpu"
+        self.rows = (
+            torch.from_numpy(np.zeros(shape, np.uint8))
+            if on_host
+            else torch.zeros(shape, dtype=torch.uint8, device=self.device)
         )
 
     @property
@@ -47,20 +57,23 @@ class PagedCache:
         return self.rows.numel()
 
     def write(self, layer: int, slots: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> None:
-        """Store parts [N, width] in slots [N]."""
+        """Encode the two parts [N, width] of N rows and store them in `slots` [N]."""
         self.rows[layer].index_copy_(0, slots, cache_codec.encode(self.format, parts))
 
     def read(self, layer: int, slots: torch.Tensor) -> list[torch.Tensor]:
-        """The parts of slots [b, S], [b, S, width] each."""
+        """Decode the rows in `slots` [b, S] to their two parts, [b, S, width] each."""
         stored = self.rows[layer].index_select(0, slots.flatten())
-        return [
-            part.unflatten(0, slots.shape)
-            for part in cache_codec.decode(self.format, stored, self.widths, self.dtype)
-        ]
+        parts = cache_codec.decode(self.format, stored, self.widths, self.dtype)
+        return [part.unflatten(0, slots.shape) for part in parts]
 
 
 class Group(NamedTuple):
-    """Sequences that attend together: their tokens in the step, the slots of all their rows [b, S] (padded in front), `first` as in View."""
+    """Sequences whose tokens attend in one call.
+
+    tokens: their tokens in the batch.
+    slots: int64 [b, S], the slots of all their rows. Shorter sequences are padded in front.
+    first: int64 [b], index of the first row that is not padding; None if nothing is padded.
+    """
 
     tokens: slice
     slots: torch.Tensor
@@ -69,28 +82,30 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """One pass over N tokens of many sequences, laid side by side as ids [1, N]. position [N] and slot [N] of every token; groups cover the
-    tokens in order."""
+    """The cache of one forward pass over N tokens of many sequences, laid out as ids [1, N].
+
+    position: int64 [N]. slot: int64 [N], where the new row of each token is stored.
+    groups: cover the tokens in order.
+    """
 
     cache: PagedCache
     position: torch.Tensor
     slot: torch.Tensor
     groups: list[Group]
 
-    length = 0  # of what the ids continue: positions are given, not counted
-
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         n = len(self.position)
-        assert len(self.slot) == n and [g.tokens.start for g in self.groups] + [n] == [0] + [
-            g.tokens.stop for g in self.groups
-        ]
+        assert len(self.slot) == n
+        starts = [g.tokens.start for g in self.groups] + [n]
+        assert starts == [0] + [g.tokens.stop for g in self.groups]
 
     def positions(self, tokens: int) -> torch.Tensor:
         return self.position[None]
 
     def views(self, layer: int, *new: torch.Tensor) -> list[View]:
+        """Store the new rows of a layer and return what each group attends to."""
         self.cache.write(layer, self.slot, tuple(part[0] for part in new))
         return [View(g.tokens, self.cache.read(layer, g.slots), g.first) for g in self.groups]
 
     def advance(self, tokens: int) -> None:
-        """Nothing to do: the scheduler counts."""
+        """Do nothing: the scheduler counts computed tokens."""

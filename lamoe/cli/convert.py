@@ -14,6 +14,7 @@ def quantize(args: argparse.Namespace) -> int:
     """Pack a model into a folder, with a progress bar, and print the size of each weight class."""
     import torch
 
+    from lamoe.backends.base import Formats
     from lamoe.backends.cpu import packed, packed_file
     from lamoe.checkpoints import read_config, resolve
 
@@ -21,9 +22,10 @@ def quantize(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     source = resolve(find_model(args.source))
     config = read_config(source)
-    element = packed.element(args.weights)
-    planned = packed.pieces(config, args.weights, args.head)
-    total = sum(packed.piece_bytes(piece, element) for piece in planned)
+    formats = Formats(args.weights, args.head)
+    element = packed.element_format(formats)
+    planned = packed.packed_tensors(config, formats)
+    total = sum(packed.packed_bytes(tensor, element) for tensor in planned)
     packing, done = f"packing as {args.weights}", []
     with _progress_bar() as bar:
         task = bar.add_task(packing, total=total)
@@ -32,13 +34,11 @@ def quantize(args: argparse.Namespace) -> int:
             bar.update(task, description=f"calibrating, layer {layer}")
 
         options = _calibration(args, source, config, show_layer) if args.calibrate else {}
-        for piece, size in packed_file.write(
-            source, args.target, args.weights, head=args.head, **options
-        ):
+        for tensor, size in packed_file.write(source, args.target, formats, **options):
             bar.update(task, advance=size, description=packing)
-            done.append(piece)
-    print(_class_table(packed.classes(config, args.weights, done, args.head)))
-    print(_summary(args.target, sum(packed.piece_bytes(piece, element) for piece in done)))
+            done.append(tensor)
+    print(_class_table(packed.weight_classes(config, formats, done)))
+    print(_summary(args.target, sum(packed.packed_bytes(tensor, element) for tensor in done)))
     return 0
 
 
@@ -103,9 +103,9 @@ def _calibration(
 def _class_table(classes) -> str:
     lines = [f"{'class':<20} {'weights':>16} {'bytes':>16} {'bits per weight':>16}  format"]
     for name, c in classes.items():
-        bits = f"{8 * c.bytes / c.elements:.2f}" if c.elements else "-"
+        bits = f"{8 * c.num_bytes / c.num_weights:.2f}" if c.num_weights else "-"
         formats = ", ".join(c.formats)
-        lines.append(f"{name:<20} {c.elements:>16,} {c.bytes:>16,} {bits:>16}  {formats}")
+        lines.append(f"{name:<20} {c.num_weights:>16,} {c.num_bytes:>16,} {bits:>16}  {formats}")
     return "\n".join(lines)
 
 
@@ -113,5 +113,5 @@ def _summary(target: str, total: int) -> str:
     from lamoe.backends.cpu import packed_file
     from lamoe.model.accounting import human_bytes
 
-    bits = packed_file.bits(target)
+    bits = packed_file.bits_per_weight(target)
     return f"{target} is complete: {human_bytes(total)}, {bits:.2f} bits per weight in total"

@@ -38,7 +38,7 @@ def _evaluate(args: argparse.Namespace, run: Path) -> dict[str, Any]:
     """The result of the needle test, of a report on --data, or of a report on a run's own text."""
     from lamoe.measure import report
 
-    model, tok = _load(args)
+    model, tok, speed_model = _load(args)
     if args.needle:
         return report.evaluate_needle(
             model,
@@ -50,17 +50,24 @@ def _evaluate(args: argparse.Namespace, run: Path) -> dict[str, Any]:
             note=lambda text: print(text, file=sys.stderr, flush=True),
         )
     if args.data:
-        return report.evaluate_texts(model, tok, args.data, args.seq_len or report.trained_at(run))
-    return report.evaluate_run(model, tok, run)
+        return report.evaluate_texts(
+            model, tok, args.data, args.seq_len or report.trained_at(run), speed_model
+        )
+    return report.evaluate_run(model, tok, run, speed_model)
 
 
 def _load(args: argparse.Namespace):
-    """(model, tokenizer); the model is packed if the folder is, or if a format is asked for."""
+    """Load a model to evaluate: (backend, tokenizer, what generates for the speed test).
+
+    Quality is measured on the torch ops unless the model is packed or a format is asked for; speed
+    as `lamoe generate` runs the model.
+    """
     import torch
 
+    from lamoe import backends
+    from lamoe.backends.base import Formats
     from lamoe.backends.cpu import packed_file
-    from lamoe.checkpoints import load, resolve
-    from lamoe.engine import llm
+    from lamoe.checkpoints import resolve
     from lamoe.text.tokenizer import Tokenizer
 
     if args.threads:
@@ -71,10 +78,11 @@ def _load(args: argparse.Namespace):
         raise ValueError(
             f"{args.model} is not a run folder, so it has no held-out text; name a text with --data"
         )
+    tokenizer = Tokenizer.load(folder)
     if args.weights is None and args.head is None and not packed_file.is_packed(folder):
-        return load(folder), Tokenizer.load(folder)
-    model = llm.load_runnable(folder, args.weights, None, args.threads, head=args.head)
-    return model, Tokenizer.load(folder)
+        return backends.load(folder, backend="torch"), tokenizer, folder
+    backend = backends.load(folder, Formats(args.weights, args.head), threads=args.threads)
+    return backend, tokenizer, backend
 
 
 def info(args: argparse.Namespace) -> int:
@@ -102,13 +110,16 @@ def info(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     """Measure speed. The last line of the output is JSON."""
+    from lamoe.backends.base import Formats
     from lamoe.measure import bench, tables
 
     if models.is_config(args.model):
         config = models.read_config(args.model)[0]
-        make = bench.random_weights(config, args.weights, args.head)
+        make = bench.random_weights(config, Formats(args.weights, args.head))
     else:
-        make = bench.stored_weights(models.find_model(args.model), args.weights, args.head)
+        make = bench.stored_weights(
+            models.find_model(args.model), Formats(args.weights, args.head)
+        )
     result = bench.run(
         args.model,
         make,

@@ -60,5 +60,5 @@ def read_config(name: str) -> tuple[ModelConfig, str, float]:
     folder = path if path.is_dir() else checkpoints.resolve(name)
     shown = str(path) if path.is_dir() else name
     if packed_file.is_packed(folder):
-        return packed_file.any_config(folder), shown, packed_file.bits(folder)
+        return packed_file.any_config(folder), shown, packed_file.bits_per_weight(folder)
     return checkpoints.read_config(folder), shown, 16.0

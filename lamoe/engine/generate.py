@@ -1,4 +1,8 @@
-"""One sequence, token by token, from a contiguous latent cache: prefill (expanded), then absorbed decode steps."""
+"""Plain generation: one sequence, token by token, over a contiguous cache.
+
+This is the readable form that the engine is tested against. The command line and the server use
+the engine (llm.py).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lamoe.engine.sampler import SamplingParams, sample
+from lamoe.engine.next_token import TextStream, next_token
+from lamoe.engine.request import Sequence, check_prompt
+from lamoe.engine.sampler import SamplingParams
 from lamoe.model.cache import KVCache
 from lamoe.model.transformer import Transformer
 from lamoe.text.tokenizer import Tokenizer
@@ -15,8 +21,12 @@ from lamoe.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step added. `text` may be empty (half a character, a possible stop string). finish_reason: None until the last
-    piece, then "stop" (EOS, a stop string, or a complete grammar) or "length" (max_tokens, or the model's context is full)."""
+    """The result of one step.
+
+    text: may be empty, for half a character or the possible beginning of a stop string.
+    finish_reason: None until the last piece, then "stop" (EOS, a stop string, or a complete
+        grammar) or "length" (max_tokens, or the model's context is full).
+    """
 
     token_id: int
     text: str
@@ -30,98 +40,40 @@ def generate(
     tokenizer: Tokenizer | None = None,
     eos_ids: frozenset[int] = frozenset(),
 ) -> Iterator[Piece]:
-    """Continue `prompt` (token ids, BOS included where the model wants one). With a tokenizer the pieces carry text and its
-    stop_ids end the output, stop strings need one. ValueError, before anything runs, for an empty prompt, an id outside the
-    vocabulary, or a prompt that leaves no room in the context."""
-    room = model.config.max_position_embeddings - len(prompt)
-    if not prompt:
-        raise ValueError("the prompt has no tokens; give at least one, for example BOS")
-    if room < 1:
-        raise ValueError(
-            f"the prompt has {len(prompt)} tokens and leaves no room in the model's context of {model.config.max_position_embeddings}; shorten it"
-        )
-    if params.stop and tokenizer is None:
-        raise ValueError("stop strings need a tokenizer")
+    """Continue a prompt.
+
+    Args:
+        prompt: token ids, BOS included where the model wants one.
+        tokenizer: gives the pieces text; needed for stop strings. Its stop ids end the output.
+        eos_ids: ids that end the output, instead of the tokenizer's.
+
+    Raises:
+        ValueError: before anything runs, for an empty prompt, an id outside the vocabulary, or a
+            prompt that leaves no room in the context.
+    """
+    context = model.config.max_position_embeddings
+    limit_name = "the model's context of"
+    check_prompt(prompt, params, tokenizer, model.config, context, limit_name)
     matcher = None if params.grammar is None else params.grammar.start(tokenizer)
-    if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
-        raise ValueError(
-            f"the prompt has token ids from {min(prompt)} to {max(prompt)}; the vocabulary has {model.config.vocab_size}"
-        )
-    return _steps(
-        model,
-        prompt,
-        params,
-        tokenizer,
-        eos_ids or (tokenizer.stop_ids if tokenizer else frozenset()),
-        min(params.max_tokens, room),
-        matcher,
-    )
+    limit = min(len(prompt) + params.max_tokens, context)
+    seq = Sequence(0, list(prompt), len(prompt), params, limit, params.generator(), matcher)
+    eos_ids = eos_ids or (tokenizer.stop_ids if tokenizer else frozenset())
+    return _steps(model, seq, tokenizer, eos_ids)
 
 
 @torch.inference_mode()
-def _steps(model, prompt, params, tokenizer, eos_ids, limit, matcher) -> Iterator[Piece]:
+def _steps(
+    model: Transformer, seq: Sequence, tokenizer: Tokenizer | None, eos_ids: frozenset[int]
+) -> Iterator[Piece]:
     weight = model.embed.weight
-    cache = KVCache(model.config, 1, len(prompt) + limit, weight.dtype, weight.device)
-    generator, text = params.generator(), TextStream(tokenizer, params.stop, params.skip_special)
-    tokens, new = list(prompt), prompt
-    for step in range(limit):
-        h = model.hidden(torch.tensor([new], device=weight.device), cache)
-        logits = params.adjust(model.logits(h[0, -1]), tokens, len(prompt), eos_ids)
-        token = sample(
-            matcher.mask(logits, params.ignore_eos) if matcher else logits, params, generator
-        )
-        if matcher:
-            matcher.accept(token)
-        tokens.append(token)
-        if token in eos_ids and not params.ignore_eos:
-            yield Piece(token, text.rest(), "stop")
+    cache = KVCache(model.config, 1, seq.limit, weight.dtype, weight.device)
+    text = TextStream(tokenizer, seq.params.stop, seq.params.skip_special)
+    new = seq.tokens
+    while True:
+        hidden = model.hidden(torch.tensor([new], device=weight.device), cache)
+        logits = model.logits(hidden[0, -1]).cpu()
+        piece = next_token(seq, text, logits, eos_ids)
+        yield Piece(*piece)
+        if piece.finish_reason:
             return
-        piece, stopped = text.add(token)
-        if stopped:
-            yield Piece(token, piece, "stop")
-            return
-        complete = matcher is not None and matcher.complete
-        if complete or step == limit - 1:
-            yield Piece(token, piece + text.rest(), "stop" if complete else "length")
-            return
-        yield Piece(token, piece)
-        new = [token]
-
-
-class TextStream:
-    """Pieces of text as tokens come, with what could be the beginning of a stop string held back until it is not. `all` is what was shown."""
-
-    def __init__(
-        self, tokenizer: Tokenizer | None, stop: tuple[str, ...], skip_special: bool = True
-    ):
-        self.stream, self.stop, self.held, self.all = (
-            tokenizer.stream(skip_special=skip_special) if tokenizer else None,
-            stop,
-            "",
-            "",
-        )
-
-    def add(self, token: int) -> tuple[str, bool]:
-        """(text to show, whether a stop string was completed)."""
-        if self.stream is None:
-            return "", False
-        text = self.held + self.stream.step(token)
-        found = [at for s in self.stop if (at := text.find(s)) >= 0]
-        if found:
-            self.held = ""
-            return self._show(text[: min(found)]), True
-        keep = max(
-            (n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0
-        )
-        self.held = text[len(text) - keep :]
-        return self._show(text[: len(text) - keep]), False
-
-    def rest(self) -> str:
-        """What was held back, at the end of the output; cut at a stop string that an incomplete character completed."""
-        text = self.held + (self.stream.flush() if self.stream else "")
-        found = [at for s in self.stop if (at := text.find(s)) >= 0]
-        return self._show(text[: min(found)] if found else text)
-
-    def _show(self, text: str) -> str:
-        self.all += text
-        return text
+        new = [piece.token_id]

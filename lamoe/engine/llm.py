@@ -1,4 +1,7 @@
-"""The engine: many requests at once over one paged cache. `LLM(...).generate(prompts, params)`; `add`, `step` and `cancel` for servers."""
+"""The engine: many requests at once over one paged cache.
+
+`LLM(...).generate(prompts, params)` for programs; `add`, `step` and `cancel` for servers.
+"""
 
 from __future__ import annotations
 
@@ -13,32 +16,32 @@ from pathlib import Path
 
 import torch
 
+from lamoe import backends
 from lamoe.backends import cache_codec
-from lamoe.backends.cpu import native, packed, packed_file
-from lamoe.backends.cpu.packed import PackedModel
-from lamoe.backends.paged_cache import PagedCache
-from lamoe.checkpoints import load, read_config, resolve
+from lamoe.backends.base import Backend, Formats
 from lamoe.engine import prefix_file, runner
-from lamoe.engine.generate import TextStream
 from lamoe.engine.grammar import Matcher
 from lamoe.engine.lookup import Pace
+from lamoe.engine.next_token import TextStream, next_token
 from lamoe.engine.pages import PagePool
-from lamoe.engine.plan import Plan, available_memory, fit
-from lamoe.engine.request import Output, Sequence
-from lamoe.engine.sampler import SamplingParams, sample
+from lamoe.engine.plan import Plan, fit
+from lamoe.engine.request import Output, Sequence, check_prompt
+from lamoe.engine.sampler import SamplingParams
 from lamoe.engine.scheduler import Scheduler
-from lamoe.model import accounting
-from lamoe.model.config import ModelConfig, did_you_mean
+from lamoe.model.config import did_you_mean
 from lamoe.model.transformer import Transformer
 from lamoe.text.tokenizer import Tokenizer
 
 log = logging.getLogger("lamoe.engine")
-_LOGGED = "an internal error ended it ({}); the log has the traceback"
+_INTERNAL_ERROR = "an internal error ended it ({}); the log has the traceback"
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step added to one sequence. output: set on the last one. logprobs: of this token, as in Output."""
+    """What one step added to one sequence.
+
+    output: set on the last delta. logprobs: of this token, as in Output.
+    """
 
     id: int
     token_id: int | None
@@ -48,20 +51,41 @@ class Delta:
 
 
 class LLM:
-    """A model with a paged cache and continuous batching. ValueError, before any weight is read, when the memory does not suffice (engine/plan.py).
+    """A model with a paged cache and continuous batching.
 
-    model: a Transformer, a PackedModel, or the folder (packed or not) or hub id of one. weights: int8 | int4 quantises while loading (`lamoe
-    quantize` does it once, for good); head: another format for the output head. impl: "native" runs the compiled kernels, "torch" the torch ops; None takes native where it can. cache:
-    fp32 | bf16 | int8 | 6bit | 4bit. cache_memory: bytes of cache (default: enough for four full contexts, at most 1 GiB). max_model_len: the
-    longest prompt + output; max_num_seqs: sequences running at once; max_num_batched_tokens: tokens of a step, which bounds how long a long
-    prompt can hold up those who are decoding. speculate: while at most this many sequences run, drafts from the text so far are checked several
-    tokens at a time (engine/lookup.py); outputs do not change. 0 switches it off. count_experts: every sequence counts which routed experts
-    computed its tokens (Output.experts, `experts`).
+    Args:
+        model: a Transformer, a Backend, or the folder (packed or not) or hub id of a model.
+        tokenizer: default: the one in the model's folder.
+        cache: storage format of the cache: fp32 | bf16 | int8 | 6bit | 4bit.
+        cache_memory: bytes of cache; default: enough for four full contexts, at most 1 GiB.
+        max_model_len: longest sequence in tokens, prompt and output; default: the model's limit.
+        max_num_seqs: sequences that run at once.
+        max_num_batched_tokens: tokens of one step, which bounds how long a long prompt delays
+            sequences that are decoding.
+        page_size: tokens of a cache page.
+        speculate: while at most this many sequences run, n-gram drafts are checked several tokens
+            at a time (lookup.py). Outputs do not change. 0 disables drafts.
+        dtype: of the computation, "float32" or "bfloat16"; default: the checkpoint's.
+        device: "auto" | "cpu" | "cuda" | "mps"; default: where the model is, else the CPU.
+        threads: CPU threads; 0 leaves torch's setting.
+        count_experts: count for every sequence which routed experts computed its tokens
+            (Output.experts, `experts`).
+        weights: quantise while loading: int8 | int4, or fp32 | bf16 in kernel layout. (`lamoe
+            quantize` does it once and writes a folder.)
+        head: the same for the output head alone.
+        backend: "cpu" (the compiled kernels) or "torch"; default: the compiled kernels where they
+            can run the model.
+
+    Attributes:
+        model: the `model` argument. backend: what runs it. config: its architecture.
+
+    Raises:
+        ValueError: before any weight is read, if memory does not suffice (plan.py).
     """
 
     def __init__(
         self,
-        model: Transformer | PackedModel | str | Path,
+        model: Transformer | Backend | str | Path,
         tokenizer: Tokenizer | None = None,
         *,
         cache: str = "bf16",
@@ -72,75 +96,88 @@ class LLM:
         page_size: int = 16,
         speculate: int = 2,
         dtype: str | None = None,
+        device: str | torch.device | None = None,
         threads: int = 0,
         count_experts: bool = False,
         weights: str | None = None,
         head: str | None = None,
-        impl: str | None = None,
+        backend: str | None = None,
     ):
         if cache not in cache_codec.FORMATS:
             raise ValueError(
-                f"unknown cache format {cache!r}{did_you_mean(cache, cache_codec.FORMATS)}; known: {', '.join(cache_codec.FORMATS)}"
+                f"unknown cache format {cache!r}{did_you_mean(cache, cache_codec.FORMATS)}; "
+                f"known: {', '.join(cache_codec.FORMATS)}"
             )
         if max_num_seqs < 1 or max_num_batched_tokens < max_num_seqs or page_size < 1:
             raise ValueError(
-                f"max_num_seqs {max_num_seqs} and page_size {page_size} must be at least 1, max_num_batched_tokens {max_num_batched_tokens} at least max_num_seqs"
+                f"max_num_seqs {max_num_seqs} and page_size {page_size} must be at least 1, "
+                f"max_num_batched_tokens {max_num_batched_tokens} at least max_num_seqs"
             )
         if threads:
             torch.set_num_threads(threads)
-        step = max_num_batched_tokens if impl != "torch" and native.available() else 0
-        options = (cache, cache_memory, max_model_len, max_num_seqs, page_size)
-        if isinstance(model, (Transformer, PackedModel)):
-            size, free = _weight_bytes(model), available_memory()
-            self._plan = fit(
-                model.config, size, *options, None if free is None else free + size, step
-            )  # the weights are there already
-        else:
-            folder = resolve(model)
-            config, size = _ahead(folder, dtype, weights, head)  # before the weights are read
-            free = available_memory()
-            if free is not None and packed_file.is_packed(folder):
-                free += size  # mapped pages of a file: what does not fit is read again
-            self._plan = fit(config, size, *options, free, step)
-            tokenizer = tokenizer or (
-                Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
-            )
-            model = load_runnable(folder, weights, dtype, threads, impl, head)
-        self.model, self.runs = (
+        prepared = backends.prepare(
             model,
-            _packed(model, weights, impl, threads, head),
-        )  # what was given; what steps run on
-        self._plan = replace(
-            self._plan,
-            weights=_weight_bytes(self.runs),
-            states=self._plan.states if isinstance(self.runs, PackedModel) else 0,
+            Formats(weights, head, cache),
+            dtype=dtype,
+            device=device,
+            backend=backend,
+            threads=threads,
         )
-        self.tokenizer, self.max_model_len, c = tokenizer, self._plan.max_model_len, model.config
-        self.cache = PagedCache(c, self._plan.pages, page_size, cache, self.dtype)
+        self._plan = fit(
+            prepared.config,
+            prepared.weight_bytes,
+            cache,
+            cache_memory,
+            max_model_len,
+            max_num_seqs,
+            page_size,
+            prepared.available,
+            lambda length: prepared.state_bytes(
+                prepared.config, length, max_num_seqs, max_num_batched_tokens
+            ),
+        )
+        folder = prepared.folder
+        if tokenizer is None and folder and (folder / "tokenizer.json").exists():
+            tokenizer = Tokenizer.load(folder)
+        self.model, self.tokenizer = model, tokenizer
+        self.backend, self.config = prepared.load(), prepared.config
+        self._plan = replace(self._plan, weights=self.backend.weight_bytes())
+        self.max_model_len = self._plan.max_model_len
+        self.cache = self.backend.new_cache(self._plan.pages, page_size, cache)
         self.pool = PagePool(self.cache.pages, page_size)
         self.scheduler = Scheduler(self.pool, max_num_seqs, max_num_batched_tokens, speculate)
-        self.eos_ids = tokenizer.stop_ids if tokenizer else frozenset({c.eos_token_id} - {None})
-        self.count_experts = count_experts and c.is_moe
-        self._ids, self._texts = count(), {}
-        self._inboxes: dict[int, deque[Delta]] = {}  # of those who wait in generate or stream
-        self.prompt_tokens = self.cached_tokens = (
-            0  # since the start; their ratio is the prefix hit rate
-        )
-        self.drafted = self.accepted = 0  # tokens of drafts, since the start
+        eos_id = self.config.eos_token_id
+        self.eos_ids = tokenizer.stop_ids if tokenizer else frozenset({eos_id} - {None})
+        self.count_experts = count_experts and self.config.is_moe
+        self._ids = count()
+        self._texts: dict[int, TextStream] = {}
+        # Deltas that `generate` and `stream` have not consumed yet, by sequence id.
+        self._inboxes: dict[int, deque[Delta]] = {}
+        # Totals since the start. cached_tokens / prompt_tokens is the prefix hit rate.
+        self.prompt_tokens = self.cached_tokens = 0
+        self.drafted = self.accepted = 0
         self._pace = Pace()
 
-    # ---- the simple way ------------------------------------------------------------------------------------------
+    # ---- whole requests --------------------------------------------------------------------------
     def generate(
         self,
         prompts: list[str | list[int]],
         params: SamplingParams | list[SamplingParams] = SamplingParams(),
     ) -> list[Output]:
-        """All outputs, in the order of the prompts (n samples of a prompt lie side by side). A prompt is a text or a list of token ids. Nothing
-        runs when one of them is not valid (ValueError)."""
+        """Generate all outputs, in the order of the prompts; n samples of a prompt are neighbours.
+
+        Args:
+            prompts: texts or lists of token ids.
+            params: for all prompts, or one for each.
+
+        Raises:
+            ValueError: if one of the requests is invalid. Then nothing runs.
+        """
         each = params if isinstance(params, list) else [params] * len(prompts)
         if isinstance(prompts, str) or len(each) != len(prompts):
             raise ValueError(
-                f"generate takes a list of prompts and one SamplingParams for all or for each; found {type(prompts).__name__} and {len(each)}"
+                "generate takes a list of prompts and one SamplingParams for all or for each; "
+                f"found {type(prompts).__name__} and {len(each)}"
             )
         sequences = [seq for prompt, p in zip(prompts, each) for seq in self._sequences(prompt, p)]
         done = {d.id: d.output for d in self._deltas(sequences) if d.output is not None}
@@ -149,12 +186,20 @@ class LLM:
     def stream(
         self, prompt: str | list[int], params: SamplingParams = SamplingParams()
     ) -> Iterator[Delta]:
-        """The deltas of one prompt as they come (all n samples, told apart by id). Leaving the loop early frees its pages."""
+        """Yield the deltas of one prompt as they come.
+
+        The n samples are told apart by `Delta.id`. Leaving the loop early frees their pages.
+        """
         return self._deltas(self._sequences(prompt, params))
 
     def _deltas(self, sequences: list[Sequence]) -> Iterator[Delta]:
-        """Run sequences to their end. Several of these may take turns: a step's deltas go to the inbox of whom they belong to."""
-        inbox, left = deque(), len(sequences)
+        """Run sequences to their end.
+
+        Several of these iterators may be consumed alternately: each step puts every delta into the
+        inbox of the iterator that it belongs to.
+        """
+        inbox: deque[Delta] = deque()
+        left = len(sequences)
         self._inboxes.update({seq.id: inbox for seq in sequences})
         try:
             for seq in sequences:
@@ -169,219 +214,198 @@ class LLM:
                 del self._inboxes[seq.id]
                 self.cancel(seq.id)
 
-    # ---- the pieces ----------------------------------------------------------------------------------------------
+    # ---- single steps ----------------------------------------------------------------------------
     def add(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
-        """Queue a request; the ids of its n sequences. ValueError when it can never run."""
+        """Queue a request and return the ids of its n sequences.
+
+        Raises:
+            ValueError: if it can never run.
+        """
         return self.add_all([(prompt, params)])
 
     def add_all(self, requests: list[tuple[str | list[int], SamplingParams]]) -> list[int]:
-        """Queue several requests, or none when one of them can never run (ValueError); the ids of all sequences, which follow each other."""
+        """Queue several requests and return the ids of all sequences, which are consecutive.
+
+        Raises:
+            ValueError: if one of them can never run. Then none is queued.
+        """
         sequences = [seq for prompt, params in requests for seq in self._sequences(prompt, params)]
         for seq in sequences:
             self._start(seq)
         return [seq.id for seq in sequences]
 
     def experts(self, id: int) -> torch.Tensor | None:
-        """[MoE layers, experts] int64: how often each routed expert computed a token of a sequence that runs or waits (tokens of a prefix hit were not
-        computed, those of a preempted sequence twice). None when it is not there, or without count_experts."""
-        return next(
-            (
-                seq.experts
-                for seq in (*self.scheduler.running, *self.scheduler.waiting)
-                if seq.id == id
-            ),
-            None,
-        )
+        """Return how often each routed expert computed a token of an unfinished sequence.
+
+        Tokens of a prefix hit were not computed; those of a preempted sequence were computed twice.
+
+        Returns:
+            int64 [MoE layers, E]; None for an unknown id, or without count_experts.
+        """
+        seq = self._find(id)
+        return seq.experts if seq else None
 
     def cancel(self, id: int) -> Output | None:
-        """End a sequence at any point and free its pages; what it came to, or None when it is not there (any more)."""
-        for seq in (*self.scheduler.running, *self.scheduler.waiting):
-            if seq.id == id:
-                output = self._finish(seq, "abort", self._texts[id].all)
-                self._deliver([Delta(id, None, "", output)])
-                return output
-        return None
+        """End a sequence at any point, free its pages, and return its output so far.
+
+        Returns None for a sequence that is unknown or finished.
+        """
+        seq = self._find(id)
+        if seq is None:
+            return None
+        output = self._finish(seq, "abort", self._texts[id].shown)
+        self._deliver([Delta(id, None, "", output)])
+        return output
+
+    def _find(self, id: int) -> Sequence | None:
+        unfinished = (*self.scheduler.running, *self.scheduler.waiting)
+        return next((seq for seq in unfinished if seq.id == id), None)
 
     def plan(self) -> Plan:
-        """What weights and cache take, and what fits in; `describe()` says it in words."""
+        """Return the memory plan; `describe()` puts it into words."""
         return self._plan
 
     @property
     def dtype(self) -> torch.dtype:
-        """What attention computes in, and cache rows are read in."""
-        return (
-            self.runs.dtype if isinstance(self.runs, PackedModel) else self.runs.embed.weight.dtype
-        )
+        """The dtype that attention computes in."""
+        return self.backend.dtype
 
     @property
     def busy(self) -> bool:
+        """Whether a sequence runs or waits."""
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
-        """One pass of the model over what the scheduler chose; what it added. When a pass fails, whom it fails for ends with an error, the others and
-        the engine go on. What is raised nevertheless has left the engine in a state that nothing is known about: use it no more."""
+        """Run one forward pass over what the scheduler chose, and return what it added.
+
+        If the pass fails, the affected sequences finish with an error and the others continue. If
+        `step` itself raises, the engine state is undefined: discard the engine.
+        """
         work = self.scheduler.schedule()
         if not work:
             return []
         alone = work[0] if len(work) == 1 and work[0][0].todo == 1 else None
         begin = time.perf_counter()
-        results, failed = self._pass(work)
+        results, failed = self._run(work)
         if alone and not failed:
             self._pace.saw(alone[1], time.perf_counter() - begin)
         for seq, n in work:
             if not seq.finish:
                 self.scheduler.computed(seq, n - len(seq.draft))
-        return self._deliver(
-            failed + [delta for result in results for delta in self._follow(*result)]
-        )
+        deltas = [delta for result in results for delta in self._accept(result)]
+        return self._deliver(failed + deltas)
 
-    def _pass(self, work: list[tuple[Sequence, int]]) -> tuple[list, list[Delta]]:
-        """(the results of runner.run, ends of sequences it failed for). A pass that fails has computed nothing: its rows count as unwritten, and only their
-        own sequences hold these pages. So it is tried again with each sequence alone, which tells whose fault it is, and takes less memory."""
+    def _run(self, work: runner.Work) -> tuple[list[runner.Ready], list[Delta]]:
+        """Run the scheduled work; return results, and the ends of sequences that it failed for.
+
+        A pass that fails has computed nothing: the rows count as unwritten, and only their own
+        sequences hold those pages. So it is retried with each sequence alone, which shows whose
+        fault it is and needs less memory.
+        """
         try:
-            return runner.run(self.runs, self.cache, work, self.count_experts), []
+            return runner.run(self.backend, self.cache, work, self.count_experts), []
         except Exception as e:
-            log.error(
-                "a pass failed",
-                exc_info=e,
-                extra={"fields": {"sequences": len(work), "tokens": sum(n for _, n in work)}},
-            )
+            fields = {"sequences": len(work), "tokens": sum(n for _, n in work)}
+            log.error("a pass failed", exc_info=e, extra={"fields": fields})
             if len(work) == 1:
-                return [], [self._fail(work[0][0], _LOGGED.format(type(e).__name__), internal=True)]
-        tried = [self._pass([one]) for one in work]
-        return [r for results, _ in tried for r in results], [
-            d for _, failed in tried for d in failed
-        ]
+                error = _INTERNAL_ERROR.format(type(e).__name__)
+                return [], [self._fail(work[0][0], error, internal=True)]
+        retried = [self._run([one]) for one in work]
+        results = [result for found, _ in retried for result in found]
+        return results, [delta for _, failed in retried for delta in failed]
 
     def _deliver(self, deltas: list[Delta]) -> list[Delta]:
-        for d in deltas:
-            if d.id in self._inboxes:
-                self._inboxes[d.id].append(d)
+        for delta in deltas:
+            if delta.id in self._inboxes:
+                self._inboxes[delta.id].append(delta)
         return deltas
 
-    def _follow(
-        self, seq: Sequence, logits: torch.Tensor, looks: list[tuple[float, int]]
-    ) -> list[Delta]:
-        """Sample behind the last token and, as long as the sample is what the draft says, behind each token of the draft."""
+    def _accept(self, ready: runner.Ready) -> list[Delta]:
+        """Choose the next token, and the ones after it while each equals the draft's token."""
+        seq, logits, checks = ready
         draft, seq.draft = seq.draft, []
-        deltas = [self._advance(seq, logits[0], *looks[0])]
-        for guess, row, look in zip(draft, logits[1:], looks[1:]):
+        deltas = [self._advance(seq, logits[0], *checks[0])]
+        for guess, row, check in zip(draft, logits[1:], checks[1:]):
             if seq.finish or seq.tokens[-1] != guess:
                 break
             self.scheduler.computed(seq, 1)
-            deltas.append(self._advance(seq, row, *look))
+            deltas.append(self._advance(seq, row, *check))
         if draft:
             accepted = len(deltas) - 1
-            seq.lookup.learn(len(draft), accepted, len(seq.tokens), self._pace.cost(1 + len(draft)))
+            cost = self._pace.cost(1 + len(draft))
+            seq.lookup.learn(len(draft), accepted, len(seq.tokens), cost)
             self.drafted, self.accepted = self.drafted + len(draft), self.accepted + accepted
         return deltas
 
-    def _advance(self, seq: Sequence, logits: torch.Tensor, total: float, best: int) -> Delta:
-        """The next token of a sequence. Whatever goes wrong with it (numbers, sampling, its grammar, its text) ends this one alone."""
-        if not math.isfinite(total):  # NaN and infinities survive a sum
-            self.pool.forget(
-                seq.pages
-            )  # rows before the bad one may be bad too: a masked NaN has weight 0, and 0 x NaN is NaN
+    def _advance(self, seq: Sequence, logits: torch.Tensor, total: float, argmax: int) -> Delta:
+        """Choose the next token of a sequence.
+
+        Whatever goes wrong with it (numbers, sampling, grammar, text) ends this sequence alone.
+
+        Args:
+            total: the sum of the logits; it is not finite if one of them is not.
+        """
+        if not math.isfinite(total):
+            # Earlier rows may be bad too: a masked NaN has weight 0, and 0 x NaN is NaN.
+            self.pool.forget(seq.pages)
             return self._fail(seq, "the model's logits are not finite", internal=True)
         try:
-            return self._choose(seq, logits, best)
-        except (ValueError, RuntimeError) as e:  # options or a grammar that leave nothing to choose
+            return self._choose(seq, logits, argmax)
+        except (ValueError, RuntimeError) as e:  # options or a grammar that leave no token
             return self._fail(seq, str(e), internal=False)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as e:  # a panic of a library in Rust is no Exception
             log.error("a sequence failed", exc_info=e)
-            return self._fail(seq, _LOGGED.format(type(e).__name__), internal=True)
+            return self._fail(seq, _INTERNAL_ERROR.format(type(e).__name__), internal=True)
 
     def _fail(self, seq: Sequence, error: str, internal: bool) -> Delta:
-        """End a sequence with an error; Output says what internal means."""
+        """End a sequence with an error; see Output.internal."""
         seq.error, seq.internal = error, internal
-        return Delta(seq.id, None, "", self._finish(seq, "error", self._texts[seq.id].all))
+        return Delta(seq.id, None, "", self._finish(seq, "error", self._texts[seq.id].shown))
 
-    def _choose(self, seq: Sequence, logits: torch.Tensor, best: int) -> Delta:
-        p, text = seq.params, self._texts[seq.id]
-        adjusted = p.adjust(logits, seq.tokens, seq.prompt_len, self.eos_ids)
-        if seq.matcher:
-            adjusted = seq.matcher.mask(adjusted, p.ignore_eos)
-        token = (
-            best
-            if p.temperature == 0 and adjusted is logits
-            else sample(adjusted, p, seq.generator)
-        )
-        if seq.matcher:
-            seq.matcher.accept(token)
-        logprobs = None if p.logprobs is None else token_logprobs(logits, token, p.logprobs)
-        if logprobs is not None:
+    def _choose(self, seq: Sequence, logits: torch.Tensor, argmax: int) -> Delta:
+        text, num_logprobs = self._texts[seq.id], seq.params.logprobs
+        if logits.device.type != "cpu" and not seq.params.is_plain_greedy:
+            logits = logits.cpu()  # sampling, penalties and grammars work on the host
+        token, piece, reason = next_token(seq, text, logits, self.eos_ids, argmax)
+        logprobs = None
+        if num_logprobs is not None:
+            logprobs = token_logprobs(logits, token, num_logprobs)
             seq.logprobs.append(logprobs)
-        seq.tokens.append(token)
-        if token in self.eos_ids and not p.ignore_eos:
-            piece = text.rest()
-            return Delta(seq.id, token, piece, self._finish(seq, "stop", text.all), logprobs)
-        piece, stopped = text.add(token)
-        if stopped:
-            return Delta(seq.id, token, piece, self._finish(seq, "stop", text.all), logprobs)
-        complete = seq.matcher is not None and seq.matcher.complete
-        if complete or len(seq.tokens) >= seq.limit:
-            piece += text.rest()
-            return Delta(
-                seq.id,
-                token,
-                piece,
-                self._finish(seq, "stop" if complete else "length", text.all),
-                logprobs,
-            )
-        return Delta(seq.id, token, piece, None, logprobs)
+        output = self._finish(seq, reason, text.shown) if reason else None
+        return Delta(seq.id, token, piece, output, logprobs)
 
-    def _sequences(self, prompt: str | list[int], p: SamplingParams) -> list[Sequence]:
-        c, tok = self.model.config, self.tokenizer
+    def _sequences(self, prompt: str | list[int], params: SamplingParams) -> list[Sequence]:
+        """Make the n sequences of a request. ValueError if it can never run."""
+        tokenizer = self.tokenizer
         if isinstance(prompt, str):
-            if tok is None:
+            if tokenizer is None:
                 raise ValueError(
-                    "a text prompt needs a tokenizer; give token ids, or a model folder with tokenizer.json"
+                    "a text prompt needs a tokenizer; give token ids, or a model folder with "
+                    "tokenizer.json"
                 )
-            prompt = tok.encode(prompt, bos=tok.add_bos)
-        if not prompt:
-            raise ValueError("the prompt has no tokens; give at least one, for example BOS")
-        if not all(type(t) is int and 0 <= t < c.vocab_size for t in prompt):
-            raise ValueError(
-                f"a prompt is a list of token ids from 0 to {c.vocab_size - 1}; found {next(t for t in prompt if type(t) is not int or not 0 <= t < c.vocab_size)!r}"
-            )
-        if len(prompt) >= self.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens and leaves no room in max_model_len {self.max_model_len}; shorten it"
-                + (
-                    f", or raise max_model_len (the model takes {c.max_position_embeddings})"
-                    if self.max_model_len < c.max_position_embeddings
-                    else ""
-                )
-            )
-        if p.stop and tok is None:
-            raise ValueError("stop strings need a tokenizer")
-        if p.logit_bias and max(p.logit_bias) >= c.vocab_size:
-            raise ValueError(
-                f"logit_bias names token {max(p.logit_bias)}; the vocabulary has {c.vocab_size}"
-            )
-        limit = min(len(prompt) + p.max_tokens, self.max_model_len)
-        first = Sequence(
-            next(self._ids), list(prompt), len(prompt), p, limit, p.generator(0), self._matcher(p)
-        )
-        return [first] + [
-            Sequence(
+            prompt = tokenizer.encode(prompt, bos=tokenizer.add_bos)
+        check_prompt(prompt, params, tokenizer, self.config, self.max_model_len)
+        limit = min(len(prompt) + params.max_tokens, self.max_model_len)
+        sequences: list[Sequence] = []
+        for i in range(params.n):
+            seq = Sequence(
                 next(self._ids),
                 list(prompt),
                 len(prompt),
-                p,
+                params,
                 limit,
-                p.generator(i),
-                self._matcher(p),
-                first,
+                params.generator(i),
+                self._matcher(params),
+                leader=sequences[0] if sequences else None,
             )
-            for i in range(1, p.n)
-        ]
+            sequences.append(seq)
+        return sequences
 
-    def _matcher(self, p: SamplingParams) -> Matcher | None:
-        return None if p.grammar is None else p.grammar.start(self.tokenizer)
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        return None if params.grammar is None else params.grammar.start(self.tokenizer)
 
     def _start(self, seq: Sequence) -> None:
         self._texts[seq.id] = TextStream(self.tokenizer, seq.params.stop, seq.params.skip_special)
@@ -394,126 +418,47 @@ class LLM:
         self.prompt_tokens += seq.prompt_len
         self.cached_tokens += seq.cached
         return Output(
-            seq.output,
-            text,
-            reason,
-            seq.prompt_len,
-            seq.cached,
-            seq.logprobs if seq.params.logprobs is not None else None,
-            seq.error,
-            seq.experts,
-            seq.internal,
+            token_ids=seq.output,
+            text=text,
+            finish_reason=reason,
+            prompt_tokens=seq.prompt_len,
+            cached_tokens=seq.cached,
+            logprobs=seq.logprobs if seq.params.logprobs is not None else None,
+            error=seq.error,
+            experts=seq.experts,
+            internal=seq.internal,
         )
 
-    # ---- prefixes on disk ----------------------------------------------------------------------------------------
+    # ---- prefixes on disk ------------------------------------------------------------------------
     def save_cache(self, file: str | Path, tokens: list[int]) -> int:
-        """Write what the cache holds of the beginning of `tokens` (ids) to a safetensors file; how many tokens that is. See prefix_file.py. Like
-        `load_cache` it goes between two steps, not beside one in another thread."""
-        return prefix_file.save(file, tokens, self.runs, self.cache, self.pool)
+        """Save the cached rows of the beginning of `tokens` to a safetensors file.
+
+        Call it between two steps, not from another thread. See prefix_file.py.
+
+        Returns:
+            the number of tokens whose rows were saved.
+        """
+        return prefix_file.save(file, tokens, self.backend, self.cache, self.pool)
 
     def load_cache(self, file: str | Path) -> int:
-        """Read a file of `save_cache`: prompts that begin with its tokens need not compute them again. How many tokens of it are in the cache now.
-        ValueError for another model or cache format, a damaged file, or one that does not fit."""
-        return prefix_file.load(file, self.runs, self.cache, self.pool, self.max_model_len)
+        """Load a file of `save_cache`: prompts that begin with its tokens reuse its rows.
 
+        Call it between two steps, not from another thread.
 
-def _weight_bytes(model: Transformer | PackedModel) -> int:
-    return (
-        sum(model.nbytes.values())
-        if isinstance(model, PackedModel)
-        else sum(p.numel() * p.element_size() for p in model.parameters())
-    )
+        Returns:
+            the number of its tokens that are in the cache now.
 
-
-def _ahead(
-    folder: Path, dtype: str | None, weights: str | None, head: str | None = None
-) -> tuple[ModelConfig, int]:
-    """The config of a model that is not loaded yet, and about how many bytes its weights will take."""
-    if packed_file.is_packed(folder):
-        return packed_file.any_config(folder), packed_file.stored_bytes(folder)
-    config = read_config(folder)
-    bits = native.BITS.get(weights) or accounting.DTYPE_BITS.get(dtype or config.torch_dtype, 32)
-    more = native.BITS.get(head, bits) - bits
-    return config, int(
-        (accounting.parameters(config).total * bits + config.vocab_size * config.hidden_size * more)
-        / 8
-    )
-
-
-def load_runnable(
-    folder: Path,
-    weights: str | None = None,
-    dtype: str | None = None,
-    threads: int = 0,
-    impl: str | None = None,
-    head: str | None = None,
-) -> Transformer | PackedModel:
-    """The model of a folder, packed or not, in the form that steps run on; LLM says what the options are."""
-    if packed_file.is_packed(folder):
-        if dtype is not None:
-            raise ValueError(
-                f"dtype is {dtype}, but {folder} is a packed model, which has its own; leave dtype away"
-            )
-        if not native.available():
-            raise ValueError(
-                f"{folder} is packed for the compiled kernels, which are not there (or LAMOE_IMPL switches them off); install lamoe with a "
-                "C++ compiler, or use the model it was made from"
-            )
-        return _packed(
-            packed_file.load(folder, threads, available_memory()), weights, impl, threads, head
-        )
-    if weights is not None and dtype is None and impl != "torch" and native.available():
-        config = read_config(
-            folder
-        )  # a tensor at a time: the checkpoint itself need not fit into memory
-        return PackedModel.read(config, weights, packed_file.reader(folder, config), threads, head)
-    return _packed(
-        load(folder, dtype), weights, impl, threads, head
-    )  # and the Transformer it was made from goes
-
-
-def _packed(
-    model: Transformer | PackedModel,
-    weights: str | None,
-    impl: str | None,
-    threads: int,
-    head: str | None,
-) -> Transformer | PackedModel:
-    """The model in the form that `impl` runs."""
-    if impl not in (None, "native", "torch"):
-        raise ValueError(f"impl is {impl!r}; known: native, torch")
-    if isinstance(model, PackedModel):
-        if impl == "torch" or weights not in (None, model.weights):
-            raise ValueError(
-                f"the model is packed as {model.weights}; it runs on the compiled kernels in that format only"
-            )
-        if head not in (None, model.head):
-            raise ValueError(
-                f"the model is packed with its output head as {model.head}, asked for is {head}; leave head away, or quantize the model it was made from again"
-            )
-        return model
-    if impl == "torch" or not native.available():
-        if impl == "native" or weights is not None or head is not None:
-            raise ValueError(
-                "the compiled kernels are not there (or LAMOE_IMPL, impl='torch' switch them off), and quantised weights need them; install lamoe with a C++ compiler"
-            )
-        native.announce()
-        return model.eval()
-    if (
-        impl is None
-        and weights is None
-        and head is None
-        and (
-            model.embed.weight.dtype not in (torch.float32, torch.bfloat16)
-            or packed.lacks(model.config)
-        )
-    ):
-        return model.eval()
-    return PackedModel.of(model, weights, threads, head)
+        Raises:
+            ValueError: for another model or cache format, a damaged file, or one that does not fit.
+        """
+        return prefix_file.load(file, self.backend, self.cache, self.pool, self.max_model_len)
 
 
 def token_logprobs(logits: torch.Tensor, token: int, top: int) -> dict[int, float]:
-    """The chosen token and the `top` most likely ones with the natural logs of their probabilities, most likely first."""
+    """Return the natural log-probabilities of the `top` most likely tokens and of `token`.
+
+    The most likely come first.
+    """
     logp = logits.float().log_softmax(-1)
     ids = logp.topk(min(top, len(logp))).indices.tolist() if top else []
     return {i: float(logp[i]) for i in dict.fromkeys([*ids, token])}

@@ -1,28 +1,34 @@
-"""What a model and its cache take of the memory: decided before anything is allocated, refused when it cannot be, and said in words."""
+"""The memory plan: what weights, cache and attention take, decided before anything is allocated."""
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from lamoe.backends import cache_codec
 from lamoe.model import accounting
 from lamoe.model.accounting import human_bytes
-from lamoe.model.attention import cheaper_form
 from lamoe.model.config import ModelConfig
 
-STATES = 128 << 20  # Model::state_limit of csrc/model.h
-DEFAULT_BYTES = (
-    1 << 30
-)  # a cache is at most this large unless one full context needs more, or somebody says so
+# A cache is at most this large, unless one full context needs more or the caller says so.
+DEFAULT_CACHE_BYTES = 1 << 30
+DEFAULT_CONTEXTS = 4  # full contexts that a cache has memory for if nothing is said
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes, all layers. `cache` is `pages` pages; `expanded_bytes_per_token`: full keys and values at 16 bits, what a program without a latent cache keeps;
-    `states`: what the compiled kernels take at most for partial results of attention (`state_bytes`), 0 on torch ops."""
+    """Memory of a model and its cache, in bytes over all layers.
+
+    format: storage format of the cache.
+    cache: bytes of `pages` pages.
+    bytes_per_token: one token's cache rows.
+    expanded_bytes_per_token: its full keys and values at 16 bits, which is what a program without
+        a latent cache stores.
+    max_model_len: longest sequence in tokens, prompt and output.
+    states: most bytes of attention's partial results (Backend.state_bytes).
+    """
 
     format: str
     weights: int
@@ -31,73 +37,42 @@ class Plan:
     page_size: int
     bytes_per_token: int
     expanded_bytes_per_token: int
-    max_model_len: int  # tokens of one sequence, prompt and output
+    max_model_len: int
     max_num_seqs: int
     states: int
 
     @property
     def tokens(self) -> int:
-        """Rows of the cache, all sequences together."""
+        """Tokens that the cache holds, of all sequences together."""
         return self.pages * self.page_size
 
     @property
     def sequences(self) -> int:
-        """Of max_model_len tokens, at once."""
+        """Sequences of max_model_len tokens that the cache holds at once."""
         return self.pages // math.ceil(self.max_model_len / self.page_size)
 
     def describe(self) -> str:
-        """Three lines for people."""
-        e, same = self.expanded_bytes_per_token, self.cache // self.expanded_bytes_per_token
-        expanded = (
-            f"; as expanded keys and values {e:,} ({e / self.bytes_per_token:.1f} x), the same memory would hold {same:,} tokens"
-            if e > self.bytes_per_token
-            else ""
-        )
-        most = (
-            f" (max_num_seqs lets {self.max_num_seqs} run)"
-            if self.max_num_seqs < self.sequences
-            else ""
-        )
-        partial = f"; {human_bytes(self.states)} at most for attention" if self.states else ""
+        """Describe the plan in three lines for people."""
+        expanded = ""
+        if self.expanded_bytes_per_token > self.bytes_per_token:
+            ratio = self.expanded_bytes_per_token / self.bytes_per_token
+            tokens = self.cache // self.expanded_bytes_per_token
+            expanded = (
+                f"; as expanded keys and values {self.expanded_bytes_per_token:,} "
+                f"({ratio:.1f} x), the same memory would hold {tokens:,} tokens"
+            )
+        limit = ""
+        if self.max_num_seqs < self.sequences:
+            limit = f" (max_num_seqs lets {self.max_num_seqs} run)"
+        states = f"; {human_bytes(self.states)} at most for attention" if self.states else ""
+        plural = "s" * (self.sequences != 1)
         return (
-            f"weights {human_bytes(self.weights)}{partial}\n"
-            f"cache   {human_bytes(self.cache)} in {self.format}, {self.bytes_per_token:,} bytes a token{expanded}\n"
-            f"fits    {self.tokens:,} tokens: {self.sequences:,} sequence{'s' * (self.sequences != 1)} of {self.max_model_len:,} at once{most}"
+            f"weights {human_bytes(self.weights)}{states}\n"
+            f"cache   {human_bytes(self.cache)} in {self.format}, "
+            f"{self.bytes_per_token:,} bytes a token{expanded}\n"
+            f"fits    {self.tokens:,} tokens: {self.sequences:,} sequence{plural} "
+            f"of {self.max_model_len:,} at once{limit}"
         )
-
-
-def state_bytes(
-    config: ModelConfig, max_model_len: int, max_num_seqs: int, step_tokens: int
-) -> int:
-    """What the compiled kernels take at most for partial results of attention (csrc/model.cpp, `few`) in a step of step_tokens tokens: a maximum, a sum and an output
-    for each (token, head) and chunk of rows, in blocks of 16 of one KV head; STATES at once. Many tokens of one sequence take the expanded form, which has none."""
-    kv, width = (
-        (1, config.kv_lora_rank) if config.is_mla else (config.n_kv_heads, config.qk_head_dim)
-    )
-    per = config.num_attention_heads // kv
-    if config.is_mla:
-        most = max(
-            1,
-            bisect_left(
-                range(1, step_tokens + 1),
-                True,
-                key=lambda n: cheaper_form(config, n, max_model_len) == "expand",
-            ),
-        )  # single ones never are
-    else:
-        most = 48 // per
-    tokens = min(step_tokens, max_num_seqs * most)
-    blocks = kv * (
-        (tokens * per + 15 * min(max_num_seqs, tokens)) // 16 if per % 16 else tokens * per // 16
-    )
-    chunks = (
-        min(math.ceil(max_model_len / 128), 8)
-        if max_model_len <= 4096
-        else math.ceil(max_model_len / 512)
-    )
-    one = kv * math.ceil(per / 16) * chunks * 4 * (32 + 16 * width)  # token
-    size = min(blocks * chunks * 4 * (32 + 16 * width), max(STATES, one))
-    return size + size // 4 + 4096  # as buffers grow
 
 
 def fit(
@@ -109,84 +84,84 @@ def fit(
     max_num_seqs: int,
     page_size: int,
     available: int | None = None,
-    step_tokens: int = 0,
+    state_bytes: Callable[[int], int] = lambda max_model_len: 0,
 ) -> Plan:
-    """Size the cache. weights: their bytes; cache_memory: bytes, None for enough for four full contexts but at most 1 GiB (one full context in any case);
-    max_model_len: None for the model's limit; available: bytes that all may take, None when nobody knows; step_tokens: of a step on the compiled kernels, 0 for torch ops.
-    ValueError, with the numbers and the largest value that would do, when one sequence of max_model_len does not fit the cache, or all together not the memory."""
+    """Size the cache.
+
+    Args:
+        weights: bytes of the weights.
+        format: storage format of the cache.
+        cache_memory: bytes of the cache. None takes enough for four full contexts but at most
+            1 GiB, and in any case enough for one.
+        max_model_len: longest sequence in tokens; None takes the model's limit.
+        available: bytes that weights, cache and attention may take together; None if unknown.
+        state_bytes: from max_model_len to the bytes of attention's partial results.
+
+    Raises:
+        ValueError: if the cache cannot hold one sequence of max_model_len, or memory cannot hold
+            everything. The message has the numbers and the largest value that would do.
+    """
     limit = config.max_position_embeddings
     if max_model_len is not None and not 1 < max_model_len <= limit:
         raise ValueError(
-            f"max_model_len is {max_model_len}; it must be from 2 to the model's max_position_embeddings {limit}"
+            f"max_model_len is {max_model_len}; it must be from 2 to the model's "
+            f"max_position_embeddings {limit}"
         )
     length = limit if max_model_len is None else max_model_len
-    page = page_size * config.num_hidden_layers * cache_codec.row_bytes(format, config.cache_row)
-
-    def partial(length: int) -> int:
-        return state_bytes(config, length, max_num_seqs, step_tokens) if step_tokens else 0
-
-    needed, states = math.ceil(length / page_size) * page, partial(length)
-    free = math.inf if available is None else max(0, available - weights - states)  # for the cache
-    asked = cache_memory is not None
-    if not asked:  # four contexts are a comfort, one is a need
-        cache_memory = max(needed, min(4 * needed, DEFAULT_BYTES, free))
-    if cache_memory < needed:
-        fits = cache_memory // page * page_size
-        raise ValueError(
-            f"a cache of {human_bytes(cache_memory)} in {format} holds {fits} tokens, less than max_model_len {length}, which needs "
-            f"{human_bytes(needed)}; give more cache_memory, a smaller cache format, or max_model_len {max(fits, 2)}"
+    token_bytes = config.num_hidden_layers * cache_codec.row_bytes(format, config.cache_row)
+    page_bytes = page_size * token_bytes
+    needed, states = math.ceil(length / page_size) * page_bytes, state_bytes(length)
+    free = math.inf if available is None else max(0, available - weights - states)
+    given = cache_memory is not None
+    if cache_memory is None:
+        cache_memory = int(
+            max(needed, min(DEFAULT_CONTEXTS * needed, DEFAULT_CACHE_BYTES, free))
         )
-    pages = cache_memory // page
-    if pages * page > free:
-        fits = page_size * bisect_right(
+    if cache_memory < needed:
+        tokens = cache_memory // page_bytes * page_size
+        raise ValueError(
+            f"a cache of {human_bytes(cache_memory)} in {format} holds {tokens} tokens, less than "
+            f"max_model_len {length}, which needs {human_bytes(needed)}; give more cache_memory, "
+            f"a smaller cache format, or max_model_len {max(tokens, 2)}"
+        )
+    pages = cache_memory // page_bytes
+    if available is not None and pages * page_bytes > free:
+        fitting_pages = bisect_right(
             range(1, length // page_size + 1),
             available - weights,
-            key=lambda n: n * page + partial(n * page_size),
+            key=lambda n: n * page_bytes + state_bytes(n * page_size),
         )
-        if asked and free >= needed:
-            cure = f"lower cache_memory to at most {human_bytes(free)}"
-        elif fits >= 2:
-            cure = f"lower max_model_len to {fits}, or take a smaller cache format (4bit: {cache_codec.row_bytes('4bit', config.cache_row) * config.num_hidden_layers:,} bytes a token)"
-        else:
-            cure = "free some memory, or take a smaller model"
+        fix = _fix(config, given and free >= needed, int(free), page_size * fitting_pages)
         attention = f", with {human_bytes(states)} for attention," if states else ""
         raise ValueError(
-            f"{human_bytes(weights)} of weights and a cache of {human_bytes(pages * page)} ({pages * page_size:,} tokens in {format}, {page // page_size:,} bytes a token)"
-            f"{attention} are more than the {human_bytes(available)} of memory that are available; {cure}"
+            f"{human_bytes(weights)} of weights and a cache of {human_bytes(pages * page_bytes)} "
+            f"({pages * page_size:,} tokens in {format}, {token_bytes:,} bytes a token)"
+            f"{attention} are more than the {human_bytes(available)} of memory that are "
+            f"available; {fix}"
         )
-    expanded = 2 * accounting.expanded_elements(config) if config.is_mla else page // page_size
+    expanded = 2 * accounting.expanded_elements(config) if config.is_mla else token_bytes
     return Plan(
-        format,
-        weights,
-        pages * page,
-        pages,
-        page_size,
-        page // page_size,
-        expanded,
-        length,
-        max_num_seqs,
-        states,
+        format=format,
+        weights=weights,
+        cache=pages * page_bytes,
+        pages=pages,
+        page_size=page_size,
+        bytes_per_token=token_bytes,
+        expanded_bytes_per_token=expanded,
+        max_model_len=length,
+        max_num_seqs=max_num_seqs,
+        states=states,
     )
 
 
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that this process may still take: what the system calls available, or what is left of the limit of its control group if that is less.
-    None where neither can be read."""
-    found = []
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    except (OSError, ValueError, IndexError):
-        pass
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most, now = (
-                (root / "sys/fs/cgroup" / name).read_text().strip() for name in (limit, used)
-            )
-            found += [max(0, int(most) - int(now))]
-        except (OSError, ValueError):  # "max" is no number and no limit
-            pass
-    return min(found, default=None)
+def _fix(config: ModelConfig, smaller_cache_fits: bool, free: int, tokens: int) -> str:
+    """Say how to make a model fit. tokens: the longest context that would."""
+    if smaller_cache_fits:
+        return f"lower cache_memory to at most {human_bytes(free)}"
+    if tokens < 2:
+        return "free some memory, or take a smaller model"
+    smallest = config.num_hidden_layers * cache_codec.row_bytes("4bit", config.cache_row)
+    return (
+        f"lower max_model_len to {tokens}, or take a smaller cache format "
+        f"(4bit: {smallest:,} bytes a token)"
+    )

@@ -11,54 +11,27 @@ read with plain reads rather than mapped: a mapped file that is cut short meanwh
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lamoe.backends.cpu.packed import PackedModel
+from lamoe.backends.base import Backend
 from lamoe.backends.paged_cache import PagedCache
 from lamoe.checkpoints import atomic, shards
 from lamoe.engine.pages import PagePool, content_hash
-from lamoe.model.transformer import Transformer
 
 KIND = "lamoe cache"
 VERSION = "1"  # goes up with this layout, and with the layout of any storage format of codec.py
-WHOLE_BYTES, SAMPLES, SAMPLE_BYTES = 1 << 20, 256, 4096
-
-
-def digest(model: Transformer | PackedModel) -> str:
-    """sha256 over the config and the weights. Of a tensor above 1 MiB 256 evenly spread blocks of 4 KiB are hashed, the first and the last
-    among them, so that it takes a moment for a model of any size: any training changes it, a change to single numbers of a large matrix may not."""
-    config = {
-        k: v for k, v in model.config.to_dict().items() if k != "torch_dtype"
-    }  # how they were stored; how they are is hashed below
-    h = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    named = (
-        {n: t for n, (t, _) in model.tensors.items()}
-        if isinstance(model, PackedModel)
-        else model.state_dict()
-    )
-    for name, tensor in sorted(named.items()):
-        flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        h.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        if len(flat) <= WHOLE_BYTES:
-            h.update(flat.numpy())
-        else:
-            last = len(flat) - SAMPLE_BYTES
-            for i in range(SAMPLES):
-                at = last * i // (SAMPLES - 1)
-                h.update(flat[at : at + SAMPLE_BYTES].numpy())
-    return h.hexdigest()
 
 
 def save(
     file: str | Path,
     tokens: list[int],
-    model: Transformer | PackedModel,
+    backend: Backend,
     cache: PagedCache,
     pool: PagePool,
 ) -> int:
@@ -79,7 +52,7 @@ def save(
                 f"nothing of these {len(tokens)} tokens is in the cache to be saved: it holds full pages of {pool.page_size} tokens of prompts "
                 "that ran, until the space is needed; run a prompt with them first"
             )
-        _write(file, tokens[: len(pages) * pool.page_size], pages, model, cache)
+        _write(file, tokens[: len(pages) * pool.page_size], pages, backend, cache)
     finally:
         pool.give_back(pages)
     return len(pages) * pool.page_size
@@ -87,7 +60,7 @@ def save(
 
 def load(
     file: str | Path,
-    model: Transformer | PackedModel,
+    backend: Backend,
     cache: PagedCache,
     pool: PagePool,
     max_tokens: int,
@@ -96,7 +69,7 @@ def load(
     (full pages of this cache). Less recently used pages make room. ValueError for a file that is damaged, is not a saved cache, is of another
     model or format, or does not fit in `max_tokens` (the longest text) or the pages that no running sequence holds."""
     file = Path(file)
-    tokens, start = _check(file, model, cache, max_tokens)
+    tokens, start = _check(file, backend, cache, max_tokens)
     pages, new, contents = [], [], list(_contents(tokens, pool.page_size))
     try:
         for content in contents:
@@ -133,14 +106,14 @@ def _write(
     file: Path,
     tokens: list[int],
     pages: list[int],
-    model: Transformer | PackedModel,
+    backend: Backend,
     cache: PagedCache,
 ) -> None:
     """The format by hand, because the library would want all rows once more in memory, gathered."""
     layers, _, row = cache.rows.shape
     n, ids = len(tokens), torch.tensor(tokens, dtype=torch.int64).numpy()
     header = {
-        "__metadata__": _expected(model, cache),
+        "__metadata__": _expected(backend, cache),
         "tokens": {"dtype": "I64", "shape": [n], "data_offsets": [0, ids.nbytes]},
         "rows": {
             "dtype": "U8",
@@ -155,7 +128,7 @@ def _write(
         f.write(ids)
         for rows in cache.rows:
             for _, slot, count in _runs(pages, cache.page_size):
-                f.write(rows[slot : slot + count].numpy())
+                f.write(rows[slot : slot + count].cpu().numpy())
 
 
 def _read(file: Path, start: int, n: int, cache: PagedCache, pages: list[int], first: int) -> None:
@@ -165,24 +138,33 @@ def _read(file: Path, start: int, n: int, cache: PagedCache, pages: list[int], f
         for layer, rows in enumerate(cache.rows):
             for token, slot, count in _runs(pages, cache.page_size):
                 f.seek(start + (layer * n + first + token) * row)
-                into = memoryview(rows[slot : slot + count].numpy()).cast("B")
-                while into:  # one read gives at most 2 GiB
-                    got = f.readinto(into)
-                    if not got:
-                        raise ValueError(
-                            f"{file} ends in the middle of its rows; it was changed while it was read, save it again"
-                        )
-                    into = into[got:]
+                part = rows[slot : slot + count]
+                on_host = part.cpu()  # the rows themselves if the cache is on the host
+                _read_into(f, memoryview(on_host.numpy()).cast("B"), file)
+                if on_host.data_ptr() != part.data_ptr():
+                    part.copy_(on_host)
+
+
+def _read_into(f: IO[bytes], into: memoryview, file: Path) -> None:
+    """Fill `into` from a file: one read returns at most 2 GiB."""
+    while into:
+        count = f.readinto(into)  # type: ignore[attr-defined]
+        if not count:
+            raise ValueError(
+                f"{file} ends in the middle of its rows; it was changed while it was read, "
+                "save it again"
+            )
+        into = into[count:]
 
 
 def _check(
-    file: Path, model: Transformer | PackedModel, cache: PagedCache, max_tokens: int
+    file: Path, backend: Backend, cache: PagedCache, max_tokens: int
 ) -> tuple[list[int], int]:
     """The tokens of a file that belongs to this model and cache, and where its rows start. ValueError when it does not."""
     found = shards.read_header(file)
     meta, want, n_layers, row = (
         _metadata(file),
-        _expected(model, cache),
+        _expected(backend, cache),
         cache.rows.shape[0],
         cache.rows.shape[2],
     )
@@ -215,7 +197,7 @@ def _check(
         raise ValueError(
             f"{file} holds {n} tokens, more than max_model_len {max_tokens}; raise max_model_len or save a shorter text"
         )
-    ids, vocab = _tokens(file), model.config.vocab_size
+    ids, vocab = _tokens(file), backend.config.vocab_size
     if min(ids) < 0 or max(ids) >= vocab:
         raise ValueError(
             f"{file} has token ids from {min(ids)} to {max(ids)}; the vocabulary has {vocab}"
@@ -232,14 +214,14 @@ _NAMES = {
 }
 
 
-def _expected(model: Transformer | PackedModel, cache: PagedCache) -> dict[str, str]:
+def _expected(backend: Backend, cache: PagedCache) -> dict[str, str]:
     return {
         "kind": KIND,
         "version": VERSION,
         "format": cache.format,
         "widths": " ".join(map(str, cache.widths)),
         "dtype": str(cache.dtype).removeprefix("torch."),
-        "model": digest(model),
+        "model": backend.digest(),
     }
 
 

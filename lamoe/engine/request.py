@@ -1,4 +1,4 @@
-"""One request and one result of the engine, and what the engine remembers of a sequence while it runs."""
+"""A request's sequence while it runs, its result, and the check of its prompt."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ import torch
 from lamoe.engine.grammar import Matcher
 from lamoe.engine.lookup import Lookup
 from lamoe.engine.sampler import SamplingParams
+from lamoe.model.config import ModelConfig
+from lamoe.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Output:
-    """A finished sequence. finish_reason: "stop" (EOS, a stop string, or a complete grammar), "length" (max_tokens or a full context), "abort" (cancelled), "error".
-    logprobs: per token {token id: natural log of its probability} when asked for. cached_tokens: of the prompt, not computed again.
-    experts: see LLM.experts. internal: the error is the model's or the engine's, not the request's own."""
+    """A finished sequence.
+
+    finish_reason: "stop" (EOS, a stop string, or a complete grammar), "length" (max_tokens or a
+        full context), "abort" (cancelled) or "error".
+    cached_tokens: prompt tokens that were found in the cache and not computed again.
+    logprobs: for each token {token id: natural log-probability}; None unless asked for.
+    experts: see LLM.experts.
+    internal: whether an error is the model's or the engine's, rather than the request's own.
+    """
 
     token_ids: list[int]
     text: str
@@ -30,21 +38,27 @@ class Output:
 
 @dataclass(eq=False)
 class Sequence:
-    """`tokens` is prompt + output; rows of the first `computed` are in the cache, in `pages`; `contents` are the hashes of its full pages;
-    `draft` is what the next pass checks behind `tokens`."""
+    """A sequence while it runs.
+
+    tokens: prompt and output.
+    limit: most tokens in all: prompt + max_tokens, or the context if that is less.
+    matcher: where the output stands in its grammar. It advances with sampled tokens only, so
+        preemption does not affect it.
+    leader: a sequence with the same prompt that runs first, so that this one finds its pages.
+    computed: number of tokens whose rows are in the cache.
+    cached: number of prompt tokens that were found in the cache.
+    pages: the pages of its rows. contents: content hashes of those that are full.
+    draft: tokens that the next forward pass checks after `tokens`.
+    """
 
     id: int
     tokens: list[int]
     prompt_len: int
     params: SamplingParams
-    limit: int  # most tokens in all: max_tokens or the context, whichever is less
+    limit: int
     generator: torch.Generator | None = None
-    matcher: Matcher | None = (
-        None  # where the output stands in the grammar; it goes on with sampled tokens only, so preemption does not touch it
-    )
-    leader: Sequence | None = (
-        None  # a sibling with the same prompt that goes first, so that the others find its pages
-    )
+    matcher: Matcher | None = None
+    leader: Sequence | None = None
     computed: int = 0
     cached: int = 0
     pages: list[int] = field(default_factory=list)
@@ -60,9 +74,52 @@ class Sequence:
 
     @property
     def output(self) -> list[int]:
+        """Token ids of the output so far."""
         return self.tokens[self.prompt_len :]
 
     @property
     def todo(self) -> int:
-        """Tokens without a row. 1 while decoding."""
+        """Tokens whose rows are not in the cache; 1 while decoding."""
         return len(self.tokens) - self.computed
+
+
+def check_prompt(
+    prompt: list[int],
+    params: SamplingParams,
+    tokenizer: Tokenizer | None,
+    config: ModelConfig,
+    max_model_len: int,
+    limit_name: str = "max_model_len",
+) -> None:
+    """Check that a prompt and its options can run.
+
+    Args:
+        limit_name: how messages call max_model_len.
+
+    Raises:
+        ValueError: for an empty prompt, an id outside the vocabulary, a prompt that leaves no room
+            in max_model_len, or options that need a tokenizer that is not there.
+    """
+    vocab = config.vocab_size
+    if not prompt:
+        raise ValueError("the prompt has no tokens; give at least one, for example BOS")
+    invalid = [t for t in prompt if type(t) is not int or not 0 <= t < vocab]
+    if invalid:
+        raise ValueError(
+            f"a prompt is a list of token ids from 0 to {vocab - 1}; found {invalid[0]!r}"
+        )
+    if len(prompt) >= max_model_len:
+        context = config.max_position_embeddings
+        more = ""
+        if max_model_len < context:
+            more = f", or raise max_model_len (the model takes {context})"
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens and leaves no room in {limit_name} "
+            f"{max_model_len}; shorten it{more}"
+        )
+    if params.stop and tokenizer is None:
+        raise ValueError("stop strings need a tokenizer")
+    if params.logit_bias and max(params.logit_bias) >= vocab:
+        raise ValueError(
+            f"logit_bias names token {max(params.logit_bias)}; the vocabulary has {vocab}"
+        )

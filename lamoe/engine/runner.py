@@ -1,117 +1,111 @@
-"""From a schedule to logits: lays the scheduled tokens of all sequences side by side, gives each a slot in the cache, runs the model once."""
+"""From a schedule to logits: lays the scheduled tokens side by side as a Batch and runs it once."""
 
 from __future__ import annotations
 
-from itertools import accumulate, islice
+from typing import NamedTuple
 
 import torch
 
-from lamoe.backends.cpu.packed import PackedModel
-from lamoe.backends.paged_cache import Group, PagedCache, Step
+from lamoe.backends.base import Backend, Batch
+from lamoe.backends.paged_cache import PagedCache
 from lamoe.engine.request import Sequence
-from lamoe.model.routing import Chosen
-from lamoe.model.transformer import Transformer
 
-SPREAD = 64  # decoding sequences share a group while the longest has at most 1.5 x the rows of the shortest, plus this
+Work = list[tuple[Sequence, int]]  # each sequence with the number of tokens to compute
+
+
+class Ready(NamedTuple):
+    """The result of one sequence whose last token was computed.
+
+    logits: [1 + draft length, vocabulary], after the last token and after each draft token.
+    checks: for each row of logits its sum (not finite if any logit is not) and its argmax.
+    """
+
+    sequence: Sequence
+    logits: torch.Tensor
+    checks: list[tuple[float, int]]
 
 
 def run(
-    model: Transformer | PackedModel,
-    cache: PagedCache,
-    work: list[tuple[Sequence, int]],
-    count_experts: bool = False,
-) -> list[tuple[Sequence, torch.Tensor, list[tuple[float, int]]]]:
-    """Compute the next n tokens of each (sequence, n), its draft included. (sequence, logits [1 + draft, vocabulary], the sum and the place of the
-    largest of each row) of those whose last token was among them: what comes after that token and after each token of the draft. count_experts: add the experts that computed them to each
-    sequence's `experts` (a model with MoE layers only)."""
-    decode = sorted((seq for seq, n in work if n == 1), key=lambda s: s.computed)
-    ordered = [(seq, 1) for seq in decode] + [(seq, n) for seq, n in work if n > 1]
-    ids = [t for seq, n in ordered for t in (seq.tokens[seq.computed :] + seq.draft)[:n]]
-    position = torch.tensor(
-        [at for seq, n in ordered for at in range(seq.computed, seq.computed + n)]
-    )
-    ready, rows, end = [], [], 0
-    for seq, n in ordered:
-        end += n
-        if seq.computed + n >= len(seq.tokens):
-            ready.append(seq)
-            rows += range(end - 1 - len(seq.draft), end)
-    compute = _native if isinstance(model, PackedModel) else _torch
-    logits, chosen = compute(model, cache, ordered, ids, position, rows, count_experts)
-    if count_experts:
-        _count(ordered, chosen, model.config.n_routed_experts)
+    backend: Backend, cache: PagedCache, work: Work, count_experts: bool = False
+) -> list[Ready]:
+    """Compute the next tokens of each sequence, drafts included.
+
+    Args:
+        count_experts: add the experts that computed them to each sequence's `experts`.
+
+    Returns:
+        one result for each sequence whose last token was among the computed ones.
+    """
+    ordered = _ordered(work)
+    batch, ready = build_batch(ordered, cache.page_size)
+    logits, experts = backend.forward(batch, cache, experts=count_experts)
+    if experts is not None and count_experts:
+        _count_experts(ordered, experts, backend.config.n_routed_experts or 0)
     if not ready:
         return []
-    # Of all rows at once: row by row it is a third of a small model's step. By numpy: torch would wake its own threads, which fight with the kernels'.
+    # For all rows at once: row by row this is a third of a small model's step.
+    checks = _checks(logits)
+    results, begin = [], 0
+    for sequence in ready:
+        end = begin + 1 + len(sequence.draft)
+        results.append(Ready(sequence, logits[begin:end], checks[begin:end]))
+        begin = end
+    return results
+
+
+def build_batch(ordered: Work, page_size: int) -> tuple[Batch, list[Sequence]]:
+    """Lay the tokens of all sequences side by side.
+
+    Returns:
+        the batch, and the sequences that its output rows belong to (1 + draft length rows each).
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    spans: list[list[int]] = []
+    pages: list[int] = []
+    output_rows: list[int] = []
+    ready: list[Sequence] = []
+    for sequence, count in ordered:
+        start, end = sequence.computed, sequence.computed + count
+        ids += (sequence.tokens[start:] + sequence.draft)[:count]
+        positions += range(start, end)
+        spans.append([count, end, len(pages)])
+        pages += sequence.pages[: -(-end // page_size)]
+        if end >= len(sequence.tokens):
+            ready.append(sequence)
+            output_rows += range(len(ids) - 1 - len(sequence.draft), len(ids))
+    batch = Batch(
+        ids,
+        torch.tensor(positions),
+        torch.tensor(spans, dtype=torch.int32),
+        torch.tensor(pages, dtype=torch.int32),
+        output_rows,
+    )
+    return batch, ready
+
+
+def _ordered(work: Work) -> Work:
+    """Put decoding sequences first, shortest first, so that neighbours attend together."""
+    decoding = sorted(((s, n) for s, n in work if n == 1), key=lambda item: item[0].computed)
+    return decoding + [(s, n) for s, n in work if n > 1]
+
+
+def _checks(logits: torch.Tensor) -> list[tuple[float, int]]:
+    if logits.device.type != "cpu":
+        rows = torch.stack([logits.sum(-1), logits.argmax(-1).to(logits.dtype)], -1)
+        return [(total, int(best)) for total, best in rows.tolist()]
+    # numpy, because torch would wake its own threads, which compete with those of the kernels.
     plain = logits.numpy()
-    looks = iter(list(zip(plain.sum(-1).tolist(), plain.argmax(-1).tolist())))
-    counts = [1 + len(seq.draft) for seq in ready]
-    return [
-        (seq, rows, list(islice(looks, n)))
-        for seq, rows, n in zip(ready, logits.split(counts), counts)
-    ]
+    return list(zip(plain.sum(-1).tolist(), plain.argmax(-1).tolist()))
 
 
-def _torch(model: Transformer, cache: PagedCache, ordered, ids, position, rows, count_experts):
-    slots = {seq.id: _slots(seq, seq.computed + n, cache.page_size) for seq, n in ordered}
-    step = Step(
-        cache,
-        position,
-        torch.cat([slots[seq.id][-n:] for seq, n in ordered]),
-        _groups(ordered, slots),
-    )
-    chosen = Chosen() if count_experts else None
-    h = model.hidden(torch.tensor([ids]), step, routing_hook=chosen)[0]
-    return model.logits(h[rows]) if rows else None, torch.stack(chosen.layers) if chosen else None
-
-
-def _native(model: PackedModel, cache: PagedCache, ordered, ids, position, rows, count_experts):
-    used = [seq.pages[: -(-(seq.computed + n) // cache.page_size)] for seq, n in ordered]
-    begin = [0, *accumulate(map(len, used))]
-    seqs = torch.tensor(
-        [[n, seq.computed + n, at] for (seq, n), at in zip(ordered, begin)], dtype=torch.int32
-    )
-    pages = torch.tensor([page for pages in used for page in pages], dtype=torch.int32)
-    logits, chosen = model.run(ids, position, seqs, pages, cache, rows, experts=count_experts)
-    return logits, chosen.long()
-
-
-def _count(ordered: list[tuple[Sequence, int]], expert: torch.Tensor, experts: int) -> None:
-    """Add expert [MoE layers, tokens, K] to the counters of the sequences that the tokens belong to, in order."""
+def _count_experts(ordered: Work, experts: torch.Tensor, num_experts: int) -> None:
+    """Add experts [MoE layers, N, K] to the counters of the sequences that the tokens belong to."""
+    experts = experts.cpu()
     owner = torch.repeat_interleave(torch.tensor([n for _, n in ordered]))
-    counts = torch.zeros(len(ordered), expert.shape[0], experts, dtype=torch.int64)
-    counts.index_put_(
-        (owner[None, :, None], torch.arange(expert.shape[0])[:, None, None], expert),
-        torch.ones((), dtype=torch.int64),
-        accumulate=True,
-    )
-    for (seq, _), count in zip(ordered, counts):
-        seq.experts = count if seq.experts is None else seq.experts + count
-
-
-def _slots(seq: Sequence, length: int, page_size: int) -> torch.Tensor:
-    """The slot of each of the first `length` rows of a sequence."""
-    pages = torch.tensor(seq.pages[: -(-length // page_size)])
-    return (pages[:, None] * page_size + torch.arange(page_size)).flatten()[:length]
-
-
-def _groups(ordered: list[tuple[Sequence, int]], slots: dict[int, torch.Tensor]) -> list[Group]:
-    """Decoding sequences of similar length together, padded in front; every chunk of a prompt by itself."""
-    groups, at = [], 0
-    while at < len(ordered):
-        shortest, end = len(slots[ordered[at][0].id]), at + 1
-        while (
-            end < len(ordered)
-            and ordered[at][1] == ordered[end][1] == 1
-            and len(slots[ordered[end][0].id]) <= 1.5 * shortest + SPREAD
-        ):
-            end += 1
-        token = sum(n for _, n in ordered[:at])
-        members = [slots[seq.id] for seq, _ in ordered[at:end]]
-        longest = max(map(len, members))
-        first = torch.tensor([longest - len(m) for m in members])
-        padded = torch.stack([torch.cat([m[:1].expand(longest - len(m)), m]) for m in members])
-        tokens = slice(token, token + sum(n for _, n in ordered[at:end]))
-        groups.append(Group(tokens, padded, first if first.any() else None))
-        at = end
-    return groups
+    layers = torch.arange(experts.shape[0])
+    counts = torch.zeros(len(ordered), experts.shape[0], num_experts, dtype=torch.int64)
+    index = (owner[None, :, None], layers[:, None, None], experts)
+    counts.index_put_(index, torch.ones((), dtype=torch.int64), accumulate=True)
+    for (sequence, _), count in zip(ordered, counts):
+        sequence.experts = count if sequence.experts is None else sequence.experts + count

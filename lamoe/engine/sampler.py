@@ -12,18 +12,31 @@ from lamoe.model.config import check_types
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens and when to stop. temperature 0 is greedy; penalties and bias act first, then temperature, top_k, top_p, min_p.
+    """How to choose tokens and when to stop.
 
-    seed None: drawn from torch's global generator. stop: texts that end the output and are not part of it. n: samples of one prompt
-    (sample i of a seeded request draws from seed + i). repetition_penalty divides positive and multiplies negative logits of tokens of prompt and
-    output; presence and frequency penalties are subtracted for tokens of the output, once or per occurrence. logprobs: how many of the most
-    likely tokens to report beside the chosen one, from the distribution before temperature and filters. grammar: what the output must be; tokens that
-    do not fit are left out after penalties and bias, and the output ends ("stop") when it is complete, also before min_tokens. skip_special: leave special tokens out of the text.
+    Penalties and bias act first, then temperature, top_k, top_p and min_p.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: 0 disables it.
+        seed: None draws from torch's global generator. Sample i of a seeded request uses seed + i.
+        stop: texts that end the output and are not part of it.
+        n: samples of one prompt.
+        presence_penalty: subtracted from the logits of tokens that are in the output.
+        frequency_penalty: the same, once per occurrence.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that are in
+            prompt or output.
+        logit_bias: {token id: number added to its logit}.
+        logprobs: how many of the most likely tokens to report beside the chosen one, from the
+            distribution before temperature and filters.
+        grammar: what the output must be. Tokens that do not fit are masked after penalties and
+            bias. The output ends ("stop") when it is complete, also before min_tokens.
+        skip_special: omit special tokens from the text.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0  # 0: off
+    top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
     max_tokens: int = 256
@@ -34,7 +47,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: dict | None = None  # token id -> added to its logit
+    logit_bias: dict | None = None
     logprobs: int | None = None
     grammar: Grammar | None = None
     skip_special: bool = True
@@ -61,14 +74,16 @@ class SamplingParams:
             raise ValueError(f"n is {self.n}; it must be from 1 to 128")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(
-                f"min_tokens is {self.min_tokens}; it must be from 0 to max_tokens {self.max_tokens}"
+                f"min_tokens is {self.min_tokens}; it must be from 0 to max_tokens "
+                f"{self.max_tokens}"
             )
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be between -2 and 2")
         if not 0 < self.repetition_penalty <= 10:
             raise ValueError(
-                f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and at most 10 (1 switches it off)"
+                f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and at most 10 "
+                "(1 switches it off)"
             )
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise ValueError(f"logprobs is {self.logprobs}; it must be from 0 to 20")
@@ -80,61 +95,73 @@ class SamplingParams:
                 or not -100 <= bias <= 100
             ):
                 raise ValueError(
-                    f"logit_bias has {token!r}: {bias!r}; it maps token ids to numbers from -100 to 100"
+                    f"logit_bias has {token!r}: {bias!r}; it maps token ids to numbers from -100 "
+                    "to 100"
                 )
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1")
         if any(not s for s in self.stop):
             raise ValueError("a stop string is empty; it would end every output at once")
 
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the next token is the argmax of the logits and nothing else is reported."""
+        return (
+            self.temperature == 0
+            and self.repetition_penalty == 1
+            and not (self.presence_penalty or self.frequency_penalty or self.logit_bias)
+            and not self.min_tokens
+            and self.grammar is None
+            and self.logprobs is None
+        )
+
     def generator(self, sample: int = 0) -> torch.Generator | None:
+        """Return the generator of one of the n samples; None for torch's global one."""
         return None if self.seed is None else torch.Generator().manual_seed(self.seed + sample)
 
     def adjust(
         self, logits: torch.Tensor, tokens: list[int], prompt_len: int, eos_ids: frozenset[int]
     ) -> torch.Tensor:
-        """logits [vocabulary] after penalties, bias and min_tokens, for a sequence of `tokens` so far. The input is left alone."""
+        """Apply penalties, bias and min_tokens to logits [vocabulary] of a sequence of `tokens`.
+
+        Returns `logits` itself if nothing applies. The input is never modified.
+        """
         out = logits
         if self.repetition_penalty != 1:
             seen = torch.tensor(sorted(set(tokens)))
-            out = out.index_copy(
-                0,
-                seen,
-                torch.where(
-                    out[seen] > 0,
-                    out[seen] / self.repetition_penalty,
-                    out[seen] * self.repetition_penalty,
-                ),
-            )
+            found, penalty = out[seen], self.repetition_penalty
+            penalised = torch.where(found > 0, found / penalty, found * penalty)
+            out = out.index_copy(0, seen, penalised)
         if (self.presence_penalty or self.frequency_penalty) and len(tokens) > prompt_len:
             seen, counts = torch.tensor(tokens[prompt_len:]).unique(return_counts=True)
-            out = out.index_add(
-                0, seen, -(self.presence_penalty + self.frequency_penalty * counts).to(out.dtype)
-            )
+            penalty = self.presence_penalty + self.frequency_penalty * counts
+            out = out.index_add(0, seen, -penalty.to(out.dtype))
         if self.logit_bias:
             ids = torch.tensor(list(self.logit_bias))
-            out = out.index_add(
-                0, ids, torch.tensor(list(self.logit_bias.values()), dtype=out.dtype)
-            )
+            bias = torch.tensor(list(self.logit_bias.values()), dtype=out.dtype)
+            out = out.index_add(0, ids, bias)
         if len(tokens) - prompt_len < self.min_tokens and eos_ids and not self.ignore_eos:
             out = out.index_fill(0, torch.tensor(sorted(eos_ids)), float("-inf"))
         return out
 
 
 def probabilities(logits: torch.Tensor, p: SamplingParams) -> torch.Tensor:
-    """The distribution that `sample` draws from, float32 [vocabulary]; logits [vocabulary]. temperature must be above 0."""
+    """Return the distribution that `sample` draws from, float32 [vocabulary].
+
+    Args:
+        logits: [vocabulary].
+        p: with a temperature above 0.
+    """
     logits = logits.float()
-    logits = (logits - logits.max()) / max(
-        p.temperature, torch.finfo(torch.float32).tiny
-    )  # at most 0: nothing overflows to inf
+    temperature = max(p.temperature, torch.finfo(torch.float32).tiny)
+    logits = (logits - logits.max()) / temperature  # at most 0, so nothing overflows to infinity
     if p.top_k and p.top_k < logits.numel():
         logits = logits.masked_fill(logits < logits.topk(p.top_k).values[-1], float("-inf"))
     if p.top_p < 1:
         ordered, order = logits.sort(descending=True, stable=True)
         mass = ordered.softmax(0)
-        beyond = (
-            mass.cumsum(0) - mass >= p.top_p
-        )  # the mass before a token already suffices; the first one always stays
+        # The mass before these tokens suffices already. The first token always stays.
+        beyond = mass.cumsum(0) - mass >= p.top_p
         logits = logits.index_fill(0, order[beyond], float("-inf"))
     probs = logits.softmax(0)
     if p.min_p:
@@ -146,7 +173,7 @@ def probabilities(logits: torch.Tensor, p: SamplingParams) -> torch.Tensor:
 def sample(
     logits: torch.Tensor, p: SamplingParams, generator: torch.Generator | None = None
 ) -> int:
-    """One token id from logits [vocabulary]."""
+    """Draw one token id from logits [vocabulary]."""
     if p.temperature == 0:
         return int(logits.argmax())
     return int(torch.multinomial(probabilities(logits, p), 1, generator=generator))

@@ -1,4 +1,4 @@
-"""Bits per byte and perplexity on rows of held-out text, and which experts a model uses there."""
+"""Bits per byte and perplexity on held-out text, and which experts a model uses there."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from itertools import islice
 import numpy as np
 import torch
 
-from lamoe.model import routing
-from lamoe.model.transformer import Transformer
+from lamoe.backends.base import Backend
 
 
 @dataclass(frozen=True)
 class TextLoss:
-    """nats: summed loss of `targets` tokens. load: for each MoE layer, the share of assignments every expert got, [layers, E]."""
+    """Next-token loss over a text.
+
+    nats: summed cross-entropy of `targets` tokens.
+    load: [MoE layers, E], the share of assignments that each routed expert got.
+    """
 
     nats: float
     targets: int
@@ -26,26 +29,39 @@ class TextLoss:
     def perplexity(self) -> float:
         return math.exp(self.nats / self.targets)
 
-    def bits_per_byte(self, text_bytes: int) -> float:
-        """`text_bytes`: UTF-8 bytes of exactly the text the rows came from. Comparable between tokenizers."""
-        return self.nats / math.log(2) / text_bytes
-
     @property
     def bits_per_token(self) -> float:
         return self.nats / math.log(2) / self.targets
 
+    def bits_per_byte(self, text_bytes: int) -> float:
+        """Return the loss in bits per byte of text, which is comparable between tokenizers.
 
-@torch.no_grad()
+        Args:
+            text_bytes: UTF-8 bytes of exactly the text that the rows came from.
+        """
+        return self.nats / math.log(2) / text_bytes
+
+
 def text_loss(
-    model: Transformer,
+    backend: Backend,
     rows: Iterable[tuple[np.ndarray, np.ndarray]],
     batch: int = 8,
     max_tokens: int | None = None,
     document_mask: bool = True,
 ) -> TextLoss:
-    """Loss of every target in `rows` of (ids, segments), each [T + 1]; a token is a target when it continues its predecessor's
-    segment. No token is dropped by the router here. `max_tokens`: at most about that many, in rows spread evenly."""
-    nats, targets, load = 0.0, 0, 0
+    """Compute the loss of every target in rows of text, without dropping tokens.
+
+    Args:
+        rows: (ids, segments), integer [T + 1] each. A token is a target if its predecessor has its
+            segment.
+        batch: rows of one forward pass.
+        max_tokens: evaluate about this many tokens at most, in rows spread evenly.
+        document_mask: whether a token sees only its own segment; see Backend.rows_loss.
+
+    Raises:
+        ValueError: if there is no target.
+    """
+    nats, num_targets, load = 0.0, 0, np.zeros((0, 0))
     if max_tokens is not None:
         rows = list(rows)
         positions = sum(len(ids) - 1 for ids, _ in rows)
@@ -53,26 +69,12 @@ def text_loss(
     rows = iter(rows)
     while chunk := list(islice(rows, batch)):
         ids, segments = (torch.from_numpy(np.stack(part)) for part in zip(*chunk))
-        goal = shift(ids, segments)
-        watch = routing.Training(routing.Balance(devices=1))
-        mean = model.loss(ids[:, :-1], goal, segments[:, :-1] if document_mask else None, watch)
-        count = int((goal >= 0).sum())
-        nats, targets = nats + mean.item() * count, targets + count
-        if watch.records:
-            load = load + torch.stack([r.load for r in watch.records]).numpy()
-    if not targets:
+        loss = backend.rows_loss(ids, segments, document_mask)
+        nats, num_targets = nats + loss.nats, num_targets + loss.targets
+        load = loss.load if not load.size else load + loss.load
+    if not num_targets:
         raise ValueError(
-            "there is nothing to evaluate on: the rows hold no token that follows another of its document"
+            "there is nothing to evaluate on: the rows hold no token that follows another of its "
+            "document"
         )
-    return TextLoss(
-        nats,
-        targets,
-        load / np.maximum(1, np.sum(load, -1, keepdims=True))
-        if np.ndim(load)
-        else np.zeros((0, 0)),
-    )
-
-
-def shift(ids: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-    """The targets of rows ids [B, T + 1]: the next token, or -1 where the next one begins another segment. -> [B, T]"""
-    return ids[:, 1:].masked_fill(segments[:, 1:] != segments[:, :-1], -1)
+    return TextLoss(nats, num_targets, load / np.maximum(1, load.sum(-1, keepdims=True)))

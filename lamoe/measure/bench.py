@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
+from lamoe import backends
+from lamoe.backends.base import Backend, Formats
 from lamoe.backends.cpu import native, packed_file
-from lamoe.backends.cpu.packed import PackedModel
 from lamoe.checkpoints import resolve
-from lamoe.engine import llm
 from lamoe.measure.llama_cpp import Peer, measure_interleaved
 from lamoe.measure.random_weights import random_model
 from lamoe.measure.timing import Bench, Line, Machine, measure
 from lamoe.model.config import ModelConfig
 
 _PROBE_BYTES = 1 << 29  # read to measure the memory bandwidth, if no weight is as large
-Make = Callable[[int], PackedModel]
+Make = Callable[[int], Backend]
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,19 @@ class Result:
         }
 
 
-def random_weights(config: ModelConfig, weights: str, head: str | None) -> Make:
+def random_weights(config: ModelConfig, formats: Formats) -> Make:
     """A function that makes the model of a config with random weights, for `run`."""
-    return lambda threads: random_model(config, weights, threads, head)
+    return lambda threads: random_model(config, formats, threads)
 
 
-def stored_weights(name: str, weights: str, head: str | None) -> Make:
+def stored_weights(name: str, formats: Formats) -> Make:
     """A function that loads a model folder or hub id, for `run`; packed ones keep their format."""
 
-    def make(threads: int) -> PackedModel:
+    def make(threads: int) -> Backend:
         folder = resolve(name)
-        wanted = None if packed_file.is_packed(folder) else weights
-        return llm.load_runnable(folder, wanted, None, threads, head=head)
+        own = packed_file.is_packed(folder)
+        wanted = Formats(None if own else formats.weights, formats.head)
+        return backends.load(folder, wanted, backend="cpu", threads=threads)
 
     return make
 
@@ -141,7 +142,7 @@ def run(
         model.weights,
         model.head,
         cache,
-        sum(model.nbytes.values()),
+        model.weight_bytes(),
         load_s,
         threads,
         machine,
@@ -163,9 +164,9 @@ def _check(rounds: int, threads: int, batches: list[int]) -> None:
         )
 
 
-def _probe_buffer(model: PackedModel) -> torch.Tensor:
+def _probe_buffer(model: Backend) -> torch.Tensor:
     """The model's largest weight if it is far larger than the caches, else a new buffer."""
-    largest = max(model.tensors.values(), key=lambda t: t[0].numel())[0]
+    largest = max(model.tensors().values(), key=lambda t: t.numel())
     if largest.numel() > _PROBE_BYTES // 2:
         return largest
     return torch.zeros(_PROBE_BYTES, dtype=torch.uint8)

@@ -20,8 +20,8 @@ from huggingface_hub import constants
 
 from lamoe import __version__
 from lamoe.backends.cpu import native
+from lamoe.backends.memory import available_memory
 from lamoe.engine.llm import LLM
-from lamoe.engine.plan import available_memory
 from lamoe.engine.sampler import SamplingParams
 from lamoe.measure.timing import Machine
 from lamoe.model.accounting import human_bytes
@@ -41,7 +41,7 @@ FLAGS = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
     *("avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16"),
 )
-VARIABLES = ("LAMOE_IMPL", "LAMOE_ISA", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
+VARIABLES = ("LAMOE_BACKEND", "LAMOE_IMPL", "LAMOE_ISA", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
 # Differences from another order of summation stay below this share of the largest value. A wrong
 # kernel is off by far more.
 MARGIN = 1e-3
@@ -196,7 +196,7 @@ def _kernels() -> dict[str, Any]:
         return found | {"why": f"they are missing ({native.missing()})"}
     found["could"] = [name.strip() for name in native.lib.features().split(",")]
     if not native.available():
-        return found | {"why": f"LAMOE_IMPL={os.environ['LAMOE_IMPL']} disables them"}
+        return found | {"why": native.why_switched_off()}
     try:
         return found | {"isa": native.lib.isa()}
     except ValueError as e:  # LAMOE_ISA names an instruction set that this CPU lacks
@@ -225,7 +225,7 @@ def checks() -> list[dict[str, Any]]:
     for isa in kernels["could"]:
         out.append(_check(f"products of {isa} equal torch's", _products, isa))
     name = "compiled kernels and torch ops give the same replies"
-    return [*out, _check(name, lambda: _same(_replies("native"), expected))]
+    return [*out, _check(name, lambda: _same(_replies("cpu"), expected))]
 
 
 def _check(name: str, work: Callable[..., str], *args) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def _products(isa: str) -> str:
     return f"fp32, bf16, int8, int4; at most {worst:.1g} off, which rounding explains"
 
 
-def _replies(impl: str) -> Replies:
+def _replies(backend: str) -> Replies:
     """Greedy tokens for three prompts, and the log-probability of each token."""
     config = ModelConfig(
         model_type="deepseek_v2",
@@ -279,7 +279,7 @@ def _replies(impl: str) -> Replies:
         torch_dtype="float32",
     )
     model = Transformer(config).init_weights(1).eval()
-    llm = LLM(model, cache="fp32", impl=impl, cache_memory=1 << 22)
+    llm = LLM(model, cache="fp32", backend=backend, cache_memory=1 << 22)
     prompts: list[str | list[int]] = [
         [(7 * i + j) % 128 for i in range(n)] for j, n in enumerate((1, 19, 64))
     ]
@@ -330,7 +330,7 @@ def _judge_kernels(kernels: dict[str, Any]) -> tuple[list[str], list[str]]:
     )
     if native.lib is None:
         said += "; install lamoe with a C++ compiler"
-    return ([], [said]) if os.environ.get("LAMOE_IMPL") else ([said], [])
+    return ([], [said]) if native.switched_off() else ([said], [])
 
 
 def _judge_threads(cpu: dict[str, Any]) -> list[str]:
@@ -404,7 +404,7 @@ def _installation_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         runs = f"compiled, {kernels['isa']} (this CPU supports {', '.join(kernels['could'])})"
     else:
         runs = f"torch ops; the compiled kernels do not run: {kernels['why']}"
-    settings = [f"{v} {variables[v] or 'not set'}" for v in ("LAMOE_IMPL", "LAMOE_ISA")]
+    settings = [f"{v} {variables[v] or 'not set'}" for v in ("LAMOE_BACKEND", "LAMOE_IMPL", "LAMOE_ISA")]
     versions = {"lamoe": found["lamoe"], **found["versions"]}
     rows = [
         ("kernels", runs),
@@ -430,4 +430,4 @@ def _verdict(found: dict[str, Any]) -> str:
     isa = found["kernels"]["isa"]
     if isa:
         return f"good: the compiled kernels ({isa}) run and compute what the torch ops do"
-    return "good: the torch ops run, as LAMOE_IMPL asks"
+    return "good: the torch ops run, as the environment asks"

@@ -12,8 +12,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from lamoe.model.cache import KVCache
-from lamoe.model.transformer import Transformer
+from lamoe.backends.base import Backend
 from lamoe.text.tokenizer import Tokenizer
 
 CHUNK = 1024  # tokens per forward pass; bounds the activation memory of a long haystack
@@ -27,7 +26,7 @@ CITIES = (
 
 @torch.inference_mode()
 def needle(
-    model: Transformer,
+    backend: Backend,
     make: Needle,
     lengths: list[int],
     depths: list[float],
@@ -51,7 +50,7 @@ def needle(
     Raises:
         ValueError: A length is beyond the model's limit, or a depth is outside 0 to 1.
     """
-    _check(model.config.max_position_embeddings, lengths, depths, draws)
+    _check(backend.config.max_position_embeddings, lengths, depths, draws)
     found = np.zeros((len(depths), len(lengths)))
     for column, length in enumerate(lengths):
         for row, depth in enumerate(depths):
@@ -59,7 +58,7 @@ def needle(
                 generator = random.Random(f"{seed} {length} {depth:.6f} {draw}")
                 prompt, answer = make(length, depth, generator)
                 assert answer and len(prompt) + len(answer) <= length
-                found[row, column] += _answers(model, prompt, answer)
+                found[row, column] += _answers(backend, prompt, answer)
         note(f"{length} tokens: {found[:, column].mean() / draws:.0%} found")
     return found / draws
 
@@ -81,19 +80,15 @@ def _check(limit: int, lengths: list[int], depths: list[float], draws: int) -> N
         )
 
 
-def _answers(model: Transformer, prompt: list[int], answer: list[int]) -> bool:
+def _answers(backend: Backend, prompt: list[int], answer: list[int]) -> bool:
     """Whether greedy decoding of `prompt` gives `answer`.
 
     One pass over both decides this: each answer token must be the most likely one at its position.
     """
-    weight = model.embed.weight
-    ids = torch.tensor([prompt + answer[:-1]], device=weight.device)
-    cache = KVCache(model.config, 1, ids.shape[1], weight.dtype, weight.device)
-    likely = ids[0, :0]
-    for part in ids.split(CHUNK, 1):
-        logits = model.logits(model.hidden(part, cache)[0, -len(answer) :])
-        likely = torch.cat([likely, logits.argmax(-1)])[-len(answer) :]
-    return likely.tolist() == answer
+    likely: list[int] = []
+    for output, _ in backend.run_sequence(prompt + answer[:-1], CHUNK, last=len(answer)):
+        likely += output.argmax(-1).tolist()
+    return likely == answer
 
 
 def text_needle(tok: Tokenizer, texts: Iterable[str]) -> Needle:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import torch
 
+from lamoe.backends.base import Formats
 from lamoe.backends.cpu import native, packed
-from lamoe.backends.cpu.packed import PackedModel, Piece
-from lamoe.engine.plan import available_memory
+from lamoe.backends.cpu.backend import CpuBackend
+from lamoe.backends.cpu.packed import PackedTensor
+from lamoe.backends.memory import available_memory
 from lamoe.model.config import ModelConfig
 
 _NOISE_BYTES = 1 << 20  # this much random data is repeated over a tensor
@@ -20,46 +22,48 @@ _BLOCKS = {"int8": (1088, 74.0), "int4": (576, 37.0)}
 
 
 def random_model(
-    config: ModelConfig, weights: str, threads: int = 0, head: str | None = None
-) -> PackedModel:
+    config: ModelConfig, formats: Formats, threads: int = 0
+) -> CpuBackend:
     """Make a packed model of random weights with a standard deviation of about 0.02.
 
     Args:
-        weights, head: storage formats, as in packed.pieces.
+        formats: of weights and head.
 
     Raises:
         ValueError: The weights do not fit into the available memory.
     """
-    elem = packed.element(weights)
-    pieces = list(packed.pieces(config, weights, head))
-    size, free = sum(packed.piece_bytes(p, elem) for p in pieces), available_memory()
+    element = packed.element_format(formats)
+    wanted = list(packed.packed_tensors(config, formats))
+    size, free = sum(packed.packed_bytes(t, element) for t in wanted), available_memory()
     if free is not None and size > free:
         raise ValueError(
-            f"the weights in {weights} take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory "
+            f"the weights in {formats.weights} take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory "
             "are available; take a smaller model, fewer layers (num_hidden_layers in a "
             "config.json) or a smaller format"
         )
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (_NOISE_BYTES,), dtype=torch.uint8, generator=generator)
-    tensors = {p.key: _fill(p, elem, noise) for p in pieces}
-    return PackedModel(config, weights, tensors, threads, head)
+    tensors = {t.key: _fill(t, element, noise) for t in wanted}
+    return CpuBackend(config, formats, tensors, threads)
 
 
-def _fill(piece: Piece, elem: str, noise: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-    """The packed bytes of a piece and the scale of each of its matrices."""
-    if piece.format is None:  # a norm
-        return torch.ones(piece.n).view(torch.uint8), [1.0]
-    kind = elem if piece.format == "raw" else piece.format
+def _fill(
+    tensor: PackedTensor, element: str, noise: torch.Tensor
+) -> tuple[torch.Tensor, list[float]]:
+    """Return the packed bytes of a tensor and the scale of each of its matrices."""
+    if tensor.format is None:  # a norm
+        return torch.ones(tensor.n).view(torch.uint8), [1.0]
+    kind = element if tensor.format == "raw" else tensor.format
     source = _normal(kind) if kind in ("fp32", "bf16") else noise
-    out = native.room(packed.piece_bytes(piece, elem))
+    out = native.allocate(packed.packed_bytes(tensor, element))
     for at in range(0, len(out), len(source)):
         out[at : at + len(source)] = source[: len(out) - at]
     if kind not in _BLOCKS:
-        return out, [1.0] * piece.count
+        return out, [1.0] * tensor.count
     block, rms = _BLOCKS[kind]
     # Group scales of +-0.5. The random sign matters for int4: its codebook has a nonzero mean.
     out.view(-1, block)[:, :64].bitwise_and_(0x80).bitwise_or_(0x70)
-    return out, [_STD / rms / 0.5] * piece.count
+    return out, [_STD / rms / 0.5] * tensor.count
 
 
 def _normal(kind: str) -> torch.Tensor:

@@ -20,15 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lamoe.backends.cpu.packed import PackedModel
-from lamoe.engine import score
+from lamoe.backends.base import Backend
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
 from lamoe.engine.text_loss import TextLoss, text_loss
 from lamoe.measure import needle, plots
 from lamoe.model import accounting
 from lamoe.model.config import ModelConfig
-from lamoe.model.transformer import Transformer
 from lamoe.text.tokenizer import Tokenizer
 from lamoe.train.data import heldout_rows, open_corpus
 from lamoe.train.sources import read_documents
@@ -46,33 +44,47 @@ _ROUTER = (
 )
 
 
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # names of unquantised weights
+
+
 # ---- reports -------------------------------------------------------------------------------------
-def evaluate_run(model: Transformer | PackedModel, tok: Tokenizer, run: Path) -> dict[str, Any]:
-    """Evaluate a model on the held-out text of a training run, and add the run's metrics."""
+def evaluate_run(
+    backend: Backend, tok: Tokenizer, run: Path, speed_model: Backend | Path | None = None
+) -> dict[str, Any]:
+    """Evaluate a model on the held-out text of a training run, and add the run's metrics.
+
+    Args:
+        speed_model: what generates for the speed test; None means `backend`.
+    """
     recipe = _recipe(run)
     corpus, seq_len = open_corpus(run / "data"), recipe["data"]["seq_len"]
-    if corpus.meta["key"]["vocab_size"] > model.config.vocab_size:
+    if corpus.meta["key"]["vocab_size"] > backend.config.vocab_size:
         raise ValueError(
             f"{run / 'data'} was packed with {corpus.meta['key']['vocab_size']} tokens, the model "
-            f"has {model.config.vocab_size}"
+            f"has {backend.config.vocab_size}"
         )
     texts: Texts = {}
     for source in (s["source"] for s in corpus.meta["sources"]):
         raw = "".join(tok.decode(ids) for ids in corpus.heldout_documents(source))
         texts[source] = (raw, heldout_rows(corpus, seq_len, source))
-    result = _measure(model, tok, texts, seq_len, recipe["data"]["document_mask"])
+    result = _measure(backend, tok, texts, seq_len, recipe["data"]["document_mask"], speed_model)
     return result | {"training": _training(run, recipe)}
 
 
 def evaluate_texts(
-    model: Transformer | PackedModel, tok: Tokenizer, sources: list[str], seq_len: int | None = None
+    backend: Backend,
+    tok: Tokenizer,
+    sources: list[str],
+    seq_len: int | None = None,
+    speed_model: Backend | Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on texts (train/sources.py defines the sources).
 
     Args:
         seq_len: context length in tokens; default 1024, or the model's limit if that is smaller.
+        speed_model: what generates for the speed test; None means `backend`.
     """
-    limit = model.config.max_position_embeddings
+    limit = backend.config.max_position_embeddings
     seq_len = min(1024, limit) if seq_len is None else seq_len
     if not 1 <= seq_len <= limit:
         raise ValueError(
@@ -82,7 +94,7 @@ def evaluate_texts(
     for document in read_documents(sources):
         documents.setdefault(document.source, []).append(document.text)
     texts: Texts = {s: ("".join(ts), _rows(tok, ts, seq_len)) for s, ts in documents.items()}
-    return _measure(model, tok, texts, seq_len, True)
+    return _measure(backend, tok, texts, seq_len, True, speed_model)
 
 
 def trained_at(run: Path) -> int | None:
@@ -109,11 +121,12 @@ def _rows(tok: Tokenizer, texts: Iterable[str], seq_len: int) -> Iterator[Row]:
 
 
 def _measure(
-    model: Transformer | PackedModel,
+    backend: Backend,
     tok: Tokenizer,
     texts: Texts,
     seq_len: int,
     document_mask: bool,
+    speed_model: Backend | Path | None = None,
 ) -> dict[str, Any]:
     rows, targets = [], 0
     load: np.ndarray | float = 0.0  # shares per expert, weighted by targets
@@ -121,13 +134,13 @@ def _measure(
         data = text.encode("utf-8")
         if not data:
             continue
-        loss = _loss(model, windows, document_mask)
+        loss = text_loss(backend, windows, _BATCH, document_mask=document_mask)
         load = load + loss.load * loss.targets
         targets += loss.targets
-        rows.append({"source": source, **_compression(data, loss, model.config.vocab_size)})
+        rows.append({"source": source, **_compression(data, loss, backend.config.vocab_size)})
     if not rows:
         raise ValueError("there is no text to evaluate on; every source is empty")
-    config = model.config
+    config = backend.config
     return {
         "parameters": accounting.parameters(config).total,
         "activated": accounting.parameters(config).activated,
@@ -140,14 +153,8 @@ def _measure(
             "this model": 2 * accounting.cache_elements(config),
             **{name: 2 * n for name, n in accounting.cache_twins(config).items()},
         },
-        "generation": _speed(model, tok),
+        "generation": _speed(backend if speed_model is None else speed_model, tok),
     }
-
-
-def _loss(model: Transformer | PackedModel, rows: Iterable[Row], document_mask: bool) -> TextLoss:
-    if isinstance(model, PackedModel):
-        return score.text_loss(model, rows, document_mask)
-    return text_loss(model, rows, _BATCH, document_mask=document_mask)
 
 
 def _compression(data: bytes, loss: TextLoss, vocab_size: int) -> dict[str, Any]:
@@ -169,15 +176,13 @@ def _attention(config: ModelConfig) -> str:
     return {config.num_attention_heads: "MHA", 1: "MQA"}.get(config.n_kv_heads, "GQA")
 
 
-def _speed(model: Transformer | PackedModel, tok: Tokenizer, tokens: int = 96) -> dict[str, Any]:
-    """Generation speed of one sequence, with the engine settings of `lamoe generate`."""
+def _speed(model: Backend | Path, tok: Tokenizer, tokens: int = 96) -> dict[str, Any]:
+    """Measure the generation speed of one sequence, with the settings of `lamoe generate`."""
     start = [tok.bos_id if tok.bos_id is not None else 0]
+    llm = LLM(model, max_num_seqs=1, speculate=0)
     params = SamplingParams(
-        temperature=0.0,
-        max_tokens=min(tokens, model.config.max_position_embeddings - 1),
-        ignore_eos=True,
+        temperature=0.0, max_tokens=min(tokens, llm.max_model_len - 1), ignore_eos=True
     )
-    llm = LLM(model, max_model_len=1 + params.max_tokens, max_num_seqs=1, speculate=0)
     times = [time.perf_counter()]
     for _ in llm.stream(start, params):
         times.append(time.perf_counter())
@@ -186,10 +191,8 @@ def _speed(model: Transformer | PackedModel, tok: Tokenizer, tokens: int = 96) -
     return {
         "tokens_per_s": 1 / statistics.median(steps),
         "threads": torch.get_num_threads(),
-        "dtype": model.weights
-        if isinstance(model, PackedModel)
-        else str(model.embed.weight.dtype)[6:],
-        "kernels": "compiled kernels" if isinstance(llm.runs, PackedModel) else "torch ops",
+        "dtype": _DTYPES.get(llm.backend.weights, llm.backend.weights),
+        "kernels": {"cpu": "compiled kernels", "torch": "torch ops"}[llm.backend.name],
     }
 
 
@@ -220,7 +223,7 @@ def _training(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
 
 # ---- needle tests --------------------------------------------------------------------------------
 def evaluate_needle(
-    model: Transformer,
+    backend: Backend,
     tok: Tokenizer,
     lengths: list[int],
     sources: list[str],
@@ -242,21 +245,16 @@ def evaluate_needle(
         raise ValueError(
             f"{depths} depths were asked for; at least 2 are needed, the beginning and the end"
         )
-    if isinstance(model, PackedModel):
-        raise ValueError(
-            "the needle test runs on the torch model only; use the model that the packed one was "
-            "made from, without --weights"
-        )
     make = needle.text_needle(tok, (document.text for document in read_documents(sources)))
     at = [i / (depths - 1) for i in range(depths)]
-    found = needle.needle(model, make, lengths, at, draws, seed, note)
+    found = needle.needle(backend, make, lengths, at, draws, seed, note)
     return {
         "lengths": lengths,
         "depths": at,
         "draws": draws,
         "seed": seed,
         "haystack": sources,
-        "max_position_embeddings": model.config.max_position_embeddings,
+        "max_position_embeddings": backend.config.max_position_embeddings,
         "found": found.tolist(),
     }
 

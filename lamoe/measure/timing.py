@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lamoe.backends.base import Backend, Batch
 from lamoe.backends.cpu import native
-from lamoe.backends.cpu.packed import PackedModel
-from lamoe.backends.paged_cache import PagedCache
+from lamoe.backends.cpu.backend import expands
 from lamoe.model import accounting
-from lamoe.model.attention import cheaper_form
 
 
 @dataclass
@@ -96,9 +95,9 @@ class Bench:
     The cache is filled with noise, so passes can start at any context length at once.
     """
 
-    def __init__(self, model: PackedModel, format: str, slots: int, page: int = 16):
+    def __init__(self, model: Backend, format: str, slots: int, page: int = 16):
         self.model, self.config = model, model.config
-        self.cache = PagedCache(model.config, -(-slots // page), page, format, model.dtype)
+        self.cache = model.new_cache(-(-slots // page), page, format)
         rows = self.cache.rows
         if format in ("fp32", "bf16"):
             rows.view(torch.float32 if format == "fp32" else torch.bfloat16).normal_()
@@ -107,7 +106,7 @@ class Bench:
             rows.copy_(torch.randint(0, 64, rows.shape, dtype=torch.uint8))
         self.pages = torch.arange(self.cache.pages, dtype=torch.int32)
 
-    def run(self, line: Line, experts: bool = False) -> torch.Tensor:
+    def run(self, line: Line, experts: bool = False) -> torch.Tensor | None:
         """Run one pass of a measurement.
 
         Sequences use separate pages as long as the cache has enough of them.
@@ -120,28 +119,28 @@ class Bench:
         starts = max(self.cache.pages - need + 1, 1)
         begin = [(i * need) % starts for i in range(line.sequences)]
         seqs = torch.tensor([[n, depth + n, b] for b in begin], dtype=torch.int32)
-        return self.model.run(
+        batch = Batch(
             torch.randint(self.config.vocab_size, (line.tokens,)).tolist(),
             torch.arange(depth, depth + n).repeat(line.sequences),
             seqs,
             self.pages,
-            self.cache,
             list(range(n - 1, line.tokens, n)),
-            experts=experts,
-        )[1]
+        )
+        return self.model.forward(batch, self.cache, experts=experts).experts
 
     def form(self, new: int, depth: int) -> str | None:
         """The form of MLA that a pass uses, "absorb" or "expand"; None for other attention."""
         if not self.config.is_mla:
             return None
-        return "absorb" if new == 1 else cheaper_form(self.config, new, depth + new)
+        return "expand" if expands(self.config, new, depth + new) else "absorb"
 
-    def bytes(self, line: Line, chosen: torch.Tensor) -> float:
+    def bytes(self, line: Line, chosen: torch.Tensor | None) -> float:
         """Count the bytes that a pass with the chosen experts reads.
 
         These are the cached rows, the chosen experts, one embedding row per token, one of the two
         copies of W^UK and W^UV, and each other weight once.
         """
+        chosen = torch.empty(0) if chosen is None else chosen
         experts = len(chosen) * (self.config.n_routed_experts or 0)
         touched = sum(len(layer.unique()) for layer in chosen) / max(experts, 1)
         shares = {
@@ -152,7 +151,7 @@ class Bench:
         }
         row = self.cache.nbytes / (self.cache.pages * self.cache.page_size)  # of all layers
         total = line.sequences * line.depth * row
-        for key, size in self.model.nbytes.items():
+        for key, size in self.model.tensor_bytes().items():
             total += shares.get(key.rsplit(".", 1)[-1], 1) * size
         return total
 

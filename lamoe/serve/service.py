@@ -72,7 +72,7 @@ class Service:
     def begin(self, llm: LLM) -> None:
         """Answer requests with a loaded model."""
         self.engine, self.tokenizer = AsyncLLM(llm), llm.tokenizer
-        self.config, self.max_model_len = llm.model.config, llm.max_model_len
+        self.config, self.max_model_len = llm.config, llm.max_model_len
         if self.tokenizer is not None:
             self.max_text_bytes = self.max_model_len * _max_bytes_per_token(self.tokenizer)
         if self.state == "loading":
@@ -397,7 +397,7 @@ def _engine_stats(llm: LLM) -> dict[str, Any]:
     # bytes per token if the model cached the keys and values of other attention forms in bf16
     other_attention = {
         name[:3].lower(): 2 * values
-        for name, values in accounting.cache_twins(llm.model.config).items()
+        for name, values in accounting.cache_twins(llm.config).items()
         if name[:3] in ("MHA", "GQA", "MQA")
     }
     return {

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
+from lamoe.backends.torch_backend import TorchBackend, next_token_targets
 from lamoe.checkpoints import atomic, hf, lock
-from lamoe.engine.text_loss import shift, text_loss
+from lamoe.engine.text_loss import text_loss
 from lamoe.model import accounting
 from lamoe.model.config import CARRIED
 from lamoe.model.routing import Training
@@ -119,7 +120,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
                 seen = recipe.batch.before(step) * recipe.data.seq_len
                 size = recipe.batch.size_at(step)
                 ids, segments = map(torch.from_numpy, batches.next_batch(size))
-                targets = shift(ids, segments)
+                targets = next_token_targets(ids, segments)
                 counted = (targets >= 0).sum().clamp_min(1)
                 protected = _protected(size, recipe, step)
                 parts = []  # (share of the targets, cross-entropy, balance loss, MoE records) of each micro-batch
@@ -192,7 +193,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Held-out bits per byte (of the whole held-out text) or, on a part of it, bits per token: {"heldout_...": value}."""
     rows = data.heldout_rows(corpus, recipe.data.seq_len)
-    result = text_loss(model, rows, recipe.batch.micro, max_tokens, recipe.data.document_mask)
+    result = text_loss(TorchBackend(model), rows, recipe.batch.micro, max_tokens, recipe.data.document_mask)
     out = {"heldout_bits_per_token": result.bits_per_token, "heldout_perplexity": result.perplexity}
     if max_tokens is None:
         out["heldout_bits_per_byte"] = result.bits_per_byte(corpus.heldout_bytes())

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import lamoe
+from lamoe.backends.base import Formats
 from lamoe.backends.cpu import calibrate, native, packed, packed_file
 from lamoe.checkpoints import hf
 from lamoe.cli import models
@@ -49,9 +50,9 @@ def test_moments_are_those_of_the_model(tmp_path, family):
         got |= part
     for key, value in want.items():
         assert torch.allclose(got[key](0), value, rtol=1e-4, atol=1e-6), key
-    quantised = {p.key for p in packed.pieces(c, "int4") if p.format == "int4"}
+    quantised = {p.key for p in packed.packed_tensors(c, Formats("int4")) if p.format == "int4"}
     assert quantised == set(got)
-    for p in packed.pieces(c, "int4"):
+    for p in packed.packed_tensors(c, Formats("int4")):
         if p.format == "int4":
             assert got[p.key](p.count - 1).shape == (p.k, p.k)
 

@@ -12,7 +12,7 @@ import torch
 
 from lamoe.backends import cache_codec
 from lamoe.backends.cpu import native
-from lamoe.backends.cpu.packed import codec_numbers
+from lamoe.backends.cpu.backend import codec_numbers
 
 pytestmark = pytest.mark.skipif(native.lib is None, reason="needs the compiled kernels")
 ISAS = native.lib.features().split(", ") if native.lib else []
@@ -147,7 +147,7 @@ def test_room_for_weights_may_have_huge_pages():
     switch, maps = Path("/sys/kernel/mm/transparent_hugepage/enabled"), Path("/proc/self/smaps")
     if not (switch.is_file() and maps.is_file()) or "[never]" in switch.read_text():
         pytest.skip("this system has no huge pages on request")
-    data = native.room(8 << 20)
+    data = native.allocate(8 << 20)
     data.fill_(1)
     for entry in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", maps.read_text())[1:]:
         begin, end = (int(x, 16) for x in entry.split()[0].split("-"))

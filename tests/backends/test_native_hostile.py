@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from lamoe.backends.base import Formats
 from lamoe.backends.cpu import native, packed
-from lamoe.backends.cpu.packed import PackedModel, codec_numbers
+from lamoe.backends.cpu.backend import CpuBackend, codec_numbers
 from lamoe.backends.paged_cache import PagedCache
 from native_run import Run
 from oracles import tiny
@@ -186,22 +187,22 @@ def test_settings_and_threads_of_another_kind():
 def hide(config, drop: str | None = None, replace: dict | None = None):
     """A model all of whose weights are set but `drop`, or with some of other sizes."""
     m = tiny.model(config, dtype=torch.float32)
-    tensors = PackedModel.of(m).tensors
-    p = PackedModel.__new__(PackedModel)
-    real = packed.pieces
+    tensors = CpuBackend.from_transformer(m).packed
+    p = CpuBackend.__new__(CpuBackend)
+    real = packed.packed_tensors
     try:
-        packed.pieces = lambda c, w, head: (
-            piece for piece in real(c, w, head) if piece.key != drop
+        packed.packed_tensors = lambda c, formats: (
+            piece for piece in real(c, formats) if piece.key != drop
         )
-        p.__init__(config, "fp32", tensors)
+        p.__init__(config, Formats("fp32"), tensors)
     finally:
-        packed.pieces = real
+        packed.packed_tensors = real
     return p
 
 
 KEYS = (
     {
-        c: [p.key for p in packed.pieces(c, "fp32") if p.layer in (-1, 1)]
+        c: [p.key for p in packed.packed_tensors(c, Formats("fp32")) if p.layer in (-1, 1)]
         for c in (tiny.HARD, tiny.config("llama", num_key_value_heads=2))
     }
     if native.lib
@@ -222,8 +223,8 @@ def test_a_model_without_one_of_its_weights_does_not_run(config, key):
 
 
 def test_weights_of_other_sizes_are_refused():
-    p = PackedModel.of(tiny.model(tiny.HARD, dtype=torch.float32))
-    fresh = lambda: PackedModel(p.config, "fp32", p.tensors).native
+    p = CpuBackend.from_transformer(tiny.model(tiny.HARD, dtype=torch.float32))
+    fresh = lambda: CpuBackend(p.config, Formats("fp32"), p.packed).native
     n = fresh()
     for name, size in (("attn_norm", 31), ("ffn_norm", 33), ("q_norm", 32), ("kv_norm", 0)):
         with pytest.raises(ValueError, match=f"{name} has .* elements, found"):
@@ -264,7 +265,7 @@ def test_weights_of_other_sizes_are_refused():
             np.zeros(count * lib.mat_bytes(0, rows, cols), np.uint8),
             [1.0] * count,
         )  # sizes are seen together, before the first step
-        q = PackedModel(p.config, "fp32", p.tensors)
+        q = CpuBackend(p.config, Formats("fp32"), p.packed)
         q.native = n
         with pytest.raises(ValueError, match="layer 0: .*the config says"):
             Run(q).feed({"a": [1]})
@@ -277,7 +278,7 @@ def test_weights_of_other_sizes_are_refused():
 
 
 def test_weights_stay_once_a_step_has_run():
-    p = PackedModel.of(tiny.model(tiny.HARD, dtype=torch.float32))
+    p = CpuBackend.from_transformer(tiny.model(tiny.HARD, dtype=torch.float32))
     Run(p).feed({"a": [1]})
     with pytest.raises(ValueError, match="has run"):
         p.native.vector(0, "attn_norm", floats(32))
@@ -286,9 +287,9 @@ def test_weights_stay_once_a_step_has_run():
 
 
 def test_weights_live_as_long_as_the_model():
-    p = PackedModel.of(tiny.model(tiny.HARD, dtype=torch.float32))
+    p = CpuBackend.from_transformer(tiny.model(tiny.HARD, dtype=torch.float32))
     want = Run(p).feed({"a": [1, 2, 3]})
-    p.tensors.clear()
+    p.packed.clear()
     waste = [torch.full((1 << 16,), float("nan")) for _ in range(64)]
     assert torch.equal(Run(p).feed({"a": [1, 2, 3]}), want)
     del waste
@@ -297,10 +298,10 @@ def test_weights_live_as_long_as_the_model():
 # ---- steps ----
 @pytest.fixture(scope="module")
 def model():
-    return PackedModel.of(tiny.model(tiny.HARD, dtype=torch.float32), threads=2)
+    return CpuBackend.from_transformer(tiny.model(tiny.HARD, dtype=torch.float32), threads=2)
 
 
-def step(p: PackedModel, **changes):
+def step(p: CpuBackend, **changes):
     """One step of two sequences, 3 tokens after 2 and 1 token after 7, with some arguments
     replaced.
     """
@@ -411,11 +412,11 @@ def test_a_cache_at_an_odd_address_is_refused(model):
 
 def test_geometries_without_kernels_run_on_torch_and_say_why():
     wide = tiny.config("llama", num_attention_heads=4, head_dim=2050)
-    assert "at most 8,192 elements" in packed.lacks(wide) and "even" in packed.lacks(
+    assert "at most 8,192 elements" in packed.unsupported(wide) and "even" in packed.unsupported(
         tiny.config(v_head_dim=7)
     )
     with pytest.raises(ValueError, match="at most 8,192"):
-        list(packed.pieces(wide, "fp32"))
+        list(packed.packed_tensors(wide, Formats("fp32")))
 
 
 def test_no_wanted_rows(model):
@@ -454,6 +455,6 @@ def test_two_callers_at_once(model):
 def test_many_models_come_and_go():
     m = tiny.model(tiny.HARD, dtype=torch.float32)
     for i in range(20):
-        p = PackedModel.of(m, threads=1 + i % 4)
+        p = CpuBackend.from_transformer(m, threads=1 + i % 4)
         if i % 2:
             Run(p).feed({"a": [1, 2]})

@@ -11,16 +11,18 @@ import pytest
 import torch
 
 from lamoe.backends import cache_codec
-from lamoe.backends.cpu import native, packed
-from lamoe.backends.cpu.packed import PackedModel
+from lamoe.backends.base import Formats
+from lamoe.backends.cpu import native
+from lamoe.backends.cpu.backend import CpuBackend
 from lamoe.backends.paged_cache import Group, Step
+from lamoe.checkpoints import hf
 from lamoe.engine.llm import LLM
-from lamoe.engine.plan import STATES, state_bytes
 from lamoe.engine.sampler import SamplingParams
 from lamoe.model.routing import Chosen
 from native_run import Run, distance
 from oracles import tiny
 
+STATE_LIMIT = 128 << 20  # kStateLimit of csrc/model/cost.h
 pytestmark = pytest.mark.skipif(not native.available(), reason="needs the compiled kernels")
 ISAS = native.lib.features().split(", ") if native.lib else []
 ODD = tiny.config(
@@ -64,7 +66,7 @@ GQA = tiny.config("llama", num_key_value_heads=2, max_position_embeddings=8192)
 
 def pack(c, weights: str | None = None, dtype=torch.float32, threads: int = 1, seed: int = 0):
     m = tiny.model(c, seed, dtype)
-    return m, PackedModel.of(m, weights, threads)
+    return m, CpuBackend.from_transformer(m, Formats(weights), threads)
 
 
 def text(c, n: int, seed: int = 1) -> list[int]:
@@ -170,9 +172,9 @@ def test_partial_results_of_attention_take_at_most_what_they_may(c, weights, for
         kv * 8 * 4 * (32 + 16 * width)
     )  # a token has a block for each KV head; of 130 and of 1,100 rows there may be eight chunks, of 2,061 five
     texts = {str(n): text(c, n + 12, seed=n) for n in (5, 130, 1100, 2000, 2049)}
-    for limit in (STATES, 1, 2 * one, 2**63):
-        p = PackedModel(c, weights, m.tensors, 2)
-        assert p.native.state_limit == STATES
+    for limit in (STATE_LIMIT, 1, 2 * one, 2**63):
+        p = CpuBackend(c, Formats(weights), m.packed, 2)
+        assert p.native.state_limit == STATE_LIMIT
         p.native.state_limit, run = limit, Run(p, format, pages=400)
         for k, ids in texts.items():
             run.feed({k: ids[:-12]}, rows=[0])
@@ -180,15 +182,15 @@ def test_partial_results_of_attention_take_at_most_what_they_may(c, weights, for
             run.feed({k: ids[-12:] for k, ids in texts.items()}),
             p.native.state_bytes,
         )
-        assert out[limit].isfinite().all() and torch.equal(out[limit], out[STATES])
+        assert out[limit].isfinite().all() and torch.equal(out[limit], out[STATE_LIMIT])
     grown = [n + n // 4 + 4096 for n in (one, 2 * one)]
     assert (
         taken[1]
         <= grown[0]
         < taken[2 * one]
         <= grown[1]
-        < taken[STATES]
-        <= state_bytes(c, 2061, 5, 60)
+        < taken[STATE_LIMIT]
+        <= CpuBackend.state_bytes(c, 2061, 5, 60)
     )
 
 
@@ -231,7 +233,7 @@ def test_nothing_depends_on_threads_company_or_pages(weights, name):
     ids, others = text(c, 150), {str(i): text(c, 20 + 17 * i, seed=50 + i) for i in range(5)}
     m, first = pack(c, weights)[1], None
     for threads in (1, 2, 3, 5):
-        p = PackedModel(c, weights, m.tensors, threads)
+        p = CpuBackend(c, Formats(weights), m.packed, threads)
         for company, page in ((False, 16), (True, 7)):
             run, out = Run(p, "6bit", page, 100, seed=threads), []
             for at in (
@@ -257,7 +259,7 @@ def test_a_sequence_of_nan_hurts_nobody_else(weights):
     m = tiny.model(c, dtype=torch.float32)
     with torch.no_grad():
         m.embed.weight[5] = float("nan")
-    p = PackedModel.of(m, weights)
+    p = CpuBackend.from_transformer(m, Formats(weights))
     clean, sick = [i for i in text(c, 90) if i != 5], [5] * 3 + text(c, 60, seed=4)
     for cuts in (60, 1):
         alone, both = Run(p), Run(p, seed=3)
@@ -348,7 +350,7 @@ def test_quantised_weights_are_the_model_of_their_rounded_values(name, weights, 
     """
     m, p = pack(CONFIGS[name], weights)
     rounded = tiny.model(m.config, dtype=torch.float32)
-    views = packed.hf.views(m.config, dict(rounded.named_parameters()))
+    views = hf.views(m.config, dict(rounded.named_parameters()))
     with torch.no_grad():
         for key, w in views.items():
             quantised = w.dim() == 2 and "embed" not in key and "mlp.gate.weight" not in key
@@ -401,9 +403,9 @@ def test_greedy_tokens_in_bfloat16_are_those_of_the_reference(name):
     prompts = [text(m.config, n, seed=n) for n in (1, 9, 40)]
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     outs, clear = {}, 0
-    for impl in ("native", "torch"):
-        outs[impl] = LLM(m, cache="bf16", max_model_len=96, impl=impl).generate(prompts, params)
-    for prompt, mine, theirs in zip(prompts, outs["native"], outs["torch"]):
+    for impl in ("cpu", "torch"):
+        outs[impl] = LLM(m, cache="bf16", max_model_len=96, backend=impl).generate(prompts, params)
+    for prompt, mine, theirs in zip(prompts, outs["cpu"], outs["torch"]):
         for i, (token, other) in enumerate(zip(mine.token_ids, theirs.token_ids)):
             logits = reference(m, prompt + mine.token_ids[:i])[-1]
             first, second = logits.topk(2).values

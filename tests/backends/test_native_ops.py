@@ -9,7 +9,7 @@ from test_native import EPS, ISAS, draw, formats, isas, seen
 import native_ops
 from lamoe.backends import cache_codec
 from lamoe.backends.cpu import native
-from lamoe.backends.cpu.packed import codec_numbers
+from lamoe.backends.cpu.backend import codec_numbers
 from lamoe.kernels import ref
 
 pytestmark = pytest.mark.skipif(native_ops.lib is None, reason="needs lamoe._native_test")

@@ -19,11 +19,12 @@ from safetensors import safe_open
 
 import lamoe
 from lamoe import cli
+from lamoe.backends.base import Formats
 from lamoe.backends.cpu import native, packed, packed_file
-from lamoe.backends.cpu.packed import PackedModel
+from lamoe.backends.cpu.backend import CpuBackend
+from lamoe.backends.torch_backend import TorchBackend
 from lamoe.checkpoints import hf, lock
 from lamoe.cli import models
-from lamoe.engine import score
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
 from lamoe.engine.text_loss import text_loss
@@ -35,7 +36,7 @@ from tiny_run import trained, write_texts  # noqa: F401 (trained is a fixture)
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled kernels are not there")
 EVERY = pytest.mark.parametrize("family", FAMILIES)
-WEIGHTS = pytest.mark.parametrize("weights", packed.WEIGHTS)
+WEIGHTS = pytest.mark.parametrize("weights", native.FORMATS)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
 
@@ -58,7 +59,7 @@ def test_a_folder_speaks_as_the_model_packed_in_memory(tmp_path, family, weights
     assert tokens(LLM(tmp_path / "packed"), family) == alone
     assert tokens(LLM(model, weights=weights), family) == alone  # quantised while loading
     if weights == "fp32":
-        assert tokens(LLM(model, impl="torch"), family) == alone
+        assert tokens(LLM(model, backend="torch"), family) == alone
 
 
 @EVERY
@@ -77,7 +78,7 @@ def test_logits_are_those_of_the_rounded_weights(tmp_path, family):
                 w.copy_(native.unpack("int8", data, *w.shape, scale))
         ids = prompts(family)[-1]
         want = plain.logits(plain.hidden(torch.tensor([ids])))[0]
-    got = torch.cat(list(score.forward(run, ids, 8, True)))
+    got = torch.cat([r.output for r in run.run_sequence(ids, 8)])
     error = (got - want).norm(dim=-1) / want.norm(dim=-1)
     assert (
         error.median() < 0.09
@@ -112,7 +113,7 @@ def test_every_class_is_quantised(family, weights):
     they add up to the model.
     """
     c = FAMILIES[family]
-    found = packed.classes(c, weights, packed.pieces(c, weights))
+    found = packed.weight_classes(c, Formats(weights), packed.packed_tensors(c, Formats(weights)))
     p = accounting.parameters(c)
     kv_b = (
         c.num_hidden_layers
@@ -123,16 +124,16 @@ def test_every_class_is_quantised(family, weights):
         else 0
     )
     assert (
-        found["head"].elements == p.head_active
+        found["head"].num_weights == p.head_active
         and found.get("experts", (0,))[0] == p.routed_experts
         and found.get("dense ffn", (0,))[0] == p.dense_ffn
     )
     assert (
         found.get("shared experts", (0,))[0] == p.shared_experts
         and found.get("kv_b", (0,))[0] == kv_b
-        and found["embedding"].elements == p.embedding
+        and found["embedding"].num_weights == p.embedding
     )
-    assert sum(x.elements for x in found.values()) == p.total + (p.head_active - p.head)
+    assert sum(x.num_weights for x in found.values()) == p.total + (p.head_active - p.head)
     for kind in ("experts", "shared experts", "dense ffn", "attention", "head", "kv_b"):
         if kind in found:
             assert found[kind].formats == (("int8" if kind == "kv_b" else weights),)
@@ -142,10 +143,10 @@ def test_bits_a_weight_at_the_widths_of_lite():
     """No filling at 2048, 1408 and 10944: exactly the stated bits."""
     c = ModelConfig.preset("deepseek-v2-lite")
     for weights, bits in (("int4", 4.5), ("int8", 8.5)):
-        found = packed.classes(c, weights, packed.pieces(c, weights))
+        found = packed.weight_classes(c, Formats(weights), packed.packed_tensors(c, Formats(weights)))
         for kind in ("experts", "shared experts", "dense ffn", "head", "attention"):
-            assert 8 * found[kind].bytes == bits * found[kind].elements, kind
-        assert 8 * found["kv_b"].bytes == 8.5 * found["kv_b"].elements
+            assert 8 * found[kind].num_bytes == bits * found[kind].num_weights, kind
+        assert 8 * found["kv_b"].num_bytes == 8.5 * found["kv_b"].num_weights
 
 
 @pytest.mark.parametrize(
@@ -153,12 +154,12 @@ def test_bits_a_weight_at_the_widths_of_lite():
 )
 def test_a_class_that_is_left_out_is_an_error(kind):
     c = FAMILIES["mla q_lora"]
-    pieces = list(packed.pieces(c, "int4"))
+    pieces = list(packed.packed_tensors(c, Formats("int4")))
     with pytest.raises(ValueError, match=f"{kind} should be .* matched no tensor"):
-        packed.classes(c, "int4", [p for p in pieces if p.kind(c) != kind])
+        packed.weight_classes(c, Formats("int4"), [p for p in pieces if p.weight_class(c) != kind])
     with pytest.raises(ValueError, match=f"{kind} should be .* came out as .*bf16"):
-        packed.classes(
-            c, "int4", [p._replace(format="bf16") if p.kind(c) == kind else p for p in pieces]
+        packed.weight_classes(
+            c, Formats("int4"), [p._replace(format="bf16") if p.weight_class(c) == kind else p for p in pieces]
         )
 
 
@@ -178,17 +179,17 @@ def test_files_are_plain_aligned_safetensors(tmp_path, family, weights):
                     assert (
                         start + header[name]["data_offsets"][0]
                     ) % 64 == 0 and t.dtype == torch.uint8
-    for p in packed.pieces(c, weights):
-        size = packed.piece_bytes(p, packed.element(weights))
+    for p in packed.packed_tensors(c, Formats(weights)):
+        size = packed.packed_bytes(p, packed.element_format(Formats(weights)))
         assert seen[p.key].numel() == size + -size % 64 and seen[f"{p.key}.scale"].shape == (
             p.count,
         )
     run = packed_file.load(tmp_path / "packed")
-    memory = PackedModel.of(lamoe.load(tmp_path / "model"), weights)
-    for key, (data, scales) in run.tensors.items():
-        assert torch.equal(data, memory.tensors[key][0]) and scales == memory.tensors[key][1]
-    assert sum(run.nbytes.values()) * 8 / accounting.parameters(c).total == pytest.approx(
-        packed_file.bits(tmp_path / "packed")
+    memory = CpuBackend.from_transformer(lamoe.load(tmp_path / "model"), Formats(weights))
+    for key, (data, scales) in run.packed.items():
+        assert torch.equal(data, memory.packed[key][0]) and scales == memory.packed[key][1]
+    assert sum(run.tensor_bytes().values()) * 8 / accounting.parameters(c).total == pytest.approx(
+        packed_file.bits_per_weight(tmp_path / "packed")
     )
     assert hf.read_config(tmp_path / "model") == run.config
 
@@ -213,10 +214,10 @@ def test_an_interrupted_writer_goes_on(tmp_path):
     model = source(tmp_path / "model", "mla q_lora")
     pack(model, tmp_path / "whole")
     whole = contents(tmp_path / "whole")
-    total = len(list(packed.pieces(FAMILIES["mla q_lora"], "int4")))
+    total = len(list(packed.packed_tensors(FAMILIES["mla q_lora"], Formats("int4"))))
     for stop in range(0, total, 3):
         target = tmp_path / f"cut{stop}"
-        writer = packed_file.write(model, target, "int4")
+        writer = packed_file.write(model, target, Formats("int4"))
         for _ in range(stop + 1):
             next(writer)
         writer.close()
@@ -271,7 +272,7 @@ def test_kill_9_in_the_middle_of_the_command(tmp_path):
 def test_what_is_not_its_beginning_is_left_alone(tmp_path):
     model, other = source(tmp_path / "model", "mla"), source(tmp_path / "other", "mla", seed=1)
     target = tmp_path / "out"
-    next(packed_file.write(model, target, "int4"))
+    next(packed_file.write(model, target, Formats("int4")))
     for again, weights, options, why in (
         (model, "int8", {}, "weights was int4, is int8"),
         (other, "int4", {}, "source was"),
@@ -296,11 +297,11 @@ def test_what_is_not_its_beginning_is_left_alone(tmp_path):
 
 def test_a_second_writer_waits_its_turn(tmp_path):
     model = source(tmp_path / "model", "mla")
-    first = packed_file.write(model, tmp_path / "out", "int4")
+    first = packed_file.write(model, tmp_path / "out", Formats("int4"))
     next(first)
     with pytest.raises(ValueError, match="another process is writing"):
         pack(model, tmp_path / "out")
-    assert len(list(first)) == len(list(packed.pieces(FAMILIES["mla"], "int4"))) - 1
+    assert len(list(first)) == len(list(packed.packed_tensors(FAMILIES["mla"], Formats("int4")))) - 1
     packed_file.load(tmp_path / "out")
 
 
@@ -350,11 +351,11 @@ def test_without_compiled_kernels_it_says_so_and_sizes_are_known(tmp_path, monke
     ]
     want, bits = (
         [native.lib.mat_bytes(native.FORMATS[fmt], n, k) for fmt, n, k in sizes],
-        packed_file.bits(tmp_path / "out"),
+        packed_file.bits_per_weight(tmp_path / "out"),
     )
     monkeypatch.setattr(native, "lib", None)
     monkeypatch.setattr(native, "_why", "no compiler")
-    assert [native.mat_bytes(*s) for s in sizes] == want and packed_file.bits(
+    assert [native.mat_bytes(*s) for s in sizes] == want and packed_file.bits_per_weight(
         tmp_path / "out"
     ) == bits  # lamoe info
     with pytest.raises(
@@ -447,7 +448,7 @@ def test_truncated_missing_swapped_files(tmp_path):
             packed_file.load(tmp_path / "out")
     file.unlink()
     with pytest.raises(
-        ValueError, match="packed-00002.safetensors is missing.*lamoe quantize.*goes on"
+        ValueError, match="packed-00002.safetensors is missing.*lamoe quantize.*continues"
     ):
         packed_file.load(tmp_path / "out")
     shutil.copy(tmp_path / "out" / "packed-00001.safetensors", file)
@@ -469,7 +470,7 @@ def test_files_that_the_config_does_not_name(tmp_path):
         with pytest.raises(
             ValueError,
             match=f"holds '{re.escape(name)}' beside the 4 files that its config.json names for "
-            "3 layers: .*Delete",
+            "3 layers. .*delete",
         ):
             packed_file.load(out)
         (out / "packed-00002.safetensors").rename(tmp_path / "away")
@@ -530,7 +531,7 @@ def test_foreign_and_absurd_configs(tmp_path):
 
 def test_one_format_for_a_packed_model(tmp_path, monkeypatch):
     pack(source(tmp_path / "model", "mla"), tmp_path / "out")
-    for options in (dict(weights="int8"), dict(impl="torch")):
+    for options in (dict(weights="int8"), dict(backend="torch")):
         with pytest.raises(ValueError, match="packed as int4"):
             LLM(tmp_path / "out", **options)
     with pytest.raises(ValueError, match="dtype is float32"):
@@ -597,11 +598,11 @@ def test_loss_of_a_packed_model_is_the_models(trained):
     model = lamoe.load(models.find_model(str(trained)), dtype=torch.float32)
     for mask in (True, False):
         rows = lambda: heldout_rows(corpus, 32)
-        want = text_loss(model, rows(), document_mask=mask)
-        got = score.text_loss(PackedModel.of(model), rows(), document_mask=mask, chunk=12)
+        want = text_loss(TorchBackend(model), rows(), document_mask=mask)
+        got = text_loss(CpuBackend.from_transformer(model), rows(), document_mask=mask)
         assert got.targets == want.targets and got.nats == pytest.approx(want.nats, rel=2e-4)
         assert np.allclose(
             got.load, want.load, atol=0.05
         )  # the torch pass counts the tokens that fill a row up, too
-        coarse = score.text_loss(PackedModel.of(model, "int4"), rows(), document_mask=mask)
+        coarse = text_loss(CpuBackend.from_transformer(model, Formats("int4")), rows(), document_mask=mask)
         assert coarse.nats != got.nats and coarse.nats == pytest.approx(want.nats, rel=0.1)

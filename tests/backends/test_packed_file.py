@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lamoe
+from lamoe.backends.base import Formats
 from lamoe.backends.cpu import calibrate, packed_file
 from lamoe.checkpoints import lock
 from oracles import tiny
@@ -32,10 +33,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_killed_while_it_wrote_the_config(source, tmp_path, monkeypatch):
-    list(packed_file.write(source, tmp_path / "whole", "int4"))
+    list(packed_file.write(source, tmp_path / "whole", Formats("int4")))
     for done in (0, 1, 3):  # pieces of an earlier call; 0: killed in the first one
         target = tmp_path / f"out{done}"
-        for _, _ in zip(range(done), packed_file.write(source, target, "int4")):
+        for _, _ in zip(range(done), packed_file.write(source, target, Formats("int4"))):
             pass
 
         def half(path, text, temporary):
@@ -44,8 +45,8 @@ def test_killed_while_it_wrote_the_config(source, tmp_path, monkeypatch):
 
         with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
             m.setattr(packed_file.atomic, "write_text", half)
-            list(packed_file.write(source, target, "int4"))
-        list(packed_file.write(source, target, "int4"))
+            list(packed_file.write(source, target, Formats("int4")))
+        list(packed_file.write(source, target, Formats("int4")))
         assert contents(target) == contents(tmp_path / "whole")
 
 
@@ -56,8 +57,8 @@ def test_a_file_that_another_process_finished_meanwhile_is_not_cut_off(
     holds the finished file now.
     """
     target = tmp_path / "out"
-    list(packed_file.write(source, tmp_path / "whole", "int4"))
-    first, try_lock = packed_file.write(source, target, "int4"), lock.try_lock
+    list(packed_file.write(source, tmp_path / "whole", Formats("int4")))
+    first, try_lock = packed_file.write(source, target, Formats("int4")), lock.try_lock
     for piece, _ in first:
         if piece.name == "w2":
             break  # the last piece of layer 0; its file has no name yet
@@ -69,7 +70,7 @@ def test_a_file_that_another_process_finished_meanwhile_is_not_cut_off(
 
     monkeypatch.setattr(lock, "try_lock", late)
     with pytest.raises(ValueError, match="another process was writing"):
-        list(packed_file.write(source, target, "int4"))
+        list(packed_file.write(source, target, Formats("int4")))
     list(first)
     assert contents(target) == contents(tmp_path / "whole")
 
@@ -86,7 +87,7 @@ def test_a_calibrated_folder_goes_on_where_it_stopped(source, tmp_path):
             packed_file.write(
                 source,
                 target,
-                "int4",
+                Formats("int4"),
                 **(calibrate.options(source, config, ids, walked.append) if calibrated else {}),
             )
         )

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import lamoe
-from lamoe import cli
+from lamoe import backends, cli
+from lamoe.backends.base import Formats
 from lamoe.backends.cpu import calibrate, native, packed, packed_file
-from lamoe.backends.cpu.packed import PackedModel
+from lamoe.backends.cpu.backend import CpuBackend
 from lamoe.checkpoints import hf
-from lamoe.engine import score
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
 from lamoe.measure.random_weights import random_model
@@ -30,6 +30,10 @@ PAIRS = pytest.mark.parametrize(
     "weights, head",
     [("int4", "int8"), ("int4", "bf16"), ("int8", "fp32"), ("bf16", "int4"), ("fp32", "int8")],
 )
+
+
+def states_of(backend, ids, chunk, head=False):
+    return [r.output for r in backend.run_sequence(ids, chunk, head=head)]
 
 
 def head_of(model: Path) -> torch.Tensor:
@@ -69,23 +73,23 @@ def test_the_head_alone_is_stored_otherwise(tmp_path, family, weights, head):
         weights,
         head,
         weights,
-    ) and run.tensors.keys() == plain.tensors.keys()
+    ) and run.packed.keys() == plain.packed.keys()
     data, scale = native.pack(head, w)
     assert (
-        torch.equal(run.tensors["head"][0], data)
-        and run.tensors["head"][1] == [scale]
-        and not torch.equal(data, plain.tensors["head"][0])
+        torch.equal(run.packed["head"][0], data)
+        and run.packed["head"][1] == [scale]
+        and not torch.equal(data, plain.packed["head"][0])
     )
     assert all(
-        torch.equal(run.tensors[key][0], data)
-        for key, (data, _) in plain.tensors.items()
+        torch.equal(run.packed[key][0], data)
+        for key, (data, _) in plain.packed.items()
         if key != "head"
     )
-    assert sum(run.nbytes.values()) - sum(plain.nbytes.values()) == native.mat_bytes(
+    assert sum(run.tensor_bytes().values()) - sum(plain.tensor_bytes().values()) == native.mat_bytes(
         head, *w.shape
     ) - native.mat_bytes(weights, *w.shape)
-    assert packed_file.bits(tmp_path / "out") == pytest.approx(
-        8 * sum(run.nbytes.values()) / lamoe.accounting.parameters(run.config).total
+    assert packed_file.bits_per_weight(tmp_path / "out") == pytest.approx(
+        8 * sum(run.tensor_bytes().values()) / lamoe.accounting.parameters(run.config).total
     )
     said = tokens(LLM(tmp_path / "out"), family)
     assert len({tuple(t) for t in said}) == 3
@@ -93,7 +97,7 @@ def test_the_head_alone_is_stored_otherwise(tmp_path, family, weights, head):
         LLM(model, weights=weights, head=head),
         LLM(lamoe.load(model), weights=weights, head=head),
     ):  # quantised while loading
-        assert tokens(memory, family) == said and memory.plan().weights == sum(run.nbytes.values())
+        assert tokens(memory, family) == said and memory.plan().weights == sum(run.tensor_bytes().values())
 
 
 @pytest.mark.parametrize("family", ["mla q_lora", "gqa tied", "odd widths"])
@@ -107,12 +111,10 @@ def test_tokens_are_those_of_the_torch_model_with_that_head(tmp_path, family, he
     kept = native.unpack(head, *native.pack(head, w)[:1], *w.shape, native.pack(head, w)[1])
     got = torch.cat(
         list(
-            score.forward(
-                PackedModel.of(lamoe.load(model), "fp32", head=head), ids.tolist(), 32, True
-            )
+            states_of(CpuBackend.from_transformer(lamoe.load(model), Formats("fp32", head)), ids.tolist(), 32, head=True)
         )
     )
-    states = torch.cat(list(score.forward(lamoe.load(model), ids.tolist(), 60, False)))
+    states = torch.cat(list(states_of(backends.load(lamoe.load(model), backend="torch"), ids.tolist(), 60)))
     want = states @ kept.T
     padded = torch.nn.functional.pad(states, (0, -k % 64)).unflatten(-1, (-1, 64))
     off = (
@@ -135,31 +137,31 @@ def test_tokens_are_those_of_the_torch_model_with_that_head(tmp_path, family, he
 def test_bytes_of_the_class():
     c = ModelConfig.preset("deepseek-v2-lite")
     for weights, head, bits in (("int4", "int8", 8.5), ("int4", "bf16", 16), ("int8", "int4", 4.5)):
-        done = list(packed.pieces(c, weights, head))
-        found = packed.classes(c, weights, done, head)
+        done = list(packed.packed_tensors(c, Formats(weights, head)))
+        found = packed.weight_classes(c, Formats(weights, head), done)
         assert (
             found["head"].formats == (head,)
-            and 8 * found["head"].bytes == bits * found["head"].elements == bits * 102400 * 2048
+            and 8 * found["head"].num_bytes == bits * found["head"].num_weights == bits * 102400 * 2048
         )
         assert found["experts"].formats == found["attention"].formats == (weights,)
         with pytest.raises(ValueError, match=f"head should be {weights} and came out as {head}"):
-            packed.classes(c, weights, done)
-    assert [p.format for p in packed.pieces(c, "int4")] == [
-        p.format for p in packed.pieces(c, "int4", "int4")
+            packed.weight_classes(c, Formats(weights), done)
+    assert [p.format for p in packed.packed_tensors(c, Formats("int4"))] == [
+        p.format for p in packed.packed_tensors(c, Formats("int4", "int4"))
     ]
 
 
 def test_bench_on_random_weights():
     c = FAMILIES["mla"]
-    one, other = random_model(c, "int4", 1), random_model(c, "int4", 1, "int8")
-    assert (one.head, other.head) == ("int4", "int8") and one.nbytes | {
+    one, other = random_model(c, Formats("int4"), 1), random_model(c, Formats("int4", "int8"), 1)
+    assert (one.head, other.head) == ("int4", "int8") and one.tensor_bytes() | {
         "head": native.mat_bytes("int8", c.vocab_size, c.hidden_size)
-    } == other.nbytes
+    } == other.tensor_bytes()
     runs = [Bench(m, "bf16", 40) for m in (one, other)]
     line = runs[0].line("", 1, 16)
     assert (
         runs[1].bytes(line, torch.empty(0)) - runs[0].bytes(line, torch.empty(0))
-        == other.nbytes["head"] - one.nbytes["head"]
+        == other.tensor_bytes()["head"] - one.tensor_bytes()["head"]
     )
     assert runs[1].run(line, experts=True).shape == (len(c.moe_layers), 1, c.num_experts_per_tok)
 
@@ -169,7 +171,7 @@ def test_an_interrupted_folder_goes_on_with_its_own_head_only(tmp_path):
     model = source(tmp_path / "model", "mla")
     for begun, others in (("int8", (None, "int4", "bf16")), (None, ("int8",))):
         target = tmp_path / f"out {begun}"
-        next(packed_file.write(model, target, "int4", head=begun))
+        next(packed_file.write(model, target, Formats("int4", begun)))
         before = contents(target)
         for other in others:
             with pytest.raises(
@@ -192,7 +194,7 @@ def test_a_folder_from_before_heads_had_formats(tmp_path):
     model = source(tmp_path / "model", "mla")
     pack(model, tmp_path / "whole")
     want = tokens(LLM(tmp_path / "whole"), "mla")
-    next(packed_file.write(model, tmp_path / "begun", "int4"))
+    next(packed_file.write(model, tmp_path / "begun", Formats("int4")))
     for folder in (tmp_path / "whole", tmp_path / "begun"):
         config = json.loads((folder / "config.json").read_text())
         assert config["quantization_config"].pop("head") == "int4"
@@ -213,7 +215,7 @@ def test_what_is_refused(tmp_path):
         lambda: pack(model, tmp_path / "new", head="int3"),
         lambda: LLM(model, weights="int4", head="int3"),
         lambda: LLM(lamoe.load(model), head="int3"),
-        lambda: random_model(FAMILIES["mla"], "int4", 1, "int3"),
+        lambda: random_model(FAMILIES["mla"], Formats("int4", "int3"), 1),
     ):
         with pytest.raises(
             ValueError,
@@ -224,9 +226,9 @@ def test_what_is_refused(tmp_path):
     pack(model, tmp_path / "out", head="int8")
     with pytest.raises(ValueError, match="its output head as int8, asked for is int4"):
         LLM(tmp_path / "out", head="int4")
-    assert LLM(tmp_path / "out", head="int8").runs.head == "int8"
+    assert LLM(tmp_path / "out", head="int8").backend.head == "int8"
     with pytest.raises(ValueError, match="quantised weights need them"):
-        LLM(model, head="int8", impl="torch")
+        LLM(model, head="int8", backend="torch")
     for head, why in (
         ("int3", "says head 'int3'"),
         (["int8"], r"says head \['int8'\]"),
@@ -253,7 +255,7 @@ def test_calibration_leaves_an_8_bit_head_alone(tmp_path, family):
         )
         return {
             key: data.numpy().tobytes()
-            for key, (data, _) in packed_file.load(tmp_path / target).tensors.items()
+            for key, (data, _) in packed_file.load(tmp_path / target).packed.items()
         }
 
     every = calibrated("all", "int4", None)

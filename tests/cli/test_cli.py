@@ -174,7 +174,7 @@ def test_generate_within_a_memory(trained, capsys):
 
     def out(*argv):
         with mock.patch(
-            "lamoe.engine.llm.PagedCache",
+            "lamoe.backends.base.PagedCache",
             side_effect=lambda *a: made.append(PagedCache(*a)) or made[-1],
         ):
             assert (

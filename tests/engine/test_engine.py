@@ -136,8 +136,8 @@ def test_finish_reasons():
         ([], "the prompt has no tokens"),
         ([1] * 64, "the prompt has 64 tokens and leaves no room in the model's context of 64"),
         ([1] * 1000, "1000 tokens .* context of 64"),
-        ([300], "token ids from 300 to 300; the vocabulary has 300"),
-        ([5, -1], "from -1 to 5"),
+        ([300], "token ids from 0 to 299; found 300"),
+        ([5, -1], "found -1"),
     ],
 )
 def test_prompts_refused_before_anything_runs(prompt, words):

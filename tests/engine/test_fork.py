@@ -22,7 +22,8 @@ import multiprocessing, os, sys, threading, time
 import torch
 from native_run import Run
 from oracles import tiny
-from lamoe.backends.cpu.packed import PackedModel
+from lamoe.backends.base import Formats
+from lamoe.backends.cpu.backend import CpuBackend
 
 TEXT = [(5 * i) % 60 + 1 for i in range(40)]
 
@@ -30,7 +31,7 @@ def threads():  # of this process
     return len(os.listdir("/proc/self/task"))
 
 def model(n):
-    return PackedModel.of(tiny.model(tiny.HARD), "int8", n)
+    return CpuBackend.from_transformer(tiny.model(tiny.HARD), Formats("int8"), n)
 
 def fork(work):
     '''Run work() in a child that ends as programs do; its exit code.'''

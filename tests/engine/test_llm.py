@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from lamoe.backends import cache_codec
-from lamoe.engine import runner
+from lamoe.backends.torch_backend import sequence_slots
 from lamoe.engine.generate import generate
-from lamoe.engine.request import Sequence
 from lamoe.engine.sampler import SamplingParams
 from tiny_engine import (
     CONTEXT,
@@ -127,9 +126,9 @@ def test_unused_rows_are_never_read(family, format):
 
 
 def test_absurd_page_numbers_beyond_the_text_are_never_used():
-    seq = Sequence(0, [1] * 9, 9, greedy(), 20, pages=[3, 0, 7, 10**15, -5])
-    assert runner._slots(seq, 9, 4).tolist() == [12, 13, 14, 15, 0, 1, 2, 3, 28]
-    assert runner._slots(seq, 8, 4).tolist() == [12, 13, 14, 15, 0, 1, 2, 3]
+    pages = torch.tensor([3, 0, 7, 10**15, -5])
+    assert sequence_slots(pages, 9, 4).tolist() == [12, 13, 14, 15, 0, 1, 2, 3, 28]
+    assert sequence_slots(pages, 8, 4).tolist() == [12, 13, 14, 15, 0, 1, 2, 3]
 
 
 @EVERY

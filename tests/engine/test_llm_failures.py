@@ -22,7 +22,7 @@ native_too = pytest.mark.parametrize(
     [
         "torch",
         pytest.param(
-            "native",
+            "cpu",
             marks=pytest.mark.skipif(native.lib is None, reason="needs the compiled kernels"),
         ),
     ],
@@ -43,9 +43,9 @@ def test_whoever_makes_a_pass_fail_ends_alone(family, impl, caplog):
     The others, in prefill and decoding, say what they say alone.
     """
     texts = prompts(5, 30, 9, 40)
-    want = tokens(llm(family, impl=impl).generate(texts, greedy(12)))
+    want = tokens(llm(family, backend=impl).generate(texts, greedy(12)))
     for at, steps in ((1, 0), (2, 0), (2, 4)):
-        engine = llm(family, impl=impl, max_num_batched_tokens=16)
+        engine = llm(family, backend=impl, max_num_batched_tokens=16)
         ids = engine.add_all([(p, greedy(12)) for p in texts])
         for _ in range(steps):
             assert not [d for d in engine.step() if d.output]
@@ -76,8 +76,8 @@ def test_a_pass_that_fails_for_all_ends_them_and_nobody_else(error, monkeypatch)
     """Running sequences end, pages come back; those who waited and those who come later get what a
     fresh engine gives, prefix hits included.
     """
-    texts, engine = prompts(9, 9, 20, 6), llm(impl="torch", max_num_seqs=2)
-    want = tokens(llm(impl="torch").generate(texts, greedy(12)))
+    texts, engine = prompts(9, 9, 20, 6), llm(backend="torch", max_num_seqs=2)
+    want = tokens(llm(backend="torch").generate(texts, greedy(12)))
     running = engine.add_all([(p, greedy(12)) for p in texts[:2]])
     for _ in range(3):
         engine.step()
@@ -116,8 +116,8 @@ def test_a_pass_that_was_too_much_at_once_is_done_in_parts(monkeypatch):
         return run(model, cache, work, *more)
 
     texts = prompts(5, 9, 20)
-    want = tokens(llm(impl="torch").generate(texts, greedy(6)))
-    engine = llm(impl="torch", count_experts=True)
+    want = tokens(llm(backend="torch").generate(texts, greedy(6)))
+    engine = llm(backend="torch", count_experts=True)
     monkeypatch.setattr(runner, "run", little_memory)
     outputs = engine.generate(texts, greedy(6))
     assert tokens(outputs) == want and max(sizes) == 3 and idle(engine)
@@ -135,7 +135,7 @@ from lamoe.engine.llm import LLM
 
 model = tiny.model(tiny.HARD.replace(max_position_embeddings=4096, vocab_size=64))
 def new():
-    return LLM(model.float(), cache="fp32", max_num_batched_tokens=4096, impl="native")
+    return LLM(model.float(), cache="fp32", max_num_batched_tokens=4096, backend="cpu")
 
 texts = prompts(2400, 20, 30)
 want = tokens(new().generate(texts, greedy(6)))
@@ -184,10 +184,10 @@ def test_numbers_that_are_none_stay_out_of_the_prefix_cache(family, impl, budget
     Who comes later with the same beginning must not find them.
     """
     engine, (text,) = (
-        llm(family, impl=impl, max_num_batched_tokens=budget),
+        llm(family, backend=impl, max_num_batched_tokens=budget),
         [[t % 62 for t in p] for p in prompts(24)],
     )
-    want = llm(family, impl=impl).generate([text + [5]], greedy(6, logit_bias={63: -100}))
+    want = llm(family, backend=impl).generate([text + [5]], greedy(6, logit_bias={63: -100}))
     with torch.no_grad():
         engine.model.embed.weight[63] = float("nan")
     (bad,) = engine.generate([text + [63, 2]], greedy(6))
@@ -226,7 +226,8 @@ def test_an_error_that_belongs_to_a_sequence_ends_it_alone(
     if where == "text":
         engine._texts[second].add = broken
     else:
-        monkeypatch.setattr(f"lamoe.engine.llm.{where}", broken)
+        module = "next_token" if where == "sample" else "llm"
+        monkeypatch.setattr(f"lamoe.engine.{module}.{where}", broken)
     ends |= drain(engine)
     bad = ends.pop(second)
     assert (bad.finish_reason, bad.error, bad.internal) == (
@@ -247,7 +248,7 @@ def test_an_error_that_belongs_to_a_sequence_ends_it_alone(
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_who_stops_the_program_stops_it(error, monkeypatch):
     engine = llm()
-    monkeypatch.setattr("lamoe.engine.llm.sample", lambda *args: (_ for _ in ()).throw(error()))
+    monkeypatch.setattr("lamoe.engine.next_token.sample", lambda *args: (_ for _ in ()).throw(error()))
     with pytest.raises(error):
         engine.generate(prompts(5), SamplingParams(seed=1))
     assert idle(engine)  # what was asked for is taken back

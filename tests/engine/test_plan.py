@@ -1,5 +1,6 @@
 """The memory plan: closed forms against what is allocated, and refusals that say what would do."""
 
+import importlib
 import os
 import re
 from pathlib import Path
@@ -9,11 +10,13 @@ import pytest
 
 from lamoe import cli
 from lamoe.backends import cache_codec
+from lamoe.backends.base import Formats
 from lamoe.backends.cpu import native
+from lamoe.backends.cpu.backend import CpuBackend
+from lamoe.backends.memory import available_memory
 from lamoe.backends.paged_cache import PagedCache
-from lamoe.engine import llm as llm_module
 from lamoe.engine.llm import LLM
-from lamoe.engine.plan import STATES, available_memory, fit, state_bytes
+from lamoe.engine.plan import fit
 from lamoe.engine.sampler import SamplingParams
 from lamoe.model import accounting
 from lamoe.model.accounting import human_bytes
@@ -22,8 +25,15 @@ from lamoe.train import checkpoint
 from oracles import tiny
 from tiny_run import trained  # noqa: F401 (trained is a fixture)
 
+backends_load = importlib.import_module("lamoe.backends.load")  # the package exports a function `load`
+STATE_LIMIT = 128 << 20  # kStateLimit of csrc/model/cost.h
 LITE = ModelConfig.preset("deepseek-v2-lite")
 LITE_16 = 2 * accounting.parameters(LITE).total
+
+
+def states(max_num_seqs=3, batch_tokens=64):
+    """The bytes of attention's partial results by length, as the plan asks for them."""
+    return lambda length: CpuBackend.state_bytes(LITE, length, max_num_seqs, batch_tokens)
 
 
 def lite(format="bf16", cache_memory=None, length=None, available=None, seqs=1):
@@ -36,7 +46,7 @@ def test_the_plan_is_what_is_allocated(format):
     m = tiny.model(c).float()
     engine = LLM(
         m,
-        impl="torch",
+        backend="torch",
         cache=format,
         page_size=4,
         cache_memory=1 << 20,
@@ -105,37 +115,37 @@ def test_partial_results_of_attention(length, seqs, step, tokens, chunks):
     rows.
     """
     size = tokens * chunks * LITE_STATE
-    assert state_bytes(LITE, length, seqs, step) == size * 5 // 4 + 4096
+    assert CpuBackend.state_bytes(LITE, length, seqs, step) == size * 5 // 4 + 4096
 
 
 def test_partial_results_of_attention_are_bounded():
     assert (
-        state_bytes(LITE, 163_840, 64, 512)
-        == state_bytes(LITE, 32_768, 64, 512)
-        == STATES * 5 // 4 + 4096
+        CpuBackend.state_bytes(LITE, 163_840, 64, 512)
+        == CpuBackend.state_bytes(LITE, 32_768, 64, 512)
+        == STATE_LIMIT * 5 // 4 + 4096
     )
     big = ModelConfig.preset("deepseek-v2")
     assert (
-        state_bytes(big, 163_840, 64, 512)
-        == STATES * 5 // 4 + 4096
-        > state_bytes(big, 20_000, 1, 1)
+        CpuBackend.state_bytes(big, 163_840, 64, 512)
+        == STATE_LIMIT * 5 // 4 + 4096
+        > CpuBackend.state_bytes(big, 20_000, 1, 1)
         == 8 * 40 * LITE_STATE * 5 // 4 + 4096
     )
     wide = big.replace(num_attention_heads=1024)  # one token has 64 blocks of 320 chunks
-    assert state_bytes(wide, 163_840, 1, 1) == 64 * 320 * LITE_STATE * 5 // 4 + 4096
+    assert CpuBackend.state_bytes(wide, 163_840, 1, 1) == 64 * 320 * LITE_STATE * 5 // 4 + 4096
     dense = ModelConfig.preset(
         "deepseek-67b"
     )  # 64 heads over 8 of keys: more than 48 / 8 tokens of a sequence are expanded
     assert (
-        state_bytes(dense, 4096, 2, 512)
+        CpuBackend.state_bytes(dense, 4096, 2, 512)
         == 8 * (12 * 8 + 2 * 15) // 16 // 8 * 8 * 8 * 4 * (32 + 16 * 128) * 5 // 4 + 4096
     )
 
 
 def test_the_plan_counts_them():
     """In what is free, in what is refused and what is offered instead, and in words."""
-    partial, page = state_bytes(LITE, 1600, 3, 64), 16 * 31104
-    said = fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 100 * page + partial, 64)
+    partial, page = CpuBackend.state_bytes(LITE, 1600, 3, 64), 16 * 31104
+    said = fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 100 * page + partial, states())
     assert (
         said.pages == 100
         and said.states == partial
@@ -149,7 +159,7 @@ def test_the_plan_counts_them():
         match=f"with {human_bytes(partial)} for attention, are more than .*lower max_model_len "
         "to 1584,",
     ):
-        fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 100 * page + partial - 1, 64)
+        fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 100 * page + partial - 1, states())
     with pytest.raises(
         ValueError, match="max_model_len to 720,"
     ):  # of less than 1,024 rows there are fewer chunks
@@ -161,13 +171,13 @@ def test_the_plan_counts_them():
             1600,
             3,
             16,
-            LITE_16 + 45 * page + state_bytes(LITE, 720, 3, 64),
-            64,
+            LITE_16 + 45 * page + CpuBackend.state_bytes(LITE, 720, 3, 64),
+            states(),
         )
     with pytest.raises(
         ValueError, match=re.escape(f"lower cache_memory to at most {human_bytes(101 * page)}")
     ):
-        fit(LITE, LITE_16, "bf16", 200 * page, 1600, 3, 16, LITE_16 + 101 * page + partial, 64)
+        fit(LITE, LITE_16, "bf16", 200 * page, 1600, 3, 16, LITE_16 + 101 * page + partial, states())
 
 
 @pytest.mark.skipif(not native.available(), reason="needs the compiled kernels")
@@ -187,13 +197,13 @@ def test_partial_results_of_attention_are_what_is_allocated(c):
             [tiny.ids(c, 189, seed=1).tolist()] * 7,
             SamplingParams(temperature=0.0, max_tokens=11, ignore_eos=True),
         )
-        p, taken = engine.plan(), engine.runs.native.state_bytes
+        p, taken = engine.plan(), engine.backend.native.state_bytes
         assert taken == p.states if heads == 32 else p.states // 3 < taken <= p.states, (
             heads,
             taken,
             p.states,
         )
-    assert LLM(m, impl="torch").plan().states == 0
+    assert LLM(m, backend="torch").plan().states == 0
 
 
 def test_how_large_a_cache_is_when_nobody_says():
@@ -255,44 +265,43 @@ def test_refused(options, message):
 def test_refused_before_the_weights_are_read(trained):
     folder = checkpoint.latest(trained) / "model"
     with (
-        mock.patch.object(llm_module, "available_memory", return_value=10_000),
-        mock.patch("lamoe.checkpoints.load") as load,
+        mock.patch.object(backends_load, "available_memory", return_value=10_000),
+        mock.patch("lamoe.checkpoints.hf.load") as load,
     ):
         with pytest.raises(ValueError, match="more than the 10.00 kB of memory that are available"):
             LLM(folder)
     load.assert_not_called()
-    plain = LLM(folder, impl="torch")
+    plain = LLM(folder, backend="torch")
     weights = plain.plan().weights
     with mock.patch.object(
-        llm_module, "available_memory", return_value=weights + 64 * plain.plan().bytes_per_token
+        backends_load, "available_memory", return_value=weights + 64 * plain.plan().bytes_per_token
     ):
-        p = LLM(folder, impl="torch").plan()
+        p = LLM(folder, backend="torch").plan()
     assert p.sequences == 1 and p.weights == sum(
-        t.numel() * t.element_size() for t in plain.model.parameters()
+        t.numel() * t.element_size() for t in plain.backend.model.parameters()
     )
-    assert LLM(folder, dtype="bfloat16", impl="torch").plan().weights == weights // 2
-    c = plain.model.config
-    assert llm_module._ahead(folder, "bfloat16", None) == (
-        c,
-        2 * accounting.parameters(c).total,
-    ) and llm_module._ahead(folder, None, "int4")[1] == int(
-        4.5 / 8 * accounting.parameters(c).total
-    )
-    assert llm_module._ahead(folder, None, "int4", "int8")[1] == int(
-        4.5 / 8 * accounting.parameters(c).total + c.vocab_size * c.hidden_size / 2
-    )
+    assert LLM(folder, dtype="bfloat16", backend="torch").plan().weights == weights // 2
+    c = plain.config
+    total = accounting.parameters(c).total
+    prepare = backends_load.prepare
+    assert prepare(folder, dtype="bfloat16").weight_bytes == 2 * total
+    assert prepare(folder, dtype="bfloat16").config == c
+    if native.available():
+        assert prepare(folder, Formats("int4")).weight_bytes == int(4.5 / 8 * total)
+        head = c.vocab_size * c.hidden_size / 2
+        assert prepare(folder, Formats("int4", "int8")).weight_bytes == int(4.5 / 8 * total + head)
     for weights in (
         ("bf16", "int8", "int4") if native.available() else ()
     ):  # packed on the way: once it is there, the plan says what it is
         engine = LLM(folder, weights=weights)
-        assert engine.plan().weights == sum(engine.runs.nbytes.values())
+        assert engine.plan().weights == engine.backend.weight_bytes()
 
 
 def test_memory_of_the_machine(tmp_path):
-    assert available_memory(tmp_path) is None
+    assert available_memory(root=tmp_path) is None
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc" / "meminfo").write_text("MemTotal: 2000 kB\nMemAvailable: 1000 kB\n")
-    assert available_memory(tmp_path) == 1024000
+    assert available_memory(root=tmp_path) == 1024000
     group = tmp_path / "sys" / "fs" / "cgroup"
     group.mkdir(parents=True)
     for most, now, want in (
@@ -303,9 +312,9 @@ def test_memory_of_the_machine(tmp_path):
     ):
         (group / "memory.max").write_text(most + "\n")
         (group / "memory.current").write_text(now + "\n")
-        assert available_memory(tmp_path) == want
+        assert available_memory(root=tmp_path) == want
     (tmp_path / "proc" / "meminfo").write_text("MemAvailable:\n")
-    assert available_memory(tmp_path) == 0
+    assert available_memory(root=tmp_path) == 0
     assert available_memory() is None or available_memory() > 1 << 20
 
 

@@ -12,7 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lamoe.backends import base as base_module
 from lamoe.backends import cache_codec
+from lamoe.backends.torch_backend import TorchBackend
 from lamoe.engine import prefix_file
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
@@ -166,35 +168,39 @@ def test_it_does_not_fit(tmp_path):
     assert two.pool.available == 16 and two.load_cache(file) == 60
 
 
+def digest(m) -> str:
+    return TorchBackend(m).digest()
+
+
 # ---- what it is bound to ----
 def test_digest():
     base = model()
     assert (
-        prefix_file.digest(base)
-        == prefix_file.digest(model())
-        == prefix_file.digest(Transformer(CONFIG.replace(torch_dtype="bfloat16")).init_weights(1))
+        digest(base)
+        == digest(model())
+        == digest(Transformer(CONFIG.replace(torch_dtype="bfloat16")).init_weights(1))
     )
     others = [model(seed=2), model(CONFIG.replace(rope_theta=5000.0)), model().bfloat16()]
     for name in ("embed.weight", "layers.1.attn.wkv_a.weight", "norm.weight"):
         others.append(model())
         with torch.no_grad():
             others[-1].get_parameter(name).flatten()[-1] += 1e-3
-    assert len({prefix_file.digest(m) for m in (base, *others)}) == 1 + len(others)
+    assert len({digest(m) for m in (base, *others)}) == 1 + len(others)
 
 
 def test_digest_of_large_tensors_samples_all_of_them(monkeypatch):
     """With small limits: every tensor is sampled, and a change anywhere but between two samples is
     seen.
     """
-    monkeypatch.setattr(prefix_file, "WHOLE_BYTES", 1024)
-    monkeypatch.setattr(prefix_file, "SAMPLES", 16)
-    monkeypatch.setattr(prefix_file, "SAMPLE_BYTES", 64)
-    base, seen = prefix_file.digest(model()), []
+    monkeypatch.setattr(base_module, "_HASH_WHOLE_BYTES", 1024)
+    monkeypatch.setattr(base_module, "_HASH_SAMPLES", 16)
+    monkeypatch.setattr(base_module, "_HASH_SAMPLE_BYTES", 64)
+    base, seen = digest(model()), []
     for at in (*range(0, 9600, 97), 9599):
         m = model()
         with torch.no_grad():
             m.embed.weight.flatten()[at] += 1.0
-        seen += [at] if prefix_file.digest(m) != base else []
+        seen += [at] if digest(m) != base else []
     assert (
         2 <= len(seen) < 30 and seen[0] == 0 and seen[-1] == 9599
     )  # 16 blocks of 16 numbers of 9,600
@@ -202,7 +208,7 @@ def test_digest_of_large_tensors_samples_all_of_them(monkeypatch):
         m = model()
         with torch.no_grad():
             m.get_parameter(name).mul_(1.01)
-        assert prefix_file.digest(m) != base, name
+        assert digest(m) != base, name
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from lamoe.engine.async_llm import AsyncLLM
 from lamoe.engine.sampler import SamplingParams
-from lamoe.engine.score import forward, mean_state, prompt_logprobs
+from lamoe.engine.score import mean_state, prompt_logprobs
 from lamoe.model.routing import Chosen
 from tiny_engine import llm, prompts
 
@@ -33,7 +33,7 @@ def test_forward_comes_in_chunks(chunk, logits):
     engine, [ids] = llm(), prompts(20)
     with torch.no_grad():
         want = (engine.model if logits else engine.model.hidden)(torch.tensor([ids]))[0]
-    parts = list(forward(engine.runs, ids, chunk, logits))
+    parts = [r.output for r in engine.backend.run_sequence(ids, chunk, head=logits)]
     assert [len(p) for p in parts] == [chunk] * (20 // chunk) + ([20 % chunk] if 20 % chunk else [])
     assert torch.allclose(torch.cat(parts), want, atol=1e-4)
 
@@ -75,7 +75,7 @@ def test_experts_are_counted_per_sequence():
     the last token, which was never computed.
     """
     engine = llm(count_experts=True, speculate=0)
-    m, c = engine.model, engine.model.config
+    m, c = engine.model, engine.config
     for prompt, out in zip(prompts(5, 9, 14), engine.generate(prompts(5, 9, 14), GREEDY)):
         chosen = Chosen()
         with torch.no_grad():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lamoe import cli
+from lamoe.backends.base import Batch, Formats
 from lamoe.backends.cpu import native, packed
 from lamoe.measure import llama_cpp, tables, timing
 from lamoe.measure.random_weights import random_model
@@ -90,7 +91,7 @@ def test_ours_and_the_peer_take_turns(tools):
     tools("llama-bench", DEPTH, SAID)
     tools("llama-batched-bench", MANY)
     run, said, reads = (
-        timing.Bench(random_model(MLA, "int8", 1), "bf16", 200),
+        timing.Bench(random_model(MLA, Formats("int8"), 1), "bf16", 200),
         [],
         iter(range(1, 100)),
     )
@@ -154,11 +155,11 @@ def test_a_tool_that_fails_is_quoted(tools):
 # ---- ours ----
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "int4"])
 def test_bytes_of_a_pass_are_those_of_the_form_it_takes(weights):
-    run = timing.Bench(random_model(MLA, weights, 1), "bf16", 100)
-    elem, parts = packed.element(weights), {}
-    for p in packed.pieces(MLA, weights):
-        parts[p.name] = parts.get(p.name, 0) + packed.piece_bytes(p, elem)
-    assert sum(parts.values()) == sum(run.model.nbytes.values())
+    run = timing.Bench(random_model(MLA, Formats(weights), 1), "bf16", 100)
+    elem, parts = packed.element_format(Formats(weights)), {}
+    for p in packed.packed_tensors(MLA, Formats(weights)):
+        parts[p.name] = parts.get(p.name, 0) + packed.packed_bytes(p, elem)
+    assert sum(parts.values()) == sum(run.model.tensor_bytes().values())
     embed, routed, copies, uk, uv = (
         parts.pop("embed"),
         parts.pop("e13") + parts.pop("e2"),
@@ -196,16 +197,16 @@ def test_bytes_of_a_pass_are_those_of_the_form_it_takes(weights):
 
 def test_a_dense_model_is_measured_too():
     run = timing.Bench(
-        random_model(tiny.config("llama", max_position_embeddings=256), "bf16", 1),
+        random_model(tiny.config("llama", max_position_embeddings=256), Formats("bf16"), 1),
         "fp32",
         200,
     )
     lines = run.lines([(20, 0), (20, 40)], [0, 50], [2])
     timing.measure(run, lines, 1)
     assert [len(x.seconds) for x in lines] == [3, 3, 1, 1, 2] and all(x.rate > 0 for x in lines)
-    weights = sum(run.model.nbytes.values()) - run.model.nbytes["embed"]
+    weights = sum(run.model.tensor_bytes().values()) - run.model.tensor_bytes()["embed"]
     assert (
-        lines[0].bytes == pytest.approx(weights + run.model.nbytes["embed"] / run.config.vocab_size)
+        lines[0].bytes == pytest.approx(weights + run.model.tensor_bytes()["embed"] / run.config.vocab_size)
         and lines[1].bytes > lines[0].bytes
     )
 
@@ -269,18 +270,11 @@ def test_tokens_of_random_weights_go_to_experts_of_their_own():
         n_group=1,
         topk_group=1,
     )
-    model = random_model(config, "int4", 1)
+    model = random_model(config, Formats("int4"), 1)
     run = timing.Bench(model, "bf16", 16 * 32)
     pages = torch.arange(16, dtype=torch.int32)
     seqs = torch.tensor([[1, 1, i] for i in range(16)], dtype=torch.int32)
-    _, chosen = model.run(
-        list(range(16)),
-        torch.zeros(16, dtype=torch.int64),
-        seqs,
-        pages,
-        run.cache,
-        [0],
-        experts=True,
-    )
+    batch = Batch(list(range(16)), torch.zeros(16, dtype=torch.int64), seqs, pages, [0])
+    _, chosen = model.forward(batch, run.cache, experts=True)
     touched = [len(layer.unique()) for layer in chosen]
     assert min(touched) > 0.85 * 32 * (1 - (1 - 4 / 32) ** 16), touched

@@ -113,7 +113,7 @@ def test_replies_that_differ_are_found(monkeypatch):
         monkeypatch.setattr(
             doctor,
             "_replies",
-            lambda impl, wrong=wrong: wrong(*right(impl)) if impl == "native" else right(impl),
+            lambda impl, wrong=wrong: wrong(*right(impl)) if impl == "cpu" else right(impl),
         )
         found = doctor.examine(SMALL)
         assert found["verdict"] == "broken" and any(says in p for p in found["problems"])

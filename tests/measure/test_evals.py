@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from lamoe.backends.torch_backend import TorchBackend, next_token_targets
 from lamoe.checkpoints import hf
 from lamoe.engine.generate import generate
 from lamoe.engine.sampler import SamplingParams
-from lamoe.engine.text_loss import shift, text_loss
+from lamoe.engine.text_loss import text_loss
 from lamoe.measure import needle
 from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
@@ -53,7 +54,7 @@ def test_against_a_direct_computation():
                         0, -1
                     ]  # rotary positions are relative, so it may begin at 0
                     nats, targets = nats - logits.log_softmax(0)[ids[j]].item(), targets + 1
-    result = text_loss(m, rows())
+    result = text_loss(TorchBackend(m), rows())
     assert result.targets == targets and result.nats == pytest.approx(nats, rel=1e-5)
     assert result.bits_per_token == pytest.approx(nats / targets / math.log(2), rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(nats / targets), rel=1e-4)
@@ -70,17 +71,17 @@ def test_without_the_document_mask_other_documents_are_context():
                 .gather(-1, torch.from_numpy(ids[1:, None]))[:, 0]
             )
             nats += nll[torch.from_numpy(segments[1:] == segments[:-1])].sum().item()
-    result = text_loss(m, rows(), document_mask=False)
+    result = text_loss(TorchBackend(m), rows(), document_mask=False)
     assert result.nats == pytest.approx(nats, rel=1e-5) and result.nats != pytest.approx(
-        text_loss(m, rows()).nats, rel=1e-5
+        text_loss(TorchBackend(m), rows()).nats, rel=1e-5
     )
 
 
 def test_a_uniform_model_needs_log2_of_the_vocabulary():
     m = model()
     torch.nn.init.zeros_(m.head.weight)
-    assert text_loss(m, rows()).bits_per_token == pytest.approx(math.log2(300), rel=1e-6)
-    assert text_loss(m, rows()).perplexity == pytest.approx(300, rel=1e-5)
+    assert text_loss(TorchBackend(m), rows()).bits_per_token == pytest.approx(math.log2(300), rel=1e-6)
+    assert text_loss(TorchBackend(m), rows()).perplexity == pytest.approx(300, rel=1e-5)
 
 
 def test_independent_of_the_batch_size():
@@ -88,18 +89,18 @@ def test_independent_of_the_batch_size():
     targets.
     """
     m = model()
-    whole = text_loss(m, rows(), batch=7)
+    whole = text_loss(TorchBackend(m), rows(), batch=7)
     for batch in (1, 2, 3, 100):
-        other = text_loss(m, iter(rows()), batch=batch)
+        other = text_loss(TorchBackend(m), iter(rows()), batch=batch)
         assert other.nats == pytest.approx(whole.nats, rel=1e-6) and other.targets == whole.targets
         assert np.array_equal(other.load, whole.load)
 
 
 def test_expert_load():
-    load = text_loss(model(), rows()).load
+    load = text_loss(TorchBackend(model()), rows()).load
     assert load.shape == (1, 8) and load.sum(1) == pytest.approx([1.0]) and (load >= 0).all()
     dense = ModelConfig(model_type="llama", **BODY)
-    assert text_loss(Transformer(dense).init_weights(), rows()).load.shape == (0, 0)
+    assert text_loss(TorchBackend(Transformer(dense).init_weights()), rows()).load.shape == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +109,8 @@ def test_expert_load():
 def test_max_tokens_takes_rows_spread_evenly(limit, taken):
     """7 rows of 12 positions."""
     m, step = model(), -(-84 // limit)
-    result = text_loss(m, rows(), max_tokens=limit)
-    want = text_loss(m, rows()[::step])
+    result = text_loss(TorchBackend(m), rows(), max_tokens=limit)
+    want = text_loss(TorchBackend(m), rows()[::step])
     assert (
         len(rows()[::step]) == taken
         and result.nats == pytest.approx(want.nats, rel=1e-6)
@@ -121,7 +122,7 @@ def test_max_tokens_takes_rows_spread_evenly(limit, taken):
 @pytest.mark.parametrize("what", [[], [(np.zeros(5, np.int64), np.arange(5, dtype=np.int32))]])
 def test_nothing_to_evaluate_on(what, limit):
     with pytest.raises(ValueError, match="nothing to evaluate on"):
-        text_loss(model(), what, max_tokens=limit)
+        text_loss(TorchBackend(model()), what, max_tokens=limit)
 
 
 def test_bits_per_byte_of_a_run(trained):
@@ -130,7 +131,7 @@ def test_bits_per_byte_of_a_run(trained):
 
     corpus = open_corpus(trained / "data")
     m = hf.load(checkpoint.latest(trained) / "model")
-    result = text_loss(m, heldout_rows(corpus, 32), batch=3)
+    result = text_loss(TorchBackend(m), heldout_rows(corpus, 32), batch=3)
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert result.bits_per_byte(corpus.heldout_bytes()) == pytest.approx(
         last["heldout_bits_per_byte"], rel=1e-5
@@ -142,7 +143,7 @@ def test_bits_per_byte_of_a_run(trained):
 
 def test_shift():
     ids, segments = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[0, 0, 1, 1, 2]])
-    assert shift(ids, segments).tolist() == [[6, -1, 8, -1]]
+    assert next_token_targets(ids, segments).tolist() == [[6, -1, 8, -1]]
 
 
 # ---- needle in a haystack ----
@@ -169,12 +170,12 @@ def test_a_needle_is_found_when_greedy_decoding_says_it(chunk, monkeypatch):
     """Wherever chunks end, inside the answer too; and any wrong token of an answer is noticed."""
     monkeypatch.setattr(needle, "CHUNK", chunk)
     m = model()
-    assert needle.needle(m, own_continuation(m), [8, 30], [0.0, 0.5, 1.0], 3).tolist() == [
+    assert needle.needle(TorchBackend(m), own_continuation(m), [8, 30], [0.0, 0.5, 1.0], 3).tolist() == [
         [1, 1],
         [1, 1],
         [1, 1],
     ]
-    found = needle.needle(m, own_continuation(m, wrong={0, 4, 8, 9}), [8, 30], [0.0, 0.5, 1.0], 3)
+    found = needle.needle(TorchBackend(m), own_continuation(m, wrong={0, 4, 8, 9}), [8, 30], [0.0, 0.5, 1.0], 3)
     assert found == pytest.approx(
         np.array([[2 / 3, 2 / 3], [2 / 3, 1], [2 / 3, 1]])
     )  # depth by depth of length 8, then of 30
@@ -187,17 +188,17 @@ def test_draws_of_a_cell_depend_on_the_cell_alone():
         seen.setdefault((length, depth), []).append(draw.random())
         return [1] * (length - 1), [2]
 
-    needle.needle(model(), make, [4, 9], [0.0, 1.0], 3, seed=5)
+    needle.needle(TorchBackend(model()), make, [4, 9], [0.0, 1.0], 3, seed=5)
     first, seen = dict(seen), {}
     said = []
-    needle.needle(model(), make, [9], [1.0], 2, seed=5, note=said.append)
+    needle.needle(TorchBackend(model()), make, [9], [1.0], 2, seed=5, note=said.append)
     assert (
         seen[9, 1.0] == first[9, 1.0][:2]
         and len(set(sum(first.values(), []))) == 12
         and said == ["9 tokens: 0% found"]
     )
     seen = {}
-    needle.needle(model(), make, [9], [1.0], 2, seed=6)
+    needle.needle(TorchBackend(model()), make, [9], [1.0], 2, seed=6)
     assert seen[9, 1.0] != first[9, 1.0][:2]
 
 
@@ -214,7 +215,7 @@ def test_draws_of_a_cell_depend_on_the_cell_alone():
 )
 def test_needle_refuses(lengths, depths, draws, what):
     with pytest.raises(ValueError, match=what):
-        needle.needle(model(), own_continuation(model()), lengths, depths, draws)
+        needle.needle(TorchBackend(model()), own_continuation(model()), lengths, depths, draws)
 
 
 def test_text_needles(trained):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import lamoe
+from lamoe import backends
 from lamoe.engine.text_loss import text_loss
 from lamoe.measure import plots, report, tables
 from lamoe.model.config import ModelConfig
@@ -25,7 +26,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture(scope="module")
 def spoken(trained):
     folder = checkpoint.latest(trained) / "model"
-    return lamoe.load(folder), Tokenizer.load(folder)
+    return backends.load(folder, backend="torch"), Tokenizer.load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_held_out_figures(trained, spoken, result):
 
 
 def test_the_other_figures(trained, spoken, result):
-    model, _ = spoken
+    model = spoken[0].model
     assert result["parameters"] == sum(p.numel() for p in model.parameters()) > result["activated"]
     width, layers = 16 + 8, 2
     cache = dict(result["cache"])
@@ -114,9 +115,8 @@ def test_png(result, tmp_path):
 def test_a_dense_model_on_any_text(spoken, tmp_path, heads, name):
     """No experts, no training: the sections that would be empty are left out."""
     _, tok = spoken
-    model = lamoe.Transformer(
-        ModelConfig(model_type="llama", **BODY, num_key_value_heads=heads)
-    ).init_weights()
+    config = ModelConfig(model_type="llama", **BODY, num_key_value_heads=heads)
+    model = backends.load(lamoe.Transformer(config).init_weights(), backend="torch")
     (tmp_path / "a.txt").write_text("the cat sat\n" * 30)
     (tmp_path / "empty.txt").write_text("")
     r = report.evaluate_texts(model, tok, [str(tmp_path)], 16)
@@ -148,7 +148,7 @@ def test_texts_are_measured_exactly(spoken, tmp_path):
     a, b = report.evaluate_texts(model, tok, sources)["heldout"]
     ids = torch.tensor([tok.encode("the cat sat on the mat.\n", bos=True)])
     with torch.no_grad():
-        nll = -model(ids[:, :-1]).log_softmax(-1)[0].gather(-1, ids[0, 1:, None]).sum().item()
+        nll = -model.model(ids[:, :-1]).log_softmax(-1)[0].gather(-1, ids[0, 1:, None]).sum().item()
     assert (
         a["bytes"] == 24
         and a["tokens"] == ids.shape[1] - 1
@@ -182,9 +182,8 @@ def test_bad_requests(spoken, tmp_path):
 
 def test_a_model_of_another_run(trained, spoken, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    small = lamoe.Transformer(
-        ModelConfig(model_type="llama", **{**BODY, "vocab_size": 100})
-    ).init_weights()
+    config = ModelConfig(model_type="llama", **{**BODY, "vocab_size": 100})
+    small = backends.load(lamoe.Transformer(config).init_weights(), backend="torch")
     with pytest.raises(ValueError, match="was packed with 300 tokens, the model has 100"):
         report.evaluate_run(small, spoken[1], tmp_path / "run")
 
@@ -211,12 +210,12 @@ def test_several_sources_and_layers(tmp_path):
         )
     )
     folder = checkpoint.latest(tmp_path / "run") / "model"
-    r = report.evaluate_run(lamoe.load(folder), Tokenizer.load(folder), tmp_path / "run")
+    r = report.evaluate_run(backends.load(folder, backend="torch"), Tokenizer.load(folder), tmp_path / "run")
     assert [h["source"] for h in r["heldout"]] == [str(a), str(b)] and r["moe_layers"] == [2, 3]
     from lamoe.train.data import heldout_rows
 
     corpus = open_corpus(tmp_path / "run" / "data")
-    parts = [text_loss(lamoe.load(folder), heldout_rows(corpus, 32, s)) for s in (str(a), str(b))]
+    parts = [text_loss(backends.load(folder, backend="torch"), heldout_rows(corpus, 32, s)) for s in (str(a), str(b))]
     want = sum(p.load * p.targets for p in parts) / sum(p.targets for p in parts)
     assert np.allclose(r["expert_load"], want) and parts[0].targets != parts[1].targets
     text = tables.report(r, "x")

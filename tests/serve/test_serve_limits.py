@@ -342,7 +342,7 @@ def test_request_that_excludes_every_token_gets_400(monkeypatch):
     with Running(paced) as s:
         s.wait_ready()
         monkeypatch.setattr(
-            "lamoe.engine.llm.sample",
+            "lamoe.engine.next_token.sample",
             lambda logits, p, g=None: torch.multinomial(torch.zeros(3), 1),
         )
         assert s.error(400, prompt="a")["code"] == "generation_failed"

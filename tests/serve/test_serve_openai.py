@@ -164,7 +164,7 @@ def test_tool_calls(monkeypatch):
         allow_special=True,
     ) + [t.eos_id]
     to_sample: list[int] = []
-    monkeypatch.setattr("lamoe.engine.llm.sample", lambda *args, **kwargs: to_sample.pop(0))
+    monkeypatch.setattr("lamoe.engine.next_token.sample", lambda *args, **kwargs: to_sample.pop(0))
     tools = [
         {
             "type": "function",

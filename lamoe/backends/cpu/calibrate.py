@@ -19,7 +19,7 @@ import torch
 
 from lamoe import kernels
 from lamoe.backends.cpu import packed_file
-from lamoe.backends.cpu.packed import Piece, Read
+from lamoe.backends.cpu.packed import PackedTensor, Read
 from lamoe.checkpoints import hf
 from lamoe.model import rope
 from lamoe.model.config import ModelConfig
@@ -87,7 +87,7 @@ def options(
         {"at": -1, "found": {}},
     )
 
-    def weigh(piece: Piece, i: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def weigh(piece: PackedTensor, i: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         if piece.format != "int4":
             return None
         wanted = config.num_hidden_layers if piece.layer < 0 else piece.layer

@@ -43,8 +43,24 @@ _said = False
 
 
 def available() -> bool:
-    """Whether the compiled kernels can run here. LAMOE_IMPL=ref or fused (kernels/__init__.py) switches them off."""
-    return lib is not None and not os.environ.get("LAMOE_IMPL")
+    """Whether the compiled kernels are built and switched on.
+
+    LAMOE_BACKEND=torch switches them off. So does LAMOE_IMPL (kernels/__init__.py), which names
+    torch ops.
+    """
+    return lib is not None and not switched_off()
+
+
+def switched_off() -> bool:
+    """Whether the environment says that torch ops should run models."""
+    return os.environ.get("LAMOE_BACKEND") == "torch" or bool(os.environ.get("LAMOE_IMPL"))
+
+
+def why_switched_off() -> str:
+    """Name the environment variable that switches the compiled kernels off; "" if none does."""
+    if impl := os.environ.get("LAMOE_IMPL"):
+        return f"LAMOE_IMPL={impl} switches them off"
+    return "LAMOE_BACKEND=torch switches them off" if switched_off() else ""
 
 
 def missing() -> str:
@@ -55,7 +71,7 @@ def missing() -> str:
 def announce() -> None:
     """Say once, on stderr, that the compiled kernels are missing and why."""
     global _said
-    if lib is None and not _said and not os.environ.get("LAMOE_IMPL"):
+    if lib is None and not _said and not switched_off():
         print(
             f"lamoe: the compiled kernels are not there ({_why}); running on torch ops, many times slower. Install with a C++ compiler at hand.",
             file=sys.stderr,
@@ -63,18 +79,18 @@ def announce() -> None:
     _said = True
 
 
-def room(size: int) -> torch.Tensor:
+def allocate(size: int) -> torch.Tensor:
     """uint8 [size], in huge pages where the system has them: weights are read from end to end, and small pages cost a seventh of the bandwidth and more."""
     if size < 1 << 21 or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(size, dtype=torch.uint8)
     pages = mmap.mmap(
         -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     )  # not shared, as is the default: that has small pages on most systems
-    huge_pages(pages)
+    request_huge_pages(pages)
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
-def huge_pages(pages: mmap.mmap) -> None:
+def request_huge_pages(pages: mmap.mmap) -> None:
     """Ask for huge pages, where the system has them."""
     with contextlib.suppress(OSError, AttributeError):
         pages.madvise(mmap.MADV_HUGEPAGE)

@@ -1,38 +1,44 @@
-"""A model with its weights packed for the compiled kernels: made from a Transformer or from the tensors of a checkpoint, run one step at a time.
+"""Which tensors the compiled kernels want, and how they are made from a checkpoint.
 
-What is quantised: every linear and every expert, in one format; the output head (of tied embeddings: its copy) in another where that is asked for.
-Not the embedding (a lookup), the router (float32: near ties must not flip) and the norms. W^UK and W^UV are kept per head, W^UK transposed (it acts
-on the query), never below 8 bits; the expanded form reads a 16-bit copy made of the same rounded values, so both forms are one model. File layout
-and loading: packed_file.py.
+Quantised, in the format of the weights: every linear layer and every expert. The output head (with
+tied embeddings: a copy of them) may have a format of its own. Not quantised: the embedding (a
+lookup), the router (float32, because near ties must not flip) and the norms.
+
+MLA's W^UK and W^UV are stored per head, W^UK transposed because the absorbed form multiplies it
+with the query. Neither goes below 8 bits. The expanded form reads 16-bit copies that hold the same
+rounded values, so both forms compute the same model.
+
+packed_file.py stores these tensors in a folder, backend.py runs them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from lamoe.backends import cache_codec
+from lamoe.backends.base import Formats
 from lamoe.backends.cpu import native
-from lamoe.backends.paged_cache import PagedCache
-from lamoe.checkpoints import hf
-from lamoe.model import rope
 from lamoe.model.config import ModelConfig
-from lamoe.model.transformer import Transformer
 
-WEIGHTS = tuple(native.FORMATS)
-COPY = "kv_b, 16-bit copies"  # for the expanded form
-Read = Callable[[str], torch.Tensor]  # the tensor of a Hugging Face name
-Weigh = Callable[
-    ["Piece", int], tuple[torch.Tensor, torch.Tensor] | None
-]  # (importance, feedback) of native.pack for matrix i of a piece
+COPY = "kv_b, 16-bit copies"  # a class of weights: what only the expanded form reads
+MAX_ROW_PART = 8192  # elements of each of the two parts of a cache row
+
+# Reads the checkpoint tensor of a Hugging Face name.
+Read = Callable[[str], torch.Tensor]
+# Returns (importance, feedback) of native.pack for matrix i of a tensor, or None.
+Weigh = Callable[["PackedTensor", int], tuple[torch.Tensor, torch.Tensor] | None]
 
 
-class Piece(NamedTuple):
-    """One packed tensor: `count` matrices [n, k] of one format side by side (format None: a float32 vector of n; "raw": plain elements [n, k]).
-    build(read, i) gives matrix i as a tensor [n, k]."""
+class PackedTensor(NamedTuple):
+    """One tensor of a packed model, as a recipe: `build(read, i)` makes its i-th matrix.
+
+    layer: -1 outside the layers.
+    format: fp32 | bf16 | int8 | int4 for `count` matrices [n outputs, k inputs] in kernel layout;
+        "raw" for plain elements [n, k]; None for a float32 vector [n].
+    """
 
     layer: int
     name: str
@@ -44,462 +50,324 @@ class Piece(NamedTuple):
 
     @property
     def key(self) -> str:
+        """The name within the model, for example "layers.3.wo"."""
         return self.name if self.layer < 0 else f"layers.{self.layer}.{self.name}"
 
-    def kind(self, config: ModelConfig) -> str:
-        """The class of weights it belongs to."""
+    def weight_class(self, config: ModelConfig) -> str:
+        """Return the class of weights it belongs to, for example "attention" or "experts"."""
         if self.name in ("w13", "w2"):
             return "shared experts" if config.is_moe_layer(self.layer) else "dense ffn"
-        known = {
-            "embed": "embedding",
-            "head": "head",
-            "gate": "router",
-            "e13": "experts",
-            "e2": "experts",
-            "uk": "kv_b",
-            "uv": "kv_b",
-            "uk_rows": COPY,
-            "uv_elem": COPY,
-        }
-        return "norms" if self.format is None else known.get(self.name, "attention")
+        if self.format is None:
+            return "norms"
+        return _CLASS_OF_NAME.get(self.name, "attention")
 
-    def elements(self, config: ModelConfig) -> int:
-        """Weights of the checkpoint in it, without filling; 0 for a copy of weights that another piece has."""
+    def num_weights(self, config: ModelConfig) -> int:
+        """Count the checkpoint's weights in it: no padding, and 0 for a copy of other weights."""
         if self.name in ("uk_rows", "uv_elem"):
             return 0
-        if self.name in ("w13", "e13"):
-            dense = (
-                config.intermediate_size
-                if not config.is_moe_layer(self.layer)
-                else config.n_shared_experts * config.moe_intermediate_size
+        if self.name == "e13":
+            return 2 * config.moe_intermediate_size * self.k * self.count
+        if self.name == "w13":
+            shared = config.is_moe_layer(self.layer)
+            width = (
+                config.n_shared_experts * config.moe_intermediate_size
+                if shared
+                else config.intermediate_size
             )
-            return (
-                2
-                * (config.moe_intermediate_size if self.name == "e13" else dense)
-                * self.k
-                * self.count
-            )
+            return 2 * width * self.k * self.count
         return self.n * self.k * self.count
 
 
-def pieces(config: ModelConfig, weights: str, head: str | None = None) -> Iterator[Piece]:
-    """All tensors of a packed model in the order of a step. `weights`: fp32 | bf16 | int8 | int4, `head`: the same for the output head, None: as the others.
-    ValueError for another format and for a geometry the kernels lack."""
-    if why := lacks(config):
-        raise ValueError(why)
-    elem, head = element(weights), head or weights
-    if head not in WEIGHTS:
-        raise ValueError(f"unknown format {head!r} of the output head; known: {', '.join(WEIGHTS)}")
-    yield Piece(
-        -1,
-        "embed",
-        "raw",
-        config.vocab_size,
-        config.hidden_size,
-        1,
-        lambda read, i: read("model.embed_tokens.weight"),
-    )
+_CLASS_OF_NAME = {
+    "embed": "embedding",
+    "head": "head",
+    "gate": "router",
+    "e13": "experts",
+    "e2": "experts",
+    "uk": "kv_b",
+    "uv": "kv_b",
+    "uk_rows": COPY,
+    "uv_elem": COPY,
+}
+
+
+def packed_tensors(config: ModelConfig, formats: Formats) -> Iterator[PackedTensor]:
+    """Yield all tensors of a packed model in the order in which a forward pass reads them.
+
+    Raises:
+        ValueError: for an unknown format, or a geometry that the kernels lack.
+    """
+    if reason := unsupported(config):
+        raise ValueError(reason)
+    element, weights = element_format(formats), str(formats.weights)
+    head = formats.head or weights
+    if head not in native.FORMATS:
+        raise ValueError(
+            f"unknown format {head!r} of the output head; known: {', '.join(native.FORMATS)}"
+        )
+    vocab, hidden = config.vocab_size, config.hidden_size
+    embedding = "model.embed_tokens.weight"
+    yield PackedTensor(-1, "embed", "raw", vocab, hidden, 1, lambda read, i: read(embedding))
     for layer in range(config.num_hidden_layers):
-        yield from _layer(config, layer, weights, elem)
-    yield _vector(-1, "norm", config.hidden_size, "model.norm")
-    source = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    yield Piece(
-        -1, "head", head, config.vocab_size, config.hidden_size, 1, lambda read, i: read(source)
-    )
+        yield from _layer(config, layer, weights, element)
+    yield _vector(-1, "norm", hidden, "model.norm")
+    source = embedding if config.tie_word_embeddings else "lm_head.weight"
+    yield PackedTensor(-1, "head", head, vocab, hidden, 1, lambda read, i: read(source))
 
 
-def element(weights: str) -> str:
-    """What attention, the embedding and the expanded form compute in: fp32 for fp32 weights, else bf16."""
-    if weights not in WEIGHTS:
-        raise ValueError(f"unknown weight format {weights!r}; known: {', '.join(WEIGHTS)}")
-    return "fp32" if weights == "fp32" else "bf16"
+def element_format(formats: Formats) -> str:
+    """Return the format that attention and embedding compute in: fp32 for fp32 weights, else bf16.
+
+    Raises:
+        ValueError: for an unknown weight format.
+    """
+    if formats.weights not in native.FORMATS:
+        raise ValueError(
+            f"unknown weight format {formats.weights!r}; known: {', '.join(native.FORMATS)}"
+        )
+    return "fp32" if formats.weights == "fp32" else "bf16"
 
 
-def lacks(c: ModelConfig) -> str | None:
-    """Why the kernels cannot run this geometry (the torch ops can), or None when they can. csrc/valid.cpp has the last word."""
-    widths = [c.qk_head_dim, c.value_head_dim, c.rope_dim] + (
-        [c.kv_lora_rank, c.qk_nope_head_dim] if c.is_mla else []
-    )
+def unsupported(config: ModelConfig) -> str | None:
+    """Say why the kernels cannot run this geometry (torch ops can); None when they can.
+
+    csrc/model/validate.cpp checks again and has the last word.
+    """
+    c = config
+    widths = [c.qk_head_dim, c.value_head_dim, c.rope_dim]
+    if c.is_mla:
+        widths += [c.kv_lora_rank, c.qk_nope_head_dim]
     if any(w % 2 for w in widths):
-        return f"the compiled kernels need even head and latent widths, found {widths}; use impl='torch'"
-    if max(c.cache_row) > 8192:
-        return f"the compiled kernels take cache rows of two parts of at most 8,192 elements, found {c.cache_row}; use impl='torch'"
+        return (
+            f"the compiled kernels need even head and latent widths, found {widths}; "
+            "use backend='torch'"
+        )
+    if max(c.cache_row) > MAX_ROW_PART:
+        return (
+            f"the compiled kernels take cache rows of two parts of at most {MAX_ROW_PART:,} "
+            f"elements, found {c.cache_row}; use backend='torch'"
+        )
     return None
 
 
-def _vector(layer: int, name: str, n: int, disk: str) -> Piece:
-    return Piece(layer, name, None, n, 1, 1, lambda read, i: read(f"{disk}.weight"))
+def _vector(layer: int, name: str, n: int, source: str) -> PackedTensor:
+    return PackedTensor(layer, name, None, n, 1, 1, lambda read, i: read(f"{source}.weight"))
 
 
-def _layer(c: ModelConfig, layer: int, w: str, elem: str) -> Iterator[Piece]:
-    disk, d = f"model.layers.{layer}.", c.hidden_size
+def _layer(
+    config: ModelConfig, layer: int, weights: str, element: str
+) -> Iterator[PackedTensor]:
+    prefix = f"model.layers.{layer}."
+    yield _vector(layer, "attn_norm", config.hidden_size, f"{prefix}input_layernorm")
+    attention = _mla if config.is_mla else _attention
+    yield from attention(config, layer, weights, element, f"{prefix}self_attn.")
+    yield _vector(layer, "ffn_norm", config.hidden_size, f"{prefix}post_attention_layernorm")
+    yield from _feed_forward(config, layer, weights, f"{prefix}mlp.")
 
-    def linear(name: str, n: int, k: int, source: str) -> Piece:
-        return Piece(layer, name, w, n, k, 1, lambda read, i: read(f"{disk}{source}.weight"))
 
-    yield _vector(layer, "attn_norm", d, f"{disk}input_layernorm")
-    attn = "self_attn."
-    if c.is_mla:
-        h, n, v, latent = c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank
-        if c.q_lora_rank is None:
-            yield linear("wq", h * c.qk_head_dim, d, f"{attn}q_proj")
-        else:
-            yield linear("wq_a", c.q_lora_rank, d, f"{attn}q_a_proj")
-            yield _vector(layer, "q_norm", c.q_lora_rank, f"{disk}{attn}q_a_layernorm")
-            yield linear("wq_b", h * c.qk_head_dim, c.q_lora_rank, f"{attn}q_b_proj")
-        yield linear("wkv_a", latent + c.qk_rope_head_dim, d, f"{attn}kv_a_proj_with_mqa")
-        yield _vector(layer, "kv_norm", latent, f"{disk}{attn}kv_a_layernorm")
-        kv_b = f"{disk}{attn}kv_b_proj.weight"
-        fine = "int8" if w == "int4" else w
-        yield Piece(
-            layer,
-            "uk",
-            fine,
-            latent,
-            n,
-            h,
-            lambda read, i: read(kv_b)[i * (n + v) : i * (n + v) + n].t(),
+def _linear(layer: int, name: str, weights: str, n: int, k: int, source: str) -> PackedTensor:
+    return PackedTensor(
+        layer, name, weights, n, k, 1, lambda read, i: read(f"{source}.weight")
+    )
+
+
+def _attention(
+    c: ModelConfig, layer: int, weights: str, element: str, prefix: str
+) -> Iterator[PackedTensor]:
+    d, queries = c.hidden_size, c.num_attention_heads * c.qk_head_dim
+    keys = c.n_kv_heads * c.qk_head_dim
+    yield _linear(layer, "wq", weights, queries, d, f"{prefix}q_proj")
+    yield _linear(layer, "wk", weights, keys, d, f"{prefix}k_proj")
+    yield _linear(layer, "wv", weights, keys, d, f"{prefix}v_proj")
+    yield _linear(layer, "wo", weights, d, queries, f"{prefix}o_proj")
+
+
+def _mla(
+    c: ModelConfig, layer: int, weights: str, element: str, prefix: str
+) -> Iterator[PackedTensor]:
+    d, h, n, v = c.hidden_size, c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim
+    latent = c.kv_lora_rank
+    if c.q_lora_rank is None:
+        yield _linear(layer, "wq", weights, h * c.qk_head_dim, d, f"{prefix}q_proj")
+    else:
+        yield _linear(layer, "wq_a", weights, c.q_lora_rank, d, f"{prefix}q_a_proj")
+        yield _vector(layer, "q_norm", c.q_lora_rank, f"{prefix}q_a_layernorm")
+        yield _linear(
+            layer, "wq_b", weights, h * c.qk_head_dim, c.q_lora_rank, f"{prefix}q_b_proj"
         )
-        yield Piece(
+    row = latent + c.qk_rope_head_dim
+    yield _linear(layer, "wkv_a", weights, row, d, f"{prefix}kv_a_proj_with_mqa")
+    yield _vector(layer, "kv_norm", latent, f"{prefix}kv_a_layernorm")
+
+    kv_b = f"{prefix}kv_b_proj.weight"  # [h * (n + v), latent]; per head first W^UK, then W^UV
+    fine = _fine(weights)
+
+    def key_up(read: Read, i: int) -> torch.Tensor:
+        return read(kv_b)[i * (n + v) : i * (n + v) + n].t()
+
+    def value_up(read: Read, i: int) -> torch.Tensor:
+        return read(kv_b)[i * (n + v) + n : (i + 1) * (n + v)]
+
+    yield PackedTensor(layer, "uk", fine, latent, n, h, key_up)
+    yield PackedTensor(layer, "uv", fine, v, latent, h, value_up)
+    yield PackedTensor(
+        layer,
+        "uk_rows",
+        "raw",
+        h * n,
+        _padded(latent, 64),
+        1,
+        lambda read, i: _key_up_rows(read(kv_b), c, fine),
+    )
+    if weights in ("int8", "int4"):
+        yield PackedTensor(
             layer,
-            "uv",
-            fine,
+            "uv_elem",
+            element,
             v,
             latent,
             h,
-            lambda read, i: read(kv_b)[i * (n + v) + n : (i + 1) * (n + v)],
+            lambda read, i: _rounded(fine, value_up(read, i)),
         )
-        yield Piece(
-            layer,
-            "uk_rows",
-            "raw",
-            h * n,
-            -(-latent // 64) * 64,
-            1,
-            lambda read, i: _uk_rows(read(kv_b), c, fine),
-        )
-        if w in ("int8", "int4"):
-            yield Piece(
-                layer,
-                "uv_elem",
-                elem,
-                v,
-                latent,
-                h,
-                lambda read, i: _rounded(fine, read(kv_b)[i * (n + v) + n : (i + 1) * (n + v)]),
-            )
-        yield linear("wo", d, h * v, f"{attn}o_proj")
-    else:
-        yield linear("wq", c.num_attention_heads * c.qk_head_dim, d, f"{attn}q_proj")
-        yield linear("wk", c.n_kv_heads * c.qk_head_dim, d, f"{attn}k_proj")
-        yield linear("wv", c.n_kv_heads * c.qk_head_dim, d, f"{attn}v_proj")
-        yield linear("wo", d, c.num_attention_heads * c.qk_head_dim, f"{attn}o_proj")
-    yield _vector(layer, "ffn_norm", d, f"{disk}post_attention_layernorm")
-    mlp = f"{disk}mlp."
+    yield _linear(layer, "wo", weights, d, h * v, f"{prefix}o_proj")
+
+
+def _feed_forward(
+    c: ModelConfig, layer: int, weights: str, prefix: str
+) -> Iterator[PackedTensor]:
+    d, f = c.hidden_size, c.moe_intermediate_size
     if not c.is_moe_layer(layer):
-        yield from _swiglu(layer, "", w, d, c.intermediate_size, 1, lambda i: mlp)
+        yield from _swiglu(layer, "w", weights, d, c.intermediate_size, 1, lambda i: prefix)
         return
-    f = c.moe_intermediate_size
-    yield Piece(
-        layer, "gate", "fp32", c.n_routed_experts, d, 1, lambda read, i: read(f"{mlp}gate.weight")
+    gate = f"{prefix}gate.weight"
+    yield PackedTensor(
+        layer, "gate", "fp32", c.n_routed_experts, d, 1, lambda read, i: read(gate)
     )
     if c.n_shared_experts:
-        yield from _swiglu(
-            layer, "", w, d, c.n_shared_experts * f, 1, lambda i: f"{mlp}shared_experts."
-        )
-    yield from _swiglu(layer, "e", w, d, f, c.n_routed_experts, lambda i: f"{mlp}experts.{i}.")
+        width, shared = c.n_shared_experts * f, f"{prefix}shared_experts."
+        yield from _swiglu(layer, "w", weights, d, width, 1, lambda i: shared)
+    yield from _swiglu(
+        layer, "e", weights, d, f, c.n_routed_experts, lambda i: f"{prefix}experts.{i}."
+    )
 
 
 def _swiglu(
-    layer: int, prefix: str, w: str, d: int, f: int, count: int, disk: Callable[[int], str]
-) -> Iterator[Piece]:
-    """gate | up, each filled up to whole tiles of 16 outputs, and down."""
-    padded = -(-f // 16) * 16
+    layer: int, letter: str, weights: str, d: int, f: int, count: int, prefix: Callable[[int], str]
+) -> Iterator[PackedTensor]:
+    """Yield gate and up as one matrix, each padded to whole tiles of 16 outputs; then down."""
+    padded = _padded(f, 16)
 
-    def w13(read: Read, i: int) -> torch.Tensor:
-        gate, up = read(f"{disk(i)}gate_proj.weight"), read(f"{disk(i)}up_proj.weight")
-        return torch.cat([torch.nn.functional.pad(x, (0, 0, 0, padded - f)) for x in (gate, up)])
+    def gate_up(read: Read, i: int) -> torch.Tensor:
+        parts = (read(f"{prefix(i)}{name}_proj.weight") for name in ("gate", "up"))
+        return torch.cat([F.pad(part, (0, 0, 0, padded - f)) for part in parts])
 
-    yield Piece(layer, "e13" if prefix else "w13", w, 2 * padded, d, count, w13)
-    yield Piece(
-        layer,
-        "e2" if prefix else "w2",
-        w,
-        d,
-        f,
-        count,
-        lambda read, i: read(f"{disk(i)}down_proj.weight"),
-    )
+    def down(read: Read, i: int) -> torch.Tensor:
+        return read(f"{prefix(i)}down_proj.weight")
+
+    yield PackedTensor(layer, f"{letter}13", weights, 2 * padded, d, count, gate_up)
+    yield PackedTensor(layer, f"{letter}2", weights, d, f, count, down)
+
+
+def _fine(weights: str) -> str:
+    """Return the format of W^UK and W^UV: never below 8 bits."""
+    return "int8" if weights == "int4" else weights
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _rounded(fmt: str, w: torch.Tensor) -> torch.Tensor:
+    """Return `w` with the values that it has after packing."""
     data, scale = native.pack(fmt, w)
     return native.unpack(fmt, data, *w.shape, scale)
 
 
-def _uk_rows(kv_b: torch.Tensor, c: ModelConfig, fmt: str) -> torch.Tensor:
-    """W^UK of all heads as rows [H N, C filled up to 64], with the values that the packed transposed form has."""
-    uk = kv_b.unflatten(0, (c.num_attention_heads, -1))[:, : c.qk_nope_head_dim]
-    rows = torch.cat([_rounded(fmt, head.t()).t() for head in uk])
-    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % 64))
+def _key_up_rows(kv_b: torch.Tensor, config: ModelConfig, fmt: str) -> torch.Tensor:
+    """Return W^UK of all heads as rows [H * N, C padded to 64], rounded as the packed form is."""
+    key_up = kv_b.unflatten(0, (config.num_attention_heads, -1))[:, : config.qk_nope_head_dim]
+    rows = torch.cat([_rounded(fmt, head.t()).t() for head in key_up])
+    return F.pad(rows, (0, -rows.shape[1] % 64))
 
 
-def build(
-    piece: Piece, read: Read, elem: str, weigh: Weigh = lambda piece, i: None
+def pack_tensor(
+    tensor: PackedTensor, read: Read, element: str, weigh: Weigh = lambda tensor, i: None
 ) -> Iterator[tuple[torch.Tensor, float]]:
-    """(uint8 bytes, scale) of each matrix of a piece; of a vector or raw elements one tensor of their bytes."""
-    for i in range(piece.count):
-        w = piece.build(read, i)
-        if piece.format is None:
-            yield w.detach().to(torch.float32).contiguous().view(torch.uint8).flatten(), 1.0
-        elif piece.format == "raw":
-            yield (
-                w.detach()
-                .to(torch.float32 if elem == "fp32" else torch.bfloat16)
-                .contiguous()
-                .view(torch.uint8)
-                .flatten(),
-                1.0,
-            )
+    """Yield (bytes as uint8 [...], scale) of each matrix of a tensor.
+
+    A vector or raw elements are one matrix with scale 1.
+
+    Args:
+        element: fp32 or bf16, what raw elements are stored as.
+    """
+    for i in range(tensor.count):
+        w = tensor.build(read, i)
+        if tensor.format is None or tensor.format == "raw":
+            narrow = tensor.format == "raw" and element == "bf16"
+            plain = w.detach().to(torch.bfloat16 if narrow else torch.float32).contiguous()
+            yield plain.view(torch.uint8).flatten(), 1.0
         else:
-            yield native.pack(piece.format, w, *(weigh(piece, i) or ()))
+            yield native.pack(tensor.format, w, *(weigh(tensor, i) or ()))
 
 
-def piece_bytes(piece: Piece, elem: str) -> int:
-    """Bytes of the whole piece, from the config alone."""
-    if piece.format is None:
-        return 4 * piece.n
-    if piece.format == "raw":
-        return piece.n * piece.k * (4 if elem == "fp32" else 2)
-    return piece.count * native.mat_bytes(piece.format, piece.n, piece.k)
+def packed_bytes(tensor: PackedTensor, element: str) -> int:
+    """Return the bytes of all matrices of a tensor, from the config alone."""
+    if tensor.format is None:
+        return 4 * tensor.n
+    if tensor.format == "raw":
+        return tensor.n * tensor.k * (4 if element == "fp32" else 2)
+    return tensor.count * native.mat_bytes(tensor.format, tensor.n, tensor.k)
 
 
-class Class(NamedTuple):
-    """What a class of weights came to: weights of the checkpoint, packed bytes, formats."""
+class WeightClass(NamedTuple):
+    """The total of one class of weights: checkpoint weights, packed bytes, formats."""
 
-    elements: int
-    bytes: int
+    num_weights: int
+    num_bytes: int
     formats: tuple[str, ...]
 
 
-def classes(
-    config: ModelConfig, weights: str, done: Iterable[Piece], head: str | None = None
-) -> dict[str, Class]:
-    """{class: what it came to} of packed pieces. ValueError when a class that `weights` or `head` (`pieces`) says is quantised is not there or not quantised."""
-    elem, out = element(weights), {}
-    for p in done:
-        c = out.get(kind := p.kind(config), Class(0, 0, ()))
-        name = {None: "fp32", "raw": elem}.get(p.format, p.format)
-        out[kind] = Class(
-            c.elements + p.elements(config),
-            c.bytes + piece_bytes(p, elem),
-            tuple(dict.fromkeys([*c.formats, name])),
+def weight_classes(
+    config: ModelConfig, formats: Formats, tensors: Iterable[PackedTensor]
+) -> dict[str, WeightClass]:
+    """Sum up packed tensors by class of weights.
+
+    Raises:
+        ValueError: if a class that `formats` says is quantised is absent or has another format.
+    """
+    element = element_format(formats)
+    totals: dict[str, WeightClass] = {}
+    for t in tensors:
+        name = t.weight_class(config)
+        before = totals.get(name, WeightClass(0, 0, ()))
+        fmt = {None: "fp32", "raw": element}.get(t.format, t.format)
+        totals[name] = WeightClass(
+            before.num_weights + t.num_weights(config),
+            before.num_bytes + packed_bytes(t, element),
+            tuple(dict.fromkeys([*before.formats, fmt])),
         )
-    fine = "int8" if weights == "int4" else weights
-    want = {"attention": weights, "head": head or weights} | (
-        {"kv_b": fine} if config.is_mla else {}
-    )
+    for name, fmt in _wanted_formats(config, formats).items():
+        found = totals.get(name, WeightClass(0, 0, ()))
+        if found.formats == (fmt,) and found.num_weights:
+            continue
+        came_out = (
+            f"came out as {', '.join(found.formats)}" if found.num_weights else "matched no tensor"
+        )
+        raise ValueError(
+            f"{name} should be {fmt} and {came_out}; this model was not quantised whole"
+        )
+    return totals
+
+
+def _wanted_formats(config: ModelConfig, formats: Formats) -> dict[str, str]:
+    weights = str(formats.weights)
+    wanted = {"attention": weights, "head": formats.head or weights}
+    if config.is_mla:
+        wanted["kv_b"] = _fine(weights)
     if len(config.moe_layers) < config.num_hidden_layers:
-        want["dense ffn"] = weights
+        wanted["dense ffn"] = weights
     if config.is_moe:
-        want |= {"experts": weights} | (
-            {"shared experts": weights} if config.n_shared_experts else {}
-        )
-    for kind, fmt in want.items():
-        found = out.get(kind, Class(0, 0, ()))
-        if found.formats != (fmt,) or not found.elements:
-            raise ValueError(
-                f"{kind} should be {fmt} and "
-                + (
-                    f"came out as {', '.join(found.formats)}"
-                    if found.elements
-                    else "matched no tensor"
-                )
-                + "; this model was not quantised whole"
-            )
-    return out
-
-
-class PackedModel:
-    """Runs steps over a PagedCache. `tensors`: {piece.key: (uint8 1-D, scales)}; they stay referenced, not copied. weights, head: formats (`pieces`)."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        weights: str,
-        tensors: dict[str, tuple[torch.Tensor, list[float]]],
-        threads: int = 0,
-        head: str | None = None,
-    ):
-        self.config, self.weights, self.head, self.elem = (
-            config,
-            weights,
-            head or weights,
-            element(weights),
-        )
-        self.tensors, self.dtype = tensors, torch.float32 if self.elem == "fp32" else torch.bfloat16
-        self.nbytes = {key: data.numel() for key, (data, _) in tensors.items()}
-        c = config
-        settings = dict(
-            layers=c.num_hidden_layers,
-            vocab=c.vocab_size,
-            hidden=c.hidden_size,
-            heads=c.num_attention_heads,
-            kv_heads=c.n_kv_heads,
-            head_dim=c.qk_head_dim,
-            rope=c.rope_dim,
-            interleaved=c.rope_interleaved,
-            eps=c.rms_norm_eps,
-            softmax_scale=rope.softmax_scale(c),
-            elem=native.FORMATS[self.elem],
-        )
-        if c.is_mla:
-            settings |= dict(
-                latent=c.kv_lora_rank,
-                nope=c.qk_nope_head_dim,
-                value=c.v_head_dim,
-                q_lora=c.q_lora_rank or 0,
-            )
-        if c.is_moe:
-            settings |= dict(
-                experts=c.n_routed_experts,
-                top_k=c.num_experts_per_tok,
-                groups=c.n_group,
-                top_groups=c.topk_group,
-                moe_width=c.moe_intermediate_size,
-                group_limited=c.topk_method == "group_limited_greedy",
-                normalise=c.norm_topk_prob,
-                routed_scale=c.routed_scaling_factor,
-            )
-        self._table = torch.empty(0, c.rope_dim)
-        self.native = native.lib.Model(settings, threads or torch.get_num_threads())
-        for piece in pieces(config, weights, head):
-            data, scales = tensors[piece.key]
-            array = data.numpy()
-            if piece.format is None:
-                self.native.vector(piece.layer, piece.name, array.view("float32"))
-            elif piece.format == "raw":
-                self.native.raw(piece.layer, piece.name, array)
-            else:
-                self.native.set(
-                    piece.layer,
-                    piece.name,
-                    native.FORMATS[piece.format],
-                    piece.n,
-                    piece.k,
-                    array,
-                    scales,
-                )
-                if piece.name == "uv" and weights in ("fp32", "bf16"):
-                    self.native.set(
-                        piece.layer,
-                        "uv_elem",
-                        native.FORMATS[piece.format],
-                        piece.n,
-                        piece.k,
-                        array,
-                        scales,
-                    )
-
-    @classmethod
-    def of(
-        cls,
-        model: Transformer,
-        weights: str | None = None,
-        threads: int = 0,
-        head: str | None = None,
-    ) -> PackedModel:
-        """Pack a Transformer's weights (None: in the format of its parameters, exactly)."""
-        dtype = model.embed.weight.dtype
-        if weights is None:
-            weights = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype)
-            if weights is None:
-                raise ValueError(
-                    f"the compiled kernels compute in float32 and bfloat16, and the model is {dtype}; use impl='torch'"
-                )
-        return cls.read(
-            model.config,
-            weights,
-            hf.views(model.config, dict(model.named_parameters())).__getitem__,
-            threads,
-            head,
-        )
-
-    @classmethod
-    def read(
-        cls,
-        config: ModelConfig,
-        weights: str,
-        read: Read,
-        threads: int = 0,
-        head: str | None = None,
-    ) -> PackedModel:
-        """Pack the tensors that `read` gives, one at a time."""
-        elem, tensors = element(weights), {}
-        for piece in pieces(config, weights, head):
-            if piece.format in (
-                None,
-                "raw",
-            ):  # one array; where nothing needs a cast it is the memory that `read` gave
-                tensors[piece.key] = next(build(piece, read, elem))[0], [1.0]
-                continue
-            data, scales, at = native.room(piece_bytes(piece, elem)), [], 0
-            for part, scale in build(piece, read, elem):
-                data[at : at + len(part)] = part
-                scales.append(scale)
-                at += len(part)
-            tensors[piece.key] = data, scales
-        return cls(config, weights, tensors, threads, head)
-
-    def _turns(self, length: int) -> torch.Tensor:
-        """[at least length, R]: cos | sin of every position. Made once and again when the text grows beyond it: most of a small step's time in Python."""
-        if len(self._table) < length:
-            freqs = rope.freqs(
-                self.config,
-                torch.arange(min(max(2 * length, 1024), self.config.max_position_embeddings)),
-            )
-            self._table = torch.view_as_real(freqs).transpose(-1, -2).flatten(-2).contiguous()
-        return self._table
-
-    def run(
-        self,
-        ids: list[int],
-        positions: torch.Tensor,
-        seqs: torch.Tensor,
-        pages: torch.Tensor,
-        cache: PagedCache,
-        rows: list[int],
-        *,
-        logits: bool = True,
-        experts: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One step: ids [N] at positions [N]; seqs int32 [sequences, 3]: tokens in the step, rows in the cache after it, where its pages begin in `pages`
-        int32. The tokens' rows are appended. -> (float32 [len(rows), vocabulary], or final normed states [len(rows), D] when not `logits`,
-        for the tokens `rows`; chosen experts int16 [MoE layers, N, K] when asked for)."""
-        cos_sin = self._turns(int(positions.max()) + 1).index_select(0, positions)
-        out, chosen = self.native.step(
-            torch.tensor(ids, dtype=torch.int32).numpy(),
-            cos_sin.numpy(),
-            seqs.numpy(),
-            pages.numpy(),
-            cache.rows.numpy(),
-            cache.page_size,
-            codec_numbers(cache.format, cache.widths),
-            torch.tensor(rows, dtype=torch.int32).numpy(),
-            logits,
-            experts,
-        )
-        return torch.from_numpy(out), torch.from_numpy(chosen)
-
-
-@cache
-def codec_numbers(name: str, widths: tuple[int, int]) -> list[int]:
-    """How csrc knows a cache format: kind, widths, bits, group, bytes of a row."""
-    kind = {"fp32": 0, "bf16": 1}.get(name, 2)
-    return [
-        kind,
-        *widths,
-        *cache_codec.part_bits(name, widths),
-        cache_codec.group_of(name),
-        cache_codec.row_bytes(name, widths),
-    ]
+        wanted["experts"] = weights
+        if config.n_shared_experts:
+            wanted["shared experts"] = weights
+    return wanted

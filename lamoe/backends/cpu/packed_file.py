@@ -1,10 +1,19 @@
-"""A packed model as a folder: config.json with `quantization_config` {"quant_method": "lamoe", "weights": FORMAT, "head": FORMAT of the output head
-(folders of before have none: that of the weights), "version", "source": what it was made from, "calibration": the rows it was calibrated on},
-tokenizer files, and packed-NNNNN.safetensors in kernel layout, one for each layer and one for embedding, norm and head. Files are memory-mapped:
-loading reads headers only, processes share the pages, and a model larger than memory runs from disk.
+"""A packed model as a folder: written by `lamoe quantize`, memory-mapped when it is loaded.
 
-Writing streams: one tensor is in memory at a time, a file is complete when it has its name, and files that are already there are kept, so an
-interrupted `lamoe quantize` goes on where it stopped.
+The folder holds tokenizer files, `packed-NNNNN.safetensors` with tensors in kernel layout (one file
+per layer, one for embedding, norm and head) and config.json with a `quantization_config`:
+
+    quant_method   "lamoe"
+    version        of the layout
+    weights, head  storage formats; `head` is absent in older folders, where it equals `weights`
+    source         identifies the checkpoint that was packed
+    calibration    identifies the text that it was calibrated on, or null
+
+Loading reads the headers only. Processes share the mapped pages, and a model larger than memory
+runs from disk.
+
+Writing streams: one tensor is in memory at a time. A file gets its name when it is complete, and
+complete files are kept, so an interrupted `lamoe quantize` continues where it stopped.
 """
 
 from __future__ import annotations
@@ -16,19 +25,23 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 
+from lamoe.backends.base import Formats
 from lamoe.backends.cpu import native, packed
-from lamoe.backends.cpu.packed import PackedModel, Piece, Read, Weigh
+from lamoe.backends.cpu.backend import CpuBackend
+from lamoe.backends.cpu.packed import PackedTensor, Read, Weigh
 from lamoe.checkpoints import atomic, hf, lock, shards
 from lamoe.model import accounting
 from lamoe.model.config import ModelConfig
 
 METHOD, VERSION = "lamoe", 1
 _CONFIG_PART = ".config.json.part"
-_ALIGN = 64  # bytes; tiles are read in cache lines
+_ALIGN = 64  # bytes: the kernels read tiles in cache lines
+_SOURCE_SAMPLES, _SOURCE_SAMPLE_BYTES = 64, 4096
 
 
 def is_packed(folder: str | Path) -> bool:
@@ -37,6 +50,7 @@ def is_packed(folder: str | Path) -> bool:
 
 
 def _quantization(folder: Path) -> dict:
+    """Return the `quantization_config` of a folder's config.json; {} if there is none."""
     path = folder / "config.json"
     if not path.is_file() or path.stat().st_size > shards.MAX_JSON_BYTES:
         return {}
@@ -47,295 +61,339 @@ def _quantization(folder: Path) -> dict:
     return {"head": found.get("weights")} | found if isinstance(found, dict) else {}
 
 
-def read_config(folder: str | Path) -> tuple[ModelConfig, str, str]:
-    """(config, weight format, format of the output head) of a packed folder."""
+def read_config(folder: str | Path) -> tuple[ModelConfig, Formats]:
+    """Return the config of a packed folder and the formats of weights and head.
+
+    Raises:
+        ValueError: if the folder is not a packed model of this version, or its config is invalid.
+    """
     folder = Path(folder)
-    said = _quantization(folder)
-    if said.get("quant_method") != METHOD:
+    quantization = _quantization(folder)
+    if quantization.get("quant_method") != METHOD:
         raise ValueError(
-            f"{folder} is not a model packed by lamoe: its config.json has no quantization_config of quant_method {METHOD!r}; make one with `lamoe quantize`"
+            f"{folder} is not a model packed by lamoe: its config.json has no quantization_config "
+            f"of quant_method {METHOD!r}; make one with `lamoe quantize`"
         )
-    if said.get("version") != VERSION:
+    if quantization.get("version") != VERSION:
         raise ValueError(
-            f"{folder} was packed in layout version {said.get('version')!r}, this lamoe reads {VERSION}; quantize the model again"
+            f"{folder} was packed in layout version {quantization.get('version')!r}, "
+            f"this lamoe reads {VERSION}; quantize the model again"
         )
-    for what in ("weights", "head"):
-        if said.get(what) not in packed.WEIGHTS:
+    for key in ("weights", "head"):
+        if quantization.get(key) not in tuple(native.FORMATS):  # it may be a list
             raise ValueError(
-                f"{folder}/config.json says {what} {said.get(what)!r}; known: {', '.join(packed.WEIGHTS)}"
+                f"{folder}/config.json says {key} {quantization.get(key)!r}; "
+                f"known: {', '.join(native.FORMATS)}"
             )
     plain = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     plain.pop("quantization_config")
     try:
-        return ModelConfig.from_dict(plain), said["weights"], said["head"]
+        config = ModelConfig.from_dict(plain)
     except ValueError as e:
         raise ValueError(f"{folder / 'config.json'}: {e}") from None
+    return config, Formats(quantization["weights"], quantization["head"])
 
 
 def any_config(folder: str | Path) -> ModelConfig:
-    """The config of a model folder, packed or not."""
+    """Return the config of a model folder, packed or not."""
     return read_config(folder)[0] if is_packed(folder) else hf.read_config(folder)
 
 
-def bits(folder: str | Path) -> float:
-    """Bits of a packed folder for each weight of the model, everything included."""
-    config, weights, head = read_config(folder)
-    return (
-        8
-        * sum(
-            packed.piece_bytes(p, packed.element(weights))
-            for p in packed.pieces(config, weights, head)
-        )
-        / accounting.parameters(config).total
-    )
+def bits_per_weight(folder: str | Path) -> float:
+    """Return the stored bits of a packed folder per weight of the model, scales included."""
+    config, formats = read_config(folder)
+    element = packed.element_format(formats)
+    tensors = packed.packed_tensors(config, formats)
+    num_bytes = sum(packed.packed_bytes(t, element) for t in tensors)
+    return 8 * num_bytes / accounting.parameters(config).total
 
 
-def files(config: ModelConfig, weights: str, head: str) -> dict[str, list[Piece]]:
-    """{file name: its pieces}, layers first: calibration reaches the head last."""
-    out: dict[str, list[Piece]] = {}
-    for piece in sorted(packed.pieces(config, weights, head), key=lambda p: p.layer < 0):
-        out.setdefault(_name(piece.layer), []).append(piece)
+def files(config: ModelConfig, formats: Formats) -> dict[str, list[PackedTensor]]:
+    """Return {file name: its tensors}, layers first: calibration reaches the head last."""
+    out: dict[str, list[PackedTensor]] = {}
+    for tensor in sorted(packed.packed_tensors(config, formats), key=lambda t: t.layer < 0):
+        out.setdefault(_file_name(tensor.layer), []).append(tensor)
     return out
 
 
-def _name(layer: int) -> str:
+def _file_name(layer: int) -> str:
     return f"packed-{layer + 1:05d}.safetensors"
 
 
 def stored_bytes(folder: Path) -> int:
-    """Of the weights of a packed folder."""
+    """Return the bytes of the weight files of a packed folder."""
     return sum(path.stat().st_size for path in folder.glob("packed-*.safetensors"))
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------------
-def load(folder: str | Path, threads: int = 0, free: int | None = None) -> PackedModel:
-    """The packed model of a folder, memory-mapped; in huge pages (where the file system can) when it takes less than `free`
-    bytes. ValueError when a file or a tensor is missing, extra, misplaced or not of the config's size."""
+# ---- reading -------------------------------------------------------------------------------------
+def load(folder: str | Path, threads: int = 0, available: int | None = None) -> CpuBackend:
+    """Load the packed model of a folder, memory-mapped.
+
+    Args:
+        threads: of the kernels; 0 takes torch's number of threads.
+        available: bytes of memory that are free. Huge pages are requested only for a model that
+            fits; None requests none.
+
+    Raises:
+        ValueError: if a file or tensor is missing, extra, misplaced or of the wrong size.
+    """
     folder = Path(folder)
-    config, weights, head = read_config(folder)
-    there, count = (
-        {path.name for path in folder.glob("packed-*.safetensors")},
-        config.num_hidden_layers + 1,
-    )
-    names = [
-        _name(i - 1) for i in range(min(count, len(there) + 1))
-    ]  # enough to miss one: the config may name a billion
-    if absent := [name for name in names if name not in there]:
-        raise ValueError(
-            f"{folder} has {len(there)} packed files and its config.json names {count} ({absent[0]} is missing); the packed model is incomplete, "
-            "run `lamoe quantize` again (it goes on where it stopped)"
-        )
-    if surplus := sorted(there.difference(names)):
-        raise ValueError(
-            f"{folder} holds {shards.few(surplus)} beside the {count} files that its config.json names for {count - 1} layers: copies, "
-            "or of another model, or config.json is. Delete what does not belong there"
-        )
-    # A model larger than memory reads its experts one by one, and two megabytes for each page fault would be too many.
-    huge = free is not None and stored_bytes(folder) < free
-    elem, tensors = packed.element(weights), {}
-    for name, pieces in files(config, weights, head).items():
-        path, header = folder / name, _header(folder / name, pieces, elem)
-        mapped = np.memmap(
-            path, dtype=np.uint8, mode="c"
-        )  # private: nothing is ever written, and torch wants writable memory
+    config, formats = read_config(folder)
+    _check_file_names(folder, config)
+    # A model larger than memory reads its experts one by one: 2 MiB per page fault is too much.
+    huge = available is not None and stored_bytes(folder) < available
+    element = packed.element_format(formats)
+    tensors: dict[str, tuple[torch.Tensor, list[float]]] = {}
+    for name, wanted in files(config, formats).items():
+        path = folder / name
+        header = _checked_header(path, wanted, element)
+        # Private pages: nothing is ever written, but torch wants writable memory.
+        mapped = np.memmap(path, dtype=np.uint8, mode="c")
         if huge:
-            native.huge_pages(mapped._mmap)
+            native.request_huge_pages(mapped._mmap)
         start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
-        for piece in pieces:
-            begin, scale = (
-                start + header[piece.key].begin,
-                start + header[f"{piece.key}.scale"].begin,
-            )
-            scales = mapped[scale : scale + 4 * piece.count].view(np.float32)
+        for tensor in wanted:
+            begin = start + header[tensor.key].begin
+            end = begin + packed.packed_bytes(tensor, element)
+            scale_begin = start + header[f"{tensor.key}.scale"].begin
+            scales = mapped[scale_begin : scale_begin + 4 * tensor.count].view(np.float32)
             if begin % _ALIGN or not np.isfinite(scales).all():
                 raise ValueError(
-                    f"{path}: {piece.key!r} does not lie at a multiple of {_ALIGN} bytes, or has scales that are no numbers; quantize the model again"
+                    f"{path}: {tensor.key!r} does not lie at a multiple of {_ALIGN} bytes, or has "
+                    "scales that are no numbers; quantize the model again"
                 )
-            tensors[piece.key] = (
-                torch.from_numpy(mapped[begin : begin + packed.piece_bytes(piece, elem)]),
-                scales.tolist(),
-            )
-    return PackedModel(config, weights, tensors, threads, head)
+            tensors[tensor.key] = torch.from_numpy(mapped[begin:end]), scales.tolist()
+    return CpuBackend(config, formats, tensors, threads)
 
 
-def _header(path: Path, pieces: list[Piece], elem: str) -> dict[str, shards.Found]:
-    """The header of a file that holds exactly these pieces. ValueError for any other."""
+def _check_file_names(folder: Path, config: ModelConfig) -> None:
+    found = {path.name for path in folder.glob("packed-*.safetensors")}
+    count = config.num_hidden_layers + 1
+    # The config may name a billion layers: list only enough names to miss one.
+    names = [_file_name(i - 1) for i in range(min(count, len(found) + 1))]
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(
+            f"{folder} has {len(found)} packed files and its config.json names {count} "
+            f"({missing[0]} is missing); the packed model is incomplete, run `lamoe quantize` "
+            "again (it continues where it stopped)"
+        )
+    if surplus := sorted(found.difference(names)):
+        raise ValueError(
+            f"{folder} holds {shards.few(surplus)} beside the {count} files that its config.json "
+            f"names for {count - 1} layers. Either these are copies or files of another model, or "
+            "config.json is of another model; delete what does not belong there"
+        )
+
+
+def _checked_header(
+    path: Path, wanted: list[PackedTensor], element: str
+) -> dict[str, shards.Found]:
+    """Return the header of a file that holds exactly the wanted tensors.
+
+    Raises:
+        ValueError: if it holds others.
+    """
     header = shards.read_header(path)
-    want = {p.key: ("U8", _padded(packed.piece_bytes(p, elem))) for p in pieces} | {
-        f"{p.key}.scale": ("F32", p.count) for p in pieces
-    }
+    want = {t.key: ("U8", _padded(packed.packed_bytes(t, element))) for t in wanted}
+    want |= {f"{t.key}.scale": ("F32", t.count) for t in wanted}
     wrong = [
-        k
-        for k in want.keys() | header.keys()
-        if k not in header
-        or k not in want
-        or (header[k].dtype, math.prod(header[k].shape)) != want[k]
+        key
+        for key in want.keys() | header.keys()
+        if key not in header
+        or key not in want
+        or (header[key].dtype, math.prod(header[key].shape)) != want[key]
     ]
     if wrong:
         raise ValueError(
-            f"{path} does not hold the tensors of its config: {shards.few(sorted(wrong))} missing, extra or of another size"
+            f"{path} does not hold the tensors of its config: {shards.few(sorted(wrong))} "
+            "missing, extra or of another size"
         )
     return header
 
 
 def _padded(size: int) -> int:
-    return size + -size % _ALIGN  # safetensors has no holes, so a tensor is filled up itself
+    """Round up to _ALIGN. The padding is part of the tensor: safetensors allows no holes."""
+    return size + -size % _ALIGN
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 def write(
     source: str | Path,
     target: str | Path,
-    weights: str,
-    weigh: Weigh = lambda piece, i: None,
+    formats: Formats,
+    weigh: Weigh = lambda tensor, i: None,
     calibration: str | None = None,
-    head: str | None = None,
-) -> Iterator[tuple[Piece, int]]:
-    """Pack the model folder `source` into `target`: yields (piece, bytes) after each one, for progress; finished when exhausted. `head`: another format for the output
-    head (packed.pieces). `calibration` names what `weigh` comes from; it is asked layer by layer. Goes on where an earlier call with the same weights, formats and
-    calibration stopped; ValueError when `target` holds something else."""
+) -> Iterator[tuple[PackedTensor, int]]:
+    """Pack the model folder `source` into `target`.
+
+    Yields (tensor, bytes) after each tensor; the folder is complete when the iterator ends. A call
+    with the same source, formats and calibration continues where an earlier one stopped.
+
+    Args:
+        weigh: importance and feedback of each matrix (calibrate.py). It is asked layer by layer.
+        calibration: identifies what `weigh` was computed from.
+
+    Raises:
+        ValueError: without the compiled kernels, or if `target` holds something else.
+    """
     if native.lib is None:
         raise ValueError(
-            f"packing needs the compiled kernels, which are not there ({native.missing()}); install lamoe with a C++ compiler"
+            f"packing needs the compiled kernels, which are not there ({native.missing()}); "
+            "install lamoe with a C++ compiler"
         )
     folder, target = hf.resolve(source), Path(target)
     if is_packed(folder):
         raise ValueError(f"{folder} is a packed model already; quantize the model it was made from")
-    config, head = hf.read_config(folder), head or weights
-    read = reader(folder, config)
-    plan = files(config, weights, head)
-    said = {
+    config = hf.read_config(folder)
+    read, element = reader(folder, config), packed.element_format(formats)
+    plan = files(config, formats)
+    quantization = {
         "quant_method": METHOD,
-        "weights": weights,
-        "head": head,
+        "weights": formats.weights,
+        "head": formats.head or formats.weights,
         "version": VERSION,
-        "source": _source(folder),
+        "source": _source_digest(folder),
         "calibration": calibration,
     }
-    _check_target(target, said, set(plan))
+    _check_target(target, quantization, set(plan))
     target.mkdir(parents=True, exist_ok=True)
-    # Complete or absent: the call that resumes would take half a config for another model.
-    atomic.write_text(
-        target / "config.json",
-        shards.json_text(config.to_dict() | {"quantization_config": said}),
-        temporary=target / _CONFIG_PART,
-    )
+    _write_side_files(folder, target, config.to_dict() | {"quantization_config": quantization})
+    for name, tensors in plan.items():
+        if (target / name).exists():  # files get their names when they are complete
+            try:
+                _checked_header(target / name, tensors, element)
+            except ValueError as e:
+                raise ValueError(f"{e}. Delete this file; the others are kept") from None
+            yield from ((t, packed.packed_bytes(t, element)) for t in tensors)
+        else:
+            yield from _write_file(target / name, tensors, element, read, weigh)
+    atomic.sync(target)
+
+
+def _write_side_files(folder: Path, target: Path, config: dict) -> None:
+    """Write config.json in one rename, and copy tokenizer files.
+
+    Half a config.json would look like another model to the call that continues.
+    """
+    text = shards.json_text(config)
+    atomic.write_text(target / "config.json", text, temporary=target / _CONFIG_PART)
     for extra in hf.EXTRAS:
         if (folder / extra).is_file():
             shutil.copyfile(folder / extra, target / extra)
             atomic.sync(target / extra)
-    for name, pieces in plan.items():
-        if (
-            target / name
-        ).exists():  # it got its name when it was complete; what happened to it since is another matter
-            try:
-                _header(target / name, pieces, packed.element(weights))
-            except ValueError as e:
-                raise ValueError(f"{e}. Delete this file; the others are kept") from None
-            yield from ((p, packed.piece_bytes(p, packed.element(weights))) for p in pieces)
-        else:
-            yield from _write_file(target / name, pieces, weights, read, weigh)
-    atomic.sync(target)
 
 
-def _source(folder: Path) -> str:
-    """Names a checkpoint by its sizes and samples of its bytes, so that two checkpoints of one run are not mixed."""
+def _source_digest(folder: Path) -> str:
+    """Identify a checkpoint by file sizes and samples of its bytes.
+
+    Two checkpoints of one training run must not be mixed in one packed folder.
+    """
     digest = hashlib.sha256()
     for path in sorted({f.path for f in shards.scan(folder).values()}):
         with open(path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
             digest.update(f"{path.name} {size}".encode())
-            for i in range(64):
-                f.seek(i * max(0, size - 4096) // 63)
-                digest.update(f.read(4096))
+            last = max(0, size - _SOURCE_SAMPLE_BYTES)
+            for i in range(_SOURCE_SAMPLES):
+                f.seek(i * last // (_SOURCE_SAMPLES - 1))
+                digest.update(f.read(_SOURCE_SAMPLE_BYTES))
     return digest.hexdigest()[:16]
 
 
-def _check_target(target: Path, said: dict, names: set[str]) -> None:
-    there = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
+def _check_target(target: Path, quantization: dict, names: set[str]) -> None:
+    """Refuse a target that is neither empty nor the beginning of the same packed model."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; a model is packed into a folder")
-    if not there:
+    present = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
+    if not present or present == [_CONFIG_PART]:
         return
     ours = names | {f".{n}.part" for n in names} | {_CONFIG_PART, "config.json", *hf.EXTRAS}
-    strange, found = [n for n in there if n not in ours], _quantization(target)
-    if strange or (found != said and there != [_CONFIG_PART]):
-        other = (
-            ""
-            if strange or found.get("quant_method") != METHOD
-            else "; "
-            + ", ".join(
-                f"{k} was {found.get(k)}, is {v}" for k, v in said.items() if found.get(k) != v
-            )
-        )
-        raise ValueError(
-            f"{target} is not empty and not the beginning of this packed model ({shards.few(strange or there)}{other}); name another folder, or delete it"
-        )
+    strange = [name for name in present if name not in ours]
+    found = _quantization(target)
+    if not strange and found == quantization:
+        return
+    differences = ""
+    if not strange and found.get("quant_method") == METHOD:
+        changed = {k: v for k, v in quantization.items() if found.get(k) != v}
+        differences = "; " + ", ".join(f"{k} was {found.get(k)}, is {v}" for k, v in changed.items())
+    raise ValueError(
+        f"{target} is not empty and not the beginning of this packed model "
+        f"({shards.few(strange or present)}{differences}); name another folder, or delete it"
+    )
 
 
 def reader(folder: Path, config: ModelConfig) -> Read:
-    """read(name) of a checkpoint folder: one stored tensor at a time. ValueError for a checkpoint that is not the config's."""
+    """Return a function that reads one stored tensor of a checkpoint folder at a time.
+
+    Raises:
+        ValueError: if the checkpoint is not the config's.
+    """
     from safetensors import safe_open
 
     found = shards.scan(folder)
     hf.check_tensors(folder, config, found)
-    last: list = [
-        None,
-        None,
-    ]  # the tensor read last: kv_b_proj is asked for by three pieces, head by head
+    # The last tensor is kept: three packed tensors read kv_b_proj, head by head.
+    last_name, last_tensor = "", torch.empty(0)
 
     def read(name: str) -> torch.Tensor:
-        if last[0] != name:
+        nonlocal last_name, last_tensor
+        if last_name != name:
             with safe_open(found[name].path, framework="pt", backend="pread") as f:
-                last[:] = name, f.get_tensor(name)
-        return last[1]
+                last_name, last_tensor = name, f.get_tensor(name)
+        return last_tensor
 
     return read
 
 
 def _write_file(
-    path: Path, pieces: list[Piece], weights: str, read: Read, weigh: Weigh
-) -> Iterator[tuple[Piece, int]]:
-    elem = packed.element(weights)
-    sizes = [packed.piece_bytes(p, elem) for p in pieces]
-    header, at = {}, 0
-    for piece, size in zip(pieces, sizes):
-        header[piece.key] = {
-            "dtype": "U8",
-            "shape": [_padded(size)],
-            "data_offsets": [at, at + _padded(size)],
-        }
-        at += _padded(size)
-    for piece in pieces:
-        header[f"{piece.key}.scale"] = {
-            "dtype": "F32",
-            "shape": [piece.count],
-            "data_offsets": [at, at + 4 * piece.count],
-        }
-        at += 4 * piece.count
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGN)
+    path: Path, tensors: list[PackedTensor], element: str, read: Read, weigh: Weigh
+) -> Iterator[tuple[PackedTensor, int]]:
+    sizes = [packed.packed_bytes(t, element) for t in tensors]
     part = path.with_name(f".{path.name}.part")
     with open(part, "ab") as f:
-        if not lock.try_lock(f):
-            raise ValueError(f"another process is writing {path.parent}; let it finish")
-        if not part.exists() or not os.path.samestat(
-            os.fstat(f.fileno()), part.stat()
-        ):  # it has finished between our opening and locking
-            raise ValueError(
-                f"another process was writing {path.parent}; call again, and what it made is kept"
-            )
+        _lock(f, part, path.parent)
         f.truncate(0)
-        f.write(len(text).to_bytes(8, "little") + text)
-        scales = []
-        for piece, size in zip(pieces, sizes):
-            for data, scale in packed.build(piece, read, elem, weigh):
+        f.write(_header_bytes(tensors, sizes))
+        all_scales = []
+        for tensor, size in zip(tensors, sizes):
+            for data, scale in packed.pack_tensor(tensor, read, element, weigh):
                 f.write(data.numpy())
-                scales.append(scale)
+                all_scales.append(scale)
             f.write(b"\0" * (_padded(size) - size))
-            yield piece, size
-        f.write(np.array(scales, dtype="<f4").tobytes())
+            yield tensor, size
+        f.write(np.array(all_scales, dtype="<f4").tobytes())
         f.flush()
         os.fsync(f.fileno())
-        os.replace(part, path)  # before the lock goes
+        os.replace(part, path)  # while the lock is held
     atomic.sync(path.parent)
+
+
+def _header_bytes(tensors: list[PackedTensor], sizes: list[int]) -> bytes:
+    """Return a safetensors header: all matrices, then the scales of all tensors."""
+    header, at = {}, 0
+    for tensor, size in zip(tensors, sizes):
+        end = at + _padded(size)
+        header[tensor.key] = {"dtype": "U8", "shape": [end - at], "data_offsets": [at, end]}
+        at = end
+    for tensor in tensors:
+        end = at + 4 * tensor.count
+        header[f"{tensor.key}.scale"] = {
+            "dtype": "F32",
+            "shape": [tensor.count],
+            "data_offsets": [at, end],
+        }
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGN)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _lock(f: IO[bytes], part: Path, folder: Path) -> None:
+    """Take the lock of a file that is being written, or refuse: another process writes it."""
+    if not lock.try_lock(f):
+        raise ValueError(f"another process is writing {folder}; let it finish")
+    # The other process may have renamed the file between our opening and locking it.
+    if not part.exists() or not os.path.samestat(os.fstat(f.fileno()), part.stat()):
+        raise ValueError(
+            f"another process was writing {folder}; call again, and what it made is kept"
+        )

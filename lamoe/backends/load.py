@@ -1,0 +1,316 @@
+"""Choose a backend for a model, and load it.
+
+`prepare` answers, before a weight is read, what a model will take; `Prepared.load` reads it.
+`load` does both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lamoe.backends.base import Backend, Formats
+from lamoe.backends.cpu import native, packed, packed_file
+from lamoe.backends.cpu.backend import CpuBackend
+from lamoe.backends.memory import available_memory
+from lamoe.backends.torch_backend import TorchBackend
+from lamoe.checkpoints import hf
+from lamoe.model import accounting
+from lamoe.model.config import ModelConfig
+from lamoe.model.transformer import Transformer
+
+BACKENDS: dict[str, type[Backend]] = {"torch": TorchBackend, "cpu": CpuBackend}
+DEVICES = ("auto", "cpu", "cuda", "mps")
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is chosen but not loaded.
+
+    weight_bytes: what the weights will take, approximately.
+    available: bytes of memory that weights, cache and attention may take together; None if unknown.
+    state_bytes: Backend.state_bytes of the chosen backend.
+    folder: where the model comes from; None for one that is in memory.
+    """
+
+    config: ModelConfig
+    weight_bytes: int
+    available: int | None
+    state_bytes: Callable[[ModelConfig, int, int, int], int]
+    folder: Path | None
+    load: Callable[[], Backend]
+
+
+def load(
+    model: Backend | Transformer | str | Path,
+    formats: Formats = Formats(),
+    *,
+    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    backend: str | None = None,
+    threads: int = 0,
+) -> Backend:
+    """Load a model on a backend; see `prepare`."""
+    return prepare(
+        model, formats, dtype=dtype, device=device, backend=backend, threads=threads
+    ).load()
+
+
+def prepare(
+    model: Backend | Transformer | str | Path,
+    formats: Formats = Formats(),
+    *,
+    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    backend: str | None = None,
+    threads: int = 0,
+) -> Prepared:
+    """Choose a backend for a model.
+
+    Args:
+        model: a loaded backend, a Transformer, or the folder (packed or not) or hub id of a model.
+        formats: of weights and head. A quantised format needs the compiled kernels.
+        dtype: of the computation ("float32", "bfloat16"); None takes the checkpoint's.
+        device: "auto" | "cpu" | "cuda" | "mps" or a torch.device. None means the device of a
+            Transformer that is given, else the CPU.
+        backend: "cpu" (compiled kernels) or "torch"; None takes the compiled kernels if they can
+            run the model. The environment variable LAMOE_BACKEND is the default.
+        threads: of the compiled kernels; 0 takes torch's number of threads.
+
+    Raises:
+        ValueError: if the combination is not possible.
+    """
+    backend = backend or os.environ.get("LAMOE_BACKEND") or None
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend is {backend!r}; known: {', '.join(BACKENDS)}")
+    if isinstance(model, Backend):
+        return _prepare_loaded(model, formats, device, backend)
+    if isinstance(model, Transformer):
+        return _prepare_transformer(model, formats, device, backend, threads)
+    folder = hf.resolve(model)
+    target = resolve_device(device)
+    if packed_file.is_packed(folder):
+        return _prepare_packed_folder(folder, formats, dtype, target, backend, threads)
+    return _prepare_folder(folder, formats, dtype, target, backend, threads)
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """Return the torch device of a name; "auto" takes CUDA, else MPS, else the CPU.
+
+    Raises:
+        ValueError: for an unknown device, or one that this torch or machine lacks.
+    """
+    if device is None:
+        return torch.device("cpu")
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return torch.device(next((d for d in ("cuda", "mps") if has[d]), "cpu"))
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; known: {', '.join(DEVICES)}") from None
+    if not has.get(found.type, True):
+        raise ValueError(
+            f"device {str(device)!r} is not available: torch {torch.__version__} finds none; "
+            "install a torch build for it, or use device='cpu'"
+        )
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {str(device)!r} is not available: there are {torch.cuda.device_count()} CUDA "
+            "devices, numbered from 0"
+        )
+    return found
+
+
+def _prepare_loaded(
+    model: Backend, formats: Formats, device: str | torch.device | None, backend: str | None
+) -> Prepared:
+    if backend not in (None, model.name):
+        _refuse_other_backend(model.weights)
+    if device is not None and resolve_device(device).type != model.device.type:
+        raise ValueError(
+            f"the model is on device {str(model.device)!r}, asked for is {str(device)!r}; "
+            "load it there"
+        )
+    _check_formats(formats, Formats(model.weights, model.head))
+    size, free = model.weight_bytes(), available_memory(model.device)
+    return Prepared(
+        model.config,
+        size,
+        None if free is None else free + size,  # the weights are there already
+        model.state_bytes,
+        None,
+        lambda: model,
+    )
+
+
+def _prepare_transformer(
+    model: Transformer,
+    formats: Formats,
+    device: str | torch.device | None,
+    backend: str | None,
+    threads: int,
+) -> Prepared:
+    weight = model.embed.weight
+    target = weight.device if device is None else resolve_device(device)
+    chosen = choose(model.config, weight.dtype, formats, target, backend)
+    size, free = sum(p.numel() * p.element_size() for p in model.parameters()), None
+    free = available_memory(target)
+    in_place = target == weight.device
+
+    def load() -> Backend:
+        if chosen == "cpu":
+            return CpuBackend.from_transformer(model, formats, threads)
+        return TorchBackend(model.to(target).eval())
+
+    return Prepared(
+        model.config,
+        size,
+        None if free is None else free + size * in_place,
+        BACKENDS[chosen].state_bytes,
+        None,
+        load,
+    )
+
+
+def _prepare_packed_folder(
+    folder: Path,
+    formats: Formats,
+    dtype: str | None,
+    device: torch.device,
+    backend: str | None,
+    threads: int,
+) -> Prepared:
+    config, stored = packed_file.read_config(folder)
+    if dtype is not None:
+        raise ValueError(
+            f"dtype is {dtype}, but {folder} is a packed model, which has its own; omit dtype"
+        )
+    if device.type != "cpu":
+        raise ValueError(
+            f"{folder} is packed for the compiled CPU kernels and cannot run on {device}; use the "
+            "model it was made from, or device='cpu'"
+        )
+    if not native.available():
+        raise ValueError(
+            f"{folder} is packed for the compiled kernels, which are not there (or LAMOE_BACKEND "
+            "or LAMOE_IMPL switch them off); install lamoe with a C++ compiler, or use the model "
+            "it was made from"
+        )
+    if backend == "torch":
+        _refuse_other_backend(str(stored.weights))
+    _check_formats(formats, stored)
+    size, free = packed_file.stored_bytes(folder), available_memory()
+
+    def load() -> Backend:
+        return packed_file.load(folder, threads, available_memory())
+
+    # Pages of a mapped file are read again when they were dropped, so they count as available.
+    available = None if free is None else free + size
+    return Prepared(config, size, available, CpuBackend.state_bytes, folder, load)
+
+
+def _prepare_folder(
+    folder: Path,
+    formats: Formats,
+    dtype: str | None,
+    device: torch.device,
+    backend: str | None,
+    threads: int,
+) -> Prepared:
+    config = hf.read_config(folder)
+    compute = hf.DTYPES.get(dtype or config.torch_dtype or "", torch.float32)
+    chosen = choose(config, compute, formats, device, backend)
+
+    def load() -> Backend:
+        if chosen == "cpu" and formats.weights is not None and dtype is None:
+            # One tensor at a time: the checkpoint itself need not fit into memory.
+            read = packed_file.reader(folder, config)
+            return CpuBackend.from_tensors(config, formats, read, threads)
+        model = hf.load(folder, dtype)
+        actual = choose(config, model.embed.weight.dtype, formats, device, backend)
+        if actual == "cpu":
+            return CpuBackend.from_transformer(model, formats, threads)
+        return TorchBackend(model.to(device).eval())
+
+    return Prepared(
+        config,
+        _expected_bytes(config, formats, dtype),
+        available_memory(device),
+        BACKENDS[chosen].state_bytes,
+        folder,
+        load,
+    )
+
+
+def choose(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    formats: Formats,
+    device: torch.device,
+    backend: str | None,
+) -> str:
+    """Return the name of the backend that runs a model: "cpu" or "torch".
+
+    Raises:
+        ValueError: if what was asked for needs the compiled kernels and they cannot run it.
+    """
+    quantised = formats.weights is not None or formats.head is not None
+    if device.type != "cpu":
+        if quantised or backend == "cpu":
+            raise ValueError(
+                f"the compiled kernels and their weight formats run on the CPU, not on {device}; "
+                "omit weights, head and backend, or use device='cpu'"
+            )
+        return "torch"
+    if backend == "torch" or not native.available():
+        if quantised or backend == "cpu":
+            raise ValueError(
+                "the compiled kernels are not there (or LAMOE_BACKEND, LAMOE_IMPL or "
+                "backend='torch' switch them off), and quantised weights need them; install "
+                "lamoe with a C++ compiler"
+            )
+        native.announce()
+        return "torch"
+    if quantised or backend == "cpu":
+        return "cpu"
+    return "torch" if why_torch(config, dtype) else "cpu"
+
+
+def why_torch(config: ModelConfig, dtype: torch.dtype) -> str | None:
+    """Say why the torch backend is preferred on a CPU that has the compiled kernels, or None."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the compiled kernels compute in float32 and bfloat16, the model is {dtype}"
+    return packed.unsupported(config)
+
+
+def _expected_bytes(config: ModelConfig, formats: Formats, dtype: str | None) -> int:
+    """Estimate the bytes of the weights from the config and formats alone."""
+    plain_bits = accounting.DTYPE_BITS.get(dtype or config.torch_dtype, 32)
+    bits = native.BITS.get(formats.weights or "", plain_bits)
+    extra_head_bits = native.BITS.get(formats.head or "", bits) - bits
+    head_weights = config.vocab_size * config.hidden_size
+    total = accounting.parameters(config).total
+    return int((total * bits + head_weights * extra_head_bits) / 8)
+
+
+def _check_formats(asked: Formats, stored: Formats) -> None:
+    """Refuse formats that differ from those a model is packed in."""
+    if asked.weights not in (None, stored.weights):
+        _refuse_other_backend(str(stored.weights))
+    if asked.head not in (None, stored.head):
+        raise ValueError(
+            f"the model is packed with its output head as {stored.head}, asked for is "
+            f"{asked.head}; omit head, or quantize the model it was made from again"
+        )
+
+
+def _refuse_other_backend(weights: str) -> None:
+    raise ValueError(
+        f"the model is packed as {weights}; it runs on the compiled kernels in that format only"
+    )

@@ -1,0 +1,44 @@
+"""How much memory this process may still take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+# (limit, usage) of a control group, versions 2 and 1.
+_CGROUP_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+
+
+def available_memory(
+    device: torch.device | str = "cpu", root: Path = Path("/")
+) -> int | None:
+    """Return the bytes that this process may still take on a device; None if unknown.
+
+    On the host: what the system calls available, or what is left of the control group's limit if
+    that is less.
+
+    Args:
+        root: where /proc and /sys are, for tests.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    found = []
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except (OSError, ValueError, IndexError):
+        pass
+    for names in _CGROUP_FILES:
+        try:
+            limit, used = ((root / "sys/fs/cgroup" / n).read_text().strip() for n in names)
+            found.append(max(0, int(limit) - int(used)))
+        except (OSError, ValueError):  # "max" is no number and no limit
+            pass
+    return min(found, default=None)

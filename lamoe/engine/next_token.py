@@ -1,0 +1,109 @@
+"""From logits to the next token and its text: the one step that every way of generating shares."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from lamoe.engine.request import Sequence
+from lamoe.engine.sampler import sample
+from lamoe.text.tokenizer import Tokenizer
+
+
+class NextToken(NamedTuple):
+    """A chosen token and the text that became showable with it.
+
+    finish_reason: None, or why the sequence ends here: "stop" (EOS, a stop string or a complete
+        grammar) or "length" (max_tokens or a full context).
+    """
+
+    token_id: int
+    text: str
+    finish_reason: str | None
+
+
+def next_token(
+    seq: Sequence,
+    text: TextStream,
+    logits: torch.Tensor,
+    eos_ids: frozenset[int],
+    argmax: int | None = None,
+) -> NextToken:
+    """Choose the next token of a sequence from its logits and append it to `seq.tokens`.
+
+    Args:
+        logits: [vocabulary].
+        argmax: index of the largest logit, if known; saves a pass when sampling is greedy.
+
+    Raises:
+        ValueError, RuntimeError: if options or grammar leave no token to choose.
+    """
+    params = seq.params
+    adjusted = params.adjust(logits, seq.tokens, seq.prompt_len, eos_ids)
+    if seq.matcher:
+        adjusted = seq.matcher.mask(adjusted, params.ignore_eos)
+    if argmax is not None and params.temperature == 0 and adjusted is logits:
+        token = argmax
+    else:
+        token = sample(adjusted, params, seq.generator)
+    if seq.matcher:
+        seq.matcher.accept(token)
+    seq.tokens.append(token)
+    if token in eos_ids and not params.ignore_eos:
+        return NextToken(token, text.rest(), "stop")
+    piece, stopped = text.add(token)
+    if stopped:
+        return NextToken(token, piece, "stop")
+    complete = seq.matcher is not None and seq.matcher.complete
+    if complete or len(seq.tokens) >= seq.limit:
+        return NextToken(token, piece + text.rest(), "stop" if complete else "length")
+    return NextToken(token, piece, None)
+
+
+class TextStream:
+    """Turns tokens into text to show, holding back what may become a stop string.
+
+    Attributes:
+        shown: all text that was returned so far.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, stop: tuple[str, ...], skip_special: bool = True
+    ):
+        self._decoder = tokenizer.stream(skip_special=skip_special) if tokenizer else None
+        self._stop, self._held, self.shown = stop, "", ""
+
+    def add(self, token: int) -> tuple[str, bool]:
+        """Return the text to show after one more token, and whether a stop string is complete."""
+        if self._decoder is None:
+            return "", False
+        text = self._held + self._decoder.step(token)
+        end = self._stop_begin(text)
+        if end is not None:
+            self._held = ""
+            return self._show(text[:end]), True
+        # Hold back the longest end of the text that some stop string begins with.
+        held = max(
+            (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            default=0,
+        )
+        self._held = text[len(text) - held :]
+        return self._show(text[: len(text) - held]), False
+
+    def rest(self) -> str:
+        """Return what was held back, at the end of the output.
+
+        It is cut at a stop string that the rest of an incomplete character completes.
+        """
+        text = self._held + (self._decoder.flush() if self._decoder else "")
+        return self._show(text[: self._stop_begin(text)])
+
+    def _stop_begin(self, text: str) -> int | None:
+        """Return where the first stop string in `text` begins, or None."""
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        return min(found, default=None)
+
+    def _show(self, text: str) -> str:
+        self.shown += text
+        return text
