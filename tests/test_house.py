@@ -130,7 +130,10 @@ def test_accounting_config_and_the_package_itself_need_no_torch():
             [],
         )
     )
-    code = "import sys, lamoe; lamoe.ModelConfig; lamoe.accounting.report(lamoe.ModelConfig.preset('tiny')); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, lamoe; lamoe.accounting.report(lamoe.ModelConfig.preset('tiny')); "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -166,7 +169,7 @@ FORBIDDEN = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "s
 
 
 def runs_foreign_code(node: ast.AST) -> str | None:
-    """Names what could execute code of a file somebody else wrote; None when the node is harmless."""
+    """Name what could execute code from a foreign file; None if the node is harmless."""
     names = (
         [a.name for a in node.names] + [getattr(node, "module", None) or ""]
         if isinstance(node, (ast.Import, ast.ImportFrom))

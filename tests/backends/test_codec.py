@@ -243,7 +243,7 @@ def test_input_types_and_views(name):
 
 # ---- the documented layout, read by another program ----
 def read_block(data: bytes, w: int, n: int, group: int) -> tuple[np.ndarray, int]:
-    """The top of cache_codec.py followed byte by byte, one element at a time. -> values, bytes used"""
+    """Decode one element at a time, as cache_codec.py documents it. -> values, bytes used"""
     base = float(np.array([data[0] << 7], np.uint16).view(np.float16)[0]) / 16
     groups = -(-w // group)
     factor_bytes = (groups + 1) // 2 if groups > 1 else 0

@@ -35,7 +35,7 @@ def blocks(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def seen(fmt: str, x: torch.Tensor) -> torch.Tensor:
-    """What a matrix of `fmt` reads of x [m, k], in float64; native.py's docstring says it in words."""
+    """Return the activations [m, k] in float64 as a matrix of `fmt` sees them (see native.py)."""
     if fmt == "fp32":
         return x.double()
     if fmt == "bf16":

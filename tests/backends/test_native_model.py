@@ -103,7 +103,7 @@ def test_float32_is_the_torch_model(name):
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_any_cuts_and_any_company(name, seed):
-    """Sequences come, go on in random pieces side by side, and each gets what it would get alone."""
+    """Sequences run side by side in random pieces; each gets the same results as alone."""
     m, p = pack(CONFIGS[name])
     run, g = Run(p, page=4, pages=200, seed=seed), torch.Generator().manual_seed(seed)
     texts = {
@@ -168,9 +168,8 @@ def test_partial_results_of_attention_take_at_most_what_they_may(c, weights, for
     c = c.replace(num_hidden_layers=2)
     m, out, taken = pack(c, weights)[1], {}, {}
     kv, width = (1, c.kv_lora_rank) if c.is_mla else (2, c.qk_head_dim)
-    one = (
-        kv * 8 * 4 * (32 + 16 * width)
-    )  # a token has a block for each KV head; of 130 and of 1,100 rows there may be eight chunks, of 2,061 five
+    # a token has a block per KV head; 130 and 1,100 rows may have eight chunks, 2,061 rows five
+    one = kv * 8 * 4 * (32 + 16 * width)
     texts = {str(n): text(c, n + 12, seed=n) for n in (5, 130, 1100, 2000, 2049)}
     for limit in (STATE_LIMIT, 1, 2 * one, 2**63):
         p = CpuBackend(c, Formats(weights), m.packed, 2)

@@ -608,12 +608,11 @@ def test_in_a_real_terminal(endless, tmp_path):
         c.until("[stopped]", "> ")
     c.type(f"/save {tmp_path / 'talk'}\n")
     c.until("[saved ", "> ")
-    time.sleep(
-        0.3
-    )  # Python's readline sees a signal between the prompt and the waiting for a key with the next key only
+    # A signal between the prompt and readline waiting is seen at the next key only.
+    time.sleep(0.3)
     c.type("\x03")
     time.sleep(0.3)
-    c.type("\x7f")  # which this is, in case the machine was slower than that
+    c.type("\x7f")  # that next key, in case the machine was slower
     c.until("[Ctrl-C again or /quit leaves]", "> ")
     c.type("\x04")
     assert c.end() == 0

@@ -73,7 +73,8 @@ def test_children_and_grandchildren_compute_the_same_on_as_many_threads():
         def child(deeper):
             assert threads() == 1
             got = Run(packed).all(TEXT, [7])
-            assert torch.equal(got, want) and threads() == before == 3 and packed.native.threads == 3
+            assert torch.equal(got, want)
+            assert threads() == before == packed.native.threads == 3
             if deeper:
                 assert fork(lambda: child(False)) == 0
                 assert torch.equal(Run(packed).all(TEXT, [7]), want)
@@ -174,10 +175,16 @@ def test_an_async_engine_says_that_it_is_not_in_the_child():
 
         def child():
             assert not engine.alive and isinstance(EngineDead(), RuntimeError)
-            for do in (lambda: engine.generate(TEXT, params), lambda: read(engine.stream(TEXT, params)), lambda: read(run), lambda: engine.call(len),
-                       lambda: engine.open([(TEXT, params)])):
+            for do in (
+                lambda: engine.generate(TEXT, params),
+                lambda: read(engine.stream(TEXT, params)),
+                lambda: read(run),
+                lambda: engine.call(len),
+                lambda: engine.open([(TEXT, params)]),
+            ):
                 said = asyncio.run(use(do))
-                assert said.startswith(f"process {os.getpid()} asked an AsyncLLM made in process {os.getppid()}") and "after the fork" in said, said
+                who = f"process {os.getpid()} asked an AsyncLLM made in process {os.getppid()}"
+                assert said.startswith(who) and "after the fork" in said, said
             run.close()
             engine.close()
             again = AsyncLLM(LLM(tiny.model(tiny.HARD).float()))  # what the message says

@@ -31,7 +31,7 @@ LENGTHS = (1, 3, 4, 5, 17, 40, 64)
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def expected(request) -> tuple[str, list[list[int]]]:
-    """(family, greedy tokens of every prompt by the plain loop, which are those of whole passes)."""
+    """Return (family, greedy tokens of every prompt from the plain loop)."""
     m = llm(request.param).model
     out = [[p.token_id for p in generate(m, prompt, greedy())] for prompt in prompts(*LENGTHS)]
     assert [reforward(m, prompt, 16)[0] for prompt in prompts(*LENGTHS)] == out
@@ -112,7 +112,7 @@ def test_after_preemption(expected, budget, speculate):
 @EVERY
 @pytest.mark.parametrize("format", cache_codec.FORMATS)
 def test_unused_rows_are_never_read(family, format):
-    """All bits set in every unused slot: NaN in the float formats, out of all bounds in the others."""
+    """Set all bits of every unused slot: NaN in float formats, out of bounds in the others."""
     try:
         cache_codec.row_bytes(format, (16, 8))
     except (KeyError, NotImplementedError):

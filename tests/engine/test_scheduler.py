@@ -15,7 +15,7 @@ from lamoe.engine.scheduler import Scheduler
 
 
 class World:
-    """A scheduler, the rows its steps would have written, and the rules that hold after every step."""
+    """A scheduler, the rows its steps would write, and the rules that hold after each step."""
 
     def __init__(
         self,

@@ -27,19 +27,19 @@ DEPTH = """\
 {"build_commit": "unknown", "build_number": 0, "cpu_info": "AMD EPYC", "gpu_info": "", "backends": "CPU", "model_filename": "tiny-q8.gguf", "model_type": "deepseek2 ?B Q8_0", \
 "n_threads": 2, "flash_attn": 1, "n_prompt": 0, "n_gen": 16, "n_depth": 100, "test_time": "2026-11-25T00:13:06Z", "avg_ns": 507436947, "stddev_ns": 220245212, \
 "avg_ts": 35.565690, "stddev_ts": 14.320373, "samples_ns": [ 320193503, 750098507, 452018831 ],"samples_ts": [ 49.9698, 21.3305, 35.3968 ]}
-"""
+"""  # noqa: E501
 SAID = """\
 0.00.012.669 W load: special_eos_id is not in special_eog_ids - the tokenizer config may be incorrect
 llama-bench: benchmark 1/2: depth run 1/3
 llama-bench: benchmark 2/2: generation run 3/3
-"""
+"""  # noqa: E501
 MANY = """
 llama_batched_bench: n_kv_max = 4096, n_batch = 2048, n_ubatch = 512, flash_attn = 1
 {"n_kv_max": 4096, "n_batch": 2048, "n_ubatch": 512, "flash_attn": 1, "is_pp_shared": 0, "n_gpu_layers": -1, "n_threads": 2, "n_threads_batch": 2, "pp": 16, "tg": 16, "pl": 4, \
 "n_kv": 128, "t_pp": 0.149669, "speed_pp": 427.610229, "t_tg": 0.535068, "speed_tg": 119.610970, "t": 0.684737, "speed": 186.933090}
 {"n_kv_max": 4096, "n_batch": 2048, "n_ubatch": 512, "flash_attn": 1, "is_pp_shared": 0, "n_gpu_layers": -1, "n_threads": 2, "n_threads_batch": 2, "pp": 16, "tg": 16, "pl": 16, \
 "n_kv": 512, "t_pp": 0.737211, "speed_pp": 347.254730, "t_tg": 1.501245, "speed_tg": 170.525131, "t": 2.238456, "speed": 228.729080}
-"""
+"""  # noqa: E501
 
 
 def test_what_its_tools_print():

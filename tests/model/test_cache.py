@@ -149,7 +149,7 @@ def test_pages_change_nothing(name, impl):
 
 
 def test_padding_matters():
-    """The same decode without `first` is wrong: the test above would see a mask that does nothing."""
+    """Without `first` the same decode is wrong, so the test above does test the mask."""
     c, m = tiny.HARD, tiny.model(tiny.HARD, dtype=torch.float32)
     out = []
     for first in (torch.tensor([2]), None):

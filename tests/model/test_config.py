@@ -1,6 +1,4 @@
-"""lamoe/config.py: every field acts, is carried or is refused; every error has a test; Hugging Face
-files are read in both spellings.
-"""
+"""ModelConfig: each field acts, is carried or is refused; errors; Hugging Face files."""
 
 import dataclasses
 import json
@@ -79,9 +77,8 @@ def numbers(config: ModelConfig) -> dict:
 
 # ---- every field acts, is carried, or is refused ----
 # field -> what changing it does to the base model: "counts" (the accounting), "logits" (of the same
-# weights), "carried" (only
-# config.json), or "refused"; and the change, of the one field alone unless a dict says what must go
-# with it.
+# weights), "carried" (only config.json), or "refused"; and the change, of the one field alone
+# unless a dict says what must go with it.
 ON_MOE = {
     "model_type": ("refused", "deepseek"),
     "vocab_size": ("counts", 41),
@@ -649,9 +646,7 @@ _keys = st.sampled_from(
     rope=st.none() | _rope,
 )
 def test_any_json_is_read_or_refused(base, changes, rope):
-    """Whatever a config.json says, the answer is a ModelConfig that survives its own file, or a
-    ValueError.
-    """
+    """Any config.json gives a ModelConfig that survives its own file, or a ValueError."""
     raw = {**base.to_dict(), **changes, **({} if rope is None else {"rope_scaling": rope})}
     try:
         config = ModelConfig.from_dict(raw)
@@ -680,7 +675,7 @@ LITE_FILE = """{
   "rms_norm_eps": 1e-06, "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
   "original_max_position_embeddings": 4096, "type": "yarn"}, "rope_theta": 10000, "routed_scaling_factor": 1.0,
   "scoring_func": "softmax", "seq_aux": true, "tie_word_embeddings": false, "topk_group": 1, "topk_method": "greedy",
-  "torch_dtype": "bfloat16", "transformers_version": "4.33.1", "use_cache": true, "v_head_dim": 128, "vocab_size": 102400}"""
+  "torch_dtype": "bfloat16", "transformers_version": "4.33.1", "use_cache": true, "v_head_dim": 128, "vocab_size": 102400}"""  # noqa: E501
 
 
 def test_released_file_older_spelling(tmp_path):
@@ -708,9 +703,7 @@ def test_both_spellings_are_the_same_model():
 
 
 def test_defaults_of_files_that_say_little():
-    """No dtype means float32 weights; YaRN without mscale scales cos / sin as mscale = 1 and leaves
-    the softmax alone.
-    """
+    """No dtype means float32; YaRN without mscale scales cos / sin as mscale = 1."""
     raw = {k: v for k, v in MOE.to_dict().items() if k != "torch_dtype"}
     raw["rope_scaling"] = {"type": "yarn", "factor": 8, "original_max_position_embeddings": 64.0}
     config = ModelConfig.from_dict(raw)
@@ -766,9 +759,7 @@ V2_ONLY = [
     ],
 )
 def test_transformers_reads_and_rewrites_what_lamoe_writes(config, tmp_path):
-    """lamoe -> config.json -> transformers: every field equal; transformers -> config.json ->
-    lamoe: the identity.
-    """
+    """lamoe -> transformers: every field equal; transformers -> lamoe: the identity."""
     transformers = pytest.importorskip("transformers", minversion="5.17")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -792,9 +783,7 @@ def test_transformers_reads_and_rewrites_what_lamoe_writes(config, tmp_path):
 
 
 def test_shapes_that_transformers_knows_otherwise_are_not_misread(tmp_path):
-    """What config.json leaves out, transformers fills with its own defaults: 64 experts, a latent
-    of 512.
-    """
+    """transformers fills absent fields with its defaults: 64 experts, a latent of 512."""
     transformers = pytest.importorskip("transformers", minversion="5.17")
     dense_mla = MOE.replace(
         n_routed_experts=None,

@@ -94,7 +94,7 @@ def test_a_dropped_token_keeps_its_shared_experts(impl):
 
 
 def test_a_model_with_everything_dropped_is_its_residual_stream():
-    """Dropped tokens keep their residual: with all shared experts silenced, the block adds nothing."""
+    """Dropped tokens keep their residual: without shared experts the block adds nothing."""
     c = tiny.config(**tiny.LIMITED, n_shared_experts=0)
     block = tiny.model(c).layers[1]
     x = some_x(2, 6, 32)

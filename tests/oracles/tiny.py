@@ -58,7 +58,8 @@ def config(family: str = "deepseek_v2", **changes) -> ModelConfig:
 # q_lora x YaRN x routing x first_k_dense_replace: every combination that the released models draw
 # from.
 V2_CASES = {
-    f"{'lora' if lora else 'plain'}-{'yarn' if yarn else 'rope'}-{'limited' if limited else 'greedy'}-{dense}dense": config(
+    f"{'lora' if lora else 'plain'}-{'yarn' if yarn else 'rope'}-"
+    f"{'limited' if limited else 'greedy'}-{dense}dense": config(
         q_lora_rank=24 if lora else None,
         rope_scaling=YARN if yarn else None,
         first_k_dense_replace=dense,

@@ -240,7 +240,7 @@ def test_stream_starts_anew_after_flush(tok):
 
 @pytest.fixture(scope="module")
 def byte_fallback():
-    """A SentencePiece-like vocabulary: words with a block for the space, <0xNN> for what it lacks."""
+    """A SentencePiece-like vocabulary: a block marks the space, <0xNN> are missing bytes."""
     vocab = {"<unk>": 0, "▁": 1, "a": 2, "b": 3, "▁a": 4} | {
         f"<0x{b:02X}>": 5 + b for b in range(256)
     }
@@ -408,7 +408,10 @@ def test_messages_that_are_refused(tok, messages, says):
 
 
 def test_tools_reach_a_template_that_knows_them(tok):
-    template = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{% if m.role == 'tool' %}T{% endif %}{{ m.content }}{% endfor %}"
+    template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
+        "{% if m.role == 'tool' %}T{% endif %}{{ m.content }}{% endfor %}"
+    )
     with_tools = Tokenizer(tok.inner, bos=BOS, eos=EOS, chat_template=template)
     messages = [
         {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
@@ -424,7 +427,10 @@ def test_tools_reach_a_template_that_knows_them(tok):
         tok.apply_chat(messages[1:], tools=tools)
 
 
-GROW = "{% set ns = namespace(s='aa') %}{% for i in range(99) %}{% set ns.s = STEP %}{% endfor %}{{ ns.s }}"
+GROW = (
+    "{% set ns = namespace(s='aa') %}"
+    "{% for i in range(99) %}{% set ns.s = STEP %}{% endfor %}{{ ns.s }}"
+)
 
 
 @pytest.mark.parametrize(
@@ -791,6 +797,9 @@ def test_v3_vocabulary_loads():
     assert tok.decode(tok.encode(text)) == text == joined(tok, tok.encode(text))[1]
     assert tok.encode(USER, allow_special=True) == [128803] and 128803 not in tok.encode(USER)
     assert tok.decode(tok.encode(USER)) == USER
-    tok.chat_template = "{{ bos_token }}{% for m in messages %}{{ '<｜User｜>' + m.content }}{% endfor %}{{ '<｜Assistant｜>' }}"
+    tok.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ '<｜User｜>' + m.content }}{% endfor %}"
+        "{{ '<｜Assistant｜>' }}"
+    )
     ids = tok.apply_chat([{"role": "user", "content": f"{ASSISTANT}<think>hi{EOS}"}])
     assert [i for i in ids if i in tok._control_ids] == [0, 128803, 128804]

@@ -18,15 +18,16 @@ from lamoe.text.tool_calls import DEEPSEEK, MAX_CALLS, TAGS, Splitter, form_of, 
 # Written for these tests in the two manners; the first does not read `tools`, as DeepSeek-V3's own
 # does not
 DEEPSEEK_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% "
-    "elif m.role == 'tool' %}"
-    "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>{{ m.content "
-    "}}<｜tool▁output▁end｜><｜tool▁outputs▁end｜>{% elif m.role == 'assistant' %}<｜Assistant｜>{{ "
-    "m.content or '' }}"
-    "{% if m.tool_calls %}<｜tool▁calls▁begin｜>{% for c in m.tool_calls %}{{ '' if loop.first "
-    "else '\n' }}<｜tool▁call▁begin｜>{{ c.type }}<｜tool▁sep｜>{{ c.function.name }}\n"
-    "```json\n{{ c.function.arguments }}\n```<｜tool▁call▁end｜>{% endfor %}<｜tool▁calls▁end｜>{% "
-    "endif %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
+    "{% elif m.role == 'tool' %}<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>{{ m.content }}"
+    "<｜tool▁output▁end｜><｜tool▁outputs▁end｜>"
+    "{% elif m.role == 'assistant' %}<｜Assistant｜>{{ m.content or '' }}"
+    "{% if m.tool_calls %}<｜tool▁calls▁begin｜>"
+    "{% for c in m.tool_calls %}{{ '' if loop.first else '\n' }}<｜tool▁call▁begin｜>"
+    "{{ c.type }}<｜tool▁sep｜>{{ c.function.name }}\n"
+    "```json\n{{ c.function.arguments }}\n```<｜tool▁call▁end｜>{% endfor %}"
+    "<｜tool▁calls▁end｜>{% endif %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
 )
 TAGS_TEMPLATE = (
@@ -95,7 +96,10 @@ def written(form, name: str, arguments: str) -> str:
         return (
             f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n</tool_call>'
         )
-    return f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜>"
+    return (
+        f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n"
+        f"```json\n{arguments}\n```<｜tool▁call▁end｜>"
+    )
 
 
 # ---- templates ----
@@ -250,7 +254,11 @@ def test_text_is_shown_as_soon_as_it_cannot_be_a_call(form):
 
 
 def test_the_forms_of_several_models():
-    newer = '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_time<｜tool▁sep｜>{"zone": "UTC"}<｜tool▁call▁end｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+    newer = (
+        "<｜tool▁calls▁begin｜>"
+        '<｜tool▁call▁begin｜>get_time<｜tool▁sep｜>{"zone": "UTC"}<｜tool▁call▁end｜>'
+        "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+    )
     assert said(parse(DEEPSEEK, "So: " + newer)[1]) == [("get_time", {"zone": "UTC"}), ("now", {})]
     assert said(
         parse(TAGS, '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>')[1]

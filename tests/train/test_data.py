@@ -92,10 +92,12 @@ def test_builtin_sources():
     )
     emma = next(d for d in docs if d.name == "emma.txt")
     assert emma.text.startswith("EMMA\n\nBy Jane Austen") and emma.size == len(emma.text.encode())
-    opening = "Emma Woodhouse, handsome, clever, and rich, with a comfortable home and happy disposition, seemed to unite some of the best"
-    assert (
-        opening in emma.text
-    )  # wrapped at 70 columns in the package: proves that paragraphs were joined
+    opening = (
+        "Emma Woodhouse, handsome, clever, and rich, with a comfortable home and happy "
+        "disposition, seemed to unite some of the best"
+    )
+    # wrapped at 70 columns in the package: proves that paragraphs were joined
+    assert opening in emma.text
     assert "\nThat affliction to soften and heal.--" in emma.text  # and that verse was not
 
 

@@ -13,7 +13,7 @@ from lamoe.train.optim import Batch, MasterAdamW, Optim
 
 # ---- learning rate ----
 def test_lr_of_v2():
-    """Paper 3.1.2: 2K warm-up steps to 2.4e-4, times 0.316 after 60 % and after 90 % of the tokens."""
+    """Paper 3.1.2: 2K warm-up steps to 2.4e-4, then x 0.316 at 60 % and at 90 % of the tokens."""
     o = Optim()
     assert o.lr_at(0, 0.0) == pytest.approx(1.2e-7)  # the first step already moves
     assert o.lr_at(999, 0.0) == pytest.approx(1.2e-4)
