@@ -6,6 +6,7 @@ Nothing here imports torch, so `lamoe --help` and `lamoe info PRESET` answer at 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 
 from lamoe import __version__
@@ -16,6 +17,8 @@ from lamoe.serve.settings import parse_bytes
 
 MODEL = "run folder, model folder or Hugging Face hub id"
 TEXT_SOURCE = "file, folder, glob or .jsonl"
+# `lamoe serve` defines the options that it shares with other verbs; all verbs use its words.
+_SHARED = {f.name: f.metadata["help"] for f in dataclasses.fields(settings.Settings)}
 WEIGHT_FORMATS = ("fp32", "bf16", "int8", "int4")
 DTYPES = ("float32", "bfloat16")
 Run = Callable[[argparse.Namespace], int]
@@ -88,8 +91,7 @@ def _add_generate(verbs) -> None:
     p = _verb(verbs, "generate", generate.generate, "continue a prompt and stream the output")
     p.add_argument("--model", required=True, help=MODEL)
     p.add_argument("--prompt", help="text to continue; '-' or omitted: read standard input")
-    _add_length(p, "prompt and output", "what the prompt and --max-tokens need")
-    _add_cache_memory(p, "enough for --max-model-len")
+    _add_cache_size(p, "what the prompt and --max-tokens need", "four full contexts, at most 1 GiB")
     _add_sampling(p, max_tokens=128, what="output")
     _add_execution(p)
 
@@ -103,14 +105,13 @@ def _add_chat(verbs) -> None:
     )
     p.add_argument("model", help=MODEL)
     p.add_argument("--system", help="system text at the start of the conversation")
-    _add_length(p, "conversation, reply included", "the model's limit")
-    _add_cache_memory(p, "four full contexts, at most 1 GiB")
+    _add_cache_size(p, "the model's context length", "four full contexts, at most 1 GiB")
     p.add_argument(
         "--max-num-seqs",
         type=int,
         default=1,
         metavar="N",
-        help="sequences that run at once; a chat needs 1 (default: 1)",
+        help=_shared("max_num_seqs", "1, enough for a chat"),
     )
     _add_sampling(p, max_tokens=1024, what="reply")
     _add_execution(p)
@@ -178,7 +179,7 @@ def _add_evaluate(verbs) -> None:
         "(default: the run folder; for other models nothing is written)",
     )
     _add_formats(p)
-    _add_execution(p, formats=False)
+    _add_threads(p)
 
 
 def _add_quantize(verbs) -> None:
@@ -275,7 +276,7 @@ def _add_bench(verbs) -> None:
         "llama-bench and llama-batched-bench must be on PATH",
     )
     p.add_argument("--peer-model", help="GGUF file for the peer")
-    _add_execution(p, formats=False)
+    _add_threads(p)
 
 
 def _add_doctor(verbs) -> None:
@@ -322,65 +323,47 @@ def _add_convert(verbs) -> None:
 
 
 # ---- options that several verbs share ------------------------------------------------------------
+def _shared(option: str, default: object = None) -> str:
+    """The help of a shared option, with the default of this verb if it has its own."""
+    words = _SHARED[option]
+    if default is None:
+        return words
+    return f"{words.partition('; default:')[0]} (default: {default})"
+
+
 def _add_formats(p: argparse.ArgumentParser, default: str | None = None) -> None:
-    """--weights and --head."""
-    shown = default or "no quantisation; a packed folder keeps its format"
     p.add_argument(
         "--weights",
         choices=WEIGHT_FORMATS,
         default=default,
-        help=f"storage format of the weights; int8 takes 8.5 bits per weight and int4 4.5, group "
-        f"scales included (default: {shown})",
+        metavar="FORMAT",
+        help=_shared("weights", default),
     )
-    p.add_argument(
-        "--head",
-        choices=WEIGHT_FORMATS,
-        help="storage format of the output head, for example int8 with int4 weights "
-        "(default: that of the weights)",
-    )
+    p.add_argument("--head", choices=WEIGHT_FORMATS, metavar="FORMAT", help=_shared("head"))
 
 
 def _add_cache(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--cache",
-        default="bf16",
-        metavar="FORMAT",
-        help="storage format of the cache: fp32, bf16, int8, 6bit or 4bit (default: bf16)",
-    )
+    p.add_argument("--cache", default="bf16", metavar="FORMAT", help=_shared("cache", "bf16"))
 
 
-def _add_cache_memory(p: argparse.ArgumentParser, default: str) -> None:
+def _add_cache_size(p: argparse.ArgumentParser, length: str, memory: str) -> None:
     _add_cache(p)
+    p.add_argument("--max-model-len", type=int, metavar="N", help=_shared("max_model_len", length))
     p.add_argument(
         "--kv-cache-memory",
         type=parse_bytes,
         metavar="BYTES",
-        help=f"memory for the cache, for example 2GB (default: {default})",
-    )
-
-
-def _add_length(p: argparse.ArgumentParser, what: str, default: str) -> None:
-    p.add_argument(
-        "--max-model-len",
-        type=int,
-        metavar="N",
-        help=f"longest {what}, in tokens (default: {default})",
+        help=_shared("kv_cache_memory", memory),
     )
 
 
 def _add_threads(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--threads", type=int, default=0, help="CPU threads (default: all cores that are usable)"
-    )
+    p.add_argument("--threads", type=int, default=0, metavar="N", help=_shared("threads"))
 
 
-def _add_execution(p: argparse.ArgumentParser, formats: bool = True) -> None:
-    """Where and in which format the model runs."""
-    if formats:
-        p.add_argument(
-            "--dtype", choices=DTYPES, help="dtype of the computation (default: the model's own)"
-        )
-        _add_formats(p)
+def _add_execution(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help=_shared("dtype"))
+    _add_formats(p)
     _add_threads(p)
 
 
@@ -410,7 +393,7 @@ def _add_sampling(p: argparse.ArgumentParser, max_tokens: int, what: str) -> Non
         default=0.0,
         help="drop tokens less likely than this share of the most likely one (default: 0)",
     )
-    p.add_argument("--seed", type=int, help="seed of the sampling (default: a random one)")
+    p.add_argument("--seed", type=int, help="sampling seed (default: a random one)")
     p.add_argument(
         "--stop", action="append", default=[], help=f"text that ends the {what}; repeatable"
     )

@@ -48,14 +48,15 @@ def run(model: str, name: str, settings: Settings) -> int:
     """
     configure(settings.log_level)
     options: dict[str, Any] = dict(
-        cache=settings.kv_cache_dtype,
+        cache=settings.cache,
         cache_memory=settings.kv_cache_memory,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         dtype=settings.dtype,
         threads=settings.threads,
-        weights=settings.quantization,
+        weights=settings.weights,
+        head=settings.head,
         count_experts=True,
     )
     code = asyncio.run(Serving(lambda: LLM(model, **options), name, settings).run())

@@ -45,9 +45,15 @@ def parse_bytes(text: str) -> int:
         ) from None
 
 
-def _option(default: Any, help: str, kind: Callable = str) -> Any:
-    """Make a dataclass field; `kind` converts the text of a flag or variable to its value."""
-    return dataclasses.field(default=default, metadata={"help": help, "kind": kind})
+def _option(default: Any, help: str, kind: Callable = str, alias: str | None = None) -> Any:
+    """Make a dataclass field.
+
+    Args:
+        kind: converts the text of a flag or variable to the value.
+        alias: vLLM's name of the option. Its flag and variable are accepted too.
+    """
+    metadata = {"help": help, "kind": kind, "alias": alias}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,21 @@ class Settings:
     )
     max_num_seqs: int = _option(64, "most sequences that run at once", int)
     max_num_batched_tokens: int = _option(512, "most tokens in one engine step", int)
-    quantization: str | None = _option(
+    weights: str | None = _option(
         None,
-        "quantise the weights while loading: int8 or int4; "
-        "not needed for a folder made by `lamoe quantize`",
+        "storage format of the weights: fp32, bf16, int8 (8.5 bits per weight, group scales "
+        "included) or int4 (4.5 bits); default: the format of the model folder",
+        alias="quantization",
     )
-    kv_cache_dtype: str = _option(
-        "bf16", "storage format of the KV cache: fp32, bf16, int8, 6bit or 4bit"
+    head: str | None = _option(
+        None,
+        "storage format of the output head, for example int8 with int4 weights; "
+        "default: the format of the weights",
+    )
+    cache: str = _option(
+        "bf16",
+        "storage format of the KV cache: fp32, bf16, int8, 6bit or 4bit",
+        alias="kv_cache_dtype",
     )
     kv_cache_memory: int | None = _option(
         None,
@@ -92,7 +106,7 @@ class Settings:
     dtype: str | None = _option(
         None, "compute dtype: float32 or bfloat16; default: the dtype of the checkpoint"
     )
-    threads: int = _option(0, "number of compute threads; 0 uses all cores", int)
+    threads: int = _option(0, "number of CPU threads; 0 uses all cores", int)
     seed: int | None = _option(None, "sampling seed of requests that do not set one", int)
     max_queued_requests: int = _option(
         128, "most sequences that may wait; further requests get 429 with Retry-After", int
@@ -198,8 +212,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help = f.metadata["help"]
         if f.default is not None and "default:" not in help:
             help += f" (default: {f.default})"
+        alias = f.metadata["alias"]
         parser.add_argument(
+            *([_flag(alias)] if alias else []),
             _flag(f.name),
+            dest=f.name,
             type=f.metadata["kind"],
             metavar=f.name.rsplit("_", 1)[-1].upper(),
             default=argparse.SUPPRESS,
@@ -215,7 +232,10 @@ def from_options(args: argparse.Namespace, environ: Mapping[str, str] = os.envir
     """
     values = {}
     for f in dataclasses.fields(Settings):
+        alias = f.metadata["alias"]
         variable = _variable(f.name)
+        if alias and not environ.get(variable):
+            variable = _variable(alias)
         if hasattr(args, f.name):
             values[f.name] = getattr(args, f.name)
         elif environ.get(variable):

@@ -206,8 +206,9 @@ def test_every_flag_has_an_environment_variable():
         "max_model_len": "99",
         "max_num_seqs": "3",
         "max_num_batched_tokens": "33",
-        "kv_cache_dtype": "6bit",
-        "quantization": "int4",
+        "cache": "6bit",
+        "weights": "int4",
+        "head": "int8",
         "kv_cache_memory": "2GiB",
         "dtype": "float32",
         "threads": "2",
@@ -233,6 +234,13 @@ def test_every_flag_has_an_environment_variable():
     assert parse("--port", "1", LAMOE_PORT="2").port == 1 and parse(LAMOE_PORT="").port == 8000
     with pytest.raises(ValueError, match="LAMOE_PORT is not a value for --port"):
         parse(LAMOE_PORT="eighty")
+
+
+def test_vllm_names_are_accepted_too():
+    by_flag = parse("--quantization", "int4", "--kv-cache-dtype", "6bit")
+    by_variable = parse(LAMOE_QUANTIZATION="int4", LAMOE_KV_CACHE_DTYPE="6bit")
+    assert by_flag == by_variable == parse("--weights", "int4", "--cache", "6bit")
+    assert parse(LAMOE_CACHE="int8", LAMOE_KV_CACHE_DTYPE="6bit").cache == "int8"
 
 
 def test_api_keys_and_host_names(tmp_path):
