@@ -1,11 +1,4 @@
 // Cache rows: writes and reads the bytes that lamoe/backends/cache_codec.py documents.
-//
-// A low-bit part of w elements is
-//
-//   base (1 byte, e5m3) | group scales (4 bits each; none if w fits one group) | code planes
-//
-// A code of n bits is split over planes of 4, 2, 1 or 8 bits, so that no code crosses a byte:
-// element i of a plane with b bits lies in byte i % size, at bit b * (i / size).
 #include <cmath>
 
 #include "cpu/kernels.h"
@@ -68,22 +61,8 @@ uint8_t base_code(float x) {
   return t[low] >= x ? uint8_t(low) : 0xff;
 }
 
-// The sizes of one part, and where it has what.
-struct Part {
-  int width, padded, bits, group, groups, scale_bytes;
-  Part(int width, int bits, int group)
-      : width(width), padded(ceil_to(width, 8)), bits(bits), group(std::min(group, width)) {
-    groups = (width + this->group - 1) / this->group;
-    scale_bytes = width <= group ? 0 : (groups + 1) / 2;
-  }
-  bool one_group() const { return scale_bytes == 0; }
-  const uint8_t* scales(const uint8_t* in) const { return in + 1; }
-  const uint8_t* codes(const uint8_t* in) const { return in + 1 + scale_bytes; }
-  size_t bytes() const { return 1 + scale_bytes + size_t(padded) / 8 * bits; }
-};
-
 // Sets step[g] of each group and writes base and group scales.
-void encode_steps(const Part& b, const float* x, float* step, uint8_t* out) {
+void encode_steps(const LowBitPart& b, const float* x, float* step, uint8_t* out) {
   const int half = (1 << (b.bits - 1)) - 1;
   float need[512], most = 0;
   // NaN if either argument is NaN: comparisons with NaN are false and give b.
@@ -108,7 +87,7 @@ void encode_steps(const Part& b, const float* x, float* step, uint8_t* out) {
   }
 }
 
-void encode_part(const Part& b, const float* x, uint8_t* out) {
+void encode_part(const LowBitPart& b, const float* x, uint8_t* out) {
   const int half = (1 << (b.bits - 1)) - 1;
   float step[512];
   std::memset(out, 0, b.bytes());
@@ -142,7 +121,8 @@ INLINE void store16(int elem, void* out, int at, vf v, int n) {
 // 64 elements at a time, for parts in which 64 neighbours lie side by side in every plane. step:
 // of each 16 elements.
 template <int N>
-void decode_wide(const Part& b, const float* step, const uint8_t* codes, int elem, void* out) {
+void decode_wide(const LowBitPart& b, const float* step, const uint8_t* codes, int elem,
+                 void* out) {
   constexpr Planes pl = planes(N);
   constexpr float zero = float(1 << (N - 1));
   const uint8_t* plane[pl.n];
@@ -177,7 +157,7 @@ void decode_wide(const Part& b, const float* step, const uint8_t* codes, int ele
 
 // 16 elements at a time, for parts of any width.
 template <int N>
-void decode_narrow(const Part& b, const uint8_t* in, int elem, void* out) {
+void decode_narrow(const LowBitPart& b, const uint8_t* in, int elem, void* out) {
   const Planes pl = planes(N);
   const float base = base_table()[in[0]];
   for (int i = 0; i < b.width; i += 16) {
@@ -209,7 +189,7 @@ void decode_narrow(const Part& b, const uint8_t* in, int elem, void* out) {
 }
 
 template <int N>
-void decode_part(const Part& b, const uint8_t* in, int elem, void* out) {
+void decode_part(const LowBitPart& b, const uint8_t* in, int elem, void* out) {
   const Planes pl = planes(N);
   bool wide = b.width % 64 == 0 && b.width <= 1024;
   for (int p = 0; p < pl.n; p++) wide = wide && b.padded * pl.bits[p] / 8 % 64 == 0;
@@ -226,7 +206,7 @@ void decode_part(const Part& b, const uint8_t* in, int elem, void* out) {
   decode_wide<N>(b, !b.one_group() && per == 1 ? group_step : step, b.codes(in), elem, out);
 }
 
-void decode_part(const Part& b, const uint8_t* in, int elem, void* out) {
+void decode_part(const LowBitPart& b, const uint8_t* in, int elem, void* out) {
   switch (b.bits) {
     case 4:
       return decode_part<4>(b, in, elem, out);
@@ -245,7 +225,7 @@ void decode_part(const Part& b, const uint8_t* in, int elem, void* out) {
 // -64 times their sum. up: which halves round up. It must differ between neighbouring rows, so that
 // rounding does not shift the mean of many rows.
 template <int N>
-void decode_bytes(const Part& b, const uint8_t* in, int up, int8_t* out, float& step,
+void decode_bytes(const LowBitPart& b, const uint8_t* in, int up, int8_t* out, float& step,
                   int32_t& sum64) {
   alignas(32) uint8_t of_group[32], factor[32];  // factor: of each 16 codes
   bfactors(b.scales(in), b.group == 16 ? factor : of_group);
@@ -267,7 +247,7 @@ void decode_bytes(const Part& b, const uint8_t* in, int up, int8_t* out, float& 
 }  // namespace
 
 void decode_ints(const Codec& c, const uint8_t* const* rows, int n, void* out) {
-  const Part latent(c.w[0], c.bits[0], c.group), key(c.w[1], c.bits[1], c.group);
+  const LowBitPart latent(c.w[0], c.bits[0], c.group), key(c.w[1], c.bits[1], c.group);
   const IntTile tile(c, out);
   const auto decode_latent = latent.bits == 4 ? decode_bytes<4> : decode_bytes<5>;
   for (int i = 0; i < n; i += 4) {
@@ -293,7 +273,7 @@ void encode(const Codec& c, const float* row, uint8_t* out) {
       std::memcpy(out + 2 * i, &h, 2);
     }
   } else {
-    const Part a(c.w[0], c.bits[0], c.group), b(c.w[1], c.bits[1], c.group);
+    const LowBitPart a(c.w[0], c.bits[0], c.group), b(c.w[1], c.bits[1], c.group);
     encode_part(a, row, out);
     encode_part(b, row + c.w[0], out + a.bytes());
   }
@@ -302,7 +282,7 @@ void encode(const Codec& c, const float* row, uint8_t* out) {
 void decode(const Codec& c, const uint8_t* in, int elem, void* out) {
   if (c.kind == Codec::kLowBit) {
     for (int i = 0; i < 2; i++) {
-      const Part part(c.w[i], c.bits[i], c.group);
+      const LowBitPart part(c.w[i], c.bits[i], c.group);
       decode_part(part, in, elem, out);
       in += part.bytes();
       out = (char*)out + size_t(c.w[i]) * element_bytes(elem);

@@ -129,6 +129,33 @@ struct Codec {
   bool stores(int elem) const { return kind == (elem == FP32 ? kFp32 : kBf16); }
 };
 
+// One part of a low-bit row:
+//
+//   base (1 byte, e5m3) | group scales (4 bits each; none if there is one group) | code planes
+//
+// The step size of a group is base * (scale + 1) / 16. A code is split over planes of 4, 2, 1 or 8
+// bits, so that no code crosses a byte: element i of a plane with b bits is in byte i % size, at
+// bit b * (i / size), where size = padded * b / 8.
+struct LowBitPart {
+  int width, padded, bits, group, groups, scale_bytes;
+  LowBitPart(int width, int bits, int group)
+      : width(width), padded(ceil_to(width, 8)), bits(bits), group(std::min(group, width)) {
+    groups = (width + this->group - 1) / this->group;
+    scale_bytes = width <= group ? 0 : (groups + 1) / 2;
+  }
+  bool one_group() const { return scale_bytes == 0; }
+  const uint8_t* scales(const uint8_t* in) const { return in + 1; }
+  const uint8_t* codes(const uint8_t* in) const { return in + 1 + scale_bytes; }
+  size_t bytes() const { return 1 + scale_bytes + size_t(padded) / 8 * bits; }
+};
+
+// Bytes of a row with the parts, bits and groups of c.
+inline size_t row_bytes(const Codec& c) {
+  if (c.kind != Codec::kLowBit) return size_t(c.width()) * (c.kind == Codec::kFp32 ? 4 : 2);
+  return LowBitPart(c.w[0], c.bits[0], c.group).bytes() +
+         LowBitPart(c.w[1], c.bits[1], c.group).bytes();
+}
+
 // ---- attention ---------------------------------------------------------------------------------
 constexpr int kTileRows = 64;  // cache rows that attention decodes and processes together
 

@@ -1,9 +1,9 @@
 // Attention in absorbed form, for few new tokens per sequence (decoding, drafts, short chunks).
 // Queries are compared with cache rows as they are stored, each row is read once for 16 lanes.
 //
-//   1. absorb_queries   MLA: W^UK moves to the queries, q [N] -> [C]
-//   2. LanePlan         (token, head) pairs of a sequence and kv head -> blocks of 16 lanes;
+//   1. LanePlan         (token, head) pairs of a sequence and kv head -> blocks of 16 lanes;
 //                       cache rows -> chunks, which the threads share out
+//   2. absorb_queries   MLA: W^UK moves to the queries, q [N] -> [C]
 //   3. pack_queries     per block
 //   4. ChunkAttention   per chunk: each tile of 64 rows is decoded once and added to the attention
 //                       state of every block
@@ -16,7 +16,7 @@
 namespace lamoe {
 namespace {
 
-// ---- 2. blocks and chunks ----------------------------------------------------------------------
+// ---- 1. blocks and chunks ----------------------------------------------------------------------
 struct LaneBlock {
   int sequence, kv_head, lanes;
   int first_state;  // its states follow each other, chunk by chunk
@@ -83,7 +83,7 @@ void LanePlan::add_blocks(const Config& c, const Sequence& s, int sequence, int 
     }
 }
 
-// ---- 1. and 3. queries -------------------------------------------------------------------------
+// ---- 2. and 3. queries -------------------------------------------------------------------------
 // W^UK moves from the keys to the queries. -> [token][head][latent + rope]
 const float* absorb_queries(const Pass& pass, const Layer& l, const LanePlan& plan) {
   const Config& c = pass.config;

@@ -8,12 +8,6 @@ namespace {
 std::string s(int64_t x) { return std::to_string(x); }
 std::string size(int64_t n, int64_t k) { return "[" + s(n) + ", " + s(k) + "]"; }
 
-// Bytes of a low-bit part, which codec.cpp lays out.
-size_t part_bytes(int w, int bits, int group) {
-  return 1 + (w <= group ? 0 : ((w + group - 1) / group + 1) / 2) +
-         size_t(ceil_to(w, 8)) / 8 * bits;
-}
-
 struct Check {  // finds the first wrong matrix of a layer
   std::string where, found;
   void one(const char* name, const Mat& m, int n, int k, int fmt = -1) {
@@ -27,7 +21,7 @@ struct Check {  // finds the first wrong matrix of a layer
       found = where + "matrix " + name + " is in format " + s(m.fmt) + ", it must be in format " +
               s(fmt);
   }
-  void many(const char* name, const std::vector<Mat>& all, int count, int n, int k, int fmt = -1) {
+  void stack(const char* name, const std::vector<Mat>& all, int count, int n, int k, int fmt = -1) {
     if (found.empty() && int(all.size()) != count)
       found = where + s(all.size()) + " matrices " + name + " have been set, the config says " +
               s(count);
@@ -96,11 +90,6 @@ std::string wrong(const Config& c) {
   return "";
 }
 
-size_t row_bytes(const Codec& c) {
-  if (c.kind < 2) return size_t(c.w[0] + c.w[1]) * (c.kind == 0 ? 4 : 2);
-  return part_bytes(c.w[0], c.bits[0], c.group) + part_bytes(c.w[1], c.bits[1], c.group);
-}
-
 std::string wrong(const Codec& c) {
   if (c.kind < 0 || c.kind > 2)
     return "codec kind " + s(c.kind) +
@@ -144,10 +133,10 @@ std::string wrong(const Model& m, bool head) {
       c.q_lora ? is.one("wq_b", l.wq_b, width, c.q_lora) : is.one("wq", l.wq, width, d);
       is.one("wkv_a", l.wkv_a, c.latent + c.rope, d);
       is.there("kv_norm", l.kv_norm);
-      is.many("uk", l.uk, c.heads, c.latent, c.nope);
-      is.many("uv", l.uv, c.heads, c.value, c.latent);
+      is.stack("uk", l.uk, c.heads, c.latent, c.nope);
+      is.stack("uv", l.uv, c.heads, c.value, c.latent);
       is.there("uk_rows", l.uk_rows);
-      is.many("uv_elem", l.uv_elem, c.heads, c.value, c.latent, c.elem);
+      is.stack("uv_elem", l.uv_elem, c.heads, c.value, c.latent, c.elem);
     } else {
       is.one("wq", l.wq, width, d);
       is.one("wk", l.wk, c.kv_heads * c.head_dim, d);
@@ -156,8 +145,8 @@ std::string wrong(const Model& m, bool head) {
     is.one("wo", l.wo, d, c.heads * c.head_value());
     if (l.gate.data || !l.e13.empty() || !l.e2.empty()) {
       is.one("gate", l.gate, c.experts, d, FP32);
-      is.many("e13", l.e13, c.experts, 2 * ceil_to(c.moe_width, kTile), d);
-      is.many("e2", l.e2, c.experts, d, c.moe_width);
+      is.stack("e13", l.e13, c.experts, 2 * ceil_to(c.moe_width, kTile), d);
+      is.stack("e2", l.e2, c.experts, d, c.moe_width);
     }
     if (!l.gate.data || l.w13.data || l.w2.data) is.swiglu("w13", "w2", l.w13, l.w2, d);
     if (!is.found.empty()) return is.found;

@@ -19,9 +19,6 @@ std::string wrong(const Codec& c, const Config& config);
 // A weight that is missing, or not of the size that the config says.
 std::string wrong(const Model& m, bool head);
 
-// Bytes of a row with the parts, bits and groups of c.
-size_t row_bytes(const Codec& c);
-
 // Elements of a vector or of raw elements by name; 0 if the config has no such name.
 size_t vector_size(const Config& c, const std::string& name);
 size_t raw_size(const Config& c, const std::string& name);

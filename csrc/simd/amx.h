@@ -28,6 +28,8 @@ struct Traits : Avx512Traits {
   static constexpr int kPrefetchLevel = 2, kDecodeRows = 16;
 };
 
+constexpr int kTileBytes = 16 * 64;  // of a whole tile register
+
 // ---- instructions ------------------------------------------------------------------------------
 // The shapes of the tile registers, for as long as this object lives. Each call has to configure
 // them again: other code on this thread (torch) also uses AMX.
@@ -172,14 +174,14 @@ void block_bf16(const uint8_t* x, size_t stride, int rows, const uint8_t* w, siz
   for (; u + 16 <= units; u += 16)
     step_bf16<M, N>(x + 4 * size_t(u), stride, w + 64 * size_t(u), tile);
   if (u < units) {  // the last inputs, padded with zeros
-    alignas(64) uint8_t xs[32 * 64], ws[2 * 1024];
+    alignas(64) uint8_t xs[32 * 64], ws[2 * kTileBytes];
     std::memset(xs, 0, sizeof xs);
     std::memset(ws, 0, sizeof ws);
     for (int r = 0; r < rows; r++)
       std::memcpy(xs + 64 * r, x + r * stride + 4 * size_t(u), 4 * size_t(units - u));
     for (int t = 0; t < N; t++)
-      std::memcpy(ws + 1024 * t, w + t * tile + 64 * size_t(u), 64 * size_t(units - u));
-    step_bf16<M, N>(xs, 64, ws, 1024);
+      std::memcpy(ws + kTileBytes * t, w + t * tile + 64 * size_t(u), 64 * size_t(units - u));
+    step_bf16<M, N>(xs, 64, ws, kTileBytes);
   }
   const int first = std::min(rows, 16);
   store_columns<0>(out, ldo, first, n);
@@ -324,7 +326,7 @@ struct Tiles {
     if (n > 16) tile_zero<1>();
     if (n > 32) tile_zero<2>();
     if (n > 48) tile_zero<3>();
-    for (int i = 0; i < steps; i++, rows += 64, q += 1024) {
+    for (int i = 0; i < steps; i++, rows += 64, q += kTileBytes) {
       tile_load<6>(q, 64);
       score_block<0, INTS>(rows, stride, n), ahead.next(16);
       score_block<1, INTS>(rows, stride, n), ahead.next(16);
@@ -333,9 +335,9 @@ struct Tiles {
     }
     uint8_t* to = (uint8_t*)s;
     tile_store<0>(to, 64);
-    if (n > 16) tile_store<1>(to + 1024, 64);
-    if (n > 32) tile_store<2>(to + 2048, 64);
-    if (n > 48) tile_store<3>(to + 3072, 64);
+    if (n > 16) tile_store<1>(to + kTileBytes, 64);
+    if (n > 32) tile_store<2>(to + 2 * kTileBytes, 64);
+    if (n > 48) tile_store<3>(to + 3 * kTileBytes, 64);
   }
 
   // Adds the scores of n rows of an IntTile: s[t] = (s[t] + row step * lane scale * product) *
@@ -359,11 +361,11 @@ struct Tiles {
   static void values(int lanes, const uint8_t* rows, size_t stride, uint8_t* p, int n, float* o,
                      int width) {
     // [rows 0 .. 31, rows 32 .. 63][columns 0 .. 15, 16 .. 31][16 pairs][16 columns]
-    alignas(64) uint8_t pairs[2][2][1024];
+    alignas(64) uint8_t pairs[2][2][kTileBytes];
     alignas(64) uint8_t transposed[16 * 128];
     for (int t = (n + 1) / 2; t < 32; t++) wstore(p + 64 * t, wset(0));
     transpose_words(p, transposed, 128);
-    transpose_words(p + 1024, transposed + 64, 128);
+    transpose_words(p + kTileBytes, transposed + 64, 128);
     TileShapes shapes;
     for (int i = 0; i < 2; i++) {
       shapes.set(i, lanes, 64), shapes.set(4 + i, lanes, 64), shapes.set(6 + i, 16, 64);
@@ -403,7 +405,7 @@ struct Tiles {
   template <class Ahead>
   static void int_values(int lanes, const IntTile& tile, uint8_t* p, int n, float* o,
                          const float* fix, const float* unit, Ahead& ahead) {
-    alignas(64) uint8_t transposed[1024];
+    alignas(64) uint8_t transposed[kTileBytes];
     alignas(64) int32_t sums[2][16 * 16];
     for (int t = (n + 3) / 4; t < 16; t++) wstore(p + 64 * t, wset(0));
     transpose_words(p, transposed, 64);

@@ -39,7 +39,7 @@ struct Bytes {
   }
 };
 
-struct Weights {  // keeps what the model points to
+struct Weights {  // owns what a model points to
   std::vector<Bytes> bytes;
   std::vector<std::vector<float>> floats;
   Mat mat(int fmt, int n, int k) {
@@ -111,7 +111,7 @@ Codec codec(const Config& c, int kind) {
   return r;
 }
 
-// A few steps of sequences of these lengths, `chunk` tokens at a time, together; all logits.
+// Runs sequences of these lengths together, `chunk` tokens of each in a step. Returns all logits.
 std::vector<float> run(Model& m, const Codec& format, const std::vector<int>& lengths, int chunk) {
   const Config& c = m.config;
   const int page = 7;
@@ -305,7 +305,7 @@ std::vector<Config> configs() {
 
 void check_models() {
   const bool slow =
-      ops().name == std::string("scalar");  // twenty times under a sanitizer: less of the same
+      ops().name == std::string("scalar");  // under a sanitizer too slow for all of it
   for (Config c : configs())
     for (int fmt = FP32; fmt <= INT4; fmt++) {
       c.elem = fmt == FP32 ? FP32 : BF16;
