@@ -126,7 +126,7 @@ def tabs(browser):
     t = Tabs(browser)
     yield t
     errors = t.close()
-    assert not errors, errors  # with a message, because pytest explains asserts in test files only
+    assert not errors, errors  # pytest shows values only for asserts in test files
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ CSP = (
 TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css",
+    ".svg": "image/svg+xml",
     ".js": "text/javascript",
     ".txt": "text/plain",
 }

@@ -51,7 +51,8 @@ PAGE_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
-MAX_DEPTH, MAX_KEYS = 64, 4096  # of the JSON of a request; only attacks need more
+# Limits of the JSON of a request. Only attacks exceed them.
+MAX_DEPTH, MAX_KEYS = 64, 4096
 
 STATUS_DESCRIPTIONS = {
     400: "a part of the request is not valid",
@@ -116,8 +117,8 @@ router.route_class = _Route
 
 
 def _check_shape(value: Any) -> None:
-    """Raise a 400 error for JSON deeper than MAX_DEPTH or with more than MAX_KEYS keys at once."""
-    level, depth = [value], 0  # all values at one depth, as far as they are containers
+    """Raise a 400 error for JSON that exceeds MAX_DEPTH, or MAX_KEYS in one object."""
+    level, depth = [value], 0  # the dicts and lists at one depth
     while level:
         depth += 1
         if depth > MAX_DEPTH:
@@ -355,7 +356,7 @@ def _page_file(name: str) -> Response:
 
 # ---- the application -----------------------------------------------------------------------------
 class _App(FastAPI):
-    """FastAPI with our /openapi.json."""
+    """FastAPI with a corrected /openapi.json (see `_openapi`)."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:

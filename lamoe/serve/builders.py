@@ -26,7 +26,7 @@ from lamoe.serve.wire import ChatRequest, CompletionRequest
 from lamoe.text import tool_calls
 from lamoe.text.tokenizer import Tokenizer
 
-MIN_LOGPROB = -9999.0  # what OpenAI writes for the logarithm of zero
+MIN_LOGPROB = -9999.0  # OpenAI's value for the logarithm of zero
 TokenLogprobs = dict[int, float]  # log-probabilities of a token and its top alternatives
 
 

@@ -19,7 +19,7 @@ ERROR_TYPES = {
     500: "server_error",
     503: "overloaded_error",
 }
-MAX_MESSAGE = 1000  # characters of an error message that quotes the request
+MAX_MESSAGE = 1000  # characters; limits messages that quote the request
 
 
 class ApiError(HTTPException):
@@ -102,7 +102,7 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     elsewhere, such as a wrong variant of a union.
     """
     error = min(errors, key=lambda e: e["type"] == "extra_forbidden")
-    # "body" and the names of union variants are pydantic's, not names of fields
+    # pydantic adds "body" and the names of union variants to the path; they are not fields
     path = [
         str(part)
         for part in error["loc"]

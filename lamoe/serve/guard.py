@@ -20,7 +20,7 @@ from lamoe.serve.settings import Settings
 
 log = logging.getLogger("lamoe.serve")
 
-MAX_HELD_BODIES = 16  # request bodies of the largest size that may be in memory at once
+MAX_HELD_BODIES = 16  # memory limit for request bodies, in bodies of the largest allowed size
 CLIENT_DISCONNECTED = 499  # status in logs and metrics when no response was sent
 INTERNAL_ERROR = ApiError(
     500,
@@ -44,7 +44,7 @@ def is_open(method: str, path: str) -> bool:
 
 
 class Guard:
-    """The middleware.
+    """ASGI middleware; one instance handles all requests of a server.
 
     It adds two entries to `scope["state"]`: `id`, which is also the x-request-id of the response,
     and `log`, a dict of fields that routes may add to the request's log line.
@@ -52,7 +52,7 @@ class Guard:
 
     def __init__(self, app, settings: Settings, metrics: Metrics):
         self.app, self.settings, self.metrics = app, settings, metrics
-        self.held_bytes = 0  # bodies of all requests whose responses are not complete
+        self.held_bytes = 0  # total size of the bodies of running requests
         self.max_held_bytes = MAX_HELD_BODIES * settings.max_body_bytes
         self.hosts = settings.host_names()
         self.key_digests = [hashlib.sha256(k.encode()).digest() for k in settings.api_keys()]
@@ -145,7 +145,7 @@ class _Call:
         scope["state"] = {**scope.get("state", {}), "id": self.id, "log": self.log_fields}
         self.started = time.perf_counter()
         self.body_deadline = time.monotonic() + guard.settings.body_timeout
-        self.status = 0  # of the response, once it has begun
+        self.status = 0  # status of the response; 0 before it begins
         self.body_bytes = 0
         self.body_complete = False
         self.disconnected = False

@@ -13,7 +13,7 @@ from lamoe.serve.prompts import need_tokenizer
 from lamoe.serve.service import Service
 from lamoe.serve.wire import Sampling
 
-MAX_LOGPROBS = 1 << 22  # per request; all of them stay in memory until its end
+MAX_LOGPROBS = 1 << 22  # limit per request: all of them stay in memory until its end
 
 
 async def sampling_params(

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from lamoe.serve.errors import ApiError, json_response, timed_out, to_json
 
-GRACE_S = 5.0  # extra seconds after the time limit in which a client may read the rest
+GRACE_S = 5.0  # after the time limit, the client gets this long to read the rest
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -99,7 +99,7 @@ class Reply(Response):
             async for event in events():
                 await send_event(to_json(event))
         except ApiError as e:
-            if not started:  # the status is not sent yet, so the error can still have its own
+            if not started:  # no status is sent yet, so the response can have the error's status
                 response = e.response()
                 await _send_start(send, e.status_code, response.raw_headers)
                 await _send_body(send, bytes(response.body), more=False)

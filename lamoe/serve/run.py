@@ -31,7 +31,7 @@ from lamoe.serve.settings import LOOPBACK, Settings
 log = logging.getLogger("lamoe.serve")
 
 LOAD_THREAD = "lamoe-load"
-ENGINE_CLOSE_S = 10  # seconds to wait for the engine's current step at the end
+ENGINE_CLOSE_S = 10  # longest wait for the engine's current step at shutdown
 
 
 def run(model: str, name: str, settings: Settings) -> int:

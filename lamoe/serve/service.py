@@ -74,6 +74,7 @@ class Service:
         self.engine, self.tokenizer = AsyncLLM(llm), llm.tokenizer
         self.config, self.max_model_len = llm.config, llm.max_model_len
         if self.tokenizer is not None:
+            # Longer texts cannot fit in the context, so they are refused without tokenizing.
             self.max_text_bytes = self.max_model_len * _max_bytes_per_token(self.tokenizer)
         if self.state == "loading":
             self.state = "ok"
@@ -137,7 +138,7 @@ class Service:
         self.requests += 1
 
     def release(self, sequences: int) -> None:
-        """Undo one call of `admit`."""
+        """Give back the places of sequences that were admitted together."""
         self.admitted -= sequences
         self.requests -= 1
 
@@ -182,7 +183,7 @@ class Service:
         return job
 
     def finished(self, job: Job) -> None:
-        """Take a job that has ended out of the books."""
+        """Release a job that has ended, and keep its expert load."""
         self.release(job.sequences)
         del self.jobs[job.id]
         self.keep_load(job.id, _sum(list(job.expert_loads.values())))
@@ -273,7 +274,7 @@ class Job:
     ):
         self.service, self.id, self.run, self.sequences = service, id, run, sequences
         self.prompt_lengths = [len(ids) for ids, _ in prompts]
-        self._first_samples = [0]  # index of the first sample of each prompt, and the end
+        self._first_samples = [0]  # index of each prompt's first sample, then the total
         for _, params in prompts:
             self._first_samples.append(self._first_samples[-1] + params.n)
         self.outputs: dict[int, Output] = {}
@@ -380,7 +381,7 @@ def engine_ended() -> ApiError:
 
 
 def _max_bytes_per_token(tokenizer: Tokenizer) -> int:
-    """Bound the bytes of text per token, to refuse texts that cannot fit without tokenizing."""
+    """Return an upper bound on the bytes of text that one token can stand for."""
     longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
     # A normalizer may shorten the text before it is split into tokens.
     return longest if tokenizer.inner.normalizer is None else 4 * longest

@@ -460,10 +460,10 @@ def real(trained, tmp_path_factory):
 
 def test_page_with_the_real_server(tabs, real):
     page = tabs.open(real, ready=False)
-    expect(page.locator("#key-dialog")).to_be_visible(timeout=20000)  # even while the model loads
+    expect(page.locator("#key-dialog")).to_be_visible()  # even while the model loads
     page.locator("#key").fill("secret")
     page.keyboard.press("Enter")
-    expect(page.locator("#dot")).to_have_class("dot ready", timeout=20000)
+    expect(page.locator("#dot")).to_have_class("dot ready", timeout=60_000)
     expect(page.locator("#model")).to_contain_text("tiny-random")
     page.keyboard.press("Alt+s")
     page.get_by_label("Seed", exact=True).fill("1")

@@ -21,12 +21,13 @@ LONG = {"prompt": "the cat", "max_tokens": CONTEXT, "ignore_eos": True, "tempera
 
 # ---- the queue -----------------------------------------------------------------------------------
 def test_full_queue_answers_429_and_health_answers_200():
-    with Running(lambda: paced(max_num_seqs=2), max_num_seqs=2, max_queued_requests=3) as s:
-        s.wait_ready()
-        busy = [Client(s, stream=True, **LONG) for _ in range(5)]
+    with Running(lambda: paced(max_num_seqs=2), max_num_seqs=2, max_queued_requests=3) as server:
+        server.wait_ready()
+        busy = [Client(server, stream=True, **LONG) for _ in range(5)]
         until(
             lambda: (
-                [s.client.get("/lamoe/stats").json()[k] for k in ("running", "waiting")] == [2, 3]
+                [server.client.get("/lamoe/stats").json()[k] for k in ("running", "waiting")]
+                == [2, 3]
             )
         )
         for path, body in (
@@ -38,63 +39,63 @@ def test_full_queue_answers_429_and_health_answers_200():
                 {"messages": [{"role": "user", "content": "a"}], "stream": True},
             ),
         ):
-            r = s.post(path, **body)
+            r = server.post(path, **body)
             assert r.status_code == 429
             assert r.json()["error"]["type"] == "rate_limit_error"
             assert 1 <= int(r.headers["retry-after"]) <= 60
-        assert s.client.get("/health").status_code == 200
-        assert s.post("/tokenize", prompt="a").status_code == 200
-        assert "lamoe_rejected_total 4.0" in s.client.get("/metrics").text
+        assert server.client.get("/health").status_code == 200
+        assert server.post("/tokenize", prompt="a").status_code == 200
+        assert "lamoe_rejected_total 4.0" in server.client.get("/metrics").text
         busy.pop().leave()
-        until(lambda: s.service.admitted == 4)
-        extra = Client(s, prompt="a", max_tokens=1)
+        until(lambda: server.service.admitted == 4)
+        extra = Client(server, prompt="a", max_tokens=1)
         # more than max_num_seqs + max_queued_requests can never fit
-        assert s.error(400, prompt=["a"] * 3, n=2)["code"] == "too_many_sequences"
+        assert server.error(400, prompt=["a"] * 3, n=2)["code"] == "too_many_sequences"
         for c in busy:
             c.leave()
         until(lambda: extra.status == 200)
-        until(s.idle, 1.0)
+        until(server.idle, 1.0)
 
 
 def test_limits_of_one_request():
-    with Running(paced, max_choices=6, max_body_bytes=2000) as s:
-        s.wait_ready()
-        assert len(s.complete(["a", "b"], n=3, max_tokens=1)["choices"]) == 6
+    with Running(paced, max_choices=6, max_body_bytes=2000) as server:
+        server.wait_ready()
+        assert len(server.complete(["a", "b"], n=3, max_tokens=1)["choices"]) == 6
         for body in (
             dict(prompt=["a", "b"], n=4),
             dict(prompt=["a"] * 7),
             dict(prompt=["a"] * 7, echo=True, max_tokens=0),
         ):
-            assert s.error(400, **body)["code"] == "too_many_sequences"
-        assert s.error(400, "/v1/embeddings", input=["a"] * 7)["code"] == "too_many_sequences"
-        assert s.error(413, prompt="a" * 2000)["code"] == "body_too_large"
+            assert server.error(400, **body)["code"] == "too_many_sequences"
+        assert server.error(400, "/v1/embeddings", input=["a"] * 7)["code"] == "too_many_sequences"
+        assert server.error(413, prompt="a" * 2000)["code"] == "body_too_large"
         # chunked, so without a Content-Length
         chunks = iter([b'{"prompt": "', b"a" * 3000, b'"}'])
         json_type = {"content-type": "application/json"}
-        r = s.client.post("/v1/completions", content=chunks, headers=json_type)
+        r = server.client.post("/v1/completions", content=chunks, headers=json_type)
         assert r.status_code == 413
-        assert s.idle()
+        assert server.idle()
 
 
 def test_bodies_and_logprobs_in_memory_are_bounded(monkeypatch):
-    with Running(paced, max_body_bytes=60_000, body_timeout=3) as s:
-        s.wait_ready()
-        slow = [connect(s.url, timeout=5) for _ in range(guard.MAX_HELD_BODIES + 3)]
+    with Running(paced, max_body_bytes=60_000, body_timeout=3) as server:
+        server.wait_ready()
+        slow = [connect(server.url, timeout=5) for _ in range(guard.MAX_HELD_BODIES + 3)]
         for sock in slow:  # an incomplete body
             sock.sendall(post_head(60_000) + b" " * 50_000)
-        until(lambda: s.serving._app.held_bytes == len(slow) * 50_000)
-        assert s.error(429, prompt="a" * 55_000)["code"] == "queue_full"
-        assert s.client.get("/health").status_code == 200
-        assert s.serving._app.held_bytes < (guard.MAX_HELD_BODIES + 1) * 60_000
+        until(lambda: server.serving._app.held_bytes == len(slow) * 50_000)
+        assert server.error(429, prompt="a" * 55_000)["code"] == "queue_full"
+        assert server.client.get("/health").status_code == 200
+        assert server.serving._app.held_bytes < (guard.MAX_HELD_BODIES + 1) * 60_000
         for sock in slow:
             sock.close()
-        until(lambda: s.serving._app.held_bytes == 0)
+        until(lambda: server.serving._app.held_bytes == 0)
         assert (
-            s.error(400, prompt="a", n=128, max_tokens=4000, logprobs=20)["code"]
+            server.error(400, prompt="a", n=128, max_tokens=4000, logprobs=20)["code"]
             == "too_many_logprobs"
         )
         assert (
-            s.error(
+            server.error(
                 400,
                 "/v1/chat/completions",
                 messages=[{"role": "user", "content": "a"}],
@@ -109,20 +110,20 @@ def test_bodies_and_logprobs_in_memory_are_bounded(monkeypatch):
 # ---- disconnecting clients -----------------------------------------------------------------------
 @pytest.mark.parametrize("stream", [True, False])
 def test_client_disconnects_during_generation(stream):
-    with Running(paced) as s:
-        s.wait_ready()
-        c = Client(s, stream=stream, n=3, **LONG)
-        until(lambda: s.service.generated_tokens > 6)
+    with Running(paced) as server:
+        server.wait_ready()
+        c = Client(server, stream=stream, n=3, **LONG)
+        until(lambda: server.service.generated_tokens > 6)
         c.leave()
-        until(s.idle, 1.0)
-        [id] = s.service._expert_loads  # also kept for requests that were cut short
-        load = s.client.get(f"/lamoe/requests/{id}/experts").json()["load"]
+        until(server.idle, 1.0)
+        [id] = server.service._expert_loads  # also kept for requests that were cut short
+        load = server.client.get(f"/lamoe/requests/{id}/experts").json()["load"]
         assert (
             sum(load[0])
-            >= s.service.generated_tokens * paced().model.config.num_experts_per_tok / 2
+            >= server.service.generated_tokens * paced().model.config.num_experts_per_tok / 2
         )
-        assert s.service.generated_tokens < 3 * CONTEXT / 2
-        assert "lamoe_disconnected_total 1.0" in s.client.get("/metrics").text
+        assert server.service.generated_tokens < 3 * CONTEXT / 2
+        assert "lamoe_disconnected_total 1.0" in server.client.get("/metrics").text
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -131,19 +132,19 @@ def test_client_disconnects_in_the_queue_or_during_prefill(stream):
         lambda: paced(max_num_seqs=1, max_num_batched_tokens=1),
         max_num_seqs=1,
         max_num_batched_tokens=1,
-    ) as s:
-        s.wait_ready()
+    ) as server:
+        server.wait_ready()
         # one token per step, so 4,000 steps until the first generated token
-        first = Client(s, stream=stream, **(LONG | {"prompt": [5] * 4000}))
-        until(lambda: s.client.get("/lamoe/stats").json()["running"] == 1)
-        second = Client(s, stream=stream, **LONG)
-        until(lambda: s.client.get("/lamoe/stats").json()["waiting"] == 1)
+        first = Client(server, stream=stream, **(LONG | {"prompt": [5] * 4000}))
+        until(lambda: server.client.get("/lamoe/stats").json()["running"] == 1)
+        second = Client(server, stream=stream, **LONG)
+        until(lambda: server.client.get("/lamoe/stats").json()["waiting"] == 1)
         second.leave()
-        until(lambda: s.service.admitted == 1, 1.0)
-        assert s.service.generated_tokens == 0
+        until(lambda: server.service.admitted == 1, 1.0)
+        assert server.service.generated_tokens == 0
         first.leave()
-        until(s.idle, 1.0)
-        assert s.service.generated_tokens == 0
+        until(server.idle, 1.0)
+        assert server.service.generated_tokens == 0
 
 
 def test_client_disconnects_while_its_prompt_is_scored():
@@ -151,8 +152,8 @@ def test_client_disconnects_while_its_prompt_is_scored():
         lambda: paced(max_num_seqs=1, max_num_batched_tokens=1),
         max_num_seqs=1,
         max_num_batched_tokens=1,
-    ) as s:
-        s.wait_ready()
+    ) as server:
+        server.wait_ready()
         for path, body in (
             ("/v1/embeddings", {"input": [[5] * 4000]}),
             (
@@ -160,37 +161,37 @@ def test_client_disconnects_while_its_prompt_is_scored():
                 {"prompt": [5] * 4000, "echo": True, "logprobs": 1, "max_tokens": 0},
             ),
         ):
-            c = Client(s, path, **body)
-            until(lambda: s.service.scoring.locked())
+            c = Client(server, path, **body)
+            until(lambda: server.service.scoring.locked())
             c.leave()
-            until(lambda: s.idle() and not s.service.scoring.locked(), 1.0)
+            until(lambda: server.idle() and not server.service.scoring.locked(), 1.0)
 
 
 # ---- time limits ---------------------------------------------------------------------------------
 def test_request_timeout():
-    with Running(paced, request_timeout=0.3) as s:
-        s.wait_ready()
-        assert s.error(408, **LONG)["code"] == "timeout"
-        last = s.events("/v1/completions", **LONG)[-1]
+    with Running(paced, request_timeout=0.3) as server:
+        server.wait_ready()
+        assert server.error(408, **LONG)["code"] == "timeout"
+        last = server.events("/v1/completions", **LONG)[-1]
         assert last["error"]["code"] == "timeout" and last["error"]["type"] == "timeout_error"
-        until(s.idle, 1.0)
+        until(server.idle, 1.0)
 
 
 def test_incomplete_body_times_out():
-    with Running(paced, body_timeout=0.3) as s:
-        s.wait_ready()
-        with connect(s.url, timeout=10) as sock:
+    with Running(paced, body_timeout=0.3) as server:
+        server.wait_ready()
+        with connect(server.url, timeout=10) as sock:
             sock.sendall(post_head(100) + b"{")
             assert b" 408 " in sock.recv(4096)
-        assert s.idle()
+        assert server.idle()
 
 
 def test_incomplete_headers_close_the_connection():
     """Both on a new connection and on one that has answered a request before."""
-    with Running(paced, body_timeout=0.3) as s:
-        s.wait_ready()
+    with Running(paced, body_timeout=0.3) as server:
+        server.wait_ready()
         for before in (b"", b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"):
-            with connect(s.url, timeout=10) as sock:
+            with connect(server.url, timeout=10) as sock:
                 sock.sendall(before)
                 got = b""
                 while before and not got.endswith(b"}"):
@@ -198,7 +199,7 @@ def test_incomplete_headers_close_the_connection():
                 sock.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n")
                 assert sock.recv(4096) == b""  # closed
         # a connection with a long response is not idle
-        with s.client.stream(
+        with server.client.stream(
             "POST", "/v1/completions", json=LONG | {"max_tokens": 800, "stream": True}
         ) as r:
             assert [line for line in r.iter_lines() if line][-1] == "data: [DONE]"
@@ -207,41 +208,41 @@ def test_incomplete_headers_close_the_connection():
 # ---- loading and shutdown ------------------------------------------------------------------------
 def test_requests_during_loading_get_503():
     go = threading.Event()
-    with Running(lambda: go.wait(20) and paced()) as s:
-        until(lambda: s.client.get("/health").status_code == 503)
-        assert s.client.get("/health").json() == {"status": "loading"}
-        r = s.post("/v1/completions", prompt="a")
+    with Running(lambda: go.wait(20) and paced()) as server:
+        until(lambda: server.client.get("/health").status_code == 503)
+        assert server.client.get("/health").json() == {"status": "loading"}
+        r = server.post("/v1/completions", prompt="a")
         assert r.status_code == 503
         assert r.json()["error"]["code"] == "loading"
         assert r.headers["retry-after"]
-        assert s.client.get("/v1/models").status_code == 503
-        assert s.client.get("/lamoe/stats").status_code == 503
-        assert s.client.get("/metrics").status_code == 503
+        assert server.client.get("/v1/models").status_code == 503
+        assert server.client.get("/lamoe/stats").status_code == 503
+        assert server.client.get("/metrics").status_code == 503
         go.set()
-        s.wait_ready()
-        assert s.complete(max_tokens=1)
+        server.wait_ready()
+        assert server.complete(max_tokens=1)
 
 
 def test_failed_load_ends_the_server():
     def load():
         raise ValueError("the folder is not a model")
 
-    with Running(load) as s:
-        s._thread.join(10)
-        assert s.code == 1
+    with Running(load) as server:
+        server._thread.join(10)
+        assert server.code == 1
 
 
 def test_first_signal_lets_requests_finish():
-    with Running(paced) as s:
-        s.wait_ready()
-        with s.client.stream(
+    with Running(paced) as server:
+        server.wait_ready()
+        with server.client.stream(
             "POST", "/v1/completions", json=LONG | {"max_tokens": 300, "stream": True}
         ) as r:
             lines = r.iter_lines()
             next(lines)
-            s.signal()
-            until(lambda: s.service.state == "draining")
-            with s.new_client() as other:
+            server.signal()
+            until(lambda: server.service.state == "draining")
+            with server.new_client() as other:
                 health = other.get("/health")
                 assert health.status_code == 503 and health.json() == {"status": "draining"}
                 refused = other.post("/v1/completions", json={"prompt": "a"})
@@ -251,43 +252,43 @@ def test_first_signal_lets_requests_finish():
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
-        s._thread.join(10)
-        assert s.code == 0 and not s.service.engine._thread.is_alive()
+        server._thread.join(10)
+        assert server.code == 0 and not server.service.engine._thread.is_alive()
 
 
 @pytest.mark.parametrize("how", ["second signal", "timeout"])
 def test_second_signal_or_timeout_cuts_requests_off(how):
-    with Running(paced, shutdown_timeout=0.2 if how == "timeout" else 30.0) as s:
-        s.wait_ready()
-        stream, whole = Client(s, stream=True, **LONG), Client(s, **LONG)
-        until(lambda: s.service.generated_tokens > 3)
-        s.signal()
+    with Running(paced, shutdown_timeout=0.2 if how == "timeout" else 30.0) as server:
+        server.wait_ready()
+        stream, whole = Client(server, stream=True, **LONG), Client(server, **LONG)
+        until(lambda: server.service.generated_tokens > 3)
+        server.signal()
         if how == "second signal":
-            s.signal()
-        s._thread.join(5)
+            server.signal()
+        server._thread.join(5)
         stream.join(5), whole.join(5)
-        assert s.code == 1 and not s.service.engine._thread.is_alive()
+        assert server.code == 1 and not server.service.engine._thread.is_alive()
         assert b"engine_ended" in stream.received
         assert stream.received.rstrip(b"0\r\n").endswith(b"data: [DONE]")
         assert whole.status == 503
 
 
 def test_failed_engine_ends_the_server(monkeypatch):
-    with Running(paced) as s:
-        s.wait_ready()
-        monkeypatch.setattr(s.service.engine._llm, "step", lambda: 1 / 0)
-        assert s.error(503, prompt="a")["code"] == "engine_ended"
-        s._thread.join(10)
-        assert s.code == 1
+    with Running(paced) as server:
+        server.wait_ready()
+        monkeypatch.setattr(server.service.engine._llm, "step", lambda: 1 / 0)
+        assert server.error(503, prompt="a")["code"] == "engine_ended"
+        server._thread.join(10)
+        assert server.code == 1
 
 
 # ---- failures ------------------------------------------------------------------------------------
 def test_non_finite_logits_fail_only_their_own_request(monkeypatch):
     """The logits of one sequence become NaN in a batch; the other sequences do not change."""
-    with Running(lambda: paced(speculate=0)) as s:
-        s.wait_ready()
+    with Running(lambda: paced(speculate=0)) as server:
+        server.wait_ready()
         good = dict(prompt=["the cat", "a dog"], seed=2, max_tokens=40, ignore_eos=True)
-        want = [c["text"] for c in s.complete(**good)["choices"]]
+        want = [c["text"] for c in server.complete(**good)["choices"]]
         run = runner.run
 
         def poisoned(*args):
@@ -301,59 +302,64 @@ def test_non_finite_logits_fail_only_their_own_request(monkeypatch):
 
         monkeypatch.setattr(runner, "run", poisoned)
         bad = [
-            Client(s, prompt=[65, 66, 67], max_tokens=40, ignore_eos=True, stream=stream, **more)
+            Client(
+                server, prompt=[65, 66, 67], max_tokens=40, ignore_eos=True, stream=stream, **more
+            )
             for stream, more in ((False, {}), (True, {}), (False, {"n": 2}))
         ]
-        assert [c["text"] for c in s.complete(**good)["choices"]] == want
+        assert [c["text"] for c in server.complete(**good)["choices"]] == want
         until(lambda: all(c.received.endswith((b"}", b"\r\n\r\n")) for c in bad))
         assert [c.status for c in bad] == [500, 200, 500]
         assert all(b"not finite" in c.received for c in bad)
         monkeypatch.setattr(runner, "run", run)
-        assert [c["text"] for c in s.complete(**good)["choices"]] == want
-        until(s.idle, 1.0)
+        assert [c["text"] for c in server.complete(**good)["choices"]] == want
+        until(server.idle, 1.0)
 
 
 def test_failed_forward_pass_ends_its_requests_but_not_the_server(monkeypatch, caplog):
-    with Running(paced) as s:
-        s.wait_ready()
+    with Running(paced) as server:
+        server.wait_ready()
         body = dict(prompt="the cat", seed=2, max_tokens=20)
-        want = s.complete(**body)["choices"]
-        stream, whole = Client(s, stream=True, **LONG), Client(s, **LONG)
-        until(lambda: s.service.generated_tokens > 30)
+        want = server.complete(**body)["choices"]
+        stream, whole = Client(server, stream=True, **LONG), Client(server, **LONG)
+        until(lambda: server.service.generated_tokens > 30)
         with monkeypatch.context() as m:
             m.setattr(runner, "run", lambda *args: {}["kernel"])
             until(lambda: whole.received.endswith(b"}") and b"[DONE]" in stream.received)
-            assert s.error(500, prompt="a")["code"] == "generation_failed"
+            assert server.error(500, prompt="a")["code"] == "generation_failed"
         assert whole.status == 500
         assert all(
             b"an internal error ended it (KeyError)" in c.received and b"'kernel'" not in c.received
             for c in (stream, whole)
         )
-        assert s.client.get("/health").status_code == 200 and s.complete(**body)["choices"] == want
+        assert (
+            server.client.get("/health").status_code == 200
+            and server.complete(**body)["choices"] == want
+        )
         assert any(
             r.exc_info and r.getMessage() == "a pass failed"
             for r in caplog.records
             if r.name == "lamoe.engine"
         )
-        until(s.idle, 1.0)
+        until(server.idle, 1.0)
 
 
 def test_request_that_excludes_every_token_gets_400(monkeypatch):
-    with Running(paced) as s:
-        s.wait_ready()
+    with Running(paced) as server:
+        server.wait_ready()
         monkeypatch.setattr(
             "lamoe.engine.next_token.sample",
             lambda logits, p, g=None: torch.multinomial(torch.zeros(3), 1),
         )
-        assert s.error(400, prompt="a")["code"] == "generation_failed"
-        until(s.idle, 1.0)
+        assert server.error(400, prompt="a")["code"] == "generation_failed"
+        until(server.idle, 1.0)
 
 
 def test_unexpected_error_gets_a_500_without_details(monkeypatch, caplog):
-    with Running(paced) as s:
-        s.wait_ready()
-        monkeypatch.setattr(s.service, "check_model", lambda name: 1 / 0)
-        r = s.post("/tokenize", prompt="a")
+    with Running(paced) as server:
+        server.wait_ready()
+        monkeypatch.setattr(server.service, "check_model", lambda name: 1 / 0)
+        r = server.post("/tokenize", prompt="a")
         assert r.status_code == 500
         assert r.json()["error"]["code"] == "internal_error"
         assert "zero" not in r.text
@@ -367,13 +373,13 @@ def test_unexpected_error_gets_a_500_without_details(monkeypatch, caplog):
 
 
 def test_connection_limit_answers_503():
-    with Running(paced, max_connections=3) as s:
-        s.wait_ready()
-        idle = [connect(s.url) for _ in range(3)]
-        until(lambda: s.client.get("/health").status_code == 503)
+    with Running(paced, max_connections=3) as server:
+        server.wait_ready()
+        idle = [connect(server.url) for _ in range(3)]
+        until(lambda: server.client.get("/health").status_code == 503)
         for sock in idle:
             sock.close()
-        until(lambda: s.client.get("/health").status_code == 200)
+        until(lambda: server.client.get("/health").status_code == 200)
 
 
 def test_many_clients_at_once_free_all_pages():
@@ -393,10 +399,10 @@ def test_many_clients_at_once_free_all_pages():
         async with httpx2.AsyncClient(base_url=url, timeout=60) as client:
             return await asyncio.gather(*(send(client, i) for i in range(40)))
 
-    with Running(paced) as s:
-        s.wait_ready()
-        codes = asyncio.run(main(s.url))
+    with Running(paced) as server:
+        server.wait_ready()
+        codes = asyncio.run(main(server.url))
         assert set(codes) == {0, 200, 400} and codes.count(200) > 20
-        until(s.idle, 1.0)
+        until(server.idle, 1.0)
         started = time.perf_counter()
-        assert s.complete(max_tokens=1) and time.perf_counter() - started < 5
+        assert server.complete(max_tokens=1) and time.perf_counter() - started < 5

@@ -151,78 +151,69 @@ def test_concurrent_async_requests_equal_sync_requests(client, server):
     assert asyncio.run(main()) == (want, want)
 
 
-def test_tool_calls(monkeypatch):
-    """The sampler is replaced: it returns the tokens of a prepared reply, one by one."""
-    t = tok(tools=True)
-    call_reply = t.encode(
-        "I look.\n<｜tool▁calls▁begin｜>"
-        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n"
-        '```json\n{"city": "Rome"}\n```<｜tool▁call▁end｜>'
-        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>time\n"
-        "```json\n{}\n```<｜tool▁call▁end｜>"
-        "<｜tool▁calls▁end｜>",
-        allow_special=True,
-    ) + [t.eos_id]
-    to_sample: list[int] = []
+# ---- tool calls ----------------------------------------------------------------------------------
+MESSAGES = [{"role": "user", "content": "Rome?"}]
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOLS = [
+    {"type": "function", "function": {"name": n, "description": "d", "parameters": PARAMETERS}}
+    for n in ("weather", "time")
+]
+CALL_REPLY = (
+    "I look.\n<｜tool▁calls▁begin｜>"
+    "<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n"
+    '```json\n{"city": "Rome"}\n```<｜tool▁call▁end｜>'
+    "<｜tool▁call▁begin｜>function<｜tool▁sep｜>time\n"
+    "```json\n{}\n```<｜tool▁call▁end｜>"
+    "<｜tool▁calls▁end｜>"
+)
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    """A function that sends a chat with tools.
+
+    The model is random, so the sampler is replaced: it returns the tokens of `reply` one by one.
+    """
+    tokenizer, to_sample = tok(tools=True), []
+    assert tokenizer.chat_template == TOOL_TEMPLATE
     monkeypatch.setattr("lamoe.engine.next_token.sample", lambda *args, **kwargs: to_sample.pop(0))
-    tools = [
-        {
-            "type": "function",
-            "function": {
-                "name": n,
-                "description": "d",
-                "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-            },
-        }
-        for n in ("weather", "time")
-    ]
-    messages = [{"role": "user", "content": "Rome?"}]
-    assert t.chat_template == TOOL_TEMPLATE
     with (
-        Running(lambda: llm(tok=t, speculate=0)) as s,
+        Running(lambda: llm(tok=tokenizer, speculate=0)) as s,
         openai.OpenAI(base_url=f"{s.wait_ready().url}/v1", api_key="none", max_retries=0) as client,
     ):
 
-        def ask(**more):
-            to_sample[:] = call_reply
+        def ask(reply=CALL_REPLY, messages=MESSAGES, **options):
+            to_sample[:] = tokenizer.encode(reply, allow_special=True) + [tokenizer.eos_id]
             return client.chat.completions.create(
-                model=NAME, messages=messages, tools=tools, **more
+                model=NAME, messages=messages, tools=TOOLS, **options
             )
 
-        reply = ask().choices[0]
-        assert (reply.finish_reason, reply.message.content) == ("tool_calls", "I look.")
-        assert [(c.function.name, c.function.arguments) for c in reply.message.tool_calls] == [
-            ("weather", '{"city": "Rome"}'),
-            ("time", "{}"),
-        ]
-        assert len(ask(parallel_tool_calls=False).choices[0].message.tool_calls) == 1
-        chunks = list(ask(stream=True))
-        assert "".join(c.choices[0].delta.content or "" for c in chunks) == "I look."
-        assert chunks[-1].choices[0].finish_reason == "tool_calls"
-        streamed = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or []]
-        assert [(c.index, c.function.name, c.function.arguments) for c in streamed] == [
-            (0, "weather", '{"city": "Rome"}'),
-            (1, "time", "{}"),
-        ]
-        back = [
-            *messages,
-            reply.message.model_dump(exclude_none=True),
-            {
-                "role": "tool",
-                "tool_call_id": reply.message.tool_calls[0].id,
-                "content": "20 degrees",
-            },
-        ]
-        to_sample[:] = t.encode("Mild.") + [t.eos_id]
-        final = client.chat.completions.create(model=NAME, messages=back, tools=tools)
-        assert final.choices[0].message.content == "Mild."
-        assert final.choices[0].finish_reason == "stop"
-        to_sample[:] = call_reply
-        assert (
-            client.chat.completions.create(
-                model=NAME, messages=messages, tools=tools, tool_choice="none"
-            )
-            .choices[0]
-            .message.tool_calls
-            is None
-        )
+        yield ask
+
+
+def test_tool_calls(ask):
+    choice = ask().choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I look.")
+    calls = [(c.function.name, c.function.arguments) for c in choice.message.tool_calls]
+    assert calls == [("weather", '{"city": "Rome"}'), ("time", "{}")]
+    assert len(ask(parallel_tool_calls=False).choices[0].message.tool_calls) == 1
+    assert ask(tool_choice="none").choices[0].message.tool_calls is None
+
+
+def test_streamed_tool_calls(ask):
+    chunks = list(ask(stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == "I look."
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    calls = [call for c in chunks for call in c.choices[0].delta.tool_calls or []]
+    assert [(c.index, c.function.name, c.function.arguments) for c in calls] == [
+        (0, "weather", '{"city": "Rome"}'),
+        (1, "time", "{}"),
+    ]
+
+
+def test_tool_result(ask):
+    reply = ask().choices[0].message
+    call_id = reply.tool_calls[0].id
+    result = {"role": "tool", "tool_call_id": call_id, "content": "20 degrees"}
+    final = ask("Mild.", [*MESSAGES, reply.model_dump(exclude_none=True), result]).choices[0]
+    assert (final.message.content, final.finish_reason) == ("Mild.", "stop")

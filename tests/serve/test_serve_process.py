@@ -24,7 +24,7 @@ from lamoe.serve.settings import Settings
 from tiny_run import trained  # noqa: F401 (a fixture)
 from tiny_server import Client, until
 
-ADDRESS = "127.0.0.1:8000"  # of the server in the README's examples
+ADDRESS = "127.0.0.1:8000"  # the address in the README's examples
 
 
 @pytest.fixture(autouse=True)

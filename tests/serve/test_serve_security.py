@@ -19,8 +19,8 @@ KEY, OTHER = "sk-0123456789abcdef", "sk-second"
 def locked(tmp_path_factory):
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(f"{KEY}\n\n{OTHER}\n")
-    with Running(paced, api_key_file=str(file)) as s:
-        yield s
+    with Running(paced, api_key_file=str(file)) as server:
+        yield server
 
 
 def every_route() -> list[tuple[str, str]]:
@@ -121,8 +121,8 @@ def test_foreign_page_cannot_use_a_server_on_loopback():
     - DNS rebinding: a host name of the attacker that resolves to 127.0.0.1.
     - Content types of forms, which browsers send to foreign servers without a CORS preflight.
     """
-    with Running(paced) as s:
-        s.wait_ready()
+    with Running(paced) as server:
+        server.wait_ready()
         for host in (
             "evil.example",
             "evil.example:8000",
@@ -130,10 +130,10 @@ def test_foreign_page_cannot_use_a_server_on_loopback():
             "localhost.evil",
             "",
         ):
-            r = s.client.get("/lamoe/stats", headers={"host": host})
+            r = server.client.get("/lamoe/stats", headers={"host": host})
             assert r.status_code in (400, 403), host
         for host in ("localhost", "LOCALHOST:99", "127.0.0.1:8000", "[::1]:8000"):
-            assert s.client.get("/health", headers={"host": host}).status_code == 200
+            assert server.client.get("/health", headers={"host": host}).status_code == 200
         for kind in (
             "text/plain",
             "application/x-www-form-urlencoded",
@@ -141,12 +141,12 @@ def test_foreign_page_cannot_use_a_server_on_loopback():
             "",
         ):
             headers = {"content-type": kind}
-            r = s.client.post("/v1/completions", content=b'{"prompt": "a"}', headers=headers)
+            r = server.client.post("/v1/completions", content=b'{"prompt": "a"}', headers=headers)
             assert r.status_code == 415
-        r = s.client.get("/v1/models", headers={"origin": "http://evil.example"})
+        r = server.client.get("/v1/models", headers={"origin": "http://evil.example"})
         assert "access-control-allow-origin" not in r.headers
-    with Running(paced, allowed_hosts="box.lan, other.lan") as s:
+    with Running(paced, allowed_hosts="box.lan, other.lan") as server:
         assert [
-            s.client.get("/page/x.js", headers={"host": h}).status_code
+            server.client.get("/page/x.js", headers={"host": h}).status_code
             for h in ("box.lan:80", "other.lan", "localhost")
         ] == [404, 404, 403]

@@ -1,45 +1,59 @@
-// Talks to the server: the key, errors with their meaning, and OpenAI's server-sent events.
+// Talks to the server: API key, error responses, and streams of server-sent events.
 
 const KEY = "lamoe:key";
-let memoryKey = null;  // where sessionStorage is not allowed
+let memoryKey = null; // used where sessionStorage is not allowed
 
 export const apiKey = {
   get() {
-    try { return sessionStorage.getItem(KEY) ?? memoryKey; } catch { return memoryKey; }
+    try {
+      return sessionStorage.getItem(KEY) ?? memoryKey;
+    } catch {
+      return memoryKey;
+    }
   },
   set(value) {
     memoryKey = value;
-    try { value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY); } catch { /* kept in memory */ }
+    try {
+      value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY);
+    } catch {
+      // the key stays in memory
+    }
   },
 };
 
-/** A refusal of the server. kind: key (401), busy (429), loading (503), refused (other). */
+/** An error response. `kind`: "key" (401), "busy" (429), "loading" (503), "refused" (others). */
 class ApiError extends Error {
   constructor(status, message, retryAfter = null) {
     super(message);
     this.status = status;
-    this.retryAfter = retryAfter;
+    this.retryAfter = retryAfter; // seconds, or null
     this.kind = { 401: "key", 429: "busy", 503: "loading" }[status] ?? "refused";
   }
 }
 
-/** The server did not answer, or stopped in the middle of an answer. */
+/** The server did not respond, or the connection broke during a response. */
 class Unreachable extends Error {
   kind = "gone";
 }
 
-async function failure(response) {
+async function errorFrom(response) {
   let message = `The server answered ${response.status} ${response.statusText}`.trim();
   try {
     const body = await response.json();
     message = body?.error?.message ?? body?.detail ?? message;
     if (typeof message !== "string") message = JSON.stringify(message);
-  } catch { /* no JSON: the status line has to do */ }
-  const after = Number(response.headers.get("retry-after"));
-  return new ApiError(response.status, message, Number.isFinite(after) && after > 0 ? after : null);
+  } catch {
+    // the body is not JSON, so the status line is the message
+  }
+  const seconds = Number(response.headers.get("retry-after"));
+  return new ApiError(response.status, message, seconds > 0 ? seconds : null);
 }
 
-/** fetch with the key. ApiError when refused, Unreachable when nobody answers, AbortError when `signal` says so. */
+/**
+ * Send a request with the API key. With a `body` it is a POST of JSON, else a GET.
+ * Throws ApiError for an error response, Unreachable without a response, and AbortError if
+ * `signal` is aborted.
+ */
 async function request(path, { body, signal, timeout } = {}) {
   const headers = {};
   const key = apiKey.get();
@@ -59,7 +73,7 @@ async function request(path, { body, signal, timeout } = {}) {
     if (e.name === "AbortError") throw e;
     throw new Unreachable("The server cannot be reached.");
   }
-  if (!response.ok) throw await failure(response);
+  if (!response.ok) throw await errorFrom(response);
   return response;
 }
 
@@ -71,54 +85,82 @@ export async function postJson(path, body, timeout = 20000) {
   return (await request(path, { body, timeout })).json();
 }
 
-/** "ready", "loading" or "gone". Needs no key. */
+/** Return "ready", "loading" or "gone". Needs no key. */
 export async function health() {
   try {
     await request("/health", { timeout: 5000 });
     return "ready";
   } catch (e) {
-    return e instanceof ApiError ? (e.status === 503 ? "loading" : "ready") : "gone";
+    if (!(e instanceof ApiError)) return "gone";
+    return e.status === 503 ? "loading" : "ready";
   }
 }
 
 /**
- * The chunks of a streamed chat completion, after {requestId}. Throws ApiError for an error event and Unreachable when the
- * connection ends before [DONE]. Leaving the loop closes the connection, by which the server stops.
+ * Stream a chat completion: yields {requestId}, then the chunks of the response.
+ * Throws ApiError for an error event, and Unreachable if the connection ends before [DONE].
+ * Leaving the loop closes the connection, which stops the generation.
  */
 export async function* chat(body, signal) {
-  const response = await request("/v1/chat/completions", { body: { ...body, stream: true, stream_options: { include_usage: true } }, signal });
+  const response = await request("/v1/chat/completions", {
+    body: { ...body, stream: true, stream_options: { include_usage: true } },
+    signal,
+  });
   yield { requestId: response.headers.get("x-request-id") };
+  let done = false;
+  for await (const data of events(response)) {
+    if (data === "[DONE]") {
+      done = true;
+      continue;
+    }
+    const chunk = parseEvent(data);
+    if (chunk.error) {
+      const message = chunk.error.message ?? "The server reported an error.";
+      throw new ApiError(Number(chunk.error.code) || 500, message);
+    }
+    yield chunk;
+  }
+  if (!done) throw new Unreachable("The connection to the server was lost.");
+}
+
+/** Yield the data of each server-sent event of a response. */
+async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let buffer = "", finished = false;
+  let buffer = "";
   try {
     for (;;) {
-      let part;
-      try {
-        part = await reader.read();
-      } catch (e) {
-        if (e.name === "AbortError") throw e;
-        throw new Unreachable("The connection to the server was lost.");
-      }
-      if (part.done) break;
+      const part = await read(reader);
+      if (part.done) return;
       buffer += part.value.replaceAll("\r", "");
       let end;
       while ((end = buffer.indexOf("\n\n")) >= 0) {
-        const data = buffer.slice(0, end).split("\n").filter((l) => l.startsWith("data:")).map((l) => l.slice(5).trimStart()).join("\n");
+        const lines = buffer.slice(0, end).split("\n");
         buffer = buffer.slice(end + 2);
-        if (!data) continue;  // a comment that keeps the connection open
-        if (data === "[DONE]") { finished = true; continue; }
-        let chunk;
-        try {
-          chunk = JSON.parse(data);
-        } catch {
-          throw new ApiError(200, "The server sent an event that is not JSON.");
-        }
-        if (chunk.error) throw new ApiError(Number(chunk.error.code) || 500, chunk.error.message ?? "The server reported an error.");
-        yield chunk;
+        const data = lines
+          .filter((line) => line.startsWith("data:"))
+          .map((line) => line.slice(5).trimStart())
+          .join("\n");
+        if (data) yield data; // an event without data only keeps the connection open
       }
     }
   } finally {
     reader.cancel().catch(() => {});
   }
-  if (!finished) throw new Unreachable("The connection to the server was lost.");
+}
+
+async function read(reader) {
+  try {
+    return await reader.read();
+  } catch (e) {
+    if (e.name === "AbortError") throw e;
+    throw new Unreachable("The connection to the server was lost.");
+  }
+}
+
+function parseEvent(data) {
+  try {
+    return JSON.parse(data);
+  } catch {
+    throw new ApiError(200, "The server sent an event that is not JSON.");
+  }
 }

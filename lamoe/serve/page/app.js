@@ -1,361 +1,377 @@
-// The page: which conversation is open, what is being written, and what keys and buttons do. Start reading here.
-// dom (small things), api (HTTP), store (localStorage), run (one reply), messages + markdown (how it looks), sidebar, settings, layout,
-// key, panel + heat (the live side). Everything is plain modules; nothing is loaded from elsewhere.
+// The page: the open conversation, running replies, buttons and shortcuts. START READING HERE.
+//
+// dom       elements, texts, numbers         store     conversations in localStorage
+// api       HTTP                             run       one reply, with retries
+// messages  messages as elements             markdown  Markdown as safe elements
+// composer  the message box                  sidebar   the list of conversations
+// settings  sampling parameters              layout    columns, tabs, theme
+// status    the state of the server          key       the dialog for the API key
+// panel     live statistics                  heat      expert load of a reply
+//
+// All files are plain ES modules, without a build step. Nothing is loaded from other servers.
 
 import { $, announce, count, download, h, text, toast } from "./dom.js";
-import { postJson } from "./api.js";
 import * as store from "./store.js";
-import { askKey, wasAsked } from "./key.js";
-import { buildLayout, closeOver, showTab, toggle } from "./layout.js";
+import { buildComposer, saveDraft, sendableDraft, setDraft } from "./composer.js";
+import { askKey } from "./key.js";
+import { buildLayout, closeOverlay, showTab, toggle } from "./layout.js";
 import { editInPlace, messageElement } from "./messages.js";
-import { askNow, fetchExperts, server, showReply, watch } from "./panel.js";
-import { draftNote, newVersion, reply } from "./run.js";
+import { fetchExperts, pollNow, server, showReply, watch } from "./panel.js";
+import { newVersion, reply } from "./run.js";
 import { buildSettings, showSettings } from "./settings.js";
 import { buildSidebar, showList } from "./sidebar.js";
+import { showStatus } from "./status.js";
 
-const MOST_AT_ONCE = 4;  // replies: a browser opens six connections to a server, and the panel needs one
-const LONG_DRAFT = 1500;  // characters from which a draft's tokens are counted
-const STARTERS = ["Explain in three sentences how a model can keep a small latent instead of all keys and values.",
+// A browser opens at most six connections to a server, and the panel needs one.
+const MAX_REPLIES = 4;
+const SAVE_INTERVAL_MS = 1000; // while a reply is written
+const STARTERS = [
+  "Explain in three sentences how a model can keep a small latent instead of all keys and values.",
   "Write a Python function that merges two sorted lists, with a docstring and a test.",
-  "Go on in the same tone: It is a truth universally acknowledged, that a single man in possession of a good fortune"];
+  "Go on in the same tone: It is a truth universally acknowledged, that a single man in " +
+    "possession of a good fortune",
+];
 
 let conversations = store.all();
 let current = store.create();
-const running = new Map();  // conversation id -> {abort, version}
-const experts = new WeakMap();  // version -> expert load; too large to store
-let pinned = true, draftTooLong = false, editing = false;
+const running = new Map(); // conversation id -> AbortController of its reply
+const experts = new WeakMap(); // version -> expert load, which is too large for localStorage
+let isPinned = true; // whether the view follows the end of the conversation
+let isEditing = false;
 
-const isBusy = (c = current) => running.has(c.id);
-const acts = { isBusy, regenerate, version: showVersion, startEdit };
+const isBusy = (conversation = current) => running.has(conversation.id);
+const messageActions = { isBusy, regenerate, showVersion, startEdit };
 
-// ---- showing ---------------------------------------------------------------------------------------------------------
-function open(c) {
+// ---- drawing ------------------------------------------------------------------------------------
+function open(conversation) {
   saveDraft();
-  editing = false;
-  current = c;
-  $("input").value = c.draft ?? "";
-  store.prefs.set({ open: c.id });
-  pinned = true;
+  isEditing = false;
+  current = conversation;
+  store.prefs.set({ open: conversation.id });
+  isPinned = true;
   drawMessages();
-  showSettings(c);
-  draftChanged();
-  drawAround();
+  showSettings(conversation);
+  setDraft(conversation.draft ?? "");
+  drawSurroundings();
 }
 
 function drawMessages() {
-  $("messages").replaceChildren(...current.messages.map((m) => messageElement(m, current, acts)));
+  const elements = current.messages.map((m) => messageElement(m, current, messageActions));
+  $("messages").replaceChildren(...elements);
   $("empty").hidden = current.messages.length > 0;
   follow();
 }
 
-/** Everything but the messages. */
-function drawAround() {
+/** Draw everything that depends on the open conversation, except its messages. */
+function drawSurroundings() {
   showList(conversations, current);
   text($("title"), current.title);
   document.title = current.messages.length ? `${current.title} · lamoe` : "lamoe";
   $("stop").hidden = !isBusy();
   $("send").hidden = isBusy();
-  const last = current.messages.at(-1), v = last?.role === "assistant" ? store.shown(last) : null;
-  showReply(v && { ...v, experts: experts.get(v) });
-  const window = server.stats?.max_model_len, total = v?.usage?.total_tokens;
-  text($("context"), total && window ? `${count(total)} of ${count(window)} tokens of context` : "");
-  $("context").classList.toggle("bad", total > 0.9 * window);
+  const last = current.messages.at(-1);
+  const version = last?.role === "assistant" ? store.shown(last) : null;
+  showReply(version && { ...version, experts: experts.get(version) });
+  const limit = server.stats?.max_model_len;
+  const used = version?.usage?.total_tokens;
+  const use = used && limit ? `${count(used)} of ${count(limit)} tokens of context` : "";
+  text($("context"), use);
+  $("context").classList.toggle("bad", used > 0.9 * limit);
 }
 
-function drawServer() {
-  const s = server.stats, state = server.state;
-  $("dot").className = `dot ${state === "key" ? "loading" : state}`;
-  text($("model"), { connecting: "Connecting", loading: "Loading", gone: "No connection", key: "Key needed" }[state] ?? (s ? `${s.model} · ${s.dtype}` : "Ready"));
-  $("chip").title = s ? `${s.model}, ${s.dtype}, reads ${count(s.max_model_len)} tokens` : "";
-  const [words, label, action] = {
-    loading: [`Not ready: ${server.why.replace(/; try again later$/, "")}. You can write meanwhile.`],
-    gone: ["The server cannot be reached. Your conversations are safe in this browser.", "Try now", askNow],
-    key: ["This server asks for an API key.", "Enter the key", () => askKey()],
-  }[state] ?? [""];
-  text($("banner-text"), words);
-  $("banner").hidden = !words;
-  $("banner-action").hidden = !label;
-  text($("banner-action"), label ?? "");
-  $("banner-action").onclick = action ?? null;
-  if (state === "key" && !wasAsked()) askKey();
-  if (s) {
-    const mha = s.cache.compare?.mha;
-    text($("about"), `${s.model} reads up to ${count(s.max_model_len)} tokens and keeps ${count(s.cache.bytes_per_token)} bytes of each`
-      + `${mha ? `; multi-head attention would keep ${count(mha)}` : ""}.`);
-  }
-}
-
+/** Scroll to the end if the view is pinned there, else offer a button for that. */
 function follow() {
-  if (pinned) $("scroll").scrollTop = $("scroll").scrollHeight;
-  $("latest").hidden = pinned || !current.messages.length;
+  if (isPinned) $("scroll").scrollTop = $("scroll").scrollHeight;
+  $("latest").hidden = isPinned || !current.messages.length;
 }
 
 $("scroll").addEventListener("scroll", () => {
-  const s = $("scroll");
-  pinned = s.scrollHeight - s.scrollTop - s.clientHeight < 30;
-  $("latest").hidden = pinned || !current.messages.length;
+  const { scrollHeight, scrollTop, clientHeight } = $("scroll");
+  isPinned = scrollHeight - scrollTop - clientHeight < 30;
+  $("latest").hidden = isPinned || !current.messages.length;
 });
-$("latest").addEventListener("click", () => ((pinned = true), follow()));
+$("latest").addEventListener("click", () => {
+  isPinned = true;
+  follow();
+});
 new ResizeObserver(follow).observe($("scroll"));
 
-// ---- writing ---------------------------------------------------------------------------------------------------------
-function touch(c) {
-  c.updated = Date.now();
-  conversations = [c, ...conversations.filter((x) => x !== c && x.id !== c.id)];
-  store.save(c);
+// ---- generating ---------------------------------------------------------------------------------
+/** Store a conversation as the last used one. */
+function touch(conversation) {
+  conversation.updated = Date.now();
+  const others = conversations.filter((c) => c.id !== conversation.id);
+  conversations = [conversation, ...others];
+  store.save(conversation);
 }
 
 function send() {
-  const content = $("input").value;
-  if (!content.trim() || isBusy() || draftTooLong || tooMany()) return;
-  $("input").value = current.draft = "";
+  const content = sendableDraft();
+  if (content === null || isBusy() || isAtLimit()) return;
+  current.draft = "";
   store.prefs.set({ draft: "" });
-  draftChanged();
+  setDraft("");
   if (!current.messages.length && !current.named) current.title = store.titleOf(content);
   current.messages.push({ role: "user", content, at: Date.now() });
-  answer();
+  startReply();
 }
 
-function tooMany() {
-  if (running.size >= MOST_AT_ONCE) toast(`${MOST_AT_ONCE} replies are being written already. Wait for one of them.`);
-  return running.size >= MOST_AT_ONCE;
+/** Tell whether no further reply can be started, and show a message if so. */
+function isAtLimit() {
+  if (running.size < MAX_REPLIES) return false;
+  toast(`${MAX_REPLIES} replies are being written already. Wait for one of them.`);
+  return true;
 }
 
-function answer() {
-  current.messages.push({ role: "assistant", at: Date.now(), shown: 0, versions: [newVersion()] });
-  pinned = true;
-  write(current, current.messages.length - 1);
+function startReply() {
+  const message = { role: "assistant", at: Date.now(), shown: 0, versions: [newVersion()] };
+  current.messages.push(message);
+  generateLast();
+}
+
+/** Generate the shown version of the last message. */
+function generateLast() {
+  isPinned = true;
+  generate(current, current.messages.length - 1);
   drawMessages();
-  drawAround();
+  drawSurroundings();
 }
 
-/** Let the model write the shown version of message `at`. */
-async function write(c, at) {
-  const message = c.messages[at], version = store.shown(message), abort = new AbortController();
-  running.set(c.id, { abort, version });
-  touch(c);
+/** Generate the shown version of message number `index`. */
+async function generate(conversation, index) {
+  const version = store.shown(conversation.messages[index]);
+  const abort = new AbortController();
+  running.set(conversation.id, abort);
+  touch(conversation);
   announce("Writing");
-  let frame = 0, saved = Date.now(), request = null;
-  const show = () => {
-    frame = 0;
-    if (current !== c) return;
-    $("messages").children[at]?.view?.update();
-    follow();
+  let requestId = null;
+  const loadExperts = async () => {
+    const load = requestId && (await fetchExperts(requestId));
+    if (!load) return;
+    experts.set(version, load);
+    if (current === conversation) drawSurroundings();
   };
-  const changed = () => {
-    frame ||= document.hidden ? setTimeout(show, 500) : requestAnimationFrame(show);
-    if (Date.now() - saved > 1000) (store.save(c), (saved = Date.now()));
-  };
-  const load = async () => {
-    const answer = request && (await fetchExperts(request));
-    if (answer) experts.set(version, answer);
-    if (answer && current === c) drawAround();
-  };
-  const timer = setInterval(load, 1000);
-  askNow();
-  await reply(c, version, at, abort.signal, { changed, needKey: askKey, started: (id) => ((request = id), askNow()) });
+  const timer = setInterval(loadExperts, 1000);
+  pollNow();
+  await reply(conversation, version, index, abort.signal, {
+    changed: progressHandler(conversation, index),
+    needKey: askKey,
+    started(id) {
+      requestId = id;
+      pollNow();
+    },
+  });
   clearInterval(timer);
-  running.delete(c.id);
-  if (conversations.includes(c)) touch(c);
-  if (current === c) {
-    for (const el of $("messages").children) el.view?.update();
+  running.delete(conversation.id);
+  if (conversations.includes(conversation)) touch(conversation);
+  if (current === conversation) {
+    for (const element of $("messages").children) element.view?.update();
     follow();
   }
-  drawAround();
-  const n = version.usage?.completion_tokens;
-  announce(version.finish === "error" ? `Error. ${version.error}` : `Reply ${version.finish === "stop" ? "finished" : "ended"}${n ? `, ${count(n)} tokens` : ""}`);
-  await load();
-  askNow();
+  drawSurroundings();
+  announceEnd(version);
+  await loadExperts();
+  pollNow();
 }
 
-const stop = () => running.get(current.id)?.abort.abort();
+/** Make the function to call when a reply has grown: it draws once per frame and saves at times. */
+function progressHandler(conversation, index) {
+  let frame = 0;
+  let saved = Date.now();
+  const draw = () => {
+    frame = 0;
+    if (current !== conversation) return;
+    $("messages").children[index]?.view?.update();
+    follow();
+  };
+  return () => {
+    // a hidden page gets no animation frames
+    frame ||= document.hidden ? setTimeout(draw, 500) : requestAnimationFrame(draw);
+    if (Date.now() - saved > SAVE_INTERVAL_MS) {
+      store.save(conversation);
+      saved = Date.now();
+    }
+  };
+}
+
+function announceEnd(version) {
+  if (version.finish === "error") return announce(`Error. ${version.error}`);
+  const tokens = version.usage?.completion_tokens;
+  const size = tokens ? `, ${count(tokens)} tokens` : "";
+  announce(`Reply ${version.finish === "stop" ? "finished" : "ended"}${size}`);
+}
+
+function stop() {
+  running.get(current.id)?.abort();
+}
 
 function regenerate() {
   const last = current.messages.at(-1);
-  if (isBusy() || last?.role !== "assistant" || tooMany()) return;
-  const failed = !store.shown(last).content;
-  if (failed) last.versions[last.shown] = newVersion();  // nothing to go back to
+  if (isBusy() || last?.role !== "assistant" || isAtLimit()) return;
+  // replace an empty version, because nobody wants to go back to it
+  if (!store.shown(last).content) last.versions[last.shown] = newVersion();
   else last.shown = last.versions.push(newVersion()) - 1;
-  pinned = true;
-  write(current, current.messages.length - 1);
-  drawMessages();
-  drawAround();
+  generateLast();
 }
 
 function showVersion(message, step) {
   message.shown = Math.min(Math.max(0, message.shown + step), message.versions.length - 1);
   store.save(current);
   drawMessages();
-  drawAround();
+  drawSurroundings();
 }
 
+/** Edit the last message of the user. Sending it again drops what follows. */
 function startEdit() {
-  const at = current.messages.findLastIndex((m) => m.role === "user");
-  if (at < 0 || isBusy() || editing || tooMany()) return;
-  editing = true;
-  const message = current.messages[at];
-  editInPlace($("messages").children[at], message.content, (value) => {
-    editing = false;
-    if (value === null) {
+  const index = current.messages.findLastIndex((message) => message.role === "user");
+  if (index < 0 || isBusy() || isEditing || isAtLimit()) return;
+  isEditing = true;
+  editInPlace($("messages").children[index], current.messages[index].content, (content) => {
+    isEditing = false;
+    if (content === null) {
       drawMessages();
     } else {
-      if (at === 0 && !current.named) current.title = store.titleOf(value);
-      current.messages.splice(at, Infinity, { role: "user", content: value, at: Date.now() });
-      answer();
+      if (index === 0 && !current.named) current.title = store.titleOf(content);
+      current.messages.splice(index, Infinity, { role: "user", content, at: Date.now() });
+      startReply();
     }
     $("input").focus();
   });
 }
 
-// ---- the message box -------------------------------------------------------------------------------------------------
-let draftTimer = 0, draftCount = 0;
-
-function draftChanged() {
-  const box = $("input"), value = box.value;
-  box.style.height = "auto";
-  box.style.height = `${box.scrollHeight}px`;
-  clearTimeout(draftTimer);
-  draftTooLong = false;
-  const mine = ++draftCount;
-  say(value.length > LONG_DRAFT ? draftNote(value.length, null) : { text: "" });
-  if (value.length > LONG_DRAFT && server.state === "ready") draftTimer = setTimeout(async () => {
-    let n;
-    try {
-      const answer = await postJson("/tokenize", { messages: [...store.messagesFor(current), { role: "user", content: value }] });
-      n = answer.count ?? answer.tokens?.length ?? null;
-    } catch (e) {
-      if (e.status === 413 && mine === draftCount) say({ text: "Longer than the server accepts. Shorten it to send.", bad: true, tooLong: true });
-      return;
-    }
-    if (mine === draftCount) say(draftNote(value.length, n));
-  }, 350);
-}
-
-function say(note) {
-  draftTooLong = !!note.tooLong;
-  text($("draft-note"), note.text);
-  $("draft-note").classList.toggle("bad", !!note.bad);
-  $("send").disabled = !$("input").value.trim() || draftTooLong;
-}
-
-let saveTimer = 0;
-function saveDraft() {
-  clearTimeout(saveTimer);
-  const value = $("input").value;
-  if ((current.draft ?? "") === value) return;
-  current.draft = value;
-  if (current.messages.length) store.save(current);
-  else store.prefs.set({ draft: value });
-}
-
-$("input").addEventListener("input", () => {
-  draftChanged();
-  clearTimeout(saveTimer);
-  saveTimer = setTimeout(saveDraft, 400);
-});
-$("input").addEventListener("keydown", (e) => {
-  if (e.isComposing || e.altKey) return;
-  if (e.key === "Enter" && !e.shiftKey) (e.preventDefault(), send());
-  if (e.key === "ArrowUp" && !$("input").value) (e.preventDefault(), startEdit());
-  if (e.key === "PageUp" || e.key === "PageDown") {
-    e.preventDefault();
-    $("scroll").scrollBy({ top: (e.key === "PageUp" ? -0.85 : 0.85) * $("scroll").clientHeight });
-  }
-});
-$("composer").addEventListener("submit", (e) => (e.preventDefault(), send()));
-$("composer").addEventListener("click", (e) => e.target === e.currentTarget && $("input").focus());
-$("stop").addEventListener("click", () => (stop(), $("input").focus()));
-
-// ---- conversations ---------------------------------------------------------------------------------------------------
+// ---- conversations ------------------------------------------------------------------------------
 function startNew() {
-  closeOver();
+  closeOverlay();
   open(current.messages.length ? store.create() : current);
   $("input").focus();
 }
 
-function remove(c) {
-  running.get(c.id)?.abort.abort();
-  const place = conversations.indexOf(c);
-  conversations = conversations.filter((x) => x !== c);
-  store.drop(c.id);
-  if (c === current) open(conversations[Math.min(place, conversations.length - 1)] ?? store.create());
-  else drawAround();
-  toast(`Deleted “${c.title.slice(0, 40)}”.`, ["Undo", () => {
-    conversations = [...conversations, c].sort((a, b) => b.updated - a.updated);
-    store.save(c);
-    open(c);
-  }]);
+function remove(conversation) {
+  running.get(conversation.id)?.abort();
+  const index = conversations.indexOf(conversation);
+  conversations = conversations.filter((c) => c !== conversation);
+  store.drop(conversation.id);
+  const next = conversations[Math.min(index, conversations.length - 1)];
+  if (conversation === current) open(next ?? store.create());
+  else drawSurroundings();
+  const undo = () => {
+    conversations = sortByUse([...conversations, conversation]);
+    store.save(conversation);
+    open(conversation);
+  };
+  toast(`Deleted “${conversation.title.slice(0, 40)}”.`, ["Undo", undo]);
 }
 
-function neighbour(step) {
-  const at = conversations.indexOf(current), next = conversations[at < 0 ? 0 : at + step];
+const sortByUse = (list) => list.sort((a, b) => b.updated - a.updated);
+
+function openNeighbour(step) {
+  const index = conversations.indexOf(current);
+  const next = conversations[index < 0 ? 0 : index + step];
   if (next) open(next);
+}
+
+function exportAll() {
+  if (!conversations.length) return toast("There is nothing to export yet.");
+  const json = JSON.stringify(conversations, null, 1);
+  download("lamoe-conversations.json", "application/json", json);
+}
+
+/** Take over a change that another tab has stored. */
+function adoptChange(id) {
+  if (running.has(id)) return;
+  const changed = store.load(id);
+  const others = conversations.filter((c) => c.id !== id);
+  conversations = sortByUse(changed ? [...others, changed] : others);
+  if (current.id === id && changed) {
+    changed.draft = $("input").value;
+    open(changed);
+  } else {
+    drawSurroundings();
+  }
+}
+
+// ---- shortcuts ----------------------------------------------------------------------------------
+const ALT_SHORTCUTS = {
+  KeyN: startNew,
+  KeyR: regenerate,
+  KeyB: () => toggle("side"),
+  KeyP: () => toggle("panel"),
+  KeyS: () => showTab("settings", true),
+  ArrowUp: () => openNeighbour(-1),
+  ArrowDown: () => openNeighbour(1),
+};
+const SHORTCUTS = {
+  "?": () => $("help").showModal(),
+  "/": () => $("input").focus(),
+};
+const FIELDS = "textarea, input:not([type=range], [type=radio]), [contenteditable]";
+
+function handleKey(e) {
+  if (e.isComposing || document.querySelector("dialog[open]")) return;
+  const noModifier = !e.ctrlKey && !e.metaKey;
+  if (e.altKey && noModifier && !e.shiftKey && ALT_SHORTCUTS[e.code]) {
+    e.preventDefault();
+    ALT_SHORTCUTS[e.code]();
+  } else if (e.key === "Escape" && !document.querySelector(":popover-open")) {
+    if (!closeOverlay()) stop();
+  } else if (!e.altKey && noModifier && SHORTCUTS[e.key] && !e.target.matches?.(FIELDS)) {
+    e.preventDefault();
+    SHORTCUTS[e.key]();
+  }
+}
+
+// ---- start --------------------------------------------------------------------------------------
+function buildStarters() {
+  for (const starter of STARTERS) {
+    const onclick = () => {
+      setDraft(starter);
+      $("input").focus();
+    };
+    $("starters").append(h("li", {}, h("button", { type: "button", onclick }, starter)));
+  }
 }
 
 buildSidebar({
   isBusy,
-  open: (c) => (closeOver(), c !== current && open(c)),
-  rename(c, title) {
-    Object.assign(c, { title, named: true });
-    store.save(c);
-    drawAround();
+  open(conversation) {
+    closeOverlay();
+    if (conversation !== current) open(conversation);
+  },
+  rename(conversation, title) {
+    Object.assign(conversation, { title, named: true });
+    store.save(conversation);
+    drawSurroundings();
   },
   remove,
 });
-$("new").addEventListener("click", startNew);
-$("export-all").addEventListener("click", () => {
-  if (!conversations.length) return toast("There is nothing to export yet.");
-  download("lamoe-conversations.json", "application/json", JSON.stringify(conversations, null, 1));
-});
-store.onFull((message) => toast(message, null, 20000));
-store.onForeignChange((id) => {
-  if (running.has(id)) return;
-  const fresh = store.load(id);
-  conversations = [...conversations.filter((c) => c.id !== id), ...(fresh ? [fresh] : [])].sort((a, b) => b.updated - a.updated);
-  if (current.id === id && fresh) {
-    fresh.draft = $("input").value;
-    open(fresh);
-  } else drawAround();
-});
-
-// ---- keys ------------------------------------------------------------------------------------------------------------
-const isField = (el) => el.matches?.("textarea, input:not([type=range], [type=radio]), [contenteditable]");
-const ALT = {
-  KeyN: startNew, KeyR: regenerate, KeyB: () => toggle("side"), KeyP: () => toggle("panel"), KeyS: () => showTab("settings", true),
-  ArrowUp: () => neighbour(-1), ArrowDown: () => neighbour(1),
-};
-$("key-button").addEventListener("click", () => (closeOver(), askKey()));
-addEventListener("keydown", (e) => {
-  if (e.isComposing || document.querySelector("dialog[open]")) return;
-  if (e.altKey && !e.ctrlKey && !e.metaKey && !e.shiftKey && ALT[e.code]) {
-    e.preventDefault();
-    ALT[e.code]();
-  } else if (e.key === "Escape" && !document.querySelector(":popover-open")) {
-    if (!closeOver()) stop();
-  } else if (!e.altKey && !e.ctrlKey && !e.metaKey && !isField(e.target)) {
-    if (e.key === "?") (e.preventDefault(), $("help").showModal());
-    if (e.key === "/") (e.preventDefault(), $("input").focus());
-  }
-});
-addEventListener("pagehide", () => {
-  saveDraft();
-  for (const c of conversations) if (running.has(c.id)) store.save(c);
-});
-
-// ---- start -----------------------------------------------------------------------------------------------------------
-for (const words of STARTERS) {
-  $("starters").append(h("li", {}, h("button", { type: "button", onclick: () => {
-    $("input").value = words;
-    draftChanged();
-    $("input").focus();
-  } }, words)));
-}
+buildComposer({ conversation: () => current, send, stop, editLast: startEdit });
+buildStarters();
 buildLayout();
 buildSettings(() => current.messages.length && store.save(current));
-const { open: id, draft = "" } = store.prefs.get();
+$("new").addEventListener("click", startNew);
+$("export-all").addEventListener("click", exportAll);
+$("key-button").addEventListener("click", () => {
+  closeOverlay();
+  askKey();
+});
+addEventListener("keydown", handleKey);
+addEventListener("pagehide", () => {
+  saveDraft();
+  for (const conversation of conversations) if (isBusy(conversation)) store.save(conversation);
+});
+store.onFull((message) => toast(message, null, 20000));
+store.onForeignChange(adoptChange);
+
+const { open: openId, draft = "" } = store.prefs.get();
 current.draft = draft;
 $("input").value = draft;
-open(conversations.find((c) => c.id === id) ?? current);
-drawServer();
+open(conversations.find((conversation) => conversation.id === openId) ?? current);
+showStatus();
 if (matchMedia("(hover: hover)").matches) $("input").focus();
-watch(() => running.size > 0, () => (drawServer(), drawAround()));
+watch(
+  () => running.size > 0,
+  () => {
+    showStatus();
+    drawSurroundings();
+  },
+);

@@ -1,85 +1,97 @@
-// Where things are: the two side columns (beside the page when there is room, over it when not), the tabs, the theme, the dialogs.
+// The two side columns, the tabs of the panel, the theme, and the help dialog.
+// On wide screens the columns are beside the conversation, on narrow ones they cover it.
 
 import { $ } from "./dom.js";
 import { redraw } from "./panel.js";
 import { prefs } from "./store.js";
 
-const narrow = { side: matchMedia("(max-width: 799px)"), panel: matchMedia("(max-width: 1139px)") };
+const COLUMNS = ["side", "panel"];
+const TABS = ["live", "settings"];
+const narrow = {
+  side: matchMedia("(max-width: 799px)"),
+  panel: matchMedia("(max-width: 1139px)"),
+};
 const body = document.body;
-let opener = null;
+let opener = null; // the element that gets the focus back
 
-const isOver = (name) => narrow[name].matches;
-const isOpen = (name) => (isOver(name) ? body.classList.contains(`over-${name}`) : !body.classList.contains(`no-${name}`));
+const isOverlay = (column) => narrow[column].matches;
+const openOverlay = () => COLUMNS.find((column) => body.classList.contains(`over-${column}`));
 
-function settle() {
-  for (const name of ["side", "panel"]) {
-    if (!isOver(name)) body.classList.remove(`over-${name}`);
-    $(`${name}-open`).setAttribute("aria-expanded", String(isOpen(name)));
-  }
-  const over = ["side", "panel"].find((name) => body.classList.contains(`over-${name}`));
-  $("main").inert = !!over;
-  for (const name of ["side", "panel"]) $(name).inert = !!over && over !== name;
+function isOpen(column) {
+  if (isOverlay(column)) return body.classList.contains(`over-${column}`);
+  return !body.classList.contains(`no-${column}`);
 }
 
-/** Open, close (or, with no second argument, toggle) a column. */
-export function toggle(name, open = !isOpen(name)) {
-  if (isOver(name)) {
+/** Make attributes agree with which columns are open. */
+function update() {
+  for (const column of COLUMNS) {
+    if (!isOverlay(column)) body.classList.remove(`over-${column}`);
+    $(`${column}-open`).setAttribute("aria-expanded", String(isOpen(column)));
+  }
+  const overlay = openOverlay();
+  $("main").inert = !!overlay;
+  for (const column of COLUMNS) $(column).inert = !!overlay && overlay !== column;
+}
+
+/** Open or close a column; without a second argument, toggle it. */
+export function toggle(column, open = !isOpen(column)) {
+  if (isOverlay(column)) {
     if (open) opener = document.activeElement;
     body.classList.remove("over-side", "over-panel");
-    body.classList.toggle(`over-${name}`, open);
-    settle();
-    if (open) $(`${name}-close`).focus();
+    body.classList.toggle(`over-${column}`, open);
+    update();
+    if (open) $(`${column}-close`).focus();
     else opener?.focus?.();
     return;
   }
-  const hadFocus = $(name).contains(document.activeElement);
-  body.classList.toggle(`no-${name}`, !open);
-  prefs.set({ [name]: open });
-  settle();
-  if (!open && hadFocus) $(`${name}-open`).focus();
+  const hadFocus = $(column).contains(document.activeElement);
+  body.classList.toggle(`no-${column}`, !open);
+  prefs.set({ [column]: open });
+  update();
+  if (!open && hadFocus) $(`${column}-open`).focus();
 }
 
-/** Close what lies over the page; true when something did. */
-export function closeOver() {
-  const over = ["side", "panel"].find((name) => body.classList.contains(`over-${name}`));
-  if (over) toggle(over, false);
-  return !!over;
+/** Close the column that covers the page. Returns whether there was one. */
+export function closeOverlay() {
+  const overlay = openOverlay();
+  if (overlay) toggle(overlay, false);
+  return !!overlay;
 }
 
-/** Show a tab of the panel ("live" or "settings"), and the panel. */
-export function showTab(name, focus = false) {
-  for (const each of ["live", "settings"]) {
-    $(each).hidden = each !== name;
-    $(`tab-${each}`).setAttribute("aria-selected", String(each === name));
-    $(`tab-${each}`).tabIndex = each === name ? 0 : -1;
+/** Show a tab of the panel ("live" or "settings"), and open the panel. */
+export function showTab(tab, focus = false) {
+  for (const name of TABS) {
+    $(name).hidden = name !== tab;
+    $(`tab-${name}`).setAttribute("aria-selected", String(name === tab));
+    $(`tab-${name}`).tabIndex = name === tab ? 0 : -1;
   }
   if (!isOpen("panel")) toggle("panel", true);
-  if (focus) (name === "settings" ? $("system") : $("tab-live")).focus();
+  if (focus) (tab === "settings" ? $("system") : $("tab-live")).focus();
   redraw();
 }
 
-function theme(value) {
-  if (value === "system") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = value;
+function setTheme(theme) {
+  if (theme === "system") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = theme;
   redraw();
 }
 
-/** Wire it all up, as it was left. */
+/** Restore the stored layout and connect the controls. */
 export function buildLayout() {
-  const p = prefs.get();
-  body.classList.toggle("no-side", p.side === false);
-  body.classList.toggle("no-panel", p.panel === false);
-  for (const name of ["side", "panel"]) {
-    $(`${name}-open`).addEventListener("click", () => toggle(name));
-    $(`${name}-close`).addEventListener("click", () => toggle(name, false));
-    narrow[name].addEventListener("change", settle);
+  const stored = prefs.get();
+  body.classList.toggle("no-side", stored.side === false);
+  body.classList.toggle("no-panel", stored.panel === false);
+  for (const column of COLUMNS) {
+    $(`${column}-open`).addEventListener("click", () => toggle(column));
+    $(`${column}-close`).addEventListener("click", () => toggle(column, false));
+    narrow[column].addEventListener("change", update);
   }
-  $("scrim").addEventListener("click", closeOver);
-  for (const each of ["live", "settings"]) {
-    $(`tab-${each}`).addEventListener("click", () => showTab(each));
-    $(`tab-${each}`).addEventListener("keydown", (e) => {
+  $("scrim").addEventListener("click", closeOverlay);
+  for (const tab of TABS) {
+    $(`tab-${tab}`).addEventListener("click", () => showTab(tab));
+    $(`tab-${tab}`).addEventListener("keydown", (e) => {
       if (e.key !== "ArrowLeft" && e.key !== "ArrowRight") return;
-      const other = each === "live" ? "settings" : "live";
+      const other = tab === "live" ? "settings" : "live";
       showTab(other);
       $(`tab-${other}`).focus();
     });
@@ -87,8 +99,11 @@ export function buildLayout() {
   $("settings-open").addEventListener("click", () => showTab("settings", true));
   $("help-button").addEventListener("click", () => $("help").showModal());
   for (const radio of document.querySelectorAll("#theme input")) {
-    radio.checked = radio.value === (p.theme ?? "system");
-    radio.addEventListener("change", () => (prefs.set({ theme: radio.value }), theme(radio.value)));
+    radio.checked = radio.value === (stored.theme ?? "system");
+    radio.addEventListener("change", () => {
+      prefs.set({ theme: radio.value });
+      setTheme(radio.value);
+    });
   }
-  settle();
+  update();
 }

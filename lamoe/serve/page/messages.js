@@ -1,134 +1,218 @@
-// The messages of one conversation as DOM. Knows how they look; what the buttons do comes from app.js as `acts`:
-// {startEdit(), regenerate(), version(message, step), isBusy()}.
+// The messages of one conversation as elements. app.js passes what the buttons do as `actions`:
+// {startEdit(), regenerate(), showVersion(message, step), isBusy()}.
 
 import { copy, count, h, icon, iconButton, many, rate } from "./dom.js";
 import { Prose } from "./markdown.js";
 import { shown } from "./store.js";
 
-const LONG_LINES = 14, LONG_CHARACTERS = 1600;
+const MAX_LINES = 14; // longer messages are folded
+const MAX_CHARACTERS = 1600;
 
-/** An article for a message. For a reply, `update()` on the result's `view` shows its present state. */
-export function messageElement(message, conversation, acts) {
-  return message.role === "user" ? said(message, conversation, acts) : new Reply(message, conversation, acts).el;
+/** Make the element of a message. The element of a reply has a `view` with a method `update()`. */
+export function messageElement(message, conversation, actions) {
+  if (message.role === "user") return userMessage(message, conversation, actions);
+  return new Reply(message, conversation, actions).element;
 }
 
-function said(message, conversation, acts) {
-  const body = h("div", { class: "said", dir: "auto" }, message.content);
-  const el = h("article", { class: "msg user", "aria-label": "You" }, body);
-  const lines = message.content.split("\n").length;
-  if (lines > LONG_LINES || message.content.length > LONG_CHARACTERS) {
-    body.classList.add("folded");
-    const size = `${lines > 1 ? `${many(lines, "line")}, ` : ""}${count(message.content.length)} characters`;
-    const more = h("button", { type: "button", class: "link", "aria-expanded": "false", onclick: () => {
-      const folded = body.classList.toggle("folded");
-      more.textContent = folded ? `Show all: ${size}` : "Show less";
-      more.setAttribute("aria-expanded", String(!folded));
-    } }, `Show all: ${size}`);
-    el.append(more);
+function userMessage(message, conversation, actions) {
+  const { content } = message;
+  const body = h("div", { class: "said", dir: "auto" }, content);
+  const element = h("article", { class: "msg user", "aria-label": "You" }, body);
+  const lines = content.split("\n").length;
+  if (lines > MAX_LINES || content.length > MAX_CHARACTERS) {
+    element.append(foldButton(body, lines, content.length));
   }
-  const copyButton = iconButton("copy", "Copy message", () => copy(message.content, copyButton), { class: "ghost small" });
+  const small = { class: "ghost small" };
+  const copyButton = iconButton("copy", "Copy message", () => copy(content, copyButton), small);
   const isLast = conversation.messages.findLast((m) => m.role === "user") === message;
-  el.append(h("div", { class: "tools" }, isLast && iconButton("edit", "Edit message", () => acts.startEdit(), { class: "ghost small edit" }), copyButton));
-  return el;
+  const editButton =
+    isLast &&
+    iconButton("edit", "Edit message", () => actions.startEdit(), { class: "ghost small edit" });
+  element.append(h("div", { class: "tools" }, editButton, copyButton));
+  return element;
 }
 
-/** Turn the article of a user's message into a text box. `done(text)` gets the new text, or null when nothing shall change. */
-export function editInPlace(el, content, done) {
+/** Fold a long message, and make the button that shows all of it. */
+function foldButton(body, lines, characters) {
+  body.classList.add("folded");
+  const numLines = lines > 1 ? `${many(lines, "line")}, ` : "";
+  const showAll = `Show all: ${numLines}${count(characters)} characters`;
+  const onclick = () => {
+    const isFolded = body.classList.toggle("folded");
+    button.textContent = isFolded ? showAll : "Show less";
+    button.setAttribute("aria-expanded", String(!isFolded));
+  };
+  const attributes = { type: "button", class: "link", "aria-expanded": "false", onclick };
+  const button = h("button", attributes, showAll);
+  return button;
+}
+
+/**
+ * Turn the element of a user's message into a text box. `finished(text)` receives the new text, or
+ * null if the user cancels.
+ */
+export function editInPlace(element, content, finished) {
   const area = h("textarea", { class: "field", "aria-label": "Edit message" });
   area.value = content;
-  const finish = (value) => (el.classList.remove("editing"), done(value));
+  const finish = (value) => {
+    element.classList.remove("editing");
+    finished(value);
+  };
   const send = () => area.value.trim() && finish(area.value);
   area.addEventListener("keydown", (e) => {
     if (e.isComposing) return;
-    if (e.key === "Enter" && !e.shiftKey) (e.preventDefault(), send());
-    if (e.key === "Escape") (e.preventDefault(), e.stopPropagation(), finish(null));
+    if (e.key === "Enter" && !e.shiftKey) {
+      e.preventDefault();
+      send();
+    }
+    if (e.key === "Escape") {
+      e.preventDefault();
+      e.stopPropagation();
+      finish(null);
+    }
   });
-  el.classList.add("editing");
-  el.replaceChildren(h("div", { class: "said" }, area),
-    h("div", { class: "row" }, h("button", { type: "button", class: "plain-button", onclick: () => finish(null) }, "Cancel"),
-      h("button", { type: "button", class: "main-button", onclick: send }, "Send again")));
+  const button = (kind, label, onclick) =>
+    h("button", { type: "button", class: kind, onclick }, label);
+  element.classList.add("editing");
+  element.replaceChildren(
+    h("div", { class: "said" }, area),
+    h(
+      "div",
+      { class: "row" },
+      button("plain-button", "Cancel", () => finish(null)),
+      button("main-button", "Send again", send),
+    ),
+  );
   area.style.height = `${Math.min(area.scrollHeight + 4, innerHeight / 2)}px`;
   area.focus();
   area.setSelectionRange(content.length, content.length);
 }
 
-const NOTES = {
-  stopped: ["calm", "You stopped this reply."],
-  interrupted: ["calm", "The page was closed while this was written."],
-  lost: ["", "The connection was lost before the reply was complete."],
+const CALM_NOTES = {
+  stopped: "You stopped this reply.",
+  interrupted: "The page was closed while this was written.",
 };
 
-/** One reply and its versions. */
+/** Explain why a reply ended, as [CSS class, text]; an empty text if it ended normally. */
+function noteFor(version) {
+  const { finish, usage } = version;
+  if (finish in CALM_NOTES) return ["calm", CALM_NOTES[finish]];
+  if (finish === "lost") return ["", "The connection was lost before the reply was complete."];
+  if (finish === "error") return ["", version.error];
+  if (finish !== "length") return ["", ""];
+  const total = usage?.total_tokens;
+  if (version.window && total >= version.window - 1) {
+    const use = `The context is full: ${count(total)} of ${count(version.window)} tokens.`;
+    const advice = "Start a new conversation, or edit the last message into a shorter one.";
+    return ["", `${use} ${advice}`];
+  }
+  const limit = usage ? `${count(usage.completion_tokens)} ` : "";
+  return ["calm", `Cut at the limit of ${limit}tokens for a reply. The settings have the limit.`];
+}
+
+/** A reply: shows one of its versions, and buttons. */
 class Reply {
-  constructor(message, conversation, acts) {
-    Object.assign(this, { message, conversation, acts, made: null, seen: -1 });
+  constructor(message, conversation, actions) {
+    Object.assign(this, { message, conversation, actions, version: null });
     this.body = h("div", { class: "body" });
     this.note = h("div", { class: "note", hidden: true });
     this.tools = h("div", { class: "tools" });
-    this.el = h("article", { class: "msg model", "aria-label": "Reply" }, this.body, this.note, this.tools);
-    this.el.view = this;
+    const attributes = { class: "msg model", "aria-label": "Reply" };
+    this.element = h("article", attributes, this.body, this.note, this.tools);
+    this.element.view = this;
     this.update();
   }
 
+  /** Show the present state of the message. */
   update() {
-    const v = shown(this.message);
-    this.el.classList.toggle("writing", v.finish === null);
-    this.el.setAttribute("aria-busy", String(v.finish === null));
-    if (this.made !== v) {
-      this.made = v;
+    const version = shown(this.message);
+    const isWriting = version.finish === null;
+    this.element.classList.toggle("writing", isWriting);
+    this.element.setAttribute("aria-busy", String(isWriting));
+    if (this.version !== version) {
+      this.version = version;
       this.prose = this.text = null;
       this.body.replaceChildren();
     }
-    if (!v.content) {
-      this.body.replaceChildren(v.finish === null ? h("p", { class: "waiting" }, v.status || "Reading")
-        : h("p", { class: "quiet", hidden: !["stop", "length"].includes(v.finish) }, "The model ended its reply without a word."));
-      this.prose = null;
-    } else if (this.text !== v.content) {
-      if (!this.prose) {
-        const el = h("div", { class: "prose", dir: "auto" });
-        this.body.replaceChildren(el);
-        this.prose = new Prose(el);
-      }
-      this.prose.update(v.content);
-    }
-    this.text = v.content;
-    this.#notes(v);
-    this.#buttons(v);
-  }
-
-  #notes(v) {
-    let [kind, words] = NOTES[v.finish] ?? ["", v.finish === "error" ? v.error : ""];
-    if (v.finish === "length") {
-      const total = v.usage?.total_tokens, full = v.window && total >= v.window - 1;
-      [kind, words] = full ? ["", `The context is full: ${count(total)} of ${count(v.window)} tokens. Start a new conversation, or edit the last message into a shorter one.`]
-        : ["calm", `Cut at the limit of ${v.usage ? `${count(v.usage.completion_tokens)} ` : ""}tokens for a reply. The settings have the limit.`];
-    }
+    this.#updateBody(version);
+    const [kind, note] = noteFor(version);
     this.note.className = `note ${kind}`;
-    this.note.hidden = !words;
-    this.note.textContent = words;
+    this.note.hidden = !note;
+    this.note.textContent = note;
+    this.#updateButtons(version);
   }
 
-  #buttons(v) {
-    const isLast = this.conversation.messages.at(-1) === this.message, busy = this.acts.isBusy();
-    const state = [v.finish, this.message.shown, this.message.versions.length, isLast, busy].join();
-    if (state === this.state) return;
-    this.state = state;
-    if (v.finish === null) return this.tools.replaceChildren();
-    const all = this.message.versions, small = { class: "ghost small" };
-    const copyButton = iconButton("copy", "Copy reply", () => copy(v.content, copyButton), small);
-    const step = (d) => this.acts.version(this.message, d);
-    const versions = all.length > 1 && isLast && h("span", { class: "versions", role: "group", "aria-label": "Versions of this reply" },
-      iconButton("left", "Previous version", () => step(-1), { ...small, disabled: busy || this.message.shown === 0 }),
-      h("span", {}, `${this.message.shown + 1} / ${all.length}`),
-      iconButton("right", "Next version", () => step(1), { ...small, disabled: busy || this.message.shown === all.length - 1 }));
-    const again = isLast && h("button", { type: "button", class: "ghost small again", "aria-label": "Regenerate", title: "Regenerate (Alt+R)", disabled: busy,
-      onclick: () => this.acts.regenerate() }, icon("again"));
-    this.tools.replaceChildren(...[v.content && copyButton, again, versions, h("span", { class: "meta" }, facts(v))].filter(Boolean));
+  #updateBody(version) {
+    if (!version.content) {
+      this.body.replaceChildren(emptyReply(version));
+      this.prose = null;
+    } else if (this.text !== version.content) {
+      if (!this.prose) {
+        const element = h("div", { class: "prose", dir: "auto" });
+        this.body.replaceChildren(element);
+        this.prose = new Prose(element);
+      }
+      this.prose.update(version.content);
+    }
+    this.text = version.content;
+  }
+
+  #updateButtons(version) {
+    const { versions, shown: index } = this.message;
+    const isLast = this.conversation.messages.at(-1) === this.message;
+    const isBusy = this.actions.isBusy();
+    const state = [version.finish, index, versions.length, isLast, isBusy].join();
+    if (state === this.buttonState) return;
+    this.buttonState = state;
+    if (version.finish === null) return this.tools.replaceChildren();
+
+    const small = { class: "ghost small" };
+    const copyText = () => copy(version.content, copyButton);
+    const copyButton = iconButton("copy", "Copy reply", copyText, small);
+    const again = {
+      type: "button",
+      class: "ghost small again",
+      "aria-label": "Regenerate",
+      title: "Regenerate (Alt+R)",
+      disabled: isBusy,
+      onclick: () => this.actions.regenerate(),
+    };
+    const parts = [
+      version.content && copyButton,
+      isLast && h("button", again, icon("again")),
+      isLast && versions.length > 1 && this.#versionButtons(index, versions.length, isBusy),
+      h("span", { class: "meta" }, statistics(version)),
+    ];
+    this.tools.replaceChildren(...parts.filter(Boolean));
+  }
+
+  #versionButtons(index, length, isBusy) {
+    const stepButton = (name, label, step, isEnd) => {
+      const onclick = () => this.actions.showVersion(this.message, step);
+      return iconButton(name, label, onclick, { class: "ghost small", disabled: isBusy || isEnd });
+    };
+    return h(
+      "span",
+      { class: "versions", role: "group", "aria-label": "Versions of this reply" },
+      stepButton("left", "Previous version", -1, index === 0),
+      h("span", {}, `${index + 1} / ${length}`),
+      stepButton("right", "Next version", 1, index === length - 1),
+    );
   }
 }
 
-function facts(v) {
-  const n = v.usage?.completion_tokens, t = v.timing;
-  const speed = n > 1 && t?.total > t.first ? (n - 1) / (t.total - t.first) : null;
-  return [n && many(n, "token"), speed && `${rate(speed)} tokens/s`].filter(Boolean).join(" · ");
+function emptyReply(version) {
+  if (version.finish === null) return h("p", { class: "waiting" }, version.status || "Reading");
+  const hidden = !["stop", "length"].includes(version.finish);
+  return h("p", { class: "quiet", hidden }, "The model ended its reply without a word.");
+}
+
+/** Write the number of tokens of a reply and its speed. */
+function statistics(version) {
+  const tokens = version.usage?.completion_tokens;
+  const { first, total } = version.timing ?? {};
+  // the first token also waits for the prompt, so it does not count for the speed
+  const speed = tokens > 1 && total > first ? (tokens - 1) / (total - first) : null;
+  const parts = [tokens && many(tokens, "token"), speed && `${rate(speed)} tokens/s`];
+  return parts.filter(Boolean).join(" · ");
 }

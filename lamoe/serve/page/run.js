@@ -1,39 +1,50 @@
-// One reply, from request to end: streams into a version (store.js) and waits where waiting helps. No DOM here.
+// Generates one reply: streams it into a version (see store.js) and retries after failures that may
+// pass. This module does not touch the page.
 
 import { chat, getJson } from "./api.js";
-import { count } from "./dom.js";
 import { server } from "./panel.js";
 import { messagesFor, samplingFor } from "./store.js";
 
-/** An empty version of a reply. */
-export const newVersion = () => ({ content: "", finish: null, error: null, usage: null, timing: { first: null, total: null }, window: null });
+/** Make an empty version of a reply. */
+export const newVersion = () => ({
+  content: "",
+  finish: null,
+  error: null,
+  usage: null,
+  timing: { first: null, total: null }, // seconds
+  window: null, // context length of the model
+});
 
-let leaving = false;  // the browser cuts connections before it tells the page
-addEventListener("beforeunload", () => (leaving = true));
-addEventListener("pagehide", () => (leaving = true));
-addEventListener("pageshow", () => (leaving = false));
+// The browser cuts connections before it hides the page, so the reason must be known earlier.
+let isLeaving = false;
+addEventListener("beforeunload", () => (isLeaving = true));
+addEventListener("pagehide", () => (isLeaving = true));
+addEventListener("pageshow", () => (isLeaving = false));
 
 async function modelName() {
   if (server.stats?.model) return server.stats.model;
   return (await getJson("/v1/models")).data[0].id;
 }
 
-const WAITS = {
+const WAIT_MESSAGES = {
   busy: (left) => `The server's queue is full. Trying again in ${left} s`,
   loading: (left) => `The model is not ready yet. Trying again in ${left} s`,
   gone: (left) => `The server cannot be reached. Trying again in ${left} s`,
 };
 
-/** Wait, counting down; shorter when the server is there again. Throws AbortError when stopped. */
-async function wait(kind, length, version, signal, changed) {
-  const until = Date.now() + 1000 * length;
+/**
+ * Count down before the next attempt. The wait ends early when a server that was down is ready
+ * again. Throws AbortError if `signal` is aborted.
+ */
+async function wait(kind, duration, version, signal, changed) {
+  const end = Date.now() + 1000 * duration;
   const wasDown = kind !== "busy" && server.state !== "ready";
   for (;;) {
-    const left = Math.ceil((until - Date.now()) / 1000);
+    const left = Math.ceil((end - Date.now()) / 1000);
     if (left <= 0 || (wasDown && server.state === "ready")) break;
-    version.status = WAITS[kind](left);
+    version.status = WAIT_MESSAGES[kind](left);
     changed();
-    await new Promise((done) => setTimeout(done, 250));
+    await new Promise((resolve) => setTimeout(resolve, 250));
     signal.throwIfAborted();
   }
   delete version.status;
@@ -41,55 +52,73 @@ async function wait(kind, length, version, signal, changed) {
 }
 
 /**
- * Fill `version` with the reply to the conversation's first `end` messages. It always ends with version.finish set. hooks: changed() after
- * every change; needKey() asks for a key and gives whether there is one now; started(requestId) when the server has accepted.
+ * Fill `version` with the reply to the first `end` messages of a conversation. In every case,
+ * `version.finish` is set at the end.
+ *
+ * hooks: changed() is called after each change; needKey() asks for a key and resolves to whether
+ * there is one; started(requestId) is called when the server has accepted the request.
  */
 export async function reply(conversation, version, end, signal, hooks) {
-  const { changed, needKey, started } = hooks;
-  for (let tries = 0; version.finish === null; tries++) {
-    const start = performance.now();
-    const since = () => (performance.now() - start) / 1000;
-    let finish = null;
+  for (let attempt = 1; version.finish === null; attempt++) {
     try {
-      const body = { model: await modelName(), messages: messagesFor(conversation, end), ...samplingFor(conversation, server.stats?.max_model_len) };
-      for await (const chunk of chat(body, signal)) {
-        if (chunk.requestId !== undefined) {
-          version.window = server.stats?.max_model_len ?? null;
-          if (chunk.requestId) started(chunk.requestId);
-          continue;
-        }
-        if (chunk.usage) version.usage = chunk.usage;
-        const choice = chunk.choices?.[0];
-        if (choice?.delta?.content) {
-          version.timing.first ??= since();
-          version.content += choice.delta.content;
-          version.timing.total = since();
-        }
-        finish = choice?.finish_reason ?? finish;
-        changed();
-      }
-      version.finish = finish === "length" ? "length" : finish === "abort" ? "lost" : "stop";
+      const body = {
+        model: await modelName(),
+        messages: messagesFor(conversation, end),
+        ...samplingFor(conversation, server.stats?.max_model_len),
+      };
+      await stream(body, version, signal, hooks);
     } catch (e) {
-      if (signal.aborted) version.finish = "stopped";
-      else if (leaving) version.finish = "interrupted";
-      else if (e.kind === "key") {
-        if (!(await needKey())) Object.assign(version, { finish: "error", error: "The server wants a key and has none from you." });
-      } else if (e.kind in WAITS && !version.content) {
-        try {
-          await wait(e.kind, Math.min(e.retryAfter ?? 2 ** Math.min(tries + 1, 4), 60), version, signal, changed);
-        } catch { version.finish = "stopped"; }
-      } else if (e.kind === "gone") version.finish = "lost";
-      else Object.assign(version, { finish: "error", error: e.message });
+      await handleError(e, version, attempt, signal, hooks);
     }
   }
   delete version.status;
-  changed();
+  hooks.changed();
 }
 
-/** What to say about a long draft: {text, bad, tooLong}. `n`: tokens of the conversation with it, or null while they are not known. */
-export function draftNote(characters, n) {
-  const window = server.stats?.max_model_len;
-  if (n === null) return { text: `${count(characters)} characters`, bad: false, tooLong: false };
-  if (window && n >= window) return { text: `${count(n)} tokens with the conversation; this model reads ${count(window)}. Shorten it to send.`, bad: true, tooLong: true };
-  return { text: `${count(n)} tokens with the conversation${window ? `, of ${count(window)}` : ""}`, bad: false, tooLong: false };
+async function stream(body, version, signal, { changed, started }) {
+  const start = performance.now();
+  const elapsed = () => (performance.now() - start) / 1000;
+  let finish = null;
+  for await (const chunk of chat(body, signal)) {
+    if (chunk.requestId !== undefined) {
+      version.window = server.stats?.max_model_len ?? null;
+      if (chunk.requestId) started(chunk.requestId);
+      continue;
+    }
+    if (chunk.usage) version.usage = chunk.usage;
+    const choice = chunk.choices?.[0];
+    if (choice?.delta?.content) {
+      version.timing.first ??= elapsed();
+      version.content += choice.delta.content;
+      version.timing.total = elapsed();
+    }
+    finish = choice?.finish_reason ?? finish;
+    changed();
+  }
+  version.finish = { length: "length", abort: "lost" }[finish] ?? "stop";
+}
+
+/** Set `version.finish`, or leave it null after a wait if another attempt makes sense. */
+async function handleError(error, version, attempt, signal, { changed, needKey }) {
+  if (signal.aborted) {
+    version.finish = "stopped";
+  } else if (isLeaving) {
+    version.finish = "interrupted";
+  } else if (error.kind === "key") {
+    if (await needKey()) return;
+    version.finish = "error";
+    version.error = "The server wants a key and has none from you.";
+  } else if (error.kind in WAIT_MESSAGES && !version.content) {
+    const duration = Math.min(error.retryAfter ?? 2 ** Math.min(attempt, 4), 60);
+    try {
+      await wait(error.kind, duration, version, signal, changed);
+    } catch {
+      version.finish = "stopped";
+    }
+  } else if (error.kind === "gone") {
+    version.finish = "lost";
+  } else {
+    version.finish = "error";
+    version.error = error.message;
+  }
 }

@@ -1,95 +1,156 @@
-// The list of conversations. It draws what it is given; `acts` says what happens: open(c), rename(c, title), remove(c), isBusy(c).
+// The list of conversations. app.js passes what the buttons do as `actions`:
+// {open(conversation), rename(conversation, title), remove(conversation), isBusy(conversation)}.
 
 import { $, download, h, icon, text } from "./dom.js";
 import { asMarkdown, fileName, shown } from "./store.js";
 
-let acts = null, all = [], current = null, menuFor = null, opener = null, drawn = "";
+const DAY_MS = 864e5;
+let actions = null;
+let all = []; // conversations
+let current = null; // the open conversation
+let menuTarget = null; // the conversation whose menu is open
+let menuButton = null;
+let drawnState = ""; // what the list shows, as JSON
 
-export function buildSidebar(does) {
-  acts = does;
+/** Connect the list, its search field and its menu. */
+export function buildSidebar(callbacks) {
+  actions = callbacks;
   $("filter").addEventListener("input", draw);
-  $("list").addEventListener("keydown", keys);
+  $("list").addEventListener("keydown", handleListKey);
   $("menu").addEventListener("click", (e) => {
-    const what = e.target.closest("button")?.dataset.do;
-    if (!what) return;
-    $("menu").hidePopover();
-    if (what === "rename") return rename(menuFor.id);
-    if (what === "delete") return acts.remove(menuFor);
-    if (what === "markdown") download(fileName(menuFor.title, "md"), "text/markdown", asMarkdown(menuFor));
-    else download(fileName(menuFor.title, "json"), "application/json", JSON.stringify(menuFor, null, 1));
-    opener?.focus();
+    const action = e.target.closest("button")?.dataset.do;
+    if (action) runMenu(action);
   });
   $("menu").addEventListener("keydown", (e) => {
     if (e.key !== "ArrowDown" && e.key !== "ArrowUp") return;
     e.preventDefault();
-    const items = [...$("menu").querySelectorAll("button")], at = items.indexOf(document.activeElement);
-    items[(at + (e.key === "ArrowDown" ? 1 : items.length - 1)) % items.length].focus();
+    const items = [...$("menu").querySelectorAll("button")];
+    const step = e.key === "ArrowDown" ? 1 : items.length - 1;
+    items[(items.indexOf(document.activeElement) + step) % items.length].focus();
   });
 }
 
-/** Show `conversations` (the last used first) with `c` marked. */
-export function showList(conversations, c) {
-  [all, current] = [conversations, c];
-  const now = JSON.stringify([c.id, all.map((x) => [x.id, x.title, day(x.updated), acts.isBusy(x)])]);
-  if (now === drawn || document.querySelector("#list input")) return;  // nothing new, or somebody is renaming
-  drawn = now;
+function runMenu(action) {
+  $("menu").hidePopover();
+  const { title } = menuTarget;
+  if (action === "rename") return startRename(menuTarget.id);
+  if (action === "delete") return actions.remove(menuTarget);
+  if (action === "markdown") {
+    download(fileName(title, "md"), "text/markdown", asMarkdown(menuTarget));
+  } else {
+    const json = JSON.stringify(menuTarget, null, 1);
+    download(fileName(title, "json"), "application/json", json);
+  }
+  menuButton?.focus();
+}
+
+/** Show conversations, which are sorted by last use, and mark the open one. */
+export function showList(conversations, openConversation) {
+  all = conversations;
+  current = openConversation;
+  const rows = all.map((c) => [c.id, c.title, dayOf(c.updated), actions.isBusy(c)]);
+  const state = JSON.stringify([current.id, rows]);
+  const isRenaming = document.querySelector("#list input");
+  if (state === drawnState || isRenaming) return;
+  drawnState = state;
   draw();
 }
 
-function day(time) {
-  const midnight = new Date().setHours(0, 0, 0, 0), days = (midnight - time) / 864e5;
-  return days <= 0 ? "Today" : days <= 1 ? "Yesterday" : days <= 7 ? "The last seven days" : "Older";
+function dayOf(time) {
+  const midnight = new Date().setHours(0, 0, 0, 0);
+  const days = (midnight - time) / DAY_MS;
+  if (days <= 0) return "Today";
+  if (days <= 1) return "Yesterday";
+  return days <= 7 ? "The last seven days" : "Older";
+}
+
+function matches(conversation, query) {
+  const contents = conversation.messages.map((m) => m.content ?? shown(m).content);
+  return [conversation.title, ...contents].some((part) => part.toLowerCase().includes(query));
 }
 
 function draw() {
-  const wanted = $("filter").value.trim().toLowerCase();
-  $("filter").hidden = all.length < 8 && !wanted;
-  const found = all.filter((c) => !wanted || [c.title, ...c.messages.map((m) => m.content ?? shown(m).content)].some((t) => t.toLowerCase().includes(wanted)));
-  const focused = document.activeElement?.closest?.("#list li")?.dataset.id;
-  const focusMore = document.activeElement?.classList.contains("more");
+  const query = $("filter").value.trim().toLowerCase();
+  $("filter").hidden = all.length < 8 && !query;
+  const found = all.filter((conversation) => !query || matches(conversation, query));
+  const focusedId = document.activeElement?.closest?.("#list li")?.dataset.id;
+  const focusedMenu = document.activeElement?.classList.contains("more");
   let heading = null;
   const rows = [];
-  for (const c of found) {
-    if (day(c.updated) !== heading) rows.push(h("li", { class: "day" }, (heading = day(c.updated))));
-    rows.push(item(c));
+  for (const conversation of found) {
+    const day = dayOf(conversation.updated);
+    if (day !== heading) rows.push(h("li", { class: "day" }, day));
+    heading = day;
+    rows.push(buildRow(conversation));
   }
   $("list").replaceChildren(...rows);
-  text($("list-empty"), wanted ? "Nothing found." : "Nothing here yet.");
+  text($("list-empty"), query ? "Nothing found." : "Nothing here yet.");
   $("list-empty").hidden = found.length > 0;
-  if (focused) row(focused)?.querySelector(focusMore ? ".more" : ".open")?.focus();
+  if (focusedId)
+    rowOf(focusedId)
+      ?.querySelector(focusedMenu ? ".more" : ".open")
+      ?.focus();
 }
 
-function item(c) {
-  const isCurrent = c.id === current?.id, busy = acts.isBusy(c);
-  const more = h("button", { type: "button", class: "ghost small more", "aria-label": `Options for ${c.title}`, title: "Options", "aria-haspopup": "true", onclick: () => menu(c, more) }, icon("more"));
-  const open = h("button", { type: "button", class: "open", "aria-current": isCurrent ? "true" : null, title: c.title, onclick: () => acts.open(c) }, c.title);
-  return h("li", { class: `item${isCurrent ? " current" : ""}${busy ? " busy" : ""}`, "data-id": c.id }, open, more);
+function buildRow(conversation) {
+  const { id, title } = conversation;
+  const isCurrent = id === current?.id;
+  const more = h(
+    "button",
+    {
+      type: "button",
+      class: "ghost small more",
+      "aria-label": `Options for ${title}`,
+      title: "Options",
+      "aria-haspopup": "true",
+      onclick: () => showMenu(conversation, more),
+    },
+    icon("more"),
+  );
+  const open = h(
+    "button",
+    {
+      type: "button",
+      class: "open",
+      "aria-current": isCurrent ? "true" : null,
+      title,
+      onclick: () => actions.open(conversation),
+    },
+    title,
+  );
+  const classes = ["item", isCurrent && "current", actions.isBusy(conversation) && "busy"];
+  return h("li", { class: classes.filter(Boolean).join(" "), "data-id": id }, open, more);
 }
 
-const row = (id) => [...$("list").children].find((li) => li.dataset.id === id);
+const rowOf = (id) => [...$("list").children].find((row) => row.dataset.id === id);
 
-function menu(c, button) {
-  [menuFor, opener] = [c, button];
-  const area = button.getBoundingClientRect(), box = $("menu");
-  box.showPopover();
-  box.style.left = `${Math.min(area.left, innerWidth - box.offsetWidth - 8)}px`;
-  box.style.top = `${Math.min(area.bottom + 4, innerHeight - box.offsetHeight - 8)}px`;
-  box.querySelector("button").focus();
+function showMenu(conversation, button) {
+  menuTarget = conversation;
+  menuButton = button;
+  const area = button.getBoundingClientRect();
+  const menu = $("menu");
+  menu.showPopover();
+  menu.style.left = `${Math.min(area.left, innerWidth - menu.offsetWidth - 8)}px`;
+  menu.style.top = `${Math.min(area.bottom + 4, innerHeight - menu.offsetHeight - 8)}px`;
+  menu.querySelector("button").focus();
 }
 
-function rename(id) {
-  const li = row(id), c = all.find((x) => x.id === id);
-  if (!li) return;
+/** Replace the row of a conversation by a text field for its title. */
+function startRename(id) {
+  const row = rowOf(id);
+  const conversation = all.find((c) => c.id === id);
+  if (!row) return;
   const input = h("input", { class: "field", "aria-label": "Title", maxlength: "120" });
-  input.value = c.title;
-  let done = false;
+  input.value = conversation.title;
+  let ended = false; // removing the field causes a blur event, which ends the renaming again
   const end = (keep) => {
-    if (done) return;
-    done = true;
+    if (ended) return;
+    ended = true;
     input.remove();
-    if (keep && input.value.trim() && input.value.trim() !== c.title) acts.rename(c, input.value.trim());
+    const title = input.value.trim();
+    if (keep && title && title !== conversation.title) actions.rename(conversation, title);
     else draw();
-    row(id)?.querySelector(".open").focus();
+    rowOf(id)?.querySelector(".open").focus();
   };
   input.addEventListener("keydown", (e) => {
     e.stopPropagation();
@@ -97,20 +158,27 @@ function rename(id) {
     if (e.key === "Escape") end(false);
   });
   input.addEventListener("blur", () => end(true));
-  li.replaceChildren(input);
+  row.replaceChildren(input);
   input.focus();
   input.select();
 }
 
-function keys(e) {
-  const li = e.target.closest("li.item");
-  if (!li || e.altKey || e.ctrlKey || e.metaKey) return;
-  const c = all.find((x) => x.id === li.dataset.id);
-  if (e.key === "F2") (e.preventDefault(), rename(c.id));
-  if (e.key === "Delete") (e.preventDefault(), acts.remove(c));
-  if (e.key === "ArrowDown" || e.key === "ArrowUp") {
-    e.preventDefault();
-    const items = [...$("list").querySelectorAll(".open")], at = items.indexOf(li.querySelector(".open")) + (e.key === "ArrowDown" ? 1 : -1);
-    items[at]?.focus();
-  }
+function handleListKey(e) {
+  const row = e.target.closest("li.item");
+  if (!row || e.altKey || e.ctrlKey || e.metaKey) return;
+  const conversation = all.find((c) => c.id === row.dataset.id);
+  const run = {
+    F2: () => startRename(conversation.id),
+    Delete: () => actions.remove(conversation),
+    ArrowDown: () => focusNeighbour(row, 1),
+    ArrowUp: () => focusNeighbour(row, -1),
+  }[e.key];
+  if (!run) return;
+  e.preventDefault();
+  run();
+}
+
+function focusNeighbour(row, step) {
+  const buttons = [...$("list").querySelectorAll(".open")];
+  buttons[buttons.indexOf(row.querySelector(".open")) + step]?.focus();
 }

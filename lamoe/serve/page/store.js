@@ -1,24 +1,40 @@
-// Conversations and preferences in the browser's localStorage: one entry per conversation, so that a change writes only that one.
+// Conversations and preferences in the browser's localStorage.
+// Each conversation is one entry, so that a change writes only that entry.
 //
 // conversation: {id, title, named, created, updated, system, sampling, draft, messages}
 // message: {role: "user", content, at} | {role: "assistant", at, shown, versions: [version]}
-// version: {content, finish, error, usage, timing, experts}; finish: null while it runs, stop | length | stopped | lost | error
-//   | interrupted (the page was closed)
+// version: {content, finish, error, usage, timing, window}
+// finish: null while the reply is written, then "stop", "length", "stopped" (by the user), "lost"
+//   (connection), "error", or "interrupted" (the page was closed)
 
 const PREFIX = "lamoe:c:";
 const PREFS = "lamoe:prefs";
-export const SAMPLING = { temperature: 0.7, top_p: 0.95, top_k: 0, min_p: 0, max_tokens: null, seed: null };
+export const SAMPLING = {
+  temperature: 0.7,
+  top_p: 0.95,
+  top_k: 0,
+  min_p: 0,
+  max_tokens: null,
+  seed: null,
+};
 
-const memory = new Map();  // what localStorage would not take, for as long as the page is open
-let complain = () => {};
+const memory = new Map(); // entries that localStorage refused; they last until the page closes
+let reportFull = () => {};
 
-/** `f(message)` is called once when the browser will not keep more. */
-export function onFull(f) {
-  complain = (m) => ((complain = () => {}), f(m));
+/** Call `callback(message)` once, when the browser refuses to store more. */
+export function onFull(callback) {
+  reportFull = (message) => {
+    reportFull = () => {};
+    callback(message);
+  };
 }
 
 function read(name) {
-  try { return memory.get(name) ?? localStorage.getItem(name); } catch { return memory.get(name) ?? null; }
+  try {
+    return memory.get(name) ?? localStorage.getItem(name);
+  } catch {
+    return memory.get(name) ?? null;
+  }
 }
 
 function write(name, value) {
@@ -27,94 +43,156 @@ function write(name, value) {
     memory.delete(name);
   } catch {
     memory.set(name, value);
-    complain("The browser's storage for this page is full or switched off: what you write now is lost when the page closes. Export or delete conversations.");
+    reportFull(
+      "The browser's storage for this page is full or switched off: what you write now is lost " +
+        "when the page closes. Export or delete conversations.",
+    );
   }
 }
 
 function remove(name) {
   memory.delete(name);
-  try { localStorage.removeItem(name); } catch { /* was never there */ }
-}
-
-const isText = (x) => typeof x === "string";
-const isMessage = (m) => m?.role === "user" ? isText(m.content)
-  : m?.role === "assistant" && Array.isArray(m.versions) && m.versions.length > 0 && m.versions.every((v) => isText(v?.content));
-
-/** A conversation from its JSON, or null: what is stored may come from another version of this page, or be damaged. */
-export function parse(json) {
-  let c;
-  try { c = JSON.parse(json); } catch { return null; }
-  if (!c || !isText(c.id) || !isText(c.title) || !Array.isArray(c.messages) || !c.messages.every(isMessage)) return null;
-  const good = { ...create(), ...c, sampling: { ...SAMPLING, ...c.sampling } };
-  for (const m of good.messages) {
-    if (m.role !== "assistant") continue;
-    m.shown = Math.min(Math.max(0, m.shown | 0), m.versions.length - 1);
-    for (const v of m.versions) v.finish ??= "interrupted";
+  try {
+    localStorage.removeItem(name);
+  } catch {
+    // without localStorage there is nothing to remove
   }
-  return good;
 }
 
-/** A new conversation, with the settings of the last one. Not stored until `save`. */
+const isText = (value) => typeof value === "string";
+
+function isMessage(message) {
+  if (message?.role === "user") return isText(message.content);
+  if (message?.role !== "assistant" || !Array.isArray(message.versions)) return false;
+  return message.versions.length > 0 && message.versions.every((v) => isText(v?.content));
+}
+
+/** Parse a stored conversation. Returns null if it is damaged; fills in fields that are missing. */
+export function parse(json) {
+  let stored;
+  try {
+    stored = JSON.parse(json);
+  } catch {
+    return null;
+  }
+  if (!stored || !isText(stored.id) || !isText(stored.title)) return null;
+  if (!Array.isArray(stored.messages) || !stored.messages.every(isMessage)) return null;
+  const conversation = {
+    ...create(),
+    ...stored,
+    sampling: { ...SAMPLING, ...stored.sampling },
+  };
+  for (const message of conversation.messages) {
+    if (message.role !== "assistant") continue;
+    message.shown = Math.min(Math.max(0, message.shown | 0), message.versions.length - 1);
+    for (const version of message.versions) version.finish ??= "interrupted";
+  }
+  return conversation;
+}
+
+/** Make a conversation with the settings of the last one. It is not stored until `save`. */
 export function create() {
   const { system = "", sampling = {} } = prefs.get().last ?? {};
   const now = Date.now();
-  const id = `${now.toString(36)}-${Math.random().toString(36).slice(2, 8)}`;
-  return { id, title: "New conversation", named: false, created: now, updated: now, system, sampling: { ...SAMPLING, ...sampling }, draft: "", messages: [] };
+  return {
+    id: `${now.toString(36)}-${Math.random().toString(36).slice(2, 8)}`,
+    title: "New conversation",
+    named: false,
+    created: now,
+    updated: now,
+    system,
+    sampling: { ...SAMPLING, ...sampling },
+    draft: "",
+    messages: [],
+  };
 }
 
-/** All stored conversations, the last used first. */
+/** Load all conversations, the last used first. */
 export function all() {
   let names = [];
-  try { names = Object.keys(localStorage); } catch { /* none */ }
-  return [...new Set([...names, ...memory.keys()])].filter((n) => n.startsWith(PREFIX)).map((n) => parse(read(n))).filter(Boolean)
+  try {
+    names = Object.keys(localStorage);
+  } catch {
+    // only the conversations in memory
+  }
+  return [...new Set([...names, ...memory.keys()])]
+    .filter((name) => name.startsWith(PREFIX))
+    .map((name) => parse(read(name)))
+    .filter(Boolean)
     .sort((a, b) => b.updated - a.updated);
 }
 
-export const save = (c) => write(PREFIX + c.id, JSON.stringify(c));
+export const save = (conversation) => write(PREFIX + conversation.id, JSON.stringify(conversation));
 export const load = (id) => parse(read(PREFIX + id) ?? "null");
 export const drop = (id) => remove(PREFIX + id);
 
-/** `f(id)` when another tab has changed, added or deleted a conversation. */
-export function onForeignChange(f) {
-  addEventListener("storage", (e) => e.key?.startsWith(PREFIX) && f(e.key.slice(PREFIX.length)));
+/** Call `callback(id)` when another tab changes, adds or deletes a conversation. */
+export function onForeignChange(callback) {
+  addEventListener("storage", (e) => {
+    if (e.key?.startsWith(PREFIX)) callback(e.key.slice(PREFIX.length));
+  });
 }
 
 export const prefs = {
   get() {
-    try { return JSON.parse(read(PREFS)) ?? {}; } catch { return {}; }
+    try {
+      return JSON.parse(read(PREFS)) ?? {};
+    } catch {
+      return {};
+    }
   },
   set(changes) {
     write(PREFS, JSON.stringify({ ...prefs.get(), ...changes }));
   },
 };
 
-/** The version of a reply that is shown. */
-export const shown = (m) => m.versions[m.shown];
+/** Return the version of a reply that is shown. */
+export const shown = (message) => message.versions[message.shown];
 
-/** A title from what was first asked. */
+/** Make a title from the first message. */
 export function titleOf(content) {
-  const line = content.trim().split("\n")[0].replace(/^[#>*\s]+/, "").replace(/\s+/g, " ");
+  const firstLine = content.trim().split("\n")[0];
+  const line = firstLine.replace(/^[#>*\s]+/, "").replace(/\s+/g, " ");
   return line.length > 60 ? `${line.slice(0, 57).trimEnd()}…` : line || "New conversation";
 }
 
-/** The request's messages: everything up to (not including) `end`, replies without text left out. */
-export function messagesFor(c, end = c.messages.length) {
-  const turns = c.messages.slice(0, end).map((m) => (m.role === "user" ? { role: "user", content: m.content } : { role: "assistant", content: shown(m).content }));
-  return [...(c.system.trim() ? [{ role: "system", content: c.system }] : []), ...turns.filter((m) => m.role === "user" || m.content)];
+/** Make the messages of a request from the first `end` messages. Empty replies are left out. */
+export function messagesFor(conversation, end = conversation.messages.length) {
+  const messages = [];
+  if (conversation.system.trim()) messages.push({ role: "system", content: conversation.system });
+  for (const message of conversation.messages.slice(0, end)) {
+    const { role } = message;
+    const content = role === "user" ? message.content : shown(message).content;
+    if (role === "user" || content) messages.push({ role, content });
+  }
+  return messages;
 }
 
-/** The request's sampling fields. Without a limit of its own a reply may take a quarter of the model's `window`: a small model never comes to an end. */
-export function samplingFor(c, window) {
-  const given = Object.entries(c.sampling).filter(([k, v]) => k in SAMPLING && v !== null && v !== "");
-  return { max_tokens: Math.max(16, Math.min(2048, Math.floor((window ?? 4096) / 4))), ...Object.fromEntries(given) };
+/**
+ * Make the sampling fields of a request. The default limit is a quarter of the model's context,
+ * because small models often do not end their replies.
+ */
+export function samplingFor(conversation, contextLength) {
+  const limit = Math.min(2048, Math.floor((contextLength ?? 4096) / 4));
+  const isSet = ([name, value]) => name in SAMPLING && value !== null && value !== "";
+  const fields = Object.fromEntries(Object.entries(conversation.sampling).filter(isSet));
+  return { max_tokens: Math.max(16, limit), ...fields };
 }
 
-/** A conversation as Markdown, for reading. */
-export function asMarkdown(c) {
-  const parts = [`# ${c.title}`, ...(c.system.trim() ? [`> ${c.system.trim().replaceAll("\n", "\n> ")}`] : [])];
-  for (const m of c.messages) parts.push(m.role === "user" ? `## You\n\n${m.content}` : `## Model\n\n${shown(m).content}`);
+/** Write a conversation as Markdown. */
+export function asMarkdown(conversation) {
+  const parts = [`# ${conversation.title}`];
+  const system = conversation.system.trim();
+  if (system) parts.push(`> ${system.replaceAll("\n", "\n> ")}`);
+  for (const message of conversation.messages) {
+    if (message.role === "user") parts.push(`## You\n\n${message.content}`);
+    else parts.push(`## Model\n\n${shown(message).content}`);
+  }
   return `${parts.join("\n\n")}\n`;
 }
 
-/** A file name from a title. */
-export const fileName = (title, end) => `${title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 50) || "conversation"}.${end}`;
+/** Make a file name from a title. */
+export function fileName(title, extension) {
+  const words = title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "");
+  return `${words.slice(0, 50) || "conversation"}.${extension}`;
+}
