@@ -32,9 +32,9 @@ import torch
 
 import lamoe
 from lamoe.backends import cache_codec
+from lamoe.backends.base import Batch, Formats
 from lamoe.backends.cpu import native
 from lamoe.backends.cpu.backend import CpuBackend
-from lamoe.backends.paged_cache import PagedCache
 from lamoe.model.cache import View
 from lamoe.train import checkpoint
 from lamoe.train.data import heldout_rows, open_corpus
@@ -105,18 +105,14 @@ def by_kernels(packed: CpuBackend, ids: torch.Tensor, name: str) -> torch.Tensor
     """Return log-probabilities [rows, T, vocabulary]; all rows advance one token per step."""
     rows, length = ids.shape[0], ids.shape[1] - 1
     each = -(-length // 16)
-    cache = PagedCache(packed.config, rows * each, 16, name, packed.dtype)
+    cache = packed.new_cache(rows * each, 16, name)
     pages = torch.arange(rows * each, dtype=torch.int32)
     out = []
     for at in range(length):
         seqs = torch.tensor([[1, at + 1, i * each] for i in range(rows)], dtype=torch.int32)
-        out.append(
-            packed.run(
-                ids[:, at].tolist(), torch.full((rows,), at), seqs, pages, cache, list(range(rows))
-            )[0]
-            .float()
-            .log_softmax(-1)
-        )
+        positions, output_rows = torch.full((rows,), at), list(range(rows))
+        batch = Batch(ids[:, at].tolist(), positions, seqs, pages, output_rows)
+        out.append(packed.forward(batch, cache).output.float().log_softmax(-1))
     return torch.stack(out, 1)
 
 
@@ -213,7 +209,7 @@ def main() -> None:
         )
     if native.available():
         packed = CpuBackend.from_transformer(
-            lamoe.load(step / "model", dtype=torch.bfloat16), "bf16", args.threads
+            lamoe.load(step / "model", dtype=torch.bfloat16), Formats("bf16"), args.threads
         )
         formats = ["bf16", "int8", "6bit", "4bit"]
         print("\n| by the kernels | change of bits/byte | top-1 same | KL |\n|---|---|---|---|")

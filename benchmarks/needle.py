@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 import lamoe
+from lamoe.backends.torch_backend import TorchBackend
 from lamoe.measure import needle, plots
 from lamoe.model.config import ModelConfig, RopeScaling
 from lamoe.model.transformer import Transformer
@@ -209,7 +210,9 @@ def main() -> None:
     trained = time.perf_counter() - begin
     depths, panels = [i / (args.depths - 1) for i in range(args.depths)], {}
     for name, model in models.items():
-        found = needle.needle(model.eval(), make, args.lengths, depths, args.draws, args.seed)
+        found = needle.needle(
+            TorchBackend(model.eval()), make, args.lengths, depths, args.draws, args.seed
+        )
         panels[name] = {
             "lengths": args.lengths,
             "depths": depths,

@@ -51,10 +51,10 @@ import torch
 from cache import single_document_rows
 
 import lamoe
+from lamoe.backends.base import Backend, Formats
 from lamoe.backends.cpu import calibrate, native, packed, packed_file
 from lamoe.backends.cpu.backend import CpuBackend
 from lamoe.checkpoints import hf
-from lamoe.engine import score
 from lamoe.train import checkpoint
 from lamoe.train.data import open_corpus
 from lamoe.train.sources import read_documents
@@ -223,8 +223,8 @@ def stated_bits(run: CpuBackend) -> float:
         for kind in ("attention", "dense ffn", "experts", "shared experts", "head")
         if kind in found
     ]
-    return sum(native.BITS[c.formats[0]] * c.elements for c in every) / sum(
-        c.elements for c in every
+    return sum(native.BITS[c.formats[0]] * c.num_weights for c in every) / sum(
+        c.num_weights for c in every
     )
 
 
@@ -233,13 +233,10 @@ def stated_bits(run: CpuBackend) -> float:
 def predict(model, ids: torch.Tensor, batch: int = 4):
     """Yield log-probabilities of the next token, a few rows at a time: [rows, T, vocabulary]."""
     for part in ids.split(batch):
-        if isinstance(model, CpuBackend):
-            yield torch.stack(
-                [
-                    torch.cat(list(score.forward(model, row[:-1].tolist(), 512, True)))
-                    for row in part
-                ]
-            ).log_softmax(-1)
+        if isinstance(model, Backend):
+            rows = (model.run_sequence(row[:-1].tolist(), 512) for row in part)
+            logits = [torch.cat([result.output for result in row]) for row in rows]
+            yield torch.stack(logits).log_softmax(-1)
         else:
             yield model(part[:, :-1]).log_softmax(-1)
 
@@ -371,7 +368,7 @@ def main() -> None:
             run = (
                 packed_file.load(folders[name], args.threads)
                 if name in folders
-                else CpuBackend.from_transformer(model, kernels[name][0], args.threads, kernels[name][1])
+                else CpuBackend.from_transformer(model, Formats(*kernels[name]), args.threads)
             )
             if run.config != model.config:
                 raise ValueError(f"{folders[name]} was not made from {step}: the configs differ")

@@ -43,7 +43,12 @@ def source(folder: Path, family: str, seed: int = 0) -> Path:
 
 
 def pack(source: Path, target: Path, weights: str = "int4", **options) -> list:
-    return [piece for piece, _ in packed_file.write(source, target, Formats(weights, options.pop('head', None)), **options)]
+    return [
+        piece
+        for piece, _ in packed_file.write(
+            source, target, Formats(weights, options.pop("head", None)), **options
+        )
+    ]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

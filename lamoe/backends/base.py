@@ -171,9 +171,7 @@ class Backend(ABC):
         """
         first_output = 0 if last is None else len(ids) - last
         page_size = 16
-        cache = self.new_cache(
-            -(-len(ids) // page_size), page_size, self.lossless_cache_format
-        )
+        cache = self.new_cache(-(-len(ids) // page_size), page_size, self.lossless_cache_format)
         pages = torch.arange(cache.pages, dtype=torch.int32)
         for begin in range(0, len(ids), chunk):
             part = ids[begin : begin + chunk]
@@ -218,10 +216,10 @@ class Backend(ABC):
             flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             h.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             if len(flat) <= _HASH_WHOLE_BYTES:
-                h.update(flat.numpy())
+                h.update(memoryview(flat.numpy()))
                 continue
             last = len(flat) - _HASH_SAMPLE_BYTES
             for i in range(_HASH_SAMPLES):
                 at = last * i // (_HASH_SAMPLES - 1)
-                h.update(flat[at : at + _HASH_SAMPLE_BYTES].numpy())
+                h.update(memoryview(flat[at : at + _HASH_SAMPLE_BYTES].numpy()))
         return h.hexdigest()

@@ -13,9 +13,7 @@ _CGROUP_FILES = (
 )
 
 
-def available_memory(
-    device: torch.device | str = "cpu", root: Path = Path("/")
-) -> int | None:
+def available_memory(device: torch.device | str = "cpu", root: Path = Path("/")) -> int | None:
     """Return the bytes that this process may still take on a device; None if unknown.
 
     On the host: what the system calls available, or what is left of the control group's limit if

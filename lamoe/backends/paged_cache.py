@@ -56,7 +56,9 @@ class PagedCache:
     def nbytes(self) -> int:
         return self.rows.numel()
 
-    def write(self, layer: int, slots: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> None:
+    def write(
+        self, layer: int, slots: torch.Tensor, parts: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
         """Encode the two parts [N, width] of N rows and store them in `slots` [N]."""
         self.rows[layer].index_copy_(0, slots, cache_codec.encode(self.format, parts))
 
@@ -104,7 +106,7 @@ class Step:
 
     def views(self, layer: int, *new: torch.Tensor) -> list[View]:
         """Store the new rows of a layer and return what each group attends to."""
-        self.cache.write(layer, self.slot, tuple(part[0] for part in new))
+        self.cache.write(layer, self.slot, (new[0][0], new[1][0]))
         return [View(g.tokens, self.cache.read(layer, g.slots), g.first) for g in self.groups]
 
     def advance(self, tokens: int) -> None:

@@ -77,10 +77,7 @@ class TorchBackend(Backend):
             cache,
             batch.positions.to(self.device),
             torch.cat(new_slots).to(self.device),
-            [
-                Group(g.tokens, g.slots.to(self.device), _to(g.first, self.device))
-                for g in groups
-            ],
+            [Group(g.tokens, g.slots.to(self.device), _to(g.first, self.device)) for g in groups],
         )
 
 

@@ -117,9 +117,7 @@ def bench(args: argparse.Namespace) -> int:
         config = models.read_config(args.model)[0]
         make = bench.random_weights(config, Formats(args.weights, args.head))
     else:
-        make = bench.stored_weights(
-            models.find_model(args.model), Formats(args.weights, args.head)
-        )
+        make = bench.stored_weights(models.find_model(args.model), Formats(args.weights, args.head))
     result = bench.run(
         args.model,
         make,

@@ -114,9 +114,7 @@ def fit(
     free = math.inf if available is None else max(0, available - weights - states)
     given = cache_memory is not None
     if cache_memory is None:
-        cache_memory = int(
-            max(needed, min(DEFAULT_CONTEXTS * needed, DEFAULT_CACHE_BYTES, free))
-        )
+        cache_memory = int(max(needed, min(DEFAULT_CONTEXTS * needed, DEFAULT_CACHE_BYTES, free)))
     if cache_memory < needed:
         tokens = cache_memory // page_bytes * page_size
         raise ValueError(

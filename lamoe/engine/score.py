@@ -45,9 +45,7 @@ async def mean_state(engine: AsyncLLM, ids: list[int]) -> list[float]:
     def add_chunk(llm: LLM) -> bool:
         """Add the states of the next chunk; False when there is none."""
         nonlocal total, results
-        results = results or llm.backend.run_sequence(
-            ids, llm.scheduler.max_tokens, head=False
-        )
+        results = results or llm.backend.run_sequence(ids, llm.scheduler.max_tokens, head=False)
         result = next(results, None)
         if result is not None:
             chunk = result.output.float().sum(0)

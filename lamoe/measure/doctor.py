@@ -41,7 +41,14 @@ FLAGS = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
     *("avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16"),
 )
-VARIABLES = ("LAMOE_BACKEND", "LAMOE_IMPL", "LAMOE_ISA", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
+VARIABLES = (
+    "LAMOE_BACKEND",
+    "LAMOE_IMPL",
+    "LAMOE_ISA",
+    "OMP_NUM_THREADS",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+)
 # Differences from another order of summation stay below this share of the largest value. A wrong
 # kernel is off by far more.
 MARGIN = 1e-3
@@ -404,7 +411,9 @@ def _installation_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         runs = f"compiled, {kernels['isa']} (this CPU supports {', '.join(kernels['could'])})"
     else:
         runs = f"torch ops; the compiled kernels do not run: {kernels['why']}"
-    settings = [f"{v} {variables[v] or 'not set'}" for v in ("LAMOE_BACKEND", "LAMOE_IMPL", "LAMOE_ISA")]
+    settings = [
+        f"{v} {variables[v] or 'not set'}" for v in ("LAMOE_BACKEND", "LAMOE_IMPL", "LAMOE_ISA")
+    ]
     versions = {"lamoe": found["lamoe"], **found["versions"]}
     rows = [
         ("kernels", runs),

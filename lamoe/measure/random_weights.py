@@ -21,9 +21,7 @@ _STD = 0.02
 _BLOCKS = {"int8": (1088, 74.0), "int4": (576, 37.0)}
 
 
-def random_model(
-    config: ModelConfig, formats: Formats, threads: int = 0
-) -> CpuBackend:
+def random_model(config: ModelConfig, formats: Formats, threads: int = 0) -> CpuBackend:
     """Make a packed model of random weights with a standard deviation of about 0.02.
 
     Args:
@@ -59,11 +57,11 @@ def _fill(
     for at in range(0, len(out), len(source)):
         out[at : at + len(source)] = source[: len(out) - at]
     if kind not in _BLOCKS:
-        return out, [1.0] * tensor.count
+        return out, [1.0] * tensor.num_matrices
     block, rms = _BLOCKS[kind]
     # Group scales of +-0.5. The random sign matters for int4: its codebook has a nonzero mean.
     out.view(-1, block)[:, :64].bitwise_and_(0x80).bitwise_or_(0x70)
-    return out, [_STD / rms / 0.5] * tensor.count
+    return out, [_STD / rms / 0.5] * tensor.num_matrices
 
 
 def _normal(kind: str) -> torch.Tensor:

@@ -193,7 +193,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Held-out bits per byte (of the whole held-out text) or, on a part of it, bits per token: {"heldout_...": value}."""
     rows = data.heldout_rows(corpus, recipe.data.seq_len)
-    result = text_loss(TorchBackend(model), rows, recipe.batch.micro, max_tokens, recipe.data.document_mask)
+    result = text_loss(
+        TorchBackend(model), rows, recipe.batch.micro, max_tokens, recipe.data.document_mask
+    )
     out = {"heldout_bits_per_token": result.bits_per_token, "heldout_perplexity": result.perplexity}
     if max_tokens is None:
         out["heldout_bits_per_byte"] = result.bits_per_byte(corpus.heldout_bytes())

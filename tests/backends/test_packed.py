@@ -147,7 +147,9 @@ def test_bits_a_weight_at_the_widths_of_lite():
     """No filling at 2048, 1408 and 10944: exactly the stated bits."""
     c = ModelConfig.preset("deepseek-v2-lite")
     for weights, bits in (("int4", 4.5), ("int8", 8.5)):
-        found = packed.weight_classes(c, Formats(weights), packed.packed_tensors(c, Formats(weights)))
+        found = packed.weight_classes(
+            c, Formats(weights), packed.packed_tensors(c, Formats(weights))
+        )
         for kind in ("experts", "shared experts", "dense ffn", "head", "attention"):
             assert 8 * found[kind].num_bytes == bits * found[kind].num_weights, kind
         assert 8 * found["kv_b"].num_bytes == 8.5 * found["kv_b"].num_weights
@@ -163,7 +165,9 @@ def test_a_class_that_is_left_out_is_an_error(kind):
         packed.weight_classes(c, Formats("int4"), [p for p in pieces if p.weight_class(c) != kind])
     with pytest.raises(ValueError, match=f"{kind} should be .* came out as .*bf16"):
         packed.weight_classes(
-            c, Formats("int4"), [p._replace(format="bf16") if p.weight_class(c) == kind else p for p in pieces]
+            c,
+            Formats("int4"),
+            [p._replace(format="bf16") if p.weight_class(c) == kind else p for p in pieces],
         )
 
 
@@ -305,7 +309,9 @@ def test_a_second_writer_waits_its_turn(tmp_path):
     next(first)
     with pytest.raises(ValueError, match="another process is writing"):
         pack(model, tmp_path / "out")
-    assert len(list(first)) == len(list(packed.packed_tensors(FAMILIES["mla"], Formats("int4")))) - 1
+    assert (
+        len(list(first)) == len(list(packed.packed_tensors(FAMILIES["mla"], Formats("int4")))) - 1
+    )
     packed_file.load(tmp_path / "out")
 
 
@@ -608,5 +614,7 @@ def test_loss_of_a_packed_model_is_the_models(trained):
         assert np.allclose(
             got.load, want.load, atol=0.05
         )  # the torch pass counts the tokens that fill a row up, too
-        coarse = text_loss(CpuBackend.from_transformer(model, Formats("int4")), rows(), document_mask=mask)
+        coarse = text_loss(
+            CpuBackend.from_transformer(model, Formats("int4")), rows(), document_mask=mask
+        )
         assert coarse.nats != got.nats and coarse.nats == pytest.approx(want.nats, rel=0.1)

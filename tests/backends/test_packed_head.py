@@ -85,9 +85,9 @@ def test_the_head_alone_is_stored_otherwise(tmp_path, family, weights, head):
         for key, (data, _) in plain.packed.items()
         if key != "head"
     )
-    assert sum(run.tensor_bytes().values()) - sum(plain.tensor_bytes().values()) == native.mat_bytes(
-        head, *w.shape
-    ) - native.mat_bytes(weights, *w.shape)
+    assert sum(run.tensor_bytes().values()) - sum(
+        plain.tensor_bytes().values()
+    ) == native.mat_bytes(head, *w.shape) - native.mat_bytes(weights, *w.shape)
     assert packed_file.bits_per_weight(tmp_path / "out") == pytest.approx(
         8 * sum(run.tensor_bytes().values()) / lamoe.accounting.parameters(run.config).total
     )
@@ -97,7 +97,9 @@ def test_the_head_alone_is_stored_otherwise(tmp_path, family, weights, head):
         LLM(model, weights=weights, head=head),
         LLM(lamoe.load(model), weights=weights, head=head),
     ):  # quantised while loading
-        assert tokens(memory, family) == said and memory.plan().weights == sum(run.tensor_bytes().values())
+        assert tokens(memory, family) == said and memory.plan().weights == sum(
+            run.tensor_bytes().values()
+        )
 
 
 @pytest.mark.parametrize("family", ["mla q_lora", "gqa tied", "odd widths"])
@@ -111,10 +113,17 @@ def test_tokens_are_those_of_the_torch_model_with_that_head(tmp_path, family, he
     kept = native.unpack(head, *native.pack(head, w)[:1], *w.shape, native.pack(head, w)[1])
     got = torch.cat(
         list(
-            states_of(CpuBackend.from_transformer(lamoe.load(model), Formats("fp32", head)), ids.tolist(), 32, head=True)
+            states_of(
+                CpuBackend.from_transformer(lamoe.load(model), Formats("fp32", head)),
+                ids.tolist(),
+                32,
+                head=True,
+            )
         )
     )
-    states = torch.cat(list(states_of(backends.load(lamoe.load(model), backend="torch"), ids.tolist(), 60)))
+    states = torch.cat(
+        list(states_of(backends.load(lamoe.load(model), backend="torch"), ids.tolist(), 60))
+    )
     want = states @ kept.T
     padded = torch.nn.functional.pad(states, (0, -k % 64)).unflatten(-1, (-1, 64))
     off = (
@@ -141,7 +150,9 @@ def test_bytes_of_the_class():
         found = packed.weight_classes(c, Formats(weights, head), done)
         assert (
             found["head"].formats == (head,)
-            and 8 * found["head"].num_bytes == bits * found["head"].num_weights == bits * 102400 * 2048
+            and 8 * found["head"].num_bytes
+            == bits * found["head"].num_weights
+            == bits * 102400 * 2048
         )
         assert found["experts"].formats == found["attention"].formats == (weights,)
         with pytest.raises(ValueError, match=f"head should be {weights} and came out as {head}"):

@@ -250,7 +250,9 @@ def test_an_error_that_belongs_to_a_sequence_ends_it_alone(
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_who_stops_the_program_stops_it(error, monkeypatch):
     engine = llm()
-    monkeypatch.setattr("lamoe.engine.next_token.sample", lambda *args: (_ for _ in ()).throw(error()))
+    monkeypatch.setattr(
+        "lamoe.engine.next_token.sample", lambda *args: (_ for _ in ()).throw(error())
+    )
     with pytest.raises(error):
         engine.generate(prompts(5), SamplingParams(seed=1))
     assert idle(engine)  # what was asked for is taken back

@@ -25,7 +25,9 @@ from lamoe.train import checkpoint
 from oracles import tiny
 from tiny_run import trained  # noqa: F401 (trained is a fixture)
 
-backends_load = importlib.import_module("lamoe.backends.load")  # the package exports a function `load`
+backends_load = importlib.import_module(
+    "lamoe.backends.load"
+)  # the package exports a function `load`
 STATE_LIMIT = 128 << 20  # kStateLimit of csrc/model/cost.h
 LITE = ModelConfig.preset("deepseek-v2-lite")
 LITE_16 = 2 * accounting.parameters(LITE).total
@@ -177,7 +179,9 @@ def test_the_plan_counts_them():
     with pytest.raises(
         ValueError, match=re.escape(f"lower cache_memory to at most {human_bytes(101 * page)}")
     ):
-        fit(LITE, LITE_16, "bf16", 200 * page, 1600, 3, 16, LITE_16 + 101 * page + partial, states())
+        fit(
+            LITE, LITE_16, "bf16", 200 * page, 1600, 3, 16, LITE_16 + 101 * page + partial, states()
+        )
 
 
 @pytest.mark.skipif(not native.available(), reason="needs the compiled kernels")

@@ -206,7 +206,8 @@ def test_a_dense_model_is_measured_too():
     assert [len(x.seconds) for x in lines] == [3, 3, 1, 1, 2] and all(x.rate > 0 for x in lines)
     weights = sum(run.model.tensor_bytes().values()) - run.model.tensor_bytes()["embed"]
     assert (
-        lines[0].bytes == pytest.approx(weights + run.model.tensor_bytes()["embed"] / run.config.vocab_size)
+        lines[0].bytes
+        == pytest.approx(weights + run.model.tensor_bytes()["embed"] / run.config.vocab_size)
         and lines[1].bytes > lines[0].bytes
     )
 

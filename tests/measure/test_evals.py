@@ -80,7 +80,9 @@ def test_without_the_document_mask_other_documents_are_context():
 def test_a_uniform_model_needs_log2_of_the_vocabulary():
     m = model()
     torch.nn.init.zeros_(m.head.weight)
-    assert text_loss(TorchBackend(m), rows()).bits_per_token == pytest.approx(math.log2(300), rel=1e-6)
+    assert text_loss(TorchBackend(m), rows()).bits_per_token == pytest.approx(
+        math.log2(300), rel=1e-6
+    )
     assert text_loss(TorchBackend(m), rows()).perplexity == pytest.approx(300, rel=1e-5)
 
 
@@ -170,12 +172,16 @@ def test_a_needle_is_found_when_greedy_decoding_says_it(chunk, monkeypatch):
     """Wherever chunks end, inside the answer too; and any wrong token of an answer is noticed."""
     monkeypatch.setattr(needle, "CHUNK", chunk)
     m = model()
-    assert needle.needle(TorchBackend(m), own_continuation(m), [8, 30], [0.0, 0.5, 1.0], 3).tolist() == [
+    assert needle.needle(
+        TorchBackend(m), own_continuation(m), [8, 30], [0.0, 0.5, 1.0], 3
+    ).tolist() == [
         [1, 1],
         [1, 1],
         [1, 1],
     ]
-    found = needle.needle(TorchBackend(m), own_continuation(m, wrong={0, 4, 8, 9}), [8, 30], [0.0, 0.5, 1.0], 3)
+    found = needle.needle(
+        TorchBackend(m), own_continuation(m, wrong={0, 4, 8, 9}), [8, 30], [0.0, 0.5, 1.0], 3
+    )
     assert found == pytest.approx(
         np.array([[2 / 3, 2 / 3], [2 / 3, 1], [2 / 3, 1]])
     )  # depth by depth of length 8, then of 30

@@ -210,12 +210,17 @@ def test_several_sources_and_layers(tmp_path):
         )
     )
     folder = checkpoint.latest(tmp_path / "run") / "model"
-    r = report.evaluate_run(backends.load(folder, backend="torch"), Tokenizer.load(folder), tmp_path / "run")
+    r = report.evaluate_run(
+        backends.load(folder, backend="torch"), Tokenizer.load(folder), tmp_path / "run"
+    )
     assert [h["source"] for h in r["heldout"]] == [str(a), str(b)] and r["moe_layers"] == [2, 3]
     from lamoe.train.data import heldout_rows
 
     corpus = open_corpus(tmp_path / "run" / "data")
-    parts = [text_loss(backends.load(folder, backend="torch"), heldout_rows(corpus, 32, s)) for s in (str(a), str(b))]
+    parts = [
+        text_loss(backends.load(folder, backend="torch"), heldout_rows(corpus, 32, s))
+        for s in (str(a), str(b))
+    ]
     want = sum(p.load * p.targets for p in parts) / sum(p.targets for p in parts)
     assert np.allclose(r["expert_load"], want) and parts[0].targets != parts[1].targets
     text = tables.report(r, "x")

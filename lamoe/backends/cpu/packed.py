@@ -36,7 +36,7 @@ class PackedTensor(NamedTuple):
     """One tensor of a packed model, as a recipe: `build(read, i)` makes its i-th matrix.
 
     layer: -1 outside the layers.
-    format: fp32 | bf16 | int8 | int4 for `count` matrices [n outputs, k inputs] in kernel layout;
+    format: fp32 | bf16 | int8 | int4 for `num_matrices` matrices [n outputs, k inputs] in kernel layout;
         "raw" for plain elements [n, k]; None for a float32 vector [n].
     """
 
@@ -45,7 +45,7 @@ class PackedTensor(NamedTuple):
     format: str | None
     n: int
     k: int
-    count: int
+    num_matrices: int
     build: Callable[[Read, int], torch.Tensor]
 
     @property
@@ -66,7 +66,7 @@ class PackedTensor(NamedTuple):
         if self.name in ("uk_rows", "uv_elem"):
             return 0
         if self.name == "e13":
-            return 2 * config.moe_intermediate_size * self.k * self.count
+            return 2 * config.moe_intermediate_size * self.k * self.num_matrices
         if self.name == "w13":
             shared = config.is_moe_layer(self.layer)
             width = (
@@ -74,8 +74,8 @@ class PackedTensor(NamedTuple):
                 if shared
                 else config.intermediate_size
             )
-            return 2 * width * self.k * self.count
-        return self.n * self.k * self.count
+            return 2 * width * self.k * self.num_matrices
+        return self.n * self.k * self.num_matrices
 
 
 _CLASS_OF_NAME = {
@@ -154,9 +154,7 @@ def _vector(layer: int, name: str, n: int, source: str) -> PackedTensor:
     return PackedTensor(layer, name, None, n, 1, 1, lambda read, i: read(f"{source}.weight"))
 
 
-def _layer(
-    config: ModelConfig, layer: int, weights: str, element: str
-) -> Iterator[PackedTensor]:
+def _layer(config: ModelConfig, layer: int, weights: str, element: str) -> Iterator[PackedTensor]:
     prefix = f"model.layers.{layer}."
     yield _vector(layer, "attn_norm", config.hidden_size, f"{prefix}input_layernorm")
     attention = _mla if config.is_mla else _attention
@@ -166,9 +164,7 @@ def _layer(
 
 
 def _linear(layer: int, name: str, weights: str, n: int, k: int, source: str) -> PackedTensor:
-    return PackedTensor(
-        layer, name, weights, n, k, 1, lambda read, i: read(f"{source}.weight")
-    )
+    return PackedTensor(layer, name, weights, n, k, 1, lambda read, i: read(f"{source}.weight"))
 
 
 def _attention(
@@ -192,9 +188,7 @@ def _mla(
     else:
         yield _linear(layer, "wq_a", weights, c.q_lora_rank, d, f"{prefix}q_a_proj")
         yield _vector(layer, "q_norm", c.q_lora_rank, f"{prefix}q_a_layernorm")
-        yield _linear(
-            layer, "wq_b", weights, h * c.qk_head_dim, c.q_lora_rank, f"{prefix}q_b_proj"
-        )
+        yield _linear(layer, "wq_b", weights, h * c.qk_head_dim, c.q_lora_rank, f"{prefix}q_b_proj")
     row = latent + c.qk_rope_head_dim
     yield _linear(layer, "wkv_a", weights, row, d, f"{prefix}kv_a_proj_with_mqa")
     yield _vector(layer, "kv_norm", latent, f"{prefix}kv_a_layernorm")
@@ -232,17 +226,13 @@ def _mla(
     yield _linear(layer, "wo", weights, d, h * v, f"{prefix}o_proj")
 
 
-def _feed_forward(
-    c: ModelConfig, layer: int, weights: str, prefix: str
-) -> Iterator[PackedTensor]:
+def _feed_forward(c: ModelConfig, layer: int, weights: str, prefix: str) -> Iterator[PackedTensor]:
     d, f = c.hidden_size, c.moe_intermediate_size
     if not c.is_moe_layer(layer):
         yield from _swiglu(layer, "w", weights, d, c.intermediate_size, 1, lambda i: prefix)
         return
     gate = f"{prefix}gate.weight"
-    yield PackedTensor(
-        layer, "gate", "fp32", c.n_routed_experts, d, 1, lambda read, i: read(gate)
-    )
+    yield PackedTensor(layer, "gate", "fp32", c.n_routed_experts, d, 1, lambda read, i: read(gate))
     if c.n_shared_experts:
         width, shared = c.n_shared_experts * f, f"{prefix}shared_experts."
         yield from _swiglu(layer, "w", weights, d, width, 1, lambda i: shared)
@@ -280,7 +270,8 @@ def _padded(size: int, multiple: int) -> int:
 def _rounded(fmt: str, w: torch.Tensor) -> torch.Tensor:
     """Return `w` with the values that it has after packing."""
     data, scale = native.pack(fmt, w)
-    return native.unpack(fmt, data, *w.shape, scale)
+    n, k = w.shape
+    return native.unpack(fmt, data, n, k, scale)
 
 
 def _key_up_rows(kv_b: torch.Tensor, config: ModelConfig, fmt: str) -> torch.Tensor:
@@ -300,7 +291,7 @@ def pack_tensor(
     Args:
         element: fp32 or bf16, what raw elements are stored as.
     """
-    for i in range(tensor.count):
+    for i in range(tensor.num_matrices):
         w = tensor.build(read, i)
         if tensor.format is None or tensor.format == "raw":
             narrow = tensor.format == "raw" and element == "bf16"
@@ -316,7 +307,7 @@ def packed_bytes(tensor: PackedTensor, element: str) -> int:
         return 4 * tensor.n
     if tensor.format == "raw":
         return tensor.n * tensor.k * (4 if element == "fp32" else 2)
-    return tensor.count * native.mat_bytes(tensor.format, tensor.n, tensor.k)
+    return tensor.num_matrices * native.mat_bytes(tensor.format, tensor.n, tensor.k)
 
 
 class WeightClass(NamedTuple):

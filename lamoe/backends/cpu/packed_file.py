@@ -150,13 +150,13 @@ def load(folder: str | Path, threads: int = 0, available: int | None = None) -> 
         # Private pages: nothing is ever written, but torch wants writable memory.
         mapped = np.memmap(path, dtype=np.uint8, mode="c")
         if huge:
-            native.request_huge_pages(mapped._mmap)
+            native.request_huge_pages(mapped._mmap)  # type: ignore[attr-defined]
         start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
         for tensor in wanted:
             begin = start + header[tensor.key].begin
             end = begin + packed.packed_bytes(tensor, element)
             scale_begin = start + header[f"{tensor.key}.scale"].begin
-            scales = mapped[scale_begin : scale_begin + 4 * tensor.count].view(np.float32)
+            scales = mapped[scale_begin : scale_begin + 4 * tensor.num_matrices].view(np.float32)
             if begin % _ALIGN or not np.isfinite(scales).all():
                 raise ValueError(
                     f"{path}: {tensor.key!r} does not lie at a multiple of {_ALIGN} bytes, or has "
@@ -195,7 +195,7 @@ def _checked_header(
     """
     header = shards.read_header(path)
     want = {t.key: ("U8", _padded(packed.packed_bytes(t, element))) for t in wanted}
-    want |= {f"{t.key}.scale": ("F32", t.count) for t in wanted}
+    want |= {f"{t.key}.scale": ("F32", t.num_matrices) for t in wanted}
     wrong = [
         key
         for key in want.keys() | header.keys()
@@ -315,7 +315,9 @@ def _check_target(target: Path, quantization: dict, names: set[str]) -> None:
     differences = ""
     if not strange and found.get("quant_method") == METHOD:
         changed = {k: v for k, v in quantization.items() if found.get(k) != v}
-        differences = "; " + ", ".join(f"{k} was {found.get(k)}, is {v}" for k, v in changed.items())
+        differences = "; " + ", ".join(
+            f"{k} was {found.get(k)}, is {v}" for k, v in changed.items()
+        )
     raise ValueError(
         f"{target} is not empty and not the beginning of this packed model "
         f"({shards.few(strange or present)}{differences}); name another folder, or delete it"
@@ -357,7 +359,7 @@ def _write_file(
         all_scales = []
         for tensor, size in zip(tensors, sizes):
             for data, scale in packed.pack_tensor(tensor, read, element, weigh):
-                f.write(data.numpy())
+                f.write(memoryview(data.numpy()))
                 all_scales.append(scale)
             f.write(b"\0" * (_padded(size) - size))
             yield tensor, size
@@ -376,10 +378,10 @@ def _header_bytes(tensors: list[PackedTensor], sizes: list[int]) -> bytes:
         header[tensor.key] = {"dtype": "U8", "shape": [end - at], "data_offsets": [at, end]}
         at = end
     for tensor in tensors:
-        end = at + 4 * tensor.count
+        end = at + 4 * tensor.num_matrices
         header[f"{tensor.key}.scale"] = {
             "dtype": "F32",
-            "shape": [tensor.count],
+            "shape": [tensor.num_matrices],
             "data_offsets": [at, end],
         }
         at = end
