@@ -3,10 +3,10 @@
 `CompletionBuilder` and `ChatBuilder` have the same methods:
 
 - `prepare`: computes what the responses need besides the generated tokens.
-- `envelope`: the fields of a response object around its choices.
-- `choice`: one finished choice of a whole response.
-- `first_choices`: the choices to stream before the first token of a sequence.
-- `delta_choices`: the choices to stream for one step of a sequence.
+- `envelope`: returns the fields of a response object besides its choices.
+- `choice`: builds one finished choice of a whole response.
+- `first_choices`: builds the choices to stream before the first token of a sequence.
+- `delta_choices`: builds the choices to stream for one step of a sequence.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class CompletionBuilder:
         self._text_positions: dict[int, _TextPosition] = {}  # by choice index
 
     def envelope(self, streaming: bool = False) -> dict[str, Any]:
-        """Return the fields around the choices. `streaming` changes nothing in this API."""
+        """Return the fields of a response object besides its choices, also of streamed ones."""
         return {
             "id": self.id,
             "object": "text_completion",
@@ -215,7 +215,7 @@ class ChatBuilder:
         self._splitters: dict[int, tool_calls.Splitter] = {}  # by choice index
 
     def envelope(self, streaming: bool = False) -> dict[str, Any]:
-        """Return the fields around the choices."""
+        """Return the fields of a response object besides its choices."""
         return {
             "id": self.id,
             "object": "chat.completion.chunk" if streaming else "chat.completion",

@@ -145,7 +145,7 @@ class _Call:
         scope["state"] = {**scope.get("state", {}), "id": self.id, "log": self.log_fields}
         self.started = time.perf_counter()
         self.body_deadline = time.monotonic() + guard.settings.body_timeout
-        self.status = 0  # status of the response; 0 before it begins
+        self.status = 0  # HTTP status; 0 before the response begins
         self.body_bytes = 0
         self.body_complete = False
         self.disconnected = False

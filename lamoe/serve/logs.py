@@ -8,7 +8,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-# Libraries whose messages below WARNING are of no use to an operator.
+# Libraries whose debug and info messages do not help an operator.
 QUIET_LOGGERS = (
     "httpx",
     "httpx2",

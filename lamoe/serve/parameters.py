@@ -82,7 +82,7 @@ async def compile_grammar(service: Service, body: Sampling) -> Grammar | None:
     form = body.response_format
     if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
         raise invalid_value(
-            "response_format: json_schema belongs to type json_schema, and to no other",
+            "response_format: the field json_schema belongs to type json_schema only",
             "response_format",
         )
     makers = _grammar_makers(body)

@@ -138,7 +138,7 @@ class Service:
         self.requests += 1
 
     def release(self, sequences: int) -> None:
-        """Give back the places of sequences that were admitted together."""
+        """Release sequences that one call of `admit` has admitted."""
         self.admitted -= sequences
         self.requests -= 1
 

@@ -78,10 +78,10 @@ class Settings:
         None, "name of the model in the API; default: the name of its folder"
     )
     max_model_len: int | None = _option(
-        None, "longest prompt plus output in tokens; default: the model's context length", int
+        None, "maximum tokens of prompt plus output; default: the model's context length", int
     )
-    max_num_seqs: int = _option(64, "most sequences that run at once", int)
-    max_num_batched_tokens: int = _option(512, "most tokens in one engine step", int)
+    max_num_seqs: int = _option(64, "maximum number of sequences that run at once", int)
+    max_num_batched_tokens: int = _option(512, "maximum number of tokens in one engine step", int)
     weights: str | None = _option(
         None,
         "storage format of the weights: fp32, bf16, int8 (8.5 bits per weight, group scales "
@@ -109,12 +109,14 @@ class Settings:
     threads: int = _option(0, "number of CPU threads; 0 uses all cores", int)
     seed: int | None = _option(None, "sampling seed of requests that do not set one", int)
     max_queued_requests: int = _option(
-        128, "most sequences that may wait; further requests get 429 with Retry-After", int
+        128, "maximum number of waiting sequences; further requests get 429 with Retry-After", int
     )
-    max_choices: int = _option(128, "most sequences (prompts x n) in one request", int)
-    max_body_bytes: int = _option(8 << 20, "largest request body", parse_bytes)
-    max_header_bytes: int = _option(32 << 10, "largest request headers", parse_bytes)
-    max_connections: int = _option(1024, "most open connections; further ones get 503", int)
+    max_choices: int = _option(128, "maximum number of sequences (prompts x n) in one request", int)
+    max_body_bytes: int = _option(8 << 20, "maximum size of a request body", parse_bytes)
+    max_header_bytes: int = _option(32 << 10, "maximum size of the request headers", parse_bytes)
+    max_connections: int = _option(
+        1024, "maximum number of open connections; further ones get 503", int
+    )
     request_timeout: float = _option(
         600.0, "seconds from a request to the end of its response", float
     )

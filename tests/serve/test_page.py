@@ -317,7 +317,9 @@ def test_key_is_asked_for_until_it_is_right(tabs, server):
     expect(reply(page)).to_contain_text("latent vector")
     assert page.evaluate("sessionStorage['lamoe:key']") == "right-key"
     assert "right-key" not in page.evaluate("JSON.stringify(localStorage)")
-    server.key = "another"  # as after a restart: the next message asks for the key, then continues
+    server.key = (
+        "another"  # a restart with another key: the next message asks for it, then continues
+    )
     send(page, "and now?", wait=False)
     expect(dialog).to_be_visible()
     page.locator("#key").fill("another")
@@ -334,7 +336,7 @@ def test_key_is_asked_for_until_it_is_right(tabs, server):
 
 def test_page_waits_for_an_unreachable_server(page, server):
     server.down = True
-    # as when the user returns to the tab: the page checks the server at once
+    # When the user returns to the tab, the page polls the server at once.
     page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
     expect(page.locator("#banner")).to_contain_text("cannot be reached")
     send(page, "are you there?", wait=False)

@@ -197,7 +197,7 @@ def test_incomplete_headers_close_the_connection():
                 while before and not got.endswith(b"}"):
                     got += sock.recv(4096)
                 sock.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n")
-                assert sock.recv(4096) == b""  # closed
+                assert sock.recv(4096) == b""  # the server closed the connection
         # a connection with a long response is not idle
         with server.client.stream(
             "POST", "/v1/completions", json=LONG | {"max_tokens": 800, "stream": True}

@@ -97,7 +97,7 @@ $("latest").addEventListener("click", () => {
 new ResizeObserver(follow).observe($("scroll"));
 
 // ---- generating ---------------------------------------------------------------------------------
-/** Store a conversation as the last used one. */
+/** Mark a conversation as used now, and store it. */
 function touch(conversation) {
   conversation.updated = Date.now();
   const others = conversations.filter((c) => c.id !== conversation.id);

@@ -15,7 +15,7 @@ let actions = null;
 let isTooLong = false;
 let countTimer = 0;
 let saveTimer = 0;
-let numChanges = 0; // tells whether a token count is still of the present draft
+let numChanges = 0; // a token count that arrives after a further change is dropped
 
 /** Connect the message box. */
 export function buildComposer(callbacks) {

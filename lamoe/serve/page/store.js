@@ -113,7 +113,7 @@ export function all() {
   try {
     names = Object.keys(localStorage);
   } catch {
-    // only the conversations in memory
+    // without localStorage, there are only the conversations in memory
   }
   return [...new Set([...names, ...memory.keys()])]
     .filter((name) => name.startsWith(PREFIX))
