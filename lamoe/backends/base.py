@@ -216,10 +216,10 @@ class Backend(ABC):
             flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             h.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             if len(flat) <= _HASH_WHOLE_BYTES:
-                h.update(memoryview(flat.numpy()))
+                h.update(flat.numpy().data)
                 continue
             last = len(flat) - _HASH_SAMPLE_BYTES
             for i in range(_HASH_SAMPLES):
                 at = last * i // (_HASH_SAMPLES - 1)
-                h.update(memoryview(flat[at : at + _HASH_SAMPLE_BYTES].numpy()))
+                h.update(flat[at : at + _HASH_SAMPLE_BYTES].numpy().data)
         return h.hexdigest()

@@ -54,7 +54,7 @@ def test_moments_are_those_of_the_model(tmp_path, family):
     assert quantised == set(got)
     for p in packed.packed_tensors(c, Formats("int4")):
         if p.format == "int4":
-            assert got[p.key](p.count - 1).shape == (p.k, p.k)
+            assert got[p.key](p.num_matrices - 1).shape == (p.k, p.k)
 
 
 def test_experts_lean_on_their_layer():

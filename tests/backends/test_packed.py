@@ -190,7 +190,7 @@ def test_files_are_plain_aligned_safetensors(tmp_path, family, weights):
     for p in packed.packed_tensors(c, Formats(weights)):
         size = packed.packed_bytes(p, packed.element_format(Formats(weights)))
         assert seen[p.key].numel() == size + -size % 64 and seen[f"{p.key}.scale"].shape == (
-            p.count,
+            p.num_matrices,
         )
     run = packed_file.load(tmp_path / "packed")
     memory = CpuBackend.from_transformer(lamoe.load(tmp_path / "model"), Formats(weights))

@@ -359,7 +359,7 @@ def _write_file(
         all_scales = []
         for tensor, size in zip(tensors, sizes):
             for data, scale in packed.pack_tensor(tensor, read, element, weigh):
-                f.write(memoryview(data.numpy()))
+                f.write(data.numpy().data)
                 all_scales.append(scale)
             f.write(b"\0" * (_padded(size) - size))
             yield tensor, size
