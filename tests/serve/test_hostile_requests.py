@@ -114,10 +114,8 @@ def test_large_body_is_refused_by_its_content_length(server):
     assert b"body_too_large" in got
     assert time.perf_counter() - started < 2
     chunks = [b"100000\r\n" + b"a" * 0x100000 + b"\r\n"] * 12  # 12 MB without a Content-Length
-    assert (
-        b" 413 "
-        in raw(server, HEAD + b"transfer-encoding: chunked\r\n\r\n", more=chunks).split(b"\r\n")[0]
-    )
+    got = raw(server, HEAD + b"transfer-encoding: chunked\r\n\r\n", more=chunks)
+    assert b" 413 " in got.split(b"\r\n")[0]
 
 
 def test_smuggled_request_needs_its_own_key(server):
@@ -232,13 +230,9 @@ def test_json_bodies(server, body):
     ],
 )
 def test_bodies_in_other_encodings(server, data):
-    assert server.client.post("/v1/completions", content=data, headers=JSON).status_code == 400
-    assert (
-        server.client.post(
-            "/v1/completions", content=data, headers=JSON | {"content-encoding": "gzip"}
-        ).status_code
-        == 400
-    )
+    for headers in (JSON, JSON | {"content-encoding": "gzip"}):
+        r = server.client.post("/v1/completions", content=data, headers=headers)
+        assert r.status_code == 400
 
 
 # ---- fields --------------------------------------------------------------------------------------

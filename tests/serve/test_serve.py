@@ -264,12 +264,11 @@ def test_chat_stream_equals_whole_response(server):
         mine = [e["choices"][0] for e in events[:-1] if e["choices"][0]["index"] == i]
         assert mine[0]["delta"] == {"role": "assistant", "content": ""}
         assert mine[-1]["finish_reason"] == whole["choices"][i]["finish_reason"]
-        assert (
-            "".join(c["delta"].get("content", "") for c in mine)
-            == whole["choices"][i]["message"]["content"]
-        )
+        text = "".join(c["delta"].get("content", "") for c in mine)
+        assert text == whole["choices"][i]["message"]["content"]
         got = [t for c in mine if c["logprobs"] for t in c["logprobs"]["content"]]
-        assert rounded(got) == rounded(whole["choices"][i]["logprobs"]["content"]) and len(got) > 5
+        assert len(got) > 5
+        assert rounded(got) == rounded(whole["choices"][i]["logprobs"]["content"])
     first = whole["choices"][0]["logprobs"]["content"][0]
     assert len(first["top_logprobs"]) == 2
     assert first["top_logprobs"][0]["logprob"] >= first["top_logprobs"][1]["logprob"]
@@ -283,21 +282,13 @@ def test_chat_stream_equals_whole_response(server):
 def test_tools_are_refused_without_a_tool_template(server):
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
     message = [{"role": "user", "content": "hi"}]
-    assert (
-        server.error(400, "/v1/chat/completions", messages=message, tools=tools)["param"] == "tools"
-    )
-    assert (
-        server.error(400, "/v1/chat/completions", messages=message, tool_choice="auto")["param"]
-        == "tools"
-    )
-    assert (
-        server.error(
-            400,
-            "/v1/chat/completions",
-            messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}],
-        )["param"]
-        == "messages"
-    )
+    orphan = [{"role": "tool", "content": "x", "tool_call_id": "1"}]
+    for body, param in (
+        ({"messages": message, "tools": tools}, "tools"),
+        ({"messages": message, "tool_choice": "auto"}, "tools"),
+        ({"messages": orphan}, "messages"),
+    ):
+        assert server.error(400, "/v1/chat/completions", **body)["param"] == param
 
 
 def test_model_without_some_features():

@@ -90,21 +90,11 @@ def test_bodies_and_logprobs_in_memory_are_bounded(monkeypatch):
         for sock in slow:
             sock.close()
         until(lambda: server.serving._app.held_bytes == 0)
-        assert (
-            server.error(400, prompt="a", n=128, max_tokens=4000, logprobs=20)["code"]
-            == "too_many_logprobs"
-        )
-        assert (
-            server.error(
-                400,
-                "/v1/chat/completions",
-                messages=[{"role": "user", "content": "a"}],
-                n=100,
-                logprobs=True,
-                top_logprobs=20,
-            )["param"]
-            == "logprobs"
-        )
+        many = dict(prompt="a", n=128, max_tokens=4000, logprobs=20)
+        assert server.error(400, **many)["code"] == "too_many_logprobs"
+        messages = [{"role": "user", "content": "a"}]
+        many = dict(messages=messages, n=100, logprobs=True, top_logprobs=20)
+        assert server.error(400, "/v1/chat/completions", **many)["param"] == "logprobs"
 
 
 # ---- disconnecting clients -----------------------------------------------------------------------
@@ -118,10 +108,8 @@ def test_client_disconnects_during_generation(stream):
         until(server.idle, 1.0)
         [id] = server.service._expert_loads  # also kept for requests that were cut short
         load = server.client.get(f"/lamoe/requests/{id}/experts").json()["load"]
-        assert (
-            sum(load[0])
-            >= server.service.generated_tokens * paced().model.config.num_experts_per_tok / 2
-        )
+        per_token = server.service.config.num_experts_per_tok
+        assert sum(load[0]) >= server.service.generated_tokens * per_token / 2
         assert server.service.generated_tokens < 3 * CONTEXT / 2
         assert "lamoe_disconnected_total 1.0" in server.client.get("/metrics").text
 
@@ -294,18 +282,17 @@ def test_non_finite_logits_fail_only_their_own_request(monkeypatch):
         def poisoned(*args):
             nan = float("nan")
             return [
-                (seq, logits * nan, [(nan, 0)] * len(looks))
+                (seq, logits * nan, [(nan, 0)] * len(summaries))
                 if seq.tokens[1] == 66 and len(seq.tokens) > 8
-                else (seq, logits, looks)
-                for seq, logits, looks in run(*args)
+                else (seq, logits, summaries)
+                for seq, logits, summaries in run(*args)
             ]
 
         monkeypatch.setattr(runner, "run", poisoned)
+        poison = dict(prompt=[65, 66, 67], max_tokens=40, ignore_eos=True)
         bad = [
-            Client(
-                server, prompt=[65, 66, 67], max_tokens=40, ignore_eos=True, stream=stream, **more
-            )
-            for stream, more in ((False, {}), (True, {}), (False, {"n": 2}))
+            Client(server, **poison, **more)
+            for more in ({"stream": False}, {"stream": True}, {"stream": False, "n": 2})
         ]
         assert [c["text"] for c in server.complete(**good)["choices"]] == want
         until(lambda: all(c.received.endswith((b"}", b"\r\n\r\n")) for c in bad))
@@ -332,10 +319,8 @@ def test_failed_forward_pass_ends_its_requests_but_not_the_server(monkeypatch, c
             b"an internal error ended it (KeyError)" in c.received and b"'kernel'" not in c.received
             for c in (stream, whole)
         )
-        assert (
-            server.client.get("/health").status_code == 200
-            and server.complete(**body)["choices"] == want
-        )
+        assert server.client.get("/health").status_code == 200
+        assert server.complete(**body)["choices"] == want
         assert any(
             r.exc_info and r.getMessage() == "a pass failed"
             for r in caplog.records

@@ -66,31 +66,21 @@ def test_chat(client):
         )
     )
     assert text == got.choices[0].message.content
-    with client.chat.completions.stream(
-        model=NAME, messages=messages, max_tokens=8, temperature=0, stop=text[3:5]
-    ) as stream:  # the client's helper that joins deltas
-        assert (
-            stream.get_final_completion().choices[0].message.content
-            == text[: text.index(text[3:5])]
-        )
-    again = [
-        *messages,
-        got.choices[0].message.model_dump(),
-        {"role": "user", "content": "go on"},
-    ]  # the reply is sent back with all its fields
-    assert (
-        client.chat.completions.create(model=NAME, messages=again, max_tokens=2)
-        .choices[0]
-        .finish_reason
+    stop = text[3:5]
+    with client.chat.completions.stream(  # the client's helper that joins deltas
+        model=NAME, messages=messages, max_tokens=8, temperature=0, stop=stop
+    ) as stream:
+        joined = stream.get_final_completion().choices[0].message.content
+        assert joined == text[: text.index(stop)]
+    reply = got.choices[0].message.model_dump()  # sent back with all its fields
+    longer = [*messages, reply, {"role": "user", "content": "go on"}]
+    again = client.chat.completions.create(model=NAME, messages=longer, max_tokens=2)
+    assert again.choices[0].finish_reason
+    extra = {"top_k": 1, "min_p": 0.1}
+    extended = client.chat.completions.create(
+        model=NAME, messages=messages, max_tokens=3, extra_body=extra
     )
-    assert (
-        client.chat.completions.create(
-            model=NAME, messages=messages, max_tokens=3, extra_body={"top_k": 1, "min_p": 0.1}
-        )
-        .choices[0]
-        .message.content
-        is not None
-    )
+    assert extended.choices[0].message.content is not None
 
 
 def test_raw_headers_carry_the_request_id(client):

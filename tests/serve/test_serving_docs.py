@@ -98,16 +98,9 @@ def codes_in_the_code() -> set[str]:
 
 
 def test_every_error_code_is_listed():
-    listed = set(
-        re.findall(
-            r"`([a-z_]+)`",
-            "\n".join(
-                line
-                for line in TEXT.split("## Errors")[1].split("## Limits")[0].splitlines()
-                if re.match(r"\| [45]", line)
-            ),
-        )
-    )
+    section = TEXT.split("## Errors")[1].split("## Limits")[0]
+    rows = [line for line in section.splitlines() if re.match(r"\| [45]", line)]
+    listed = set(re.findall(r"`([a-z_]+)`", "\n".join(rows)))
     found = codes_in_the_code() | {"loading", "draining", "failed"}
     assert len(found) > 20 and found <= listed and listed - found <= {"generation_failed"}
 
@@ -116,15 +109,8 @@ def test_every_metric_is_listed():
     names = set()
     for family in metrics.Metrics().registry.collect():
         names.add(family.name + ("_total" if family.type == "counter" else ""))
-    assert (
-        set(
-            re.findall(
-                r"`(lamoe_\w+)",
-                TEXT.split("## What to watch")[1].split("## More than one machine")[0],
-            )
-        )
-        == names
-    )
+    section = TEXT.split("## What to watch")[1].split("## More than one machine")[0]
+    assert set(re.findall(r"`(lamoe_\w+)", section)) == names
 
 
 def test_systemd_unit_uses_existing_options():
