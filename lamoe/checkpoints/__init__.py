@@ -1,4 +1,8 @@
-"""Hugging Face model folders in and out, GGUF files in. hf.py knows names, shards.py knows bytes, gguf.py makes a folder of a GGUF file."""
+"""Model files: read and write Hugging Face folders, convert GGUF files.
+
+hf.py maps tensor names, shards.py reads and writes safetensors files, gguf.py converts a GGUF file
+to a folder, atomic.py replaces files and folders as a whole.
+"""
 
 from lamoe.checkpoints.hf import load, read_config, resolve, save
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 _counter = itertools.count()
-# What systems answer that cannot flush a folder. Other errors of fsync are real write errors.
+# Errors of systems that cannot flush folders. All other fsync errors are real write errors.
 _FOLDER_SYNC_UNSUPPORTED = {
     errno.EINVAL,
     errno.ENOTSUP,
@@ -48,9 +48,9 @@ def replace_file(path: str | Path, mode: str = "wb", temporary: Path | None = No
     path = Path(path)
     if temporary is None:
         temporary = path.with_name(temporary_name(path.name))
-        mode = mode.replace("w", "x")  # never write through a link that somebody put there
+        mode = mode.replace("w", "x")  # never follow a link that somebody else placed there
     try:
-        file = open(temporary, mode, encoding=None if "b" in mode else "utf-8")  # noqa: SIM115
+        file = open(temporary, mode, encoding=None if "b" in mode else "utf-8")
         try:
             with file:
                 yield file
@@ -143,7 +143,7 @@ def remove_folder(folder: Path, label: str) -> None:
 
 # ---- temporary names -----------------------------------------------------------------------------
 def temporary_name(label: str) -> str:
-    """Return a hidden name, new in every call, that holds this machine's name and the process id."""
+    """Return a hidden name, new in every call, with the names of machine and process."""
     return f".{label}.tmp-{socket.gethostname()}-{os.getpid()}.{next(_counter)}"
 
 

@@ -1,5 +1,8 @@
-"""The vocabulary inside a GGUF file -> tokenizer.json and its neighbours. The files name how text is split before the merges (`tokenizer.ggml.pre`)
-without saying it, so each name that is read here has its splitting below; another name is refused: close is not equal, and wrong ids look like a weak model.
+"""Convert the vocabulary of a GGUF file to tokenizer.json and its companion files.
+
+A GGUF file only names the rule that splits text before merging (`tokenizer.ggml.pre`). The rules
+are written out below. An unknown name is refused: a similar rule would give slightly wrong ids,
+and the model would only seem to be weak.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # tokenizer.ggml.token_type
 
-# ---- how text is split -----------------------------------------------------------------------------------------------------
-# The letters of DeepSeek-LLM's splitting: Unicode's L& as of that tokenizer.
+# ---- splitting rules -----------------------------------------------------------------------------
+# The letters in DeepSeek-LLM's rule: category L& of the Unicode version that it was made with.
 _LETTERS = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377"
     "\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556\u10a0-\u10c5"
@@ -28,7 +31,11 @@ _LETTERS = (
     "\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
 _CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# %s: how many digits stay together
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _split(*patterns: str, digits: bool = False) -> list:
@@ -42,7 +49,8 @@ _DIGITS_GPT2 = [
     pre_tokenizers.Digits(individual_digits=True),
     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
 ]
-SPLITS = {
+# tokenizer.ggml.pre -> pre-tokenizers, applied in order
+SPLITS: dict[str, list[Any]] = {
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)],
     "smollm": _DIGITS_GPT2,
     "starcoder": _DIGITS_GPT2,
@@ -59,117 +67,149 @@ SPLITS = {
     ),
     "deepseek-coder": _split("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, digits=True),
 }
-_BEGINS_WITH_BOS = ("llama-bpe",)  # where the file does not say
+# Rules whose models use BOS by default, i.e. if the file has no add_bos_token.
+_BEGINS_WITH_BOS = ("llama-bpe",)
 
 
-# ---- the files -------------------------------------------------------------------------------------------------------------
-def write(facts: Mapping[str, Any], folder: Path, source: str) -> None:
-    """tokenizer.json, tokenizer_config.json and generation_config.json of the vocabulary in a file's `facts`. ValueError, naming `source`, when there is none,
-    when it is of a kind that is not known here, or when it contradicts itself."""
+# ---- the files -----------------------------------------------------------------------------------
+def write(metadata: Mapping[str, Any], folder: Path, source: str) -> None:
+    """Write tokenizer.json, tokenizer_config.json and generation_config.json to `folder`.
+
+    Args:
+        metadata: of a GGUF file, see gguf.File.
+        source: the name of the file, for error messages.
+
+    Raises:
+        ValueError: the file has no vocabulary, one of an unknown kind, or one that contradicts
+            itself.
+    """
     own = {
         k.removeprefix("tokenizer.ggml."): v
-        for k, v in facts.items()
+        for k, v in metadata.items()
         if k.startswith("tokenizer.ggml.")
     }
-    kind, tokens, types = own.get("model"), own.get("tokens"), own.get("token_type")
-    instead = "name a folder that has the model's own tokenizer.json (--tokenizer)"
-    if not tokens or not isinstance(types, list) or len(types) != len(tokens):
-        raise ValueError(f"{source} has no vocabulary with a type for each token; {instead}")
-    last = max(
-        (i for i, (t, k) in enumerate(zip(tokens, types)) if k != _UNUSED and t != f"[PAD{i}]"),
-        default=-1,
-    )  # the rest fills up the model's rows
-    tokens, types = tokens[: last + 1], types[: last + 1]
-    vocab = {t: i for i, t in enumerate(tokens)}
-    if len(vocab) != len(tokens):
-        raise ValueError(f"{source} has {len(tokens) - len(vocab)} tokens twice; {instead}")
-    try:
-        if kind == "gpt2":
-            inner = _byte_level(own, vocab, source, instead)
-        elif kind == "llama":
-            inner = _sentencepiece(own, vocab, types)
-        else:
-            raise ValueError(
-                f"a vocabulary of kind {kind!r} is not known; known: gpt2, llama; {instead}"
-            )
-        named = {
-            name: tokens[own[key]]
-            for name, key in (
-                ("bos", "bos_token_id"),
-                ("eos", "eos_token_id"),
-                ("pad", "padding_token_id"),
-            )
-            if key in own
-        }
-    except (KeyError, IndexError, TypeError) as e:
-        raise ValueError(
-            f"{source}: its vocabulary is not complete ({type(e).__name__}: {e}); {instead}"
-        ) from None
-    except ValueError as e:
-        raise ValueError(f"{source}: {e}") from None
-    special = {own.get(f"{n}_token_id") for n in ("bos", "eos", "padding", "eot", "eom")}
-    for i, (token, k) in enumerate(zip(tokens, types)):
-        if k in (_CONTROL, _USER, _UNKNOWN) and token != f"[PAD{i}]":
-            inner.add_tokens(
-                [AddedToken(token, special=k != _USER or i in special, normalized=False)]
-            )
-    begins = (
-        bool(own.get("add_bos_token", kind == "llama" or own.get("pre") in _BEGINS_WITH_BOS))
-        and "bos" in named
+    tokens, types = _read_vocabulary(own, source)
+    inner, named = _build(own, tokens, types, source)
+    _add_special_tokens(inner, own, tokens, types)
+    begins = "bos" in named and bool(
+        own.get("add_bos_token", own["model"] == "llama" or own.get("pre") in _BEGINS_WITH_BOS)
     )
-    if begins:  # for programs that let tokenizer.json add it
+    if begins:  # for programs that let tokenizer.json add BOS
         inner.post_processor = processors.TemplateProcessing(
             single=[named["bos"], "$A"],
             pair=[named["bos"], "$A", named["bos"], "$B:1"],
             special_tokens=[(named["bos"], own["bos_token_id"])],
         )
-    config = {
+    inner.save(str(folder / "tokenizer.json"), pretty=False)
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config(metadata, named, begins))
+    if ids := _generation_config(own):
+        _write_json(folder / "generation_config.json", ids)
+
+
+_INSTEAD = "name a folder that has the model's own tokenizer.json (--tokenizer)"
+
+
+def _read_vocabulary(own: Mapping[str, Any], source: str) -> tuple[list[str], list[int]]:
+    """Return the tokens and their types, without the padding at the end of the list."""
+    tokens, types = own.get("tokens"), own.get("token_type")
+    if not tokens or not isinstance(types, list) or len(types) != len(tokens):
+        raise ValueError(f"{source} has no vocabulary with a type for each token; {_INSTEAD}")
+    # Vocabularies are padded to the rows of the embedding.
+    used = [
+        i for i, (t, kind) in enumerate(zip(tokens, types)) if kind != _UNUSED and t != f"[PAD{i}]"
+    ]
+    size = max(used, default=-1) + 1
+    tokens, types = tokens[:size], types[:size]
+    if len(set(tokens)) != len(tokens):
+        raise ValueError(f"{source} has {len(tokens) - len(set(tokens))} tokens twice; {_INSTEAD}")
+    return tokens, types
+
+
+def _build(
+    own: Mapping[str, Any], tokens: list[str], types: list[int], source: str
+) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """Build the tokenizer; return it and the texts of its bos, eos and pad tokens."""
+    kind, vocab = own.get("model"), {t: i for i, t in enumerate(tokens)}
+    try:
+        if kind == "gpt2":
+            inner = _byte_level(own, vocab)
+        elif kind == "llama":
+            inner = _sentencepiece(own, vocab, types)
+        else:
+            raise ValueError(
+                f"a vocabulary of kind {kind!r} is not known; known: gpt2, llama; {_INSTEAD}"
+            )
+        keys = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id"}
+        named = {name: tokens[own[key]] for name, key in keys.items() if key in own}
+    except (KeyError, IndexError, TypeError) as e:
+        raise ValueError(
+            f"{source}: its vocabulary is not complete ({type(e).__name__}: {e}); {_INSTEAD}"
+        ) from None
+    except ValueError as e:
+        raise ValueError(f"{source}: {e}") from None
+    return inner, named
+
+
+def _add_special_tokens(
+    inner: tokenizers.Tokenizer, own: Mapping[str, Any], tokens: list[str], types: list[int]
+) -> None:
+    special = {own.get(f"{n}_token_id") for n in ("bos", "eos", "padding", "eot", "eom")}
+    for i, (token, kind) in enumerate(zip(tokens, types)):
+        if kind in (_CONTROL, _USER, _UNKNOWN) and token != f"[PAD{i}]":
+            is_special = kind != _USER or i in special
+            inner.add_tokens([AddedToken(token, special=is_special, normalized=False)])
+
+
+def _tokenizer_config(
+    metadata: Mapping[str, Any], named: Mapping[str, str], begins_with_bos: bool
+) -> dict[str, Any]:
+    config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": begins,
+        "add_bos_token": begins_with_bos,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         **{f"{name}_token": token for name, token in named.items()},
     }
-    if isinstance(template := facts.get("tokenizer.chat_template"), str):
+    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
         config["chat_template"] = template
-    inner.save(str(folder / "tokenizer.json"), pretty=False)
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-    )
+    return config
+
+
+def _generation_config(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ids of BOS and padding, and of all tokens that end a reply."""
+    keys = {"bos": "bos_token_id", "pad": "padding_token_id"}
+    ids: dict[str, Any] = {f"{name}_token_id": own[key] for name, key in keys.items() if key in own}
     stops = [own[f"{n}_token_id"] for n in ("eos", "eot", "eom") if f"{n}_token_id" in own]
-    ids = {
-        f"{n}_token_id": own[k]
-        for n, k in (("bos", "bos_token_id"), ("pad", "padding_token_id"))
-        if k in own
-    } | ({"eos_token_id": list(dict.fromkeys(stops))} if stops else {})
-    if ids:
-        (folder / "generation_config.json").write_text(
-            json.dumps(ids, indent=2) + "\n", encoding="utf-8"
-        )
+    if stops:
+        ids["eos_token_id"] = list(dict.fromkeys(stops))
+    return ids
 
 
-def _byte_level(
-    own: Mapping[str, Any], vocab: dict[str, int], source: str, instead: str
-) -> tokenizers.Tokenizer:
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+# ---- the two kinds of vocabulary -----------------------------------------------------------------
+def _byte_level(own: Mapping[str, Any], vocab: dict[str, int]) -> tokenizers.Tokenizer:
+    """Build a byte-level BPE tokenizer ("gpt2")."""
     pre = own.get("pre")
     if pre not in SPLITS:
         raise ValueError(
-            f"it splits text as {pre!r}, which is not known here; known: {', '.join(SPLITS)}; {instead}"
+            f"it splits text as {pre!r}, which is not known here; known: {', '.join(SPLITS)}; "
+            f"{_INSTEAD}"
         )
-    merges = [(m[:at], m[at + 1 :]) for m in own["merges"] for at in [m.index(" ", 1)]]
+    # "left right"; the left part may itself begin with a space
+    merges = [(m[:cut], m[cut + 1 :]) for m in own["merges"] for cut in [m.index(" ", 1)]]
     try:
         inner = tokenizers.Tokenizer(
             models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
         )
-    except Exception as e:  # the library's own class: a merge of tokens that are not there
-        raise ValueError(f"its merges do not belong to its vocabulary: {e}; {instead}") from None
-    steps = SPLITS[pre]
-    whole = isinstance(steps[-1], pre_tokenizers.ByteLevel)
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        steps
-        if whole
-        else [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    except Exception as e:  # tokenizers raises a plain Exception for a merge of unknown tokens
+        raise ValueError(f"its merges do not belong to its vocabulary: {e}; {_INSTEAD}") from None
+    steps = list(SPLITS[pre])
+    if not isinstance(steps[-1], pre_tokenizers.ByteLevel):
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if pre == "qwen2":
         inner.normalizer = normalizers.NFC()
     inner.decoder = decoders.ByteLevel()
@@ -179,16 +219,20 @@ def _byte_level(
 def _sentencepiece(
     own: Mapping[str, Any], vocab: dict[str, int], types: list[int]
 ) -> tokenizers.Tokenizer:
-    """Scored pieces: two neighbours join when their join is a piece, the best score first. As merges: every way to cut a piece in two pieces, by score."""
+    """Build a BPE tokenizer from the scored pieces of SentencePiece ("llama").
+
+    SentencePiece joins two neighbouring pieces if the result is a piece, best score first. The
+    equivalent list of merges has every cut of a piece into two pieces, ordered by score.
+    """
     scores, merges = own["scores"], []
-    for piece, i in vocab.items():
-        if types[i] in (_NORMAL, _USER):
+    for piece, token_id in vocab.items():
+        if types[token_id] in (_NORMAL, _USER):
             cuts = [
-                (piece[:at], piece[at:])
-                for at in range(1, len(piece))
-                if piece[:at] in vocab and piece[at:] in vocab
+                (piece[:i], piece[i:])
+                for i in range(1, len(piece))
+                if piece[:i] in vocab and piece[i:] in vocab
             ]
-            merges += [(-scores[i], vocab[a], vocab[b], a, b) for a, b in cuts]
+            merges += [(-scores[token_id], vocab[a], vocab[b], a, b) for a, b in cuts]
     unknown = next((t for t, i in vocab.items() if types[i] == _UNKNOWN), None)
     inner = tokenizers.Tokenizer(
         models.BPE(
@@ -199,16 +243,19 @@ def _sentencepiece(
             byte_fallback=True,
         )
     )
-    blank = own.get("add_space_prefix", True)
+    adds_space = own.get("add_space_prefix", True)
     inner.normalizer = normalizers.Sequence(
-        [*([normalizers.Prepend("\u2581")] if blank else []), normalizers.Replace(" ", "\u2581")]
+        [
+            *([normalizers.Prepend("\u2581")] if adds_space else []),
+            normalizers.Replace(" ", "\u2581"),
+        ]
     )
     inner.decoder = decoders.Sequence(
         [
             decoders.Replace("\u2581", " "),
             decoders.ByteFallback(),
             decoders.Fuse(),
-            *([decoders.Strip(" ", 1, 0)] if blank else []),
+            *([decoders.Strip(" ", 1, 0)] if adds_space else []),
         ]
     )
     return inner

@@ -1,9 +1,13 @@
-"""A Hugging Face model folder <-> lamoe.model.Transformer: one name table used in both directions, strict, one tensor at a time.
+"""Load and save Hugging Face model folders, one tensor at a time.
 
-On disk every expert has its own gate_proj, up_proj and down_proj; in memory gate and up rows are one matrix (w13) and the experts
-are stacked. So an entry of the table is a disk name and a slice of a parameter: loading copies into the slice, saving writes the
-slice out. Rotary rows are never permuted, the model follows the family's layout. Nothing in a model folder is executed: only
-config.json and safetensors are read, `auto_map` and *.py are ignored, pickles are refused (shards.py).
+One table of names serves both directions. In the folder every expert has its own gate_proj, up_proj
+and down_proj. In memory the rows of gate and up form one matrix (w13) and experts are stacked. So
+each entry of the table maps a stored tensor to a slice of a parameter: loading copies into the
+slice, saving writes it out. Rotary rows are never permuted, because the model follows the layout of
+its family.
+
+Nothing in a model folder is executed: only config.json and safetensors files are read, `auto_map`
+and *.py are ignored, and pickles are refused (shards.py).
 """
 
 from __future__ import annotations
@@ -29,9 +33,9 @@ DTYPES = {
     "float64": torch.float64,
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# Buffers that old checkpoints carry and every config implies.
-_HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-# What travels with the weights from `extras_from`, unread.
+# Buffers in old checkpoints that follow from the config.
+_IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+# Files that `save` copies from `extras_from` without reading them.
 EXTRAS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -41,9 +45,9 @@ EXTRAS = (
 )
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------------
+# ---- the table of names --------------------------------------------------------------------------
 class Entry(NamedTuple):
-    """The tensor `disk` of a checkpoint is `parameter[where]` of the model."""
+    """The stored tensor `disk` is `parameter[where]` of the model."""
 
     disk: str
     parameter: str
@@ -51,7 +55,10 @@ class Entry(NamedTuple):
 
 
 def table(config: ModelConfig) -> list[Entry]:
-    """Every tensor of the config's checkpoint and its place in the model. The places tile every parameter exactly once."""
+    """Return an entry for every stored tensor of a model.
+
+    The entries cover every element of every parameter exactly once.
+    """
     entries = [
         Entry("model.embed_tokens.weight", "embed.weight"),
         Entry("model.norm.weight", "norm.weight"),
@@ -103,7 +110,7 @@ def _moe(config: ModelConfig, disk: str, own: str) -> list[Entry]:
         entries += _swiglu(
             f"{disk}experts.{e}.", f"{own}experts.w13", f"{own}experts.w2", width, (e,)
         )
-    if config.n_shared_experts:  # one SwiGLU as wide as all shared experts together
+    if config.n_shared_experts:  # one SwiGLU, as wide as all shared experts together
         entries += _swiglu(
             f"{disk}shared_experts.",
             f"{own}shared.w13.weight",
@@ -122,30 +129,39 @@ def _swiglu(disk: str, w13: str, w2: str, width: int, at: tuple = ()) -> list[En
 
 
 def views(config: ModelConfig, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """{disk name: view of its place in `parameters`}. ValueError when the parameters are not those of this config."""
+    """Return a view of `parameters` for every stored tensor, by its stored name.
+
+    Raises:
+        ValueError: the parameters are not those of this config.
+    """
     entries = table(config)
     known = {e.parameter for e in entries}
-    strange, absent = [n for n in parameters if n not in known], sorted(known - set(parameters))
-    if strange or absent:
+    unknown, absent = [n for n in parameters if n not in known], sorted(known - set(parameters))
+    if unknown or absent:
         raise ValueError(
-            f"the model does not have exactly the parameters of its config: unexpected {few(strange) or 'none'}, "
-            f"absent {few(absent) or 'none'}. "
-            "A quantised, wrapped or sharded model has no Hugging Face form; use the model it was made from"
+            "the model does not have exactly the parameters of its config: unexpected "
+            f"{few(unknown) or 'none'}, absent {few(absent) or 'none'}. A quantised, wrapped or "
+            "sharded model has no Hugging Face form; use the model it was made from"
         )
     views = {e.disk: parameters[e.parameter][e.where] for e in entries}
     assert sum(v.numel() for v in views.values()) == sum(p.numel() for p in parameters.values())
     return views
 
 
-# ---- in --------------------------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 def load(
     source: str | Path, dtype: torch.dtype | str | None = None, device: str | torch.device = "cpu"
 ) -> Transformer:
-    """The model of a Hugging Face folder or hub id (`owner/name`), in eval mode.
+    """Load a model, in eval mode. Peak memory is the model plus one stored tensor.
 
-    dtype: of all parameters; None is the config's torch_dtype. Tensors stored in another float type are cast. Peak memory is the
-    model plus one stored tensor. ValueError when the config asks for something lamoe lacks, when a tensor is missing, extra,
-    misshapen or not a plain float, and when a file is not what its header promises (see shards.scan).
+    Args:
+        source: a Hugging Face model folder or a hub id (`owner/name`).
+        dtype: of all parameters; None: the config's torch_dtype. Tensors stored in another float
+            type are cast.
+
+    Raises:
+        ValueError: the config needs something that lamoe lacks; a tensor is missing, extra, of the
+            wrong shape or not a plain float; or a file breaks the format (see shards.scan).
     """
     folder = resolve(source)
     config = read_config(folder)
@@ -161,7 +177,7 @@ def load(
     places = views(config, parameters)
     shards.stream(
         {n: f for n, f in found.items() if n in places},
-        lambda name, tensor: places[name].copy_(tensor),
+        lambda name, tensor: _copy(tensor, places[name]),
     )
     if tied is not None:
         shards.stream(
@@ -172,9 +188,19 @@ def load(
     return model.eval()
 
 
+def _copy(stored: torch.Tensor, place: torch.Tensor) -> None:
+    place.copy_(stored)
+
+
 def resolve(source: str | Path) -> Path:
-    """The folder of a path or hub id. A hub id is downloaded to the hub's cache (only its *.json and *.safetensors) or, under
-    HF_HUB_OFFLINE=1, found there; HF_TOKEN opens gated models. ValueError when `source` is neither."""
+    """Return the model folder of a path or hub id.
+
+    The *.json, *.jinja and *.safetensors files of a hub id are downloaded to the hub's cache. With
+    HF_HUB_OFFLINE=1 they must be there already. HF_TOKEN gives access to gated models.
+
+    Raises:
+        ValueError: `source` is neither a folder nor a model on the hub.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -189,9 +215,11 @@ def resolve(source: str | Path) -> Path:
         r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", source, re.ASCII
     ):
         raise ValueError(
-            f"there is no folder {str(source)!r}, and it does not look like a hub id (owner/name); check the path"
+            f"there is no folder {str(source)!r}, and it does not look like a hub id (owner/name); "
+            "check the path"
         )
-    from huggingface_hub import snapshot_download  # here: it fixes the HF_* variables when imported
+    # Imported late, because the import reads the HF_* variables.
+    from huggingface_hub import snapshot_download
 
     try:
         return Path(
@@ -208,62 +236,78 @@ def resolve(source: str | Path) -> Path:
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The ModelConfig of a model folder. ValueError without a config.json, or for one that lamoe cannot follow exactly."""
+    """Read config.json of a model folder.
+
+    Raises:
+        ValueError: there is none, or it needs something that lamoe lacks.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
     if path.stat().st_size > shards.MAX_JSON_BYTES:
         raise ValueError(
-            f"{path} has {path.stat().st_size:,} bytes; a config of more than {shards.MAX_JSON_BYTES:,} bytes is refused"
+            f"{path} has {path.stat().st_size:,} bytes; a config of more than "
+            f"{shards.MAX_JSON_BYTES:,} bytes is refused"
         )
     return ModelConfig.from_file(path)
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
-    if dtype in DTYPES:
+    if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
-    if dtype not in DTYPES.values():
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}")
     return dtype
 
 
-def _meta_model(config: ModelConfig, folder: Path, tensors: int) -> Transformer:
-    """The model without storage. A config of a billion layers must not cost more than the files that come with it, so the counts
-    are compared with the number of stored tensors first."""
-    experts = (config.n_routed_experts or 0) * (
-        len(config.moe_layers) if config.num_hidden_layers <= tensors else 1
-    )
-    for what, count in (("layers", config.num_hidden_layers), ("routed experts in all", experts)):
-        if count > tensors:
+def _meta_model(config: ModelConfig, folder: Path, num_tensors: int) -> Transformer:
+    """Build the model on the meta device.
+
+    The counts in the config are compared with the number of stored tensors first. Otherwise a
+    hostile config with a billion layers would exhaust the memory.
+    """
+    num_moe_layers = len(config.moe_layers) if config.num_hidden_layers <= num_tensors else 1
+    num_experts = (config.n_routed_experts or 0) * num_moe_layers
+    counts = (("layers", config.num_hidden_layers), ("routed experts in all", num_experts))
+    for what, count in counts:
+        if count > num_tensors:
             raise ValueError(
-                f"{folder}/config.json says {count:,} {what}, but the weights are only {tensors:,} tensors; "
-                "they do not belong together"
+                f"{folder}/config.json says {count:,} {what}, but the weights are only "
+                f"{num_tensors:,} tensors; they do not belong together"
             )
     try:
         with torch.device("meta"):
             return Transformer(config)
-    except RuntimeError as e:  # torch's own words for a tensor beyond 64 bits of bytes
+    except RuntimeError as e:  # raised by torch if the bytes of a tensor overflow 64 bits
         raise ValueError(f"{folder}/config.json asks for a model that cannot be built: {e}") from e
 
 
 def _check(
     folder: Path, config: ModelConfig, found: dict[str, Found], want: Mapping[str, torch.Tensor]
 ) -> Found | None:
-    """Stored tensors against the config, from headers alone. Returns the stored lm_head of a tied model when there is one."""
+    """Compare the stored tensors with those of the config, from the headers alone.
+
+    Args:
+        want: for every stored name, a tensor of the right shape.
+
+    Returns:
+        The stored lm_head of a model with tied embeddings, if there is one.
+    """
     missing = [n for n in want if n not in found]
     tied = found.get("lm_head.weight") if config.tie_word_embeddings else None
     extra = [
-        n for n in found if n not in want and n != "lm_head.weight" and not _HARMLESS.fullmatch(n)
-    ]  # an untied lm_head is in want
+        n for n in found if n not in want and n != "lm_head.weight" and not _IGNORED.fullmatch(n)
+    ]
     if missing:
         hint = (
             "; a model that shares the embedding needs tie_word_embeddings: true"
             if missing == ["lm_head.weight"]
             else ""
         )
-        more = f", and {len(extra)} are there that it does not know: {few(extra)}" if extra else ""
+        more = f", and {len(extra)} tensors are unexpected: {few(extra)}" if extra else ""
         raise ValueError(
-            f"{folder}: {len(missing)} of {len(want)} tensors of the config are missing: {few(missing)}{more}{hint}"
+            f"{folder}: {len(missing)} of {len(want)} tensors of the config are missing: "
+            f"{few(missing)}{more}{hint}"
         )
     if extra:
         raise ValueError(
@@ -280,42 +324,43 @@ def _check(
     ]
     if shapes:
         raise ValueError(
-            f"{folder}: {len(shapes)} tensors do not have the shape of the config: {_first(shapes)}"
+            f"{folder}: {len(shapes)} tensors do not have the shape of the config: "
+            f"{_join_first(shapes)}"
         )
     types = [f"{n!r} is {found[n].dtype}" for n in checked if found[n].dtype not in _FLOATS]
     if types:
         raise ValueError(
-            f"{folder}: {len(types)} tensors are not plain floats ({', '.join(_FLOATS)}): {_first(types)}; "
-            "use an unquantised checkpoint"
+            f"{folder}: {len(types)} tensors are not plain floats ({', '.join(_FLOATS)}): "
+            f"{_join_first(types)}; use an unquantised checkpoint"
         )
     return tied
 
 
 def check_tensors(folder: Path, config: ModelConfig, found: dict[str, Found]) -> None:
-    """ValueError when the stored tensors, told by their headers, are not those of the config."""
-    _check(
-        folder,
-        config,
-        found,
-        views(config, dict(_meta_model(config, folder, len(found)).named_parameters())),
-    )
+    """Check that the stored tensors are those of the config, from the headers alone.
+
+    Raises:
+        ValueError: a tensor is missing, extra, of the wrong shape or not a plain float.
+    """
+    model = _meta_model(config, folder, len(found))
+    _check(folder, config, found, views(config, dict(model.named_parameters())))
 
 
-def _first(lines: list[str], show: int = 3) -> str:
+def _join_first(lines: list[str], show: int = 3) -> str:
     return "; ".join(lines[:show]) + (
         f"; and {len(lines) - show} more" if len(lines) > show else ""
     )
 
 
-def _check_tied(folder: Path, stored: torch.Tensor, embed: torch.Tensor):
+def _check_tied(folder: Path, stored: torch.Tensor, embed: torch.Tensor) -> None:
     if not torch.equal(stored.to(embed), embed):
         raise ValueError(
-            f"{folder}: config.json says tie_word_embeddings: true, but the stored lm_head.weight differs from model.embed_tokens.weight; "
-            "set it to false to use both"
+            f"{folder}: config.json says tie_word_embeddings: true, but the stored lm_head.weight "
+            "differs from model.embed_tokens.weight; set it to false to use both"
         )
 
 
-# ---- out -------------------------------------------------------------------------------------------------------------------
+# ---- saving --------------------------------------------------------------------------------------
 def save(
     model: Transformer,
     folder: str | Path,
@@ -324,12 +369,20 @@ def save(
     extras_from: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write `model` as a Hugging Face folder that transformers, vLLM and SGLang load: config.json (torch_dtype = the parameters'),
-    generation_config.json, safetensors with one tensor per expert. Tokenizer, chat template and generation config are copied from
-    the folder `extras_from` when it has them.
+    """Write `model` as a Hugging Face folder that transformers, vLLM and SGLang can load.
 
-    All or nothing: everything is written and synced beside the target and renamed at the end. With overwrite=True an existing
-    model folder is replaced as a whole; a folder that holds anything else is refused.
+    The folder appears complete or not at all (atomic.py). config.json states the dtype of the
+    parameters.
+
+    Args:
+        max_shard_bytes: split the weights into files of at most that size.
+        extras_from: a folder to copy tokenizer, chat template and generation config from.
+        overwrite: replace an existing model folder as a whole.
+
+    Raises:
+        ValueError: the folder exists and `overwrite` is False, or it holds other files than a
+            model; or the model cannot be saved in this form.
+        OSError: writing failed; an existing folder is unchanged.
     """
     if (
         isinstance(max_shard_bytes, bool)
@@ -337,13 +390,13 @@ def save(
         or max_shard_bytes < 1
     ):
         raise ValueError(
-            f"max_shard_bytes is {max_shard_bytes!r}; it must be a whole number of bytes, at least 1"
+            f"max_shard_bytes is {max_shard_bytes!r}; it must be a whole number of bytes, "
+            "at least 1"
         )
     if extras_from is not None and not Path(extras_from).is_dir():
         raise ValueError(f"extras_from is {str(extras_from)!r}, which is not a folder")
-    target = Path(
-        os.path.realpath(Path(folder).expanduser())
-    )  # through a symlink, so that the link stays
+    # Resolve a symbolic link, so that its target is replaced and not the link.
+    target = Path(os.path.realpath(Path(folder).expanduser()))
     _check_target(target, overwrite)
     tensors = views(model.config, dict(model.named_parameters()))
     config = model.config.replace(torch_dtype=_common_dtype(model))
@@ -355,7 +408,7 @@ def save(
         shards.write(tensors, temporary, max_shard_bytes)
 
 
-def _check_target(target: Path, overwrite: bool):
+def _check_target(target: Path, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; a model is saved to a folder")
     there = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
@@ -363,18 +416,19 @@ def _check_target(target: Path, overwrite: bool):
         return
     if not overwrite:
         raise ValueError(
-            f"{target} is not empty ({few(there)}); pass overwrite=True to replace a model, or name another folder"
+            f"{target} is not empty ({few(there)}); pass overwrite=True to replace a model, "
+            "or name another folder"
         )
-    ours = {"config.json", shards.INDEX, *EXTRAS}
-    strange = [
+    known = {"config.json", shards.INDEX, *EXTRAS}
+    unknown = [
         n
         for n in there
-        if n not in ours and not re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", n)
+        if n not in known and not re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", n)
     ]
-    if strange:
+    if unknown:
         raise ValueError(
-            f"{target} holds more than a model lamoe saved ({few(strange)}), and overwriting would delete it; "
-            "move that away or name another folder"
+            f"{target} holds more than a model lamoe saved ({few(unknown)}), and overwriting would "
+            "delete it; move that away or name another folder"
         )
 
 
@@ -383,17 +437,19 @@ def _common_dtype(model: Transformer) -> str:
     dtypes = {p.dtype for p in model.parameters()}
     if len(dtypes) != 1 or not dtypes <= set(names):
         raise ValueError(
-            f"the parameters have the types {', '.join(sorted(map(str, dtypes)))}; a saved model has one of "
-            f"{', '.join(DTYPES)}: use model.to(dtype)"
+            f"the parameters have the types {', '.join(sorted(map(str, dtypes)))}; a saved model "
+            f"has one of {', '.join(DTYPES)}: use model.to(dtype)"
         )
     if any(p.is_meta for p in model.parameters()):
         raise ValueError(
-            "the model is on the meta device and has no weights to save; load or initialise it first"
+            "the model is on the meta device and has no weights to save; "
+            "load or initialise it first"
         )
     return names[dtypes.pop()]
 
 
-def _write_extras(config: ModelConfig, folder: Path, extras_from: str | Path | None):
+def _write_extras(config: ModelConfig, folder: Path, extras_from: str | Path | None) -> None:
+    """Write generation_config.json from the config; files of `extras_from` replace it."""
     ids = {n: getattr(config, n) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if given := {n: i for n, i in ids.items() if i is not None}:
         shards.write_json(folder / "generation_config.json", given)

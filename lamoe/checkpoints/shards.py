@@ -1,8 +1,9 @@
-"""safetensors files as untrusted bytes: every header is checked here before the library sees the file, and shards are written here.
+"""Check, read and write the safetensors files of a model folder.
 
-This file knows nothing of models or names. A file either satisfies all of the format's promises (header inside the file, known
-dtypes, shapes that fill their byte spans, spans that tile the data exactly) or is a ValueError; the index may name only plain
-files of the same folder. `safetensors` itself does all reading and writing of tensors.
+The files may come from anyone, so every header is checked here before the safetensors library opens
+the file: the header lies inside the file, dtypes are known, every shape matches its byte range, and
+the ranges cover the data exactly. The index may name only plain files in the same folder. Anything
+else is a ValueError. The library reads and writes the tensors.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# The 29,102 tensors of DeepSeek-V2 need about 4 MB of header in all. JSON of this size still parses in a second; a file that
-# claims more is refused unread.
+# Headers and index files larger than this are refused unread. DeepSeek-V2 needs about a quarter of
+# it, and JSON of this size parses in a second.
 MAX_JSON_BYTES = 16 * 2**20
 MAX_DIMS = 8
 ITEM_BYTES = {
@@ -51,7 +52,12 @@ ITEM_BYTES = {
 
 
 class Found(NamedTuple):
-    """One tensor of a checked file: where it is and what its header says. `begin` counts bytes from the end of the header."""
+    """A tensor in a checked file.
+
+    Attributes:
+        dtype: as safetensors spells it, e.g. "BF16".
+        begin: offset of the data in bytes, from the end of the header.
+    """
 
     path: Path
     dtype: str
@@ -59,17 +65,21 @@ class Found(NamedTuple):
     begin: int
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 def scan(folder: Path) -> dict[str, Found]:
-    """All tensors of a model folder by name, from checked headers alone (no tensor data is read).
+    """List all tensors of a model folder by name. Reads headers only, no tensor data.
 
-    Takes model.safetensors, or the shards that model.safetensors.index.json names. ValueError for a folder without either, with
-    both, with pickled weights only, or with a file or index that breaks the format.
+    The tensors are in model.safetensors, or in the shards that model.safetensors.index.json names.
+
+    Raises:
+        ValueError: the folder has neither or both, its weights are pickles, or a file breaks the
+            format.
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() and index.is_file():
         raise ValueError(
-            f"{folder} has both {SINGLE} and {INDEX}, so it is not clear which weights are meant; delete the stale one"
+            f"{folder} has both {SINGLE} and {INDEX}, so it is not clear which weights are meant; "
+            "delete the stale one"
         )
     if single.is_file():
         return read_header(single)
@@ -91,17 +101,18 @@ def _scan_index(index: Path) -> dict[str, Found]:
         header = read_header(path)
         absent = [name for name, where in placed.items() if where == shard and name not in header]
         if absent:
+            them = "it" if len(absent) == 1 else "them"
             raise ValueError(
-                f"{index} places {few(absent)} in {shard}, but that shard does not hold {'it' if len(absent) == 1 else 'them'}"
+                f"{index} places {few(absent)} in {shard}, but that shard does not hold {them}"
             )
         twice = [name for name in header if name in found]
         if twice:
             raise ValueError(
-                f"{path} holds {few(twice)}, which another shard of {INDEX} holds too; a tensor must be in one shard only"
+                f"{path} holds {few(twice)}, which another shard of {INDEX} holds too; "
+                "a tensor must be in one shard only"
             )
-        found.update(
-            header
-        )  # a tensor the index does not list stays in: the caller reports it as extra
+        # Tensors that the index does not list are included: the caller reports them as extra.
+        found.update(header)
     return found
 
 
@@ -117,29 +128,36 @@ def _read_weight_map(index: Path) -> dict[str, str]:
             f"{index} has no weight_map object that says which shard holds which tensor"
         )
     for name, shard in placed.items():
-        # The name is checked, not what it resolves to: in the hub's cache every file is a symlink out of the folder.
+        # Symbolic links are followed: in the hub's cache every file is one.
         if not isinstance(shard, str) or not re.fullmatch(
             r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors", shard
         ):
             raise ValueError(
-                f"{index} places {name!r} in {shard!r}; only plain .safetensors file names of the same folder are allowed"
+                f"{index} places {name!r} in {shard!r}; only plain .safetensors file names of the "
+                "same folder are allowed"
             )
     return placed
 
 
 def read_header(path: Path) -> dict[str, Found]:
-    """The checked header of one safetensors file: {tensor name: Found}. ValueError naming the file and the broken promise."""
+    """Read and check the header of one safetensors file; return its tensors by name.
+
+    Raises:
+        ValueError: the file breaks the format; the message says where.
+    """
     with open(path, "rb") as f:
         size = os.fstat(f.fileno()).st_size
         head = f.read(8)
         if len(head) < 8:
             raise ValueError(
-                f"{path} has {size} bytes, too few for a safetensors file; it is truncated, download or save it again"
+                f"{path} has {size} bytes, too few for a safetensors file; it is truncated, "
+                "download or save it again"
             )
         length = int.from_bytes(head, "little")
         if length > MAX_JSON_BYTES:
             raise ValueError(
-                f"{path} claims a header of {length:,} bytes, more than the {MAX_JSON_BYTES:,} allowed; is it safetensors?"
+                f"{path} claims a header of {length:,} bytes, more than the {MAX_JSON_BYTES:,} "
+                "allowed; is it safetensors?"
             )
         if length > size - 8:
             raise ValueError(
@@ -160,6 +178,8 @@ def read_header(path: Path) -> dict[str, Found]:
 
 
 def _parse(raw: bytes, where: str) -> dict:
+    """Parse a JSON object in which every name occurs once."""
+
     def unique(pairs):
         out = {}
         for name, value in pairs:
@@ -172,7 +192,7 @@ def _parse(raw: bytes, where: str) -> dict:
         out = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except RecursionError:
         raise ValueError(f"{where} is JSON nested too deeply") from None
-    except ValueError as e:  # not UTF-8, not JSON, a number of thousands of digits, a name twice
+    except ValueError as e:  # not UTF-8, not JSON, a number with too many digits, a name twice
         raise ValueError(f"{where} is not valid JSON of unique names: {e}") from None
     if not isinstance(out, dict):
         raise ValueError(f"{where} must be a JSON object, found {type(out).__name__}")
@@ -180,23 +200,27 @@ def _parse(raw: bytes, where: str) -> dict:
 
 
 def _check_entry(path: Path, name: str, entry) -> tuple[int, int]:
-    """The byte span of one header entry, when dtype, shape and span agree with one another."""
+    """Check that dtype, shape and byte range of a header entry agree; return the range."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(
-            f"{path}: the entry of {name!r} must have exactly dtype, shape and data_offsets, found {str(entry)[:100]}"
+            f"{path}: the entry of {name!r} must have exactly dtype, shape and data_offsets, "
+            f"found {str(entry)[:100]}"
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise ValueError(
-            f"{path}: {name!r} has unknown dtype {str(dtype)[:40]!r}; known: {', '.join(ITEM_BYTES)}"
+            f"{path}: {name!r} has unknown dtype {str(dtype)[:40]!r}; "
+            f"known: {', '.join(ITEM_BYTES)}"
         )
-    if not _counts(shape) or len(shape) > MAX_DIMS:
+    if not _are_counts(shape) or len(shape) > MAX_DIMS:
         raise ValueError(
-            f"{path}: {name!r} has shape {str(shape)[:100]}; it must be at most {MAX_DIMS} whole numbers >= 0"
+            f"{path}: {name!r} has shape {str(shape)[:100]}; "
+            f"it must be at most {MAX_DIMS} whole numbers >= 0"
         )
-    if not _counts(offsets) or len(offsets) != 2:
+    if not _are_counts(offsets) or len(offsets) != 2:
         raise ValueError(
-            f"{path}: {name!r} has data_offsets {str(offsets)[:100]}; they must be two whole numbers >= 0"
+            f"{path}: {name!r} has data_offsets {str(offsets)[:100]}; "
+            "they must be two whole numbers >= 0"
         )
     begin, end = offsets
     need = math.prod(shape) * ITEM_BYTES[dtype]
@@ -208,54 +232,70 @@ def _check_entry(path: Path, name: str, entry) -> tuple[int, int]:
     return begin, end
 
 
-def _counts(values) -> bool:
-    return isinstance(values, list) and all(
-        type(v) is int and 0 <= v < 2**63 for v in values
-    )  # type(): True is an int too
+def _are_counts(values) -> bool:
+    """Whether `values` is a list of integers from 0 to 2**63 - 1; bools do not count as such."""
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 
-def _check_tiling(path: Path, spans: dict[str, tuple[int, int]], data: int, size: int):
-    """The spans must cover the `data` bytes after the header exactly: no overlap, no hole, nothing beyond, nothing left over."""
+def _check_tiling(
+    path: Path, spans: dict[str, tuple[int, int]], data_bytes: int, file_bytes: int
+) -> None:
+    """Check that the byte ranges cover the data after the header without overlap or gap."""
+    header_bytes = file_bytes - data_bytes
     promised = max((end for _, end in spans.values()), default=0)
-    if promised > data:
+    if promised > data_bytes:
         raise ValueError(
-            f"{path} has {size:,} bytes, but its header promises {size - data + promised:,}; "
-            "it is truncated, download or save it again"
+            f"{path} has {file_bytes:,} bytes, but its header promises "
+            f"{header_bytes + promised:,}; it is truncated, download or save it again"
         )
-    at = 0
+    position = 0
     for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
-        if begin != at:
-            what = "overlaps the tensor before it" if begin < at else "leaves a hole before it"
-            raise ValueError(
-                f"{path}: {name!r} starts at byte {begin:,} of the data, expected {at:,}; it {what}"
+        if begin != position:
+            problem = (
+                "overlaps the tensor before it" if begin < position else "leaves a hole before it"
             )
-        at = end
-    if at != data:
+            raise ValueError(
+                f"{path}: {name!r} starts at byte {begin:,} of the data, expected {position:,}; "
+                f"it {problem}"
+            )
+        position = end
+    if position != data_bytes:
         raise ValueError(
-            f"{path} has {data - at:,} bytes after its last tensor ({size:,} bytes, the header promises {size - data + at:,})"
+            f"{path} has {data_bytes - position:,} bytes after its last tensor "
+            f"({file_bytes:,} bytes, the header promises {header_bytes + position:,})"
         )
 
 
 def _no_weights(folder: Path) -> str:
+    """Return the error message for a folder without readable weights."""
     names = sorted(p.name for p in folder.iterdir())
     pickles = [n for n in names if n.endswith(PICKLES)]
     if pickles:
         return (
-            f"{folder} has weights only as {few(pickles)}: pickles, which can run any code when opened, so lamoe never opens them. Convert "
-            f"once where you trust the file: safetensors.torch.save_file(torch.load('{pickles[0]}', weights_only=True), '{SINGLE}')"
+            f"{folder} has weights only as {few(pickles)}: pickles, which can run any code when "
+            "opened, so lamoe never opens them. Convert once where you trust the file: "
+            f"safetensors.torch.save_file(torch.load('{pickles[0]}', weights_only=True), "
+            f"'{SINGLE}')"
         )
     others = [n for n in names if n.endswith(".safetensors")]
     if others:
-        return f"{folder} has {few(others)} but neither {SINGLE} nor {INDEX}; get the index too, or rename a single complete file to {SINGLE}"
+        return (
+            f"{folder} has {few(others)} but neither {SINGLE} nor {INDEX}; get the index too, "
+            f"or rename a single complete file to {SINGLE}"
+        )
     return f"{folder} has no weights; expected {SINGLE}, or shards with {INDEX}"
 
 
-def stream(found: Mapping[str, Found], use: Callable[[str, torch.Tensor], None]):
-    """Call use(name, tensor) for every tensor of `found`, one at a time in file order, so that one tensor is in memory beside the model."""
+def stream(found: Mapping[str, Found], use: Callable[[str, torch.Tensor], None]) -> None:
+    """Call use(name, tensor) for every tensor of `found`, in file order.
+
+    One tensor is in memory at a time, unless `use` keeps it.
+    """
     for path in sorted({f.path for f in found.values()}):
         inside = sorted((f.begin, name) for name, f in found.items() if f.path == path)
         try:
-            # pread, not mmap: pages of a mapped file count against the process, and a file cut short meanwhile would kill it by SIGBUS
+            # pread and not mmap: mapped pages count as memory of the process, and a mapped file
+            # that is truncated meanwhile would kill it with SIGBUS.
             with safe_open(path, framework="pt", backend="pread") as f:
                 for _, name in inside:
                     use(name, f.get_tensor(name))
@@ -264,21 +304,25 @@ def stream(found: Mapping[str, Found], use: Callable[[str, torch.Tensor], None])
 
 
 def few(names: Iterable[str], show: int = 3) -> str:
-    """'a', 'b', 'c' and 12 more"""
+    """Return the first names for a message: 'a', 'b', 'c' and 12 more."""
     names = list(names)
     return ", ".join(map(repr, names[:show])) + (
         f" and {len(names) - show} more" if len(names) > show else ""
     )
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------------
-def write(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: int):
-    """Write named tensors to an existing empty folder: one model.safetensors, or shards of at most `max_shard_bytes` of data
-    (a larger single tensor has a shard of its own) and their index. Views are written without a copy. Flushing the files to the disk is
-    the caller's part (atomic.replace_folder)."""
-    from huggingface_hub import (
-        split_state_dict_into_shards_factory,  # here: it fixes the HF_* variables when imported
-    )
+# ---- writing -------------------------------------------------------------------------------------
+def write(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: int) -> None:
+    """Write named tensors to an empty folder: model.safetensors, or shards and their index.
+
+    The files are not flushed to the disk; atomic.replace_folder does that.
+
+    Args:
+        tensors: views are written without a copy.
+        max_shard_bytes: largest data size of a shard; a larger tensor gets a shard of its own.
+    """
+    # Imported late, because the import reads the HF_* variables.
+    from huggingface_hub import split_state_dict_into_shards_factory
 
     plan = split_state_dict_into_shards_factory(
         dict(tensors),
@@ -287,17 +331,16 @@ def write(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: in
         max_shard_size=max_shard_bytes,
     )
     for filename, names in plan.filename_to_tensors.items():
-        try:  # {"format": "pt"} is what transformers looks for
+        try:  # transformers requires {"format": "pt"}
             save_file(
                 {n: tensors[n].detach().contiguous() for n in names},
                 folder / filename,
                 metadata={"format": "pt"},
             )
-        except SafetensorError as e:  # the library's word for a full disk
+        except SafetensorError as e:  # a full disk, for example
             raise OSError(f"{folder / filename} could not be written: {e}") from None
-        (folder / filename).chmod(
-            0o666 & ~_umask(folder)
-        )  # safetensors makes its files private; a model is shared like any other file
+        # safetensors makes its files private; give them the permissions of any other new file
+        (folder / filename).chmod(0o666 & ~_umask(folder))
     if plan.is_sharded:
         write_json(
             folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -305,7 +348,10 @@ def write(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: in
 
 
 def _umask(folder: Path) -> int:
-    """What the process umask took from a folder it has just made (os.umask cannot be read without setting it)."""
+    """Return the process's umask from the mode of a folder it has just made.
+
+    os.umask is no help: it cannot be read without setting it.
+    """
     return 0o777 & ~folder.stat().st_mode
 
 

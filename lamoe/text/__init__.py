@@ -1,1 +1,1 @@
-"""Text in and out: tokenizer, chat templates, tool calls."""
+"""Convert between text and token ids: tokenizer, chat templates, tool calls."""

@@ -1,12 +1,16 @@
-"""Chat templates, rendered in a sandbox: jinja2 in, marked text out. Knows no vocabulary.
+"""Render chat templates (jinja2) in a sandbox, with protection against forged control tokens.
 
-A template comes with a model folder, that is from a stranger, and a message comes from another one. Two dangers, two answers:
-- the template: jinja2's immutable sandbox (no private attributes, no changes to arguments, no loader), known filters and string
-  methods only, and a meter that every loop turn, call and growing string pays into, with a deadline. That stops runaway templates
-  and memory bombs; it is a guard on top of the sandbox, not a proof against a determined author of templates.
-- the message: `render` breaks the text of every control token inside the messages with a mark (a noncharacter that occurs nowhere
-  else), so that in its result an unbroken control token was written by the template. The caller removes the mark from what is
-  then plain text. Messages without such text reach the template unchanged.
+Templates come with model folders and messages come from users. Neither is trusted.
+
+Templates run in jinja2's immutable sandbox: no private attributes, no changes to arguments, no
+loader. Only known filters and string methods are allowed. Every loop iteration, call and string
+operation uses up a budget, and there is a time limit. This stops runaway templates and memory
+bombs. It is not a proof against a determined attacker.
+
+Messages may hold the text of a control token, such as an end-of-turn token. `render` inserts a mark
+into each of them, a noncharacter that occurs nowhere else. So an unbroken control token in the
+result was written by the template. The caller removes the marks after it has converted the control
+tokens to ids. Messages without such text reach the template unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -26,7 +30,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.runtime import Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-# DeepSeek-V2's format: nothing after EOS, and no blank after the last "Assistant:" (with one the model answers badly)
+# DeepSeek-V2's format. There is no blank after the last "Assistant:": with one, replies get worse.
 V2_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
@@ -38,17 +42,22 @@ V2_TEMPLATE = (
 MAX_TEMPLATE_CHARS = 256 << 10
 MAX_CONTROL_CHARS = 256
 MAX_SECONDS = 5.0
-BASE_WORK = 20_000_000  # characters handled, loop turns and calls a rendering may spend, beside 50 for each character of the messages
+# The budget of one rendering, in characters, loop iterations and calls. The characters of the
+# messages add WORK_PER_CHAR each.
+BASE_WORK = 20_000_000
+WORK_PER_CHAR = 50
 _NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 
 _FILTERS = frozenset(
-    """abs bool capitalize count d default dictsort e escape first float int items join last length list lower map max min
-    reject rejectattr replace reverse round safe select selectattr sort string sum title tojson trim unique upper""".split()
+    """abs bool capitalize count d default dictsort e escape first float int items join last length
+    list lower map max min reject rejectattr replace reverse round safe select selectattr sort
+    string sum title tojson trim unique upper""".split()
 )
 _STR_METHODS = frozenset(
-    """capitalize count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace istitle
-    isupper join lower lstrip removeprefix removesuffix replace rfind rindex rsplit rstrip split splitlines startswith strip swapcase
-    title upper partition rpartition""".split()
+    """capitalize count endswith find index isalnum isalpha isascii isdecimal isdigit islower
+    isnumeric isspace istitle isupper join lower lstrip removeprefix removesuffix replace rfind
+    rindex rsplit rstrip split splitlines startswith strip swapcase title upper partition
+    rpartition""".split()
 )
 
 
@@ -60,19 +69,36 @@ def render(
     control_tokens: Sequence[str] = (),
     **variables: Any,
 ) -> tuple[str, str]:
-    """Render a conversation; gives (text, mark), see above. ValueError for messages the template cannot take, and for a template
-    that does not parse, raises, reaches for what the sandbox forbids, or asks for more work than a chat needs."""
+    """Render a conversation.
+
+    Args:
+        source: the template.
+        messages: objects with role and content, as in OpenAI's API.
+        tools: descriptions of functions, for templates that use them.
+        control_tokens: texts that only the template may write.
+        variables: passed to the template, e.g. bos_token.
+
+    Returns:
+        text: the conversation, with marks inside control tokens that came from the messages.
+        mark: the character that was used.
+
+    Raises:
+        ValueError: the template does not support these messages, does not parse, raises an error,
+            does something the sandbox forbids, or exceeds its budget.
+    """
     if len(source) > MAX_TEMPLATE_CHARS:
         raise ValueError(
-            f"the chat template has {len(source)} characters; more than {MAX_TEMPLATE_CHARS} is refused"
+            f"the chat template has {len(source)} characters; "
+            f"more than {MAX_TEMPLATE_CHARS} is refused"
         )
     _check_messages(messages, tools, source)
     mark = _free_mark([source, *control_tokens, *variables.values()], [messages, tools])
     shield = _Shield(control_tokens, mark)
-    turns = [{k: v if k == "role" else shield(v) for k, v in m.items()} for m in messages]
-    env = _ChatSandbox(BASE_WORK + 50 * _size([messages, tools]))
+    shielded = [{k: v if k == "role" else shield(v) for k, v in m.items()} for m in messages]
+    env = _ChatSandbox(BASE_WORK + WORK_PER_CHAR * _num_chars([messages, tools]))
     try:
-        text = env.compile_metered(source).render(messages=turns, tools=shield(tools), **variables)
+        template = env.compile_metered(source)
+        text = template.render(messages=shielded, tools=shield(tools), **variables)
     except jinja2.TemplateSyntaxError as e:
         raise ValueError(
             f"the chat template does not parse: {e.message} (line {e.lineno})"
@@ -83,18 +109,19 @@ def render(
         raise ValueError(f"the chat template failed: {e}") from None
     except RecursionError:
         raise ValueError("the chat template failed: it nests or calls itself too deeply") from None
-    except Exception as e:  # a template is a program: whatever it raises is the template's error
+    except Exception as e:  # a template is a program and may raise anything
         raise ValueError(f"the chat template failed: {type(e).__name__}: {e}") from None
     return text, mark
 
 
-# ---- messages ------------------------------------------------------------------------------------------------------------
-def _check_messages(messages: Any, tools: Any, source: str):
+# ---- messages ------------------------------------------------------------------------------------
+def _check_messages(messages: Any, tools: Any, source: str) -> None:
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(
-            f"messages must be a list with at least one {{'role': ..., 'content': ...}}, found {_short(messages)}"
+            "messages must be a list with at least one {'role': ..., 'content': ...}, "
+            f"found {_short(messages)}"
         )
-    does_tools = re.search(r"\btools?\b", source) is not None
+    knows_tools = re.search(r"\btools?\b", source) is not None
     if tools is not None:
         _check_tools(tools, source)
     for n, message in enumerate(messages):
@@ -106,9 +133,10 @@ def _check_messages(messages: Any, tools: Any, source: str):
         if role not in ("system", "user", "assistant", "tool"):
             raise ValueError(f"message {n} has role {role!r}; known: system, user, assistant, tool")
         calls = message.get("tool_calls")
-        if (role == "tool" or calls) and not does_tools:
+        if (role == "tool" or calls) and not knows_tools:
             raise ValueError(
-                f"message {n} is about a tool call, but this model's chat template does not know tools"
+                f"message {n} is about a tool call, but this model's chat template does not know "
+                "tools"
             )
         if not isinstance(content, str) and not (content is None and role == "assistant" and calls):
             raise ValueError(
@@ -116,12 +144,16 @@ def _check_messages(messages: Any, tools: Any, source: str):
             )
 
 
-def _check_tools(tools: Any, source: str):
-    """A template that writes old calls need not read `tools` (DeepSeek-V3's does not): then the model would never hear of them."""
+def _check_tools(tools: Any, source: str) -> None:
+    """Check `tools`, and that the template reads them.
+
+    A template may write earlier tool calls without reading `tools` (DeepSeek-V3's does). The model
+    would then never see the tools.
+    """
     try:
         names = _ChatSandbox(0).parse(source).find_all(nodes.Name)
     except (jinja2.TemplateSyntaxError, RecursionError):
-        return  # rendering says what is wrong
+        return  # `render` reports this error
     if not any(n.name == "tools" and n.ctx == "load" for n in names):
         raise ValueError(
             "tools were given, but this model's chat template does not know tools; leave them out"
@@ -132,7 +164,8 @@ def _check_tools(tools: Any, source: str):
         or not all(isinstance(t, Mapping) for t in tools)
     ):
         raise ValueError(
-            f"tools must be a list of objects {{'type': 'function', 'function': {{'name': ...}}}}, found {_short(tools)}"
+            "tools must be a list of objects {'type': 'function', 'function': {'name': ...}}, "
+            f"found {_short(tools)}"
         )
 
 
@@ -141,7 +174,8 @@ def _short(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def _strings(value: Any):
+def _strings(value: Any) -> Iterator[str]:
+    """Yield all strings in a nested value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -153,28 +187,28 @@ def _strings(value: Any):
             yield from _strings(v)
 
 
-def _size(value: Any) -> int:
+def _num_chars(value: Any) -> int:
     return sum(len(s) + 1 for s in _strings(value))
 
 
-def _free_mark(fixed: list[str], said: Any) -> str:
-    """The first noncharacter that occurs in none of the strings."""
+def _free_mark(fixed: Sequence[Any], messages: Any) -> str:
+    """Return the first noncharacter that occurs in none of the strings."""
     free = dict.fromkeys(_NONCHARACTERS)
-    for text in (*_strings(fixed), *_strings(said)):
+    for text in (*_strings(fixed), *_strings(messages)):
         for char in [c for c in free if c in text]:
             del free[char]
     if not free:
         raise ValueError(
-            "the conversation uses all 32 noncharacters U+FDD0 to U+FDEF; remove at least one, they carry no text"
+            "the conversation uses all 32 noncharacters U+FDD0 to U+FDEF; remove at least one, "
+            "they carry no text"
         )
     return next(iter(free))
 
 
 @functools.lru_cache(maxsize=16)
-def _beginnings_of(tokens: frozenset[str]) -> re.Pattern:
-    def after(
-        rests: list[str],
-    ) -> str:  # a tree of characters: thousands of tokens cost no more than one
+def _beginnings_of(tokens: frozenset[str]) -> re.Pattern[str]:
+    def after(rests: list[str]) -> str:
+        """Return a pattern with the shape of a trie, so that many tokens match as fast as one."""
         by_first: dict[str, list[str]] = {}
         for rest in rests:
             by_first.setdefault(rest[:1], []).append(rest[1:])
@@ -189,9 +223,17 @@ def _beginnings_of(tokens: frozenset[str]) -> re.Pattern:
     return re.compile(f"(?=({after(sorted(tokens))}))")
 
 
-def beginnings_of(tokens: Iterable[str]) -> re.Pattern | None:
-    """Matches, without width so that overlapping ones are all found, where one of the tokens begins; group 1 is the longest there.
-    None when there are no tokens. ValueError for one that is longer than any real control token."""
+def beginnings_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
+    """Compile a pattern that matches wherever one of the tokens begins.
+
+    Matches have no width, so overlapping tokens are all found. Group 1 is the longest token there.
+
+    Returns:
+        None if there are no tokens.
+
+    Raises:
+        ValueError: a token is longer than MAX_CONTROL_CHARS.
+    """
     tokens = frozenset(tokens)
     if (longest := max(map(len, tokens), default=0)) > MAX_CONTROL_CHARS:
         raise ValueError(
@@ -201,8 +243,11 @@ def beginnings_of(tokens: Iterable[str]) -> re.Pattern | None:
 
 
 class _Shield:
-    """Breaks control tokens in every string of a nested value: whole ones, and a piece of one at either end, which could become
-    whole beside the next message."""
+    """Insert the mark into every control token in the strings of a nested value.
+
+    A string that begins or ends with part of a control token gets a mark there too, because the
+    template may write the rest of the token next to it.
+    """
 
     def __init__(self, control_tokens: Sequence[str], mark: str):
         tokens = {t for t in control_tokens if len(t) > 1}
@@ -213,7 +258,7 @@ class _Shield:
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, str):
-            return self._broken(value)
+            return self._insert_marks(value)
         if isinstance(value, Mapping):
             return {self(k): self(v) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
@@ -222,12 +267,12 @@ class _Shield:
             return value
         raise ValueError(f"messages and tools hold JSON values, found {_short(value)}")
 
-    def _broken(self, text: str) -> str:
+    def _insert_marks(self, text: str) -> str:
         if self._whole is None:
             return text
         cuts = [0, *(m.start() + 1 for m in self._whole.finditer(text)), len(text)]
         text = self._mark.join(text[a:b] for a, b in itertools.pairwise(cuts))
-        core = text.strip()  # a template may trim what it is given
+        core = text.strip()  # the template may strip the string
         start = text.find(core)
         end, sizes = start + len(core), range(1, min(self._longest, len(core) + 1))
         if any(core[-k:] in self._heads for k in sizes):
@@ -237,9 +282,13 @@ class _Shield:
         return text
 
 
-# ---- the sandbox ---------------------------------------------------------------------------------------------------------
+# ---- the sandbox ---------------------------------------------------------------------------------
 class _ChatSandbox(ImmutableSandboxedEnvironment):
-    """One environment for one rendering, because the meter is its state. `work` is in characters, turns and calls."""
+    """A jinja2 environment with a budget. Make a new one for every rendering.
+
+    Args:
+        work: the budget, see BASE_WORK.
+    """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -250,7 +299,8 @@ class _ChatSandbox(ImmutableSandboxedEnvironment):
             extensions=[loopcontrols, _Generation],
             finalize=self._output,
         )
-        self._work, self._deadline, self._literal = work, time.monotonic() + MAX_SECONDS, 0
+        self._work, self._deadline = work, time.monotonic() + MAX_SECONDS
+        self._template_chars = 0  # number of literal characters in the template
         known = {name: f for name, f in self.filters.items() if name in _FILTERS} | {
             "tojson": _tojson,
             "join": _join,
@@ -268,26 +318,32 @@ class _ChatSandbox(ImmutableSandboxedEnvironment):
         }
 
     def compile_metered(self, source: str) -> jinja2.Template:
-        """Every loop goes through `_each` and every operand of `~` through `_part`: neither can be intercepted otherwise."""
+        """Compile a template in which loops and the operator `~` use up the budget.
+
+        jinja2 has no hook for either. So the iterable of every loop goes through the filter `_each`
+        and every operand of `~` through the filter `_part`.
+        """
         tree = self.parse(source)
-        self._literal = _literal_chars(tree)
+        self._template_chars = _literal_chars(tree)
         for loop in tree.find_all(nodes.For):
             loop.iter = nodes.Filter(
                 loop.iter, "_each", [nodes.Const(_literal_chars(loop))], [], None, None
             )
         for concat in tree.find_all(nodes.Concat):
             concat.nodes = [nodes.Filter(n, "_part", [], [], None, None) for n in concat.nodes]
-        return self.from_string(tree.set_environment(self))
+        tree.set_environment(self)
+        return self.from_string(tree)
 
-    def _pay(self, work: int):
+    def _pay(self, work: int) -> None:
+        """Take `work` from the budget; SecurityError if it is used up or the time is over."""
         self._work -= work
         if self._work < 0:
             raise SecurityError("more work or text than a conversation of this size needs")
         if time.monotonic() > self._deadline:
             raise SecurityError(f"more than {MAX_SECONDS:g} seconds")
 
-    def _pay_for(self, value: Any):
-        """What turning the value into text would cost; shared parts count as often as they would be written."""
+    def _pay_for(self, value: Any) -> None:
+        """Pay for turning a value into text. Parts that occur several times are paid each time."""
         if isinstance(value, str):
             self._pay(len(value) + 1)
         elif isinstance(value, Mapping):
@@ -306,15 +362,14 @@ class _ChatSandbox(ImmutableSandboxedEnvironment):
         self._pay_for(value)
         return value
 
-    def _each(self, iterable: Any, literal: int):
+    def _each(self, iterable: Any, literal_chars: int) -> Iterator[Any]:
         for item in iterable:
-            self._pay(10 + literal)
+            self._pay(10 + literal_chars)
             yield item
 
     def _metered(self, filter_):
-        @functools.wraps(
-            filter_
-        )  # also copies jinja's note on what the filter wants as its first argument
+        # wraps also copies the attribute that tells jinja2 what to pass as the first argument
+        @functools.wraps(filter_)
         def paid(*args, **kwargs):
             for a in (*args, *kwargs.values()):
                 if not isinstance(
@@ -341,9 +396,8 @@ class _ChatSandbox(ImmutableSandboxedEnvironment):
             self._pay_for(right)
         return super().call_binop(context, operator, left, right)
 
-    def wrap_str_format(
-        self, value
-    ):  # str.format is not among our methods; jinja2 would hand it out before asking
+    def wrap_str_format(self, value):
+        # jinja2 would offer str.format without asking is_safe_attribute
         return None
 
     def is_safe_attribute(self, obj, attr, value):
@@ -351,10 +405,9 @@ class _ChatSandbox(ImmutableSandboxedEnvironment):
             not isinstance(obj, str) or attr in _STR_METHODS
         )
 
-    def call(
-        self, context, function, /, *args, **kwargs
-    ):  # every call a template writes comes through here
-        self._pay(50 + (self._literal if isinstance(function, Macro) else 0))
+    def call(self, context, function, /, *args, **kwargs):
+        """Pay for a call in the template, then make it."""
+        self._pay(50 + (self._template_chars if isinstance(function, Macro) else 0))
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if isinstance(owner, str):
             self._pay_for([owner, *args, *kwargs.values()])
@@ -366,7 +419,10 @@ class _ChatSandbox(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %} marks what an assistant said, for training masks; here it is just its body."""
+    """Support {% generation %} ... {% endgeneration %}, which marks the assistant's text.
+
+    The mark is for loss masks in fine-tuning. Here the block is replaced by its body.
+    """
 
     tags = {"generation"}
 
@@ -376,12 +432,12 @@ class _Generation(Extension):
 
 
 def _literal_chars(node: nodes.Node) -> int:
-    """The characters of text that lie open in a part of a template: what one turn through it can write at most, beside values."""
+    """Count the literal characters in a part of a template: one pass writes at most that many."""
     return sum(len(d.data) for d in node.find_all(nodes.TemplateData))
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_) -> str:
-    """jinja2's own escapes <, > and & for web pages; a model shall read what was meant. (transformers does the same.)"""
+    """Dump JSON without the escapes of <, > and & that jinja2's own filter adds for HTML."""
     if isinstance(value, Undefined):
         raise ValueError("tojson of something that is not defined")
     return json.dumps(
@@ -394,14 +450,13 @@ def _join(values: Any, separator: str = "") -> str:
 
 
 def _strftime_now(pattern: str) -> str:
-    if len(pattern) > 100 or re.search(
-        r"%[^A-Za-z%]*\d", pattern
-    ):  # some C libraries pad to any width: %1000000000d
+    # Some C libraries pad to any width: %1000000000d
+    if len(pattern) > 100 or re.search(r"%[^A-Za-z%]*\d", pattern):
         raise ValueError(
             f"strftime_now takes a short date format without widths, found {pattern[:100]!r}"
         )
     return datetime.now().strftime(pattern)
 
 
-def _raise_exception(message: Any = ""):
+def _raise_exception(message: Any = "") -> None:
     raise jinja2.TemplateError(str(message))

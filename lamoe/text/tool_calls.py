@@ -1,7 +1,9 @@
-"""Tool calls in what a model wrote, in the two forms that chat templates teach: DeepSeek's with its control tokens, and JSON between <tool_call> tags.
+"""Find tool calls in the replies of a model.
 
-A reply is a stranger's text like any other. Only a sound call counts, that is one with a plain name and arguments that are a JSON object; everything
-else stays text, so nothing a model says is lost. One pass, linear in the length; nothing here runs or looks up a tool.
+Chat templates teach two forms: DeepSeek's with its control tokens, and JSON between <tool_call>
+tags. Replies are untrusted text. A call is valid if its name is plain and its arguments are a JSON
+object; everything else stays text, so nothing is lost. Parsing is linear in the length of the
+reply. Nothing here runs or looks up a tool.
 """
 
 from __future__ import annotations
@@ -13,26 +15,34 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-MAX_CALLS = (
-    128  # beginnings of calls that are looked at in a reply; what comes after them stays text
-)
+# At most so many places in a reply are parsed as calls; the rest stays text.
+MAX_CALLS = 128
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
 
 
 @dataclass(frozen=True)
 class Form:
-    """`marks`: where text may turn into calls. `head`: the beginning of a call up to its JSON, with the name where it stands outside; `foot`: what must
-    follow the JSON (a call that the end of the text cut off behind its JSON is whole). DeepSeek's marks around all calls go with the first and last one."""
+    """How a chat template writes tool calls.
+
+    Attributes:
+        marks: texts that may begin a call.
+        head: matches a call up to its JSON; its group, if any, is the name of the tool. For
+            DeepSeek it includes the token that begins the list of calls.
+        foot: matches what must follow the JSON: the end of the call, or the end of the reply.
+    """
 
     marks: tuple[str, ...]
     head: re.Pattern
     foot: re.Pattern
 
 
-DEEPSEEK = Form(  # V3 and R1: a kind, then the name and a block of JSON; V3.1: the name, then JSON
+# V3 and R1 write "function", the name and a block of JSON; V3.1 writes the name, then JSON.
+DEEPSEEK = Form(
     ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
     re.compile(
-        r"(?:<｜tool▁calls▁begin｜>\s*+)?<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>([^\n<]{1,128})\n```json\s*+|([^\n<]{1,128})<｜tool▁sep｜>\s*+)"
+        r"(?:<｜tool▁calls▁begin｜>\s*+)?<｜tool▁call▁begin｜>"
+        r"(?:function<｜tool▁sep｜>([^\n<]{1,128})\n```json\s*+"
+        r"|([^\n<]{1,128})<｜tool▁sep｜>\s*+)"
     ),
     re.compile(r"\s*+(?:```\s*+)?(?:<｜tool▁call▁end｜>(?:\s*+<｜tool▁calls▁end｜>)?|\Z)"),
 )
@@ -42,7 +52,7 @@ TAGS = Form(
 
 
 def form_of(template: str | None) -> Form | None:
-    """How a chat template has tool calls written; None when it has none, or in a way not known here."""
+    """Return the form of tool calls in a chat template; None if it has none or another form."""
     if template is None or not re.search(r"\btools?\b", template):
         return None
     return (
@@ -51,16 +61,20 @@ def form_of(template: str | None) -> Form | None:
 
 
 def parse(form: Form, text: str) -> tuple[str, list[dict[str, Any]]]:
-    """(the text without its calls, the calls as OpenAI's API has them: id, type, function with name and arguments, a JSON text). Without a sound call
-    the text comes back as it was."""
-    calls, said, at = [], [], 0
-    for m in islice(form.head.finditer(text), MAX_CALLS):
-        found = (
-            _call(form, text, m) if m.start() >= at else None
-        )  # a head inside another call's JSON is part of that
+    """Split a reply into text and tool calls.
+
+    Returns:
+        text: the reply without its calls; the unchanged reply if it holds no valid call.
+        calls: as in OpenAI's API: id, type, and function with name and arguments (JSON text).
+    """
+    calls: list[dict[str, Any]] = []
+    plain, end = [], 0
+    for head in islice(form.head.finditer(text), MAX_CALLS):
+        # A head inside the JSON of the previous call belongs to that call.
+        found = _parse_call(form, text, head) if head.start() >= end else None
         if found is not None:
-            said.append(text[at : m.start()])
-            name, arguments, at = found
+            plain.append(text[end : head.start()])
+            name, arguments, end = found
             calls.append(
                 {
                     "id": f"call_{uuid.uuid4().hex[:24]}",
@@ -70,47 +84,49 @@ def parse(form: Form, text: str) -> tuple[str, list[dict[str, Any]]]:
             )
     if not calls:
         return text, []
-    later = [s.strip() for s in (*said[1:], text[at:])]
-    return said[0].rstrip() + "".join("\n" + s for s in later if s), calls
+    later = [s.strip() for s in (*plain[1:], text[end:])]
+    return plain[0].rstrip() + "".join("\n" + s for s in later if s), calls
 
 
 class Splitter:
-    """A stream of text that may turn into calls: `add` gives what can be shown, `end` the rest of the text and the calls. Together they are what `parse`
-    says of the whole text, however it was cut."""
+    """Split a streamed reply into text and tool calls.
+
+    `add` returns the text that can be shown, `end` the rest and the calls. Together they give what
+    `parse` gives for the whole reply, for any division into chunks.
+    """
 
     def __init__(self, form: Form):
-        self._form, self._held, self._inside = form, "", []
+        self._form = form
+        self._held = ""  # text that may be the beginning of a mark
+        self._from_mark: list[str] = []  # everything from the first mark on
 
     def add(self, text: str) -> str:
-        """The part of the text so far that is certainly no call and was not shown yet. From the first mark on everything waits for `end`."""
-        if self._inside:
-            self._inside.append(text)
+        """Add a chunk; return the new text that is certainly not part of a call."""
+        if self._from_mark:
+            self._from_mark.append(text)
             return ""
         text = self._held + text
-        found = [at for mark in self._form.marks if (at := text.find(mark)) >= 0]
-        keep = max(
-            (
-                n
-                for mark in self._form.marks
-                for n in range(1, len(mark))
-                if text.endswith(mark[:n])
-            ),
+        marks = self._form.marks
+        starts = [start for mark in marks if (start := text.find(mark)) >= 0]
+        # A chunk may end in the middle of a mark: hold back that part.
+        partial = max(
+            (n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])),
             default=0,
         )
-        end = len(
-            text[: min(found) if found else len(text) - keep].rstrip()
-        )  # blanks before calls are not part of the text
-        if found:
-            self._inside.append(text[end:])
-        self._held = "" if found else text[end:]
-        return text[:end]
+        stop = min(starts) if starts else len(text) - partial
+        stop = len(text[:stop].rstrip())  # `parse` removes blanks before a call
+        if starts:
+            self._from_mark.append(text[stop:])
+        self._held = "" if starts else text[stop:]
+        return text[:stop]
 
     def end(self) -> tuple[str, list[dict[str, Any]]]:
-        return parse(self._form, self._held + "".join(self._inside))
+        """Return the rest of the text and the calls, after the last chunk."""
+        return parse(self._form, self._held + "".join(self._from_mark))
 
 
-def _call(form: Form, text: str, head: re.Match) -> tuple[str, str, int] | None:
-    """(name, arguments, where it ends) of the call that begins with `head`, None when it is not sound."""
+def _parse_call(form: Form, text: str, head: re.Match[str]) -> tuple[str, str, int] | None:
+    """Return name, arguments and end of the call that begins with `head`; None if invalid."""
     if not text.startswith("{", head.end()):
         return None
     try:
@@ -124,25 +140,25 @@ def _call(form: Form, text: str, head: re.Match) -> tuple[str, str, int] | None:
         name, arguments = head[head.lastindex].strip(), value
     else:
         name, arguments = value.get("name"), value.get("arguments", {})
-        if isinstance(arguments, str):  # some models write the JSON of the JSON
+        if isinstance(arguments, str):  # some models encode the arguments twice
             try:
                 arguments = json.loads(arguments, parse_constant=_refuse)
             except (ValueError, RecursionError):
                 return None
     if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(arguments, dict):
         return None
-    return name, _written(arguments), foot.end()
+    return name, _to_json(arguments), foot.end()
 
 
-def _refuse(constant: str):
+def _refuse(constant: str) -> None:
+    """Refuse NaN and Infinity, which Python's decoder accepts."""
     raise ValueError(f"{constant} is not JSON")
 
 
 _JSON = json.JSONDecoder(parse_constant=_refuse)
 
 
-def _written(arguments: dict) -> str:
+def _to_json(arguments: dict) -> str:
     text = json.dumps(arguments, ensure_ascii=False)
-    return (
-        json.dumps(arguments) if any("\ud800" <= c <= "\udfff" for c in text) else text
-    )  # half a surrogate pair has no UTF-8
+    has_surrogate = any("\ud800" <= c <= "\udfff" for c in text)  # cannot be encoded as UTF-8
+    return json.dumps(arguments) if has_surrogate else text

@@ -1,1 +1,4 @@
-"""Training: reading text (sources), packing and sampling it (data), the schedule (optim), the loop, checkpoints."""
+"""Training: text sources, packing and sampling, recipe, optimizer, loop, checkpoints.
+
+Start with loop.py.
+"""

@@ -1,7 +1,8 @@
-"""The optimizer and its schedules: AdamW on float32 masters, the V2 learning-rate steps, the batch-size ramp.
+"""AdamW on float32 master weights, the learning-rate schedule of DeepSeek-V2, the batch-size ramp.
 
-Source: paper 3.1.2. The model computes in its own dtype (bfloat16 or float32); the optimizer owns a float32 master of every
-bfloat16 weight, sums gradients of micro-batches in float32, and writes the rounded masters back.
+The model computes in its own dtype (bfloat16 or float32). The optimizer keeps a float32 master of
+every bfloat16 weight, sums the gradients of micro-batches in float32, and copies the rounded
+masters back to the model after each step. Source: paper 3.1.2.
 """
 
 from __future__ import annotations
@@ -16,20 +17,26 @@ from lamoe.model.config import check_types
 
 @dataclass(frozen=True)
 class Optim:
-    """[optim] of a recipe."""
+    """Section [optim] of a recipe.
 
-    lr: float = 2.4e-4  # peak
-    warmup_steps: int = 2000  # linear from 0
-    decay_at: tuple[float, ...] = (
-        0.6,
-        0.9,
-    )  # shares of the training tokens after which lr is multiplied by decay
+    Attributes:
+        lr: peak learning rate.
+        warmup_steps: steps of the linear warm-up from 0.
+        decay_at: fractions of all training tokens; after each, the rate is multiplied by `decay`.
+        eps: of AdamW; the paper does not give it.
+        weight_decay: applies to matrices only, not to norm weights.
+        clip: largest global gradient norm.
+    """
+
+    lr: float = 2.4e-4
+    warmup_steps: int = 2000
+    decay_at: tuple[float, ...] = (0.6, 0.9)
     decay: float = 0.316
     beta1: float = 0.9
     beta2: float = 0.95
-    eps: float = 1e-8  # the paper gives none
-    weight_decay: float = 0.1  # on matrices; norms have none
-    clip: float = 1.0  # largest global gradient norm
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
 
     def __post_init__(self):
         check_types(self, "optim.")
@@ -45,29 +52,45 @@ class Optim:
                 )
         if not 0 <= self.weight_decay < float("inf") or self.warmup_steps < 0:
             raise ValueError(
-                f"optim.weight_decay is {self.weight_decay} and optim.warmup_steps {self.warmup_steps}; both must be finite and not negative"
+                f"optim.weight_decay is {self.weight_decay} and optim.warmup_steps "
+                f"{self.warmup_steps}; both must be finite and not negative"
             )
         if list(self.decay_at) != sorted(self.decay_at) or not all(
             0 < s <= 1 for s in self.decay_at
         ):
             raise ValueError(
-                f"optim.decay_at is {list(self.decay_at)}; it must be rising shares of the training, each above 0 and at most 1"
+                f"optim.decay_at is {list(self.decay_at)}; it must be rising shares of the "
+                "training, each above 0 and at most 1"
             )
 
     def lr_at(self, step: int, share: float) -> float:
-        """Learning rate of step `step` (from 0), before which `share` of all tokens were seen."""
-        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return self.lr * warm * self.decay ** sum(share >= s for s in self.decay_at)
+        """Return the learning rate of a step.
+
+        Args:
+            step: counted from 0.
+            share: fraction of all training tokens used before this step.
+        """
+        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.lr * warmup * self.decay ** sum(share >= s for s in self.decay_at)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """[batch] of a recipe, in sequences. The ramp is linear from `ramp_from` to `size` over `ramp_steps` steps (the paper gives
-    its ends, 2304 and 9216, and its length, 225B tokens, not its shape), in whole micro-batches."""
+    """Section [batch] of a recipe. All sizes are numbers of sequences.
+
+    The batch size grows linearly from `ramp_from` to `size`, in whole micro-batches. The paper
+    gives the ends of its ramp (2304 and 9216) and the length (225B tokens), but not the shape.
+
+    Attributes:
+        size: sequences of one optimizer step.
+        micro: sequences of one forward and backward pass.
+        ramp_from: size of the first step; 0: no ramp.
+        ramp_steps: steps until the full size.
+    """
 
     size: int = 8
     micro: int = 8
-    ramp_from: int = 0  # 0: no ramp
+    ramp_from: int = 0
     ramp_steps: int = 0
 
     def __post_init__(self):
@@ -78,7 +101,8 @@ class Batch:
             )
         if self.size % self.micro:
             raise ValueError(
-                f"batch.size {self.size} is not a multiple of batch.micro {self.micro}; gradients are accumulated over whole micro-batches"
+                f"batch.size {self.size} is not a multiple of batch.micro {self.micro}; "
+                "gradients are accumulated over whole micro-batches"
             )
         if (
             bool(self.ramp_from) != bool(self.ramp_steps)
@@ -86,76 +110,97 @@ class Batch:
             or self.ramp_steps < 0
         ):
             raise ValueError(
-                f"batch.ramp_from {self.ramp_from} and batch.ramp_steps {self.ramp_steps} go together, with ramp_from at most batch.size {self.size}"
+                f"batch.ramp_from {self.ramp_from} and batch.ramp_steps {self.ramp_steps} go "
+                f"together, with ramp_from at most batch.size {self.size}"
             )
 
     def size_at(self, step: int) -> int:
-        """Sequences of step `step` (from 0)."""
+        """Return the number of sequences in a step (counted from 0)."""
         if step >= self.ramp_steps:
             return self.size
         size = self.ramp_from + (self.size - self.ramp_from) * step / self.ramp_steps
         return max(1, round(size / self.micro)) * self.micro
 
     def before(self, step: int) -> int:
-        """Sequences of all steps before `step`."""
+        """Return the number of sequences in all steps before `step`."""
         ramp = min(step, self.ramp_steps)
         return sum(map(self.size_at, range(ramp))) + (step - ramp) * self.size
 
 
 class MasterAdamW:
-    """AdamW over float32 masters of `model`'s parameters. Per micro-batch `collect`, then once `clip` and `step`."""
+    """AdamW over float32 master copies of a model's parameters.
 
-    def __init__(self, model: nn.Module, o: Optim):
+    Call `collect` after the backward pass of each micro-batch, then `clip` and `step` once.
+
+    Attributes:
+        params: the model's parameters.
+        masters: one float32 tensor per parameter; a float32 parameter is its own master.
+    """
+
+    def __init__(self, model: nn.Module, optim: Optim):
         self.params = list(model.parameters())
-        # a float32 weight is its own master
         self.masters = [
             p.detach() if p.dtype == torch.float32 else p.detach().float() for p in self.params
         ]
         groups = [
-            {"params": [m for m in self.masters if m.dim() > 1], "weight_decay": o.weight_decay},
+            {
+                "params": [m for m in self.masters if m.dim() > 1],
+                "weight_decay": optim.weight_decay,
+            },
             {"params": [m for m in self.masters if m.dim() <= 1], "weight_decay": 0.0},
         ]
         self.adamw = torch.optim.AdamW(
-            groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=True
+            groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
         )
-        self.max_norm = o.clip
+        self.max_norm = optim.clip
 
     def collect(self) -> None:
-        """Move the gradients of one micro-batch to the masters, added up in float32. A weight nobody used has none."""
-        for p, m in zip(self.params, self.masters):
-            if p.grad is not None:
-                m.grad = p.grad.float() if m.grad is None else m.grad.add_(p.grad)
-                p.grad = None
+        """Add the gradients of one micro-batch to those of the masters, in float32."""
+        for param, master in zip(self.params, self.masters):
+            if param.grad is None:  # no token of this micro-batch used the weight
+                continue
+            master.grad = (
+                param.grad.float() if master.grad is None else master.grad.add_(param.grad)
+            )
+            param.grad = None
 
     def clip(self) -> float:
-        """Scale the gradients to a global norm of at most `clip`; the norm before. Not finite: gradients are left as they are."""
+        """Scale the gradients to a global norm of at most `max_norm`.
+
+        Returns:
+            The norm before scaling. If it is not finite, the gradients are not scaled.
+        """
         grads = [m.grad for m in self.masters if m.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         scale = (self.max_norm / (norm + 1e-6)).item()
-        if scale < 1:  # False for nan too
+        if scale < 1:  # also false for nan
             torch._foreach_mul_(grads, scale)
         return norm.item()
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
+        """Update masters and model with the collected gradients, then clear the gradients."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        self._write_back()
+        self._copy_to_model()
 
-    def _write_back(self):
-        rounded = [(p, m) for p, m in zip(self.params, self.masters) if p.dtype != m.dtype]
-        if rounded:
-            torch._foreach_copy_(*map(list, zip(*rounded)))
+    def _copy_to_model(self) -> None:
+        """Round the masters to the parameters that have another dtype."""
+        pairs = [(p, m) for p, m in zip(self.params, self.masters) if p.dtype != m.dtype]
+        if pairs:
+            torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
 
     def state_dict(self) -> dict:
+        """Return master weights and AdamW state, not copied."""
         return {"masters": self.masters, "adamw": self.adamw.state_dict()["state"]}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
+        """Load a `state_dict` and copy the masters to the model."""
         torch._foreach_copy_(self.masters, state["masters"])
-        self._write_back()
+        self._copy_to_model()
         self.adamw.load_state_dict(
             {"state": state["adamw"], "param_groups": self.adamw.state_dict()["param_groups"]}
         )

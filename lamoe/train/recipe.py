@@ -1,12 +1,15 @@
-"""A training recipe: TOML in, checked dataclasses out. `--section.key value` on the command line means the same as the file.
+"""A training recipe: a TOML file, read into checked dataclasses.
 
-[model] takes `preset` and any ModelConfig field; the other sections are the dataclasses below, routing.Balance and optim's.
+Section [model] takes `preset` and any field of ModelConfig. The other sections are dataclasses:
+Data and Run here, Optim and Batch in optim.py, Balance in model/routing.py. On the command line
+`--section.key value` overrides a line of the file.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import tomllib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,22 @@ from lamoe.train.optim import Batch, Optim
 
 @dataclass(frozen=True)
 class Data:
-    """[data]: what to read and how to cut it. Sources: "stdlib", "austen", files, folders, globs, .jsonl (see train/sources.py)."""
+    """Section [data] of a recipe: the text and how it is split into rows.
+
+    Attributes:
+        sources: "stdlib", "austen", files, folders, globs or .jsonl files (see train/sources.py).
+        tokenizer: a folder or tokenizer.json. Empty: that of run.init_from if set, otherwise a new
+            byte-level BPE of model.vocab_size tokens.
+        seq_len: tokens per row.
+        holdout: fraction of every source's bytes that is held out for evaluation.
+        document_mask: a token attends only to tokens of its own document.
+    """
 
     sources: tuple[str, ...] = ("stdlib", "austen")
-    tokenizer: str = ""  # a folder or tokenizer.json; empty: train a byte-level BPE of model.vocab_size on the training text
+    tokenizer: str = ""
     seq_len: int = 512
-    holdout: float = 0.02  # share of every source's bytes that is never trained on, by file
-    document_mask: bool = True  # attention stays inside a document
+    holdout: float = 0.02
+    document_mask: bool = True
 
     def __post_init__(self):
         check_types(self, "data.")
@@ -34,27 +46,38 @@ class Data:
             raise ValueError("data.sources is empty; name at least one source, for example stdlib")
         if not 0 <= self.holdout <= 0.5:
             raise ValueError(
-                f"data.holdout is {self.holdout}; it is the share of the text kept for evaluation, 0 to 0.5"
+                f"data.holdout is {self.holdout}; it is the share of the text held out for "
+                "evaluation, 0 to 0.5"
             )
 
 
 @dataclass(frozen=True)
 class Run:
-    """[run]: length, output, and everything that does not change what is learnt."""
+    """Section [run] of a recipe: start, length, output, logging and saving.
+
+    Attributes:
+        out: the run folder.
+        init_from: a run folder, model folder or hub id that gives the initial weights and, unless
+            data.tokenizer is set, the tokenizer. Empty: random weights.
+        dtype: of the computation; master weights are float32.
+        threads: of torch; 0: torch's default.
+        eval_every: steps between evaluations; 0: evaluate at the end only.
+        eval_tokens: size of those evaluations. The last one uses all held-out text.
+        save_every: steps between checkpoints; 0: save at the end and on Ctrl-C or SIGTERM only.
+        keep: number of checkpoints to keep; 0 keeps all.
+    """
 
     out: str = "runs/model"
-    init_from: str = ""  # a run, a model folder or a hub id whose weights (and tokenizer) training starts with; empty: random weights
+    init_from: str = ""
     steps: int = 1000
-    dtype: str = "bfloat16"  # of the computation; masters are float32
+    dtype: str = "bfloat16"
     seed: int = 0
-    threads: int = 0  # 0: torch's choice
+    threads: int = 0
     log_every: int = 10
-    eval_every: int = 0  # 0: at the end only
-    eval_tokens: int = (
-        65536  # of the evaluations on the way; the last one reads all that is held out
-    )
-    save_every: int = 0  # 0: at the end only (and on Ctrl-C or SIGTERM)
-    keep: int = 2  # checkpoints; 0 keeps all
+    eval_every: int = 0
+    eval_tokens: int = 65536
+    save_every: int = 0
+    keep: int = 2
 
     def __post_init__(self):
         check_types(self, "run.")
@@ -80,7 +103,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides what a run learns and where it goes. Unknown sections and keys are refused."""
+    """A complete training recipe. Unknown sections and keys are refused."""
 
     model: ModelConfig
     data: Data = field(default_factory=Data)
@@ -92,24 +115,26 @@ class Recipe:
     def __post_init__(self):
         check_types(self.balance, "balance.")
         self.balance.check(self.model)
-        if (
-            self.model.is_moe
-        ):  # the coefficient that trained the model is the one its config.json tells others about
+        if self.model.is_moe:
+            # so that config.json of the saved model states the coefficient used in training
             object.__setattr__(
                 self, "model", self.model.replace(aux_loss_alpha=float(self.balance.expert))
             )
         if self.data.seq_len > self.model.max_position_embeddings:
             raise ValueError(
-                f"data.seq_len {self.data.seq_len} is more than model.max_position_embeddings {self.model.max_position_embeddings}"
+                f"data.seq_len {self.data.seq_len} is more than model.max_position_embeddings "
+                f"{self.model.max_position_embeddings}"
             )
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Recipe:
+        """Build a recipe from {section: {key: value}}. ValueError names what is wrong."""
         sections = {f.name: f for f in dataclasses.fields(cls)}
         for name, value in raw.items():
             if name not in sections:
                 raise ValueError(
-                    f"unknown section [{name}] in the recipe{did_you_mean(name, sections)}; known: {', '.join(sections)}"
+                    f"unknown section [{name}] in the recipe{did_you_mean(name, sections)}; "
+                    f"known: {', '.join(sections)}"
                 )
             if not isinstance(value, dict):
                 raise ValueError(f"{name} must be a section with keys, found {value!r}")
@@ -121,9 +146,17 @@ class Recipe:
         return cls(**parts)
 
     @classmethod
-    def load(cls, path: str | Path, overrides: list[str] = ()) -> Recipe:
-        """Read a TOML file, then apply `--section.key value` (or `--section.key=value`) pairs. Values are TOML; a bare word is a
-        string, a comma-separated one a list where the key takes a list. ValueError says what is unknown and what was meant."""
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a recipe from a TOML file.
+
+        Args:
+            overrides: words `--section.key value` or `--section.key=value` that replace lines of
+                the file. Values are TOML; quotes may be left out. A list may be written with
+                commas.
+
+        Raises:
+            ValueError: names an unknown section or key and suggests the one that was meant.
+        """
         path = Path(path)
         if not path.is_file():
             near = (
@@ -149,7 +182,7 @@ class Recipe:
             raise ValueError(f"{path}: {e}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as saved with a run. `from_dict(to_dict())` is the identity."""
+        """Return plain values, as recipe.json holds them. `from_dict` is the inverse."""
         out = dataclasses.asdict(self)
         out["model"] = {k: v for k, v in out["model"].items() if v is not None}
         for section in out.values():
@@ -158,6 +191,7 @@ class Recipe:
 
 
 def _section(kind, name: str, raw: dict[str, Any]):
+    """Build the dataclass `kind` of a section, with comma-separated text split into lists."""
     known = [f.name for f in dataclasses.fields(kind)]
     for key in raw:
         if key not in known:
@@ -192,12 +226,14 @@ def _model(raw: dict[str, Any]) -> ModelConfig:
             raise ValueError(f"unknown key model.{key}{did_you_mean(key, known)}")
     if preset is None and not raw:
         raise ValueError(
-            "the recipe says no model; give model.preset, for example tiny, or the fields of a config"
+            "the recipe says no model; give model.preset, for example tiny, "
+            "or the fields of a config"
         )
     return ModelConfig(**raw) if preset is None else ModelConfig.preset(preset).replace(**raw)
 
 
-def _parse(overrides: list[str]):
+def _parse(overrides: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
+    """Yield (section, key, value) of every override."""
     words = list(overrides)
     while words:
         word = words.pop(0)
@@ -213,7 +249,7 @@ def _parse(overrides: list[str]):
 
 
 def _value(text: str) -> Any:
-    """A TOML value; text that is none stands for itself."""
+    """Parse a TOML value; text that is not TOML is taken as a string."""
     try:
         return tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:

@@ -1,8 +1,14 @@
-"""Where training text comes from and which of it is held out: names of sources in, documents out, always in the same order.
+"""Read training text from its sources and choose what is held out.
 
-A source is one of: "stdlib" (the Python standard library of this machine), "austen" (six novels that come with lamoe), a text
-file, a folder (read recursively), a glob, a .jsonl file (one object per line, text in the field "text", or `file.jsonl:field`).
-Text and .jsonl files may be compressed (.gz, .xz). What cannot be used is counted by reason, never dropped in silence.
+A source is one of:
+- "stdlib": the Python standard library of this machine;
+- "austen": six novels that come with lamoe;
+- a text file, a folder (read recursively) or a glob;
+- a .jsonl file, with one object per line and the text in its field "text"; write
+  `file.jsonl:field` for another field.
+
+Text and .jsonl files may be compressed (.gz, .xz). Documents come in the same order in every call.
+Files and documents that cannot be used are counted by reason.
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ import glob
 import gzip
 import hashlib
 import importlib
+import io
 import json
 import lzma
 import os
@@ -21,7 +28,7 @@ import tarfile
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,17 +37,21 @@ from lamoe.model.config import did_you_mean
 BUILT_IN = ("austen", "stdlib")
 AUSTEN = Path(__file__).resolve().parents[1] / "corpus" / "austen.tar.xz"
 _JSONL = re.compile(r"(?P<path>.*\.jsonl(?:\.gz|\.xz)?)(?::(?P<field>[^:/\\]+))?", re.DOTALL)
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
-_OTHER_PACKERS = (".zst", ".bz2", ".zip", ".7z", ".tar", ".tgz", ".parquet")
+_PACKERS = (".gz", ".xz")
+_UNSUPPORTED_PACKERS = (".zst", ".bz2", ".zip", ".7z", ".tar", ".tgz", ".parquet")
 _DAMAGED = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, tarfile.TarError)
-_SNIFF = (
-    1 << 16
-)  # bytes looked at before a whole file is read, so that a folder with a disk image in it stays cheap
+# Bytes checked for zeros before the rest of a file is read: a folder may hold a disk image.
+_SNIFF_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text. `name` is unique within `source` and does not depend on where a folder lies; `size` is in UTF-8 bytes."""
+    """One text.
+
+    Attributes:
+        name: unique within the source; for a folder, the path inside it.
+        size: UTF-8 bytes of the text.
+    """
 
     source: str
     name: str
@@ -50,41 +61,59 @@ class Document:
 
 @dataclass
 class Counts:
-    """What reading one source came to: documents and UTF-8 bytes delivered, and how much was left out and why."""
+    """What was read from one source.
+
+    Attributes:
+        bytes: UTF-8 bytes of all documents.
+        skipped: number of skipped files, folders and documents by reason.
+    """
 
     documents: int = 0
     bytes: int = 0
-    skipped: Counter = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
 
-    def __str__(self):
-        left_out = ", ".join(f"{n} {why}" for why, n in sorted(self.skipped.items()))
+    def __str__(self) -> str:
+        skipped = ", ".join(f"{n} {reason}" for reason, n in sorted(self.skipped.items()))
         return f"{self.documents:,} documents, {self.bytes / 1e6:.2f} MB" + (
-            f" (left out: {left_out})" if left_out else ""
+            f" (left out: {skipped})" if skipped else ""
         )
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of a source. `asked`: the user named this very file, so what is wrong with it is an error and not a skip."""
+    """One file of a source.
+
+    Attributes:
+        read: yields (document name, text) of the file.
+        field: the field of a .jsonl file that holds the text.
+        named: the user named this file itself. If it is unusable, that is an error; a file found in
+            a folder is skipped.
+    """
 
     path: Path
     name: str
-    read: Callable[[Entry], Iterator[tuple[str, str]]]  # -> (document name, text)
+    read: Callable[[Entry], Iterator[tuple[str, str]]]
     field: str = "text"
-    asked: bool = False
+    named: bool = False
 
 
 class _NotText(Exception):
-    """Internal: the reason why a file met in a folder was passed over."""
+    """Raised for a file that cannot be used. The message is the reason in Counts.skipped."""
 
 
 def read_documents(
     sources: list[str], counts: dict[str, Counts] | None = None
 ) -> Iterator[Document]:
-    """Every document of `sources`, in the order given and sorted by name within a source; identical texts only once.
+    """Yield every document of `sources`, in the order given and sorted by name within a source.
 
-    `counts`, when given, is filled with one `Counts` per source. Memory: the largest single document, and about 120 bytes per
-    document to recognise duplicates. A source that does not exist or gives no text, and a broken line of JSON, raise ValueError.
+    A text that occurs several times is yielded once. Memory: the largest document, and about 120
+    bytes per document to recognise duplicates.
+
+    Args:
+        counts: receives one `Counts` per source.
+
+    Raises:
+        ValueError: a source does not exist or has no text, or a line of JSON is invalid.
     """
     counts = {} if counts is None else counts
     seen: set[bytes] = set()
@@ -105,110 +134,111 @@ def read_documents(
                         count.bytes += len(data)
                         yield Document(source, name, text, len(data))
             except _NotText as reason:
-                if entry.asked:
+                if entry.named:
                     raise ValueError(
-                        f"source {source!r}: {entry.path} is {reason}, not UTF-8 text{_advice(entry.path)}"
+                        f"source {source!r}: {entry.path} is {reason}, not UTF-8 text"
+                        f"{_unpack_advice(entry.path)}"
                     ) from None
                 count.skipped[str(reason)] += 1
         if not count.documents:
-            why = (
+            reasons = (
                 ", ".join(f"{n} {reason}" for reason, n in sorted(count.skipped.items()))
                 or "it holds no files"
             )
             raise ValueError(
-                f"source {source!r} gives no text ({why}); name a source with UTF-8 text, or leave it out of the list"
+                f"source {source!r} gives no text ({reasons}); name a source with UTF-8 text, "
+                "or leave it out of the list"
             )
 
 
 def check_sources(sources: list[str]) -> list[str]:
-    """`sources` itself, when it is a list of distinct names and at least one."""
+    """Return `sources` as a list. ValueError unless they are one or more distinct names."""
     if isinstance(sources, (str, bytes)) or not sources:
         raise ValueError(
-            f"sources must be a list with at least one of {', '.join(BUILT_IN)}, a file, folder, glob or .jsonl; "
-            f"found {sources!r}"
+            f"sources must be a list with at least one of {', '.join(BUILT_IN)}, a file, folder, "
+            f"glob or .jsonl; found {sources!r}"
         )
     for source in sources:
         if not isinstance(source, str) or not source:
             raise ValueError(f"a source is a name or path, found {source!r}")
         if sources.count(source) > 1:
             raise ValueError(
-                f"source {source!r} is listed {sources.count(source)} times; list it once (more epochs show it more often)"
+                f"source {source!r} is listed {sources.count(source)} times; list it once "
+                "(more epochs show it more often)"
             )
     return list(sources)
 
 
 def stamp(sources: list[str]) -> str:
-    """A hash of what the sources are made of, without reading them: names, sizes and times of change of all their files."""
+    """Return a hash of the names, sizes and modification times of all files of the sources."""
     digest = hashlib.sha256(f"python {sys.version}".encode() if "stdlib" in sources else b"")
     for source in check_sources(sources):
         for entry in list_entries(source, Counter()):
             stat = entry.path.stat()
-            digest.update(
-                json.dumps(
-                    [
-                        source,
-                        str(entry.path),
-                        entry.name,
-                        entry.field,
-                        stat.st_size,
-                        stat.st_mtime_ns,
-                    ]
-                ).encode()
-            )
+            facts = [source, str(entry.path), entry.name, entry.field]
+            digest.update(json.dumps([*facts, stat.st_size, stat.st_mtime_ns]).encode())
     return digest.hexdigest()
 
 
-# ---- from a source to its files --------------------------------------------------------------------------------------------
-def list_entries(source: str, skipped: Counter) -> list[Entry]:
-    """The files of one source in a fixed order. What is passed over without opening it is added to `skipped`."""
+# ---- from a source to its files ------------------------------------------------------------------
+def list_entries(source: str, skipped: Counter[str]) -> list[Entry]:
+    """List the files of one source in a fixed order; count in `skipped` what is not listed."""
     if source == "stdlib":
         return _stdlib_entries(skipped)
     if source == "austen":
         if not AUSTEN.is_file():
             raise ValueError(
-                f"source 'austen': {AUSTEN} is missing; this installation of lamoe is incomplete, install it again"
+                f"source 'austen': {AUSTEN} is missing; this installation of lamoe is incomplete, "
+                "install it again"
             )
         return [Entry(AUSTEN, "austen", _read_archive)]
     path = Path(source).expanduser()
     if path.is_file():
-        return [_entry(path, path.name, asked=True)]
+        return [_entry(path, path.name, named=True)]
     if path.is_dir():
         return _folder_entries(path, skipped)
     if match := _JSONL.fullmatch(source):
         path = Path(match["path"]).expanduser()
         if match["field"] and path.is_file():
-            return [_entry(path, path.name, asked=True, field=match["field"])]
+            return [_entry(path, path.name, named=True, field=match["field"])]
     if glob.has_magic(source):
         return _glob_entries(str(Path(source).expanduser()), source, skipped)
     raise ValueError(
-        f"source {source!r} does not exist; it is none of {', '.join(BUILT_IN)}, and no file, folder or glob of that name "
-        f"is found from {os.getcwd()}{did_you_mean(source, BUILT_IN)}"
+        f"source {source!r} does not exist; it is none of {', '.join(BUILT_IN)}, and no file, "
+        f"folder or glob of that name is found from {os.getcwd()}{did_you_mean(source, BUILT_IN)}"
     )
 
 
-def _entry(path: Path, name: str, asked=False, field="text") -> Entry:
-    return Entry(
-        path, name, _read_jsonl if _JSONL.fullmatch(path.name) else _read_text, field, asked
-    )
+def _entry(path: Path, name: str, named: bool = False, field: str = "text") -> Entry:
+    read = _read_jsonl if _JSONL.fullmatch(path.name) else _read_text
+    return Entry(path, name, read, field, named)
 
 
-def _folder_entries(folder: Path, skipped: Counter, prune: frozenset = frozenset()) -> list[Entry]:
-    """All regular files below, sorted by path. Linked folders are not followed (loops); hidden things and caches are passed over."""
+def _folder_entries(
+    folder: Path, skipped: Counter[str], prune: frozenset = frozenset()
+) -> list[Entry]:
+    """List all regular files below `folder`, sorted by path.
+
+    Hidden files, caches and folders named in `prune` are skipped, and linked folders too: links may
+    form a loop.
+    """
     prune |= {"__pycache__"}
     found = []
-    for at, folders, files in os.walk(folder, onerror=_raise):
+    for parent, folders, files in os.walk(folder, onerror=_raise):
         keep = [
             f
             for f in folders
-            if not f.startswith(".") and f not in prune and not os.path.islink(os.path.join(at, f))
+            if not f.startswith(".")
+            and f not in prune
+            and not os.path.islink(os.path.join(parent, f))
         ]
         skipped["hidden, cached or linked folder"] += len(folders) - len(keep)
         folders[:] = keep
         for file in files:
-            path = Path(at, file)
+            path = Path(parent, file)
             if file.startswith("."):
                 skipped["hidden file"] += 1
-            elif not path.is_file():  # a pipe would block for ever; a dangling link has no text
+            elif not path.is_file():  # reading a pipe would block; a dangling link has no text
                 skipped["no regular file"] += 1
             else:
                 found.append(_entry(path, path.relative_to(folder).as_posix()))
@@ -216,7 +246,7 @@ def _folder_entries(folder: Path, skipped: Counter, prune: frozenset = frozenset
     return sorted(found, key=lambda e: e.name)
 
 
-def _glob_entries(pattern: str, source: str, skipped: Counter) -> list[Entry]:
+def _glob_entries(pattern: str, source: str, skipped: Counter[str]) -> list[Entry]:
     root = Path(pattern)
     while glob.has_magic(str(root)):
         root = root.parent
@@ -226,13 +256,17 @@ def _glob_entries(pattern: str, source: str, skipped: Counter) -> list[Entry]:
     entries = [_entry(p, p.relative_to(root).as_posix()) for p in paths if p.is_file()]
     if not entries:
         raise ValueError(
-            f"source {source!r} matches no file (from {os.getcwd()}); a folder is named without *, and ** goes into folders"
+            f"source {source!r} matches no file (from {os.getcwd()}); a folder is named without *, "
+            "and ** goes into folders"
         )
     return sorted(entries, key=lambda e: e.name)
 
 
-def _stdlib_entries(skipped: Counter) -> list[Entry]:
-    """The library's own modules, without tests, installed packages and this build's settings, and the reference topics as prose."""
+def _stdlib_entries(skipped: Counter[str]) -> list[Entry]:
+    """List the modules of the standard library and pydoc's reference topics.
+
+    Left out are tests, installed packages and the build settings of this Python.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     leave_out = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
     entries = []
@@ -242,44 +276,43 @@ def _stdlib_entries(skipped: Counter) -> list[Entry]:
             entries.append(Entry(entry.path, entry.name, _read_topics if topics else _read_module))
     if not entries:
         raise ValueError(
-            f"source 'stdlib': {root} holds no Python sources (a trimmed installation?); name another source of text"
+            f"source 'stdlib': {root} holds no Python sources (a trimmed installation?); "
+            "name another source of text"
         )
     if not any(e.read is _read_topics for e in entries):
         skipped["reference topics (not installed)"] += 1
     return entries
 
 
-# ---- from a file to its documents ------------------------------------------------------------------------------------------
+# ---- from a file to its documents ----------------------------------------------------------------
 def _read_text(entry: Entry) -> Iterator[tuple[str, str]]:
     with _open(entry.path) as file:
-        data = _guarded(entry, lambda: file.read(_SNIFF))
+        data = _decompressed(entry, lambda: file.read(_SNIFF_BYTES))
         if b"\0" in data:
             raise _NotText("binary")
-        data += _guarded(entry, file.read)
+        data += _decompressed(entry, file.read)
     if b"\0" in data:
         raise _NotText("binary")
     try:
         yield entry.name, data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise _NotText(
-            f"in another encoding (byte {e.start})" if entry.asked else "in another encoding"
+            f"in another encoding (byte {e.start})" if entry.named else "in another encoding"
         ) from None
 
 
 def _read_jsonl(entry: Entry) -> Iterator[tuple[str, str]]:
     with _open(entry.path) as file:
         number = 0
-        while line := _guarded(entry, file.readline):
+        while line := _decompressed(entry, file.readline):
             number += 1
             if line.strip():
-                yield (
-                    f"{entry.name}:{number}",
-                    _field_of(line, entry.field, f"{entry.path}, line {number}"),
-                )
+                text = _text_field(line, entry.field, f"{entry.path}, line {number}")
+                yield f"{entry.name}:{number}", text
 
 
-def _field_of(line: bytes, field: str, where: str) -> str:
-    """The text of one line of JSON; every complaint says file and line."""
+def _text_field(line: bytes, field: str, where: str) -> str:
+    """Return the text in one line of a .jsonl file; errors begin with `where`."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:  # also UnicodeDecodeError and JSONDecodeError
@@ -291,7 +324,8 @@ def _field_of(line: bytes, field: str, where: str) -> str:
     if field not in row:
         has = ", ".join(map(repr, list(row)[:8])) or "nothing"
         raise ValueError(
-            f"{where}: no field {field!r}{did_you_mean(field, row)}; it has {has}. Another field is named as file.jsonl:field"
+            f"{where}: no field {field!r}{did_you_mean(field, row)}; it has {has}. "
+            "To use another field, write file.jsonl:field"
         )
     text = row[field]
     if not isinstance(text, str):
@@ -300,24 +334,30 @@ def _field_of(line: bytes, field: str, where: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as e:
         raise ValueError(
-            f"{where}: field {field!r} holds half a surrogate pair at character {e.start}; it is no valid text"
+            f"{where}: field {field!r} holds half a surrogate pair at character {e.start}; "
+            "it is not valid text"
         ) from None
     return text
 
 
 def _read_archive(entry: Entry) -> Iterator[tuple[str, str]]:
-    """The novels: one document per member."""
+    """Yield one document per member of the archive of novels."""
     try:
         with tarfile.open(entry.path, "r:xz") as tar:
             for member in tar:
-                yield member.name, tar.extractfile(member).read().decode("utf-8")
+                file = tar.extractfile(member)
+                assert file is not None, f"{member.name} is not a file"
+                yield member.name, file.read().decode("utf-8")
     except _DAMAGED as e:
         raise ValueError(f"{entry.path} is damaged: {e}; install lamoe again") from None
 
 
 def _read_module(entry: Entry) -> Iterator[tuple[str, str]]:
-    """A module of the standard library, but none of its hundred generated character tables: nearly equal to each other, they
-    would fall on both sides of the held-out split and make the model look better than it is."""
+    """Read a module of the standard library, except generated character tables.
+
+    The tables are nearly equal to each other. With some of them in each split, the held-out loss
+    would be too low.
+    """
     for name, text in _read_text(entry):
         if name.startswith("encodings/") and "Mapping Codec" in text[:400]:
             raise _NotText("generated character table")
@@ -325,36 +365,41 @@ def _read_module(entry: Entry) -> Iterator[tuple[str, str]]:
 
 
 def _read_topics(entry: Entry) -> Iterator[tuple[str, str]]:
-    """pydoc's reference texts: one dictionary in a module, one document per topic."""
+    """Yield pydoc's reference texts, one document per topic."""
     for topic, text in sorted(importlib.import_module("pydoc_data.topics").topics.items()):
         yield f"{entry.name}#{topic}", text
 
 
-def _open(path: Path):
-    return _OPENERS.get(path.suffix, open)(path, "rb")
+def _open(path: Path) -> gzip.GzipFile | lzma.LZMAFile | io.BufferedReader:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    return lzma.open(path, "rb") if path.suffix == ".xz" else open(path, "rb")
 
 
-def _guarded(entry: Entry, read: Callable[[], bytes]) -> bytes:
+def _decompressed(entry: Entry, read: Callable[[], bytes]) -> bytes:
+    """Call `read`; a decompression error becomes a ValueError that names the file."""
     try:
         return read()
     except _DAMAGED as e:
         raise ValueError(
-            f"{entry.path} is damaged: cannot be decompressed ({e or type(e).__name__}); fetch or pack it again"
+            f"{entry.path} is damaged: cannot be decompressed ({e or type(e).__name__}); "
+            "fetch or pack it again"
         ) from None
 
 
-def _advice(path: Path) -> str:
-    packed = path.suffix in _OTHER_PACKERS or (
-        path.suffix in _OPENERS and Path(path.stem).suffix == ".tar"
+def _unpack_advice(path: Path) -> str:
+    packed = path.suffix in _UNSUPPORTED_PACKERS or (
+        path.suffix in _PACKERS and Path(path.stem).suffix == ".tar"
     )
+    if not packed:
+        return ""
     return (
-        f"; unpack {path.suffix} files first ({', '.join(_OPENERS)} of single texts are read as they are)"
-        if packed
-        else ""
+        f"; unpack {path.suffix} files first "
+        f"({', '.join(_PACKERS)} of single texts are read as they are)"
     )
 
 
-def _drop_zeros(skipped: Counter):
+def _drop_zeros(skipped: Counter[str]):
     for reason in [r for r, n in skipped.items() if not n]:
         del skipped[reason]
 
@@ -363,18 +408,24 @@ def _raise(error: OSError):
     raise error
 
 
-# ---- from documents to a split ---------------------------------------------------------------------------------------------
+# ---- from documents to a split -------------------------------------------------------------------
 @dataclass
 class Plan:
-    """What a first reading of all text decided. Documents are known by their number in reading order."""
+    """The split into training and held-out text, decided in a first reading of all text.
+
+    Attributes:
+        heldout: numbers, in reading order, of the documents that are held out whole.
+        cuts: document number -> character where the held-out part of this document begins.
+        digest: hash of all text, to check that a second reading finds the same.
+    """
 
     counts: dict[str, Counts]
     heldout: set[int]
-    cuts: dict[int, int]  # document -> character where its held-out part begins
-    digest: str  # of all text: a second reading must meet the same
+    cuts: dict[int, int]
+    digest: str
 
     def parts(self, number: int, doc: Document) -> list[tuple[str, str, str]]:
-        """(split, name, text) of one document: a single one, or two where it is cut."""
+        """Return (split, name, text) of a document: one entry, or two if it is cut."""
         if (cut := self.cuts.get(number)) is not None:
             return [
                 ("train", f"{doc.name}#head", doc.text[:cut]),
@@ -383,27 +434,38 @@ class Plan:
         return [("heldout" if number in self.heldout else "train", doc.name, doc.text)]
 
     def documents(self) -> Iterator[tuple[int, Document]]:
-        """The second reading: (number, document). ValueError at its end when the text is not what was planned with."""
+        """Read all text again and yield (number, document).
+
+        Raises:
+            ValueError: at the end, if the text has changed since the first reading.
+        """
         text_hash = hashlib.blake2b(digest_size=16)
         for number, doc in enumerate(read_documents(list(self.counts))):
             _feed(text_hash, doc)
             yield number, doc
         if text_hash.hexdigest() != self.digest:
             raise ValueError(
-                "the text of the sources changed while it was read; nothing was kept. Start again when nobody writes to it"
+                "the text of the sources changed while it was read; nothing was kept. "
+                "Start again when no other program writes to them"
             )
 
 
 def plan_split(
     sources: list[str], holdout: float, seed: int, progress: Callable[[int, int | None, str], None]
 ) -> Plan:
-    """Read everything once and decide what is held out, per source. Per document only a hash and a size stay in memory."""
+    """Read all text once and decide for every source what is held out.
+
+    Only a hash and a size per document stay in memory.
+
+    Args:
+        holdout: fraction of every source's bytes to hold out.
+        progress: see packing.Progress.
+    """
     counts: dict[str, Counts] = {}
-    seen: dict[
-        str, tuple[int, array, array]
-    ] = {}  # source -> number of its first document, name hashes, sizes
+    # source -> number of its first document, name hashes, sizes
+    seen: dict[str, tuple[int, array[int], array[int]]] = {}
     cut_of_first: dict[str, int | None] = {}
-    text_hash, done, told = hashlib.blake2b(digest_size=16), 0, 0
+    text_hash, done, reported = hashlib.blake2b(digest_size=16), 0, 0
     for number, doc in enumerate(read_documents(sources, counts)):
         if doc.source not in seen:
             seen[doc.source] = (number, array("Q"), array("Q"))
@@ -412,53 +474,59 @@ def plan_split(
         seen[doc.source][2].append(doc.size)
         _feed(text_hash, doc)
         done += doc.size
-        if done - told >= 1 << 20:
-            progress(told := done, None, "reading")
-    heldout, cuts = set(), {}
+        if done - reported >= 1 << 20:
+            progress(reported := done, None, "reading")
+    heldout: set[int] = set()
+    cuts: dict[int, int] = {}
     for source, (first, hashes, sizes) in seen.items() if holdout else ():
         if len(sizes) > 1:
             heldout.update(first + i for i in choose_heldout(hashes, sizes, holdout))
-        elif cut_of_first[source] is None:
-            raise ValueError(
-                f"source {source!r} is a single document without a line end to cut it at, so nothing can be held out; "
-                "give it as several files, break its lines, or set holdout to 0"
-            )
+        elif (cut := cut_of_first[source]) is not None:
+            cuts[first] = cut
         else:
-            cuts[first] = cut_of_first[source]
+            raise ValueError(
+                f"source {source!r} is a single document without a line end to cut it at, so "
+                "nothing can be held out; give it as several files, break its lines, or set "
+                "holdout to 0"
+            )
     return Plan(counts, heldout, cuts, text_hash.hexdigest())
 
 
-def choose_heldout(hashes, sizes, holdout: float) -> list[int]:
-    """Numbers of the documents to hold out, at least one and never all: in the order of their hash, each that still fits the share."""
-    room, chosen = holdout * sum(sizes), []
+def choose_heldout(hashes: Sequence[int], sizes: Sequence[int], holdout: float) -> list[int]:
+    """Return the numbers of the documents to hold out: at least one, never all.
+
+    Documents are tried in the order of their hashes; each is taken if it still fits into the
+    fraction `holdout` of all bytes. If none fits, the smallest is taken.
+    """
+    bytes_left, chosen = holdout * sum(sizes), []
     for i in sorted(range(len(sizes)), key=lambda i: (hashes[i], i)):
-        if sizes[i] <= room:
+        if sizes[i] <= bytes_left:
             chosen.append(i)
-            room -= sizes[i]
+            bytes_left -= sizes[i]
     return chosen or [min(range(len(sizes)), key=lambda i: (sizes[i], hashes[i], i))]
 
 
 def _name_hash(seed: int, name: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(
-            f"{seed}\n{name}".encode("utf-8", "surrogateescape"), digest_size=8
-        ).digest(),
-        "big",
-    )
+    data = f"{seed}\n{name}".encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
-def _feed(text_hash, doc: Document):
+def _feed(text_hash, doc: Document) -> None:
     text_hash.update(f"{doc.source}\n{doc.name}\n{doc.size}\n".encode("utf-8", "surrogateescape"))
     text_hash.update(doc.text.encode("utf-8"))
 
 
 def _cut_point(text: str, holdout: float) -> int | None:
-    """Where the last `holdout` of a text begins: after the blank line (else the line end) nearest to it, with text on both sides."""
-    aim, first = int(len(text) * (1 - holdout)), len(text) - len(text.lstrip())
+    """Return the character where the last fraction `holdout` of a text begins.
+
+    That is after the blank line nearest to the exact place or, without one, after the nearest line
+    end. None if no cut leaves text on both sides.
+    """
+    target, first = int(len(text) * (1 - holdout)), len(text) - len(text.lstrip())
     last = len(text.rstrip())
     for border in ("\n\n", "\n"):
-        before, after = text.rfind(border, first, aim), text.find(border, aim, last)
-        found = [at for at in (before, after) if at >= 0]
+        before, after = text.rfind(border, first, target), text.find(border, target, last)
+        found = [place for place in (before, after) if place >= 0]
         if found:
-            return min(found, key=lambda at: abs(at - aim)) + len(border)
+            return min(found, key=lambda place: abs(place - target)) + len(border)
     return None

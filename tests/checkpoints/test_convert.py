@@ -1,6 +1,6 @@
-"""Hugging Face folders in and out: exact round trips, transformers as the other side, strict names.
+"""Hugging Face folders: exact round trips, transformers as the other side, strict names.
 
-(Files that lie: hostile/.)
+test_hostile_folders.py has the damaged and hostile files.
 """
 
 import json
@@ -77,8 +77,9 @@ IDS = torch.arange(2 * 40).reshape(2, 40) * 7 % 64  # longer than YaRN's origina
 
 
 def tiny(config: ModelConfig, seed=0) -> Transformer:
-    """Random weights of unit scale, norms included: a swapped or forgotten tensor changes the
-    logits.
+    """Return a model with random weights of unit scale, norms included.
+
+    So a swapped or forgotten tensor changes the logits.
     """
     model = Transformer(config).to(getattr(torch, config.torch_dtype)).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -293,7 +294,7 @@ def test_overwriting_needs_a_word_and_replaces_everything(sharded):
         checkpoints.save(model, sharded)
     assert {p.name: p.read_bytes() for p in sharded.iterdir()} == before
     checkpoints.save(model, sharded, overwrite=True, extras_from=sharded)
-    assert_same(model, checkpoints.load(sharded))  # no stale shard, no stale index
+    assert_same(model, checkpoints.load(sharded))  # no shard or index of the old model is left
     assert [p.name for p in sharded.parent.iterdir()] == ["m"]
 
 
@@ -308,7 +309,7 @@ def test_a_full_disk_leaves_the_old_model(folder):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(
         resource.RLIMIT_FSIZE, (50_000, hard)
-    )  # the kernel refuses longer files: room for config.json, not for weights
+    )  # the limit is enough for config.json, not for the weights
     try:
         with pytest.raises(OSError, match="model.safetensors could not be written"):
             checkpoints.save(tiny(CONFIGS["v2"]), folder, overwrite=True)
@@ -436,7 +437,7 @@ def test_code_in_the_folder_is_never_run(folder, tmp_path):
 
 # ---- tensors that do not belong to the config ----
 def edit(folder: Path, change):
-    """Apply `change` to the dict of stored tensors, in place on disk."""
+    """Apply `change` to the dict of stored tensors and write it back."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")

@@ -1,6 +1,6 @@
-"""GGUF files in: written here by the gguf package, as llama.cpp's converter lays them out.
+"""GGUF files, written here with the gguf package in the layout of llama.cpp's converter.
 
-(The real vocabularies: test_tokenizer.py.)
+test_tokenizer.py has the real vocabularies.
 """
 
 import builtins
@@ -57,8 +57,9 @@ def model_of(config: ModelConfig, seed: int = 0) -> Transformer:
 
 
 def interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """As the converter stores Q and K: in each head, row j of the first half is followed by row j
-    of the second.
+    """Reorder Q or K as the converter stores it.
+
+    In each head, row j of the first half is followed by row j of the second.
     """
     half = rows.shape[0] // heads // 2
     order = [
@@ -92,9 +93,10 @@ def words() -> tokenizers.Tokenizer:
 def write(
     path, model: Transformer, words: tokenizers.Tokenizer, kind: str = "F32", change=None
 ) -> dict[str, np.ndarray]:
-    """A GGUF file of `model`; returns its tensors as they were stored, dequantised.
+    """Write a GGUF file of `model`; return its tensors as stored, dequantised.
 
-    `change(facts, tensors)` may spoil it.
+    Args:
+        change: called with facts and tensors before writing, to damage them.
     """
     c = model.config
     vocab = sorted(words.get_vocab().items(), key=lambda item: item[1])
@@ -191,7 +193,7 @@ def test_float32_files_give_the_model_back(tmp_path, words, changes):
 
 
 def test_rotary_rows_against_a_model_that_turns_the_stored_pairs(tmp_path, words):
-    """The stored rows, untouched, in a model whose rope turns (2k, 2k + 1)."""
+    """The stored rows, unchanged, in a model whose rope rotates pairs (2k, 2k + 1)."""
     stored = write(tmp_path / "m.gguf", model_of(CONFIG), words)
     twin = Transformer(CONFIG.replace(model_type="deepseek_v2")).eval()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
@@ -291,8 +293,10 @@ def test_a_tokenizer_from_elsewhere(tmp_path, words):
 
 # ---- scored pieces ----
 def joined(text: str, scores: dict[str, float]) -> list[str]:
-    """The definition: of all neighbours whose join is a piece, the best score joins first, the
-    leftmost of equals.
+    """Apply the definition of SentencePiece's merging.
+
+    Of all neighbours whose concatenation is a piece, join the pair with the best score; of equals,
+    the leftmost.
     """
     parts = list(text)
     while found := [
@@ -390,8 +394,9 @@ def test_what_does_not_fit_is_refused(tmp_path, words, facts, tensors, says):
 
 
 def test_broken_files_are_value_errors(tmp_path, words):
-    """Bytes cut off and bytes changed in the head of the file: a model or a ValueError that names
-    it, never another error.
+    """The head of the file is truncated or changed.
+
+    The result is a model or a ValueError that names the file, never another error.
     """
     write(tmp_path / "good.gguf", model_of(CONFIG), words)
     good, bad = (tmp_path / "good.gguf").read_bytes(), tmp_path / "bad.gguf"

@@ -1,5 +1,6 @@
-"""The folder of a trained run is what vLLM and SGLang load: as far as that can be shown without
-them, through the Auto classes of transformers, which both use for config and tokenizer.
+"""The folder of a trained run loads in vLLM and SGLang.
+
+Tested without them, through transformers' Auto classes, which both use for config and tokenizer.
 """
 
 import json
@@ -49,7 +50,7 @@ def test_every_file_that_loaders_look_for_is_there_and_no_other(folder):
         and config["model_type"] == "deepseek_v2"
         and config["torch_dtype"] == "float32"
     )
-    assert "auto_map" not in config and "auto_map" not in tok  # nobody needs --trust-remote-code
+    assert "auto_map" not in config and "auto_map" not in tok  # --trust-remote-code is not needed
     assert (
         tok["tokenizer_class"] == "PreTrainedTokenizerFast"
         and "add_generation_prompt" in tok["chat_template"]

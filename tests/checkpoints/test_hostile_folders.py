@@ -1,6 +1,6 @@
-"""Model folders that lie: safetensors headers, indexes, pickles.
+"""Hostile model folders: safetensors headers, indexes, pickles.
 
-Allowed outcomes: a ValueError that names the file, or success.
+Each test ends with success or with a ValueError that names the file.
 """
 
 import json
@@ -56,9 +56,9 @@ def edit_json(path: Path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-# ---- files that lie ----
+# ---- hostile headers ----
 def raw(path: Path, header, data: bytes = b"", length: int | None = None) -> Path:
-    """A safetensors file as given, right or wrong."""
+    """Write a safetensors file with any header, valid or not."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
     return path
@@ -202,7 +202,7 @@ def test_fuzzed_files_raise_value_error_or_read(tmp_path_factory, cut, flip):
         pass
 
 
-# ---- indexes that lie ----
+# ---- hostile indexes ----
 @pytest.mark.parametrize(
     "name",
     [
@@ -310,6 +310,6 @@ def test_folders_without_clear_weights(sharded):
         checkpoints.load(sharded)
     for file in sharded.glob("model*"):
         file.unlink()
-    os.mkfifo(sharded / "model.safetensors")  # a pipe must not hang the loader
+    os.mkfifo(sharded / "model.safetensors")  # opening a pipe must not block
     with pytest.raises(ValueError, match="neither|no weights"):
         checkpoints.load(sharded)

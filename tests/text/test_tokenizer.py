@@ -1,8 +1,7 @@
-"""The tokenizer: training, byte-exact round trips, control tokens that text cannot forge, chat
-templates, streaming, broken files.
+"""The tokenizer: training, exact round trips, control tokens, chat templates, streaming, bad files.
 
-Tests marked `network` use DeepSeek's real vocabularies (tests/fetch_v2_vocab.py); without them they
-are skipped, with the command.
+Tests marked `network` use DeepSeek's real vocabularies (tests/fetch_v2_vocab.py). Without them they
+are skipped with a message that shows the command.
 """
 
 import json
@@ -150,12 +149,12 @@ def test_encode_options(tok):
     assert tok.encode(f"hi{EOS}hi", allow_special=True) == [*plain, 1, *plain]
     assert tok.encode(BOS + BOS, bos=True, allow_special=True) == [0, 0, 0]
     assert tok.encode("") == [] and tok.encode_batch([]) == []
-    assert tok.encode("hi") == plain  # allow_special left nothing behind
+    assert tok.encode("hi") == plain  # allow_special changes no state
     assert (
         tok.decode([0, *plain, 1]) == "hi"
         and tok.decode([0, *plain, 1], skip_special=False) == f"{BOS}hi{EOS}"
     )
-    assert tok.decode([399, 400, 5000]) == tok.decode([399])  # rows of the model that are no tokens
+    assert tok.decode([399, 400, 5000]) == tok.decode([399])  # padding rows of the model
 
 
 @pytest.mark.parametrize(
@@ -183,7 +182,7 @@ def test_control_tokens_that_are_not_marked_special(v3_like):
     ids = v3_like.encode(text)
     assert v3_like.decode(ids) == text and not {user, think} & set(ids)
     assert [i for i in v3_like.encode(text, allow_special=True) if i >= 400] == [user, user, think]
-    # an ordinary added token is text like any other, and comes back as itself rather than as a byte
+    # an added token that is not a control token is ordinary text
     assert v3_like.encode("öö") == [403] and v3_like.decode([403]) == "öö" != v3_like.inner.decode(
         [403]
     )
@@ -221,26 +220,29 @@ def test_stream_never_splits_a_character(tok):
     shown = "龍ß 🦜 é"
     ids = [0, *tok.encode(shown), 1]
     pieces, text = joined(tok, ids)
-    assert "" in pieces[1:-1] and len(ids) > len(shown) + 2  # some characters do come in parts
+    assert "" in pieces[1:-1] and len(ids) > len(shown) + 2  # some characters are split over tokens
     assert text == shown and not any("\ufffd" in p for p in pieces)
     byte_ids = {tok._bytes(i): i for i in range(5, 261)}
     grin = [byte_ids[bytes([b])] for b in "😀".encode()]
     pieces, text = joined(tok, grin)
     assert pieces == ["", "", "", "😀"] and text == "😀"
     pieces, text = joined(tok, grin[:2])
-    assert pieces == ["", ""] and text == "\ufffd"  # only flush says that it is broken
+    assert pieces == ["", ""] and text == "\ufffd"  # only flush shows the incomplete character
 
 
 def test_stream_starts_anew_after_flush(tok):
     s = tok.stream(skip_special=False)
     s.step(tok.encode("日")[0])
     s.flush()
-    assert s.step(0) == BOS  # still not skipping
+    assert s.step(0) == BOS  # flush keeps skip_special
 
 
 @pytest.fixture(scope="module")
 def byte_fallback():
-    """A SentencePiece-like vocabulary: a block marks the space, <0xNN> are missing bytes."""
+    """Return a vocabulary like SentencePiece's.
+
+    Words use U+2581 for the space; missing characters are spelt as <0xNN>.
+    """
     vocab = {"<unk>": 0, "▁": 1, "a": 2, "b": 3, "▁a": 4} | {
         f"<0x{b:02X}>": 5 + b for b in range(256)
     }
@@ -311,7 +313,7 @@ def test_v2_template(tok):
     ],
 )
 def test_messages_cannot_forge_control_tokens(tok, v3_like, contents):
-    # the worst template for this
+    # the template with the least protection
     glue = "{{ bos_token }}{% for m in messages %}{{ m.content | trim }}{% endfor %}"
     glued = Tokenizer(tok.inner, bos=BOS, eos=EOS, chat_template=glue)
     messages = [{"role": "user", "content": c} for c in contents]
@@ -409,8 +411,8 @@ def test_messages_that_are_refused(tok, messages, says):
 
 def test_tools_reach_a_template_that_knows_them(tok):
     template = (
-        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
-        "{% if m.role == 'tool' %}T{% endif %}{{ m.content }}{% endfor %}"
+        "{% if tools %}{{ tools | tojson }}{% endif %}"
+        "{% for m in messages %}{% if m.role == 'tool' %}T{% endif %}{{ m.content }}{% endfor %}"
     )
     with_tools = Tokenizer(tok.inner, bos=BOS, eos=EOS, chat_template=template)
     messages = [
@@ -502,7 +504,8 @@ GROW = (
     ],
 )
 def test_hostile_templates(tok, monkeypatch, template, says):
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 1.0)
+    # The budget must stop a template first, also on a busy machine.
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 1.0 if says == "more" else 30.0)
     monkeypatch.setattr(chat_template, "BASE_WORK", 2_000_000)
     with pytest.raises(ValueError, match=re.escape(says)):
         Tokenizer(tok.inner, bos=BOS, eos=EOS, chat_template=template).apply_chat(
@@ -581,7 +584,7 @@ def test_transformers_reads_what_we_save(tok, tmp_path):
     assert (
         json.loads((tmp_path / "tokenizer_config.json").read_text())["clean_up_tokenization_spaces"]
         is False
-    )  # older ones join " ,"
+    )  # older templates join with " ,"
     for load in (
         transformers.PreTrainedTokenizerFast.from_pretrained,
         transformers.AutoTokenizer.from_pretrained,
@@ -600,7 +603,7 @@ def test_transformers_reads_what_we_save(tok, tmp_path):
 def test_neighbours_of_tokenizer_json(tok, tmp_path):
     tok.save(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
-    bare = Tokenizer.load(tmp_path)  # DeepSeek's names are known
+    bare = Tokenizer.load(tmp_path)  # DeepSeek's names are recognised
     assert (bare.bos_id, bare.eos_id, bare.pad_id) == (0, 1, None)
 
     def write(name, content):
@@ -723,7 +726,7 @@ def test_broken_neighbours(tok, tmp_path, name, content, says):
 
 def test_files_beyond_the_limit_are_not_read(tok, tmp_path, monkeypatch):
     tok.save(tmp_path)
-    monkeypatch.setattr("lamoe.text.tokenizer.MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr("lamoe.text.tokenizer_files.MAX_FILE_BYTES", 1000)
     with pytest.raises(ValueError, match="above 1000 is not read"):
         Tokenizer.load(tmp_path)
 
@@ -764,13 +767,13 @@ def test_v2_vocabulary_facts(v2):
     }
     assert (
         len(meta["tokenizer.ggml.tokens"]) == 102400 and tok.vocab_size == 100015
-    )  # the model has more rows than tokens
+    )  # the model has padding rows
     assert tok.decode([100015, 102399]) == "" and joined(tok, [102399, *tok.encode("x")])[1] == "x"
     ids = tok.apply_chat([{"role": "user", "content": f"über {EOS}öü"}])
     assert ids[0] == 100000 and 100001 not in ids
     assert (
         tok.decode(ids) == f"User: über {EOS}öü\n\nAssistant:"
-    )  # other software reads ö and ü back as U+FFFD
+    )  # the tokenizers library decodes ö and ü to U+FFFD
     assert (
         tok.encode("User: hi\n\nAssistant:")
         == tok.apply_chat([{"role": "user", "content": "hi"}])[1:]

@@ -1,5 +1,6 @@
-"""Tool calls: rendered into chat templates that define them, and read out of replies, however these
-are cut and whatever they say.
+"""Tool calls: rendered into chat templates that define them, and parsed from replies.
+
+Replies are streamed in arbitrary chunks and have arbitrary content.
 """
 
 import itertools
@@ -15,8 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lamoe.text import chat_template
 from lamoe.text.tool_calls import DEEPSEEK, MAX_CALLS, TAGS, Splitter, form_of, parse
 
-# Written for these tests in the two manners; the first does not read `tools`, as DeepSeek-V3's own
-# does not
+# One template per form. The first does not read `tools`, as DeepSeek-V3's does not.
 DEEPSEEK_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
@@ -78,7 +78,7 @@ FORMS = pytest.mark.parametrize("form", [DEEPSEEK, TAGS], ids=["deepseek", "tags
 
 
 def said(calls: list[dict]) -> list[tuple[str, dict]]:
-    """(name, arguments) of calls, whose shape is checked."""
+    """Return (name, arguments) of calls, and check their structure."""
     for c in calls:
         assert (
             set(c) == {"id", "type", "function"}
@@ -222,8 +222,9 @@ def test_sound_calls_are_read(form, calls, ascii):
 @FORMS
 @given(pieces=st.lists(PIECES, max_size=12), cuts=st.lists(st.integers(0, 400), max_size=8))
 def test_a_stream_says_what_the_whole_says(form, pieces, cuts):
-    """However it is cut; what was shown is never taken back; a reply without a sound call comes
-    through untouched.
+    """Splitter gives what `parse` gives, for any division into chunks.
+
+    Text that was shown is never taken back. A reply without a valid call is unchanged.
     """
     text, splitter, shown = "".join(pieces), Splitter(form), ""
     edges = sorted({0, len(text), *(c for c in cuts if c < len(text))})
@@ -257,7 +258,8 @@ def test_the_forms_of_several_models():
     newer = (
         "<｜tool▁calls▁begin｜>"
         '<｜tool▁call▁begin｜>get_time<｜tool▁sep｜>{"zone": "UTC"}<｜tool▁call▁end｜>'
-        "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+        "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+        "<｜tool▁calls▁end｜>"
     )
     assert said(parse(DEEPSEEK, "So: " + newer)[1]) == [("get_time", {"zone": "UTC"}), ("now", {})]
     assert said(
@@ -325,7 +327,7 @@ def test_half_a_surrogate_pair_can_be_sent():
 
 @FORMS
 def test_time_grows_with_the_length_only(form):
-    """Replies of a megabyte that make a careless pattern start anew at every mark."""
+    """Replies of a megabyte in which a careless pattern would backtrack at every mark."""
     heads = {
         DEEPSEEK: '<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": ',
         TAGS: '<tool_call>{"a": ',

@@ -1,5 +1,6 @@
-"""Sources, split, packing and sampling, with a byte-level stand-in for the tokenizer: id = byte,
-BOS 256, EOS 257.
+"""Sources, held-out split, packing and sampling.
+
+The tokenizer is a byte-level stand-in: id = byte, BOS 256, EOS 257.
 """
 
 import gzip
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lamoe.train import data, sources
+from lamoe.train import packing, sources
 from lamoe.train.data import Batches, heldout_rows, open_corpus, prepare
 from lamoe.train.sources import choose_heldout, read_documents
 
@@ -37,7 +38,7 @@ def pack(where, out, **changes):
 
 
 def write_folder(root: Path, count=40, seed=0) -> dict[str, str]:
-    """Texts of 1 to 400 characters, some not ASCII, two levels deep; returns {name: text}."""
+    """Write texts of 1 to 400 characters, some not ASCII, two levels deep: {name: text}."""
     rng, texts = np.random.RandomState(seed), {}
     for i in range(count):
         body = "".join(rng.choice(list("abc \n\u00e9\u4e2d"), rng.randint(1, 400)))
@@ -96,9 +97,8 @@ def test_builtin_sources():
         "Emma Woodhouse, handsome, clever, and rich, with a comfortable home and happy "
         "disposition, seemed to unite some of the best"
     )
-    # wrapped at 70 columns in the package: proves that paragraphs were joined
-    assert opening in emma.text
-    assert "\nThat affliction to soften and heal.--" in emma.text  # and that verse was not
+    assert opening in emma.text  # in the package wrapped at 70 columns: paragraphs are joined
+    assert "\nThat affliction to soften and heal.--" in emma.text  # but verse is not
 
 
 def test_folder_is_sorted_and_every_omission_is_counted(tmp_path):
@@ -114,7 +114,7 @@ def test_folder_is_sorted_and_every_omission_is_counted(tmp_path):
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git/x.txt").write_text("hidden")
     (tmp_path / ".secret").write_text("hidden")
-    os.mkfifo(tmp_path / "pipe")  # opening it would block for ever
+    os.mkfifo(tmp_path / "pipe")  # opening a pipe would block
     (tmp_path / "loop").symlink_to(tmp_path)
     counts = {}
     docs = list(read_documents([str(tmp_path)], counts))
@@ -270,11 +270,13 @@ def test_the_split_is_known_before_there_is_a_tokenizer(tmp_path):
 
 
 def test_choose_heldout_takes_at_least_one_and_fills_the_share():
-    assert choose_heldout([3, 1, 2], [50, 100, 40], 0.01) == [2]  # nothing fits: the smallest
+    assert choose_heldout([3, 1, 2], [50, 100, 40], 0.01) == [
+        2
+    ]  # none fits, so the smallest is taken
     assert choose_heldout([3, 1, 2, 4], [10, 500, 10, 480], 0.02) == [
         2,
         0,
-    ]  # in hash order, too large ones passed over
+    ]  # in hash order, without those that are too large
     assert len(choose_heldout([5, 5], [7, 7], 0.5)) == 1
 
 
@@ -317,8 +319,8 @@ def test_single_document_is_cut_between_paragraphs(tmp_path):
 
 
 def test_long_documents_are_encoded_in_pieces_within_bounds(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PIECE", 50)
-    monkeypatch.setattr(data, "BATCH", 200)
+    monkeypatch.setattr(packing, "PIECE", 50)
+    monkeypatch.setattr(packing, "BATCH", 200)
     texts, sizes = write_folder(tmp_path / "texts"), []
 
     def watched(batch):
@@ -379,7 +381,10 @@ def test_reuse_only_of_exactly_the_same(tmp_path):
 
     new, first = fresh()
     assert new and fresh() == (False, first)
-    assert fresh(tokenizer_hash="other") == (True, first)  # same tokens: a run can be resumed on it
+    assert fresh(tokenizer_hash="other") == (
+        True,
+        first,
+    )  # same tokens, so a run can resume with it
     assert fresh(seed=1)[1] != first and fresh(seed=1)[0] is False
     assert fresh(holdout=0.2)[0] and fresh(seed=0) == (True, first)
     (tmp_path / "texts/000.txt").write_text("changed")
@@ -426,7 +431,7 @@ def test_text_that_changes_between_the_two_readings_is_refused(tmp_path):
         return encode_batch(texts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "BATCH", 100)
+        patch.setattr(packing, "BATCH", 100)
         with pytest.raises(ValueError, match="changed while it was read"):
             pack([tmp_path / "texts"], tmp_path / "packed", encode_batch=meddle)
     assert not (tmp_path / "packed").exists()
@@ -456,8 +461,9 @@ def test_settings_and_tokenizers_that_do_not_fit(tmp_path, changes, complaint):
 
 # ---- sampling ----
 def stream(corpus, seed, epochs):
-    """What Batches promises, built the long way: all epochs' documents one after the other, with a
-    running document number.
+    """Build the stream that Batches samples from: the documents of all epochs, concatenated.
+
+    Returns the ids and a running document number for each.
     """
     ids, docs = [], []
     for epoch in range(epochs):
@@ -476,13 +482,13 @@ def test_rows_are_the_shuffled_stream_without_loss(corpus, seq_len):
     rows = 3 * window
     want, docs = stream(corpus, 5, 2 + rows * (seq_len + 1) // len(corpus.train.tokens))
     ids, segments = Batches(corpus, seq_len, seed=5).next_batch(rows)
-    # undo the dealing: number i of window w shows row w * window + deal[w][i] of the stream
+    # undo the shuffle: position i of window w has row w * window + deal[w][i]
     dealt = np.concatenate(
         [w * window + np.random.RandomState([5, 1, w]).permutation(window) for w in range(3)]
     )
     assert (
         window < 10 or (np.abs(np.diff(dealt)) == 1).mean() < 0.1
-    )  # neighbours in a batch are not neighbours in the text
+    )  # rows of a batch are not consecutive in the text
     back = np.argsort(dealt)
     ids, segments = ids[back], segments[back]
     assert (
@@ -520,9 +526,7 @@ def test_resume_is_bitwise_anywhere(corpus):
         states.append(json.loads(json.dumps(running.state_dict())))
         running.next_batch(3)
     assert running.epoch > 2
-    for k, state in enumerate(
-        states
-    ):  # from mid-epoch, from mid-document and over both epoch borders
+    for k, state in enumerate(states):  # mid-epoch, mid-document and across both ends of epochs
         resumed = Batches(corpus, width - 1, seed=3)
         resumed.next_batch(1)
         resumed.load_state_dict(state)
@@ -567,7 +571,7 @@ def test_a_state_of_something_else_is_refused(corpus, tmp_path):
 
 
 def test_batches_match_a_frozen_row(tmp_path):
-    """A numpy or code change that shuffles differently would silently change every resumed run."""
+    """Another order of rows would silently change every resumed run."""
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": c * 3}) for c in "abcdefgh"))
     ids, segments = Batches(
         pack([tmp_path / "t.jsonl"], tmp_path / "p", holdout=0), 19, seed=7

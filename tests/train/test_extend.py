@@ -1,4 +1,4 @@
-"""A run that starts from another one's weights, for example to read longer texts with YaRN."""
+"""Runs that start from the weights of another run, e.g. to extend the context with YaRN."""
 
 import json
 import shutil
@@ -37,8 +37,9 @@ def longer(texts, out, start, **changes) -> dict:
 
 
 def test_it_goes_on_from_the_weights_with_another_rope(trained, texts, tmp_path):
-    """The first step's loss is that of the old weights under the new config on the new rows; random
-    weights would say ln 300 = 5.7.
+    """The loss of the first step is that of the old weights under the new config.
+
+    With random weights it would be ln 300 = 5.7.
     """
     last = train(longer(texts, tmp_path / "run", trained))
     config = hf.read_config(last / "model")
@@ -54,7 +55,7 @@ def test_it_goes_on_from_the_weights_with_another_rope(trained, texts, tmp_path)
     a, b = (Tokenizer.load(f / "model") for f in (checkpoint.latest(trained), last))
     assert a.encode("the cat sang") == b.encode(
         "the cat sang"
-    )  # its tokenizer too, although other text would have made another
+    )  # its tokenizer too, although the text differs
     with torch.no_grad():
         assert torch.isfinite(new(torch.zeros(1, 200, dtype=torch.int64))).all()
 
@@ -110,7 +111,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 
 
 def test_the_recipe_of_the_house_extends_the_demo_model():
-    """recipes/extend.toml describes the model of recipes/tiny.toml, read 16 times as far."""
+    """recipes/extend.toml extends the model of recipes/tiny.toml to 16 times its context."""
     tiny, extend = (Recipe.load(f"recipes/{name}.toml") for name in ("tiny", "extend"))
     assert (
         extend.run.init_from == tiny.run.out

@@ -1,4 +1,4 @@
-"""Schedules against hand-computed numbers, AdamW on masters against torch's own."""
+"""Schedules against numbers computed by hand; AdamW on master weights against torch's."""
 
 import math
 
@@ -13,9 +13,12 @@ from lamoe.train.optim import Batch, MasterAdamW, Optim
 
 # ---- learning rate ----
 def test_lr_of_v2():
-    """Paper 3.1.2: 2K warm-up steps to 2.4e-4, then x 0.316 at 60 % and at 90 % of the tokens."""
+    """Paper 3.1.2: 2K warm-up steps to 2.4e-4.
+
+    The rate is multiplied by 0.316 after 60 % and after 90 % of the tokens.
+    """
     o = Optim()
-    assert o.lr_at(0, 0.0) == pytest.approx(1.2e-7)  # the first step already moves
+    assert o.lr_at(0, 0.0) == pytest.approx(1.2e-7)  # the first step has a rate above 0
     assert o.lr_at(999, 0.0) == pytest.approx(1.2e-4)
     assert o.lr_at(1999, 0.1) == o.lr_at(50_000, 0.5999) == 2.4e-4
     assert o.lr_at(60_000, 0.6) == o.lr_at(60_000, 0.8999) == pytest.approx(7.584e-5, rel=1e-12)
@@ -31,7 +34,7 @@ def test_lr_by_hand():
     assert Optim(lr=1.0, warmup_steps=10, decay_at=()).lr_at(4, 0.99) == 0.5
     assert (
         Optim(lr=1.0, warmup_steps=10, decay_at=(0.1,), decay=0.5).lr_at(4, 0.2) == 0.25
-    )  # both at once
+    )  # both decays at the same step
 
 
 @pytest.mark.parametrize(
@@ -77,7 +80,7 @@ def test_ramp_by_hand():
         16,
         16,
         16,
-    ]  # 4, 6, 8, 10, 12, 14 to whole fours, halves to even
+    ]  # 4, 6, 8, 10, 12, 14 rounded to multiples of 4, half to even
     assert [b.before(i) for i in (0, 1, 2, 6, 7)] == [0, 4, 12, 56, 72]
     assert Batch(size=8, micro=8).before(10) == 80
 
@@ -119,7 +122,7 @@ def test_batch_refuses(bad, words):
 
 # ---- AdamW ----
 class Net(nn.Module):
-    """Matrices, a stack of matrices, a norm's gain, and a weight that nobody uses."""
+    """Matrices, a stack of matrices, a norm weight, and a weight that no input uses."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
@@ -142,7 +145,7 @@ def batches(n, dtype=torch.float32):
 
 
 def test_float32_is_torchs_adamw_bit_for_bit():
-    """Groups, betas, clipping and step are those of the plain program a reader would write."""
+    """Groups, betas, clipping and steps equal those of a plain torch program."""
     o, lrs = Optim(lr=0.1, clip=0.5), [0.1, 0.05, 0.02, 0.3]
     net, plain = Net(), Net()
     ours = MasterAdamW(net, o)
@@ -171,11 +174,11 @@ def test_float32_is_torchs_adamw_bit_for_bit():
         assert torch.equal(p, q)
     assert not torch.equal(net.a, Net().a) and torch.equal(
         net.unused, Net().unused
-    )  # without a gradient there is no decay either
+    )  # no gradient, no decay
 
 
 def test_decay_acts_on_matrices_only():
-    """With gradients of zero, a step is the decay alone: w * (1 - lr * weight_decay)."""
+    """With zero gradients a step only decays: w * (1 - lr * weight_decay)."""
     net = Net()
     ours = MasterAdamW(net, Optim(weight_decay=0.5))
     for p in net.parameters():
@@ -190,8 +193,9 @@ def test_decay_acts_on_matrices_only():
 
 
 def test_bf16_masters_keep_small_steps():
-    """A step of 1e-3 on a weight of 1 is below half a bf16 step (2**-9): alone it would be lost
-    every time.
+    """Steps that are too small for bfloat16 add up in the masters.
+
+    A step of 1e-3 on a weight of 1 is below half a bfloat16 step (2**-9).
     """
     net = Net(torch.bfloat16)
     alone = net.gain.detach().clone()
@@ -202,7 +206,7 @@ def test_bf16_masters_keep_small_steps():
         ours.step(1e-3)
         alone -= torch.tensor(1e-3, dtype=torch.bfloat16)
     master = ours.masters[2]
-    assert torch.equal(alone, torch.ones_like(alone))  # what bf16 alone does
+    assert torch.equal(alone, torch.ones_like(alone))  # what happens in bfloat16 without masters
     assert master.dtype == torch.float32 and torch.allclose(
         master, torch.full((8,), 1 - 16e-3), atol=1e-5
     )
@@ -212,7 +216,7 @@ def test_bf16_masters_keep_small_steps():
 def test_bf16_gradients_add_up_in_float32():
     net = Net(torch.bfloat16)
     ours = MasterAdamW(net, Optim())
-    for value in (1.0, 2.0**-10, 2.0**-10):  # each too small beside 1 in bf16
+    for value in (1.0, 2.0**-10, 2.0**-10):  # each would round to nothing in bfloat16
         net.gain.grad = torch.full_like(net.gain, value)
         ours.collect()
         assert net.gain.grad is None
@@ -226,7 +230,7 @@ def test_clip_is_exact():
     ours.collect()
     expected = math.sqrt(64 * 9 + 8 * 16)
     assert ours.clip() == pytest.approx(expected, rel=1e-6)
-    assert ours.clip() == pytest.approx(2.0, rel=1e-6)  # global, directions kept
+    assert ours.clip() == pytest.approx(2.0, rel=1e-6)  # one global factor keeps the direction
     assert (
         torch.allclose(ours.masters[0].grad, torch.full((8, 8), 3.0 * 2 / expected))
         and ours.masters[3].grad is None
@@ -235,7 +239,7 @@ def test_clip_is_exact():
     ours.max_norm = 3.0
     assert ours.clip() == pytest.approx(2.0, rel=1e-6) and torch.equal(
         ours.masters[0].grad, before
-    )  # below: bitwise untouched
+    )  # below the limit gradients are not changed
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -250,7 +254,7 @@ def test_clip_says_so_when_not_finite(bad):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_round_trip(dtype):
-    """Three steps, a state carried to a fresh model, three more: bitwise as six in a row."""
+    """Three steps, a state loaded into a fresh model, three more: bitwise as six in a row."""
 
     def go(net, ours, xs):
         for x in xs:
@@ -265,7 +269,7 @@ def test_state_round_trip(dtype):
     go(whole, o, xs)
     go(first, first_o, xs[:3])
     with torch.no_grad():
-        second.a.zero_()  # loading must bring everything
+        second.a.zero_()  # so that loading has to restore everything
     second_o = MasterAdamW(second, Optim())
     second_o.load_state_dict(first_o.state_dict())
     assert torch.equal(first.a, second.a)

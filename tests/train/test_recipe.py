@@ -1,4 +1,4 @@
-"""Recipes: what is read from TOML and the command line, and what is refused with which words."""
+"""Recipes: what TOML files and command lines mean, and how errors are reported."""
 
 import dataclasses
 from pathlib import Path
@@ -216,7 +216,7 @@ def test_missing_file_names_neighbours(tmp_path):
         Recipe.load(tmp_path)
 
 
-# ---- what a run keeps ----
+# ---- saved recipes ----
 @pytest.mark.parametrize("name", PRESETS)
 def test_to_dict_is_the_identity(name):
     raw = {
@@ -228,12 +228,13 @@ def test_to_dict_is_the_identity(name):
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert not [
         v for s in recipe.to_dict().values() for v in s.values() if isinstance(v, tuple)
-    ]  # as JSON gives it back
+    ]  # as JSON returns it
 
 
 def test_the_saved_config_tells_the_recipes_coefficient():
-    """Released configs say 0.001 where the paper trained with 0.003: never take the coefficient
-    from the config.
+    """The coefficient comes from the recipe, never from the model's config.
+
+    Released configs say 0.001, but the paper trained with 0.003.
     """
     assert Recipe.from_dict({"model": {"preset": "deepseek-v2"}}).model.aux_loss_alpha == 0.003
     assert Recipe.from_dict({**TINY, "balance": {"expert": 0.5}}).model.aux_loss_alpha == 0.5

@@ -1,20 +1,18 @@
-"""A run folder belongs to one run, one process and one recipe; what is somebody else's is left as
-it was.
-"""
+"""A run folder belongs to one run, one process and one recipe; other files are not touched."""
 
 import pytest
 from test_train import signal_after, texts  # noqa: F401 (texts is a fixture)
 
-from lamoe.train import loop
+from lamoe.train import run_folder
 from tiny_run import metrics, raw_recipe, train
 
 
 def test_two_processes_do_not_share_a_run_folder(texts, tmp_path):
     raw = raw_recipe(texts, tmp_path / "run")
-    with loop._locked(tmp_path / "run"):
+    with run_folder.locked(tmp_path / "run"):
         with pytest.raises(ValueError, match="another process trains in .*run"):
             train(raw)
-    train(raw)  # and afterwards it is free
+    train(raw)  # the lock is free again
 
 
 @pytest.mark.parametrize("text", ['{"pasta": {}}', '["x"]', "not json", '{"model": 1, "run": {}}'])

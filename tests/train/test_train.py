@@ -1,4 +1,4 @@
-"""The training run: it learns, it goes on bitwise where it stopped, and it overwrites nothing."""
+"""The training run: it learns, resumes bitwise, and overwrites nothing."""
 
 import json
 import math
@@ -21,6 +21,7 @@ from lamoe.model import routing
 from lamoe.model.transformer import Transformer
 from lamoe.text.tokenizer import Tokenizer
 from lamoe.train import checkpoint, loop
+from lamoe.train import metrics as metrics_module
 from lamoe.train.data import Batches, open_corpus
 from lamoe.train.optim import MasterAdamW
 from lamoe.train.recipe import Recipe
@@ -48,7 +49,7 @@ def texts(tmp_path_factory):
 
 
 def same(a, b) -> bool:
-    """Bitwise equality of nested states."""
+    """Whether two nested states are bitwise equal."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
@@ -63,7 +64,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def signal_after(step: int, number=signal.SIGTERM):
-    """Deliver a signal to this process while step `step` is at work."""
+    """Send a signal to this process during step `step`."""
     original, calls = MasterAdamW.step, []
 
     def wrapped(self, lr):
@@ -181,8 +182,9 @@ def test_tensorboard_events(trained):
 
 
 def test_masters_start_unrounded(texts, tmp_path):
-    """A seed means the same weights in every dtype: after a step of nearly nothing the masters are
-    the float32 initialisation.
+    """A seed gives the same initial weights in every dtype.
+
+    After a step with almost no learning rate the masters equal the float32 initialisation.
     """
     raw = raw_recipe(
         texts, tmp_path / "run", optim=dict(lr=1e-30), run=dict(steps=1, dtype="bfloat16")
@@ -212,7 +214,7 @@ GOLDEN = [
     5.04059,
     4.56978,
     4.42201,
-]  # of this recipe, float32; a refactor reproduces them
+]  # golden values of this recipe in float32
 
 
 def test_golden_losses(texts, tmp_path):
@@ -224,7 +226,7 @@ def test_golden_losses(texts, tmp_path):
 
 # ---- one step ----
 def gradients(raw: dict) -> tuple[dict, list[torch.Tensor]]:
-    """(first line of the metrics, unclipped gradients of the first step)."""
+    """Return the first line of the metrics and the unclipped gradients of the first step."""
     found, original = [], MasterAdamW.clip
 
     def clip(self):
@@ -237,8 +239,10 @@ def gradients(raw: dict) -> tuple[dict, list[torch.Tensor]]:
 
 
 def test_the_rate_follows_the_tokens_under_a_ramp(texts, tmp_path):
-    """Batches of 2, 4, 4, 6, 8, 8 rows: before the last step 24 of 32 are seen, before the one
-    before 16, below 0.6 though 4 of 6 steps.
+    """The decay depends on tokens, not on steps.
+
+    Batches have 2, 4, 4, 6, 8, 8 rows. 16 of 32 rows are used before step 5, which is below 0.6
+    although 4 of 6 steps are done; 24 of 32 are used before the last step.
     """
     train(
         raw_recipe(
@@ -258,8 +262,9 @@ def test_the_rate_follows_the_tokens_under_a_ramp(texts, tmp_path):
 
 @pytest.mark.parametrize("mask", [True, False])
 def test_accumulation_is_one_big_batch(texts, tmp_path, mask):
-    """Micro-batches have different numbers of targets (a document's first token is none), so shares
-    are weighted by tokens.
+    """Micro-batches are weighted by their number of targets.
+
+    It differs, because the first token of a document is not a target.
     """
     raws = [
         raw_recipe(
@@ -289,8 +294,9 @@ def test_accumulation_is_one_big_batch(texts, tmp_path, mask):
 
 
 def test_step_is_what_a_reader_would_write(texts, tmp_path):
-    """Loss and gradient of the first step against a plain program: all rows at once, mean over
-    targets, plus the balance losses.
+    """Loss and gradients of the first step equal those of a plain program.
+
+    It computes all rows at once: mean over the targets, plus the balance losses.
     """
     raw = raw_recipe(
         texts, tmp_path / "run", balance=dict(capacity_factor=0.0), run=dict(steps=1, seed=3)
@@ -327,8 +333,9 @@ def test_document_mask_acts(texts, tmp_path):
 
 
 def test_drop_rate(texts, tmp_path):
-    """None without a capacity; with a router that likes one expert, most assignments beyond the
-    budget; none of protected ones.
+    """Nothing is dropped without a capacity, and nothing of protected sequences.
+
+    With a router that always chooses the same experts, most assignments exceed the budget.
     """
 
     def run(name, **balance):
@@ -340,9 +347,7 @@ def test_drop_rate(texts, tmp_path):
     original = routing.route
 
     def biased(x, gate, config):
-        r = original(
-            x, gate, config
-        )  # everybody to experts 0 and 1, which live on one device of four
+        r = original(x, gate, config)  # all tokens to experts 0 and 1, on one of four devices
         return routing.Route(
             r.scores, torch.tensor([0, 1]).expand_as(r.expert).contiguous(), r.weight
         )
@@ -364,7 +369,7 @@ def test_metrics_are_of_all_micro_batches():
         record([2, 2], 0, 0.7, [1.0, 1.0, 1.0]),
     ]  # two MoE layers
     second = [record([3, 1], 1, 0.1, [2.0, 1.0, 1.0]), record([0, 4], 0, 0.3, [2.0, 3.0, 1.0])]
-    m = loop.router_metrics([first, second], 2)
+    m = metrics_module.router_metrics([first, second], 2)
     assert m["expert_load"] == [[0.75, 0.25], [0.25, 0.75]] and m["drop_rate"] == pytest.approx(
         2 / 16
     )
@@ -372,27 +377,25 @@ def test_metrics_are_of_all_micro_batches():
         1.5
     )
     assert (m["balance_expert"], m["balance_device"], m["balance_communication"]) == (1.5, 1.5, 1.0)
-    assert loop.router_metrics([], 2) == loop.router_metrics([[]], 2) == {}
+    assert metrics_module.router_metrics([], 2) == metrics_module.router_metrics([[]], 2) == {}
 
 
 def test_protected_sequences_depend_on_seed_and_step_alone(texts, tmp_path):
     r = Recipe.from_dict(raw_recipe(texts, tmp_path, balance=dict(keep_share=0.5)))
-    assert torch.equal(loop._protected(64, r, 7), loop._protected(64, r, 7)) and not torch.equal(
-        loop._protected(64, r, 7), loop._protected(64, r, 8)
-    )
-    assert 10 < loop._protected(64, r, 7).sum() < 54
+    assert torch.equal(
+        loop._draw_protected(64, r, 7), loop._draw_protected(64, r, 7)
+    ) and not torch.equal(loop._draw_protected(64, r, 7), loop._draw_protected(64, r, 8))
+    assert 10 < loop._draw_protected(64, r, 7).sum() < 54
 
 
 def test_peak_is_measured():
     before = torch.get_rng_state()
     assert 1e7 < loop.measure_peak(torch.float32, size=64, repeats=2) < 1e15
-    assert torch.equal(
-        before, torch.get_rng_state()
-    )  # a resumed run's random numbers must not depend on it
+    assert torch.equal(before, torch.get_rng_state())  # a resumed run depends on this generator
 
 
-# ---- going on ----
-RESUMES = {  # what a run may be in the middle of when it stops after step 5 of 9
+# ---- resuming ----
+RESUMES = {  # recipes whose state differs when a run stops after step 5 of 9
     "fp32": {"run": dict(dtype="float32")},
     "bf16": {"run": dict(dtype="bfloat16")},
     "ramp and dropping": {
@@ -411,9 +414,9 @@ def test_resume_is_bitwise(texts, tmp_path, name):
     stopped = raw_recipe(texts, tmp_path / "stopped", **changes)
     with signal_after(5):
         assert train(stopped).name == "step-00000005"
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are put back
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handlers are restored
     epoch = metrics(tmp_path / "stopped")[-1]["epoch"]
-    torch.manual_seed(999)  # another process has another state
+    torch.manual_seed(999)  # as in another process
     resumed = train(stopped, resume=True)
     assert resumed.name == whole.name and same(state(resumed), state(whole))
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
@@ -433,8 +436,9 @@ def test_resume_restores_the_random_generators(texts, tmp_path):
 
 
 def test_resume_from_a_periodic_checkpoint_forgets_later_metrics(texts, tmp_path):
-    """As after kill -9: the newest checkpoint is older than the last line of the metrics, which may
-    also be cut short.
+    """As after kill -9: the metrics are ahead of the newest checkpoint.
+
+    The last line may also be incomplete.
     """
     raw = raw_recipe(texts, tmp_path / "run", run=dict(steps=7, save_every=3, keep=0))
     whole = state(train(raw))
@@ -447,8 +451,9 @@ def test_resume_from_a_periodic_checkpoint_forgets_later_metrics(texts, tmp_path
 
 
 def test_resume_needs_the_sources_no_more(tmp_path):
-    """The text was packed into the run; editing or deleting the files afterwards must neither stop
-    nor destroy it.
+    """A resumed run uses the text that was packed.
+
+    Editing or deleting the source files must neither stop nor damage it.
     """
     texts = write_texts(tmp_path / "in")
     raw = raw_recipe(texts, tmp_path / "run", run=dict(steps=4))
@@ -532,7 +537,7 @@ def test_a_used_run_folder_is_refused(trained):
     for raw in (raw_recipe(trained.parent / "texts", trained), raw_recipe("elsewhere", trained)):
         with pytest.raises(
             ValueError,
-            match="holds a run already .step-00000040.; add --resume to go on with it, or choose "
+            match="holds a run already .step-00000040.; add --resume to resume it, or choose "
             "another --run.out",
         ):
             train(raw)
@@ -559,7 +564,7 @@ def test_nothing_to_resume(texts, tmp_path):
 
 
 def test_a_second_start_does_not_inherit_the_first_ones_vocabulary(texts, tmp_path):
-    """The first attempt saved nothing; its tokenizer belongs to another recipe."""
+    """The first attempt saved nothing, so its tokenizer may belong to another recipe."""
     with (
         mock.patch.object(loop, "prepare_corpus", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
@@ -656,8 +661,9 @@ def nan_at(call: int):
 
 
 def test_nan_loss_stops_before_the_weights_change(texts, tmp_path):
-    """Two micro-batches a step: call 7 is the first of step 4 (steps from 0: 3); a checkpoint of
-    step 2 exists.
+    """The loss is nan in the first micro-batch of step 3 (counted from 0).
+
+    That is the 7th call, with two micro-batches per step. The checkpoint of step 2 exists.
     """
     raw = raw_recipe(texts, tmp_path / "run", run=dict(steps=6, save_every=2))
     updates, original = [], MasterAdamW.step
@@ -674,18 +680,18 @@ def test_nan_loss_stops_before_the_weights_change(texts, tmp_path):
             train(raw)
     assert (
         len(updates) == 3
-        and "Go on from" in str(e.value)
+        and "Resume from" in str(e.value)
         and "step-00000002 with --resume and a lower --optim.lr" in str(e.value)
     )
     bad = checkpoint.load_tensors(tmp_path / "run" / "bad-batch-3.safetensors")
     assert bad["ids"].shape == bad["segments"].shape == (4, 33) and math.isnan(bad["loss"])
-    assert train(raw, resume=True).name == "step-00000006"  # the folder is as good as before
+    assert train(raw, resume=True).name == "step-00000006"  # the folder can still be used
 
 
 def test_overflow_of_a_gradient_stops_too(texts, tmp_path):
-    """The loss is finite, a gradient is not; before any checkpoint.
+    """The loss is finite, a gradient is not, and no checkpoint exists.
 
-    Through the command line: exit code 3.
+    On the command line the exit code is 3.
     """
     raw = raw_recipe(texts, tmp_path / "run")
     original = MasterAdamW.collect
@@ -713,7 +719,7 @@ def test_overflow_of_a_gradient_stops_too(texts, tmp_path):
 
 
 def test_a_second_signal_ends_at_once(texts, tmp_path):
-    before = signal.getsignal(signal.SIGINT)  # ignored, when the tests run under nohup
+    before = signal.getsignal(signal.SIGINT)  # SIGINT is ignored under nohup
     with (
         signal_after(2, signal.SIGINT),
         mock.patch.object(
@@ -739,9 +745,9 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def test_children_that_are_stopped_and_killed(texts, tmp_path):
-    """SIGTERM, SIGINT and SIGKILL to real processes, then resume: as if nothing had happened.
+    """Real processes get SIGTERM, SIGINT or SIGKILL; the resumed runs equal an undisturbed one.
 
-    All at the same time, to save time.
+    All processes run at the same time, to save time.
     """
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
     raws = {
@@ -779,7 +785,7 @@ def test_children_that_are_stopped_and_killed(texts, tmp_path):
             assert child.returncode == 130 and err == ""
             assert (
                 f"stopped by {s.name} after step {stopped[s]} of 5000" in out
-                and "Go on with: the same command and --resume" in out
+                and "To resume, run the same command with --resume" in out
             )
     steps = max(stopped.values()) + 3
     whole = raw_recipe(texts, tmp_path / "whole", run=dict(steps=5000, save_every=2, keep=2))

@@ -1,0 +1,182 @@
+"""What a training run reports: metrics.jsonl, TensorBoard and the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from lamoe.checkpoints import atomic
+from lamoe.model.routing import LayerRecord
+from lamoe.train.recipe import Recipe
+
+
+class MetricsLog:
+    """Write metrics to metrics.jsonl, to TensorBoard if it is installed, and to the screen.
+
+    Args:
+        run: the run folder.
+        step: the step that the run starts or resumes from.
+    """
+
+    def __init__(self, run: Path, step: int, screen: Screen):
+        self.file, self.screen = run / "metrics.jsonl", screen
+        if self.file.exists():
+            # A resumed run repeats the steps after its checkpoint.
+            lines = self.file.read_text(encoding="utf-8").splitlines()
+            kept = [line + "\n" for line in lines if step and _step_of_line(line) <= step]
+            atomic.write_text(self.file, "".join(kept))
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        except ImportError:
+            self.board = None
+            screen.note(
+                "TensorBoard is not installed (pip install 'lamoe[train]'); "
+                "metrics go to metrics.jsonl only"
+            )
+
+    def step(self, step: int, recipe: Recipe, records: list[list[LayerRecord]], **values) -> None:
+        """Show one step; write it if it is the first, the last or a multiple of run.log_every.
+
+        Args:
+            records: per micro-batch, what the router of each MoE layer did.
+            values: metrics of the whole step, over all its micro-batches.
+        """
+        self.screen.step(step, values)
+        if step % recipe.run.log_every and step != recipe.run.steps and step != 1:
+            return
+        self.write(step, {**values, **router_metrics(records, recipe.balance.devices)})
+
+    def heldout(self, step: int, values: dict[str, float]) -> None:
+        """Write and show the results of an evaluation."""
+        self.write(step, values)
+        text = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in values.items())
+        self.screen.note(f"step {step}: {text}")
+
+    def write(self, step: int, values: dict) -> None:
+        """Append one line to metrics.jsonl and pass the numbers to TensorBoard."""
+        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        with open(self.file, "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step, **rounded}) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(name, value, step)
+            for layer, load in enumerate(values.get("expert_load", [])):
+                self.board.add_scalar(f"expert_load_max/moe_layer_{layer}", max(load), step)
+                self.board.add_scalar(f"expert_load_min/moe_layer_{layer}", min(load), step)
+            self.board.flush()
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        if self.board is not None:
+            self.board.close()
+
+
+def _step_of_line(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite if a killed process wrote half a line."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def router_metrics(records: list[list[LayerRecord]], devices: int) -> dict:
+    """Summarise what the routers did in one step, over all its micro-batches.
+
+    Args:
+        records: [micro-batch][MoE layer].
+
+    Returns:
+        Empty for a model without MoE layers. Otherwise:
+        expert_load: [layer][expert], share of assignments, before dropping.
+        balance_expert, balance_device, balance_communication: unweighted losses, mean over layers.
+        load_max_over_mean: mean over layers.
+        router_entropy: mean entropy of a token's scores, nats.
+        drop_rate: dropped assignments over all assignments.
+    """
+    if not records or not records[0]:
+        return {}
+    layers = list(zip(*records))
+    load = torch.stack([torch.stack([r.load for r in layer]).sum(0) for layer in layers])
+    share = load / load.sum(1, keepdim=True)  # [layers, experts]
+    losses = torch.stack(
+        [torch.stack([r.losses.detach() for r in layer]).mean(0) for layer in layers]
+    ).mean(0)
+    return {
+        "balance_expert": losses[0].item(),
+        "balance_device": losses[1].item(),
+        "balance_communication": losses[2].item(),
+        "load_max_over_mean": (share.max(1).values * load.shape[1]).mean().item(),
+        "router_entropy": sum(r.entropy.item() for layer in layers for r in layer)
+        / sum(map(len, layers)),
+        "drop_rate": (sum(int(r.dropped) for layer in layers for r in layer) / load.sum()).item(),
+        "expert_load": [[round(v, 5) for v in row] for row in share.tolist()],
+    }
+
+
+class Screen:
+    """Show progress: a bar on a terminal, plain lines elsewhere, nothing when quiet."""
+
+    def __init__(self, recipe: Recipe, quiet: bool, bar=None, task=None):
+        self.recipe, self.quiet, self.bar, self.task = recipe, quiet, bar, task
+        self.begin_s = time.perf_counter()
+        self.first_step: int | None = None
+
+    def note(self, text: str) -> None:
+        """Show one line of text."""
+        if not self.quiet:
+            self.bar.console.print(text, highlight=False) if self.bar else print(text, flush=True)
+
+    def step(self, step: int, values: dict) -> None:
+        """Show loss, speed and remaining time after a step."""
+        if self.quiet:
+            return
+        total = self.recipe.run.steps
+        if self.first_step is None:
+            self.first_step, self.begin_s = step, time.perf_counter()
+        elapsed_s = time.perf_counter() - self.begin_s
+        left_s = elapsed_s / max(1, step - self.first_step) * (total - step)
+        line = (
+            f"loss {values['loss']:.3f}  {values['tokens_per_s']:,.0f} tok/s  "
+            f"MFU {values['mfu']:.0%}  lr {values['lr']:.1e}"
+        )
+        if self.bar:
+            self.bar.update(self.task, completed=step, info=line)
+        elif step % self.recipe.run.log_every == 0 or step in (1, total):
+            left = f"  {left_s:.0f} s left" if step > self.first_step else ""
+            print(f"step {step}/{total}  {line}{left}", flush=True)
+
+
+@contextmanager
+def open_screen(recipe: Recipe, quiet: bool) -> Iterator[Screen]:
+    """Yield the Screen of a run: with a progress bar if standard error is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield Screen(recipe, quiet)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("train"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[info]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield Screen(recipe, quiet, bar, bar.add_task("train", total=recipe.run.steps, info=""))
