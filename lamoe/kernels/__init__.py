@@ -20,10 +20,16 @@ if _DEFAULT not in _IMPLS:
 
 
 def _op(name: str):
+    """Make the function that runs the op `name` in the chosen implementation.
+
+    "fused" has no mla_attend, because only decoding uses it; the definition runs instead.
+    """
+
     def call(*args, impl: str | None = None, **kwargs):
-        if (impl or _DEFAULT) not in _IMPLS:
-            raise ValueError(f"impl is {impl!r}; known: {', '.join(_IMPLS)}")
-        return getattr(_IMPLS[impl or _DEFAULT], name, getattr(ref, name))(*args, **kwargs)
+        chosen = impl or _DEFAULT
+        if chosen not in _IMPLS:
+            raise ValueError(f"impl is {chosen!r}; known: {', '.join(_IMPLS)}")
+        return getattr(_IMPLS[chosen], name, getattr(ref, name))(*args, **kwargs)
 
     call.__name__, call.__doc__ = name, getattr(ref, name).__doc__
     return call

@@ -1,7 +1,8 @@
-"""Ops with hand-written backward passes, all over torch's own matrix products: what training runs on a CPU.
+"""Ops with hand-written backward passes over torch's own matrix products: the default for training.
 
-Each saves little, recomputes what is cheap, and touches memory as few times as it can; each equals its twin in ref.py.
-Gradients of gradients are not defined here (use impl="ref"). Letters as in ref.py.
+Each computes the function of the same name in ref.py, whose docstring describes it. It saves little
+for the backward pass, recomputes what is cheap, and reads and writes memory as rarely as possible.
+Second derivatives are not defined here; use impl="ref".
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from lamoe.kernels import ref
 
 
 def _work(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and statistics: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -33,14 +35,17 @@ class _RMSNorm(Function):
         unit, dx = _copy(x, inv.dtype).mul_(inv), _copy(dy, inv.dtype)
         w = weight.to(inv.dtype)
         product = dx * unit
-        along = product @ w  # projection of the gradient on the row: [..., D] -> [...]
+        along = product @ w  # [...], the gradient along the normalised row
         dweight = product.flatten(0, -2).sum(0).to(weight.dtype)
         dx.mul_(w).addcmul_(unit, along.unsqueeze(-1), value=-1 / x.shape[-1]).mul_(inv)
         return dx.to(x.dtype), dweight, None
 
 
 def _copy(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A new contiguous tensor of `dtype`. One cast at the start beats operations that mix types: torch casts for each of those."""
+    """A new contiguous tensor of `dtype`.
+
+    One cast first is faster than operations that mix dtypes, since torch casts in each of them.
+    """
     return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
 
 
@@ -57,11 +62,8 @@ class _Rope(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return (
-            ref.rope(dy, ctx.freqs.conj(), ctx.interleaved),
-            None,
-            None,
-        )  # a rotation's transpose turns back
+        dx = ref.rope(dy, ctx.freqs.conj(), ctx.interleaved)  # the transpose of a rotation
+        return dx, None, None
 
 
 def rope(x, freqs, interleaved):
@@ -99,21 +101,24 @@ def swiglu(x):
     return _SwiGLU.apply(x)
 
 
-# ---- attention -----------------------------------------------------------------------------------------------------
-_ROWS = 128  # query rows per block: the causal half beyond a block's last row is never computed
-_KEEP_BYTES = (
-    1 << 26
-)  # probabilities are kept for the backward pass up to this size per call, else computed again
+# ---- attention -----------------------------------------------------------------------------------
+# Queries are processed in blocks of rows. A block skips the keys after its last row.
+_BLOCK_ROWS = 128
+# Up to this size per call, probabilities are kept for the backward pass; beyond, recomputed.
+_KEEP_BYTES = 1 << 26
 
 
 def _blocks(t: int, s: int) -> list[tuple[int, int, int]]:
     """(first row, end row, number of visible keys) of each block of queries."""
-    rows = [(a, min(a + _ROWS, t)) for a in range(0, t, _ROWS)]
+    rows = [(a, min(a + _BLOCK_ROWS, t)) for a in range(0, t, _BLOCK_ROWS)]
     return [(a, b, s - t + b) for a, b in rows]
 
 
 def _probs(q, k, a, b, end, segments):
-    """Softmax over the visible keys for query rows a:b; q (already scaled) [B, H, T, d], k [B, H, S, d] -> [B, H, b-a, end]."""
+    """Attention probabilities [B, H, b - a, end] of the query rows a:b over the keys before `end`.
+
+    q: [B, H, T, width], already scaled; k: [B, H, S, width].
+    """
     s, t = k.shape[2], q.shape[2]
     logits = q[:, :, a:b] @ k[:, :, :end].transpose(2, 3)
     rows = b - a
@@ -150,7 +155,7 @@ class _Attend(Function):
     def backward(ctx, dout):
         q, k, v, *probs = ctx.saved_tensors
         dout, dq, dk, dv = dout.transpose(1, 2).contiguous(), torch.empty_like(q), None, None
-        # from the last block, which sees every key, so that its products start the sums (kept in at least float32)
+        # The last block comes first: it sees every key, so its products can start the sums.
         for i, (a, b, end) in reversed(list(enumerate(_blocks(q.shape[2], k.shape[2])))):
             p = probs[i] if probs else _probs(q, k, a, b, end, ctx.segments)
             dp = dout[:, :, a:b] @ v[:, :, :end].transpose(2, 3)
@@ -158,17 +163,15 @@ class _Attend(Function):
             dq[:, :, a:b] = ds @ k[:, :, :end]
             dk = _add_to(dk, ds.transpose(2, 3) @ q[:, :, a:b])
             dv = _add_to(dv, p.transpose(2, 3) @ dout[:, :, a:b])
-        return (
-            dq.mul_(ctx.scale).transpose(1, 2),
-            dk.to(q.dtype).transpose(1, 2),
-            dv.to(q.dtype).transpose(1, 2),
-            None,
-            None,
-        )
+        grads = (dq.mul_(ctx.scale), dk.to(q.dtype), dv.to(q.dtype))
+        return *(g.transpose(1, 2) for g in grads), None, None
 
 
 def _add_to(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
-    """total[:, :, :rows of part] += part, beginning with the longest part."""
+    """Add `part` to the first rows of `total`; the first part, the longest, becomes the total.
+
+    Sums are in at least float32.
+    """
     if total is None:
         return part.to(_work(part.dtype))
     total[:, :, : part.shape[2]] += part
@@ -182,15 +185,27 @@ def attend(q, k, v, scale, segments=None):
     return _Attend.apply(q, k, v, scale, segments)
 
 
-# ---- experts -------------------------------------------------------------------------------------------------------
-_PAD = 64  # rows per expert are padded to a multiple of this: oneDNN builds (and caches) a kernel for every new row count
+# ---- experts -------------------------------------------------------------------------------------
+# The rows of an expert are padded to a multiple of this, because oneDNN compiles and caches a
+# matrix product for every new number of rows.
+_PAD = 64
 
 
 class _Plan:
-    """Assignments sorted by expert. Slot j of the sorted rows holds assignment `order[j]` (token = order // K).
+    """Where each assignment (token, expert) lies among rows sorted by expert.
 
-    When many rows are at hand each expert's rows are padded with slots of assignment 0 that carry weight 0 and are never
-    gathered back. Assignments to expert E (nobody) have no slot.
+    Row j of the sorted rows holds assignment order[j], whose token is order[j] // K. When there are
+    many rows, each expert's rows are padded with copies of assignment 0 that get weight 0 and are
+    not gathered back. Assignments to expert id E (no expert) get no row.
+
+    Attributes:
+        counts: rows per expert, padding included.
+        order: [rows] the assignment of each row.
+        real: [rows, 1] bool, False for padding.
+        place: [N K] the row of each assignment; 0 for assignments without one.
+        kept: [N, K, 1] bool, False for assignments without a row. None: all have one.
+        token: [rows] the token of each row.
+        shape: (N, K).
     """
 
     def __init__(self, expert: torch.Tensor, n_experts: int):
@@ -202,43 +217,40 @@ class _Plan:
         if total >= _PAD * n_experts:
             padded = (counts + _PAD - 1) // _PAD * _PAD
         gap = (padded - counts).cumsum(0) - (padded - counts)  # padding before each expert's rows
-        slot = torch.arange(total, device=expert.device) + gap.repeat_interleave(
-            counts, output_size=total
-        )
+        gap_of_row = gap.repeat_interleave(counts, output_size=total)
+        slot = torch.arange(total, device=expert.device) + gap_of_row
         self.counts, rows = padded.tolist(), int(padded.sum())
         self.order = flat.new_zeros(rows).index_copy_(0, slot, by_expert[:total])
-        self.real = torch.zeros(rows, 1, dtype=torch.bool, device=expert.device).index_fill_(
-            0, slot, True
-        )
+        self.real = torch.zeros(rows, 1, dtype=torch.bool, device=expert.device)
+        self.real.index_fill_(0, slot, True)
         self.place = flat.new_zeros(n * k).index_copy_(0, by_expert[:total], slot)
         self.kept = None if total == n * k else (expert < n_experts).unsqueeze(-1)
         self.token, self.shape = self.order // k, (n, k)
 
     def sorted_weights(self, weight: torch.Tensor) -> torch.Tensor:
+        """Weights [N, K] in the order of the rows, 0 for padding. -> [rows, 1]"""
         return weight.flatten()[self.order].unsqueeze(1) * self.real
 
     def combine(self, rows: torch.Tensor) -> torch.Tensor:
-        """Sum each token's K rows, accumulated in at least float32. -> [N, D]"""
+        """Sum the rows [rows, D] of each token, accumulated in at least float32. -> [N, D]"""
         n, k = self.shape
         if rows.shape[0] == 0:
             return rows.new_zeros(n, rows.shape[1])
-        if (
-            self.kept is None
-        ):  # embedding_bag gathers and adds in one pass, ten times as fast as the two
+        # embedding_bag gathers and adds in one pass, much faster than index_select and sum.
+        if self.kept is None:
             return F.embedding_bag(self.place.view(n, k), rows, mode="sum")
         per_token = self.kept.view(n, k).sum(1)
-        return F.embedding_bag(
-            self.place[self.kept.flatten()], rows, per_token.cumsum(0) - per_token, mode="sum"
-        )
+        begin = per_token.cumsum(0) - per_token
+        return F.embedding_bag(self.place[self.kept.flatten()], rows, begin, mode="sum")
 
     def products(self, rows: torch.Tensor, mats: torch.Tensor, out: torch.Tensor) -> None:
-        """out[expert's rows] = rows[expert's rows] @ mats[expert]."""
+        """Multiply the rows of each expert by its matrix: out = rows @ mats[expert]."""
         for a, b, m in zip(rows.split(self.counts), out.split(self.counts), mats.unbind(0)):
             if a.shape[0]:
                 torch.mm(a, m, out=b)
 
     def outer(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-        """out[expert] = left[expert's rows]^T @ right[expert's rows]; zero for an expert without rows."""
+        """Set out[expert] = left^T @ right over the expert's rows; zero if it has none."""
         for a, b, m in zip(left.split(self.counts), right.split(self.counts), out.unbind(0)):
             torch.mm(a.t(), b, out=m) if a.shape[0] else m.zero_()
 
@@ -262,7 +274,7 @@ class _Experts(Function):
         x, weight, w13, w2, h = ctx.saved_tensors
         plan, ws = ctx.plan, ctx.plan.sorted_weights(weight)
         rows = dout.index_select(0, plan.token)
-        act = _swiglu(h)  # not weighted yet
+        act = _swiglu(h)  # without the weight
         dact = torch.empty_like(act)  # gradient of the weighted activation
         plan.products(rows, w2, dact)
         dws = torch.linalg.vecdot(dact.to(ws.dtype), act.to(ws.dtype))
@@ -272,9 +284,8 @@ class _Experts(Function):
         torch.index_select(x, 0, plan.token, out=rows)
         plan.outer(dh, rows, dw13)
         plan.products(dh, w13, rows)
-        dweight = (
-            dws[plan.place] if dws.shape[0] else dws.new_zeros(weight.numel())
-        )  # everything may have been dropped
+        # Without any row, because every assignment was dropped, indexing would fail.
+        dweight = dws[plan.place] if dws.shape[0] else dws.new_zeros(weight.numel())
         if plan.kept is not None:
             dweight.masked_fill_(~plan.kept.flatten(), 0)
         return plan.combine(rows), None, dweight.view(plan.shape), dw13, dw2
@@ -284,12 +295,16 @@ def experts(x, expert, weight, w13, w2):
     return _Experts.apply(x, expert, weight, w13, w2)
 
 
-# ---- loss ----------------------------------------------------------------------------------------------------------
-_LOSS_ROWS = 512  # rows of logits that exist at once
+# ---- loss ----------------------------------------------------------------------------------------
+# Number of rows of logits that exist at once.
+_LOSS_ROWS = 512
 
 
 class _CrossEntropy(Function):
-    """The gradient is made along with the loss, chunk by chunk, so the [N, vocabulary] logits never exist at once."""
+    """Computes the gradient together with the loss, in chunks of rows.
+
+    All logits [N, vocabulary] never exist at once, and none are kept for the backward pass.
+    """
 
     @staticmethod
     def forward(ctx, h, head, targets):
@@ -301,11 +316,9 @@ class _CrossEntropy(Function):
         dh = torch.empty_like(h) if grad else None
         dhead = torch.zeros_like(head, dtype=work) if grad else None
         for a in range(0, h.shape[0], _LOSS_ROWS):
-            rows, t, on = (
-                h[a : a + _LOSS_ROWS],
-                targets[a : a + _LOSS_ROWS].clamp_min(0)[:, None],
-                counted[a : a + _LOSS_ROWS, None],
-            )
+            rows = h[a : a + _LOSS_ROWS]
+            t = targets[a : a + _LOSS_ROWS].clamp_min(0)[:, None]
+            on = counted[a : a + _LOSS_ROWS, None]
             logits = rows @ head.t()
             top = logits.amax(-1, keepdim=True)
             p = _copy(logits, work).sub_(top)

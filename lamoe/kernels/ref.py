@@ -1,6 +1,7 @@
-"""The definition of every op: plain differentiable torch, as short as it can be said. Slow on purpose; tests and new kernels
-are held against these. Letters: B batch, T query tokens, S cached tokens, H heads, G kv heads, D model, C latent, R rope,
-N nope, V value, E experts, K top-k, F ffn.
+"""The definition of every op: plain differentiable torch, as short as possible, slow on purpose.
+
+Tests compare every other implementation with these functions. Letters as in model/transformer.py.
+"At least float32" means float32, or float64 when the input is float64.
 """
 
 from __future__ import annotations
@@ -10,14 +11,33 @@ import torch.nn.functional as F
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) * weight over the last axis; statistics in float32 (at least), cast back, then times weight."""
+    """Normalise rows: x / sqrt(mean(x^2) + eps) * weight.
+
+    Statistics are in at least float32; the normalised row is cast back, then multiplied by weight.
+
+    Args:
+        x: [..., D].
+        weight: [D].
+        eps: added to the mean square.
+
+    Returns:
+        [..., D].
+    """
     work = x.to(torch.promote_types(x.dtype, torch.float32))
     return (work * torch.rsqrt(work.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def rope(x: torch.Tensor, freqs: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Turn the pairs of x [B, T, heads, R] by freqs [B or 1, T, R/2] (unit complex). Interleaved: a pair is (2k, 2k+1), else
-    (k, k + R/2); the output keeps the input's order."""
+    """Rotate pairs of elements by position (paper eq. 39, 43).
+
+    Args:
+        x: [B, T, heads, R].
+        freqs: [B or 1, T, R / 2] complex rotations; see model/rope.py.
+        interleaved: pairs are the elements (2k, 2k + 1), else (k, k + R / 2).
+
+    Returns:
+        [B, T, heads, R] in the dtype and element order of x.
+    """
     work = x.to(torch.promote_types(x.dtype, torch.float32))
     freqs = freqs[:, :, None]
     if interleaved:
@@ -27,8 +47,19 @@ def rope(x: torch.Tensor, freqs: torch.Tensor, interleaved: bool) -> torch.Tenso
     return torch.cat([z.real, z.imag], -1).to(x.dtype)
 
 
-def visible(t: int, s: int, segments: torch.Tensor | None, device=None) -> torch.Tensor:
-    """[1 or B, T, S] bool: query i (position s - t + i) sees key j when j is not later and of the same segment [B, S]."""
+def visible(
+    t: int, s: int, segments: torch.Tensor | None, device: torch.device | None = None
+) -> torch.Tensor:
+    """Return which keys each query may attend to, [1 or B, T, S] bool.
+
+    Query i is at position S - T + i. It sees key j if j is not later and in the same segment.
+
+    Args:
+        t: number of queries T.
+        s: number of keys S.
+        segments: [B, S] integers. None: one segment.
+        device: of the result.
+    """
     mask = torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)[None]
     if segments is not None:
         mask = mask & (segments[:, s - t :, None] == segments[:, None, :])
@@ -42,8 +73,20 @@ def attend(
     scale: float,
     segments: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention: q [B, T, H, d], k [B, S, G, d], v [B, S, G, V] -> [B, T, H, V]; queries are the last T of S positions.
-    Logits in the dtype of q, softmax in float32 (at least)."""
+    """Attend causally; the queries are the last T of S positions (paper eq. 46).
+
+    Attention logits have the dtype of q, the softmax is in at least float32.
+
+    Args:
+        q: [B, T, H, width].
+        k: [B, S, G, width]. Each of the G heads serves H / G query heads.
+        v: [B, S, G, V].
+        scale: factor on the attention logits.
+        segments: [B, S] integers; a query sees its own segment only.
+
+    Returns:
+        [B, T, H, V].
+    """
     t, s, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
     logits = torch.einsum("bthd,bshd->bhts", q, k) * scale
@@ -60,26 +103,35 @@ def mla_attend(
     scale: float,
     first: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Absorbed attention over the latent cache itself: q_latent [B, T, H, C], q_rope [B, T, H, R], latent [B, S, C],
-    k_rope [B, S, R] -> [B, T, H, C] (weighted sums of latents). Queries are the last T of S positions; rows before `first` [B] are
-    padding. `scale` is that of the full query, never 1/sqrt(C + R)."""
+    """Attend causally over latents, which serve as keys and values of all heads (paper App. C).
+
+    Args:
+        q_latent: [B, T, H, C] queries multiplied by W^UK.
+        q_rope: [B, T, H, R] rotated queries.
+        latent: [B, S, C]. The queries are at the last T of S positions.
+        k_rope: [B, S, R] rotated keys.
+        scale: factor on the attention logits. It follows from the width of the full query,
+            N + R, not from C + R.
+        first: [B] int64; rows before it are padding. None: no padding.
+
+    Returns:
+        [B, T, H, C], weighted sums of latents.
+    """
     t, s = q_latent.shape[1], latent.shape[1]
-    logits = (
-        torch.einsum("bthc,bsc->bhts", q_latent, latent)
-        + torch.einsum("bthr,bsr->bhts", q_rope, k_rope)
-    ) * scale
+    content = torch.einsum("bthc,bsc->bhts", q_latent, latent)
+    rotary = torch.einsum("bthr,bsr->bhts", q_rope, k_rope)
+    logits = (content + rotary) * scale
     if t > 1:
         logits = logits.masked_fill(~visible(t, s, None, latent.device)[:, None], float("-inf"))
     if first is not None:
-        logits = logits.masked_fill(
-            (torch.arange(s, device=first.device) < first[:, None])[:, None, None], float("-inf")
-        )
+        padding = torch.arange(s, device=first.device) < first[:, None]  # [B, S]
+        logits = logits.masked_fill(padding[:, None, None], float("-inf"))
     p = logits.softmax(-1, dtype=torch.promote_types(latent.dtype, torch.float32)).to(latent.dtype)
     return torch.einsum("bhts,bsc->bthc", p, latent)
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up for x [..., 2F] = gate | up."""
+    """Return silu(gate) * up [..., F] for x = gate | up [..., 2 F]."""
     gate, up = x.chunk(2, -1)
     return F.silu(gate) * up
 
@@ -87,8 +139,20 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
 def experts(
     x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor
 ) -> torch.Tensor:
-    """sum_k weight[n, k] * FFN_expert[n, k](x[n]): x [N, D], expert [N, K] (id E: nobody), weight [N, K] float32,
-    w13 [E, 2F, D], w2 [E, D, F] -> [N, D]. The weight multiplies the F-wide activation; the sum over k is in float32."""
+    """Sum the weighted outputs of the chosen experts of each row (paper eq. 20).
+
+    The weight multiplies the activation of width F; the sum over experts is in the dtype of weight.
+
+    Args:
+        x: [N, D].
+        expert: [N, K] int64 expert ids; E means no expert.
+        weight: [N, K] float32 (or float64).
+        w13: [E, 2 F, D]; of each expert the rows of the gate, then those of up.
+        w2: [E, D, F].
+
+    Returns:
+        [N, D] in the dtype of x.
+    """
     out = torch.zeros(x.shape, dtype=weight.dtype, device=x.device)
     for e in range(w13.shape[0]):
         token, slot = torch.where(expert == e)
@@ -99,8 +163,16 @@ def experts(
 
 
 def cross_entropy(h: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean of -log softmax(h head^T)[target] over targets >= 0, at least float32 (0 when there is none): h [N, D],
-    head [vocabulary, D], targets [N] int64, negative where a position does not count."""
+    """Compute the mean of -log softmax(h head^T)[target] in nats, in at least float32.
+
+    Args:
+        h: [N, D] normed states.
+        head: [vocabulary, D].
+        targets: [N] int64; negative ones do not count.
+
+    Returns:
+        A scalar; 0 when no target counts.
+    """
     logits = F.linear(h, head).to(torch.promote_types(h.dtype, torch.float32))
     total = F.cross_entropy(logits, targets.clamp_min(-1), ignore_index=-1, reduction="sum")
     return total / (targets >= 0).sum().clamp_min(1)
