@@ -25,9 +25,8 @@ from lamoe.train import checkpoint
 from oracles import tiny
 from tiny_run import trained  # noqa: F401 (trained is a fixture)
 
-backends_load = importlib.import_module(
-    "lamoe.backends.load"
-)  # the package exports a function `load`
+# the package exports a function `load`
+backends_load = importlib.import_module("lamoe.backends.load")
 STATE_LIMIT = 128 << 20  # kStateLimit of csrc/model/cost.h
 LITE = ModelConfig.preset("deepseek-v2-lite")
 LITE_16 = 2 * accounting.parameters(LITE).total
