@@ -101,18 +101,18 @@ def compare(ids: torch.Tensor, formats: list, predict, batch: int = 8) -> list[d
     return sums
 
 
-def by_kernels(packed: CpuBackend, ids: torch.Tensor, name: str) -> torch.Tensor:
+def by_kernels(backend: CpuBackend, ids: torch.Tensor, name: str) -> torch.Tensor:
     """Return log-probabilities [rows, T, vocabulary]; all rows advance one token per step."""
     rows, length = ids.shape[0], ids.shape[1] - 1
     each = -(-length // 16)
-    cache = packed.new_cache(rows * each, 16, name)
+    cache = backend.new_cache(rows * each, 16, name)
     pages = torch.arange(rows * each, dtype=torch.int32)
     out = []
     for at in range(length):
         seqs = torch.tensor([[1, at + 1, i * each] for i in range(rows)], dtype=torch.int32)
         positions, output_rows = torch.full((rows,), at), list(range(rows))
         batch = Batch(ids[:, at].tolist(), positions, seqs, pages, output_rows)
-        out.append(packed.forward(batch, cache).output.float().log_softmax(-1))
+        out.append(backend.forward(batch, cache).output.float().log_softmax(-1))
     return torch.stack(out, 1)
 
 
@@ -208,7 +208,7 @@ def main() -> None:
             f"| {r['encode_ms']:.2f} ms | {r['decode_ms']:.2f} ms |"
         )
     if native.available():
-        packed = CpuBackend.from_transformer(
+        backend = CpuBackend.from_transformer(
             lamoe.load(step / "model", dtype=torch.bfloat16), Formats("bf16"), args.threads
         )
         formats = ["bf16", "int8", "6bit", "4bit"]
@@ -217,7 +217,7 @@ def main() -> None:
             found := dict(
                 zip(
                     formats,
-                    compare(ids, formats, lambda part, name: by_kernels(packed, part, name)),
+                    compare(ids, formats, lambda part, name: by_kernels(backend, part, name)),
                 )
             )
         ).items():

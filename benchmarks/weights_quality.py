@@ -349,9 +349,8 @@ def main() -> None:
         f"{step}: {ids.shape[0] * args.seq} tokens, {text_bytes} bytes, rows of {args.seq}; "
         f"unrounded {base / math.log(2) / text_bytes:.4f} bits/byte"
     )
-    print(
-        "format                       bits   rel. error  bits/byte     change         KL  top-1 same"
-    )
+    print(f"{'format':27} {'bits':>5} {'rel. error':>11} {'bits/byte':>10} {'change':>10} ", end="")
+    print(f"{'KL':>10} {'top-1 same':>11}")
     out = {
         "model": str(step),
         "tokens": ids.shape[0] * args.seq,
