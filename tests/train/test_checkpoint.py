@@ -82,6 +82,9 @@ def test_save_verify_latest(tmp_path):
         and is_step(path, 123)
         and (run / "latest").read_text() == "step-00000123\n"
     )
+    assert checkpoint.step_of(path) == 123 and checkpoint.name(123) == path.name
+    with pytest.raises(ValueError, match="not named like a checkpoint"):
+        checkpoint.step_of(run / "latest")
     manifest = verify(path)
     assert manifest["step"] == 123 and {n: f["bytes"] for n, f in manifest["files"].items()} == {
         "model.bin": 2000,
