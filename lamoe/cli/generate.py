@@ -90,5 +90,6 @@ def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
         dtype=args.dtype,
         weights=args.weights,
         head=args.head,
+        device=args.device,
         threads=args.threads,
     )

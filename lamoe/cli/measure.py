@@ -80,8 +80,10 @@ def _load(args: argparse.Namespace):
         )
     tokenizer = Tokenizer.load(folder)
     if args.weights is None and args.head is None and not packed_file.is_packed(folder):
-        return backends.load(folder, backend="torch"), tokenizer, folder
-    backend = backends.load(folder, Formats(args.weights, args.head), threads=args.threads)
+        backend = backends.load(folder, backend="torch", device=args.device)
+        return backend, tokenizer, folder if backend.device.type == "cpu" else backend
+    formats = Formats(args.weights, args.head)
+    backend = backends.load(folder, formats, device=args.device, threads=args.threads)
     return backend, tokenizer, backend
 
 
@@ -113,11 +115,11 @@ def bench(args: argparse.Namespace) -> int:
     from lamoe.backends.base import Formats
     from lamoe.measure import bench, tables
 
+    formats = Formats(args.weights, args.head)
     if models.is_config(args.model):
-        config = models.read_config(args.model)[0]
-        make = bench.random_weights(config, Formats(args.weights, args.head))
+        make = bench.random_weights(models.read_config(args.model)[0], formats)
     else:
-        make = bench.stored_weights(models.find_model(args.model), Formats(args.weights, args.head))
+        make = bench.stored_weights(models.find_model(args.model), formats)
     result = bench.run(
         args.model,
         make,

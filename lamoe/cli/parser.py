@@ -179,6 +179,7 @@ def _add_evaluate(verbs) -> None:
         "(default: the run folder; for other models nothing is written)",
     )
     _add_formats(p)
+    _add_device(p)
     _add_threads(p)
 
 
@@ -361,9 +362,14 @@ def _add_threads(p: argparse.ArgumentParser) -> None:
     p.add_argument("--threads", type=int, default=0, metavar="N", help=_shared("threads"))
 
 
+def _add_device(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", metavar="DEVICE", help=_shared("device"))
+
+
 def _add_execution(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help=_shared("dtype"))
     _add_formats(p)
+    _add_device(p)
     _add_threads(p)
 
 

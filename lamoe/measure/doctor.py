@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 
-from lamoe import __version__
+from lamoe import __version__, backends
 from lamoe.backends.cpu import native
+from lamoe.backends.load import why_torch
 from lamoe.backends.memory import available_memory
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
@@ -41,14 +42,8 @@ FLAGS = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
     *("avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16"),
 )
-VARIABLES = (
-    "LAMOE_BACKEND",
-    "LAMOE_IMPL",
-    "LAMOE_ISA",
-    "OMP_NUM_THREADS",
-    "HF_HOME",
-    "HF_HUB_OFFLINE",
-)
+CHOICES = ("LAMOE_BACKEND", "LAMOE_IMPL", "LAMOE_ISA")  # variables that choose what runs
+VARIABLES = (*CHOICES, "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
 # Differences from another order of summation stay below this share of the largest value. A wrong
 # kernel is off by far more.
 MARGIN = 1e-3
@@ -69,6 +64,8 @@ def examine(buffer_bytes: int = 256 << 20) -> dict[str, Any]:
         "lamoe": __version__,
         "cpu": cpu,
         "memory": memory,
+        "devices": _devices(),
+        "backend": _backend(kernels),
         "kernels": kernels,
         "variables": {v: os.environ.get(v) for v in VARIABLES},
         "versions": {
@@ -210,6 +207,28 @@ def _kernels() -> dict[str, Any]:
         return found | {"why": str(e)}
 
 
+def _devices() -> list[str]:
+    """Devices that --device accepts here."""
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cuda = [f"cuda:{i} ({name})" for i, name in enumerate(names)]
+    return ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+def _backend(kernels: dict[str, Any]) -> dict[str, Any]:
+    """The backend that runs an unquantised model on the CPU, and why; None if none runs."""
+    model = _tiny_model()
+    try:
+        name = backends.load(model).name
+    except (ValueError, RuntimeError) as e:
+        return {"name": None, "why": str(e)}
+    if name == "cpu":
+        isa = kernels["isa"]
+        return {"name": name, "why": f"the compiled kernels run here (instruction set {isa})"}
+    if kernels["why"]:
+        return {"name": name, "why": f"the compiled kernels do not run: {kernels['why']}"}
+    return {"name": name, "why": why_torch(model.config, model.embed.weight.dtype)}
+
+
 # ---- whether the results are right ---------------------------------------------------------------
 def checks() -> list[dict[str, Any]]:
     """Run the checks on a tiny random DeepSeek-V2.
@@ -264,6 +283,18 @@ def _products(isa: str) -> str:
 
 def _replies(backend: str) -> Replies:
     """Greedy tokens for three prompts, and the log-probability of each token."""
+    llm = LLM(_tiny_model(), cache="fp32", backend=backend, cache_memory=1 << 22)
+    prompts: list[str | list[int]] = [
+        [(7 * i + j) % 128 for i in range(n)] for j, n in enumerate((1, 19, 64))
+    ]
+    params = SamplingParams(temperature=0.0, max_tokens=24, logprobs=0, ignore_eos=True)
+    outs = llm.generate(prompts, params)
+    logprobs = [found[t] for o in outs for t, found in zip(o.token_ids, o.logprobs)]
+    return [o.token_ids for o in outs], logprobs
+
+
+def _tiny_model() -> Transformer:
+    """A small random DeepSeek-V2."""
     config = ModelConfig(
         model_type="deepseek_v2",
         vocab_size=128,
@@ -285,15 +316,7 @@ def _replies(backend: str) -> Replies:
         initializer_range=0.2,
         torch_dtype="float32",
     )
-    model = Transformer(config).init_weights(1).eval()
-    llm = LLM(model, cache="fp32", backend=backend, cache_memory=1 << 22)
-    prompts: list[str | list[int]] = [
-        [(7 * i + j) % 128 for i in range(n)] for j, n in enumerate((1, 19, 64))
-    ]
-    params = SamplingParams(temperature=0.0, max_tokens=24, logprobs=0, ignore_eos=True)
-    outs = llm.generate(prompts, params)
-    logprobs = [found[t] for o in outs for t, found in zip(o.token_ids, o.logprobs)]
-    return [o.token_ids for o in outs], logprobs
+    return Transformer(config).init_weights(1).eval()
 
 
 def _same(a: Replies, b: Replies) -> str:
@@ -408,14 +431,15 @@ def _machine_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 def _installation_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     kernels, variables, hub = found["kernels"], found["variables"], found["hub"]
     if kernels["isa"]:
-        runs = f"compiled, {kernels['isa']} (this CPU supports {', '.join(kernels['could'])})"
+        runs = f"{kernels['isa']} (this CPU supports {', '.join(kernels['could'])})"
     else:
-        runs = f"torch ops; the compiled kernels do not run: {kernels['why']}"
-    settings = [
-        f"{v} {variables[v] or 'not set'}" for v in ("LAMOE_BACKEND", "LAMOE_IMPL", "LAMOE_ISA")
-    ]
+        runs = f"they do not run: {kernels['why']}"
+    settings = [f"{v} {variables[v] or 'not set'}" for v in CHOICES]
     versions = {"lamoe": found["lamoe"], **found["versions"]}
+    backend = found["backend"]
     rows = [
+        ("devices", ", ".join(found["devices"])),
+        ("backend", f"{backend['name'] or 'none'}: {backend['why']}"),
         ("kernels", runs),
         ("", ", ".join(settings)),
         ("versions", ", ".join(f"{name} {v or 'MISSING'}" for name, v in versions.items())),
@@ -436,7 +460,7 @@ def _verdict(found: dict[str, Any]) -> str:
         return "broken: a check failed; please report the lines above"
     if found["verdict"] == "limited":
         return "limited: see the problems above"
-    isa = found["kernels"]["isa"]
-    if isa:
+    if found["backend"]["name"] == "cpu":
+        isa = found["kernels"]["isa"]
         return f"good: the compiled kernels ({isa}) run and compute what the torch ops do"
-    return "good: the torch ops run, as the environment asks"
+    return f"good: the torch backend runs, because {found['backend']['why']}"

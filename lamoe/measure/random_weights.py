@@ -17,8 +17,8 @@ from lamoe.model.config import ModelConfig
 
 _NOISE_BYTES = 1 << 20  # this much random data is repeated over a tensor
 _STD = 0.02
-# Per quantised format: bytes of a block, and the root mean square of its codes if they are random.
-_BLOCKS = {"int8": (1088, 74.0), "int4": (576, 37.0)}
+_RMS_OF_RANDOM_CODES = {"int8": 74.0, "int4": 37.0}
+_SCALE_BYTES = 64  # at the start of each block
 
 
 def random_model(config: ModelConfig, formats: Formats, threads: int = 0) -> CpuBackend:
@@ -35,8 +35,8 @@ def random_model(config: ModelConfig, formats: Formats, threads: int = 0) -> Cpu
     size, free = sum(packed.packed_bytes(t, element) for t in wanted), available_memory()
     if free is not None and size > free:
         raise ValueError(
-            f"the weights in {formats.weights} take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory "
-            "are available; take a smaller model, fewer layers (num_hidden_layers in a "
+            f"the weights in {formats.weights} take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+            "of memory are available; take a smaller model, fewer layers (num_hidden_layers in a "
             "config.json) or a smaller format"
         )
     generator = torch.Generator().manual_seed(0)
@@ -56,12 +56,13 @@ def _fill(
     out = native.allocate(packed.packed_bytes(tensor, element))
     for at in range(0, len(out), len(source)):
         out[at : at + len(source)] = source[: len(out) - at]
-    if kind not in _BLOCKS:
+    if kind not in _RMS_OF_RANDOM_CODES:
         return out, [1.0] * tensor.num_matrices
-    block, rms = _BLOCKS[kind]
+    block_bytes = native.mat_bytes(kind, 16, native.BLOCK[kind])
     # Group scales of +-0.5. The random sign matters for int4: its codebook has a nonzero mean.
-    out.view(-1, block)[:, :64].bitwise_and_(0x80).bitwise_or_(0x70)
-    return out, [_STD / rms / 0.5] * tensor.num_matrices
+    scales = out.view(-1, block_bytes)[:, :_SCALE_BYTES]
+    scales.bitwise_and_(0x80).bitwise_or_(0x70)
+    return out, [_STD / _RMS_OF_RANDOM_CODES[kind] / 0.5] * tensor.num_matrices
 
 
 def _normal(kind: str) -> torch.Tensor:

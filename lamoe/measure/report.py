@@ -33,7 +33,8 @@ from lamoe.train.sources import read_documents
 
 Row = tuple[np.ndarray, np.ndarray]  # token ids and document numbers, each [T + 1]
 Texts = dict[str, tuple[str, Iterable[Row]]]  # {source: (text, its rows)}
-_BATCH = 16
+_BATCH = 16  # rows per forward pass
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # shown names of unquantised weights
 _ROUTER = (
     "balance_expert",
     "balance_device",
@@ -42,9 +43,6 @@ _ROUTER = (
     "router_entropy",
     "drop_rate",
 )
-
-
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # names of unquantised weights
 
 
 # ---- reports -------------------------------------------------------------------------------------
@@ -153,7 +151,9 @@ def _measure(
             "this model": 2 * accounting.cache_elements(config),
             **{name: 2 * n for name, n in accounting.cache_twins(config).items()},
         },
-        "generation": _speed(backend if speed_model is None else speed_model, tok),
+        "generation": _speed(
+            backend if speed_model is None else speed_model, tok, config.max_position_embeddings
+        ),
     }
 
 
@@ -176,13 +176,16 @@ def _attention(config: ModelConfig) -> str:
     return {config.num_attention_heads: "MHA", 1: "MQA"}.get(config.n_kv_heads, "GQA")
 
 
-def _speed(model: Backend | Path, tok: Tokenizer, tokens: int = 96) -> dict[str, Any]:
-    """Measure the generation speed of one sequence, with the settings of `lamoe generate`."""
+def _speed(model: Backend | Path, tok: Tokenizer, limit: int, tokens: int = 96) -> dict[str, Any]:
+    """Measure the generation speed of one sequence, with the settings of `lamoe generate`.
+
+    Args:
+        limit: the model's longest context, in tokens.
+    """
     start = [tok.bos_id if tok.bos_id is not None else 0]
-    llm = LLM(model, max_num_seqs=1, speculate=0)
-    params = SamplingParams(
-        temperature=0.0, max_tokens=min(tokens, llm.max_model_len - 1), ignore_eos=True
-    )
+    tokens = min(tokens, limit - 1)
+    llm = LLM(model, max_model_len=1 + tokens, max_num_seqs=1, speculate=0)
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     times = [time.perf_counter()]
     for _ in llm.stream(start, params):
         times.append(time.perf_counter())

@@ -54,6 +54,7 @@ def run(model: str, name: str, settings: Settings) -> int:
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         dtype=settings.dtype,
+        device=settings.device,
         threads=settings.threads,
         weights=settings.weights,
         head=settings.head,

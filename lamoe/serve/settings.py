@@ -106,6 +106,11 @@ class Settings:
     dtype: str | None = _option(
         None, "compute dtype: float32 or bfloat16; default: the dtype of the checkpoint"
     )
+    device: str | None = _option(
+        None,
+        "where the model runs: cpu, cuda, mps, or auto (cuda or mps if there is one, else cpu); "
+        "default: cpu",
+    )
     threads: int = _option(0, "number of CPU threads; 0 uses all cores", int)
     seed: int | None = _option(None, "sampling seed of requests that do not set one", int)
     max_queued_requests: int = _option(

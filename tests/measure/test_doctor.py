@@ -49,6 +49,8 @@ def test_all_is_well_here_and_the_numbers_are_the_machines(capsys):
         found["cpu"]["threads"] == torch.get_num_threads()
         and found["cpu"]["logical"] == os.cpu_count()
     )
+    assert found["devices"][0] == "cpu" and found["backend"]["name"] == "cpu"
+    assert native.lib.isa() in found["backend"]["why"]
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert (
         set(found["versions"]) == {"python", "system", *doctor._requirements(None)}
@@ -128,6 +130,8 @@ def test_kernels_that_are_missing_are_a_problem_and_switched_off_ones_a_note(mon
         and "probe" not in found
         and len(found["checks"]) == 1
     )
+    assert found["backend"]["name"] == "torch"
+    assert "because the compiled kernels do not run" in doctor.render(found)
     if native.lib is not None:
         assert any("LAMOE_IMPL=fused" in n for n in found["notes"])
     monkeypatch.delenv("LAMOE_IMPL")

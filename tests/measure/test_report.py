@@ -194,7 +194,7 @@ def test_a_context_of_a_few_tokens(spoken):
         model = lamoe.Transformer(
             ModelConfig(model_type="llama", **{**BODY, "max_position_embeddings": context})
         ).init_weights()
-        assert report._speed(model, spoken[1])["tokens_per_s"] > 0
+        assert report._speed(model, spoken[1], context)["tokens_per_s"] > 0
 
 
 def test_several_sources_and_layers(tmp_path):

@@ -211,6 +211,7 @@ def test_every_flag_has_an_environment_variable():
         "head": "int8",
         "kv_cache_memory": "2GiB",
         "dtype": "float32",
+        "device": "cpu",
         "threads": "2",
         "seed": "5",
         "max_queued_requests": "4",
