@@ -1,6 +1,4 @@
-"""Sequences over a packed model and a poisoned cache, fed in any cuts and company: what the tests
-of the compiled model drive it with.
-"""
+"""Run sequences on a packed model in any order and chunking, over a cache full of NaN."""
 
 import torch
 
@@ -12,8 +10,7 @@ from lamoe.backends.paged_cache import PagedCache
 class Run:
     """Sequences by name.
 
-    Pages are dealt out in random order; what is not written holds 0xFF, which is NaN in every
-    format.
+    Pages are assigned in random order. Unwritten slots hold 0xFF, which is NaN in every format.
     """
 
     def __init__(
@@ -36,8 +33,9 @@ class Run:
     def feed(
         self, work: dict[str, list[int]], experts: bool = False, rows: list[int] | None = None
     ):
-        """One step: the next tokens of each sequence -> logits of all of them (or of `rows`) [N,
-        vocabulary]; with the chosen experts when asked for.
+        """Run one step with the next tokens of each sequence.
+
+        Returns logits [N, vocabulary] of all tokens or of `rows`, and the chosen experts on request.
         """
         ids, positions, seqs, table = [], [], [], []
         for name, new in work.items():
@@ -51,7 +49,7 @@ class Run:
                 *pages,
                 2**31 - 1,
                 -7,
-            ]  # what stands behind a sequence's pages is nobody's business
+            ]  # page numbers after those of a sequence must not be read
             ids += new
         rows = list(range(len(ids))) if rows is None else rows
         batch = Batch(
@@ -65,8 +63,9 @@ class Run:
         return (logits, chosen) if experts else logits
 
     def all(self, text: list[int], cuts: list[int], name: str = "a") -> torch.Tensor:
-        """A whole text in pieces of `cuts` tokens, the last size again and again. -> logits [N,
-        vocabulary]
+        """Run a whole text in chunks and return its logits [N, vocabulary].
+
+        `cuts` are the chunk sizes; the last one repeats.
         """
         out, at, cuts = [], 0, list(cuts)
         while at < len(text):
@@ -77,7 +76,7 @@ class Run:
 
 
 def distance(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Largest difference as a share of the largest logit; infinite when something is not finite."""
+    """Return the largest difference relative to the largest logit; infinity if not finite."""
     return (
         float((got.double() - want.double()).abs().max() / want.double().abs().max())
         if got.isfinite().all()

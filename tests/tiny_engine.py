@@ -1,6 +1,4 @@
-"""Engines over tiny random models, prompts for them, and greedy decoding without any cache to hold
-them against.
-"""
+"""Engines over tiny random models, prompts, and greedy decoding without a cache to compare."""
 
 import pytest
 import torch
@@ -44,7 +42,7 @@ def greedy(n: int = 16, **more) -> SamplingParams:
 def reforward(
     m, prompt: list[int], n: int, adjust=lambda logits, ids: logits
 ) -> tuple[list[int], list[torch.Tensor]]:
-    """n greedy tokens by whole passes without a cache, and the logits of each."""
+    """Return n greedy tokens and their logits, from full forward passes without a cache."""
     ids, rows = list(prompt), []
     with torch.no_grad():
         for _ in range(n):
@@ -54,7 +52,7 @@ def reforward(
 
 
 def watch(engine: LLM) -> tuple[list[list[tuple[Sequence, int]]], list[Sequence]]:
-    """(the plan of every step, every sequence), filled while the engine runs."""
+    """Return (the plan of every step, every sequence); both are filled while the engine runs."""
     plans, sequences = [], []
     schedule, begin = engine.scheduler.schedule, engine.scheduler.add
 
@@ -73,7 +71,7 @@ def watch(engine: LLM) -> tuple[list[list[tuple[Sequence, int]]], list[Sequence]
 
 
 def idle(engine: LLM) -> bool:
-    """Nothing runs, waits, or holds a page."""
+    """Check that no sequence runs or waits, and that no page is in use."""
     return (
         not engine.busy
         and engine.pool.owned == 0
@@ -88,7 +86,7 @@ def tokens(outputs) -> list[list[int]]:
 
 
 def drain(engine: LLM, most: int = 500) -> dict:
-    """Step until nothing is left: {id: output}."""
+    """Step until all sequences have ended; return {id: output}."""
     done = {}
     for _ in range(most):
         if not engine.busy:

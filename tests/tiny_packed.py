@@ -1,6 +1,4 @@
-"""Small models of every family, as folders and packed: what the tests of packed folders and of
-calibration share.
-"""
+"""Small models of every family, as folders and packed: for tests of packing and calibration."""
 
 from pathlib import Path
 
@@ -37,7 +35,7 @@ FAMILIES = {
 
 
 def source(folder: Path, family: str, seed: int = 0) -> Path:
-    """A saved tiny model."""
+    """Save a tiny model and return its folder."""
     lamoe.save(tiny.model(FAMILIES[family], seed=seed, dtype=torch.float32), folder)
     return folder
 

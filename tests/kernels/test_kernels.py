@@ -1,6 +1,7 @@
-"""Every op of kernels/: "fused" against "ref", the definition. float64 to rounding with all
-gradients, float32 and bfloat16 no further from float64 than the definition itself, ugly sizes, and
-the memory that an op may touch.
+"""Compare every op of `fused` with its definition in `ref`.
+
+In float64 values and all gradients agree to rounding. In float32 and bfloat16 `fused` is no further
+from float64 than `ref` is. Odd sizes and the memory that an op may use are tested too.
 """
 
 import pytest
@@ -23,16 +24,17 @@ def draw(*shape: int, seed: int = 0, dtype=F64) -> torch.Tensor:
 
 
 def run(op: str, impl: str, args: list, dtype) -> list[torch.Tensor]:
-    """[output, gradient of every float input], in `dtype`; integer, bool and complex arguments pass
-    unchanged.
+    """Return [output, gradient of each float input], computed in `dtype`.
+
+    Integer, bool and complex arguments are passed unchanged.
     """
     cast = lambda a: (
         a.to(dtype).requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a
     )
     args = [cast(a.detach().clone()) if torch.is_tensor(a) else a for a in args]
-    if op == "rope":  # the table is float32 for every model below float64
+    if op == "rope":  # the table is float32 unless the model is float64
         args[1] = args[1].to(torch.complex128 if dtype == F64 else torch.complex64)
-    if op == "experts":  # so are the weights of the router
+    if op == "experts":  # router weights too
         args[2] = args[2].detach().to(torch.promote_types(dtype, F32)).requires_grad_()
     out = getattr(kernels, op)(*args, impl=impl)
     push = draw(*out.shape, seed=7).to(out.dtype)
@@ -41,7 +43,7 @@ def run(op: str, impl: str, args: list, dtype) -> list[torch.Tensor]:
 
 
 def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Largest error relative to the largest value; NaN and infinity count as infinitely far."""
+    """Return the largest error relative to the largest value; NaN and infinity give infinity."""
     assert found.shape == exact.shape
     error = (
         (found.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)
@@ -84,7 +86,7 @@ def test_rms_norm(lead, d):
 
 
 def test_rms_norm_of_width_1():
-    """The output is a sign, so almost nothing flows back to x: compared in absolute terms."""
+    """The output is only a sign and the gradient of x near zero: compare absolute errors."""
     for dtype, limit in ((F64, 1e-14), (F32, 1e-6)):
         for a, b in zip(
             run("rms_norm", "fused", [draw(9, 1), draw(1), 1e-6], dtype),
@@ -158,7 +160,7 @@ def test_attend_with_segments(t, s):
 
 
 def test_attend_every_token_its_own_document():
-    """Each sees itself alone, so the output is its value."""
+    """Each token attends to itself alone, so the output is its value."""
     q, k, v = draw(1, 130, 2, 8), draw(1, 130, 2, 8, seed=1), draw(1, 130, 2, 5, seed=2)
     for impl in ("ref", "fused"):
         assert torch.allclose(
@@ -170,11 +172,11 @@ def test_attend_with_logits_that_overflow_without_a_maximum():
     q, k, v = draw(1, 65, 2, 8) * 100, draw(1, 65, 2, 8, seed=1) * 100, draw(1, 65, 2, 8, seed=2)
     check(
         "attend", q, k, v, 1.0, bf16=2.0
-    )  # bfloat16 logits of 1e5 are 500 apart: only finiteness is asked of it
+    )  # neighbouring bfloat16 values near 1e5 differ by 500: only check finiteness
 
 
 def test_attend_recomputes_what_it_does_not_keep(monkeypatch):
-    """Long texts do not keep their probabilities for the backward pass."""
+    """For long texts, attention recomputes its probabilities in the backward pass."""
     kept = run(
         "attend",
         "fused",
@@ -268,7 +270,7 @@ def test_experts(n, k, nobody):
 )
 @pytest.mark.parametrize("nobody", [0.0, 0.02])
 def test_experts_around_the_padding_threshold(n, nobody):
-    """N K / E passes 64 rows per expert; every remainder of the last block occurs."""
+    """With about 64 rows per expert, every remainder of the last block occurs."""
     check("experts", *expert_args(n, 2, 4, nobody=nobody))
 
 
@@ -291,7 +293,7 @@ def test_experts_when_one_takes_all_or_some_get_nothing(n):
 
 @pytest.mark.parametrize("n", [1, 130])
 def test_experts_of_nobody(n):
-    """Every assignment dropped: zeros out, zero gradients, no error."""
+    """If all assignments are dropped, output and gradients are zero."""
     args = expert_args(n, 3, 8)
     args[1] = torch.full_like(args[1], 8)
     for impl in ("ref", "fused"):
@@ -312,7 +314,7 @@ def test_experts_by_loops(impl):
 
 
 def test_an_expert_of_nobody_is_never_read(impl):
-    """Dropped assignments may carry any weight, and an unused expert may hold anything."""
+    """Weights of dropped assignments and unused experts are not read: they may be NaN."""
     x, expert, weight, w13, w2 = expert_args(130, 3, 8, nobody=0.3)
     clean = kernels.experts(x, expert.masked_fill(expert == 2, 8), weight, w13, w2)
     expert = expert.masked_fill(expert == 2, 8)
@@ -347,14 +349,14 @@ def test_cross_entropy_ignores_every_negative_target(impl):
     some[10:] = torch.tensor([-1, -100, -7]).repeat(20)
     kept = kernels.cross_entropy(h[:10], head, targets[:10])
     assert torch.allclose(kernels.cross_entropy(h, head, some), kept, rtol=1e-14)
-    h[10:] = 1e6  # what does not count may hold any finite value
+    h[10:] = 1e6  # ignored positions may hold any finite value
     assert torch.allclose(kernels.cross_entropy(h, head, some), kept, rtol=1e-14)
 
 
 def test_cross_entropy_of_nothing_is_finite_in_fused():
-    """A batch row in which no position counts must not stop a run: loss 0 and gradients 0.
+    """If no position counts, loss and gradients are 0, so that a run does not stop.
 
-    (torch's mean over nothing is NaN.)
+    (torch's mean over an empty set is NaN.)
     """
     out = run(
         "cross_entropy", "fused", [draw(70, 8), draw(37, 8, seed=1), torch.full((70,), -1)], F64
@@ -371,7 +373,7 @@ def test_cross_entropy_of_sure_predictions():
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any op returned."""
+    """Record the largest tensor that any op returns."""
 
     numel = 0
 
@@ -414,9 +416,7 @@ def test_the_loss_of_a_model_never_holds_all_logits(monkeypatch):
 
 
 def test_attention_never_holds_more_than_the_batch_needs():
-    """The causal half beyond each block is not computed, and no [T, T] mask of the whole text is
-    made.
-    """
+    """Attention skips the blocks beyond the causal diagonal and never builds a [T, T] mask."""
     q = draw(1, 1024, 1, 4, dtype=F32)
     assert largest(lambda: kernels.attend(q, q, q, 0.5, impl="fused")) < 1024 * 1024 // 2
 
@@ -475,7 +475,7 @@ def test_inputs_are_never_written_to(impl):
 
 
 def test_gradients_are_the_same_the_second_time():
-    """Two backward passes over one graph agree: nothing that was saved is overwritten."""
+    """Two backward passes over one graph agree, so no saved tensor is overwritten."""
     for op, args in (
         (
             "attend",

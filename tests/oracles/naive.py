@@ -1,9 +1,8 @@
-"""The paper's equations as loops over tokens, heads, keys and experts: a second, independent
-statement of the model.
+"""A second, independent implementation of the model: the paper's equations as plain loops.
 
-float64 numpy, one sequence, no cache, no batching, nothing shared with lamoe but the names of the
-weights on disk. Slow and plain on purpose. Numbers of equations are arXiv 2405.04434's; YaRN is
-section 3.1.4 and arXiv 2309.00071.
+It loops over tokens, heads, keys and experts in float64 numpy, for one sequence, without cache or
+batching. It shares nothing with lamoe except the tensor names on disk. Equation numbers refer to
+arXiv 2405.04434; YaRN is section 3.1.4 there and arXiv 2309.00071.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ import numpy as np
 def logits(
     c, weights: dict[str, np.ndarray], ids: list[int], positions: list[int] | None = None
 ) -> np.ndarray:
-    """[T, vocabulary]. `positions` default to 0 .. T - 1; `c` only has its Hugging Face fields
-    read.
+    """Return logits [T, vocabulary].
+
+    `positions` default to 0 .. T - 1. Only the Hugging Face fields of `c` are read.
     """
     positions = list(range(len(ids))) if positions is None else positions
     h = [weights["model.embed_tokens.weight"][i] for i in ids]
@@ -51,14 +51,14 @@ def norm(x, gain, eps):
 
 # ---- rotary embedding ----
 def angles(c, position: int, width: int) -> list[float]:
-    """The angle of each of the width / 2 pairs."""
+    """Return the rotation angle of each of the width / 2 pairs."""
     out = []
     for i in range(width // 2):
         theta = c.rope_theta ** (-2 * i / width)
         y = c.rope_scaling
         if y is not None:
 
-            def pair(turns):  # the pair that makes so many turns within the original context
+            def pair(turns):  # the pair that rotates this many times within the original context
                 return (
                     width
                     * math.log(y.original_max_position_embeddings / (turns * 2 * math.pi))
@@ -80,7 +80,7 @@ def yarn_m(c, weight: float) -> float:
 
 
 def rotate(c, x, position: int):
-    """V2 pairs neighbours, llama and MoE-v1 pair the two halves."""
+    """Rotate pairs of elements: neighbours in V2, the two halves in llama and MoE-v1."""
     out, half = np.empty_like(x), len(x) // 2
     size = (
         1.0
@@ -96,7 +96,7 @@ def rotate(c, x, position: int):
 
 # ---- attention ----
 def mix(q, keys, values, scale):
-    """softmax(q . k_j * scale)-weighted sum of v_j (eq. 46)."""
+    """Return the sum of v_j weighted by softmax(q . k_j * scale) (eq. 46)."""
     logit = [scale * float(np.dot(q, k)) for k in keys]
     top = max(logit)
     e = [math.exp(v - top) for v in logit]
@@ -104,7 +104,7 @@ def mix(q, keys, values, scale):
 
 
 def latent_attention(c, w, h, positions):
-    """Eq. 37-47 for every token of the sequence."""
+    """Compute eq. 37-47 for every token of the sequence."""
     nope, rot, value = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
     scale = 1 / math.sqrt(nope + rot)
     if c.rope_scaling is not None:
@@ -135,7 +135,7 @@ def latent_attention(c, w, h, positions):
 
 
 def plain_attention(c, w, h, positions):
-    """Multi-head attention; several query heads may share one key / value head."""
+    """Compute multi-head attention; several query heads may share one key / value head."""
     groups = c.num_key_value_heads or c.num_attention_heads
     width = c.head_dim or c.hidden_size // c.num_attention_heads
     keys, values, out = [], [], []
@@ -165,15 +165,16 @@ def swiglu(w, name, x):
 
 
 def affinities(w, u):
-    """s_i = softmax_i(u . e_i) over all experts (eq. 22)."""
+    """Return s_i = softmax_i(u . e_i) over all experts (eq. 22)."""
     z = w["mlp.gate.weight"] @ u
     e = np.exp(z - z.max())
     return e / e.sum()
 
 
 def choose(c, s) -> list[int]:
-    """The K experts of a token: the best ones, or the best ones within its `topk_group` best groups
-    (2.2.2).
+    """Return the K experts of a token.
+
+    They are the best ones, or the best ones within its `topk_group` best groups (section 2.2.2).
     """
     allowed = list(range(c.n_routed_experts))
     if c.topk_method == "group_limited_greedy":
@@ -185,8 +186,9 @@ def choose(c, s) -> list[int]:
 
 
 def moe(c, w, u):
-    """Eq. 20 without the residual: shared experts plus the chosen ones, weighted by their affinity
-    (eq. 21).
+    """Compute eq. 20 without the residual.
+
+    It is the shared experts plus the chosen experts, weighted by their affinity (eq. 21).
     """
     s = affinities(w, u)
     chosen = choose(c, s)

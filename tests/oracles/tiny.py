@@ -1,5 +1,6 @@
-"""Tiny random models for the oracles: weights wide enough that logits, attention and routing vary,
-norms that are not ones.
+"""Tiny random models for the oracles.
+
+Their weights are large enough that logits, attention and routing vary, and norms are not ones.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ _MOE = dict(
 LIMITED = dict(
     n_group=4, topk_group=2, topk_method="group_limited_greedy", routed_scaling_factor=2.5
 )
-# A short original context: its ramp (0, 1/2, 1, 1) lies inside the 4 pairs of a tiny rope.
+# A short original context puts YaRN's ramp (0, 1/2, 1, 1) inside the 4 pairs of a tiny rope.
 YARN = RopeScaling(factor=40.0, original_max_position_embeddings=64)
 
 
 def config(family: str = "deepseek_v2", **changes) -> ModelConfig:
-    """deepseek_v2: MLA + MoE; deepseek: MHA + MoE; llama: dense."""
+    """Return a tiny config: deepseek_v2 (MLA + MoE), deepseek (MHA + MoE) or llama (dense)."""
     parts = {
         "deepseek_v2": {**_MLA, **_MOE},
         "deepseek": {"model_type": family, **_MOE},
@@ -55,8 +56,7 @@ def config(family: str = "deepseek_v2", **changes) -> ModelConfig:
     return ModelConfig(**{**_BASE, **parts, **changes})
 
 
-# q_lora x YaRN x routing x first_k_dense_replace: every combination that the released models draw
-# from.
+# every combination of the options that the released models use
 V2_CASES = {
     f"{'lora' if lora else 'plain'}-{'yarn' if yarn else 'rope'}-"
     f"{'limited' if limited else 'greedy'}-{dense}dense": config(
@@ -79,18 +79,19 @@ LLAMA_CASES = {
         num_key_value_heads=2,
         rope_scaling=RopeScaling(40.0, 64, mscale=1.0, mscale_all_dim=0.0),
     ),
-    # transformers gives llama the factor on cos and sin, and none on the softmax
+    # transformers' llama scales cos and sin, but not the softmax
     "mha-yarn-two-mscales": config(
         "llama", rope_scaling=RopeScaling(40.0, 64, mscale=1.0, mscale_all_dim=0.5)
     ),
 }
-# Everything at once: the case that mutations are tried on.
+# All options at once: the model that mutation tests use.
 HARD = V2_CASES["lora-yarn-limited-1dense"]
 
 
 def model(c: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:
-    """Eval-mode model with N(0, 0.3) matrices and norms in 0.5 .. 1.5; the same weights, rounded,
-    in every dtype.
+    """Return an eval-mode model with matrices from N(0, 0.3) and norms from 0.5 to 1.5.
+
+    In every dtype the weights are the same, rounded.
     """
     generator = torch.Generator().manual_seed(seed)
     m = Transformer(c).to(dtype).eval()
@@ -110,7 +111,7 @@ def ids(c: ModelConfig, *shape: int, seed: int = 1) -> torch.Tensor:
 
 
 def weights(m: Transformer) -> dict:
-    """The parameters by their names on disk, as float64 numpy arrays: the input of naive.logits."""
+    """Return the parameters by name on disk as float64 arrays, the input of naive.logits."""
     parameters = dict(m.named_parameters())
     return {
         e.disk: parameters[e.parameter][e.where].detach().double().numpy() for e in table(m.config)
@@ -120,8 +121,9 @@ def weights(m: Transformer) -> dict:
 def at_positions(
     m: Transformer, tokens: torch.Tensor, positions: list[int], form: str | None = None
 ) -> torch.Tensor:
-    """Logits of tokens [B, T] that stand at these positions: the walk of Transformer.hidden with
-    gaps between the tokens.
+    """Return the logits of tokens [B, T] at arbitrary positions.
+
+    Unlike Transformer.hidden, the positions may have gaps.
     """
     x = m.embed(tokens)
     freqs = rope.freqs(m.config, torch.tensor([positions]), x.dtype)
@@ -133,7 +135,7 @@ def at_positions(
 def mutate(monkeypatch, function, *changes: tuple[str, str]):
     """Replace text in the source of a function (or of a property's getter) for one test.
 
-    Fails when the text is not there once, so that a mutation cannot silently stop to mutate.
+    Fails unless the text occurs exactly once, so that a mutation cannot silently stop working.
     """
     function = getattr(function, "fget", function)
     source = textwrap.dedent(inspect.getsource(function))
