@@ -35,7 +35,8 @@ class Run:
     ):
         """Run one step with the next tokens of each sequence.
 
-        Returns logits [N, vocabulary] of all tokens or of `rows`, and the chosen experts on request.
+        Returns logits [N, vocabulary] of all tokens or of `rows`, and on request the chosen
+        experts.
         """
         ids, positions, seqs, table = [], [], [], []
         for name, new in work.items():

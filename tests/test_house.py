@@ -1,5 +1,7 @@
-"""The layout of the house, checked on the syntax trees: imports go down, files stay short, nothing
-dead, nothing that runs foreign code.
+"""Rules for the whole package, checked on the syntax trees.
+
+Imports go down the list of packages, files stay short, nothing is unused, and nothing runs foreign
+code.
 """
 
 import ast
@@ -32,7 +34,7 @@ MAX_LINES, MAX_COLUMNS = 900, 200
 
 
 def modules() -> dict[str, Path]:
-    """{dotted name: file} of the whole package."""
+    """Return {dotted name: file} of the whole package."""
     out = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -49,8 +51,9 @@ def tree(name: str) -> ast.Module:
 
 
 def imports(name: str) -> set[str]:
-    """Modules of lamoe that a module imports, anywhere in it: `from lamoe.a import b` counts as
-    lamoe.a.b when that is a module.
+    """Return the modules of lamoe that a module imports, anywhere in it.
+
+    `from lamoe.a import b` counts as lamoe.a.b if that is a module.
     """
     found = set()
     for node in ast.walk(tree(name)):
@@ -70,7 +73,7 @@ def room(name: str) -> str:
 
 
 def uphill(name: str, imported: set[str]) -> list[str]:
-    """The imports of a module that climb, or that take the package's own front door."""
+    """Return imports that go up the list, or through the package's own __init__."""
     if name == "lamoe":
         return []
     return [i for i in sorted(imported) if i != "lamoe" and LEVEL[room(i)] > LEVEL[room(name)]]
@@ -91,11 +94,11 @@ def test_the_check_sees_an_import_that_goes_up():
     ]
     assert "lamoe.kernels" in imports(
         "lamoe.model.transformer"
-    ) and "lamoe.model.config" in imports("lamoe.model.rope")  # the walk does find things
+    ) and "lamoe.model.config" in imports("lamoe.model.rope")  # the search does find imports
 
 
 def test_no_import_circles():
-    """Also within a level. A package's __init__ that offers its own modules is not a circle."""
+    """No circles within a package either, except an __init__ that exports its own modules."""
     edges = {
         n: {i for i in imports(n) if i in MODULES and not n.startswith(i + ".")} for n in MODULES
     }
@@ -112,14 +115,17 @@ def test_no_import_circles():
 
 
 def test_every_module_is_used():
-    """Imported by another one, or a way in. A package counts as used when one of its modules is."""
+    """Every module is imported by another one or is an entry point.
+
+    A package counts as used if one of its modules is.
+    """
     used = set().union(*(imports(n) - {n} for n in MODULES))
     used |= {n.rsplit(".", 1)[0] for n in used}
     assert sorted(set(MODULES) - used - ENTRY_POINTS) == []
 
 
 def test_accounting_config_and_the_package_itself_need_no_torch():
-    """They answer from the config alone, also where torch is not there or too slow to start."""
+    """Accounting needs no torch, which may be missing or slow to import."""
     assert "torch" not in ast.unparse(
         ast.Module(
             [
@@ -242,10 +248,10 @@ DOCUMENTED_ELSEWHERE = {
 
 
 def undocumented(name: str) -> list[str]:
-    """What others are meant to call must say what it does.
+    """Return the public names without a docstring.
 
-    Modules, public classes and public module-level functions carry a docstring; methods may speak
-    for themselves, and so may functions of at most four statements.
+    Modules, public classes and public module-level functions need one. Methods do not, and nor do
+    functions of at most four statements.
     """
     missing = [] if ast.get_docstring(tree(name)) else ["the module"]
     for node in tree(name).body:

@@ -1,6 +1,4 @@
-"""The terminal chat: turns, prefix reuse, every command, what happens at the edges; and once in a
-real terminal.
-"""
+"""The terminal chat: turns, prefix reuse, every command, errors, and a real terminal."""
 
 import io
 import json
@@ -40,7 +38,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(scope="module")
 def parts(trained):
-    """(model, tokenizer): random weights, room for a conversation, a vocabulary that was learnt."""
+    """Return (model, tokenizer): random weights, long context, a trained vocabulary."""
     config = ModelConfig(
         **{**BODY, "max_position_embeddings": 400, "initializer_range": 0.2}, **MLA, **MOE
     )
@@ -59,7 +57,7 @@ def chat(llm, params=GREEDY, system=None) -> Chat:
 
 
 def talk(llm, text, params=GREEDY, system=None):
-    """(exit code, standard output, standard error) of a piped conversation."""
+    """Pipe a conversation into chat; return (exit code, standard output, standard error)."""
     out, err = io.StringIO(), io.StringIO()
     return (
         run(llm, params, system, "m", io.StringIO(text), out, err),
@@ -108,7 +106,7 @@ def test_turns_reuse_what_was_said(llm, parts):
 
 
 def test_replies_stream(llm):
-    """Every piece is flushed when it comes, and the pieces are the reply."""
+    """Every piece is flushed at once, and together they are the reply."""
     pieces = []
 
     class Out(io.StringIO):
@@ -146,7 +144,7 @@ def test_stopped_replies(llm):
 
 
 def test_a_long_prompt_can_be_stopped(parts):
-    """It takes many steps before the first piece of text."""
+    """Ctrl-C works in the prefill of a long prompt, before the first piece of text."""
     llm = LLM(*parts, cache="fp32", max_num_batched_tokens=64)
     c, asked = chat(llm), []
     c.say("x " * 120, lambda: asked.append(1) or len(asked) == 3)
@@ -355,7 +353,7 @@ def test_save_and_load(llm, parts, tmp_path):
     assert c.failures == other.failures == 0
 
     c.command("/clear")
-    c.command(f"/save {file}")  # over the old one: nothing of it stays behind, also not in the rows
+    c.command(f"/save {file}")  # replaces the old file, its cached rows included
     system = parts[1].apply_chat(c.messages, add_generation_prompt=False)
     assert (
         load_file(tmp_path / "a talk.json.cache.safetensors")["tokens"].tolist()
@@ -420,7 +418,7 @@ def test_loading_for_another_model_keeps_the_text(llm, parts, tmp_path):
     ],
 )
 def test_files_that_are_no_conversation(llm, tmp_path, content, words):
-    """Are not loaded, and not overwritten."""
+    """Other files are neither loaded nor overwritten."""
     (tmp_path / "f").write_text(content)
     c = chat(llm)
     c.say("hi")
@@ -437,9 +435,9 @@ def test_files_that_are_no_conversation(llm, tmp_path, content, words):
 
 # ---- a terminal ----
 def interactive(llm, lines, monkeypatch, **env):
-    """Standard output and error of a conversation at a terminal.
+    """Run a conversation at a fake terminal; return standard output and error.
 
-    A line that is an exception is raised where it is read.
+    A line that is an exception is raised when it is read.
     """
     for name in ("NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
@@ -478,7 +476,7 @@ def test_ctrl_c_at_the_prompt(llm, monkeypatch):
     stop = KeyboardInterrupt()
     out, err = interactive(llm, [stop, "hi\n", stop, "/clear\n", stop, stop], monkeypatch)
     assert err.count("[Ctrl-C again or /quit leaves]") == 3 and "cleared" in err
-    with pytest.raises(KeyboardInterrupt):  # without a terminal it ends the program, as everywhere
+    with pytest.raises(KeyboardInterrupt):  # without a terminal Ctrl-C ends the program
         run(
             llm,
             GREEDY,
@@ -517,7 +515,7 @@ def test_a_second_ctrl_c_ends_a_reply_that_hangs(llm, monkeypatch):
 
 
 def test_in_a_thread(llm, monkeypatch):
-    """Where signals cannot be set."""
+    """Chat also runs in a thread, where no signal handler can be set."""
     got = []
     t = threading.Thread(
         target=lambda: got.append(interactive(llm, ["the cat\n", ""], monkeypatch))
@@ -527,14 +525,12 @@ def test_in_a_thread(llm, monkeypatch):
 
 
 class Child:
-    """`lamoe chat` in a terminal of its own. Its output is in `seen`."""
+    """`lamoe chat` in a pseudo-terminal. `seen` is its output so far."""
 
     def __init__(self, *argv):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            )  # tests that run in the background may have it ignored
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # background processes may ignore SIGINT
             env = {
                 **os.environ,
                 "NO_COLOR": "1",
@@ -546,7 +542,7 @@ class Child:
         self.seen, self.at = "", 0
 
     def until(self, *words):
-        """Wait until all the words came, in order, after what was waited for before."""
+        """Wait until all the words have appeared in order, after the ones waited for before."""
         for word in words:
             self._read(lambda: self.seen.find(word, self.at) >= 0, word)
             self.at = self.seen.find(word, self.at) + len(word)
@@ -561,7 +557,7 @@ class Child:
             assert ready, f"{what!r} did not come in {seconds} s:\n{self.seen[self.at :]}"
             try:
                 self.seen += os.read(self.fd, 1 << 16).decode("utf-8", "replace")
-            except OSError:  # Linux's end of file
+            except OSError:  # how Linux reports end of file
                 raise AssertionError(f"it ended before {what!r}:\n{self.seen[self.at :]}") from None
 
     def type(self, text):
@@ -582,7 +578,7 @@ class Child:
 
 @pytest.fixture
 def endless(parts, tmp_path):
-    """A model folder whose replies last long enough to be stopped."""
+    """Save a model whose replies last long enough to be stopped; return its folder."""
     from lamoe.checkpoints import save
 
     model, tok = parts

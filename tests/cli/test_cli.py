@@ -1,4 +1,4 @@
-"""Every verb, and what it says when it cannot."""
+"""Every verb of the command line, and its error messages."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def run(*argv) -> int:
 
 
 def refused(capsys, *argv) -> str:
-    """The one line on stderr of a command that must end with exit code 2."""
+    """Return the single line on stderr of a command that must end with exit code 2."""
     capsys.readouterr()
     assert run(*argv) == 2
     out, err = capsys.readouterr()
@@ -101,14 +101,14 @@ def test_generate(trained, capsys, monkeypatch):
     )
     first = capsys.readouterr().out
     assert first.startswith("the ") and len(first) > 8 and first.endswith("\n")
-    for argv in (["--prompt", "-"], []):  # from standard input, character for character
+    for argv in (["--prompt", "-"], []):  # from standard input, unchanged
         monkeypatch.setattr(sys, "stdin", io.StringIO("the "))
         assert (
             run("generate", "--model", trained, *argv, "--max-tokens", 12, "--temperature", 0) == 0
         )
         assert capsys.readouterr().out == first
     folder = checkpoint.latest(trained)
-    for name in (folder, folder / "model"):  # a checkpoint and a model folder are fine too
+    for name in (folder, folder / "model"):  # a checkpoint folder and a model folder work too
         assert (
             run(
                 "generate",
@@ -167,8 +167,9 @@ def test_generate_options_arrive(trained, capsys):
 
 
 def test_generate_within_a_memory(trained, capsys):
-    """The cache is as large as prompt and output need; a longer one can be asked for, one that does
-    not suffice is refused.
+    """The cache is as large as prompt and output need, or as requested.
+
+    A cache that does not suffice is refused.
     """
     made = []
 
@@ -490,7 +491,7 @@ def test_errors_are_one_line(capsys, monkeypatch):
 
 
 def test_as_a_program():
-    """Version, exit code, and a reader that goes away; none of these needs torch."""
+    """Version, exit code and a closed pipe; none of them imports torch."""
     lamoe_cli = [sys.executable, "-m", "lamoe"]
     done = subprocess.run([*lamoe_cli, "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"lamoe {lamoe.__version__}\n", "")
@@ -507,7 +508,7 @@ def test_as_a_program():
             stderr=subprocess.PIPE,
             text=True,
             env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
-        )  # the last flush is the hard one
+        )  # the flush at exit must not fail either
         child.stdout.close()
         assert child.stderr.read() == "" and child.wait() == 1
     code = (

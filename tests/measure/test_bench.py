@@ -1,5 +1,6 @@
-"""`lamoe bench`: what a pass reads, the options, and llama.cpp beside it by what its tools print
-(recorded from b11434, here from scripts of their names).
+"""`lamoe bench`: bytes read by a pass, options, and llama.cpp beside it.
+
+Scripts stand in for llama.cpp's tools and print what b11434 printed.
 """
 
 import json
@@ -53,8 +54,9 @@ def test_what_its_tools_print():
 
 @pytest.fixture
 def tools(tmp_path, monkeypatch):
-    """Scripts in place of llama.cpp's tools: `write(name, stdout, stderr, code)`; what they were
-    called with is in the list.
+    """Stand-ins for llama.cpp's tools: `write(name, stdout, stderr, code)` makes one.
+
+    The list collects the arguments that they were called with.
     """
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
@@ -101,7 +103,7 @@ def test_ours_and_the_peer_take_turns(tools):
     )
     model = f"-m {tools.model} -t 3"
     assert tools.calls() == [
-        # one fill for both
+        # one value for both
         f"llama-bench {model} -fa 1 -r 2 -d 100 -p 64 -n 32 -o jsonl --progress",
         f"llama-batched-bench {model} -fa on -npp 16 -ntg 16 -npl 4,4 -c 160 --output-format jsonl",
     ]
@@ -257,8 +259,10 @@ def test_the_command_line(tmp_path, capsys, tools):
 
 
 def test_tokens_of_random_weights_go_to_experts_of_their_own():
-    """As a trained model's do: weights with a mean drive all tokens in one direction, to the same
-    few experts, and a batch would read too little.
+    """Tokens of random weights must reach many experts, as in a trained model.
+
+    Weights whose mean is not zero push all tokens in one direction and so to the same few experts.
+    A batch would then read too little.
     """
     config = MLA.replace(
         hidden_size=1024,

@@ -1,6 +1,4 @@
-"""`lamoe doctor`: what it reports is what is there, its checks see broken kernels, and its verdict
-and exit code follow.
-"""
+"""`lamoe doctor`: its facts, its checks (which notice broken kernels), verdict, exit code."""
 
 import json
 import os

@@ -24,9 +24,7 @@ CONFIG = ModelConfig(**BODY, **MLA, **MOE)
 
 
 def rows(n=7, t=12, seed=0):
-    """Rows of two to four documents; the last one is padding from its middle on, each place a
-    segment of its own.
-    """
+    """Return rows of 2 to 4 documents; the last is half padding, each pad a segment of its own."""
     rng, out = np.random.RandomState(seed), []
     for i in range(n):
         segments = np.sort(rng.randint(0, 4, t + 1)).astype(np.int32)
@@ -41,8 +39,9 @@ def model(seed=0) -> Transformer:
 
 
 def test_against_a_direct_computation():
-    """Token by token: each target's negative log-probability given its own document's earlier
-    tokens of the row, and nothing else.
+    """Compare with log-probabilities computed token by token.
+
+    Each target is conditioned on the earlier tokens of its own document in the row only.
     """
     m, nats, targets = model(), 0.0, 0
     with torch.no_grad():
@@ -87,8 +86,9 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary():
 
 
 def test_independent_of_the_batch_size():
-    """Also of what shares a batch: no token is dropped in an evaluation, and shares are weighted by
-    targets.
+    """The loss depends neither on the batch size nor on the other rows of a batch.
+
+    An evaluation drops no tokens, and expert shares are weighted by the number of targets.
     """
     m = model()
     whole = text_loss(TorchBackend(m), rows(), batch=7)
@@ -128,7 +128,7 @@ def test_nothing_to_evaluate_on(what, limit):
 
 
 def test_bits_per_byte_of_a_run(trained):
-    """The figure in the metrics is that of the saved model on the held-out text."""
+    """metrics.jsonl has the loss of the saved model on the held-out text."""
     import json
 
     corpus = open_corpus(trained / "data")
@@ -150,8 +150,9 @@ def test_shift():
 
 # ---- needle in a haystack ----
 def own_continuation(m, wrong=()):
-    """Needles whose answer is what the model says anyway, for the draws that are not in `wrong`;
-    there one token of it is another.
+    """Make needles whose answer is the model's greedy continuation.
+
+    For the draws in `wrong`, one token of the answer is changed.
     """
     count = iter(range(10**6))
 
@@ -169,7 +170,10 @@ def own_continuation(m, wrong=()):
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 1024])
 def test_a_needle_is_found_when_greedy_decoding_says_it(chunk, monkeypatch):
-    """Wherever chunks end, inside the answer too; and any wrong token of an answer is noticed."""
+    """A needle counts as found if greedy decoding gives its answer.
+
+    Chunks may end inside the answer; any wrong token of it is noticed.
+    """
     monkeypatch.setattr(needle, "CHUNK", chunk)
     m = model()
     assert needle.needle(
@@ -225,9 +229,7 @@ def test_needle_refuses(lengths, depths, draws, what):
 
 
 def test_text_needles(trained):
-    """The needle is a sentence at the depth asked for, the haystack the text around it, the
-    question at the end.
-    """
+    """The needle is a sentence at the wanted depth of the text, and the question comes last."""
     tok = Tokenizer.load(checkpoint.latest(trained) / "model")
     text = " ".join(f"Sentence {i} has some words{'.!?'[i % 3]}" for i in range(300))
     make, before = needle.text_needle(tok, [text]), -1
@@ -266,7 +268,7 @@ def test_text_needles(trained):
         .split("question, ")[1]
         .split()[0]
     )
-    prompt, answer = make(shortest, 0.5, random.Random(3))  # a haystack without hay
+    prompt, answer = make(shortest, 0.5, random.Random(3))  # no room for any hay
     assert len(prompt) + len(answer) == shortest and tok.decode(prompt).count("secret number") == 2
     with pytest.raises(ValueError, match="haystack has no text"):
         needle.text_needle(tok, ["", "  \n "])

@@ -1,4 +1,4 @@
-"""Reports: every figure against its definition, and what is written can be read."""
+"""Reports: every figure equals its definition, and the files can be read."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def result(trained, spoken):
 
 
 def test_held_out_figures(trained, spoken, result):
-    """The raw text of the held-out files is what the rows and the compressors saw."""
+    """The rows and the compressors get the raw text of the held-out files."""
     texts = trained.parent / "texts"
     names = [
         json.loads(line)["name"]
@@ -113,7 +113,7 @@ def test_png(result, tmp_path):
 
 @pytest.mark.parametrize("heads, name", [(2, "MHA"), (1, "MQA")])
 def test_a_dense_model_on_any_text(spoken, tmp_path, heads, name):
-    """No experts, no training: the sections that would be empty are left out."""
+    """A model without experts or training gets a report without these sections."""
     _, tok = spoken
     config = ModelConfig(model_type="llama", **BODY, num_key_value_heads=heads)
     model = backends.load(lamoe.Transformer(config).init_weights(), backend="torch")
@@ -133,8 +133,9 @@ def test_a_dense_model_on_any_text(spoken, tmp_path, heads, name):
 
 
 def test_texts_are_measured_exactly(spoken, tmp_path):
-    """Long documents go over several rows; every token behind BOS is a target once; direct
-    computation for one short document.
+    """Every token after BOS is a target exactly once, also in documents longer than a row.
+
+    One short document is compared with a direct computation.
     """
     model, tok = spoken
     (tmp_path / "a.txt").write_text("the cat sat on the mat.\n")
@@ -189,7 +190,7 @@ def test_a_model_of_another_run(trained, spoken, tmp_path):
 
 
 def test_a_context_of_a_few_tokens(spoken):
-    """Speed is measured even where there is hardly room to warm up."""
+    """Speed is measured even if the context hardly leaves room for a warm-up."""
     for context in (3, 5, 12):
         model = lamoe.Transformer(
             ModelConfig(model_type="llama", **{**BODY, "max_position_embeddings": context})
@@ -198,7 +199,7 @@ def test_a_context_of_a_few_tokens(spoken):
 
 
 def test_several_sources_and_layers(tmp_path):
-    """Loads of sources are weighted by their tokens; a layer is named by its place in the model."""
+    """Loads of several sources are weighted by tokens; layers are numbered as in the model."""
     a, b = write_texts(tmp_path / "a"), write_texts(tmp_path / "b", 20, seed=1)
     train(
         raw_recipe(
