@@ -1,14 +1,20 @@
-"""lamoe: DeepSeek-V2 (multi-head latent attention + DeepSeekMoE) as software.
+"""lamoe: DeepSeek-V2 (multi-head latent attention and DeepSeekMoE) to train, run and serve.
 
-    model = lamoe.load("folder or hub id")          # model.Transformer in eval mode
-    logits = model(ids)                             # ids [B, T] int64 -> logits [B, T, vocabulary]
-    for piece in lamoe.generate(model, prompt_ids, lamoe.SamplingParams(temperature=0.0)): ...
-    llm = lamoe.LLM("folder or hub id", cache="6bit")  # many sequences at once over a paged cache
-    outs = llm.generate(["text", ...], lamoe.SamplingParams(max_tokens=64))   # outs[i].text, .token_ids, .finish_reason
-    lamoe.save(model, "folder")                     # a Hugging Face folder
-    lamoe.ModelConfig.preset("deepseek-v2-lite"); lamoe.accounting.report(config)
+    model = lamoe.load("folder or hub id", device="cpu")      # a Transformer in eval mode
+    logits = model(ids)                                       # [B, T] int64 -> [B, T, vocabulary]
+    params = lamoe.SamplingParams(temperature=0.0, max_tokens=64)
+    for piece in lamoe.generate(model, prompt_ids, params):   # one sequence, token by token
+        print(piece.token_id)
 
-Imported on first use: `import lamoe` alone does not import torch.
+    llm = lamoe.LLM("folder or hub id", cache="6bit")         # many sequences, paged cache
+    for output in llm.generate(["text", "other text"], params):
+        print(output.text, output.token_ids, output.finish_reason)
+
+    lamoe.save(model, "folder")                               # a Hugging Face folder
+    config = lamoe.ModelConfig.preset("deepseek-v2-lite")
+    report = lamoe.accounting.report(config)                  # parameters, FLOPs, bytes
+
+Names are imported on first use, so `import lamoe` alone does not import torch.
 """
 
 from __future__ import annotations
@@ -16,6 +22,8 @@ from __future__ import annotations
 import importlib
 
 __version__ = "0.1.0"
+
+# Public name -> the module of lamoe that defines it.
 _WHERE = {
     "ModelConfig": "model.config",
     "RopeScaling": "model.config",

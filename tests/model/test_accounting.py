@@ -1,5 +1,6 @@
-"""lamoe/accounting.py against the paper's numbers, and against the real model: its parameters,
-counted products, allocated cache.
+"""Costs against the paper's numbers and against the real model.
+
+The model gives its parameters, its counted matrix products and its allocated cache.
 """
 
 import io
@@ -118,9 +119,7 @@ def plain_twin(config, kv_heads):
 
 
 def test_table_9_small_mha():
-    """The paper's ablation: Lite with MHA instead of MLA is 15.79 B / 2.53 B and caches 110,592
-    elements.
-    """
+    """The paper's ablation, Lite with MHA: 15.79 B / 2.53 B parameters, 110,592 elements."""
     mha = plain_twin(LITE, LITE.num_attention_heads)
     p = acc.parameters(mha)
     assert (round(p.total / 1e9, 2), round(p.activated / 1e9, 2)) == (15.79, 2.53)
@@ -150,15 +149,14 @@ def test_tied_embedding_is_stored_once_and_used_twice():
     free, tied = acc.parameters(LITE), acc.parameters(LITE.replace(tie_word_embeddings=True))
     table = LITE.vocab_size * LITE.hidden_size
     assert free.total - tied.total == table and tied.head == 0
-    assert (
-        tied.activated == free.activated
-    )  # the product with the head's matrix happens all the same
+    # A tied head multiplies by its matrix all the same.
+    assert tied.activated == free.activated
     assert tied.activated_all == tied.activated == free.activated_all - table
 
 
 # ---- FLOPs ----
 def counted(config, monkeypatch, run) -> int:
-    """FLOPs that torch itself counts in the reference ops while run(model) runs."""
+    """Return the FLOPs that torch counts in the reference ops while run(model) runs."""
     monkeypatch.setattr(kernels, "_DEFAULT", "ref")
     model = Transformer(config).init_weights(0)
     with FlopCounterMode(display=False) as counter:
@@ -194,15 +192,12 @@ def test_decode_flops_equal_the_counted_products(name, form, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mla", "gqa"])
 def test_forward_and_training_flops_equal_the_counted_products(name, monkeypatch):
-    """The reference attends densely (T x T), accounting counts the causal triangle: the difference
-    is known exactly.
-    """
+    """The reference op computes all T x T pairs; the formulas count the causal ones."""
     config, t = MODELS[name], 9
     ids = torch.arange(t)[None]
     ours = acc.forward_flops(config, t, form="expand")
-    above_diagonal = (
-        ours.attention * (t - 1) // (t + 1)
-    )  # t t - t (t + 1) / 2 pairs beside t (t + 1) / 2
+    # t t - t (t + 1) / 2 pairs lie above the diagonal, t (t + 1) / 2 on and below it.
+    above_diagonal = ours.attention * (t - 1) // (t + 1)
     assert (
         counted(config, monkeypatch, lambda m: m(ids, form="expand" if config.is_mla else None))
         == ours.total + above_diagonal
@@ -229,7 +224,7 @@ def test_training_flops_of_the_benchmark_model():
 
 
 def test_mla_products_per_head_and_cached_token():
-    """320 against 1,088 multiply-adds; 131,072 more to expand a latent (paper 2.1, App. C)."""
+    """320 or 1,088 multiply-adds, and 131,072 to expand a latent (paper 2.1, App. C)."""
     per = 2 * V2.num_hidden_layers * V2.num_attention_heads
     step = {
         f: acc.decode_flops(V2, 101, f).total - acc.decode_flops(V2, 100, f).total
@@ -360,9 +355,7 @@ def test_impossible_widths(bits):
 
 # ---- memory ----
 def test_plan_of_the_paper_node():
-    """640 GB: 15.6 M cached tokens with FP8 weights and the 6-bit cache, 1.30 M for DeepSeek 67B in
-    16 bit.
-    """
+    """640 GB: 15.6 M cached tokens (FP8 weights, 6-bit cache); DeepSeek 67B: 1.30 M."""
     v2, dense = acc.plan(V2, 8, 6, 640 * 10**9, 32_768), acc.plan(DENSE67, 16, 16, 640 * 10**9)
     assert v2.weight_bytes == 235_741_434_880 and v2.cache_bytes_per_token == 25_920
     assert (
@@ -395,7 +388,7 @@ def test_plan_to_the_last_byte():
             rows,
             rows // 10,
         )
-        if rows:  # one byte less, one row less
+        if rows:  # with one byte less, one row less fits
             assert acc.plan(MLA, 4.5, 6, memory - 1, 10).cache_tokens == rows - 1
     with pytest.raises(ValueError, match="more than the"):
         acc.plan(MLA, 4.5, 6, weights - 1, 10)

@@ -1,5 +1,6 @@
-"""MLA and Attention as modules: the two forms agree, the cheaper is picked, segments and caches do
-what they say. (Against the paper and transformers: test_oracles.py.)
+"""MLA and Attention as modules: both forms agree, the cheaper one runs, segments and caches.
+
+test_oracles.py compares them with the paper and with transformers.
 """
 
 import pytest
@@ -15,7 +16,7 @@ V2, LITE = ModelConfig.preset("deepseek-v2"), ModelConfig.preset("deepseek-v2-li
 
 
 def inputs(m, b: int, t: int, start: int = 0, seed: int = 0):
-    """x [B, T, D] and the freqs of positions start ...; float64."""
+    """Return x [B, T, D] and the rotations of positions start, start + 1, ..., in float64."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(b, t, m.config.hidden_size, generator=generator, dtype=torch.float64)
     return x, rope.freqs(m.config, torch.arange(start, start + t)[None], torch.float64)
@@ -63,7 +64,7 @@ def test_cache_changes_nothing(c, sizes, impl):
     for form in ("expand", "absorb", None) if c.is_mla else (None,):
         cache, out = KVCache(c, 2, 12, torch.float64), []
         for rows in cache.rows:
-            rows.fill_(float("nan"))  # what is not filled must not be read
+            rows.fill_(float("nan"))  # unused rows must not be read
         for part, turn in zip(x.split(sizes, 1), freqs.split(sizes, 1)):
             with torch.no_grad():
                 out.append(m(part, turn, cache, form=form))
@@ -93,7 +94,7 @@ def test_cache_rows_are_normed_latents_and_rotated_keys():
 def test_segments_do_not_see_each_other(c, impl):
     m = layer(c)
     x, freqs = inputs(m, 1, 9)
-    segments = torch.tensor([[5, 5, 5, 5, 2, 2, 2, 2, 2]])  # numbers are names, not an order
+    segments = torch.tensor([[5, 5, 5, 5, 2, 2, 2, 2, 2]])  # segment numbers need not increase
     whole = m(x, freqs, segments=segments)
     apart = torch.cat([m(x[:, :4], freqs[:, :4]), m(x[:, 4:], freqs[:, 4:])], 1)
     assert torch.allclose(whole, apart, rtol=0, atol=1e-12)
@@ -129,14 +130,15 @@ def test_decode_absorbs_and_prefill_expands(c):
 
 
 def test_cheaper_form_counts_multiply_adds():
-    """131,072 per expanded row; 320 against 1,088 per query and cached token (paper 2.1)."""
+    """131,072 per expanded row; 320 or 1,088 per query and cached token (paper 2.1)."""
     for t, s in ((1, 7), (16, 4096), (170, 4096), (171, 1 << 20), (5, 5)):
         expand, absorb = 131_072 * s + 320 * t * s, 131_072 * t + 1_088 * t * s
         assert cheaper_form(V2, t, s) == ("expand" if expand < absorb else "absorb")
+    # The forms cost the same at 131,072 / 768 = 170.7 queries.
     assert (cheaper_form(V2, 170, 1 << 30), cheaper_form(V2, 171, 1 << 30)) == (
         "absorb",
         "expand",
-    )  # 131,072 / 768 = 170.7
+    )
 
 
 def test_the_picked_form_is_run(monkeypatch):
@@ -159,7 +161,7 @@ def test_the_picked_form_is_run(monkeypatch):
 
 
 def test_head_counts_are_the_only_difference():
-    """GQA with its key / value rows repeated is MHA."""
+    """GQA equals MHA with repeated key and value rows."""
     gqa, mha = layer(tiny.config("llama", num_key_value_heads=2)), layer(tiny.config("llama"))
     assert isinstance(gqa, Attention)
     with torch.no_grad():

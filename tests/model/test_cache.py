@@ -1,6 +1,4 @@
-"""The paged cache: its bytes, its slots, and the model over pages against the model over a
-contiguous cache.
-"""
+"""The paged cache: its bytes, its slots, and the model on it compared with a contiguous cache."""
 
 import pytest
 import torch
@@ -37,7 +35,7 @@ def rows_of(c, n: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("format, size", [("fp32", 4), ("bf16", 2)])
 def test_bytes_are_the_closed_form(name, format, size):
-    """Elements of a token (rope part included) x bytes, on what is allocated."""
+    """The allocated bytes are a token's elements, rotary part included, times the width."""
     c = CONFIGS[name]
     cache = PagedCache(c, 5, 8, format)
     expected = 5 * 8 * accounting.cache_elements(c) * size
@@ -57,9 +55,8 @@ def test_bytes_of_every_format(format):
 
 
 def test_six_bit_rows_take_six_bits():
-    assert (
-        cache_codec.row_bytes(written("6bit"), (512, 64)) <= 432
-    )  # scales and all: 576 elements x 6 bits
+    # 576 elements x 6 bits, scales included.
+    assert cache_codec.row_bytes(written("6bit"), (512, 64)) <= 432
 
 
 def test_formats_are_ordered_by_size():
@@ -74,9 +71,7 @@ def test_formats_are_ordered_by_size():
 # ---- rows ----
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_written_is_read(name):
-    """Scattered slots, in any order, twice in one read; other slots and other layers stay as they
-    were.
-    """
+    """Slots are scattered and read in any order, even twice; other slots stay unchanged."""
     c = CONFIGS[name]
     cache = PagedCache(c, 3, 4, "fp32")
     cache.rows.fill_(0xFF)
@@ -91,7 +86,7 @@ def test_what_is_written_is_read(name):
 
 @pytest.mark.parametrize("format", cache_codec.FORMATS)
 def test_a_row_is_stored_alike_whoever_stands_beside_it(format):
-    """Else batching and chunking would change what is read."""
+    """Otherwise batching and chunking would change what is read."""
     c = V2_ROW
     parts, cache = rows_of(c, 33), PagedCache(c, 9, 16, written(format))
     cache.write(0, torch.arange(33), parts)
@@ -113,8 +108,10 @@ def test_refusals():
 # ---- the model over pages ----
 @pytest.mark.parametrize("name", CONFIGS)
 def test_pages_change_nothing(name, impl):
-    """Two prompts prefilled as two groups, then decoded as one padded group, in scrambled slots
-    among NaN: as each alone in a contiguous cache.
+    """Paged decoding equals decoding each sequence alone from a contiguous cache.
+
+    Two prompts are prefilled as two groups, then decoded as one padded group. Their slots lie
+    scattered among slots that hold NaN.
     """
     c, m = CONFIGS[name], tiny.model(CONFIGS[name], dtype=torch.float32)
     cache = PagedCache(c, 8, 4, "fp32")

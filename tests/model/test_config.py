@@ -1,4 +1,4 @@
-"""lamoe/model/config.py: every field acts, is carried or is refused; every error has a test."""
+"""ModelConfig: every field acts, is carried or is refused; every error has a test."""
 
 import dataclasses
 import json
@@ -33,9 +33,9 @@ def numbers(config: ModelConfig) -> dict:
 
 
 # ---- every field acts, is carried, or is refused ----
-# field -> what changing it does to the base model: "counts" (the accounting), "logits" (of the same
-# weights), "carried" (only config.json), or "refused"; and the change, of the one field alone
-# unless a dict says what must go with it.
+# {field: (effect, change)}. The effect of changing the field of the base model is "counts" (the
+# accounting), "logits" (with equal weights), "carried" (config.json only) or "refused". The change
+# is a new value, or a dict when other fields must change too.
 ON_MOE = {
     "model_type": ("refused", "deepseek"),
     "vocab_size": ("counts", 41),
@@ -149,9 +149,8 @@ def test_every_yarn_parameter_acts(field, value):
     assert value != getattr(YARN, field)
     changed = MOE.replace(rope_scaling=dataclasses.replace(YARN, **{field: value}))
     assert ModelConfig.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
-    assert (logits(changed) - logits(MOE))[
-        :, 1:
-    ].abs().max() > 1e-3  # position 0 would hide a wrong softmax scale
+    # Position 0 would hide a wrong softmax scale.
+    assert (logits(changed) - logits(MOE))[:, 1:].abs().max() > 1e-3
 
 
 def test_the_yarn_test_knows_every_parameter():
@@ -252,7 +251,7 @@ def dense(**change):
 
 
 def read(base=MOE, without=(), **change):
-    """Read base's config.json with keys changed or left out."""
+    """Return a function that reads base's config.json with keys changed or left out."""
     return lambda: ModelConfig.from_dict(
         {k: v for k, v in {**base.to_dict(), **change}.items() if k not in without}
     )

@@ -1,4 +1,4 @@
-"""lamoe/model/hf_config.py: both spellings of config.json are read, hostile files are refused."""
+"""Reading config.json: both spellings are understood, hostile files are refused."""
 
 import dataclasses
 import json
@@ -85,7 +85,7 @@ _keys = st.sampled_from(
     rope=st.none() | _rope,
 )
 def test_any_json_is_read_or_refused(base, changes, rope):
-    """Any config.json gives a ModelConfig that survives its own file, or a ValueError."""
+    """Any JSON gives a ValueError or a config that survives being written and read."""
     raw = {**base.to_dict(), **changes, **({} if rope is None else {"rope_scaling": rope})}
     try:
         config = ModelConfig.from_dict(raw)
@@ -147,7 +147,7 @@ def test_both_spellings_are_the_same_model():
 
 
 def test_defaults_of_files_that_say_little():
-    """No dtype means float32; YaRN without mscale scales cos / sin as mscale = 1."""
+    """No dtype means float32; without mscale, cos and sin are scaled as for mscale = 1."""
     raw = {k: v for k, v in MOE.to_dict().items() if k != "torch_dtype"}
     raw["rope_scaling"] = {"type": "yarn", "factor": 8, "original_max_position_embeddings": 64.0}
     config = ModelConfig.from_dict(raw)
@@ -159,8 +159,8 @@ def test_defaults_of_files_that_say_little():
     assert ModelConfig.from_dict({**raw, "eos_token_id": [2, 3]}).eos_token_id == 2
 
 
-# (lamoe's fields as transformers 5 calls them; its rope lives in rope_parameters and its dtype is
-# an object)
+# Fields with the same name in transformers 5. It keeps rope in rope_parameters, and dtype is an
+# object there.
 SHARED = [
     "vocab_size",
     "hidden_size",
@@ -203,7 +203,7 @@ V2_ONLY = [
     ],
 )
 def test_transformers_reads_and_rewrites_what_lamoe_writes(config, tmp_path):
-    """lamoe -> transformers: every field equal; transformers -> lamoe: the identity."""
+    """transformers reads every field alike, and lamoe reads what transformers writes."""
     transformers = pytest.importorskip("transformers", minversion="5.17")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -227,7 +227,7 @@ def test_transformers_reads_and_rewrites_what_lamoe_writes(config, tmp_path):
 
 
 def test_shapes_that_transformers_knows_otherwise_are_not_misread(tmp_path):
-    """transformers fills absent fields with its defaults: 64 experts, a latent of 512."""
+    """transformers fills absent fields with its defaults, 64 experts and a latent of 512."""
     transformers = pytest.importorskip("transformers", minversion="5.17")
     dense_mla = MOE.replace(
         n_routed_experts=None,
@@ -278,11 +278,12 @@ def test_what_transformers_writes_by_itself(tmp_path):
     assert [getattr(ours, n) for n in V2_ONLY if "group" not in n] == [
         getattr(v2, n) for n in V2_ONLY if "group" not in n
     ]
+    # transformers writes null for the groups.
     assert (ours.n_group, ours.topk_group, ours.rope_theta) == (
         1,
         1,
         500.0,
-    )  # transformers writes null groups
+    )
     assert ours.rope_scaling == RopeScaling(factor=40.0)
     llama = transformers.LlamaConfig(
         num_key_value_heads=8,
@@ -313,7 +314,7 @@ def test_config_json_names_the_class_that_others_look_for():
 
 
 def test_the_geometries_of_the_figures():
-    """What docs/LOG.md and README name is in the repository."""
+    """The two geometries that docs/LOG.md and README name are in the repository."""
     folder = Path(__file__).parents[2] / "benchmarks"
     tiny8, lite8 = (ModelConfig.from_file(folder / f"{name}.json") for name in ("tiny-8", "lite-8"))
     assert lite8 == ModelConfig.preset("deepseek-v2-lite").replace(num_hidden_layers=8)

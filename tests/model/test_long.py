@@ -17,15 +17,15 @@ POSITIONS = 131072
 
 
 def last_logits(c, w, ids, at):
-    """The paper's equations for the token at position `at` of a one-layer model; its keys and
-    values are the rows 0 .. at.
+    """Compute the logits at position `at` of a one-layer model by the paper's equations.
+
+    The keys and values are rows 0 to `at`.
     """
     w = {k.removeprefix("model.layers.0."): v for k, v in w.items()}
     n, r, v, heads = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.num_attention_heads
     x = w["model.embed_tokens.weight"]
-    normed = np.stack(
-        [naive.norm(row, w["input_layernorm.weight"], c.rms_norm_eps) for row in x]
-    )  # of every word of the vocabulary
+    # Normed embeddings of the whole vocabulary.
+    normed = np.stack([naive.norm(row, w["input_layernorm.weight"], c.rms_norm_eps) for row in x])
     down = normed @ w["self_attn.kv_a_proj_with_mqa.weight"].T
     latent = np.stack(
         [
@@ -83,9 +83,10 @@ def config(**changes):
 
 
 def run(positions: int):
-    """Fill the context of a one-layer model to its end: every step's pages, the last
-    log-probabilities against the paper's, and a second request that finds the whole text in the
-    cache.
+    """Fill the whole context of a one-layer model.
+
+    Checks the pages after every step, the last log-probabilities against the paper's equations, and
+    that a second request finds the whole text in the cache.
     """
     c = config()
     m, generated = tiny.model(c).float(), 8
@@ -106,9 +107,8 @@ def run(positions: int):
             output = delta.output or output
         if engine.scheduler.running:
             [seq] = engine.scheduler.running
-            assert (
-                len(seq.pages) == engine.pool.owned == -(-seq.computed // engine.pool.page_size)
-            )  # no page before it is needed
+            # No page is allocated before it is needed.
+            assert len(seq.pages) == engine.pool.owned == -(-seq.computed // engine.pool.page_size)
             owned.append(len(seq.pages))
     assert (
         owned[0] == 128
@@ -124,7 +124,7 @@ def run(positions: int):
         want = last_logits(c, w, ids, len(prompt) - 1 + k)
         assert np.abs(got - want).max() < 1e-3
         without = last_logits(c.replace(rope_scaling=None), w, ids, len(prompt) - 1 + k)
-        assert np.abs(got - without).max() > 1e-2  # another rope would be noticed
+        assert np.abs(got - without).max() > 1e-2  # a wrong rotation would be noticed
     m.float()
     again = engine.generate([prompt], params)[0]
     assert (

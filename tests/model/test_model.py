@@ -1,5 +1,6 @@
-"""The whole model: its walk, caches of any size, packed documents, low precision, initial weights,
-and what it refuses. (Numbers against the paper, transformers and frozen goldens: test_oracles.py.)
+"""The whole model: caches, packed documents, loss, precision, initial weights, refused input.
+
+test_oracles.py compares its numbers with the paper, transformers and frozen goldens.
 """
 
 import itertools
@@ -62,9 +63,8 @@ def test_dense_first_layers(first, freq, moe_layers):
     assert [i for i, b in enumerate(m.layers) if isinstance(b.ffn, MoE)] == moe_layers
     for i, b in enumerate(m.layers):
         if i not in moe_layers:
-            assert (
-                isinstance(b.ffn, MLP) and b.ffn.w2.in_features == m.config.intermediate_size
-            )  # not the experts' width
+            # Dense layers have a width of their own.
+            assert isinstance(b.ffn, MLP) and b.ffn.w2.in_features == m.config.intermediate_size
 
 
 def test_a_tied_head_is_the_embedding():
@@ -78,10 +78,7 @@ def test_a_tied_head_is_the_embedding():
 # ---- caches ----
 @pytest.mark.parametrize("form", ["expand", "absorb", None])
 def test_the_size_of_the_cache_changes_nothing(config, form, impl):
-    """A buffer is not a parameter: YaRN and everything else come from the config alone.
-
-    NaN fills what is not in use.
-    """
+    """The capacity of a buffer changes no number; unused rows hold NaN."""
     m = tiny.model(config)
     tokens = tiny.ids(config, 2, 9)
     out = []
@@ -146,9 +143,7 @@ def test_training_pass_gives_every_parameter_a_gradient(config, impl):
 
 # ---- precision ----
 def test_bfloat16_is_finite_and_close(config, impl):
-    """All experts are chosen, so that a near tie cannot send a token elsewhere; the rest is
-    rounding.
-    """
+    """All experts are chosen, so only rounding differs and no near tie can flip."""
     if config.is_moe:
         config = config.replace(
             num_experts_per_tok=8,
@@ -200,9 +195,8 @@ def test_initial_weights_have_the_std_of_the_config():
         if p.dim() == 1:
             assert torch.equal(p, torch.ones_like(p)), name
         else:
-            assert p.std().item() == pytest.approx(0.006, rel=0.1), (
-                name
-            )  # the paper's, gate and embedding included
+            # The paper's value, also for gates and the embedding.
+            assert p.std().item() == pytest.approx(0.006, rel=0.1), name
             assert abs(p.mean().item()) < 0.006 * 5 / math.sqrt(p.numel()), name
     wide = Transformer(m.config.replace(initializer_range=0.02)).init_weights(0)
     assert torch.allclose(wide.embed.weight, m.embed.weight * (0.02 / 0.006))
@@ -226,7 +220,7 @@ def test_an_untrained_model_knows_nothing():
     assert m.loss(tokens, tokens.roll(-1, 1)).item() == pytest.approx(math.log(64), abs=0.01)
 
 
-# ---- what is refused ----
+# ---- refused input ----
 @pytest.mark.parametrize(
     "bad, message",
     [

@@ -1,6 +1,6 @@
-"""DeepSeekMoE as a module: shared + routed experts by loops, dropping, and who is trained by what.
+"""DeepSeekMoE as a module: experts compared with loops, dropping, and which weights get gradients.
 
-(Kernels: test_kernels.py.)
+test_kernels.py tests the ops.
 """
 
 import pytest
@@ -24,7 +24,7 @@ CASES = {
 
 
 def moe_of(c) -> tuple[MoE, dict]:
-    """The MoE layer 1 of a random model and its weights by their names on disk."""
+    """Return the MoE layer 1 of a random model, and its weights by their names on disk."""
     m = tiny.model(c)
     prefix = "model.layers.1."
     return m.layers[1].ffn, {
@@ -48,7 +48,7 @@ def test_forward_equals_the_loops(name, b, t, impl):
 
 
 def test_two_shared_experts_are_one_wide_one():
-    """w13 of the shared part holds the gate rows of both, then the up rows of both."""
+    """w13 holds the gate rows of both shared experts, then the up rows of both."""
     c = tiny.config()
     moe, _ = moe_of(c)
     f, x = c.moe_intermediate_size, some_x(1, 5, 32)
@@ -68,9 +68,7 @@ def test_two_shared_experts_are_one_wide_one():
 
 
 def test_each_token_is_alone():
-    """The result of a token does not depend on what else is in the batch, also where experts have
-    many rows.
-    """
+    """A token's result does not depend on the other tokens of the batch."""
     moe, _ = moe_of(CASES["limited"])
     x = some_x(4, 80, 32)
     whole = moe(x)
@@ -82,15 +80,16 @@ def test_each_token_is_alone():
 def test_a_dropped_token_keeps_its_shared_experts(impl):
     moe, _ = moe_of(CASES["limited"])
     x = some_x(1, 24, 32)
-    training = Training(
-        Balance(devices=4, capacity_factor=1e-6)
-    )  # a budget of one assignment per device
+    # Each device has a budget of one assignment.
+    training = Training(Balance(devices=4, capacity_factor=1e-6))
     out, plain, shared = moe(x, training), moe(x), moe.shared(x)
     record = training.records[0]
     assert int(record.dropped) == 24 * 3 - 4
     alone = (out - shared).abs().amax(-1) == 0
     assert int(alone.sum()) >= 24 - 4 and int((~alone).sum()) >= 1
-    assert (plain - shared).abs().amax(-1).min() > 1e-3  # undropped, every token got something
+    assert (plain - shared).abs().amax(
+        -1
+    ).min() > 1e-3  # without dropping, experts add to every token
 
 
 def test_a_model_with_everything_dropped_is_its_residual_stream():
@@ -110,7 +109,7 @@ def test_dropped_assignments_train_nothing(impl):
     moe, _ = moe_of(CASES["greedy"])
     x = some_x(2, 24, 32)
     with torch.no_grad():
-        moe.gate.weight[3:] -= 100 * x.mean((0, 1))  # experts 3 .. 7 see little
+        moe.gate.weight[3:] -= 100 * x.mean((0, 1))  # few tokens choose experts 3 to 7
     before = routing.route(x.flatten(0, 1), moe.gate.weight, moe.config)
     training = Training(Balance(devices=8, capacity_factor=0.2))
     after = training.after_routing(before, 2, moe.config)
@@ -134,18 +133,16 @@ def test_the_gate_is_float32_in_a_bfloat16_model(monkeypatch):
     out = m(tiny.ids(m.config, 2, 9))
     assert [s.dtype for s in seen] == [torch.float32] * 2 and out.isfinite().all()
     for s in seen:
-        assert torch.allclose(
-            s.sum(-1), torch.ones(18), atol=1e-5
-        )  # bfloat16 sums would be off by 1e-3
+        # In bfloat16 these sums would be off by 1e-3.
+        assert torch.allclose(s.sum(-1), torch.ones(18), atol=1e-5)
     h = m.layers[1].ffn(torch.randn(1, 4, 32).bfloat16())
-    assert (
-        h.dtype == torch.bfloat16
-    )  # float32 router weights do not turn the residual stream into float32
+    # The float32 weights of the router do not make the residual stream float32.
+    assert h.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_lower_precision_stays_close(dtype, limit, impl):
-    """With all experts chosen, so that no near tie of the router can flip."""
+    """All experts are chosen, so that no near tie of the router can flip."""
     c = CASES["all experts"]
     moe, low = tiny.model(c).layers[1].ffn, tiny.model(c, dtype=dtype).layers[1].ffn
     x = some_x(2, 33, 32)

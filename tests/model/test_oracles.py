@@ -1,6 +1,7 @@
-"""The model against three oracles: the paper as loops (naive.py), transformers, and goldens frozen
-from transformers. Then every oracle is shown to turn red when a formula is broken. Comparisons of
-mutations start at position 1: position 0 hides a wrong scale.
+"""The model against three oracles: the paper as loops, transformers, and frozen goldens.
+
+Then each oracle is shown to fail when a formula of the model is broken (a mutation). Comparisons
+start at position 1, because position 0 hides a wrong softmax scale.
 """
 
 import functools
@@ -46,8 +47,9 @@ ALL_CASES = {
 
 
 def by_every_path(m, tokens: torch.Tensor):
-    """(name, logits) of the whole text at once in each form, and through a cache: in uneven chunks,
-    and token by token.
+    """Yield (name, logits) of one text computed in every way.
+
+    At once in each form, and through a cache in uneven chunks and token by token.
     """
     forms = ["expand", "absorb"] if m.config.is_mla else [None]
     with torch.no_grad():
@@ -64,8 +66,9 @@ def by_every_path(m, tokens: torch.Tensor):
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str = ""):
-    """Largest error relative to the largest value, not counting the token at position 0 of [B, T,
-    ...]; and no NaN hides.
+    """Compare logits by their largest error relative to the largest value, and refuse NaN.
+
+    The token at position 0 of [B, T, ...] does not count.
     """
     ours, theirs = ours[:, 1:].double(), theirs[:, 1:].double()
     assert ours.shape == theirs.shape
@@ -109,9 +112,7 @@ def test_far_positions_equal_the_paper(name, impl):
     "name", ["lora-yarn-limited-1dense", "plain-rope-greedy-1dense", "moe-v1", "llama-gqa"]
 )
 def test_gradient_is_the_slope_of_the_paper(name, impl):
-    """Central difference of the naive loss along a random direction over all parameters, against
-    lamoe's gradient along it.
-    """
+    """lamoe's gradient along a random direction is the central difference of the loops."""
     m = tiny.model(ALL_CASES[name])
     tokens = tiny.ids(m.config, 1, 8)
     targets = tokens.roll(-1, 1)
@@ -153,9 +154,9 @@ def _transformers():
 
 @functools.lru_cache(maxsize=4)
 def theirs_of(c: ModelConfig, dtype: torch.dtype = torch.float32):
-    """transformers' model with the weights of tiny.model(c).
+    """Return transformers' model with the weights of tiny.model(c).
 
-    Its norms, rotations and softmax are float32 in either dtype.
+    Its norms, rotations and softmax are float32 whatever its dtype.
     """
     transformers = _transformers()
     with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +167,7 @@ def theirs_of(c: ModelConfig, dtype: torch.dtype = torch.float32):
 
 
 def gradient_of(theirs, disk: str) -> torch.Tensor:
-    """Their gradient of the tensor `disk`; they stack experts in memory."""
+    """Return transformers' gradient of the tensor `disk`; experts are stacked in memory."""
     parameters = dict(theirs.named_parameters())
     if disk in parameters:
         return parameters[disk].grad
@@ -205,9 +206,8 @@ def test_transformers_logits_gradients_and_greedy_tokens(name):
     ours = dict(m.named_parameters())
     for disk, parameter, where in checkpoints.hf.table(c):
         expected, found = gradient_of(theirs, disk), ours[parameter].grad[where]
-        limit = 2e-4 * float(
-            ours[parameter].grad.abs().max()
-        )  # of the stacked tensor: an expert may see one token only
+        # Relative to the stacked tensor, since an expert may have had one token only.
+        limit = 2e-4 * float(ours[parameter].grad.abs().max())
         assert float((found - expected).abs().max()) <= limit, f"gradient of {disk}"
 
     assert torch.equal(greedy(m, tokens[:, :5], 12), greedy_uncached(theirs, tokens[:, :5], 12))
@@ -215,7 +215,7 @@ def test_transformers_logits_gradients_and_greedy_tokens(name):
 
 @torch.no_grad()
 def greedy(m, tokens: torch.Tensor, steps: int) -> torch.Tensor:
-    """[B, steps], from the cache."""
+    """Decode greedily from a cache. Returns [B, steps] token ids."""
     cache = KVCache(m.config, tokens.shape[0], tokens.shape[1] + steps, m.embed.weight.dtype)
     out = []
     for _ in range(steps):
@@ -235,7 +235,7 @@ def greedy_uncached(theirs, tokens: torch.Tensor, steps: int) -> torch.Tensor:
     "name", ["lora-yarn-limited-1dense", "plain-rope-greedy-1dense", "llama-gqa"]
 )
 def test_transformers_in_float64(name):
-    """Only their float32 norms, rotations and softmax are left of the difference."""
+    """The rest of the difference comes from transformers' float32 norms and softmax."""
     c = _HF_CASES[name]
     m, theirs = tiny.model(c), theirs_of(c, torch.float64)
     tokens = tiny.ids(c, 2, 24)
@@ -249,7 +249,7 @@ def test_transformers_in_float64(name):
         assert error <= 2e-5 * ours[parameter].grad.abs().max(), f"gradient of {disk}"
 
 
-# Wide rotary parts, so that the YaRN ramp of the released models (pairs 10 to 23 of 32) is at work.
+# 32 rotary pairs as in the released models, so that the YaRN ramp (pairs 10 to 23) has an effect.
 _WIDE = dict(num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
 LONG = {
     "mla": tiny.config(
@@ -286,7 +286,7 @@ def test_transformers_at_far_positions(name, form):
 
 @pytest.mark.parametrize("name", ["mla", "llama"])
 def test_transformers_over_4200_tokens(name):
-    """Beyond the original context of 4096 in one go, every position compared."""
+    """One pass beyond the original context of 4096; every position is compared."""
     c = LONG[name]
     m, theirs = tiny.model(c, dtype=torch.float32), theirs_of(c)
     tokens = tiny.ids(c, 1, 4200)
@@ -303,8 +303,9 @@ def test_transformers_over_4200_tokens(name):
 
 
 def from_position_40000(m, theirs, form: str | None):
-    """Logits of 4 tokens that follow 40,000 cached ones, ours and theirs: the same random cache
-    rows are put into both.
+    """Return our and transformers' logits of 4 tokens after 40,000 cached ones.
+
+    Both caches hold the same random rows.
     """
     c, start = m.config, 40000
     cache = KVCache(c, 1, start + 4)
@@ -345,7 +346,7 @@ def test_far_oracle_sees_a_position_off_by_one(monkeypatch):
 
 # ---- frozen goldens ----
 def frozen(name: str, folder: Path):
-    """(the model of the golden `name`, loaded as any checkpoint is; its other tensors)."""
+    """Return the model of the golden `name`, loaded as any checkpoint, and its other tensors."""
     with safe_open(GOLDENS / f"{name}.safetensors", "pt") as f:
         tensors, about = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["about"])
     assert tuple(int(x) for x in about["transformers"].split(".")[:2]) >= (5, 17)
@@ -410,16 +411,14 @@ def test_golden_greedy_tokens_and_gradients(name, tmp_path, impl):
 
 
 def test_golden_run(impl):
-    """Ten losses and the first step's gradients of lamoe itself: a refactor reproduces them,
-    whichever kernels run.
-    """
+    """Ten losses and the first gradients are as recorded, with either set of ops."""
     expected, found = json.loads((GOLDENS / "run.json").read_text()), run.ten_steps()
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert found["gradient"] == pytest.approx(expected["gradient"], rel=1e-4)
     assert found["losses"][-1] < 0.7 * found["losses"][0]
 
 
-# ---- mutations: every oracle turns red ----
+# ---- mutations: every oracle fails when a formula is broken ----
 MUTATIONS = {
     "YaRN softmax factor forgotten": (rope.softmax_scale, ("** 2", "** 0")),
     "YaRN softmax factor not squared": (rope.softmax_scale, ("** 2", "** 1")),

@@ -1,6 +1,4 @@
-"""Rotary embedding and YaRN: the published constants, both pair layouts, and what must not depend
-on buffers or types.
-"""
+"""Rotary embedding and YaRN: published constants, both pair layouts, independence of buffers."""
 
 import math
 
@@ -18,9 +16,8 @@ PLAIN = V2.replace(rope_scaling=None)
 
 # ---- constants of the paper and of the released configs ----
 def test_mscale():
-    assert rope.mscale(40, 0.707) == pytest.approx(
-        1.2608037774, abs=1e-10
-    )  # the paper's 0.0707 ln s + 1
+    # The paper's 0.0707 ln s + 1.
+    assert rope.mscale(40, 0.707) == pytest.approx(1.2608037774, abs=1e-10)
     assert rope.mscale(40, 1.0) == pytest.approx(1.3688879454, abs=1e-10)
     assert rope.mscale(1, 0.707) == rope.mscale(0.5, 1.0) == 1.0
 
@@ -78,9 +75,10 @@ def test_amplitude():
 
 def test_ramp_limits():
     assert rope.yarn_ramp_limits(V2.rope_scaling, 64, 10000.0) == (10, 23)
+    # Clamped: without that it would be negative.
     assert (
         rope.yarn_ramp_limits(RopeScaling(original_max_position_embeddings=1), 64, 10000.0)[0] == 0
-    )  # clamped, not negative
+    )
     assert (
         rope.yarn_ramp_limits(RopeScaling(original_max_position_embeddings=2**31 - 1), 64, 10.0)[1]
         == 63
@@ -110,9 +108,7 @@ def test_freqs_are_the_angles_of_the_paper(c):
 
 @pytest.mark.parametrize("preset", ["deepseek-v2", "deepseek-v2.5", "deepseek-67b"])
 def test_float32_freqs_are_those_of_transformers_bit_for_bit(preset):
-    """Rounded in another order, position 40,000 would already stand a visible part of a turn
-    elsewhere.
-    """
+    """Another order of rounding would change angles visibly at position 40,000."""
     transformers = pytest.importorskip(
         "transformers",
         reason="THE ORACLE IS MISSING: rotary tables were NOT compared with transformers",
@@ -137,9 +133,7 @@ def test_float32_freqs_are_those_of_transformers_bit_for_bit(preset):
 
 
 def test_freqs_depend_on_the_position_alone():
-    """Not on how many positions are asked for at once, nor on the model's dtype below float64 (bf16
-    angles would be useless).
-    """
+    """Neither the number of positions nor a dtype below float64 changes them."""
     many = rope.freqs(V2, torch.arange(5000))
     assert torch.equal(rope.freqs(V2, torch.tensor([4097])), many[4097:4098])
     assert torch.equal(rope.freqs(V2, torch.tensor([[4097, 3]])), many[[4097, 3]][None])
@@ -152,7 +146,7 @@ def test_freqs_depend_on_the_position_alone():
 
 # ---- the two layouts ----
 def rotate_half(x, freqs):
-    """The llama form with cosines and sines of twice the frequencies; x [B, T, H, R]."""
+    """Rotate x [B, T, H, R] in the llama form, with cos and sin of repeated frequencies."""
     cos, sin = (
         torch.cat([freqs.real] * 2, -1)[:, :, None],
         torch.cat([freqs.imag] * 2, -1)[:, :, None],
@@ -170,9 +164,8 @@ def test_interleaved_is_deinterleave_then_rotate_half():
         split(ref.rope(x, freqs, True)), rotate_half(split(x), freqs), rtol=0, atol=1e-13
     )
     assert torch.allclose(ref.rope(x, freqs, False), rotate_half(x, freqs), rtol=0, atol=1e-13)
-    assert (ref.rope(x, freqs, True) - ref.rope(x, freqs, False))[
-        :, 1:
-    ].abs().max() > 1  # position 0 does not tell them apart
+    # At position 0 the two layouts agree.
+    assert (ref.rope(x, freqs, True) - ref.rope(x, freqs, False))[:, 1:].abs().max() > 1
     assert torch.equal(ref.rope(x, freqs, True)[:, 0], x[:, 0])
 
 

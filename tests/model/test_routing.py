@@ -1,6 +1,4 @@
-"""Routing: device-limited top-k, the three balance losses and token dropping against loops over
-tokens, and what they do to a gate.
-"""
+"""Routing: top-k, balance losses and token dropping against loops, and their effect on a gate."""
 
 import math
 import random
@@ -24,20 +22,20 @@ def random_scores(*shape: int, seed: int = 0, sharpness: float = 2.0) -> torch.T
     return (torch.randn(*shape, generator=generator, dtype=torch.float64) * sharpness).softmax(-1)
 
 
-# ---- who is chosen ----
+# ---- top-k ----
 def test_v2_tokens_touch_at_most_three_devices_of_twenty_experts():
     scores = random_scores(500, 160, sharpness=1.0)
     _, expert = routing.choose(scores, V2)
     touched = [len(set(row)) for row in (expert // 20).tolist()]
     assert max(touched) == 3 and min(touched) >= 1
     _, free = routing.choose(scores, V2.replace(topk_method="greedy", n_group=1, topk_group=1))
-    assert max(len(set(row)) for row in (free // 20).tolist()) > 3  # the limit does something
+    assert (
+        max(len(set(row)) for row in (free // 20).tolist()) > 3
+    )  # without the limit, tokens reach more groups
 
 
 def test_group_score_is_the_maximum():
-    """Groups {0,1} {2,3} {4,5} {6,7}: one strong expert beats two fair ones; V3's sum would choose
-    the other way.
-    """
+    """One strong expert beats two fair ones; DeepSeek-V3's sum would choose otherwise."""
     scores = torch.tensor([[0.30, 0.01, 0.20, 0.19, 0.14, 0.13, 0.02, 0.01]])
     _, expert = routing.choose(scores, LIMITED.replace(topk_group=1, num_experts_per_tok=2))
     assert expert.tolist() == [[0, 1]]
@@ -46,9 +44,7 @@ def test_group_score_is_the_maximum():
 
 
 def underflowing(n: int) -> torch.Tensor:
-    """Scores where one or two experts have everything and softmax gives the rest exactly 0 in
-    float32.
-    """
+    """Scores in which softmax gives all but one or two experts exactly 0 in float32."""
     logits = torch.zeros(n, 8)
     for i in range(n):
         logits[i, i % 8] = 300.0
@@ -84,9 +80,8 @@ def test_weights_are_plain_scores_times_the_factor():
         assert torch.equal(r.weight, r.scores.gather(1, r.expert) * c.routed_scaling_factor)
         assert (r.weight.sum(1) < c.routed_scaling_factor).all()  # not renormalised
         normed = routing.route(x, gate, c.replace(norm_topk_prob=True))
-        assert torch.allclose(
-            normed.weight.sum(1), torch.full((20,), c.routed_scaling_factor)
-        )  # both factors, unlike the remote code
+        # Renormalised and scaled; the published code does only one of them.
+        assert torch.allclose(normed.weight.sum(1), torch.full((20,), c.routed_scaling_factor))
         assert torch.equal(normed.expert, r.expert)
 
 
@@ -105,7 +100,7 @@ def test_gate_is_computed_in_at_least_float32(dtype, work):
     r = routing.route(x, gate, GREEDY)
     assert r.scores.dtype == r.weight.dtype == work
     exact = F.linear(x.double(), gate.double()).softmax(-1)
-    assert (r.scores - exact).abs().max() < 1e-5  # bfloat16 logits would be 1e-2 away
+    assert (r.scores - exact).abs().max() < 1e-5  # bfloat16 logits would differ by 1e-2
 
 
 def test_near_ties_are_decided_in_float32():
@@ -120,7 +115,7 @@ def test_near_ties_are_decided_in_float32():
 
 # ---- balance losses ----
 def losses_by_loops(scores: list, expert: list, devices: int, most: int) -> list[float]:
-    """Eq. 23-31 for one sequence, word by word: scores [T][E], expert [T][K]."""
+    """Compute eq. 23-31 word by word for one sequence: scores [T][E], expert [T][K]."""
     t, e, k = len(scores), len(scores[0]), len(expert[0])
     per = e // devices
     f = [e / (k * t) * sum(1 for row in expert for j in row if j == i) for i in range(e)]
@@ -154,9 +149,7 @@ def test_losses_equal_the_loops(c, devices, most):
 
 
 def uniform(c: ModelConfig, t: int, devices: int):
-    """Equal scores, and choices that load every expert equally and send each token to exactly
-    `reach` devices.
-    """
+    """Equal scores; every expert gets equal load and each token reaches `reach` devices."""
     e, k = c.n_routed_experts, c.num_experts_per_tok
     per, most = e // devices, routing.reach(c, devices)
     share = k // most
@@ -191,9 +184,8 @@ def test_uniform_routing_costs_exactly_alpha(c, devices):
     assert losses.tolist() == [1.0, 1.0, 1.0]
     training = Training(Balance(devices=devices))
     training.records += [routing.LayerRecord(losses, None, None, None)] * 2
-    assert training.loss().item() == pytest.approx(
-        2 * (0.003 + 0.05 + 0.02), rel=1e-7
-    )  # per layer; the 236B recipe is the default
+    # The defaults are those of the 236B run; each layer counts.
+    assert training.loss().item() == pytest.approx(2 * (0.003 + 0.05 + 0.02), rel=1e-7)
 
 
 def test_losses_do_not_depend_on_batching():
@@ -206,13 +198,11 @@ def test_losses_do_not_depend_on_batching():
             torch.stack([loss(p) for p in parts]).mean(0), whole, rtol=1e-13, atol=0
         )
     as_one = balance_losses(scores.flatten(0, 1)[None], expert.flatten(0, 1)[None], LIMITED, 4)
-    assert (as_one - whole).abs().max() > 1e-3  # sequences are balanced on their own, not pooled
+    assert (as_one - whole).abs().max() > 1e-3  # each sequence is balanced by itself
 
 
 def test_gradient_flows_through_the_mean_scores_only():
-    """dL/ds of eq. 23 is f_i / (B T) and of the others f' and f'' of the expert's device: counts
-    are constants.
-    """
+    """The gradient of eq. 23 is f_i / (B T); f' and f'' of the device for the others."""
     b, t, devices = 2, 9, 4
     scores = random_scores(b, t, 8).requires_grad_()
     expert = routing.choose(scores.flatten(0, 1), LIMITED)[1].unflatten(0, (b, t))
@@ -278,9 +268,8 @@ def keep_by_loops(
         ]
         excess = len(mine) - budget
         loose = [p for p in mine if not protected[p[0]]]
-        loose.sort(
-            key=lambda p: (affinity[p[0]][p[1]], -p[0], -p[1])
-        )  # the weakest first; of equals the later token
+        # Drop the weakest first; of equal ones the later token.
+        loose.sort(key=lambda p: (affinity[p[0]][p[1]], -p[0], -p[1]))
         for t, j in loose[: max(excess, 0)]:
             keep[t][j] = False
     return keep
@@ -295,9 +284,10 @@ def test_dropping_equals_the_loops(seed, devices, capacity):
     n, k, e = rng.choice([1, 3, 17, 40]), 3, 8
     expert = torch.tensor([rng.sample(range(e), k) for _ in range(n)])
     expert[: n // 2] = torch.tensor([0, 1, 2])  # overloads the first devices
+    # Few distinct values give ties.
     affinity = torch.tensor(
         [[rng.choice([0.1, 0.2, 0.2, 0.3, rng.random()]) for _ in range(k)] for _ in range(n)]
-    )  # with ties
+    )
     protected = torch.tensor([rng.random() < 0.3 for _ in range(n)])
     for guard in (None, protected):
         found = keep_mask(affinity, expert, e, devices, capacity, guard)
@@ -308,9 +298,8 @@ def test_dropping_equals_the_loops(seed, devices, capacity):
 
 
 def test_budget_is_met_exactly():
-    expert = torch.tensor(
-        [[0, 1]] * 6 + [[4, 5]] * 2
-    )  # device 0 has 12 assignments, device 1 has 4; the average is 8
+    # Device 0 has 12 assignments, device 1 has 4; the average is 8.
+    expert = torch.tensor([[0, 1]] * 6 + [[4, 5]] * 2)
     affinity = torch.arange(16.0).view(8, 2) / 16
     keep = keep_mask(affinity, expert, 8, 2, 1.0)
     assert keep[:6].sum() == 8 and keep[6:].all()
@@ -318,7 +307,7 @@ def test_budget_is_met_exactly():
     assert keep_mask(affinity, expert, 8, 2, 1.5).all()  # 12 each
     assert keep_mask(affinity, expert, 8, 2, 0.9)[:6].sum() == 8  # 7.2 is rounded up
     ties = keep_mask(torch.full((8, 2), 0.5), expert, 8, 2, 1.0)
-    assert ties[:4].all() and not ties[4:6].any()  # the later token goes
+    assert ties[:4].all() and not ties[4:6].any()  # the later token is dropped
 
 
 def test_protected_tokens_stay_and_use_the_budget_up():
@@ -326,9 +315,8 @@ def test_protected_tokens_stay_and_use_the_budget_up():
     protected = torch.arange(10) >= 7  # the weakest three
     keep = keep_mask(affinity, expert, 2, 2, 1.0, protected)
     assert keep.flatten().tolist() == [True] * 2 + [False] * 5 + [True] * 3
-    assert keep_mask(
-        affinity, expert, 2, 2, 1.0, torch.ones(10, dtype=torch.bool)
-    ).all()  # over the budget if need be
+    # Protected assignments stay even over the budget.
+    assert keep_mask(affinity, expert, 2, 2, 1.0, torch.ones(10, dtype=torch.bool)).all()
 
 
 def trained_route(x, gate, c, batch, **changes):
@@ -400,19 +388,15 @@ def test_dropping_oracle_turns_red(monkeypatch):
                     test_dropping_equals_the_loops(seed, 4, capacity)
 
 
-# ---- what the losses are for ----
+# ---- effect of the losses on a gate ----
 def imbalance_after_training(weight: float) -> float:
-    """Busiest expert over the average after 60 steps of a router that starts out biased to two
-    experts.
-    """
+    """Train a gate that prefers two experts for 60 steps; return max load / mean load."""
     c = GREEDY.replace(num_experts_per_tok=2)
     generator = torch.Generator().manual_seed(0)
-    x = (
-        torch.randn(4, 32, 32, generator=generator) + 1.0
-    )  # a common direction, which a biased gate exploits
-    cost = torch.tensor(
-        [0.0, 0.0] + [0.02] * 6
-    )  # a task in which the two favourites are also a little better
+    # The inputs share a direction, which makes the bias of the gate effective.
+    x = torch.randn(4, 32, 32, generator=generator) + 1.0
+    # The task also favours the two experts a little.
+    cost = torch.tensor([0.0, 0.0] + [0.02] * 6)
     gate = torch.randn(8, 32, generator=generator) * 0.05
     gate[:2] += 0.15
     gate.requires_grad_()

@@ -3,8 +3,7 @@
 from lamoe.model.config import ModelConfig, RopeScaling
 
 YARN = RopeScaling(factor=4.0, mscale=0.8, mscale_all_dim=0.7)
-# initializer_range is large so that every change of the numerics shows in the logits of a tiny
-# model
+# initializer_range is large, so that every change of the numerics shows in the logits.
 MOE = ModelConfig(
     vocab_size=40,
     hidden_size=32,
