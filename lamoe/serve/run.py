@@ -70,7 +70,9 @@ def run(model: str, name: str, settings: Settings) -> int:
 
 
 class Serving:
-    """One server, from its listening socket to its exit code. `url` is its address.
+    """One server: it listens, loads a model, answers requests, and ends with an exit code.
+
+    The constructor already listens, at the address `url`.
 
     Args:
         load: loads the model; called in a thread of its own.

@@ -111,7 +111,7 @@ def test_prompts_of_token_ids(server):
     assert [choice["text"] for choice in both] == [want, want]
 
 
-def test_stop(server):
+def test_stop_strings_end_the_text(server):
     body = dict(prompt="the cat", temperature=0, max_tokens=20, ignore_eos=True)
     whole = server.complete(**body)["choices"][0]["text"]
     cut = whole[4:7]
@@ -213,7 +213,7 @@ def test_usage_counts_cached_prompt_tokens(server):
 
 
 # ---- chat ----------------------------------------------------------------------------------------
-def test_chat(server):
+def test_chat_equals_the_engine(server):
     messages = [
         {"role": "system", "content": "be brief"},
         {

@@ -23,7 +23,7 @@ def client(server):
         yield c
 
 
-def test_completions(client):
+def test_completions_whole_and_streamed(client):
     got = client.completions.create(
         model=NAME, prompt="the cat", max_tokens=8, temperature=0, logprobs=2, stop=["never there"]
     )
@@ -44,7 +44,7 @@ def test_completions(client):
     assert chunks[-1].usage.total_tokens == got.usage.total_tokens
 
 
-def test_chat(client):
+def test_chat_whole_and_streamed(client):
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
     got = client.chat.completions.create(
         model=NAME,
@@ -99,7 +99,7 @@ def test_models_and_embeddings(client):
     assert len(plain.data[0].embedding) == 32
 
 
-def test_errors(client, server):
+def test_errors_become_exceptions_of_the_client(client, server):
     with pytest.raises(openai.NotFoundError) as e:
         client.completions.create(model="gpt-9", prompt="a")
     assert e.value.code == "model_not_found" and e.value.request_id.startswith("cmpl-")

@@ -58,7 +58,7 @@ def test_tokenize_and_detokenize(server):
     assert server.client.get("/tokenizer_info").json()["eos_token"] == "<｜end▁of▁sentence｜>"
 
 
-def test_models(server):
+def test_model_card_and_wrong_names(server):
     [card] = server.client.get("/v1/models").json()["data"]
     assert card["id"] == NAME and card["max_model_len"] == CONTEXT
     assert server.client.get(f"/v1/models/{NAME}").json() == card
@@ -131,7 +131,7 @@ def test_expert_load_of_a_request(server):
     assert server.client.get("/lamoe/requests/cmpl-none/experts").status_code == 404
 
 
-def test_metrics(server):
+def test_metrics_count_a_request(server):
     server.complete(max_tokens=2)
     text = server.client.get("/metrics").text
     assert 'lamoe_requests_total{route="/v1/completions",status="200"}' in text
