@@ -2,7 +2,9 @@
 //
 // There are two defences, each sufficient alone. marked writes HTML in the text as text, so that a
 // reader sees what the model wrote. DOMPurify accepts only a short list of tags and attributes. The
-// page's Content-Security-Policy is a third one. Formulas are not rendered, and images become links.
+// page's Content-Security-Policy is a third one.
+//
+// Formulas are not rendered, and images become links.
 //
 // The vendor files come from the npm packages marked 18.2.1 (lib/marked.esm.js), dompurify 3.4.18
 // (dist/purify.es.mjs) and @highlightjs/cdn-assets 11.12.0 (es/highlight.min.js), without the line
