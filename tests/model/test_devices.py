@@ -5,14 +5,11 @@ with the host. The last tests need none: tensors on torch's meta device have sha
 `NoMixedDevices` refuses every operation that would fail on an accelerator for a host argument.
 """
 
-import os
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import lamoe
+from devices import DEVICE, NoMixedDevices
 from lamoe import kernels
 from lamoe.model import rope
 from lamoe.model.cache import KVCache
@@ -20,7 +17,6 @@ from lamoe.model.routing import Balance, Training
 from lamoe.model.transformer import Transformer
 from oracles import tiny
 
-DEVICE = torch.device(os.environ.get("LAMOE_TEST_DEVICE") or "cpu")
 CONFIGS = {
     "mla": tiny.HARD,
     "gqa": tiny.config("llama", num_key_value_heads=2),
@@ -120,20 +116,6 @@ DENSE = {
     ),
     "gqa": CONFIGS["gqa"],
 }
-
-
-class NoMixedDevices(TorchDispatchMode):
-    """Raises RuntimeError when an operation other than a copy has arguments on two devices.
-
-    Tensors without dimensions are exempt: accelerators accept them from the host.
-    """
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        devices = {t.device.type for t in tensors if t.dim()}
-        if len(devices) > 1 and func is not torch.ops.aten.copy_.default:
-            raise RuntimeError(f"{func} has arguments on {sorted(devices)}")
-        return func(*args, **(kwargs or {}))
 
 
 def forward_on_meta(config, form: str) -> torch.Tensor:

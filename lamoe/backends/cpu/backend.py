@@ -193,7 +193,7 @@ def expands(config: ModelConfig, new_tokens: int, total_tokens: int) -> bool:
     """Whether `new_tokens` queries of a sequence of `total_tokens` take the expanded form.
 
     The rule is csrc/model/cost.cpp's: the form with fewer multiply-adds (as in
-    model.attention.cheaper_form), but a single token is always absorbed.
+    model.costs.cheaper_form), but a single token is always absorbed.
     """
     settings = _native_config(config, "bf16")
     return native.lib.cheaper_form(settings, new_tokens, total_tokens) == "expand"
