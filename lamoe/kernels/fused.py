@@ -216,9 +216,10 @@ class _Plan:
         total, padded = int(counts.sum()), counts
         if total >= _PAD * n_experts:
             padded = (counts + _PAD - 1) // _PAD * _PAD
-        gap = (padded - counts).cumsum(0) - (padded - counts)  # padding before each expert's rows
-        gap_of_row = gap.repeat_interleave(counts, output_size=total)
-        slot = torch.arange(total, device=expert.device) + gap_of_row
+        padding = padded - counts
+        padding_before = padding.cumsum(0) - padding  # of earlier experts
+        gap = padding_before.repeat_interleave(counts, output_size=total)
+        slot = torch.arange(total, device=expert.device) + gap
         self.counts, rows = padded.tolist(), int(padded.sum())
         self.order = flat.new_zeros(rows).index_copy_(0, slot, by_expert[:total])
         self.real = torch.zeros(rows, 1, dtype=torch.bool, device=expert.device)

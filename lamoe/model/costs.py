@@ -57,12 +57,12 @@ class Parameters:
 
     @property
     def activated(self) -> int:
-        """Parameters that one token uses, with the head: the paper's 21B and 2.4B."""
+        """Parameters that one token uses, with the head; gives the paper's 21B and 2.4B."""
         return self.activated_body + self.head_active
 
     @property
     def activated_all(self) -> int:
-        """Parameters that one token uses, with head and embedding: DeepSeekMoE-16B's 2.8B.
+        """Parameters that one token uses, with head and embedding; gives DeepSeekMoE-16B's 2.8B.
 
         A tied table counts once.
         """
@@ -312,7 +312,7 @@ def cache_saving(config: ModelConfig, bits: float, other: ModelConfig, other_bit
 # ---- memory --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What fits in a given memory. Per-token bytes are for all layers and may be fractions.
+    """The result of `plan`. Bytes per token are for all layers and need not be whole.
 
     expanded_*: with the full keys and values of all heads cached at the same width.
     cache_tokens: tokens that fit beside the weights, of all sequences together.

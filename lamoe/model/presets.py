@@ -59,7 +59,7 @@ _LITE = {
     "topk_method": "greedy",
     "routed_scaling_factor": 1.0,
 }
-# What the small models of this project have in common.
+# Fields that the two small models share.
 _SMALL = dict(
     model_type="deepseek_v2",
     q_lora_rank=None,

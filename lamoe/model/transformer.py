@@ -55,7 +55,10 @@ class Block(nn.Module):
         routing_hook: RoutingHook | None = None,
         form: str | None = None,
     ) -> torch.Tensor:
-        """Map x [B, T, D] to [B, T, D]. The arguments are those of Transformer.hidden."""
+        """Map x [B, T, D] to [B, T, D].
+
+        `freqs` comes from rope.freqs; the other arguments are those of Transformer.hidden.
+        """
         x = x + self.attn(self.attn_norm(x), freqs, cache, segments, form)
         h = self.ffn_norm(x)
         return x + (self.ffn(h, routing_hook) if isinstance(self.ffn, MoE) else self.ffn(h))

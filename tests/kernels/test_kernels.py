@@ -288,7 +288,7 @@ def test_experts_when_one_takes_all_or_some_get_nothing(n):
     exact = run("experts", "fused", args[:1] + [torch.zeros(n, 2).long()] + args[2:], F64)
     assert (
         exact[3].abs().sum() > 0 and exact[3][1:].abs().sum() == 0
-    )  # an idle expert's gradient is exactly zero
+    )  # an expert without tokens has a gradient of exactly zero
 
 
 @pytest.mark.parametrize("n", [1, 130])

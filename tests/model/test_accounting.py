@@ -224,7 +224,7 @@ def test_training_flops_of_the_benchmark_model():
 
 
 def test_mla_products_per_head_and_cached_token():
-    """320 or 1,088 multiply-adds, and 131,072 to expand a latent (paper 2.1, App. C)."""
+    """Expanding a latent costs 131,072 multiply-adds, attending to it 320 or 1,088 (App. C)."""
     per = 2 * V2.num_hidden_layers * V2.num_attention_heads
     step = {
         f: acc.decode_flops(V2, 101, f).total - acc.decode_flops(V2, 100, f).total
