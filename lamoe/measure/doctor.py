@@ -1,8 +1,8 @@
 """`lamoe doctor`: describe the machine and the installation, and check the kernels' results.
 
 `examine` collects the facts and `render` prints them. A problem means that something is broken, or
-that the compiled kernels are missing although nobody disabled them; the exit code is then 1. A note
-is worth knowing but nothing is wrong.
+that the compiled kernels are missing although they are not disabled; the exit code is then 1. A
+note is worth knowing, but nothing is wrong.
 """
 
 from __future__ import annotations

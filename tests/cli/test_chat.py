@@ -1,4 +1,4 @@
-"""The terminal chat: turns, prefix reuse, every command, errors, and a real terminal."""
+"""The terminal chat: turns, prefix reuse, every command, Ctrl-C, and a real terminal."""
 
 import io
 import json
@@ -38,7 +38,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(scope="module")
 def parts(trained):
-    """Return (model, tokenizer): random weights, long context, a trained vocabulary."""
+    """(model, tokenizer): random weights with a long context, and a trained vocabulary."""
     config = ModelConfig(
         **{**BODY, "max_position_embeddings": 400, "initializer_range": 0.2}, **MLA, **MOE
     )
@@ -57,7 +57,7 @@ def chat(llm, params=GREEDY, system=None) -> Chat:
 
 
 def talk(llm, text, params=GREEDY, system=None):
-    """Pipe a conversation into chat; return (exit code, standard output, standard error)."""
+    """Return (exit code, standard output, standard error) of a piped conversation."""
     out, err = io.StringIO(), io.StringIO()
     return (
         run(llm, params, system, "m", io.StringIO(text), out, err),
@@ -67,7 +67,7 @@ def talk(llm, text, params=GREEDY, system=None):
 
 
 # ---- turns ----
-def test_a_turn_is_the_models_answer_to_the_template(llm, parts):
+def test_a_turn_generates_from_the_chat_template(llm, parts):
     c = chat(llm, system="be brief")
     for n, said in enumerate(("the cat", "and then? ✓", "<｜end▁of▁sentence｜>")):
         turn = [*c.messages, {"role": "user", "content": said}]
@@ -75,14 +75,12 @@ def test_a_turn_is_the_models_answer_to_the_template(llm, parts):
         c.out.truncate(0), c.out.seek(0)
         got = c.say(said)
         assert got.token_ids == want.token_ids and c.out.getvalue() == want.text.lstrip() + "\n"
-        assert (
-            c.messages == [*turn, {"role": "assistant", "content": want.text.strip()}]
-            and len(c.messages) == 3 + 2 * n
-        )
+        assert c.messages == [*turn, {"role": "assistant", "content": want.text.strip()}]
+        assert len(c.messages) == 3 + 2 * n
     assert len(set(got.token_ids)) > 2 and c.failures == 0 and not llm.busy and llm.pool.owned == 0
 
 
-def test_turns_reuse_what_was_said(llm, parts):
+def test_turns_reuse_the_cached_conversation(llm, parts):
     c, cached = chat(llm, system="a text that comes before the whole conversation"), []
     before = ""
     for _ in range(4):
@@ -106,7 +104,7 @@ def test_turns_reuse_what_was_said(llm, parts):
 
 
 def test_replies_stream(llm):
-    """Every piece is flushed at once, and together they are the reply."""
+    """Each piece of text is flushed at once."""
     pieces = []
 
     class Out(io.StringIO):
@@ -122,55 +120,45 @@ def test_stopped_replies(llm):
     c, whole = chat(llm), chat(llm).say("the bird")
     ticks = iter(range(100))
     out = c.say("the bird", lambda: next(ticks) == 5)
-    assert (
-        out.finish_reason == "abort"
-        and out.token_ids == whole.token_ids[:5]
-        and not llm.busy
-        and llm.pool.owned == 0
-    )
-    assert (
-        c.messages[-1]["content"] == out.text.strip()
-        and "[stopped]" in c.err.getvalue()
-        and c.out.getvalue() == out.text.lstrip() + "\n"
-    )
+    assert out.finish_reason == "abort"
+    assert out.token_ids == whole.token_ids[:5]
+    assert not llm.busy
+    assert llm.pool.owned == 0
+    assert c.messages[-1]["content"] == out.text.strip()
+    assert "[stopped]" in c.err.getvalue()
+    assert c.out.getvalue() == out.text.lstrip() + "\n"
     kept = list(c.messages)
     c.say("more", lambda: True)
-    assert (
-        c.messages == kept
-        and "the message is discarded" in c.err.getvalue()
-        and llm.pool.owned == 0
-    )
+    assert c.messages == kept
+    assert "the message is discarded" in c.err.getvalue()
+    assert llm.pool.owned == 0
     assert c.say("more").finish_reason == "length" and c.failures == 0
 
 
 def test_a_long_prompt_can_be_stopped(parts):
-    """Ctrl-C works in the prefill of a long prompt, before the first piece of text."""
+    """A long prompt takes many steps before the first token; `stopped` is checked in each."""
     llm = LLM(*parts, cache="fp32", max_num_batched_tokens=64)
     c, asked = chat(llm), []
     c.say("x " * 120, lambda: asked.append(1) or len(asked) == 3)
-    assert (
-        len(asked) == 3
-        and c.messages == []
-        and c.out.getvalue() == "\n"
-        and not llm.busy
-        and llm.pool.owned == 0
-    )
+    assert len(asked) == 3
+    assert c.messages == []
+    assert c.out.getvalue() == "\n"
+    assert not llm.busy
+    assert llm.pool.owned == 0
 
 
 def test_a_full_context(llm):
     c = chat(llm, SamplingParams(temperature=0.0, max_tokens=10**6, ignore_eos=True))
     out = c.say("the hill")
-    assert (
-        out.prompt_tokens + len(out.token_ids) == 400
-        and "[the context is full: 400 of 400 tokens; /save FILE keeps" in c.err.getvalue()
-    )
+    assert out.prompt_tokens + len(out.token_ids) == 400
+    assert "[the context is full: 400 of 400 tokens; /save FILE keeps" in c.err.getvalue()
     kept = list(c.messages)
     assert c.say("and?") is None and c.messages == kept and c.failures == 1
     assert (
         "tokens, and the context is 400, reply included; the message is discarded"
         in c.err.getvalue()
-        and "/clear" in c.err.getvalue()
     )
+    assert "/clear" in c.err.getvalue()
     c.command("/clear")
     assert c.say("hi") is not None
 
@@ -181,7 +169,7 @@ def test_why_a_reply_was_cut(llm):
     assert c.err.getvalue() == "[cut at --max-tokens 3]\n"
 
 
-def test_failures_take_the_turn_back(llm):
+def test_failures_discard_the_message(llm):
     c = chat(llm)
     assert c.say("\ud800") is None and "surrogate" in c.err.getvalue()
     with mock.patch(
@@ -191,11 +179,9 @@ def test_failures_take_the_turn_back(llm):
         ],
     ):
         assert c.say("hello") is None
-    assert (
-        "the reply failed: the model's logits are not finite" in c.err.getvalue()
-        and c.messages == []
-        and c.failures == 2
-    )
+    assert "the reply failed: the model's logits are not finite" in c.err.getvalue()
+    assert c.messages == []
+    assert c.failures == 2
     llm.tokenizer = mock.Mock(
         wraps=llm.tokenizer,
         apply_chat=mock.Mock(side_effect=ValueError("the chat template failed: no system")),
@@ -203,7 +189,7 @@ def test_failures_take_the_turn_back(llm):
     assert c.say("hello") is None and "no system" in c.err.getvalue()
 
 
-def test_blanks_around_a_reply_are_the_templates(llm, monkeypatch):
+def test_whitespace_around_a_reply_is_stripped(llm, monkeypatch):
     c = chat(llm)
     for text, kept in ((" hello \n there\n\n", "hello \n there"), (" \n", "")):
         monkeypatch.setattr(c, "_reply", lambda turn, stopped: Output([1], text, "stop", 5))
@@ -212,7 +198,7 @@ def test_blanks_around_a_reply_are_the_templates(llm, monkeypatch):
     assert c.err.getvalue() == "[an empty reply]\n"
 
 
-def test_what_a_chat_needs(llm, parts):
+def test_a_chat_needs_a_tokenizer_and_one_reply(llm, parts):
     with pytest.raises(ValueError, match="needs a tokenizer"):
         chat(LLM(parts[0]))
     with pytest.raises(ValueError, match="n is 2"):
@@ -220,7 +206,7 @@ def test_what_a_chat_needs(llm, parts):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_model_cannot_command_the_terminal(llm, terminal):
+def test_control_characters_are_made_visible_on_a_terminal(llm, terminal):
     stream = Terminal() if terminal else io.StringIO()
     c = Chat(llm, GREEDY, None, stream, stream)
     c._show("a\x1b[2J\x07\r\x9bm\x7f\tb\n")
@@ -230,7 +216,7 @@ def test_a_model_cannot_command_the_terminal(llm, terminal):
     )
 
 
-# ---- piped ----
+# ---- piped input ----
 def test_lines_are_turns(llm, parts):
     code, out, err = talk(llm, "the cat\n\n   \nand then?")
     c = chat(llm)
@@ -239,7 +225,7 @@ def test_lines_are_turns(llm, parts):
     assert talk(llm, "") == (0, "", "") and talk(llm, "/quit\nthe cat\n") == (0, "", "")
 
 
-def test_what_a_line_means(llm, monkeypatch):
+def test_messages_and_commands_are_told_apart(llm, monkeypatch):
     said = []
     monkeypatch.setattr(Chat, "say", lambda self, text, stopped: said.append(text))
     code, _, err = talk(
@@ -250,11 +236,11 @@ def test_what_a_line_means(llm, monkeypatch):
     assert code == 1 and "unknown command '/fiv'" in err
 
 
-def test_a_failed_line_shows_in_the_exit_code(llm):
+def test_a_failed_line_sets_the_exit_code(llm):
     assert talk(llm, "/sav x\nhello\n")[0] == talk(llm, "hello\n/sav x\n/quit\n")[0] == 1
 
 
-def test_no_template(parts):
+def test_a_missing_chat_template_is_announced(parts):
     bare = Tokenizer(parts[1].inner, bos=parts[1]._bos, eos=parts[1]._eos)
     assert "has no chat template" in talk(LLM(parts[0], bare), "")[2]
 
@@ -285,17 +271,16 @@ def test_wrong_commands(llm, line, words, tmp_path, monkeypatch):
     c.say("hi")
     c.err.truncate(0), c.err.seek(0)
     kept = list(c.messages)
-    assert (
-        c.command(line) is False and words in c.err.getvalue() and c.err.getvalue().count("\n") == 1
-    )
+    assert c.command(line) is False
+    assert words in c.err.getvalue()
+    assert c.err.getvalue().count("\n") == 1
     assert c.failures == 1 and c.messages == kept and list(tmp_path.iterdir()) == []
 
 
 def test_help_names_every_command(llm):
     c = chat(llm)
-    assert c.command("/help") is False and all(
-        f"{name} " in c.err.getvalue() for name in chat_module.COMMANDS
-    )
+    assert c.command("/help") is False
+    assert all(f"{name} " in c.err.getvalue() for name in chat_module.COMMANDS)
     assert c.command("/quit") is True and c.command(" /quit ") is True and c.failures == 0
 
 
@@ -305,9 +290,8 @@ def test_system_and_clear(llm):
     assert "[no system text]" in c.err.getvalue()
     c.say("hi")
     c.command("/system  you are a cat ")
-    assert [m["role"] for m in c.messages] == ["system", "user", "assistant"] and c.messages[0][
-        "content"
-    ] == "you are a cat"
+    assert [m["role"] for m in c.messages] == ["system", "user", "assistant"]
+    assert c.messages[0]["content"] == "you are a cat"
     c.command("/system you are a dog")
     assert [m["content"] for m in c.messages if m["role"] == "system"] == ["you are a dog"]
     c.command("/system")
@@ -325,10 +309,8 @@ def test_save_and_load(llm, parts, tmp_path):
     c.say("the cat sat on the mat"), c.say("where? ✓")
     c.command(f"/save {file}")
     tokens = parts[1].apply_chat(c.messages, add_generation_prompt=False)
-    assert (
-        f"saved 5 messages to {file}; " in c.err.getvalue()
-        and f" of {len(tokens)} tokens cached in a talk.json.cache.safetensors]" in c.err.getvalue()
-    )
+    assert f"saved 5 messages to {file}; " in c.err.getvalue()
+    assert f" of {len(tokens)} tokens cached in a talk.json.cache.safetensors]" in c.err.getvalue()
     assert json.loads(file.read_text()) == {
         "kind": "lamoe conversation",
         "version": 1,
@@ -353,16 +335,15 @@ def test_save_and_load(llm, parts, tmp_path):
     assert c.failures == other.failures == 0
 
     c.command("/clear")
-    c.command(f"/save {file}")  # replaces the old file, its cached rows included
+    c.command(f"/save {file}")  # replaces both files
     system = parts[1].apply_chat(c.messages, add_generation_prompt=False)
     assert (
         load_file(tmp_path / "a talk.json.cache.safetensors")["tokens"].tolist()
         == system[: len(system) // 4 * 4]
     )
     c.command('/system ""'), c.command(f"/save {file}")
-    assert "none of it is in the cache" in c.err.getvalue() and [
-        p.name for p in tmp_path.iterdir()
-    ] == ["a talk.json"]
+    assert "none of it is in the cache" in c.err.getvalue()
+    assert [p.name for p in tmp_path.iterdir()] == ["a talk.json"]
     other.command(f"/load {file}")
     assert other.messages == [] and "without cached rows" in other.err.getvalue()
 
@@ -374,19 +355,16 @@ def test_loading_for_another_model_keeps_the_text(llm, parts, tmp_path):
     for options in (dict(cache="bf16"), dict(cache="fp32", max_model_len=12)):
         other = chat(LLM(*parts, **options))
         other.command(f"/load {tmp_path / 't'}")
+        assert other.messages == c.messages
         assert (
-            other.messages == c.messages
-            and "its cached rows are not used, so its text is computed again: "
-            in other.err.getvalue()
+            "its cached rows are not used, so its text is computed again: " in other.err.getvalue()
         )
     (tmp_path / "t.cache.safetensors").write_bytes(b"nonsense")
     other = chat(llm)
     other.command(f"/load {tmp_path / 't'}")
-    assert (
-        other.messages == c.messages
-        and "computed again" in other.err.getvalue()
-        and other.failures == 0
-    )
+    assert other.messages == c.messages
+    assert "computed again" in other.err.getvalue()
+    assert other.failures == 0
     other.command(f"/save {tmp_path / 't'}")
     assert "exists and is not a saved cache, so it is not overwritten" in other.err.getvalue()
     assert (tmp_path / "t.cache.safetensors").read_bytes() == b"nonsense"
@@ -417,7 +395,7 @@ def test_loading_for_another_model_keeps_the_text(llm, parts, tmp_path):
         ),
     ],
 )
-def test_files_that_are_no_conversation(llm, tmp_path, content, words):
+def test_files_other_than_conversations(llm, tmp_path, content, words):
     """Other files are neither loaded nor overwritten."""
     (tmp_path / "f").write_text(content)
     c = chat(llm)
@@ -426,16 +404,14 @@ def test_files_that_are_no_conversation(llm, tmp_path, content, words):
     for command in ("/load", "/save"):
         c.command(f"{command} {tmp_path / 'f'}")
         assert words in c.err.getvalue().splitlines()[-1]
-    assert (
-        c.messages == kept
-        and c.failures == 2
-        and [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("f", content)]
-    )
+    assert c.messages == kept
+    assert c.failures == 2
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("f", content)]
 
 
 # ---- a terminal ----
 def interactive(llm, lines, monkeypatch, **env):
-    """Run a conversation at a fake terminal; return standard output and error.
+    """Return (standard output, standard error) of a conversation at a terminal.
 
     A line that is an exception is raised when it is read.
     """
@@ -460,13 +436,11 @@ def interactive(llm, lines, monkeypatch, **env):
 
 def test_prompt_banner_and_colour(llm, monkeypatch):
     out, err = interactive(llm, ["/sav\n", ""], monkeypatch)
-    assert (
-        "> " in out
-        and out.endswith("\n")
-        and "my model · context 400 tokens · cache fp32, " in err
-        and "/help" in err
-        and "\x1b[2m" in err
-    )
+    assert "> " in out
+    assert out.endswith("\n")
+    assert "my model · context 400 tokens · cache fp32, " in err
+    assert "/help" in err
+    assert "\x1b[2m" in err
     for env in (dict(NO_COLOR="1"), dict(TERM="dumb")):
         out, err = interactive(llm, ["hi\n", "/help\n", ""], monkeypatch, **env)
         assert "\x1b" not in out + err and out.startswith("> ")
@@ -515,7 +489,7 @@ def test_a_second_ctrl_c_ends_a_reply_that_hangs(llm, monkeypatch):
 
 
 def test_in_a_thread(llm, monkeypatch):
-    """Chat also runs in a thread, where no signal handler can be set."""
+    """Signal handlers cannot be set there, and the chat must work without them."""
     got = []
     t = threading.Thread(
         target=lambda: got.append(interactive(llm, ["the cat\n", ""], monkeypatch))
@@ -525,12 +499,13 @@ def test_in_a_thread(llm, monkeypatch):
 
 
 class Child:
-    """`lamoe chat` in a pseudo-terminal. `seen` is its output so far."""
+    """`lamoe chat` in a pseudo-terminal. `seen` holds its output so far."""
 
     def __init__(self, *argv):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # background processes may ignore SIGINT
+            # A shell that runs the tests in the background makes them ignore SIGINT.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             env = {
                 **os.environ,
                 "NO_COLOR": "1",
@@ -542,7 +517,7 @@ class Child:
         self.seen, self.at = "", 0
 
     def until(self, *words):
-        """Wait until all the words have appeared in order, after the ones waited for before."""
+        """Wait for these words, in this order, in the output after the last wait."""
         for word in words:
             self._read(lambda: self.seen.find(word, self.at) >= 0, word)
             self.at = self.seen.find(word, self.at) + len(word)
@@ -557,7 +532,7 @@ class Child:
             assert ready, f"{what!r} did not come in {seconds} s:\n{self.seen[self.at :]}"
             try:
                 self.seen += os.read(self.fd, 1 << 16).decode("utf-8", "replace")
-            except OSError:  # how Linux reports end of file
+            except OSError:  # Linux reports the end of a terminal as an error
                 raise AssertionError(f"it ended before {what!r}:\n{self.seen[self.at :]}") from None
 
     def type(self, text):
@@ -578,14 +553,14 @@ class Child:
 
 @pytest.fixture
 def endless(parts, tmp_path):
-    """Save a model whose replies last long enough to be stopped; return its folder."""
+    """A model folder whose replies last long enough to be stopped."""
     from lamoe.checkpoints import save
 
     model, tok = parts
     roomy = Transformer(model.config.replace(max_position_embeddings=20_000))
     roomy.load_state_dict(model.state_dict())
     with torch.no_grad():
-        roomy.head.weight[tok.eos_id] = 0.0  # never the most likely one
+        roomy.head.weight[tok.eos_id] = 0.0  # EOS is never the most likely token
     save(roomy, tmp_path / "model")
     tok.save(tmp_path / "model")
     return tmp_path / "model"
@@ -604,11 +579,11 @@ def test_in_a_real_terminal(endless, tmp_path):
         c.until("[stopped]", "> ")
     c.type(f"/save {tmp_path / 'talk'}\n")
     c.until("[saved ", "> ")
-    # A signal between the prompt and readline waiting is seen at the next key only.
+    # readline notices a signal that comes before it waits only at the next key.
     time.sleep(0.3)
     c.type("\x03")
     time.sleep(0.3)
-    c.type("\x7f")  # that next key, in case the machine was slower
+    c.type("\x7f")  # the next key, in case the machine was slow
     c.until("[Ctrl-C again or /quit leaves]", "> ")
     c.type("\x04")
     assert c.end() == 0
@@ -619,7 +594,7 @@ def test_in_a_real_terminal(endless, tmp_path):
 
 
 # ---- the verb ----
-def test_the_verb(trained, capsys, monkeypatch):
+def test_options_of_the_verb(trained, capsys, monkeypatch):
     def out(*argv, text="hi\n"):
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
         code = cli.main(["chat", str(trained), *map(str, argv)])

@@ -1,4 +1,4 @@
-"""Every verb of the command line, and its error messages."""
+"""Every verb with its options, and its error messages."""
 
 import io
 import json
@@ -32,16 +32,14 @@ def run(*argv) -> int:
 
 
 def refused(capsys, *argv) -> str:
-    """Return the single line on stderr of a command that must end with exit code 2."""
+    """Run a command that must fail with exit code 2, and return its one line on stderr."""
     capsys.readouterr()
     assert run(*argv) == 2
     out, err = capsys.readouterr()
-    assert (
-        err.startswith(f"lamoe {argv[0]}: ")
-        and err.count("\n") == 1
-        and err.endswith("\n")
-        and "Traceback" not in out + err
-    )
+    assert err.startswith(f"lamoe {argv[0]}: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert "Traceback" not in out + err
     return err
 
 
@@ -77,7 +75,7 @@ def test_train_refuses(tmp_path, capsys):
     assert "--optim.lr needs a value" in refused(capsys, "train", file, "--optim.lr")
     assert "nothing to resume" in refused(capsys, "train", file, "--resume")
     assert "does not exist" in refused(capsys, "train", file, "--quiet")
-    for words in (["--lr", "3"], ["another.toml"], ["--quie"]):  # argparse's: usage, then the line
+    for words in (["--lr", "3"], ["another.toml"], ["--quie"]):  # refused by argparse
         with pytest.raises(SystemExit) as e:
             run("train", file, *words)
         assert e.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
@@ -101,14 +99,14 @@ def test_generate(trained, capsys, monkeypatch):
     )
     first = capsys.readouterr().out
     assert first.startswith("the ") and len(first) > 8 and first.endswith("\n")
-    for argv in (["--prompt", "-"], []):  # from standard input, unchanged
+    for argv in (["--prompt", "-"], []):  # the prompt is standard input, unchanged
         monkeypatch.setattr(sys, "stdin", io.StringIO("the "))
         assert (
             run("generate", "--model", trained, *argv, "--max-tokens", 12, "--temperature", 0) == 0
         )
         assert capsys.readouterr().out == first
     folder = checkpoint.latest(trained)
-    for name in (folder, folder / "model"):  # a checkpoint folder and a model folder work too
+    for name in (folder, folder / "model"):  # a checkpoint folder and a model folder
         assert (
             run(
                 "generate",
@@ -166,11 +164,8 @@ def test_generate_options_arrive(trained, capsys):
     threads.assert_called_once_with(1)
 
 
-def test_generate_within_a_memory(trained, capsys):
-    """The cache is as large as prompt and output need, or as requested.
-
-    A cache that does not suffice is refused.
-    """
+def test_generate_sizes_the_cache(trained, capsys):
+    """By default the cache fits prompt and output. Options make it larger or limit its memory."""
     made = []
 
     def out(*argv):
@@ -199,12 +194,10 @@ def test_generate_within_a_memory(trained, capsys):
     assert (
         out("--cache", "fp32", "--max-model-len", 64) == whole
         and 16 < made[0].pages * 16 // 4 < made[1].pages * 16 // 4 == 64
-    )  # room for four
-    assert (
-        out("--cache", "6bit", "--kv-cache-memory", "50kB").startswith("the ")
-        and 40_000 < made[2].nbytes <= 50_000
-        and made[2].format == "6bit"
-    )
+    )  # four full contexts
+    assert out("--cache", "6bit", "--kv-cache-memory", "50kB").startswith("the ")
+    assert 40_000 < made[2].nbytes <= 50_000
+    assert made[2].format == "6bit"
     assert whole.startswith(
         out("--cache", "fp32", "--max-model-len", 8).rstrip("\n")
     )  # finish_reason "length"
@@ -270,9 +263,8 @@ def test_evaluate_a_run(trained, tmp_path, capsys):
     assert run("evaluate", trained, "--out", out) == 0
     said = capsys.readouterr().out
     assert "bits per byte" in said and "wrote " in said
-    assert (out / "report.md").read_text() in said and (out / "report.png").read_bytes()[
-        :8
-    ] == b"\x89PNG\r\n\x1a\n"
+    assert (out / "report.md").read_text() in said
+    assert (out / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert json.loads((out / "report.json").read_text())["training"]["steps"] == 40
 
 
@@ -283,9 +275,8 @@ def test_evaluate_writes_into_the_run_and_works_without_matplotlib(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run("evaluate", tmp_path / "run") == 0
     assert "matplotlib is not installed" in capsys.readouterr().out
-    assert (tmp_path / "run" / "report.md").exists() and not (
-        tmp_path / "run" / "report.png"
-    ).exists()
+    assert (tmp_path / "run" / "report.md").exists()
+    assert not (tmp_path / "run" / "report.png").exists()
 
 
 def test_evaluate_a_model_on_a_file(trained, tmp_path, capsys):
@@ -330,25 +321,20 @@ def test_evaluate_needles(trained, tmp_path, capsys, monkeypatch):
     ]
     assert run(*argv, "--out", out) == 0
     said = capsys.readouterr()
-    assert (
-        (out / "needle.md").read_text() in said.out
-        and "| depth | 100 tokens | 256 tokens |" in said.out
-        and "256 tokens: " in said.err
-    )
-    assert (out / "needle.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and not (
-        out / "report.md"
-    ).exists()
+    assert (out / "needle.md").read_text() in said.out
+    assert "| depth | 100 tokens | 256 tokens |" in said.out
+    assert "256 tokens: " in said.err
+    assert (out / "needle.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert not (out / "report.md").exists()
     result = json.loads((out / "needle.json").read_text())
     assert np.shape(result["found"]) == (3, 2) and result["depths"] == [0, 0.5, 1]
     assert (
         run(*argv) == 0 and "wrote" not in capsys.readouterr().out
-    )  # a model folder stays as it is
+    )  # nothing is written into a model folder
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run(*argv, "--out", tmp_path / "other") == 0
-    assert (
-        "matplotlib is not installed" in capsys.readouterr().out
-        and not (tmp_path / "other" / "needle.png").exists()
-    )
+    assert "matplotlib is not installed" in capsys.readouterr().out
+    assert not (tmp_path / "other" / "needle.png").exists()
     with mock.patch(
         "lamoe.measure.report.read_documents",
         return_value=[mock.Mock(text="One sentence. Another one.")],
@@ -433,10 +419,8 @@ def test_amounts_of_memory(text, value):
 def test_wrong_amounts_of_memory(text, capsys):
     with pytest.raises(SystemExit) as e:
         run("info", "tiny", f"--memory={text}")
-    assert (
-        e.value.code == 2
-        and "is not an amount of memory; write it like 16GB" in capsys.readouterr().err
-    )
+    assert e.value.code == 2
+    assert "is not an amount of memory; write it like 16GB" in capsys.readouterr().err
 
 
 # ---- convert ----
@@ -447,10 +431,8 @@ def test_convert(trained, tmp_path, capsys):
     )
     assert f"wrote {tmp_path / 'new'}" in capsys.readouterr().out
     model = lamoe.load(tmp_path / "new")
-    assert (
-        str(model.embed.weight.dtype) == "torch.bfloat16"
-        and len(list((tmp_path / "new").glob("*.safetensors"))) > 1
-    )
+    assert str(model.embed.weight.dtype) == "torch.bfloat16"
+    assert len(list((tmp_path / "new").glob("*.safetensors"))) > 1
     old = checkpoint.latest(trained) / "model"
     assert (tmp_path / "new" / "tokenizer.json").read_bytes() == (
         old / "tokenizer.json"
@@ -466,7 +448,7 @@ def test_convert(trained, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
-# ---- the frame ----
+# ---- the program ----
 def test_verbs_are_listed_and_required(capsys):
     for argv in ([], ["--help"], ["trian"]):
         with pytest.raises(SystemExit) as e:
@@ -491,16 +473,14 @@ def test_errors_are_one_line(capsys, monkeypatch):
 
 
 def test_as_a_program():
-    """Version, exit code and a closed pipe; none of them imports torch."""
+    """Version, exit code and a closed pipe work without torch."""
     lamoe_cli = [sys.executable, "-m", "lamoe"]
     done = subprocess.run([*lamoe_cli, "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"lamoe {lamoe.__version__}\n", "")
     done = subprocess.run([*lamoe_cli, "info", "nonsense"], capture_output=True, text=True)
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith("lamoe info: 'nonsense' is neither")
-        and done.stderr.count("\n") == 1
-    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("lamoe info: 'nonsense' is neither")
+    assert done.stderr.count("\n") == 1
     for flags in (["--json"], []):
         child = subprocess.Popen(
             [*lamoe_cli, "info", "deepseek-v2", *flags],
@@ -508,7 +488,7 @@ def test_as_a_program():
             stderr=subprocess.PIPE,
             text=True,
             env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
-        )  # the flush at exit must not fail either
+        )  # with buffered output, only the last flush notices the closed pipe
         child.stdout.close()
         assert child.stderr.read() == "" and child.wait() == 1
     code = (
@@ -517,7 +497,7 @@ def test_as_a_program():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-def test_the_package_says_what_it_has():
+def test_the_public_names_of_the_package():
     assert set(lamoe.__all__) >= {
         "load",
         "save",

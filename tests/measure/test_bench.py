@@ -1,6 +1,6 @@
-"""`lamoe bench`: bytes read by a pass, options, and llama.cpp beside it.
+"""`lamoe bench`: bytes per pass, options, and the comparison with llama.cpp.
 
-Scripts stand in for llama.cpp's tools and print what b11434 printed.
+Scripts stand in for llama.cpp's tools. They print output that was recorded from build b11434.
 """
 
 import json
@@ -19,7 +19,7 @@ from oracles import tiny
 pytestmark = pytest.mark.skipif(native.lib is None, reason="needs the compiled kernels")
 MLA = tiny.config("deepseek_v2", max_position_embeddings=256)
 
-# ---- recorded ----
+# ---- recorded output of llama.cpp ----
 DEPTH = """\
 {"build_commit": "unknown", "build_number": 0, "cpu_info": "AMD EPYC", "gpu_info": "", "backends": "CPU", "model_filename": "tiny-q8.gguf", "model_type": "deepseek2 ?B Q8_0", \
 "model_size": 115808256, "model_n_params": 108652032, "n_batch": 2048, "n_ubatch": 512, "n_threads": 2, "cpu_mask": "0x0", "cpu_strict": false, "poll": 50, "type_k": "f16", \
@@ -43,7 +43,7 @@ llama_batched_bench: n_kv_max = 4096, n_batch = 2048, n_ubatch = 512, flash_attn
 """  # noqa: E501
 
 
-def test_what_its_tools_print():
+def test_output_of_both_tools_is_parsed():
     assert llama_cpp.parse(DEPTH) == {
         (64, 100, 1): [173.404, 149.382, 175.071],
         (1, 100, 1): [49.9698, 21.3305, 35.3968],
@@ -54,9 +54,9 @@ def test_what_its_tools_print():
 
 @pytest.fixture
 def tools(tmp_path, monkeypatch):
-    """Stand-ins for llama.cpp's tools: `write(name, stdout, stderr, code)` makes one.
+    """Return `write(name, stdout, stderr, code)`, which puts a script of that name on PATH.
 
-    The list collects the arguments that they were called with.
+    `write.calls()` lists the commands that were run; `write.model` is a GGUF file.
     """
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
@@ -78,7 +78,7 @@ def tools(tmp_path, monkeypatch):
     return write
 
 
-def test_what_is_missing_is_said_before_anything_is_measured(tools):
+def test_missing_tools_and_files_are_refused_before_measuring(tools):
     with pytest.raises(ValueError, match="llama-bench is not on PATH"):
         llama_cpp.Peer(tools.model, 1)
     tools("llama-bench", DEPTH)
@@ -89,7 +89,7 @@ def test_what_is_missing_is_said_before_anything_is_measured(tools):
         llama_cpp.Peer(tools.model + "x", 1)
 
 
-def test_ours_and_the_peer_take_turns(tools):
+def test_runs_are_interleaved_with_the_peer(tools):
     tools("llama-bench", DEPTH, SAID)
     tools("llama-batched-bench", MANY)
     run, said, reads = (
@@ -103,7 +103,7 @@ def test_ours_and_the_peer_take_turns(tools):
     )
     model = f"-m {tools.model} -t 3"
     assert tools.calls() == [
-        # one value for both
+        # prefill and decode share one filled cache
         f"llama-bench {model} -fa 1 -r 2 -d 100 -p 64 -n 32 -o jsonl --progress",
         f"llama-batched-bench {model} -fa on -npp 16 -ntg 16 -npl 4,4 -c 160 --output-format jsonl",
     ]
@@ -119,23 +119,18 @@ def test_ours_and_the_peer_take_turns(tools):
     ]
     assert "llama.cpp: benchmark 1/2: depth run 1/3" in said and not any("eos" in s for s in said)
     decode, prefill, four = lines
-    assert (
-        [len(x.seconds) for x in lines] == [6, 2, 4]
-        and decode.peer == [49.9698, 21.3305, 35.3968]
-        and four.peer == [119.61097]
-    )
-    assert (
-        decode.ratio == decode.rate / 35.3968
-        and prefill.ratio == prefill.rate / 173.404
-        and decode.read == [1e9, 2e9, 3e9, 4e9]
-        and four.read == [5e9, 6e9, 7e9, 8e9]
-    )
-    assert "| 35.4 |" in tables.peer_speeds(lines) and tables.peer_speeds(lines).endswith(
-        "5.0, 6.0, 7.0, 8.0 |"
-    )
+    assert [len(x.seconds) for x in lines] == [6, 2, 4]
+    assert decode.peer == [49.9698, 21.3305, 35.3968]
+    assert four.peer == [119.61097]
+    assert decode.ratio == decode.rate / 35.3968
+    assert prefill.ratio == prefill.rate / 173.404
+    assert decode.read == [1e9, 2e9, 3e9, 4e9]
+    assert four.read == [5e9, 6e9, 7e9, 8e9]
+    assert "| 35.4 |" in tables.peer_speeds(lines)
+    assert tables.peer_speeds(lines).endswith("5.0, 6.0, 7.0, 8.0 |")
 
 
-def test_a_tool_that_fails_is_quoted(tools):
+def test_the_error_quotes_a_tool_that_fails(tools):
     tools("llama-batched-bench", "")
     line = timing.Line("decode at 0", 1, 0, 1, 1.0)
     tools(
@@ -154,9 +149,9 @@ def test_a_tool_that_fails_is_quoted(tools):
         llama_cpp.Peer(tools.model, 1).measure([line], print)
 
 
-# ---- ours ----
+# ---- lamoe ----
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "int4"])
-def test_bytes_of_a_pass_are_those_of_the_form_it_takes(weights):
+def test_bytes_of_a_pass_depend_on_the_form_of_attention(weights):
     run = timing.Bench(random_model(MLA, Formats(weights), 1), "bf16", 100)
     elem, parts = packed.element_format(Formats(weights)), {}
     for p in packed.packed_tensors(MLA, Formats(weights)):
@@ -183,9 +178,10 @@ def test_bytes_of_a_pass_are_those_of_the_form_it_takes(weights):
         chosen = run.run(line, experts=True)
         assert chosen.shape == (len(MLA.moe_layers), line.tokens, MLA.num_experts_per_tok)
         read = len({(layer, int(e)) for layer, each in enumerate(chosen) for e in each.flatten()})
-        attention = (
-            uk + uv if line.new == 1 else copies + (0 if weights in ("int8", "int4") else uv)
-        )  # a prompt is expanded
+        if line.new == 1:  # absorbed
+            attention = uk + uv
+        else:  # expanded; without quantisation W^UV has only one copy
+            attention = copies + (0 if weights in ("int8", "int4") else uv)
         want = (
             rest
             + attention
@@ -207,11 +203,10 @@ def test_a_dense_model_is_measured_too():
     timing.measure(run, lines, 1)
     assert [len(x.seconds) for x in lines] == [3, 3, 1, 1, 2] and all(x.rate > 0 for x in lines)
     weights = sum(run.model.tensor_bytes().values()) - run.model.tensor_bytes()["embed"]
-    assert (
-        lines[0].bytes
-        == pytest.approx(weights + run.model.tensor_bytes()["embed"] / run.config.vocab_size)
-        and lines[1].bytes > lines[0].bytes
+    assert lines[0].bytes == pytest.approx(
+        weights + run.model.tensor_bytes()["embed"] / run.config.vocab_size
     )
+    assert lines[1].bytes > lines[0].bytes
 
 
 def test_the_command_line(tmp_path, capsys, tools):
@@ -240,29 +235,23 @@ def test_the_command_line(tmp_path, capsys, tools):
     assert cli.main(argv) == 0
     out, err = capsys.readouterr()
     result = json.loads(out.splitlines()[-1])["lines"]
-    assert (
-        list(result) == ["decode at 100", "prefill 64 at 100", "4 sequences"]
-        and "| 4 sequences |" in out
-    )
-    assert (
-        result["decode at 100"]["peer_tokens_per_s"] == 35.3968
-        and len(result["4 sequences"]["read_gb_per_s"]) == 4
-    )
-    assert (
-        "left out, beyond the 256 positions of the model: --depth 9999, --prefill 200@100" in err
-        and "lamoe: decode at 100" in err
-    )
+    assert list(result) == ["decode at 100", "prefill 64 at 100", "4 sequences"]
+    assert "| 4 sequences |" in out
+    assert result["decode at 100"]["peer_tokens_per_s"] == 35.3968
+    assert len(result["4 sequences"]["read_gb_per_s"]) == 4
+    assert "left out, beyond the 256 positions of the model: --depth 9999, --prefill 200@100" in err
+    assert "lamoe: decode at 100" in err
     for bad in ("512@x", "1", "a", "8@-1"):
         with pytest.raises(SystemExit):
             cli.main(["bench", "tiny", "--prefill", bad])
         assert "write it like 512,2048,512@4096" in capsys.readouterr().err
 
 
-def test_tokens_of_random_weights_go_to_experts_of_their_own():
-    """Tokens of random weights must reach many experts, as in a trained model.
+def test_random_weights_spread_tokens_over_all_experts():
+    """Routing must look like that of a trained model.
 
-    Weights whose mean is not zero push all tokens in one direction and so to the same few experts.
-    A batch would then read too little.
+    Weights with a nonzero mean would send all tokens to the same few experts, so a batch would read
+    too few bytes.
     """
     config = MLA.replace(
         hidden_size=1024,

@@ -1,4 +1,4 @@
-"""`lamoe doctor`: its facts, its checks (which notice broken kernels), verdict, exit code."""
+"""`lamoe doctor`: its facts, its checks of the kernels, and the verdict and exit code."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def plain(monkeypatch):
 
 
 @compiled
-def test_all_is_well_here_and_the_numbers_are_the_machines(capsys):
+def test_a_healthy_machine(capsys):
     with mock.patch.object(doctor, "examine", lambda real=doctor.examine: real(SMALL)):
         assert cli.main(["doctor", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
@@ -43,25 +43,19 @@ def test_all_is_well_here_and_the_numbers_are_the_machines(capsys):
         "why": None,
         "could": native.lib.features().split(", "),
     }
-    assert (
-        found["cpu"]["threads"] == torch.get_num_threads()
-        and found["cpu"]["logical"] == os.cpu_count()
-    )
+    assert found["cpu"]["threads"] == torch.get_num_threads()
+    assert found["cpu"]["logical"] == os.cpu_count()
     assert found["devices"][0] == "cpu" and found["backend"]["name"] == "cpu"
     assert native.lib.isa() in found["backend"]["why"]
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert (
-        set(found["versions"]) == {"python", "system", *doctor._requirements(None)}
-        and None not in found["versions"].values()
-    )
+    assert set(found["versions"]) == {"python", "system", *doctor._requirements(None)}
+    assert None not in found["versions"].values()
     probe = found["probe"]
-    assert set(probe) == {"read_bytes_per_s", "int8_ops_per_s", "bf16_flops", "fp32_flops"} and all(
-        v > 1e6 for v in probe.values()
-    )
+    assert set(probe) == {"read_bytes_per_s", "int8_ops_per_s", "bf16_flops", "fp32_flops"}
+    assert all(v > 1e6 for v in probe.values())
     names = [c["name"] for c in found["checks"]]
-    assert len(names) == len(found["kernels"]["could"]) + 2 and all(
-        c["passed"] for c in found["checks"]
-    )
+    assert len(names) == len(found["kernels"]["could"]) + 2
+    assert all(c["passed"] for c in found["checks"])
     for word in (
         "GB/s read",
         "LAMOE_IMPL not set",
@@ -72,7 +66,7 @@ def test_all_is_well_here_and_the_numbers_are_the_machines(capsys):
         assert word in text
 
 
-def test_every_extra_is_explained_and_read_from_the_installation():
+def test_every_extra_is_listed_with_its_missing_packages():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
@@ -81,18 +75,16 @@ def test_every_extra_is_explained_and_read_from_the_installation():
         assert doctor._requirements(extra) == [re.match(r"[\w-]+", line)[0] for line in lines]
     with mock.patch.object(doctor, "_version", lambda name: None if name == "uvicorn" else "1"):
         found = doctor.examine(SMALL)
-    assert (
-        found["extras"]["serve"]["missing"] == ["uvicorn"]
-        and any("lamoe[serve]" in n for n in found["notes"])
-        and not found["problems"]
-    )
+    assert found["extras"]["serve"]["missing"] == ["uvicorn"]
+    assert any("lamoe[serve]" in n for n in found["notes"])
+    assert not found["problems"]
     with mock.patch.object(doctor, "_version", lambda name: None if name == "tokenizers" else "1"):
         assert any("tokenizers is not installed" in p for p in doctor.examine(SMALL)["problems"])
 
 
 @compiled
 @pytest.mark.parametrize("fmt,by", [("fp32", 1.01), ("bf16", 1.05), ("int4", 1.05)])
-def test_a_kernel_that_is_a_little_wrong_is_found(monkeypatch, fmt, by):
+def test_a_slightly_wrong_kernel_is_found(monkeypatch, fmt, by):
     right = native.linear
     monkeypatch.setattr(
         native, "linear", lambda f, *args: right(f, *args) * (by if f == fmt else 1.0)
@@ -104,7 +96,7 @@ def test_a_kernel_that_is_a_little_wrong_is_found(monkeypatch, fmt, by):
 
 
 @compiled
-def test_replies_that_differ_are_found(monkeypatch):
+def test_different_replies_of_the_backends_are_found(monkeypatch):
     right = doctor._replies
     for wrong, says in (
         (lambda t, p: ([t[0][::-1], *t[1:]], p), "greedy tokens differ"),
@@ -119,15 +111,13 @@ def test_replies_that_differ_are_found(monkeypatch):
         assert found["verdict"] == "broken" and any(says in p for p in found["problems"])
 
 
-def test_kernels_that_are_missing_are_a_problem_and_switched_off_ones_a_note(monkeypatch):
+def test_missing_kernels_are_a_problem_and_disabled_kernels_a_note(monkeypatch):
     monkeypatch.setenv("LAMOE_IMPL", "fused")
     found = doctor.examine(SMALL)
-    assert (
-        found["verdict"] == "good"
-        and doctor.exit_code(found) == 0
-        and "probe" not in found
-        and len(found["checks"]) == 1
-    )
+    assert found["verdict"] == "good"
+    assert doctor.exit_code(found) == 0
+    assert "probe" not in found
+    assert len(found["checks"]) == 1
     assert found["backend"]["name"] == "torch"
     assert "because the compiled kernels do not run" in doctor.render(found)
     if native.lib is not None:
@@ -136,17 +126,15 @@ def test_kernels_that_are_missing_are_a_problem_and_switched_off_ones_a_note(mon
     monkeypatch.setattr(native, "lib", None)
     monkeypatch.setattr(native, "_why", "no such module")
     found = doctor.examine(SMALL)
-    assert (
-        found["verdict"] == "limited"
-        and doctor.exit_code(found) == 1
-        and "C++ compiler" in found["problems"][0]
-        and "no such module" in found["problems"][0]
-    )
+    assert found["verdict"] == "limited"
+    assert doctor.exit_code(found) == 1
+    assert "C++ compiler" in found["problems"][0]
+    assert "no such module" in found["problems"][0]
     assert doctor.render(found).splitlines()[-1] == "verdict   limited: see the problems above"
 
 
 @compiled
-def test_an_instruction_set_that_the_cpu_lacks_is_named(monkeypatch):
+def test_an_unsupported_instruction_set_is_named(monkeypatch):
     def isa():
         raise ValueError("LAMOE_ISA is 'neon'; this CPU runs: scalar")
 
@@ -162,7 +150,7 @@ def test_an_instruction_set_that_the_cpu_lacks_is_named(monkeypatch):
         assert any("disables avx2" in n for n in doctor.examine(SMALL)["notes"])
 
 
-def test_processors_are_read_and_odd_systems_are_no_error(tmp_path):
+def test_cpu_facts_and_systems_without_them(tmp_path):
     file = tmp_path / "cpuinfo"
     file.write_text(
         "".join(
@@ -172,22 +160,18 @@ def test_processors_are_read_and_odd_systems_are_no_error(tmp_path):
         )
     )
     cpu = doctor._cpu(file)
-    assert (
-        cpu["cores"] == 4
-        and cpu["model"] == "A CPU @ 2: fast"
-        and cpu["features"] == ["avx2", "fma", "avx512f"]
-    )
-    assert (
-        doctor._cpu(tmp_path / "none")["cores"] is None
-        and doctor._cpu(tmp_path / "none")["features"] == []
-    )
+    assert cpu["cores"] == 4
+    assert cpu["model"] == "A CPU @ 2: fast"
+    assert cpu["features"] == ["avx2", "fma", "avx512f"]
+    assert doctor._cpu(tmp_path / "none")["cores"] is None
+    assert doctor._cpu(tmp_path / "none")["features"] == []
     (tmp_path / "max").write_text("150000 100000\n")
     assert doctor._quota(tmp_path / "max") == 1.5 and doctor._quota(tmp_path / "none") is None
     (tmp_path / "max").write_text("max 100000\n")
     assert doctor._quota(tmp_path / "max") is None
 
 
-def test_more_threads_than_processors_is_a_note(monkeypatch):
+def test_more_threads_than_cpus_is_a_note(monkeypatch):
     cpu = doctor._cpu() | {"usable": 8, "quota": 2.5, "threads": 4}
     monkeypatch.setattr(doctor, "_cpu", lambda: cpu)
     with (

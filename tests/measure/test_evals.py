@@ -1,4 +1,4 @@
-"""Bits per byte against a direct computation; needles in haystacks against greedy decoding."""
+"""Bits per byte against a direct computation, and needle tests against greedy decoding."""
 
 import math
 import random
@@ -24,7 +24,10 @@ CONFIG = ModelConfig(**BODY, **MLA, **MOE)
 
 
 def rows(n=7, t=12, seed=0):
-    """Return rows of 2 to 4 documents; the last is half padding, each pad a segment of its own."""
+    """Rows of two to four documents.
+
+    The second half of the last row is padding: each of its tokens is a segment of its own.
+    """
     rng, out = np.random.RandomState(seed), []
     for i in range(n):
         segments = np.sort(rng.randint(0, 4, t + 1)).astype(np.int32)
@@ -39,19 +42,15 @@ def model(seed=0) -> Transformer:
 
 
 def test_against_a_direct_computation():
-    """Compare with log-probabilities computed token by token.
-
-    Each target is conditioned on the earlier tokens of its own document in the row only.
-    """
+    """Each target is predicted from the earlier tokens of its own document only."""
     m, nats, targets = model(), 0.0, 0
     with torch.no_grad():
         for ids, segments in rows():
             for j in range(1, len(ids)):
                 if segments[j] == segments[j - 1]:
                     start = int(np.flatnonzero(segments == segments[j])[0])
-                    logits = m(torch.from_numpy(ids[None, start:j]))[
-                        0, -1
-                    ]  # rotary positions are relative, so it may begin at 0
+                    # RoPE is relative, so the document may start at position 0.
+                    logits = m(torch.from_numpy(ids[None, start:j]))[0, -1]
                     nats, targets = nats - logits.log_softmax(0)[ids[j]].item(), targets + 1
     result = text_loss(TorchBackend(m), rows())
     assert result.targets == targets and result.nats == pytest.approx(nats, rel=1e-5)
@@ -71,9 +70,8 @@ def test_without_the_document_mask_other_documents_are_context():
             )
             nats += nll[torch.from_numpy(segments[1:] == segments[:-1])].sum().item()
     result = text_loss(TorchBackend(m), rows(), document_mask=False)
-    assert result.nats == pytest.approx(nats, rel=1e-5) and result.nats != pytest.approx(
-        text_loss(TorchBackend(m), rows()).nats, rel=1e-5
-    )
+    assert result.nats == pytest.approx(nats, rel=1e-5)
+    assert result.nats != pytest.approx(text_loss(TorchBackend(m), rows()).nats, rel=1e-5)
 
 
 def test_a_uniform_model_needs_log2_of_the_vocabulary():
@@ -86,10 +84,7 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary():
 
 
 def test_independent_of_the_batch_size():
-    """The loss depends neither on the batch size nor on the other rows of a batch.
-
-    An evaluation drops no tokens, and expert shares are weighted by the number of targets.
-    """
+    """No token is dropped in an evaluation, and batches are weighted by their number of targets."""
     m = model()
     whole = text_loss(TorchBackend(m), rows(), batch=7)
     for batch in (1, 2, 3, 100):
@@ -109,15 +104,13 @@ def test_expert_load():
     "limit, taken", [(1, 1), (12, 1), (24, 2), (36, 3), (40, 3), (83, 4), (84, 7), (10**6, 7)]
 )
 def test_max_tokens_takes_rows_spread_evenly(limit, taken):
-    """7 rows of 12 positions."""
+    """There are 7 rows of 12 positions."""
     m, step = model(), -(-84 // limit)
     result = text_loss(TorchBackend(m), rows(), max_tokens=limit)
     want = text_loss(TorchBackend(m), rows()[::step])
-    assert (
-        len(rows()[::step]) == taken
-        and result.nats == pytest.approx(want.nats, rel=1e-6)
-        and result.targets == want.targets
-    )
+    assert len(rows()[::step]) == taken
+    assert result.nats == pytest.approx(want.nats, rel=1e-6)
+    assert result.targets == want.targets
 
 
 @pytest.mark.parametrize("limit", [None, 5])
@@ -128,7 +121,7 @@ def test_nothing_to_evaluate_on(what, limit):
 
 
 def test_bits_per_byte_of_a_run(trained):
-    """metrics.jsonl has the loss of the saved model on the held-out text."""
+    """The metrics of a run agree with an evaluation of its saved model on the held-out text."""
     import json
 
     corpus = open_corpus(trained / "data")
@@ -138,9 +131,8 @@ def test_bits_per_byte_of_a_run(trained):
     assert result.bits_per_byte(corpus.heldout_bytes()) == pytest.approx(
         last["heldout_bits_per_byte"], rel=1e-5
     )
-    assert result.targets == len(corpus.heldout.tokens) - len(
-        corpus.heldout
-    )  # all but each document's BOS
+    # Every token is a target except the BOS of each document.
+    assert result.targets == len(corpus.heldout.tokens) - len(corpus.heldout)
 
 
 def test_shift():
@@ -150,9 +142,9 @@ def test_shift():
 
 # ---- needle in a haystack ----
 def own_continuation(m, wrong=()):
-    """Make needles whose answer is the model's greedy continuation.
+    """Return a `make` whose answer is the model's own greedy continuation of a random prompt.
 
-    For the draws in `wrong`, one token of the answer is changed.
+    In the draws listed in `wrong`, one token of the answer is changed.
     """
     count = iter(range(10**6))
 
@@ -170,10 +162,7 @@ def own_continuation(m, wrong=()):
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 1024])
 def test_a_needle_is_found_when_greedy_decoding_says_it(chunk, monkeypatch):
-    """A needle counts as found if greedy decoding gives its answer.
-
-    Chunks may end inside the answer; any wrong token of it is noticed.
-    """
+    """Chunks may end anywhere, also inside the answer. Any wrong token of an answer is noticed."""
     monkeypatch.setattr(needle, "CHUNK", chunk)
     m = model()
     assert needle.needle(
@@ -186,12 +175,11 @@ def test_a_needle_is_found_when_greedy_decoding_says_it(chunk, monkeypatch):
     found = needle.needle(
         TorchBackend(m), own_continuation(m, wrong={0, 4, 8, 9}), [8, 30], [0.0, 0.5, 1.0], 3
     )
-    assert found == pytest.approx(
-        np.array([[2 / 3, 2 / 3], [2 / 3, 1], [2 / 3, 1]])
-    )  # depth by depth of length 8, then of 30
+    # Draws are numbered depth by depth for length 8, then for length 30.
+    assert found == pytest.approx(np.array([[2 / 3, 2 / 3], [2 / 3, 1], [2 / 3, 1]]))
 
 
-def test_draws_of_a_cell_depend_on_the_cell_alone():
+def test_the_draws_of_a_cell_do_not_depend_on_other_cells():
     seen = {}
 
     def make(length, depth, draw):
@@ -202,11 +190,9 @@ def test_draws_of_a_cell_depend_on_the_cell_alone():
     first, seen = dict(seen), {}
     said = []
     needle.needle(TorchBackend(model()), make, [9], [1.0], 2, seed=5, note=said.append)
-    assert (
-        seen[9, 1.0] == first[9, 1.0][:2]
-        and len(set(sum(first.values(), []))) == 12
-        and said == ["9 tokens: 0% found"]
-    )
+    assert seen[9, 1.0] == first[9, 1.0][:2]
+    assert len(set(sum(first.values(), []))) == 12
+    assert said == ["9 tokens: 0% found"]
     seen = {}
     needle.needle(TorchBackend(model()), make, [9], [1.0], 2, seed=6)
     assert seen[9, 1.0] != first[9, 1.0][:2]
@@ -229,7 +215,7 @@ def test_needle_refuses(lengths, depths, draws, what):
 
 
 def test_text_needles(trained):
-    """The needle is a sentence at the wanted depth of the text, and the question comes last."""
+    """The needle lies between two sentences at the requested depth, and the question comes last."""
     tok = Tokenizer.load(checkpoint.latest(trained) / "model")
     text = " ".join(f"Sentence {i} has some words{'.!?'[i % 3]}" for i in range(300))
     make, before = needle.text_needle(tok, [text]), -1
@@ -246,9 +232,8 @@ def test_text_needles(trained):
         city = said.rsplit("The secret number of ", 1)[1].removesuffix(" is")
         assert city in needle.CITIES and said.endswith(f" The secret number of {city} is")
         at = said.index(f" The secret number of {city} is {number}.")
-        assert said.count("secret number") == 2 and before < at == pytest.approx(
-            depth * (len(said) - 80), abs=40
-        )
+        assert said.count("secret number") == 2
+        assert before < at == pytest.approx(depth * (len(said) - 80), abs=40)
         assert at == 0 or said[at - 1] in ".!?" or depth == 1.0  # between two sentences
         hay = (
             said[:at]
@@ -268,7 +253,7 @@ def test_text_needles(trained):
         .split("question, ")[1]
         .split()[0]
     )
-    prompt, answer = make(shortest, 0.5, random.Random(3))  # no room for any hay
+    prompt, answer = make(shortest, 0.5, random.Random(3))  # needle and question only
     assert len(prompt) + len(answer) == shortest and tok.decode(prompt).count("secret number") == 2
     with pytest.raises(ValueError, match="haystack has no text"):
         needle.text_needle(tok, ["", "  \n "])

@@ -1,4 +1,4 @@
-"""Reports: every figure equals its definition, and the files can be read."""
+"""Reports: every figure against its definition, and the Markdown and PNG files."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def result(trained, spoken):
 
 
 def test_held_out_figures(trained, spoken, result):
-    """The rows and the compressors get the raw text of the held-out files."""
+    """The model and the compressors see exactly the text of the held-out files."""
     texts = trained.parent / "texts"
     names = [
         json.loads(line)["name"]
@@ -43,47 +43,36 @@ def test_held_out_figures(trained, spoken, result):
     ]
     raw = "".join((texts / n).read_text() for n in names).encode()
     (h,) = result["heldout"]
-    assert (
-        h["source"] == str(texts)
-        and h["bytes"] == len(raw) == open_corpus(trained / "data").heldout_bytes()
-    )
-    assert h["gzip"] == 8 * len(gzip.compress(raw, 9)) / len(raw) and h["xz"] == 8 * len(
-        lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)
-    ) / len(raw)
+    assert h["source"] == str(texts)
+    assert h["bytes"] == len(raw) == open_corpus(trained / "data").heldout_bytes()
+    assert h["gzip"] == 8 * len(gzip.compress(raw, 9)) / len(raw)
+    assert h["xz"] == 8 * len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)) / len(raw)
     assert h["uniform"] == pytest.approx(math.log2(300) * h["tokens"] / len(raw))
     last = metrics(trained)[-1]
-    assert h["model"] == pytest.approx(last["heldout_bits_per_byte"], rel=1e-5) and h[
-        "perplexity"
-    ] == pytest.approx(last["heldout_perplexity"], rel=1e-5)
+    assert h["model"] == pytest.approx(last["heldout_bits_per_byte"], rel=1e-5)
+    assert h["perplexity"] == pytest.approx(last["heldout_perplexity"], rel=1e-5)
     assert h["model"] < h["uniform"]
 
 
-def test_the_other_figures(trained, spoken, result):
+def test_sizes_speed_and_training_figures(trained, spoken, result):
     model = spoken[0].model
     assert result["parameters"] == sum(p.numel() for p in model.parameters()) > result["activated"]
     width, layers = 16 + 8, 2
     cache = dict(result["cache"])
     assert (cache.pop("attention"), cache.pop("this model")) == ("MLA", 2 * width * layers)
-    assert (
-        cache["MHA"] == 2 * 2 * 2 * 8 * layers
-        and cache["MQA"] == 2 * 2 * 8 * layers
-        and cache["expanded K, V"] == 2 * 2 * (16 + 8) * layers
-    )
+    assert cache["MHA"] == 2 * 2 * 2 * 8 * layers
+    assert cache["MQA"] == 2 * 2 * 8 * layers
+    assert cache["expanded K, V"] == 2 * 2 * (16 + 8) * layers
     assert result["moe_layers"] == [1] and np.sum(result["expert_load"], 1) == pytest.approx([1.0])
     g, t = result["generation"], result["training"]
-    assert (
-        1 < g["tokens_per_s"] < 1e6
-        and g["dtype"] == "float32"
-        and g["threads"] == torch.get_num_threads()
-    )
-    assert (t["steps"], t["tokens"], t["dtype"]) == (40, 40 * 4 * 32, "float32") and t[
-        "router"
-    ].keys() >= {"drop_rate", "router_entropy"}
+    assert 1 < g["tokens_per_s"] < 1e6
+    assert g["dtype"] == "float32"
+    assert g["threads"] == torch.get_num_threads()
+    assert (t["steps"], t["tokens"], t["dtype"]) == (40, 40 * 4 * 32, "float32")
+    assert t["router"].keys() >= {"drop_rate", "router_entropy"}
     steps = [m for m in metrics(trained) if "loss" in m]
-    assert (
-        t["curve"] == [[m["step"], m["loss"], m["lr"]] for m in steps]
-        and t["epochs"] == steps[-1]["epoch"]
-    )
+    assert t["curve"] == [[m["step"], m["loss"], m["lr"]] for m in steps]
+    assert t["epochs"] == steps[-1]["epoch"]
     assert [s for s, _ in t["heldout_curve"]] == [20, 40]
     assert t["heldout_curve"][1][1] == pytest.approx(
         math.log(result["heldout"][0]["perplexity"]), rel=1e-5
@@ -91,13 +80,12 @@ def test_the_other_figures(trained, spoken, result):
     assert json.loads(json.dumps(result)) == result
 
 
-def test_markdown_says_what_was_measured(result):
+def test_the_markdown_shows_the_measured_figures(result):
     text = tables.report(result, "a name")
     h = result["heldout"][0]
+    assert text.startswith("# a name\n")
     assert (
-        text.startswith("# a name\n")
-        and f"| **{h['model']:.3f}** | {h['xz']:.3f} | {h['gzip']:.3f} | {h['uniform']:.3f} |"
-        in text
+        f"| **{h['model']:.3f}** | {h['xz']:.3f} | {h['gzip']:.3f} | {h['uniform']:.3f} |" in text
     )
     assert "| **96** | 128 (75%) |" in text and "this model (MLA)" in text
     load = result["expert_load"][0]
@@ -113,19 +101,17 @@ def test_png(result, tmp_path):
 
 @pytest.mark.parametrize("heads, name", [(2, "MHA"), (1, "MQA")])
 def test_a_dense_model_on_any_text(spoken, tmp_path, heads, name):
-    """A model without experts or training gets a report without these sections."""
+    """A model without experts and training metrics gets a report without those sections."""
     _, tok = spoken
     config = ModelConfig(model_type="llama", **BODY, num_key_value_heads=heads)
     model = backends.load(lamoe.Transformer(config).init_weights(), backend="torch")
     (tmp_path / "a.txt").write_text("the cat sat\n" * 30)
     (tmp_path / "empty.txt").write_text("")
     r = report.evaluate_texts(model, tok, [str(tmp_path)], 16)
-    assert (
-        r["cache"]["attention"] == name
-        and r["expert_load"] == []
-        and "training" not in r
-        and r["context"] == 16
-    )
+    assert r["cache"]["attention"] == name
+    assert r["expert_load"] == []
+    assert "training" not in r
+    assert r["context"] == 16
     text = tables.report(r, "x")
     assert "Expert load" not in text and "Training" not in text
     plots.report(r, "x", tmp_path / "r.png")
@@ -133,10 +119,7 @@ def test_a_dense_model_on_any_text(spoken, tmp_path, heads, name):
 
 
 def test_texts_are_measured_exactly(spoken, tmp_path):
-    """Every token after BOS is a target exactly once, also in documents longer than a row.
-
-    One short document is compared with a direct computation.
-    """
+    """Every token after BOS is a target exactly once, also in documents of several rows."""
     model, tok = spoken
     (tmp_path / "a.txt").write_text("the cat sat on the mat.\n")
     (tmp_path / "b.jsonl").write_text(
@@ -150,19 +133,14 @@ def test_texts_are_measured_exactly(spoken, tmp_path):
     ids = torch.tensor([tok.encode("the cat sat on the mat.\n", bos=True)])
     with torch.no_grad():
         nll = -model.model(ids[:, :-1]).log_softmax(-1)[0].gather(-1, ids[0, 1:, None]).sum().item()
-    assert (
-        a["bytes"] == 24
-        and a["tokens"] == ids.shape[1] - 1
-        and a["model"] == pytest.approx(nll / math.log(2) / 24, rel=1e-5)
-    )
-    assert (
-        b["tokens"] == len(tok.encode("the dog ran on the hill " * 40)) + len(tok.encode("x"))
-        and b["bytes"] == 24 * 40 + 1
-    )
+    assert a["bytes"] == 24
+    assert a["tokens"] == ids.shape[1] - 1
+    assert a["model"] == pytest.approx(nll / math.log(2) / 24, rel=1e-5)
+    assert b["tokens"] == len(tok.encode("the dog ran on the hill " * 40)) + len(tok.encode("x"))
+    assert b["bytes"] == 24 * 40 + 1
     short = report.evaluate_texts(model, tok, sources[1:], 8)["heldout"][0]
-    assert (
-        short["tokens"] == b["tokens"] and short["model"] != b["model"]
-    )  # the same targets with less context
+    # the same targets with less context
+    assert short["tokens"] == b["tokens"] and short["model"] != b["model"]
 
 
 def test_bad_requests(spoken, tmp_path):
@@ -181,7 +159,7 @@ def test_bad_requests(spoken, tmp_path):
         report.evaluate_texts(model, tok, [str(tmp_path / "empty")])
 
 
-def test_a_model_of_another_run(trained, spoken, tmp_path):
+def test_a_model_with_a_smaller_vocabulary_is_refused(trained, spoken, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     config = ModelConfig(model_type="llama", **{**BODY, "vocab_size": 100})
     small = backends.load(lamoe.Transformer(config).init_weights(), backend="torch")
@@ -190,7 +168,7 @@ def test_a_model_of_another_run(trained, spoken, tmp_path):
 
 
 def test_a_context_of_a_few_tokens(spoken):
-    """Speed is measured even if the context hardly leaves room for a warm-up."""
+    """Speed is measured even if the context is too short for a warm-up."""
     for context in (3, 5, 12):
         model = lamoe.Transformer(
             ModelConfig(model_type="llama", **{**BODY, "max_position_embeddings": context})
@@ -199,7 +177,7 @@ def test_a_context_of_a_few_tokens(spoken):
 
 
 def test_several_sources_and_layers(tmp_path):
-    """Loads of several sources are weighted by tokens; layers are numbered as in the model."""
+    """Expert loads are averages over sources, weighted by tokens. Layers keep their index."""
     a, b = write_texts(tmp_path / "a"), write_texts(tmp_path / "b", 20, seed=1)
     train(
         raw_recipe(
