@@ -1,56 +1,97 @@
-"""Storage formats of cache rows: how the two parts of one token's row in one layer become bytes, and back.
+"""Storage formats of cache rows: encode the two parts of a token's row in one layer, and decode.
 
-Not the cache (cache.py): no pages, no lengths. A row stands alone: its bytes depend on its own numbers only, never on the batch.
-The parts are (latent, rope key) under MLA, else (keys, values); `widths` are their sizes in elements, config.cache_row.
+The parts are (latent, rope key) under MLA, else (keys, values). Their sizes in elements, `widths`,
+are ModelConfig.cache_row. The bytes of a row depend on its own numbers only, never on the batch.
+Pages and sequence lengths are the business of paged_cache.py.
 
-    fp32, bf16        the elements, little-endian, first part, then second part
-    int8, 6bit, 4bit  two blocks, first part, then second part
+    fp32, bf16        elements of part 1, elements of part 2 (little-endian)
+    int8, 6bit, 4bit  block of part 1, block of part 2
 
-A block of a part of w elements with codes of n bits in groups of g elements (W = w rounded up to a multiple of 8):
+A block stores w elements as n-bit codes. Each group of g consecutive elements has one scale. W is
+w rounded up to a multiple of 8.
 
-    1 byte    base >= 0, an e5m3 number: float16_from_bits(byte << 7) / 16, that is 4.8e-7 to 3840; 0xF8 and above are no number
-    F bytes   one 4-bit factor f per group (element i is in group i // g), step of the group = base * (f + 1) / 16; the low half of
-              byte k is group 2k, the high half group 2k + 1. A part of one group has none: F = 0, f = 15, step = base
-    codes     n in 4, 5, 6, 7, 8 is stored as planes of 4, 4+1, 4+2, 4+2+1 or 8 bits: the low bits of the code first. A plane of p bits is
-              S = W * p / 8 bytes; element i is in byte i % S, at bit p * (i // S). So one byte load, shift and mask gives S
-              neighbours in order.
-    value     (code - 2^(n-1)) * step; code 0 is not used; elements w..W hold code 2^(n-1) (zero)
+    +------+----------------+-------------------+
+    | base | group factors  | codes             |
+    | 1 B  | F bytes        | W * n / 8 bytes   |
+    +------+----------------+-------------------+
 
-The codes are symmetric integers with an exact zero. Both scales are rounded up and nothing is clipped: rounding them to nearest, which shrinks
-the largest elements of half the groups, disturbs the predictions half as much again (KL) at nearly the same squared error.
+base: a number >= 0 in e5m3 format: float16_from_bits(byte << 7) / 16, from 4.8e-7 to 3840. Bytes
+    from 0xF8 are NaN.
+group factors: a 4-bit factor f for each group; element i is in group i // g. The scale of the
+    group is base * (f + 1) / 16. Byte k holds group 2k in its low half and group 2k + 1 in its
+    high half. A part with a single group has no factors: F = 0 and the scale is base.
+codes: stored as bit planes, low bits of the code first:
 
-Which part gets how many bits. The *fine* part is the rope key (a second part at most half as wide as the first), else the keys;
-the other one is *coarse*. An error in the rope key, which all heads share, costs some 18 times as much as the same error in the latent.
+    n       4      5        6        7            8
+    planes  4      4 + 1    4 + 2    4 + 2 + 1    8      (bits each)
 
-    format   coarse  rope key  keys   group   bits per element at 512 + 64, at 192 | 192
-    int8     8       8         8      16      8.3   8.3
-    6bit     5       8         6      16      5.6   5.8    the fine part has fewer bits where the row would exceed 6.0 per element
-    4bit     4       6         4      32      4.4   4.2
+    A plane of p bits takes S = W * p / 8 bytes. Element i is in byte i % S, at bit p * (i // S).
+    So one byte load, shift and mask gives S neighbouring elements in order.
+value of an element: (code - 2^(n-1)) * scale. Code 0 is unused. Elements w to W - 1 are padding
+    with code 2^(n-1), which is zero.
 
-Rows of the low-bit formats with a NaN or an infinity, or with elements too large for base (above 3840 steps: 26,880 in 4 bits), say so: the
-part decodes to NaN throughout. fp32 and bf16 hold what they are given.
+The codes are symmetric integers with an exact zero. Base and factors are rounded up, so nothing is
+clipped. Rounding them to nearest would shrink the largest elements of half of the groups. The
+squared error would stay about the same, but the KL divergence of predictions would grow by half.
+
+Bits of each part. The *fine* part is the rope key (a second part at most half as wide as the
+first), or the keys if there is no rope key. The other part is *coarse*. An error in the rope key,
+which all heads share, costs about 18 times as much as the same error in the latent.
+
+    format   coarse   fine: rope key   fine: keys   group   bits per element at
+                                                            512 + 64    192 + 192
+    int8     8        8                8            16      8.3         8.3
+    6bit     5        8                6            16      5.6         5.8
+    4bit     4        6                4            32      4.4         4.2
+
+In format 6bit the fine part gets fewer bits if the row would otherwise exceed 6.0 bits per element.
+
+In the low-bit formats a part with a NaN, an infinity, or elements too large for base (above 3840
+times the largest code: 26,880 in 4 bits) decodes to NaN throughout. fp32 and bf16 store any value.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from lamoe.model.config import did_you_mean
 
-# name: (bits of the coarse part, of a rope key, of keys, group, most bits per element: the fine part gives way)
-_LOW_BIT = {"int8": (8, 8, 8, 16, None), "6bit": (5, 8, 6, 16, 6.0), "4bit": (4, 6, 4, 32, None)}
+
+class _LowBit(NamedTuple):
+    """Bits of a code in each part, group size, and the limit that reduces the fine part's bits."""
+
+    coarse_bits: int
+    rope_key_bits: int
+    keys_bits: int
+    group: int
+    max_bits_per_element: float | None = None
+
+
+_LOW_BIT = {
+    "int8": _LowBit(8, 8, 8, 16),
+    "6bit": _LowBit(5, 8, 6, 16, 6.0),
+    "4bit": _LowBit(4, 6, 4, 32),
+}
 _PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORMATS: tuple[str, ...] = (*_PLAIN, *_LOW_BIT)
 
 _PLANES = {4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
-_POISON = 0xFF  # as base: a NaN
-_BIAS = 16  # base is a half over this: the range of halves, moved to where steps of activations are
+_NAN_BASE = 0xFF
+# Divides float16 values, to move their range to that of the scales of activations.
+_BASE_DIVISOR = 16
 
 
-# ---- sizes -------------------------------------------------------------------------------------------------------------
+# ---- sizes ---------------------------------------------------------------------------------------
 def row_bytes(name: str, widths: tuple[int, int]) -> int:
-    """Bytes of one stored row of parts of `widths` elements, scales and padding included."""
+    """Return the stored bytes of one row, scales and padding included.
+
+    Args:
+        name: the storage format.
+        widths: elements of the two parts.
+    """
     check_format(name)
     if len(widths) != 2 or min(widths) < 1:
         raise ValueError(
@@ -58,55 +99,73 @@ def row_bytes(name: str, widths: tuple[int, int]) -> int:
         )
     if name in _PLAIN:
         return sum(widths) * _PLAIN[name].itemsize
-    group = _LOW_BIT[name][3]
+    group = _LOW_BIT[name].group
     return sum(_block_bytes(w, n, group) for w, n in zip(widths, part_bits(name, widths)))
 
 
 def bits_per_element(name: str, widths: tuple[int, int]) -> float:
-    """Stored bits per element of the row, scales and padding included."""
+    """Return the stored bits per element of a row, scales and padding included."""
     return 8 * row_bytes(name, widths) / sum(widths)
 
 
 def part_bits(name: str, widths: tuple[int, int]) -> tuple[int, int]:
-    """Bits of one code of each part, without the scales; see the top of this file for the rule."""
+    """Return the bits of one code in each part, without scales (rule: see the module docstring)."""
     check_format(name)
     if name in _PLAIN:
-        return (8 * _PLAIN[name].itemsize,) * 2
-    coarse, of_rope_key, of_keys, group, limit = _LOW_BIT[name]
-    rope_key = 2 * widths[1] <= widths[0]
-    fine = of_rope_key if rope_key else of_keys
-    w_coarse, w_fine = widths if rope_key else widths[::-1]
-    if limit is not None:
-        room = int(limit * sum(widths) / 8) - _block_bytes(w_coarse, coarse, group)
-        while fine > coarse and _block_bytes(w_fine, fine, group) > room:
+        bits = 8 * _PLAIN[name].itemsize
+        return bits, bits
+    spec = _LOW_BIT[name]
+    has_rope_key = 2 * widths[1] <= widths[0]
+    fine = spec.rope_key_bits if has_rope_key else spec.keys_bits
+    coarse_width, fine_width = widths if has_rope_key else widths[::-1]
+    if spec.max_bits_per_element is not None:
+        max_row_bytes = int(spec.max_bits_per_element * sum(widths) / 8)
+        available = max_row_bytes - _block_bytes(coarse_width, spec.coarse_bits, spec.group)
+        while fine > spec.coarse_bits and _block_bytes(fine_width, fine, spec.group) > available:
             fine -= 1
-    return (coarse, fine) if rope_key else (fine, coarse)
+    return (spec.coarse_bits, fine) if has_rope_key else (fine, spec.coarse_bits)
 
 
 def max_error(name: str, widths: tuple[int, int]) -> tuple[float, float]:
-    """For each part, the largest |decoded - x| as a share of the part's largest |x| in that row. float32 on both sides; the low-bit
-    formats add 2^-22 (2e-7) for the smallest step, bf16 its subnormal range. Half a step, where base is at most 1/8 too large."""
+    """Bound |decoded - x| for each part, relative to the largest |x| of the part in its row.
+
+    For float32 input and output. The bound is half a quantisation step, with a base that rounding
+    made at most 1/8 too large. Not included: 2^-22 (2e-7) in the low-bit formats, for the smallest
+    step, and the subnormal range in bf16.
+    """
     check_format(name)
     if name in _PLAIN:
-        return (0.0 if name == "fp32" else 2.0**-8,) * 2
-    return tuple(9 / 8 / 2 / _half(n) for n in part_bits(name, widths))
+        error = 0.0 if name == "fp32" else 2.0**-8
+        return error, error
+    first, second = part_bits(name, widths)
+    return 9 / 8 / 2 / _max_code(first), 9 / 8 / 2 / _max_code(second)
 
 
 def group_of(name: str) -> int:
-    """Elements that share a scale; of the plain formats, which have none, 16."""
-    return _LOW_BIT[name][3] if name in _LOW_BIT else 16
+    """Return how many elements share a scale; 16 for fp32 and bf16, which have no scales."""
+    return _LOW_BIT[name].group if name in _LOW_BIT else 16
 
 
 def check_format(name: str) -> None:
+    """Raise ValueError for an unknown format."""
     if name not in FORMATS:
         raise ValueError(
-            f"unknown cache format {name!r}{did_you_mean(name, FORMATS)}; known: {', '.join(FORMATS)}"
+            f"unknown cache format {name!r}{did_you_mean(name, FORMATS)}; "
+            f"known: {', '.join(FORMATS)}"
         )
 
 
-# ---- encode and decode -----------------------------------------------------------------------------------------------------
+# ---- encode and decode ---------------------------------------------------------------------------
 def encode(name: str, parts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """The rows of parts (a [N, w0], b [N, w1]), floating point. -> uint8 [N, row_bytes(name, (w0, w1))]"""
+    """Encode cache rows.
+
+    Args:
+        name: the storage format.
+        parts: the two parts of N rows, [N, w0] and [N, w1], of any floating-point dtype.
+
+    Returns:
+        uint8 [N, row_bytes(name, (w0, w1))].
+    """
     a, b = parts
     if (
         a.dim() != 2
@@ -123,7 +182,7 @@ def encode(name: str, parts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     if name in _PLAIN:
         out.copy_(torch.cat([p.to(_PLAIN[name]) for p in parts], 1).view(torch.uint8))
         return out
-    at, group = 0, _LOW_BIT[name][3]
+    at, group = 0, _LOW_BIT[name].group
     for part, n in zip(parts, part_bits(name, widths)):
         size = _block_bytes(part.shape[1], n, group)
         _encode_block(part.to(torch.float32), n, group, out[:, at : at + size])
@@ -134,33 +193,46 @@ def encode(name: str, parts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
 def decode(
     name: str, rows: torch.Tensor, widths: tuple[int, int], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `encode` stored: rows uint8 [N, row_bytes] -> (a [N, w0], b [N, w1]) in `dtype`, computed in float32."""
+    """Decode cache rows.
+
+    Args:
+        name: the storage format.
+        rows: uint8 [N, row_bytes(name, widths)], made by `encode`.
+        widths: elements of the two parts, (w0, w1).
+        dtype: of the result. Values are computed in float32 and then converted.
+
+    Returns:
+        the two parts, [N, w0] and [N, w1].
+    """
     size = row_bytes(name, widths)
     if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != size:
         raise ValueError(
-            f"rows of format {name!r} and widths {tuple(widths)} are uint8 [N, {size}], found {rows.dtype} {tuple(rows.shape)}"
+            f"rows of format {name!r} and widths {tuple(widths)} are uint8 [N, {size}], found "
+            f"{rows.dtype} {tuple(rows.shape)}"
         )
+    w0, w1 = widths
     if name in _PLAIN:
         stored = _PLAIN[name]
-        cut = widths[0] * stored.itemsize
-        # a copy of each part, which also puts it where its element type may begin
-        return tuple(
-            r.clone(memory_format=torch.contiguous_format).view(stored).to(dtype)
-            for r in (rows[:, :cut], rows[:, cut:])
-        )
+        cut = w0 * stored.itemsize
+        return _plain_part(rows[:, :cut], stored, dtype), _plain_part(rows[:, cut:], stored, dtype)
     if not len(rows):
-        return tuple(rows.new_empty(0, w, dtype=dtype) for w in widths)
-    group, bits = _LOW_BIT[name][3], part_bits(name, widths)
-    cut = _block_bytes(widths[0], bits[0], group)
+        return rows.new_empty(0, w0, dtype=dtype), rows.new_empty(0, w1, dtype=dtype)
+    group, bits = _LOW_BIT[name].group, part_bits(name, widths)
+    cut = _block_bytes(w0, bits[0], group)
     return (
-        _decode_block(rows[:, :cut], widths[0], bits[0], group, dtype),
-        _decode_block(rows[:, cut:], widths[1], bits[1], group, dtype),
+        _decode_block(rows[:, :cut], w0, bits[0], group, dtype),
+        _decode_block(rows[:, cut:], w1, bits[1], group, dtype),
     )
 
 
-# ---- one block -------------------------------------------------------------------------------------------------------------
-def _half(n: int) -> int:
-    """The largest code of n bits, as a signed integer."""
+def _plain_part(part: torch.Tensor, stored: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
+    # The copy also aligns the bytes, which `view` needs.
+    return part.clone(memory_format=torch.contiguous_format).view(stored).to(dtype)
+
+
+# ---- one block -----------------------------------------------------------------------------------
+def _max_code(n: int) -> int:
+    """Return the largest n-bit code, as a signed integer."""
     return 2 ** (n - 1) - 1
 
 
@@ -177,55 +249,50 @@ def _block_bytes(w: int, n: int, group: int) -> int:
 
 
 def _encode_block(x: torch.Tensor, n: int, group: int, out: torch.Tensor) -> None:
-    """x float32 [N, w] -> out [N, block bytes]."""
+    """Encode x, float32 [N, w], into out, uint8 [N, block bytes]."""
     w = x.shape[1]
     group, groups, factor_bytes = min(group, w), _groups(w, group), _factor_bytes(w, group)
     x = F.pad(x, (0, groups * group - w)).unflatten(1, (groups, group))
-    need = x.abs().amax(-1) / _half(
-        n
-    )  # [N, groups]: the step that just reaches the largest element
-    base = _to_e5m3(need.amax(1))
+    # [N, groups]: the smallest scale that represents the largest element of each group.
+    needed = x.abs().amax(-1) / _max_code(n)
+    base = _to_e5m3(needed.amax(1))
     out[:, 0] = base
-    step = _from_e5m3(base)[:, None]
+    scale = _from_e5m3(base)[:, None]
     if factor_bytes:
-        f = (need * (16 / step)).ceil().nan_to_num(1.0, 16.0, 1.0).clamp(1, 16)
-        step = step * (f / 16)
+        f = (needed * (16 / scale)).ceil().nan_to_num(1.0, 16.0, 1.0).clamp(1, 16)
+        scale = scale * (f / 16)
         f = F.pad((f - 1).to(torch.uint8), (0, 2 * factor_bytes - groups))
         out[:, 1 : 1 + factor_bytes] = f[:, 0::2] | f[:, 1::2] << 4
     codes = (
-        (x / step[..., None])
+        (x / scale[..., None])
         .nan_to_num(0.0, 0.0, 0.0)
         .round_()
-        .clamp_(-_half(n), _half(n))
+        .clamp_(-_max_code(n), _max_code(n))
         .add_(2 ** (n - 1))
         .to(torch.uint8)
     )
-    _pack(
-        F.pad(codes.flatten(1)[:, :w], (0, -w % 8), value=2 ** (n - 1)),
-        n,
-        out[:, 1 + factor_bytes :],
-    )
+    padded = F.pad(codes.flatten(1)[:, :w], (0, -w % 8), value=2 ** (n - 1))
+    _pack(padded, n, out[:, 1 + factor_bytes :])
 
 
 def _decode_block(
     rows: torch.Tensor, w: int, n: int, group: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """rows uint8 [N, block bytes] -> [N, w]"""
+    """Decode rows, uint8 [N, block bytes], to [N, w]."""
     group, groups, factor_bytes = min(group, w), _groups(w, group), _factor_bytes(w, group)
-    step = _from_e5m3(rows[:, 0])[:, None]
+    scale = _from_e5m3(rows[:, 0])[:, None]
     if factor_bytes:
         f = rows[:, 1 : 1 + factor_bytes]
         f = torch.stack((f & 15, f >> 4), -1).flatten(1)[:, :groups]
-        step = step * ((f.to(torch.float32) + 1) / 16)
-    codes = (
-        _unpack(rows[:, 1 + factor_bytes :], n).view(torch.int8).sub_(2 ** (n - 1))
-    )  # wraps into place at n = 8
+        scale = scale * ((f.to(torch.float32) + 1) / 16)
+    # 8-bit codes above 127 are negative as int8. The subtraction wraps them to the right value.
+    codes = _unpack(rows[:, 1 + factor_bytes :], n).view(torch.int8).sub_(2 ** (n - 1))
     codes = F.pad(codes[:, :w], (0, groups * group - w)).unflatten(1, (groups, group))
-    return codes.to(torch.float32).mul_(step[..., None]).flatten(1)[:, :w].to(dtype).contiguous()
+    return codes.to(torch.float32).mul_(scale[..., None]).flatten(1)[:, :w].to(dtype).contiguous()
 
 
 def _pack(codes: torch.Tensor, n: int, out: torch.Tensor) -> None:
-    """codes uint8 [N, W] -> out [N, W * n / 8], planes of low bits first."""
+    """Store n-bit codes, uint8 [N, W], as bit planes in out, uint8 [N, W * n / 8]."""
     at = shift = 0
     for p in _PLANES[n]:
         size = codes.shape[1] * p // 8
@@ -236,7 +303,7 @@ def _pack(codes: torch.Tensor, n: int, out: torch.Tensor) -> None:
 
 
 def _unpack(rows: torch.Tensor, n: int) -> torch.Tensor:
-    """rows uint8 [N, W * n / 8] -> codes uint8 [N, W]"""
+    """Read n-bit codes, uint8 [N, W], from bit planes, uint8 [N, W * n / 8]."""
     codes, at, shift = None, 0, 0
     for p in _PLANES[n]:
         size = rows.shape[1] * p // n
@@ -247,33 +314,32 @@ def _unpack(rows: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def _spread(plane: torch.Tensor, p: int, shift: int) -> torch.Tensor:
-    """Fields of p bits, uint8 [N, S] -> uint8 [N, 8 S / p], each shifted left by `shift`. Eight bytes at a time where S allows it."""
-    plane = plane.clone(
-        memory_format=torch.contiguous_format
-    )  # a slice of rows begins anywhere; an int64 may not
+    """Extract the p-bit fields of a plane, uint8 [N, S], to uint8 [N, 8 S / p].
+
+    Each field is shifted left by `shift`. Works on eight bytes at once if S is a multiple of 8.
+    """
+    # The copy aligns the bytes, which a view as int64 needs.
+    plane = plane.clone(memory_format=torch.contiguous_format)
     if p == 8:
         return plane
     word, ones = (torch.int64, 0x0101010101010101) if plane.shape[1] % 8 == 0 else (torch.uint8, 1)
-    fields = (
-        plane.view(word)[:, None, :]
-        >> torch.arange(0, 8, p, dtype=word, device=plane.device)[:, None]
-    )
-    return (
-        fields.bitwise_and_(ones * (2**p - 1))
-        .bitwise_left_shift_(shift)
-        .view(torch.uint8)
-        .flatten(1)
-    )
+    shifts = torch.arange(0, 8, p, dtype=word, device=plane.device)[:, None]
+    fields = (plane.view(word)[:, None, :] >> shifts).bitwise_and_(ones * (2**p - 1))
+    return fields.bitwise_left_shift_(shift).view(torch.uint8).flatten(1)
 
 
 def _to_e5m3(x: torch.Tensor) -> torch.Tensor:
-    """x >= 0 float32 -> the least e5m3 number that is not smaller, as uint8; NaN, infinities and what is too large -> a NaN."""
-    x = x * _BIAS
+    """Round x, float32 >= 0, up to e5m3 bytes, uint8.
+
+    NaN, infinities and numbers beyond the range become NaN.
+    """
+    x = x * _BASE_DIVISOR
     half = x.to(torch.float16).view(torch.int16)
-    half = half + (half.view(torch.float16) < x)  # the conversion rounds to nearest; up is wanted
+    # The conversion rounds to nearest. Move results that were rounded down one step up.
+    half = half + (half.view(torch.float16) < x)
     code = (half.to(torch.int32) + 127) >> 7
-    return torch.where(x.isfinite() & (code < 0xF8), code, _POISON).to(torch.uint8)
+    return torch.where(x.isfinite() & (code < 0xF8), code, _NAN_BASE).to(torch.uint8)
 
 
 def _from_e5m3(code: torch.Tensor) -> torch.Tensor:
-    return (code.to(torch.int16) << 7).view(torch.float16).to(torch.float32) / _BIAS
+    return (code.to(torch.int16) << 7).view(torch.float16).to(torch.float32) / _BASE_DIVISOR

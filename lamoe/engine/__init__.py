@@ -1,1 +1,1 @@
-"""Running a model: sampling parameters and token-by-token generation from a latent cache."""
+"""The engine: continuous batching, scheduling, sampling and grammars over one paged cache."""

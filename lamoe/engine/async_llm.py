@@ -1,12 +1,16 @@
-"""The engine for asyncio programs: one thread steps the model, coroutines add requests and read their deltas."""
+"""The engine for asyncio programs.
+
+One thread steps the model. Coroutines add requests and read the deltas of their sequences.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 from lamoe.engine.llm import LLM, Delta
 from lamoe.engine.request import Output
@@ -14,12 +18,18 @@ from lamoe.engine.sampler import SamplingParams
 
 
 class EngineDead(RuntimeError):
-    """The engine's thread ended with an error (its cause), or is not in this process (a child of fork()); nothing more will come."""
+    """The engine's thread has ended, or is not in this process (a child of fork()).
+
+    If the thread ended with an error, that error is the `__cause__`. No more deltas will come.
+    """
 
 
 class Run:
-    """An open request: `async for index, delta in run`, with the place of the sequence among all of the request (the n samples of a prompt lie side
-    by side). `close` frees the pages of what has not finished; whoever opens closes."""
+    """An open request: `async for index, delta in run`.
+
+    `index` counts the sequences of the request. The n samples of a prompt are neighbours.
+    Whoever opens a run must call `close`, which frees the pages of unfinished sequences.
+    """
 
     def __init__(self, engine: AsyncLLM, ids: list[int], queue: asyncio.Queue):
         self.ids, self._engine, self._queue, self._open = ids, engine, queue, set(ids)
@@ -27,69 +37,97 @@ class Run:
     async def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
         while self._open:
             if self._engine._forked:
-                raise self._engine._ended()
+                raise self._engine._dead_error()
             item = await self._queue.get()
             if isinstance(item, Exception):
                 raise item
             if item.output is not None:
                 self._open.discard(item.id)
-            yield item.id - self.ids[0], item  # ids of one request follow each other
+            yield item.id - self.ids[0], item  # the ids of one request are consecutive
 
     def fail(self, error: Exception) -> None:
-        """The reader gets this error next, after what has come already."""
+        """Raise `error` in the reader after the deltas that are already queued."""
         self._queue.put_nowait(error)
 
     def close(self, last: Callable[[LLM], None] = lambda llm: None) -> None:
-        """`last` is called first, in the engine's thread, when there is something left to free. It must not raise."""
-        if self._open:
-            left, self._open = self._open, set()
-            self._engine._post(lambda llm: (last(llm), self._engine._drop(left)))
+        """Cancel the unfinished sequences.
+
+        Args:
+            last: called in the engine's thread before the sequences are cancelled. It is not
+                called if all have finished. It must not raise.
+        """
+        if not self._open:
+            return
+        unfinished, self._open = self._open, set()
+
+        def cancel(llm: LLM) -> None:
+            last(llm)
+            self._engine._cancel(unfinished)
+
+        self._engine._post(cancel)
 
 
 class AsyncLLM:
-    """`async for delta in engine.stream(prompt, params)`; leaving the loop, or cancelling the task, frees the pages. The LLM belongs to the
-    thread from now on: use it only through `call`. A child of fork() has no such thread: there every request gets EngineDead."""
+    """An LLM that many coroutines share: `async for delta in engine.stream(prompt, params)`.
+
+    Leaving that loop or cancelling its task frees the pages of the request. From construction on,
+    only the engine's thread may use the LLM; other code reaches it through `call`. A child of
+    fork() does not have this thread, so every request there raises EngineDead.
+    """
 
     def __init__(self, llm: LLM):
-        self._llm, self._inbox, self._wake = llm, deque(), threading.Condition()
+        self._llm = llm
+        self._wake = threading.Condition()
+        # Actions for the engine's thread, each with a function to call if it will not run.
+        self._inbox: deque[tuple[Callable[[LLM], None], Callable[[Exception], None] | None]]
+        self._inbox = deque()
         self._readers: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Queue]] = {}
-        self._closed, self._dead, self._process = False, None, os.getpid()
+        self._closed = False
+        self._error: BaseException | None = None
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="lamoe-engine", daemon=True)
         self._thread.start()
 
     async def open(self, requests: list[tuple[str | list[int], SamplingParams]]) -> Run:
-        """Queue several requests together: all, or none when one is not valid (ValueError). EngineDead when the engine ended."""
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+        """Queue several requests together.
+
+        Raises:
+            ValueError: if one of them is invalid. Then none is queued.
+            EngineDead: if the engine has ended.
+        """
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue = asyncio.Queue()
         for _, params in requests:
             if params.grammar is not None and self._llm.tokenizer is not None:
-                await asyncio.to_thread(
-                    params.grammar.prepare, self._llm.tokenizer
-                )  # neither this loop nor the engine waits while it compiles
+                # In a worker thread, so that compiling blocks neither this loop nor the engine.
+                await asyncio.to_thread(params.grammar.prepare, self._llm.tokenizer)
 
         def add(llm: LLM) -> list[int]:
             ids = llm.add_all(requests)
             self._readers.update(dict.fromkeys(ids, (loop, queue)))
             return ids
 
+        def cancel_added(adding: asyncio.Future) -> None:
+            if not adding.cancelled() and not adding.exception():
+                self._post(lambda llm: self._cancel(adding.result()))
+
         adding = asyncio.ensure_future(self.call(add))
         try:
             return Run(self, await asyncio.shield(adding), queue)
-        except (
-            asyncio.CancelledError
-        ):  # the request may have been added already: take it out again when it is
-            adding.add_done_callback(
-                lambda done: (
-                    None
-                    if done.cancelled() or done.exception()
-                    else self._post(lambda llm: self._drop(done.result()))
-                )
-            )
+        except asyncio.CancelledError:
+            # The engine may still add the request, or has already done so.
+            adding.add_done_callback(cancel_added)
             raise
 
     async def stream(
         self, prompt: str | list[int], params: SamplingParams = SamplingParams()
     ) -> AsyncIterator[Delta]:
-        """Deltas of the n sequences of one request as they come. ValueError when it is not valid, EngineDead when the engine ended."""
+        """Yield the deltas of one request as they come. The n samples differ in `Delta.id`.
+
+        Raises:
+            ValueError: if the request is invalid.
+            EngineDead: if the engine has ended.
+        """
         run = await self.open([(prompt, params)])
         try:
             async for _, delta in run:
@@ -100,12 +138,12 @@ class AsyncLLM:
     async def generate(
         self, prompt: str | list[int], params: SamplingParams = SamplingParams()
     ) -> list[Output]:
-        """The finished outputs of one request, one per sample."""
+        """Return the finished outputs of one request, one per sample."""
         done = {d.id: d.output async for d in self.stream(prompt, params) if d.output is not None}
         return [done[i] for i in sorted(done)]
 
     async def call(self, action: Callable[[LLM], object]):
-        """Run `action(llm)` between two steps, in the engine's thread; its result."""
+        """Run `action(llm)` in the engine's thread between two steps, and return its result."""
         loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
         def settle(method, value):
@@ -119,21 +157,30 @@ class AsyncLLM:
                 method, value = "set_exception", e
             loop.call_soon_threadsafe(settle, method, value)
 
-        self._post(run, lambda error: loop.call_soon_threadsafe(settle, "set_exception", error))
+        def refuse(error: Exception) -> None:
+            loop.call_soon_threadsafe(settle, "set_exception", error)
+
+        self._post(run, refuse)
         return await future
 
     @property
     def alive(self) -> bool:
-        """False once the thread ended, by `close` or by an error, and in a child of fork()."""
-        return not self._closed and self._dead is None and not self._forked
+        """Whether the engine takes requests: not after `close` or an error, nor after fork()."""
+        return not self._closed and self._error is None and not self._forked
 
     @property
     def error(self) -> BaseException | None:
-        """What the thread died of, if it did."""
-        return self._dead
+        """The error that ended the engine's thread, or None."""
+        return self._error
 
     def close(self, timeout: float | None = None) -> None:
-        """End the thread after its current step; open requests get EngineDead. Nothing to do in a child of fork()."""
+        """End the thread after its current step. Readers of open requests get EngineDead.
+
+        In a child of fork() this does nothing.
+
+        Args:
+            timeout: seconds to wait for the thread; None waits until it ends.
+        """
         if self._forked:
             return
         with self._wake:
@@ -141,7 +188,7 @@ class AsyncLLM:
             self._wake.notify()
         self._thread.join(timeout)
 
-    # ---- the thread ----------------------------------------------------------------------------------------------
+    # ---- the thread ------------------------------------------------------------------------------
     @property
     def _forked(self) -> bool:
         return os.getpid() != self._process
@@ -149,33 +196,36 @@ class AsyncLLM:
     def _post(
         self, action: Callable[[LLM], None], refuse: Callable[[Exception], None] | None = None
     ) -> None:
-        if self._forked:  # the thread is not there, and may have held the lock
+        """Queue `action` for the engine's thread; call `refuse` if it can never run."""
+        if self._forked:  # do not touch the lock: the thread may have held it during fork()
             if refuse is not None:
-                refuse(self._ended())
+                refuse(self._dead_error())
             return
         with self._wake:
-            if self._closed or self._dead:
+            if self._closed or self._error:
                 if refuse is not None:
-                    refuse(self._ended())
+                    refuse(self._dead_error())
                 return
             self._inbox.append((action, refuse))
             self._wake.notify()
 
-    def _drop(self, ids) -> None:
+    def _cancel(self, ids: Iterable[int]) -> None:
         for i in ids:
             self._readers.pop(i, None)
             self._llm.cancel(i)
 
-    def _ended(self) -> EngineDead:
+    def _dead_error(self) -> EngineDead:
         if self._forked:
             return EngineDead(
-                f"process {os.getpid()} asked an AsyncLLM made in process {self._process}, whose thread is not here: a child of fork() has the thread that forked and "
-                "no other. Make the AsyncLLM in the process that uses it, after the fork (or start that process by multiprocessing's 'spawn')"
+                f"process {os.getpid()} asked an AsyncLLM made in process {self._process}, whose "
+                "thread is not here: a child of fork() has only the thread that forked. Make the "
+                "AsyncLLM in the process that uses it, after the fork (or start that process by "
+                "multiprocessing's 'spawn')"
             )
         error = EngineDead(
-            "the engine was closed" if self._dead is None else f"the engine ended: {self._dead}"
+            "the engine was closed" if self._error is None else f"the engine ended: {self._error}"
         )
-        error.__cause__ = self._dead
+        error.__cause__ = self._error
         return error
 
     def _run(self) -> None:
@@ -183,23 +233,23 @@ class AsyncLLM:
             while self._serve_inbox():
                 if self._llm.busy:
                     deltas = self._llm.step()
-                    _tell([(*self._readers[d.id], d) for d in deltas if d.id in self._readers])
+                    _send([(*self._readers[d.id], d) for d in deltas if d.id in self._readers])
                     for d in deltas:
                         if d.output is not None:
                             self._readers.pop(d.id, None)
-        except BaseException as e:  # whatever it is: those who wait must hear of it
-            self._dead = e
+        except BaseException as e:  # also SystemExit: waiting readers must be told
+            self._error = e
         with self._wake:
             self._closed = True
-            left, self._inbox = self._inbox, deque()
-        _tell([(*reader, self._ended()) for reader in dict.fromkeys(self._readers.values())])
+            unserved, self._inbox = self._inbox, deque()
+        _send([(*reader, self._dead_error()) for reader in dict.fromkeys(self._readers.values())])
         self._readers.clear()
-        for _, refuse in left:
+        for _, refuse in unserved:
             if refuse is not None:
-                refuse(self._ended())
+                refuse(self._dead_error())
 
     def _serve_inbox(self) -> bool:
-        """Do what was posted, waiting for it when there is nothing to compute. False when the engine was closed."""
+        """Run the posted actions; wait for one if the LLM is idle. False if the engine closed."""
         with self._wake:
             self._wake.wait_for(lambda: self._closed or self._inbox or self._llm.busy)
             if self._closed:
@@ -207,20 +257,19 @@ class AsyncLLM:
             ready = len(self._inbox)
         for _ in range(ready):
             self._inbox[0][0](self._llm)
-            self._inbox.popleft()  # not before: who posted one that raises, or what lies behind it, is refused
+            # Remove an action after it ran: if it raises, `_run` refuses it and those after it.
+            self._inbox.popleft()
         return True
 
 
-def _tell(items: list[tuple[asyncio.AbstractEventLoop, asyncio.Queue, Delta | Exception]]) -> None:
+def _send(items: list[tuple[asyncio.AbstractEventLoop, asyncio.Queue, Delta | Exception]]) -> None:
     """Put every item into its queue, waking each event loop once."""
     by_loop: dict[asyncio.AbstractEventLoop, list] = {}
     for loop, queue, item in items:
         by_loop.setdefault(loop, []).append((queue, item))
-    for loop, mine in by_loop.items():
-        try:
-            loop.call_soon_threadsafe(_put, mine)
-        except RuntimeError:
-            pass  # the event loop is closed: nobody is listening any more
+    for loop, queued in by_loop.items():
+        with contextlib.suppress(RuntimeError):  # a closed event loop has no reader any more
+            loop.call_soon_threadsafe(_put, queued)
 
 
 def _put(items: list[tuple[asyncio.Queue, Delta | Exception]]) -> None:

@@ -1,8 +1,13 @@
-"""Structured output: a JSON schema, a regular expression or a Lark grammar decides which tokens may come next. The work is done by `llguidance`.
+"""Structured output: a JSON schema, a regular expression or a Lark grammar restricts the tokens.
 
-A grammar comes from a stranger. What the library bounds by itself (work per token, states, items) is set tight below; what it does not (a number of
-100,000 states out of one multipleOf, the stack under a chain of thousands of references, a literal of a megabyte) is refused before. Compiling runs
-in a thread of its own with a deep stack and a time limit, on behalf of the caller of `prepare`; the engine only copies what is ready.
+The package `llguidance` does the parsing. Grammars come from untrusted clients, so their cost is
+bounded in three ways:
+
+- The library's own limits (work per token, states, items) are set tight in `_LIMITS`.
+- What the library does not bound is refused before it compiles: for example a `multipleOf` that
+  needs 100,000 states, a chain of thousands of references, or a literal of a megabyte.
+- Compiling runs in a thread of its own with a deep stack, and its caller waits at most
+  `MAX_SECONDS`. That caller is whoever calls `prepare`; the engine only copies compiled grammars.
 """
 
 from __future__ import annotations
@@ -13,23 +18,34 @@ import math
 import re
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from lamoe.text.tokenizer import Tokenizer
 
+# Longest text of each kind, in bytes of UTF-8.
 MAX_CHARS = {"JSON schema": 64 << 10, "regular expression": 4 << 10, "Lark grammar": 32 << 10}
-MAX_DEPTH = 64  # objects and lists inside each other in a schema
-MAX_PROPERTIES = 500  # of one object: optional ones may come in any subset, and every one is a branch of the same parser row
-MAX_REPEAT = 10_000  # x{n} in regular expressions
-MAX_BRANCHES = 2000  # repeats and alternatives of a regular expression or Lark grammar: thousands of a? in a row square the work
-MAX_MULTIPLE = 10_000  # multipleOf without its zeros: the states its remainder needs
-MAX_SECONDS = 5.0  # of compiling, for who waits; the limits below end the rest
-_STACK = 256 << 20  # bytes of address space; only what is used becomes memory
+# Nesting of objects and lists in a schema.
+MAX_DEPTH = 64
+# Properties of one object. Any subset of the optional ones may occur, and each is a branch of the
+# same parser row.
+MAX_PROPERTIES = 500
+# n of x{n} in a regular expression.
+MAX_REPEAT = 10_000
+# Repeats and alternatives of a regular expression or Lark grammar: the work for thousands of `a?`
+# in a row grows with the square of their number.
+MAX_BRANCHES = 2000
+# multipleOf without its trailing zeros: the remainder needs as many parser states.
+MAX_MULTIPLE = 10_000
+# Seconds that `prepare` waits for the compiler. The limits below end what still runs after that.
+MAX_SECONDS = 5.0
+# Bytes of address space for the compiler's stack. Only the used part becomes memory.
+_STACK = 256 << 20
 _LIMITS = {
     "max_items_in_row": 2500,
     "initial_lexer_fuel": 300_000,
@@ -40,7 +56,8 @@ _LIMITS = {
     "precompute_large_lexemes": False,
     "verbose_errors": False,
 }
-# One blank, or a line end with its indentation, where JSON allows white space: enough to write it any usual way, and a model cannot write blanks for ever
+# White space in JSON is one space, or a line end with its indentation. This allows the usual
+# layouts and stops a model from writing spaces without end.
 _JSON = {
     "item_separator": ",",
     "key_separator": ":",
@@ -49,32 +66,48 @@ _JSON = {
     "coerce_one_of": False,
     "lenient": False,
 }
-# Text that a grammar leaves no choice about is sampled like any other: working it out ahead takes seconds and gigabytes for (ab{10000}c){10000}
+# Text that the grammar forces is sampled like any other. Computing it in advance would take
+# seconds and gigabytes for a pattern like (ab{10000}c){10000}.
 _TAIL = '\n%llguidance {"no_forcing": true}\n'
 _starting = threading.Lock()
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an output must be, made by one of the four functions, which check it (ValueError). Nothing here depends on a vocabulary; `prepare` adds that
-    and keeps it, so one Grammar may serve many requests, of one vocabulary at a time."""
+    """The language that an output must belong to.
+
+    Make one with `json_object`, `json_schema`, `regex` or `lark`, which check it. A Grammar does
+    not depend on a vocabulary; `prepare` compiles it for one and keeps the result. So one Grammar
+    may serve many requests, with one tokenizer at a time.
+
+    kind: "JSON schema", "regular expression" or "Lark grammar".
+    text: the grammar as the caller gave it.
+    source: the grammar in llguidance's own notation.
+    """
 
     kind: str
     text: str
-    source: str = field(repr=False, compare=False)  # in the library's own terms
-    _ready: list = field(
-        default_factory=list, init=False, repr=False, compare=False
-    )  # at most one (weak reference to a Tokenizer, its compiled LLMatcher)
+    source: str = field(repr=False, compare=False)
+    # Empty, or one pair: weak reference to a Tokenizer, the LLMatcher compiled for it.
+    _ready: list = field(default_factory=list, init=False, repr=False, compare=False)
 
     @classmethod
     def json_object(cls) -> Grammar:
-        """Any JSON object."""
+        """Make the grammar of any JSON object."""
         return cls.json_schema({"type": "object"})
 
     @classmethod
     def json_schema(cls, schema: dict[str, Any]) -> Grammar:
-        """JSON text that is valid under `schema` (draft 2020-12). Properties come in the order of the schema. ValueError for a schema beyond the limits of
-        this module, and for what cannot be enforced (for example `not`, most of `oneOf`, a remote `$ref`, an unknown `format`): nothing is ignored."""
+        """Make the grammar of JSON text that is valid under a schema (draft 2020-12).
+
+        Properties come in the order of the schema.
+
+        Raises:
+            ValueError: for a schema beyond the limits of this module, or with a keyword that cannot
+                be enforced (for example `not`, most of `oneOf`, a remote `$ref`, an unknown
+                `format`). No keyword is silently ignored.
+        """
         _check_schema(schema)
         try:
             text = json.dumps(schema, allow_nan=False, separators=(",", ":"))
@@ -89,13 +122,21 @@ class Grammar:
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
-        """Text that matches the whole of `pattern`. The syntax has classes, groups, alternatives and repeats, Unicode included; look-around and
-        back references are a ValueError. As in Python with re.ASCII, `.` is any character but a line end, and \\d, \\w, \\s are those of ASCII."""
+        r"""Make the grammar of text that matches the whole of `pattern`.
+
+        The syntax has classes, groups, alternatives and repeats, Unicode included. As in Python
+        with re.ASCII, `.` is any character except a line end, and \d, \w, \s match ASCII only.
+
+        Raises:
+            ValueError: for an invalid pattern, look-around, back references, or one beyond the
+                limits of this module.
+        """
         _check_length("regular expression", pattern)
         _check_repeats("regular expression", pattern)
         if re.search(r"(?<!\\)(\\\\)*\\\Z", pattern):
             raise ValueError(
-                "the regular expression ends with a backslash that escapes nothing; for a backslash write two"
+                "the regular expression ends with a backslash that escapes nothing; for a "
+                "backslash write two"
             )
         return cls._checked(
             "regular expression",
@@ -105,8 +146,14 @@ class Grammar:
 
     @classmethod
     def lark(cls, text: str) -> Grammar:
-        """Text of the language of `start` in a Lark grammar, in the dialect of llguidance. `<name>` stands for a control token, `%json {...}` for a JSON text
-        under a schema. ValueError for one that does not parse or is beyond the limits."""
+        """Make the grammar of a Lark grammar's `start` rule, in llguidance's dialect of Lark.
+
+        `<name>` stands for a control token, `%json {...}` for JSON text that is valid under a
+        schema.
+
+        Raises:
+            ValueError: for a grammar that does not parse or is beyond the limits of this module.
+        """
         _check_length("Lark grammar", text)
         _check_repeats("Lark grammar", text)
         for word, instead in (
@@ -125,7 +172,8 @@ class Grammar:
         return cls._checked("Lark grammar", text, lambda lib: text)
 
     @classmethod
-    def _checked(cls, kind: str, text: str, convert) -> Grammar:
+    def _checked(cls, kind: str, text: str, convert: Callable[[Any], str]) -> Grammar:
+        """Validate the Lark form of a grammar, made by convert(llguidance), and wrap it."""
         lib = _library()
 
         def check() -> str:
@@ -140,16 +188,20 @@ class Grammar:
         return cls(kind, text, _compiling(kind, check))
 
     def prepare(self, tokenizer: Tokenizer) -> None:
-        """Compile for a vocabulary, in a few milliseconds as a rule, MAX_SECONDS at most. ValueError when the limits end it or no text at all fits the grammar.
-        Thread-safe; call it where waiting harms nobody, before a request goes to the engine."""
+        """Compile the grammar for a vocabulary, usually in a few milliseconds.
+
+        Thread-safe. Call it before the request goes to the engine, in a thread that may wait.
+
+        Raises:
+            ValueError: if compiling exceeds a limit or MAX_SECONDS, or if no text fits the grammar.
+        """
         if self._prepared(tokenizer) is not None:
             return
-        lib, vocabulary = (
-            _library(),
-            _vocabulary(tokenizer),
-        )  # reading a large vocabulary, once, is not the grammar's time
+        lib = _library()
+        # Reading a large vocabulary, once per tokenizer, does not count towards MAX_SECONDS.
+        vocabulary = _vocabulary(tokenizer)
 
-        def compile_():
+        def compile_grammar():
             matcher = lib.LLMatcher(
                 vocabulary, self.source, limits=lib.LLParserLimits(**_LIMITS), log_level=0
             )
@@ -162,10 +214,14 @@ class Grammar:
                 raise ValueError(probe.get_error())
             return matcher
 
-        self._ready[:] = [(weakref.ref(tokenizer), _compiling(self.kind, compile_))]
+        self._ready[:] = [(weakref.ref(tokenizer), _compiling(self.kind, compile_grammar))]
 
     def start(self, tokenizer: Tokenizer | None) -> Matcher:
-        """A Matcher at the beginning of an output. Compiles first when `prepare` has not; errors as there, and ValueError without a tokenizer."""
+        """Return a Matcher at the beginning of an output. Compiles the grammar if necessary.
+
+        Raises:
+            ValueError: without a tokenizer, or as `prepare`.
+        """
         if tokenizer is None:
             raise ValueError(
                 "a grammar needs a tokenizer: it is about text, and this model has only token ids"
@@ -178,7 +234,10 @@ class Grammar:
 
 
 class Matcher:
-    """Where one output stands in its grammar: `mask` before a token is sampled, `accept` after. `complete`: no further token fits, the text is whole."""
+    """The state of one output in its grammar.
+
+    Call `mask` before a token is sampled and `accept` after.
+    """
 
     def __init__(self, grammar: Grammar, tokenizer: Tokenizer, inner):
         self._grammar, self._inner, self._vocabulary = grammar, inner, tokenizer.vocab_size
@@ -186,19 +245,23 @@ class Matcher:
 
     @property
     def complete(self) -> bool:
+        """Whether the output is a whole text of the grammar and no further token fits."""
         return self._inner.is_stopped() and not self._inner.is_error()
 
     def mask(self, logits: torch.Tensor, ignore_eos: bool = False) -> torch.Tensor:
-        """logits [vocabulary] with -inf for every token that does not fit; the input is left alone. EOS fits where the text may end, unless `ignore_eos`;
-        a text that can only end does so, whatever min_tokens and ignore_eos say. ValueError when the grammar asks for more work than a token may cost."""
+        """Return a copy of logits [vocabulary] with -inf for every token that does not fit.
+
+        EOS fits where the text may end, unless `ignore_eos`. If nothing else fits, EOS is chosen
+        in spite of `ignore_eos` and min_tokens.
+
+        Raises:
+            ValueError: if no token fits, or if the grammar exceeds the limit of work per token.
+        """
         bits = np.frombuffer(self._inner.compute_bitmask(), dtype=np.uint8)
         self._check()
         fits = torch.zeros(len(logits), dtype=torch.bool)
-        unpacked = torch.from_numpy(
-            np.unpackbits(
-                bits, bitorder="little", count=min(self._vocabulary, len(logits), 8 * len(bits))
-            )
-        ).bool()
+        count = min(self._vocabulary, len(logits), 8 * len(bits))
+        unpacked = torch.from_numpy(np.unpackbits(bits, bitorder="little", count=count)).bool()
         fits[: len(unpacked)] = unpacked
         ends = [i for i in self._eos if i < len(fits) and fits[i]]
         if ignore_eos:
@@ -212,134 +275,152 @@ class Matcher:
         return out
 
     def accept(self, token: int) -> None:
-        """Go on by one token, which `mask` must have let through. ValueError as there."""
+        """Advance by one token that `mask` allowed.
+
+        Raises:
+            ValueError: if the grammar exceeds the limit of work per token.
+        """
         self._inner.consume_token(token)
         self._check()
 
     def _check(self) -> None:
         if self._inner.is_error():
-            self._grammar._ready.clear()  # copies share the states the lexer has met: the next request shall begin with none
+            # Copies share lexer states. Drop them, so that the next request starts afresh.
+            self._grammar._ready.clear()
             raise ValueError(_sentence(self._grammar.kind, self._inner.get_error()))
 
 
-# ---- limits --------------------------------------------------------------------------------------------------------------
+# ---- limits --------------------------------------------------------------------------------------
 def _check_length(kind: str, text: Any) -> None:
     if not isinstance(text, str):
         raise ValueError(f"a {kind} must be a str, found {type(text).__name__}")
-    if len(text.encode("utf-8", "surrogatepass")) > MAX_CHARS[kind]:
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size > MAX_CHARS[kind]:
         raise ValueError(
-            f"the {kind} has {len(text.encode('utf-8', 'surrogatepass'))} bytes; at most {MAX_CHARS[kind]} are taken"
+            f"the {kind} has {size} bytes; at most {MAX_CHARS[kind]} are allowed; shorten it"
         )
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise ValueError(f"the {kind} holds a lone surrogate, which no UTF-8 text can match")
 
 
 def _check_repeats(kind: str, pattern: str) -> None:
-    most = max(
-        (
-            int(n)
-            for m in re.finditer(
-                r"\{\s*(\d{0,30})\s*,?\s*(\d{0,30})\s*\}|~\s*(\d{1,30})(?:\s*\.\.\s*(\d{1,30}))?",
-                pattern,
-            )
-            for n in m.groups()
-            if n
-        ),
-        default=0,
+    """Refuse large bounds of x{n}, x{n,m} and Lark's x~n..m, and too many branches."""
+    bounds = re.finditer(
+        r"\{\s*(\d{0,30})\s*,?\s*(\d{0,30})\s*\}|~\s*(\d{1,30})(?:\s*\.\.\s*(\d{1,30}))?", pattern
     )
-    if most > MAX_REPEAT:
+    largest = max((int(n) for m in bounds for n in m.groups() if n), default=0)
+    if largest > MAX_REPEAT:
         raise ValueError(
-            f"the {kind} repeats something {most} times; at most {MAX_REPEAT}. Leave the bound out, or make max_tokens the limit"
+            f"the {kind} repeats something {largest} times; at most {MAX_REPEAT}. Leave the bound "
+            "out, or make max_tokens the limit"
         )
     if (branches := len(re.findall(r"[?*+|{~]", pattern))) > MAX_BRANCHES:
         raise ValueError(
-            f"the {kind} has {branches} repeats and alternatives; at most {MAX_BRANCHES}"
+            f"the {kind} has {branches} repeats and alternatives; at most {MAX_BRANCHES}; "
+            "make it simpler"
         )
 
 
 def _check_schema(schema: Any) -> None:
-    """Everything about a schema that can be said without compiling it. Walks without recursion: it may be nested as deep as memory allows."""
+    """Check everything about a schema that needs no compiler.
+
+    The walk has no recursion, because a schema may be nested as deep as memory allows.
+    """
     if not isinstance(schema, dict):
         raise ValueError(f"a JSON schema must be an object, found {type(schema).__name__}")
     if "x-guidance" in schema:
         raise ValueError(
-            "x-guidance in a JSON schema is not taken: white space and separators are not the schema's to choose"
+            "x-guidance in a JSON schema is not supported: a schema cannot choose white space and "
+            "separators; remove it"
         )
-    todo, multiple, seen = [(schema, 1)], 1, 0
-    while todo:
-        value, depth = todo.pop()
-        seen += 1
-        if depth > MAX_DEPTH or seen > MAX_CHARS["JSON schema"]:
+    stack: list[tuple[Any, int]] = [(schema, 1)]
+    multiple, values = 1, 0
+    while stack:
+        value, depth = stack.pop()
+        values += 1
+        if depth > MAX_DEPTH or values > MAX_CHARS["JSON schema"]:
             raise ValueError(
-                f"the JSON schema is nested deeper than {MAX_DEPTH} or has more than {MAX_CHARS['JSON schema']} values; make it flatter, "
-                "give repeated parts a name in $defs"
+                f"the JSON schema is nested deeper than {MAX_DEPTH} or has more than "
+                f"{MAX_CHARS['JSON schema']} values; make it flatter, give repeated parts a name "
+                "in $defs"
             )
         if isinstance(value, dict):
-            if not all(isinstance(k, str) for k in value):
-                raise ValueError(
-                    f"the JSON schema has a key that is not a str: {next(k for k in value if not isinstance(k, str))!r}"
-                )
-            by_pattern = value.get("patternProperties")
-            for pattern in (
-                value.get("pattern"),
-                *(by_pattern if isinstance(by_pattern, dict) else ()),
-            ):
-                if isinstance(pattern, str):
-                    _check_length("regular expression", pattern)
-                    _check_repeats("regular expression", pattern)
-            if isinstance(p := value.get("properties"), dict) and len(p) > MAX_PROPERTIES:
-                raise ValueError(
-                    f"an object of the JSON schema has {len(p)} properties; at most {MAX_PROPERTIES}"
-                )
-            multiple = math.lcm(
-                multiple, _remainders(value.get("multipleOf"))
-            )  # an allOf may bring any of them together
-            todo += ((v, depth + 1) for v in value.values())
+            _check_object(value)
+            # All values together, because an allOf may apply several of them to one number.
+            multiple = math.lcm(multiple, _remainders(value.get("multipleOf")))
+            stack += ((v, depth + 1) for v in value.values())
         elif isinstance(value, (list, tuple)):
-            todo += ((v, depth + 1) for v in value)
+            stack += ((v, depth + 1) for v in value)
     if multiple > MAX_MULTIPLE:
         raise ValueError(
-            f"the values of multipleOf in the JSON schema have a common multiple of {multiple} (zeros at the end not counted); at most {MAX_MULTIPLE}"
+            "the values of multipleOf in the JSON schema have a common multiple of "
+            f"{multiple} (trailing zeros not counted); at most {MAX_MULTIPLE}; use rounder numbers"
+        )
+
+
+def _check_object(value: dict) -> None:
+    """Check the keys, patterns and properties of one object inside a schema."""
+    for key in value:
+        if not isinstance(key, str):
+            raise ValueError(f"the JSON schema has a key that is not a str: {key!r}")
+    by_pattern = value.get("patternProperties")
+    keys = tuple(by_pattern) if isinstance(by_pattern, dict) else ()
+    for pattern in (value.get("pattern"), *keys):
+        if isinstance(pattern, str):
+            _check_length("regular expression", pattern)
+            _check_repeats("regular expression", pattern)
+    properties = value.get("properties")
+    if isinstance(properties, dict) and len(properties) > MAX_PROPERTIES:
+        raise ValueError(
+            f"an object of the JSON schema has {len(properties)} properties; at most "
+            f"{MAX_PROPERTIES}; split it into nested objects"
         )
 
 
 def _remainders(multiple_of: Any) -> int:
+    """Return the number of remainders that a parser of `multipleOf` must tell apart."""
     if (
         type(multiple_of) not in (int, float)
         or not math.isfinite(multiple_of)
         or not 1e-30 < abs(multiple_of) < 1e30
     ):
-        return 1  # nothing the library would take
+        return 1  # the library refuses such a value itself
     digits = "".join(map(str, Decimal(repr(multiple_of)).normalize().as_tuple().digits))
     return int(digits)
 
 
-# ---- the library ---------------------------------------------------------------------------------------------------------
+# ---- the library ---------------------------------------------------------------------------------
 def _library():
     if importlib.util.find_spec("llguidance") is None:
         raise ValueError(
-            "structured output needs the package llguidance, which is not installed; it is in the extra: pip install 'lamoe[serve]'"
+            "structured output needs the package llguidance, which is not installed; it is in the "
+            "extra: pip install 'lamoe[serve]'"
         )
     import llguidance
 
     return llguidance
 
 
-def _compiling(kind: str, work):
-    """The result of work() from a thread with a deep stack: the library recurses along references and rules, and would end the process."""
-    result: list = [
-        None,
-        ValueError(
-            f"the {kind} takes more than {MAX_SECONDS:g} seconds to compile; make it simpler"
-        ),
-    ]
+def _compiling(kind: str, work: Callable[[], _Result]) -> _Result:
+    """Return the result of work() from a thread with a deep stack.
+
+    The library recurses along references and rules. On a normal stack a long chain of them would
+    overflow, which ends the process.
+    """
+    results: list[_Result] = []
+    error: Exception | None = ValueError(
+        f"the {kind} takes more than {MAX_SECONDS:g} seconds to compile; make it simpler"
+    )
 
     def run() -> None:
+        nonlocal error
         try:
-            result[:] = [work(), None]
+            results.append(work())
+            error = None
         except Exception as e:
-            result[1] = ValueError(_sentence(kind, str(e)))
+            error = ValueError(_sentence(kind, str(e)))
 
+    # The stack size is a setting of the whole process.
     with _starting:
         before = threading.stack_size(_STACK)
         try:
@@ -348,19 +429,21 @@ def _compiling(kind: str, work):
         finally:
             threading.stack_size(before)
     thread.join(MAX_SECONDS)
-    value, error = result
-    if error is not None:
-        raise error
-    return value
+    found = error
+    if found is not None:
+        raise found
+    return results[0]
 
 
 def _sentence(kind: str, error: str) -> str:
+    """Turn an error of the library into one short sentence about the caller's grammar."""
     text = " ".join(error.replace("<non-verbose/>", "").split())
     text = text.replace(
         "Enable 'coerce_one_of' option to approximate oneOf with anyOf", "Use anyOf"
     )
     text = re.sub(r" \d+ \| %llguidance \{.*", "", text)
-    if kind != "Lark grammar":  # the place in a Lark grammar that nobody wrote
+    if kind != "Lark grammar":
+        # Remove the position: it refers to a Lark grammar that the caller did not write.
         text = re.sub(
             r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", text.split(" 1 | start:")[0]
         )
@@ -368,23 +451,22 @@ def _sentence(kind: str, error: str) -> str:
 
 
 class _Words:
-    """The vocabulary as llguidance wants to see it: the bytes of each token as our own decoder gives them, control tokens apart."""
+    """A vocabulary in the form that llguidance reads: the bytes of each token, by our decoder.
+
+    Control tokens are listed in `special_token_ids`. One EOS token is added at the end, for
+    vocabularies that have none.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         n = tokenizer.vocab_size
-        self.tokens = [tokenizer._bytes(i) for i in range(n)] + [
-            b"<end>"
-        ]  # the last one: an EOS for vocabularies without
+        self.tokens = [tokenizer._bytes(i) for i in range(n)] + [b"<end>"]
+        stop_ids = {i for i in tokenizer.stop_ids if i < n}
         self.special_token_ids = sorted(
-            {
-                *tokenizer._control_ids,
-                *tokenizer._skipped,
-                *(i for i in tokenizer.stop_ids if i < n),
-                n,
-            }
+            {*tokenizer._control_ids, *tokenizer._skipped, *stop_ids, n}
         )
         self.eos_token_id, self.bos_token_id = n, tokenizer.bos_id
-        self._tokenizer = weakref.ref(tokenizer)  # or neither would ever be freed
+        # Weak, because _vocabularies would otherwise keep its own key alive.
+        self._tokenizer = weakref.ref(tokenizer)
 
     def __call__(self, text: bytes | str) -> list[int]:
         return self._tokenizer().encode(
@@ -397,7 +479,10 @@ _building = threading.Lock()
 
 
 def _vocabulary(tokenizer: Tokenizer):
-    """The LLTokenizer of a Tokenizer, made once. Rows of a model beyond the vocabulary do not exist for it."""
+    """Return the LLTokenizer of a Tokenizer, made once.
+
+    It has only the tokenizer's tokens, even if the model has more logits (padded vocabulary).
+    """
     with _building:
         if tokenizer not in _vocabularies:
             lib, n = _library(), tokenizer.vocab_size

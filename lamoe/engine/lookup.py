@@ -1,10 +1,13 @@
-"""Drafts for free: what followed the last time the sequence's latest tokens stood in it (prompt lookup, n-gram drafts).
+"""Draft tokens by n-gram lookup in the sequence's own text (prompt lookup decoding).
 
-The model checks a whole draft in one pass. Each position is sampled from the model's own distribution with the request's own generator, and a
-draft token counts only where that sample is the same token, so outputs are those of plain decoding: greedy or sampled, token for token.
+If the latest tokens have occurred before, the draft is what followed them then. The model checks a
+whole draft in one forward pass. Each position is sampled from the model's own distribution with
+the request's own generator, and a draft token is accepted only if the sample equals it. So outputs
+are those of plain decoding, token for token, greedy or sampled.
 
-A draft must earn its pass: drafts that are mostly wrong rest, and so do drafts whose pass took longer than the plain steps it saved (many tokens at once
-pass through many experts; what that costs depends on model and machine, so it is measured).
+Drafts pause while they do not pay: if most of their tokens are rejected, or if the pass takes
+longer than the plain decode steps that it saves. The cost of a pass over several tokens depends on
+model and machine (its tokens are routed to many experts), so it is measured (`Pace`).
 """
 
 from __future__ import annotations
@@ -12,30 +15,35 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 NGRAM = 3  # tokens that must match
-LONGEST = 12
-REST, LONGEST_REST = (
-    24,
-    192,
-)  # tokens of plain decoding after drafts have failed altogether; twice as many each time in a row
+LONGEST = 12  # tokens of the longest draft
+# Tokens of plain decoding after drafts of the shortest length failed. The pause doubles, up to
+# LONGEST_REST, each time that drafts fail again.
+REST, LONGEST_REST = 24, 192
 
 
 @dataclass
 class Lookup:
-    """Of one sequence: where each n-gram was last followed by something, how long drafts are now (0: resting until `resume`)."""
+    """The n-gram index of one sequence and the current length of its drafts.
+
+    where: from each n-gram to the position that followed its latest occurrence.
+    indexed: n-grams that end before this position are in `where`.
+    length: tokens of the next draft; 0 pauses drafts until the sequence has `resume` tokens.
+    rest: tokens of the next pause.
+    drafted, accepted: totals of draft tokens.
+    """
 
     where: dict[tuple[int, ...], int] = field(default_factory=dict)
-    indexed: int = 0  # n-grams that end before this position are in `where`
+    indexed: int = 0
     length: int = 4
     rest: int = REST
     resume: int = 0
     drafted: int = 0
     accepted: int = 0
 
-    def propose(self, tokens: list[int], room: int) -> list[int]:
-        """At most `room` tokens that may come next, or none."""
-        for end in range(
-            max(self.indexed, NGRAM), len(tokens)
-        ):  # the n-gram at the very end is the question, not an answer
+    def propose(self, tokens: list[int], limit: int) -> list[int]:
+        """Return at most `limit` tokens that may follow `tokens`, or none."""
+        # The n-gram at the very end is the one to look up, so it is not indexed yet.
+        for end in range(max(self.indexed, NGRAM), len(tokens)):
             self.where[tuple(tokens[end - NGRAM : end])] = end
         self.indexed = len(tokens)
         if not self.length and len(tokens) >= self.resume:
@@ -43,12 +51,22 @@ class Lookup:
         at = self.where.get(tuple(tokens[-NGRAM:])) if self.length else None
         if at is None:
             return []
-        period = len(tokens) - at  # a text that repeats itself is taken to go on repeating itself
-        return [tokens[at + i % period] for i in range(min(self.length, room))]
+        # Draft tokens beyond the end of the text continue its repetition.
+        period = len(tokens) - at
+        return [tokens[at + i % period] for i in range(min(self.length, limit))]
 
     def learn(self, drafted: int, accepted: int, position: int, cost: float = 1.0) -> None:
-        """Longer drafts while they are right and worth it, shorter ones when they are not, none for a while when even short ones fail. cost: of a
-        pass over this many drafted tokens, in plain steps; it gave 1 + accepted tokens."""
+        """Adapt the draft length to the result of one draft.
+
+        It doubles if all tokens were accepted. It halves if fewer than half were accepted or the
+        pass cost more than the tokens that it gave. Drafts pause when it reaches 0.
+
+        Args:
+            drafted: tokens of the draft.
+            accepted: how many of them were accepted; the pass gave one token more.
+            position: tokens of the sequence now.
+            cost: duration of the pass, in plain decode steps.
+        """
         self.drafted += drafted
         self.accepted += accepted
         if 1 + accepted < cost or 2 * accepted < drafted:
@@ -61,17 +79,22 @@ class Lookup:
 
 @dataclass
 class Pace:
-    """Seconds of a pass over one sequence by its number of tokens, smoothed."""
+    """Smoothed duration of forward passes over one sequence.
+
+    seconds: by the number of tokens that the pass computes.
+    """
 
     seconds: dict[int, float] = field(default_factory=dict)
 
     def saw(self, tokens: int, seconds: float) -> None:
+        """Record one pass over `tokens` tokens."""
         self.seconds[tokens] = 0.75 * self.seconds.get(tokens, seconds) + 0.25 * seconds
 
     def cost(self, tokens: int) -> float:
-        """Of a pass over so many tokens, in plain steps; 1 while either is unknown."""
-        return (
-            self.seconds[tokens] / self.seconds[1]
-            if 1 in self.seconds and tokens in self.seconds
-            else 1.0
-        )
+        """Return the duration of a pass over `tokens` tokens, in plain decode steps.
+
+        Returns 1 while either duration is unknown.
+        """
+        if 1 in self.seconds and tokens in self.seconds:
+            return self.seconds[tokens] / self.seconds[1]
+        return 1.0

@@ -1,7 +1,8 @@
-"""Which page of the cache belongs to whom: free pages, shared pages, and full pages that are kept for their content until space is needed.
+"""Ownership of cache pages: free pages, shared pages, and kept pages for prefix reuse.
 
-A full page is known by the hash of all tokens up to its end, so equal beginnings of texts share pages. A page with no owner keeps its content
-until it is the least recently used one and somebody needs it.
+A full page is identified by a hash of all tokens up to its end, so sequences with the same prefix
+share pages. When the last owner of a full page returns it, the page keeps its content until it is
+the least recently used one and a new page is needed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from collections import OrderedDict
 
 
 class PagePool:
-    """Pages 0 .. n-1 of `page_size` rows. A page is free, owned (by one sequence or several), or kept (full, nobody's, reusable)."""
+    """Pages 0 to n - 1, each with the cache rows of `page_size` tokens.
+
+    A page is free, owned (by one or more sequences), or kept (full, without owner, reusable).
+    """
 
     def __init__(self, pages: int, page_size: int):
         self.page_size, self.total = page_size, pages
@@ -24,15 +28,19 @@ class PagePool:
 
     @property
     def available(self) -> int:
-        """Pages that `take` can give now."""
+        """Number of pages that `take` can return now."""
         return len(self._free) + len(self._kept)
 
     @property
     def owned(self) -> int:
+        """Number of pages with an owner."""
         return len(self._owners)
 
     def take(self) -> int | None:
-        """A page to write to, or None when every page has an owner."""
+        """Return a page to write to, or None if every page has an owner.
+
+        Without a free page, the least recently used kept page is evicted.
+        """
         if self._free:
             page = self._free.pop()
         elif self._kept:
@@ -44,7 +52,7 @@ class PagePool:
         return page
 
     def share(self, content: bytes) -> int | None:
-        """The full page of this content with one more owner, or None when there is none."""
+        """Add an owner to the full page with this content hash; None if there is no such page."""
         page = self._page_of.get(content)
         if page is not None:
             self._kept.pop(page, None)
@@ -52,19 +60,25 @@ class PagePool:
         return page
 
     def publish(self, page: int, content: bytes) -> None:
-        """Say what a page holds, now that it is full. The first page of a content is the one that is shared."""
+        """Make a full page available to `share` under its content hash.
+
+        If two pages have the same content, the first one published is shared.
+        """
         if content not in self._page_of and page not in self._content_of:
             self._page_of[content], self._content_of[page] = page, content
 
     def forget(self, pages: list[int]) -> None:
-        """Nobody shall find these pages (owned ones) by their content any more."""
+        """Withdraw owned pages from `share`, for example because their rows are invalid."""
         for page in pages:
             content = self._content_of.pop(page, None)
             if content is not None:
                 del self._page_of[content]
 
     def give_back(self, pages: list[int]) -> None:
-        """End one ownership of each page. Later pages are given up first when space is needed: beginnings are what texts share."""
+        """Remove one owner from each page of a sequence.
+
+        Later pages are evicted first, because texts share their beginnings.
+        """
         for page in reversed(pages):
             self._owners[page] -= 1
             if self._owners[page] == 0:
@@ -76,5 +90,11 @@ class PagePool:
 
 
 def content_hash(before: bytes, tokens: list[int]) -> bytes:
-    """Of a page: the hash of the page before it and its own tokens. Cryptographic, because a collision would show one user's text to another."""
+    """Return the hash of a page: SHA-256 of the previous page's hash and the page's own tokens.
+
+    A cryptographic hash, because a collision would give one user's cache rows to another.
+
+    Args:
+        before: hash of the previous page; b"" for the first.
+    """
     return hashlib.sha256(before + array("q", tokens).tobytes()).digest()

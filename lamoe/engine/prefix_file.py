@@ -1,12 +1,18 @@
-"""The cached beginning of a text as a file, so that a long document is read by the model once: safetensors with `tokens` int64 [n] and
-`rows` uint8 [layers, n, row bytes], the rows exactly as the cache stores them. Pages are not in the file: any page size reads it.
+"""Save the cache rows of a prompt prefix to a file, so that a long document is prefilled only once.
 
-A file is bound to what made it: cache format, row widths, dtype and `digest` of the model. What it cannot be checked for is whether the rows
-belong to the tokens (short of computing them again), and loaded rows are used for every later prompt with that beginning: load only files
-of people you would also take a model from.
+The file is a safetensors file with two tensors:
 
-Rows go between file and cache without a copy in between, so neither direction needs memory and both run at the speed of the disk. They are
-read with plain reads rather than mapped: a mapped file that is cut short meanwhile would kill the process.
+    tokens   int64 [n]
+    rows     uint8 [layers, n, row bytes], in the cache's storage format
+
+It does not depend on the page size. It can be loaded only with the same cache format, row widths,
+dtype and model digest. Nothing checks that the rows belong to the tokens, short of computing them
+again, and every later prompt with this prefix uses them. So load only files from people whose
+models you would also run.
+
+Rows are copied between file and cache without an intermediate copy, so neither direction needs
+extra memory. They are read with plain reads, because a process that maps a file is killed if the
+file is truncated meanwhile.
 """
 
 from __future__ import annotations
@@ -25,7 +31,8 @@ from lamoe.checkpoints import atomic, shards
 from lamoe.engine.pages import PagePool, content_hash
 
 KIND = "lamoe cache"
-VERSION = "1"  # goes up with this layout, and with the layout of any storage format of codec.py
+# Increased when this layout changes, or that of a storage format in cache_codec.py.
+VERSION = "1"
 
 
 def save(
@@ -35,22 +42,32 @@ def save(
     cache: PagedCache,
     pool: PagePool,
 ) -> int:
-    """Write the rows of the longest beginning of `tokens` (ids) whose full pages are in the cache; how many tokens that is. All or nothing: an
-    existing file stays until the new one is on the disk. ValueError when nothing of it is cached, or `file` exists and is something else."""
+    """Write the rows of the longest prefix of `tokens` whose full pages are in the cache.
+
+    The write is atomic: an existing file stays until the new one is complete on the disk.
+
+    Returns:
+        the number of tokens that were saved.
+
+    Raises:
+        ValueError: if no full page of the prefix is cached, or if `file` exists and is not a saved
+            cache.
+    """
     file = Path(file)
     if file.exists() and not is_cache(file):
         raise ValueError(f"{file} exists and is not a saved cache; name another file")
-    pages = []
-    try:  # an owned page is not given to others
-        for content in _contents(tokens, pool.page_size):
+    pages: list[int] = []
+    try:  # owning the pages keeps them from being evicted
+        for content in _page_hashes(tokens, pool.page_size):
             page = pool.share(content)
             if page is None:
                 break
             pages.append(page)
         if not pages:
             raise ValueError(
-                f"nothing of these {len(tokens)} tokens is in the cache to be saved: it holds full pages of {pool.page_size} tokens of prompts "
-                "that ran, until the space is needed; run a prompt with them first"
+                f"nothing of these {len(tokens)} tokens is in the cache to be saved: it holds full "
+                f"pages of {pool.page_size} tokens of prompts that ran, until the space is needed; "
+                "run a prompt with them first"
             )
         _write(file, tokens[: len(pages) * pool.page_size], pages, backend, cache)
     finally:
@@ -65,35 +82,51 @@ def load(
     pool: PagePool,
     max_tokens: int,
 ) -> int:
-    """Put a saved beginning among the kept pages, so that the next prompts that begin with it need not compute it; how many tokens of it are there
-    (full pages of this cache). Less recently used pages make room. ValueError for a file that is damaged, is not a saved cache, is of another
-    model or format, or does not fit in `max_tokens` (the longest text) or the pages that no running sequence holds."""
+    """Load a saved prefix into kept pages, so that later prompts with this prefix reuse its rows.
+
+    The least recently used kept pages are evicted if necessary. An incomplete last page of the
+    file is not loaded.
+
+    Args:
+        max_tokens: longest sequence in tokens.
+
+    Returns:
+        the number of tokens of the file that are in the cache now.
+
+    Raises:
+        ValueError: if the file is damaged, is not a saved cache, or was saved with another model
+            or cache format; if it has more than `max_tokens` tokens; or if running sequences own
+            too many pages.
+    """
     file = Path(file)
-    tokens, start = _check(file, backend, cache, max_tokens)
-    pages, new, contents = [], [], list(_contents(tokens, pool.page_size))
+    tokens, rows_offset = _check(file, backend, cache, max_tokens)
+    contents = list(_page_hashes(tokens, pool.page_size))
+    shared: list[int] = []
+    new: list[int] = []
     try:
         for content in contents:
             page = pool.share(content)
             if page is None:
                 break
-            pages.append(page)
-        missing = len(contents) - len(pages)
+            shared.append(page)
+        missing = len(contents) - len(shared)
         if missing > pool.available:
             raise ValueError(
-                f"{file} needs {missing} more pages of {pool.page_size} tokens, and {pool.available} of {pool.total} are not in use; "
-                "wait until running requests end, or give more cache_memory"
+                f"{file} needs {missing} more pages of {pool.page_size} tokens, and "
+                f"{pool.available} of {pool.total} are not in use; wait until running requests "
+                "end, or give more cache_memory"
             )
         new = [pool.take() for _ in range(missing)]
-        _read(file, start, len(tokens), cache, pages=new, first=len(pages) * pool.page_size)
-        for page, content in zip(new, contents[len(pages) :]):
+        _read(file, rows_offset, len(tokens), cache, new, first=len(shared) * pool.page_size)
+        for page, content in zip(new, contents[len(shared) :]):
             pool.publish(page, content)
     finally:
-        pool.give_back(pages + new)  # published ones are kept, others are free again
+        pool.give_back(shared + new)  # published pages are kept, others become free
     return len(contents) * pool.page_size
 
 
 def is_cache(file: str | Path) -> bool:
-    """Whether a file is a cache that `save` wrote, from its header."""
+    """Return whether the header of a file says that `save` wrote it."""
     try:
         shards.read_header(Path(file))
         return _metadata(Path(file)).get("kind") == KIND
@@ -101,7 +134,7 @@ def is_cache(file: str | Path) -> bool:
         return False
 
 
-# ---- the file ------------------------------------------------------------------------------------------------------------
+# ---- the file ------------------------------------------------------------------------------------
 def _write(
     file: Path,
     tokens: list[int],
@@ -109,7 +142,7 @@ def _write(
     backend: Backend,
     cache: PagedCache,
 ) -> None:
-    """The format by hand, because the library would want all rows once more in memory, gathered."""
+    """Write a safetensors file directly: the library would need a second copy of all rows."""
     layers, _, row = cache.rows.shape
     n, ids = len(tokens), torch.tensor(tokens, dtype=torch.int64).numpy()
     header = {
@@ -131,22 +164,31 @@ def _write(
                 f.write(rows[slot : slot + count].cpu().numpy())
 
 
-def _read(file: Path, start: int, n: int, cache: PagedCache, pages: list[int], first: int) -> None:
-    """Fill pages with the rows of the tokens from `first` on, of n in the file, whose rows start at byte `start`."""
+def _read(
+    file: Path, rows_offset: int, n: int, cache: PagedCache, pages: list[int], first: int
+) -> None:
+    """Fill pages with rows of a file.
+
+    Args:
+        rows_offset: byte of the file where the rows begin.
+        n: tokens of the file.
+        pages: the pages to fill.
+        first: the token of the file whose row comes first.
+    """
     row = cache.rows.shape[2]
     with open(file, "rb", buffering=0) as f:
         for layer, rows in enumerate(cache.rows):
             for token, slot, count in _runs(pages, cache.page_size):
-                f.seek(start + (layer * n + first + token) * row)
+                f.seek(rows_offset + (layer * n + first + token) * row)
                 part = rows[slot : slot + count]
-                on_host = part.cpu()  # the rows themselves if the cache is on the host
+                on_host = part.cpu()  # the same memory if the cache is on the host
                 _read_into(f, memoryview(on_host.numpy()).cast("B"), file)
                 if on_host.data_ptr() != part.data_ptr():
                     part.copy_(on_host)
 
 
 def _read_into(f: IO[bytes], into: memoryview, file: Path) -> None:
-    """Fill `into` from a file: one read returns at most 2 GiB."""
+    """Fill `into` from a file, in several reads because one returns at most 2 GiB."""
     while into:
         count = f.readinto(into)  # type: ignore[attr-defined]
         if not count:
@@ -160,42 +202,36 @@ def _read_into(f: IO[bytes], into: memoryview, file: Path) -> None:
 def _check(
     file: Path, backend: Backend, cache: PagedCache, max_tokens: int
 ) -> tuple[list[int], int]:
-    """The tokens of a file that belongs to this model and cache, and where its rows start. ValueError when it does not."""
-    found = shards.read_header(file)
-    meta, want, n_layers, row = (
-        _metadata(file),
-        _expected(backend, cache),
-        cache.rows.shape[0],
-        cache.rows.shape[2],
-    )
-    if meta.get("kind") != KIND or set(found) != {"tokens", "rows"}:
+    """Check that a file fits this model and cache.
+
+    Returns:
+        its tokens, and the byte where its rows begin.
+    """
+    found, metadata = shards.read_header(file), _metadata(file)
+    if metadata.get("kind") != KIND or set(found) != {"tokens", "rows"}:
         raise ValueError(
-            f"{file} is not a saved cache (tensors {shards.few(found) or 'none'}); give a file that save_cache wrote"
+            f"{file} is not a saved cache (tensors {shards.few(found) or 'none'}); give a file "
+            "that save_cache wrote"
         )
-    if meta.get("version") != VERSION:
+    if metadata.get("version") != VERSION:
         raise ValueError(
-            f"{file} is a saved cache of version {meta.get('version')!r}; this lamoe reads version {VERSION}: save it again"
+            f"{file} is a saved cache of version {metadata.get('version')!r}; this lamoe reads "
+            f"version {VERSION}: save it again"
         )
-    for key, hint in (
-        ("format", "load the model with cache={0!r}, or save it again in this one"),
-        ("widths", "it is of another kind of model"),
-        ("dtype", "load the model in that dtype, or save it again in this one"),
-        ("model", "use the model it was saved with, or save it again"),
-    ):
-        if meta.get(key) != want[key]:
-            raise ValueError(
-                f"{file} has the {_NAMES[key]} {str(meta.get(key))[:80]!r}, this one has {want[key]!r}; {hint.format(str(meta.get(key))[:20])}"
-            )
+    _check_origin(file, metadata, _expected(backend, cache))
     tokens, rows = found["tokens"], found["rows"]
+    layers, _, row = cache.rows.shape
     n = tokens.shape[0] if len(tokens.shape) == 1 else -1
-    if (tokens.dtype, rows.dtype) != ("I64", "U8") or n < 1 or rows.shape != (n_layers, n, row):
+    if (tokens.dtype, rows.dtype) != ("I64", "U8") or n < 1 or rows.shape != (layers, n, row):
         raise ValueError(
-            f"{file} holds tokens {tokens.dtype} {list(tokens.shape)} and rows {rows.dtype} {list(rows.shape)}; this model and cache format need "
-            f"I64 [n] and U8 [{n_layers}, n, {row}] with n at least 1"
+            f"{file} holds tokens {tokens.dtype} {list(tokens.shape)} and rows {rows.dtype} "
+            f"{list(rows.shape)}; this model and cache format need I64 [n] and U8 "
+            f"[{layers}, n, {row}] with n at least 1"
         )
     if n > max_tokens:
         raise ValueError(
-            f"{file} holds {n} tokens, more than max_model_len {max_tokens}; raise max_model_len or save a shorter text"
+            f"{file} holds {n} tokens, more than max_model_len {max_tokens}; raise max_model_len "
+            "or save a shorter text"
         )
     ids, vocab = _tokens(file), backend.config.vocab_size
     if min(ids) < 0 or max(ids) >= vocab:
@@ -206,12 +242,24 @@ def _check(
         return ids, 8 + int.from_bytes(f.read(8), "little") + rows.begin
 
 
-_NAMES = {
-    "format": "cache format",
-    "widths": "row widths",
-    "dtype": "dtype",
-    "model": "model digest",
-}
+def _check_origin(file: Path, metadata: dict[str, str], expected: dict[str, str]) -> None:
+    """Refuse a file that was saved with another model, dtype or cache format."""
+    for key, name, fix in (
+        ("format", "cache format", "load the model with cache={!r}, or save it again in this one"),
+        (
+            "widths",
+            "row widths",
+            "its model has another attention; use the model it was saved with",
+        ),
+        ("dtype", "dtype", "load the model in that dtype, or save it again in this one"),
+        ("model", "model digest", "use the model it was saved with, or save it again"),
+    ):
+        if metadata.get(key) != expected[key]:
+            found = str(metadata.get(key))
+            raise ValueError(
+                f"{file} has the {name} {found[:80]!r}, this one has {expected[key]!r}; "
+                f"{fix.format(found[:20])}"
+            )
 
 
 def _expected(backend: Backend, cache: PagedCache) -> dict[str, str]:
@@ -241,8 +289,8 @@ def _tokens(file: Path) -> list[int]:
         raise ValueError(f"{file} could not be read: {e}") from None
 
 
-def _contents(tokens: list[int], page_size: int) -> Iterator[bytes]:
-    """The hashes of the full pages of a text."""
+def _page_hashes(tokens: list[int], page_size: int) -> Iterator[bytes]:
+    """Yield the content hashes of the full pages of a text."""
     content = b""
     for end in range(page_size, len(tokens) + 1, page_size):
         content = content_hash(content, tokens[end - page_size : end])
@@ -250,7 +298,11 @@ def _contents(tokens: list[int], page_size: int) -> Iterator[bytes]:
 
 
 def _runs(pages: list[int], page_size: int) -> Iterator[tuple[int, int, int]]:
-    """Rows that lie side by side in the cache, as (number of the first token, its slot, rows): pages of a fresh cache come in order."""
+    """Group consecutive pages, to copy their rows at once.
+
+    Yields:
+        for each group: its first token, the cache slot of that token, the number of tokens.
+    """
     at = 0
     while at < len(pages):
         end = at + 1

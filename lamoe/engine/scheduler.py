@@ -1,7 +1,9 @@
-"""Who computes which tokens in the next step: decoding sequences first, then prompts in chunks, under a budget of tokens and pages.
+"""Choose the tokens that the next step computes.
 
-When pages run out the youngest running sequence gives its pages back and waits; its tokens are computed again later (or found again among
-the kept pages). A sequence that alone needs more pages than there are cannot be admitted: the engine refuses it before.
+Decoding sequences come first, then prompts in chunks, within a budget of tokens and pages. When
+pages run out, the youngest running sequence is preempted: it returns its pages and waits. Its
+tokens are computed again later, unless their pages are still kept. A sequence that needs more
+pages than exist never reaches the scheduler: the engine refuses it.
 """
 
 from __future__ import annotations
@@ -13,66 +15,78 @@ from lamoe.engine.request import Sequence
 
 
 class Scheduler:
-    """`schedule` picks (sequence, number of tokens), decoding ones first; `computed` records what a step did; `end` frees a sequence."""
+    """Decides which sequences run, and owns their pages.
+
+    A step calls `schedule`, runs the forward pass, and records its result with `computed`. `end`
+    removes a sequence.
+    """
 
     def __init__(self, pool: PagePool, max_sequences: int, max_tokens: int, speculate: int = 0):
-        """speculate: drafts are made while at most this many sequences run; with more, batching fills the machine by itself."""
-        self.pool, self.max_sequences, self.max_tokens, self.speculate = (
-            pool,
-            max_sequences,
-            max_tokens,
-            speculate,
-        )
+        """Create a scheduler.
+
+        Args:
+            max_sequences: sequences that run at once.
+            max_tokens: tokens of one step.
+            speculate: make drafts while at most this many sequences run. With more sequences,
+                batching alone uses the hardware well.
+        """
+        self.pool, self.max_sequences = pool, max_sequences
+        self.max_tokens, self.speculate = max_tokens, speculate
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
     def add(self, seq: Sequence) -> None:
+        """Queue a new sequence."""
         self.waiting.append(seq)
 
     def schedule(self) -> list[tuple[Sequence, int]]:
+        """Choose the work of one step and take the pages that it needs.
+
+        Returns:
+            each chosen sequence with its number of tokens (draft included), decoding ones first.
+        """
         budget, decode, prefill = self.max_tokens, [], []
         for seq in [s for s in self.running if s.todo == 1]:
             if seq not in self.running:
-                continue  # an older one has just pushed it out
+                continue  # an older sequence has just preempted it
             seq.draft = self._draft(seq)
-            if seq.draft and self._fit(seq, 1 + len(seq.draft)):
+            if seq.draft and self._take_pages(seq, 1 + len(seq.draft)):
                 decode.append((seq, 1 + len(seq.draft)))
                 continue
             seq.draft = []
-            if self._make_room(seq, 1):
+            if self._take_pages_or_preempt(seq, 1):
                 decode.append((seq, 1))
         budget -= sum(n for _, n in decode)
         for seq in [s for s in self.running if s.todo > 1]:
             n = min(seq.todo, budget)
-            if n > 0 and self._fit(seq, n):
+            if n > 0 and self._take_pages(seq, n):
                 prefill.append((seq, n))
                 budget -= n
             elif n > 0:
-                budget = 0  # those who came later must not take the pages it waits for
+                budget = 0  # later sequences must not take the pages that this one waits for
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
-            seq = self._next_waiting()
-            if seq is None:
+            next_seq = self._next_waiting()
+            if next_seq is None:
                 break
-            self._reuse(seq)
-            n = min(seq.todo, budget)
-            if not self._fit(seq, n):
-                self._release(seq)
+            self._share_prefix(next_seq)
+            n = min(next_seq.todo, budget)
+            if not self._take_pages(next_seq, n):
+                self._release(next_seq)
                 break
-            self.waiting.remove(seq)
-            self.running.append(seq)
-            prefill.append((seq, n))
+            self.waiting.remove(next_seq)
+            self.running.append(next_seq)
+            prefill.append((next_seq, n))
             budget -= n
-        if (
-            not decode and not prefill and self.running
-        ):  # prompts hold all pages and none can go on: the oldest must
+        if not decode and not prefill and self.running:
+            # Unfinished prompts hold all pages and block each other: let the oldest continue.
             seq = self.running[0]
             n = min(seq.todo, self.max_tokens)
-            if self._make_room(seq, n):
+            if self._take_pages_or_preempt(seq, n):
                 prefill.append((seq, n))
         return decode + prefill
 
     def computed(self, seq: Sequence, n: int) -> None:
-        """The rows of the next n tokens of seq are in the cache now. Full pages are published."""
+        """Record that the cache has the rows of the next n tokens; publish pages now full."""
         seq.computed += n
         size = self.pool.page_size
         while (len(seq.contents) + 1) * size <= seq.computed:
@@ -82,7 +96,7 @@ class Scheduler:
             self.pool.publish(seq.pages[at], seq.contents[-1])
 
     def end(self, seq: Sequence) -> None:
-        """Take a sequence out, wherever it is, and give its pages back."""
+        """Remove a running or waiting sequence and return its pages."""
         if seq in self.running:
             self.running.remove(seq)
         elif seq in self.waiting:
@@ -92,23 +106,20 @@ class Scheduler:
     def _draft(self, seq: Sequence) -> list[int]:
         if len(self.running) > self.speculate or self.waiting:
             return []
-        room = min(seq.limit - len(seq.tokens) - 1, self.max_tokens // len(self.running) - 1)
-        return seq.lookup.propose(seq.tokens, room) if room > 0 else []
+        limit = min(seq.limit - len(seq.tokens) - 1, self.max_tokens // len(self.running) - 1)
+        return seq.lookup.propose(seq.tokens, limit) if limit > 0 else []
 
-    # ---- pages ---------------------------------------------------------------------------------------------------
+    # ---- pages -----------------------------------------------------------------------------------
     def _next_waiting(self) -> Sequence | None:
-        """The first that need not wait for a sibling's prompt."""
-        return next(
-            (
-                s
-                for s in self.waiting
-                if s.leader is None or s.leader.finish or s.leader.computed >= s.prompt_len
-            ),
-            None,
-        )
+        """Return the first waiting sequence whose leader, if any, has computed its prompt."""
+        for seq in self.waiting:
+            leader = seq.leader
+            if leader is None or leader.finish or leader.computed >= seq.prompt_len:
+                return seq
+        return None
 
-    def _reuse(self, seq: Sequence) -> None:
-        """Take over kept or shared pages that hold the beginning of seq; at least its last token stays to be computed."""
+    def _share_prefix(self, seq: Sequence) -> None:
+        """Share the pages that hold the beginning of seq; its last token stays to be computed."""
         size, before = self.pool.page_size, b""
         while (len(seq.pages) + 1) * size < len(seq.tokens):
             at = len(seq.pages) * size
@@ -122,17 +133,20 @@ class Scheduler:
         if not seq.preemptions:
             seq.cached = seq.computed
 
-    def _fit(self, seq: Sequence, n: int) -> bool:
-        """Pages for n more tokens of seq, without taking any from others."""
+    def _take_pages(self, seq: Sequence, n: int) -> bool:
+        """Take pages for n more tokens of seq, without preemption. False if too few are left."""
         missing = -(-(seq.computed + n) // self.pool.page_size) - len(seq.pages)
         if missing > self.pool.available:
             return False
         seq.pages += [self.pool.take() for _ in range(missing)]
         return True
 
-    def _make_room(self, seq: Sequence, n: int) -> bool:
-        """Like _fit, but the youngest sequences are pushed out until it fits. False when seq itself was."""
-        while not self._fit(seq, n):
+    def _take_pages_or_preempt(self, seq: Sequence, n: int) -> bool:
+        """Take pages for n more tokens of seq, preempting the youngest sequences if needed.
+
+        False if seq itself was preempted.
+        """
+        while not self._take_pages(seq, n):
             victim = self.running.pop()
             victim.preemptions += 1
             self._release(victim)

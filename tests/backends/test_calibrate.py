@@ -79,15 +79,15 @@ def test_the_rows_of_all_experts_never_exist_at_once(monkeypatch):
     module = type("E", (), {"w13": torch.ones(8, 4, 2), "w2": torch.ones(8, 2, 2)})
     seen, given, most = calibrate._Experts(module), [], []
     seen.add(module, (torch.ones(80, 2), torch.arange(80)[:, None] % 8, torch.ones(80, 1)))
-    real = seen._weighted
+    real = seen._expert_rows
 
-    def watched(e, through=False):
-        rows = real(e, through)
+    def watched(e, activated=False):
+        rows = real(e, activated)
         given.append(weakref.ref(rows))
         most.append(sum(r() is not None for r in given))
         return rows
 
-    monkeypatch.setattr(seen, "_weighted", watched)
+    monkeypatch.setattr(seen, "_expert_rows", watched)
     seen.activations(0)
     assert len(given) == 9 and max(most) <= 3
 

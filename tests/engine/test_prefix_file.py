@@ -75,11 +75,11 @@ def test_rows_are_the_bytes_of_the_cache(tmp_path, format):
         and stored["rows"].shape == (2, 60, row)
         and stored["rows"].dtype == torch.uint8
     )
-    pages = [one.pool.share(c) for c in prefix_file._contents(TEXT, 4)]
+    pages = [one.pool.share(c) for c in prefix_file._page_hashes(TEXT, 4)]
     slots = torch.tensor([p * 4 + i for p in pages for i in range(4)])
     assert torch.equal(stored["rows"], one.cache.rows[:, slots]) and stored["rows"].any(-1).all()
     two.load_cache(tmp_path / "c")
-    pages = [two.pool.share(c) for c in prefix_file._contents(TEXT[:60], 5)]
+    pages = [two.pool.share(c) for c in prefix_file._page_hashes(TEXT[:60], 5)]
     slots = torch.tensor([p * 5 + i for p in pages for i in range(5)])
     assert torch.equal(stored["rows"], two.cache.rows[:, slots])
     with safe_open(tmp_path / "c", framework="pt") as f:

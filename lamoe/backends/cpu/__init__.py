@@ -1,1 +1,1 @@
-"""The compiled CPU kernels (csrc/): packed weights and their folders."""
+"""The backend of compiled CPU kernels (csrc/), and its folders of packed weights."""

@@ -1,11 +1,13 @@
-"""What the inputs of each matrix look like on a text, and what that means for rounding it: `weigh` of packed_file.write.
+"""Collect the second moments of each matrix's inputs on a text, for better int4 rounding.
 
-The squared error of a matrix's output is e H e^T over the errors e of its rows, with H the second moments of its inputs. Rounding input by input, the
-error of one can be made up for by those that are rounded after it; the inverse of H says how (optimal brain surgeon; GPTQ, arXiv 2210.17323).
+With rounding errors e in one row of a matrix, the squared error of its output is e H e^T, where H
+is the second moment matrix of the inputs. Inputs are rounded one after another, and later ones can
+compensate for the errors of earlier ones; the inverse of H says how (optimal brain surgeon; GPTQ,
+arXiv 2210.17323). `options` makes the `weigh` argument of packed_file.write from this.
 
-The model walks layer by layer over all rows of the text at once, so one layer's weights are in memory and not the model. An expert's inputs
-are those of the tokens that were routed to it, weighted as the router weighted them; an expert that saw few tokens leans on what all
-tokens of its layer looked like.
+The model is run layer by layer over all rows of the text at once, so only one layer's weights are
+in memory. The inputs of a routed expert are those of the tokens that were routed to it, multiplied
+by their router weights. For an expert with few tokens, the mean of its layer is mixed in.
 """
 
 from __future__ import annotations
@@ -27,25 +29,31 @@ from lamoe.model.layers import RMSNorm
 from lamoe.model.transformer import Block, check_ids
 from lamoe.text.tokenizer import Tokenizer
 
-ROWS, LENGTH = 4, 512  # rows of a pass, tokens of a row
-CHARS, PIECE = (
-    16,
-    8192,
-)  # characters that are tokenised for a token that is wanted, at most about; of a piece
-_LEAN = 128  # an expert's own mean counts as many tokens as it saw, its layer's as many as these
-_DAMP = (
-    0.1  # of each input's own second moment, added to it: what a text does not show may still come
-)
-_FLOOR = 1e-4  # of the mean one, added to all: for inputs that this text never moved
-Moments = Callable[
-    [int], torch.Tensor
-]  # of matrix i: mean of x x^T over its inputs x, float32 [K, K]
+ROWS = 4  # rows of one forward pass
+LENGTH = 512  # tokens of a row
+CHARS = 16  # characters to tokenise, at most, for each token that is wanted
+PIECE = 8192  # characters of one sampled piece of text
+# The layer's mean counts as much as this many tokens of an expert's own.
+_LAYER_MEAN_TOKENS = 128
+# This share of each input's own second moment is added to it, because later text may differ.
+_DAMP = 0.1
+# This share of the mean second moment is added to all, for inputs that are zero on this text.
+_FLOOR = 1e-4
+# From the index of a matrix to the mean of x x^T over its inputs x, float32 [K, K].
+Moments = Callable[[int], torch.Tensor]
 
 
 def rows_of(
     tokenizer: Tokenizer, texts: list[str], config: ModelConfig, tokens: int
 ) -> torch.Tensor:
-    """About `tokens` tokens of the texts as ids [rows, T], rows spread evenly over them. ValueError for a text of less than 16."""
+    """Tokenise about `tokens` tokens, in rows spread evenly over the texts.
+
+    Returns:
+        int64 [rows, T].
+
+    Raises:
+        ValueError: if the texts have fewer than 16 tokens.
+    """
     ids = [
         t
         for text in _sample(texts, CHARS * tokens)
@@ -62,16 +70,18 @@ def rows_of(
 
 
 def _sample(texts: list[str], limit: int) -> list[str]:
-    """The texts, or where they have more than `limit` characters, pieces of them that have about as many, spread evenly: the rest need not be tokenised."""
-    total, seen, kept, out = sum(map(len, texts)), 0, 0, []
+    """Return the texts, or evenly spread pieces of about `limit` characters if they have more."""
+    total = sum(map(len, texts))
     if total <= limit:
         return texts
+    pieces: list[str] = []
+    passed = kept = 0  # characters
     for piece in (text[at : at + PIECE] for text in texts for at in range(0, len(text), PIECE)):
-        if kept * total <= seen * limit:
-            out.append(piece)
+        if kept * total <= passed * limit:
+            pieces.append(piece)
             kept += len(piece)
-        seen += len(piece)
-    return out
+        passed += len(piece)
+    return pieces
 
 
 def options(
@@ -80,40 +90,61 @@ def options(
     ids: torch.Tensor,
     progress: Callable[[int], None] = lambda layer: None,
 ) -> dict:
-    """`weigh` and `calibration` of packed_file.write for the checkpoint `folder` over rows `ids`. The model walks as far as it is asked for (a finished
-    folder asks for nothing); progress(layer) is called before each layer."""
-    walk, now = (
-        moments(config, packed_file.reader(folder, config), ids, hf.DTYPES[config.torch_dtype]),
-        {"at": -1, "found": {}},
-    )
+    """Return the arguments `weigh` and `calibration` of packed_file.write.
 
-    def weigh(piece: PackedTensor, i: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if piece.format != "int4":
+    Layers are computed when `weigh` first needs them. If the packed folder is complete already,
+    nothing is computed.
+
+    Args:
+        folder: the checkpoint.
+        ids: the text, int64 [rows, T].
+        progress: called with the number of each layer before it is computed.
+    """
+    layers = moments(config, packed_file.reader(folder, config), ids, hf.DTYPES[config.torch_dtype])
+    current = -1
+    found: dict[str, Moments] = {}
+
+    def weigh(tensor: PackedTensor, i: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        nonlocal current, found
+        if tensor.format != "int4":
             return None
-        wanted = config.num_hidden_layers if piece.layer < 0 else piece.layer
-        while now["at"] < wanted:
-            now["at"] += 1
-            progress(now["at"])
-            now["found"] = {}  # before the next layer is there
-            now["found"] = next(walk)
-        return solve(now["found"][piece.key](i))
+        wanted = config.num_hidden_layers if tensor.layer < 0 else tensor.layer
+        while current < wanted:
+            current += 1
+            progress(current)
+            found = {}  # frees this layer before the next one is loaded
+            found = next(layers)
+        return solve(found[tensor.key](i))
 
     return {"weigh": weigh, "calibration": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]}
 
 
 def solve(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Second moments [K, K] -> (importance [K], feedback [K, K]) of native.pack: with U the upper Cholesky factor of the damped inverse, 1 / U_ii^2 and
-    U_ij / U_ii. ValueError for moments that are not finite."""
+    """Compute importance and feedback of native.pack from second moments.
+
+    With U the upper Cholesky factor of the inverse of the damped moments, the importance of input
+    i is 1 / U_ii^2 and the feedback from i to j is U_ij / U_ii.
+
+    Args:
+        h: [K, K].
+
+    Returns:
+        importance [K] and feedback [K, K].
+
+    Raises:
+        ValueError: if the moments are not finite.
+    """
     if not torch.isfinite(h).all():
         raise ValueError(
-            "the inputs of a matrix on the text to calibrate on are not finite: the model overflows there; quantize it without --calibrate, or check its weights"
+            "the inputs of a matrix on the text to calibrate on are not finite: the model "
+            "overflows there; quantize it without --calibrate, or check its weights"
         )
     h, own = h.clone(), h.diagonal().clone()
     floor = _FLOOR * own.mean()
-    # Not a share of the mean: real models have inputs a thousand times larger than the others, and their mean would drown what the others tell.
-    h.diagonal().add_(
-        _DAMP * own + (floor if floor > 0 else 1.0)
-    )  # one [K, K] at a time is freed: 480 MB each for the dense layer of V2-Lite
+    # Damping by a share of the mean would be too strong: in real models some inputs are a thousand
+    # times larger than the others, and they dominate the mean.
+    h.diagonal().add_(_DAMP * own + (floor if floor > 0 else 1.0))
+    # Reusing the name frees each [K, K] before the next: 480 MB for V2-Lite's dense layer.
     h = torch.linalg.cholesky(h)
     h = torch.cholesky_inverse(h)
     h = torch.linalg.cholesky(h, upper=True)
@@ -124,8 +155,16 @@ def solve(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def moments(
     config: ModelConfig, read: Read, ids: torch.Tensor, dtype: torch.dtype
 ) -> Iterator[dict[str, Moments]]:
-    """One dict for each layer, then one for the head: {piece key: second moments of its inputs}. read: the tensors of a checkpoint by name
-    (packed_file.reader); ids [rows, T]."""
+    """Run the model over a text and yield the second moments of its matrices' inputs.
+
+    Args:
+        read: returns a tensor of the checkpoint by name (packed_file.reader).
+        ids: int64 [rows, T].
+        dtype: of the computation.
+
+    Yields:
+        {PackedTensor.key: moments}, first for each layer, then for the output head.
+    """
     check_ids(ids, config)
     rope.check_length(config, ids.shape[1])
     states = [read("model.embed_tokens.weight")[part].to(dtype) for part in ids.split(ROWS)]
@@ -133,12 +172,11 @@ def moments(
     for layer in range(config.num_hidden_layers):
         block = _block(config, layer, read, dtype)
         sums = _watch(block, layer)
-        with (
-            torch.inference_mode()
-        ):  # not around the generator: torch's wrapper would keep what was yielded last
+        # Not as a decorator of the generator: torch's wrapper would keep the last yielded dict.
+        with torch.inference_mode():
             states = [block(x, freqs) for x in states]
         yield {key: s.mean if isinstance(s, _Linear) else s for key, s in sums.items()}
-        del block, sums  # before the next layer's weights are there
+        del block, sums  # frees this layer before the next one is loaded
     norm, head = RMSNorm(config.hidden_size, config.rms_norm_eps).to(dtype), _Linear()
     norm.weight.data.copy_(read("model.norm.weight"))
     with torch.inference_mode():
@@ -148,44 +186,47 @@ def moments(
 
 
 def _watch(block: Block, layer: int) -> dict[str, _Linear | Moments]:
-    """{piece key: what will gather the moments of its inputs while the block runs}."""
-    sums = {}
+    """Hook the linears and experts of a block, to collect moments by PackedTensor.key."""
+    sums: dict[str, _Linear | Moments] = {}
     for name, module in block.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "attn.wkv_b":  # stays at 8 bits or more
-            module.register_forward_pre_hook(
-                sums.setdefault(f"layers.{layer}.{name.split('.')[-1]}", _Linear()).add
-            )
+        # wkv_b is always packed in 8 bits or more, so it needs no moments.
+        if isinstance(module, torch.nn.Linear) and name != "attn.wkv_b":
+            linear = _Linear()
+            sums[f"layers.{layer}.{name.split('.')[-1]}"] = linear
+            module.register_forward_pre_hook(linear.add)
         elif name == "ffn.experts":
             experts = _Experts(module)
             module.register_forward_pre_hook(experts.add)
-            sums |= {
-                f"layers.{layer}.e13": experts.inputs,
-                f"layers.{layer}.e2": experts.activations,
-            }
+            sums[f"layers.{layer}.e13"] = experts.inputs
+            sums[f"layers.{layer}.e2"] = experts.activations
     return sums
 
 
 def _block(config: ModelConfig, layer: int, read: Read, dtype: torch.dtype) -> Block:
+    """Load one layer of the model."""
     with torch.device("meta"):
         block = Block(config, layer)
-    own = f"layers.{layer}."
+    prefix = f"layers.{layer}."
     weights = {
-        own + name: torch.empty(p.shape, dtype=dtype) for name, p in block.named_parameters()
+        prefix + name: torch.empty(p.shape, dtype=dtype) for name, p in block.named_parameters()
     }
     for entry in hf.table(config):
         if entry.parameter in weights:
             weights[entry.parameter][entry.where].copy_(read(entry.disk))
-    block.load_state_dict({name.removeprefix(own): w for name, w in weights.items()}, assign=True)
+    block.load_state_dict(
+        {name.removeprefix(prefix): w for name, w in weights.items()}, assign=True
+    )
     return block.eval()
 
 
 class _Linear:
-    """Second moments of a linear's inputs."""
+    """Accumulates the second moments of a linear layer's inputs."""
 
     def __init__(self):
         self.total, self.count = None, 0
 
     def add(self, module, args) -> None:
+        """Add one call's inputs; a forward pre-hook."""
         x = args[0].flatten(0, -2).float()
         self.total = x.new_zeros(x.shape[1], x.shape[1]) if self.total is None else self.total
         self.total.addmm_(x.T, x)
@@ -196,53 +237,70 @@ class _Linear:
 
 
 class _Experts:
-    """Second moments of what each expert sees, made when asked for: those of all at once would be larger than the layer."""
+    """Second moments of the inputs of each routed expert of a layer.
+
+    They are computed on demand: those of all experts at once would be larger than the layer.
+    """
 
     def __init__(self, module):
-        self.w13, self.seen, self.whole = (
-            module.w13,
-            [],
-            {},
-        )  # not the module: it holds this hook, and a circle would keep its weights
+        # Not the module itself: it holds this object's hook, and the cycle would keep its weights.
+        self.w13 = module.w13
+        self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.layer_means: dict[str, torch.Tensor] = {}
 
     def add(self, module, args) -> None:
-        self.seen.append(args)  # x [N, D], expert [N, K], weight [N, K]
+        """Record one call: x [N, D], expert [N, K], weight [N, K]; a forward pre-hook."""
+        self.calls.append(args)
 
     @torch.inference_mode()
     def inputs(self, i: int) -> torch.Tensor:
-        return self._leaning("inputs", self._weighted(i))
+        """Return the moments of the inputs of w1 and w3 of expert i."""
+        return self._mixed("inputs", self._expert_rows(i))
 
     @torch.inference_mode()
     def activations(self, i: int) -> torch.Tensor:
-        return self._leaning("activations", self._weighted(i, through=True))
+        """Return the moments of the inputs of w2 of expert i."""
+        return self._mixed("activations", self._expert_rows(i, activated=True))
 
-    def _leaning(self, what: str, mine: torch.Tensor) -> torch.Tensor:
-        if what not in self.whole:  # the mean over all assignments of the layer
-            total = self._all_inputs() if what == "inputs" else self._all_activations()
-            self.whole[what] = total / max(1, sum(expert.numel() for _, expert, _ in self.seen))
-        return (mine.T @ mine + _LEAN * self.whole[what]) / (len(mine) + _LEAN)
+    def _mixed(self, kind: str, rows: torch.Tensor) -> torch.Tensor:
+        """Average the moments of an expert's rows with the mean over the whole layer."""
+        if kind not in self.layer_means:
+            total = self._all_inputs() if kind == "inputs" else self._all_activations()
+            assignments = sum(expert.numel() for _, expert, _ in self.calls)
+            self.layer_means[kind] = total / max(1, assignments)
+        layer_mean = self.layer_means[kind]
+        return (rows.T @ rows + _LAYER_MEAN_TOKENS * layer_mean) / (len(rows) + _LAYER_MEAN_TOKENS)
 
     def _all_inputs(self) -> torch.Tensor:
-        """A token that went to K experts counts K times, each time weighted: once with the sum of the squares, without asking where it went."""
-        total = 0
-        for x, _, weight in self.seen:
+        """Sum the moments of all assignments.
+
+        A token counts once for each of its K experts with the square of that router weight. The
+        sum of the squares does this in one pass, without looking at the experts.
+        """
+        total = torch.zeros(())
+        for x, _, weight in self.calls:
             rows = x.float() * weight.float().square().sum(-1, keepdim=True).sqrt()
             total = total + rows.T @ rows
         return total
 
     def _all_activations(self) -> torch.Tensor:
-        total = 0
-        for e in range(len(self.w13)):  # one expert's rows at a time: all of them are gigabytes
-            rows = self._weighted(e, through=True)
+        total = torch.zeros(())
+        for e in range(len(self.w13)):  # one expert's rows at a time: together they are gigabytes
+            rows = self._expert_rows(e, activated=True)
             total = total + rows.T @ rows
         return total
 
-    def _weighted(self, e: int, through: bool = False) -> torch.Tensor:
-        out = []
-        for x, expert, weight in self.seen:
+    def _expert_rows(self, e: int, activated: bool = False) -> torch.Tensor:
+        """Return the inputs of expert e times their router weights, float32 [tokens, D].
+
+        Args:
+            activated: return the inputs of w2 instead, after SwiGLU.
+        """
+        rows = []
+        for x, expert, weight in self.calls:
             token, k = (expert == e).nonzero(as_tuple=True)
-            mine = x[token]
-            if through:
-                mine = kernels.swiglu(torch.nn.functional.linear(mine, self.w13[e]))
-            out.append(mine.float() * weight[token, k].float()[:, None])
-        return torch.cat(out)
+            x = x[token]
+            if activated:
+                x = kernels.swiglu(torch.nn.functional.linear(x, self.w13[e]))
+            rows.append(x.float() * weight[token, k].float()[:, None])
+        return torch.cat(rows)

@@ -1,18 +1,38 @@
-"""The compiled kernels (csrc/, `lamoe._native`) as functions of torch tensors, when they are there. `available()` says whether; without them
-everything runs on torch ops, and `announce` says so once. LAMOE_ISA = scalar | avx2 | avxvnni | avx512vnni | avx512 | amx forces an instruction set.
+"""The compiled kernels (csrc/, `lamoe._native`) as functions of torch tensors.
 
-Weight formats, group-wise over 16 inputs of one output (csrc/cpu/formats.h has the bytes):
-    fp32, bf16   as they are
-    int8         code -127..127 x an 8-bit scale: 8.5 bits a weight
-    int4         16 uneven levels x an 8-bit scale with a sign: 4.5 bits a weight
-How far from exact (tests/backends/test_native.py holds every instruction set to it; g: the largest weight of a group of 16, w: of the matrix)
-    fp32         weights and inputs exact; a sum of k products within k 2^-24 of the sum of their absolute values, as in all formats
-    bf16         weights and inputs within 2^-8 of themselves
-    int8         a weight within g / 225 or w / 2^23, whichever is more; an input within 1/254 of the largest of its block of 64
-    int4         the root mean square error of a group at most 9/64 g (6 % of a normal weight was measured); inputs as int8
-A NaN or an infinity in an input row makes that row's results NaN or infinite, and no other's. int8 and int4 read a block of inputs below 1.5e-36 as zero; their
-results are finite while the inputs' absolute values add up to at most 1.7e36, and beyond that right or not finite, never finite and wrong.
-A result depends on its row and its weights alone, not on the other rows of a batch, the number of threads or what else runs.
+`available` says whether they are built and switched on. Without them models run on torch ops, and
+`announce` says so once. LAMOE_ISA = scalar | avx2 | avxvnni | avx512vnni | avx512 | amx forces an
+instruction set.
+
+Weight formats. Quantisation is group-wise: a group is 16 inputs of one output. csrc/cpu/formats.h
+has the byte layouts.
+
+    fp32, bf16   plain values
+    int8         code -127..127 times an 8-bit scale                       8.5 bits per weight
+    int4         codebook of 16 non-uniform values times a signed 8-bit    4.5 bits per weight
+                 scale
+
+Error bounds, which tests/backends/test_native.py checks for every instruction set. `g` is the
+largest |weight| of a group and `w` that of the matrix.
+
+    all formats  float32 accumulation: k products have an error <= k * 2^-24 * sum(abs(products))
+    fp32         weights and inputs are exact
+    bf16         weights and inputs have a relative error <= 2^-8
+    int8         error of a weight <= max(g / 225, w / 2^23); error of an input <= 1/254 of the
+                 largest |input| of its block of 64
+    int4         RMS error of the weights of a group <= 9/64 g (measured on normally distributed
+                 weights: 6 %); inputs as in int8
+
+Special values:
+
+- A NaN or infinity in an input row makes the results of this row NaN or infinite. Other rows are
+  not affected.
+- int8 and int4 read a block of inputs below 1.5e-36 as zero.
+- int8 and int4 results are finite if sum(abs(inputs)) <= 1.7e36. Larger inputs may overflow to
+  infinity or NaN, but never produce a wrong finite value.
+
+A result depends on its row and the weights alone. It does not depend on the other rows of the
+batch, on the number of threads, or on other work of the process.
 """
 
 from __future__ import annotations
@@ -33,13 +53,9 @@ else:
 
 FORMATS: dict[str, int] = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 BITS: dict[str, float] = {"fp32": 32.0, "bf16": 16.0, "int8": 8.5, "int4": 4.5}
-BLOCK: dict[str, int] = {
-    "fp32": 1,
-    "bf16": 2,
-    "int8": 64,
-    "int4": 64,
-}  # inputs that are stored together, for 16 outputs; both are filled up
-_said = False
+# A packed matrix stores blocks of 16 outputs x BLOCK inputs. Both dimensions are padded.
+BLOCK: dict[str, int] = {"fp32": 1, "bf16": 2, "int8": 64, "int4": 64}
+_announced = False
 
 
 def available() -> bool:
@@ -64,40 +80,47 @@ def why_switched_off() -> str:
 
 
 def missing() -> str:
-    """Why the compiled kernels are not there; "" when they are."""
+    """Return why the compiled kernels could not be imported; "" if they could."""
     return _why
 
 
 def announce() -> None:
-    """Say once, on stderr, that the compiled kernels are missing and why."""
-    global _said
-    if lib is None and not _said and not switched_off():
+    """Print once, on stderr, that the compiled kernels are missing and why."""
+    global _announced
+    if lib is None and not _announced and not switched_off():
         print(
-            f"lamoe: the compiled kernels are not there ({_why}); running on torch ops, many times slower. Install with a C++ compiler at hand.",
+            f"lamoe: the compiled kernels are not there ({_why}); running on torch ops, many times "
+            "slower. Reinstall lamoe with a C++ compiler at hand.",
             file=sys.stderr,
         )
-    _said = True
+    _announced = True
 
 
 def allocate(size: int) -> torch.Tensor:
-    """uint8 [size], in huge pages where the system has them: weights are read from end to end, and small pages cost a seventh of the bandwidth and more."""
+    """Allocate uint8 [size], in huge pages where the system has them.
+
+    Weights are read from end to end. With small pages this costs at least a seventh of the memory
+    bandwidth.
+    """
     if size < 1 << 21 or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(size, dtype=torch.uint8)
-    pages = mmap.mmap(
-        -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )  # not shared, as is the default: that has small pages on most systems
+    # Private, because most systems give no huge pages to shared memory (Python's default).
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     request_huge_pages(pages)
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def request_huge_pages(pages: mmap.mmap) -> None:
-    """Ask for huge pages, where the system has them."""
+    """Ask the system to back a memory map with huge pages, if it has them."""
     with contextlib.suppress(OSError, AttributeError):
         pages.madvise(mmap.MADV_HUGEPAGE)
 
 
 def mat_bytes(fmt: str, n: int, k: int) -> int:
-    """Bytes of a packed matrix of n outputs and k inputs; known without the kernels, which refuse a matrix of any other size."""
+    """Return the bytes of a packed matrix of n outputs and k inputs.
+
+    Works without the compiled kernels. They refuse a matrix of any other size.
+    """
     return -(-n // 16) * -(-k // BLOCK[fmt]) * int(16 * BLOCK[fmt] * BITS[fmt] / 8)
 
 
@@ -108,38 +131,65 @@ def pack(
     feedback: torch.Tensor | None = None,
     isa: str = "",
 ) -> tuple[torch.Tensor, float]:
-    """w [n, k] -> (uint8 [mat_bytes], scale of the matrix). importance [k]: how much a squared error of each input counts where scales are searched (int4).
-    feedback [k, k], unit upper triangular: the rounding error e of input i moves each later input j by -e * feedback[i, j] before that is rounded
-    (calibrate.py makes it). ValueError for a weight that is not finite, and without the compiled kernels."""
+    """Pack a weight matrix.
+
+    Args:
+        fmt: the weight format, a key of FORMATS.
+        w: [n, k].
+        importance: [k], the weight of each input in the squared error that int4 scales minimise.
+        feedback: [k, k], unit upper triangular, made by calibrate.py. The rounding error e of
+            input i changes each later input j by -e * feedback[i, j] before j is rounded.
+        isa: instruction set; "" takes the best one.
+
+    Returns:
+        uint8 [mat_bytes], and the scale of the matrix.
+
+    Raises:
+        ValueError: if a weight is not finite, or the compiled kernels are missing.
+    """
     if lib is None:
         raise ValueError(
-            f"packing needs the compiled kernels, which are not there ({_why}); install lamoe with a C++ compiler"
+            f"packing needs the compiled kernels, which are not there ({_why}); install lamoe with "
+            "a C++ compiler"
         )
     w = w.detach().to(torch.float32).contiguous()
     if not w.isfinite().all():
         raise ValueError(
-            f"a weight matrix of shape {tuple(w.shape)} has values that are not finite; it cannot be packed"
+            f"a weight matrix of shape {tuple(w.shape)} has values that are not finite; it cannot "
+            "be packed"
         )
-    extra = [
-        None if t is None else t.to(torch.float32).contiguous().numpy()
-        for t in (importance, feedback)
-    ]
-    data, scale = lib.pack(FORMATS[fmt], w.numpy(), *extra, torch.get_num_threads(), isa)
+
+    def array(t: torch.Tensor | None):
+        return None if t is None else t.to(torch.float32).contiguous().numpy()
+
+    data, scale = lib.pack(
+        FORMATS[fmt], w.numpy(), array(importance), array(feedback), torch.get_num_threads(), isa
+    )
     return torch.from_numpy(data), scale
 
 
 def unpack(
     fmt: str, data: torch.Tensor, n: int, k: int, scale: float, isa: str = ""
 ) -> torch.Tensor:
-    """What `pack` stored, float32 [n, k]."""
+    """Return the values of a packed matrix, float32 [n, k]."""
     return torch.from_numpy(lib.unpack(FORMATS[fmt], data.numpy(), n, k, scale, isa))
 
 
 def linear(
     fmt: str, data: torch.Tensor, scale: float, n: int, x: torch.Tensor, isa: str = ""
 ) -> torch.Tensor:
-    """x [m, k] float32 times the packed matrix [n, k] transposed -> float32 [m, n]. int8 and int4 round x to 8 bits in blocks of 64 with a scale
-    each, bf16 to bfloat16; sums are exact integers per group, then float32."""
+    """Multiply x by the transpose of a packed matrix [n, k].
+
+    int8 and int4 first round x to 8 bits in blocks of 64 inputs with one scale each, and bf16
+    rounds it to bfloat16. Sums within a group are exact integers; the rest is float32.
+
+    Args:
+        data, scale: the packed matrix, from `pack`.
+        x: float32 [m, k].
+
+    Returns:
+        float32 [m, n].
+    """
     return torch.from_numpy(
         lib.linear(FORMATS[fmt], data.numpy(), scale, n, x.contiguous().numpy(), isa)
     )
