@@ -1,4 +1,4 @@
-"""Run sequences on a packed model in any order and chunking, over a cache full of NaN."""
+"""Feed sequences to a packed model in chunks and batches of any kind, over a poisoned cache."""
 
 import torch
 
@@ -8,9 +8,10 @@ from lamoe.backends.paged_cache import PagedCache
 
 
 class Run:
-    """Sequences by name.
+    """Named sequences on one backend and cache.
 
-    Pages are assigned in random order. Unwritten slots hold 0xFF, which is NaN in every format.
+    Pages are assigned in random order. Rows that were not written hold 0xFF, which is NaN in every
+    format.
     """
 
     def __init__(
@@ -21,10 +22,8 @@ class Run:
         pages: int = 64,
         seed: int = 0,
     ):
-        self.packed, self.cache = (
-            packed,
-            PagedCache(packed.config, pages, page, format, packed.dtype),
-        )
+        self.packed = packed
+        self.cache = PagedCache(packed.config, pages, page, format, packed.dtype)
         self.cache.rows.fill_(0xFF)
         self.free = torch.randperm(pages, generator=torch.Generator().manual_seed(seed)).tolist()
         self.tokens: dict[str, list[int]] = {}
@@ -33,10 +32,15 @@ class Run:
     def feed(
         self, work: dict[str, list[int]], experts: bool = False, rows: list[int] | None = None
     ):
-        """Run one step with the next tokens of each sequence.
+        """Run one step.
 
-        Returns logits [N, vocabulary] of all tokens or of `rows`, and on request the chosen
-        experts.
+        Args:
+            work: the next tokens of each sequence, by name.
+            experts: whether to return the chosen experts too.
+            rows: the tokens to compute logits for; None means all.
+
+        Returns:
+            logits [N, vocabulary], or (logits, chosen experts).
         """
         ids, positions, seqs, table = [], [], [], []
         for name, new in work.items():
@@ -46,11 +50,8 @@ class Run:
             while len(pages) * self.cache.page_size < len(text):
                 pages.append(self.free.pop())
             seqs.append([len(new), len(text), len(table)])
-            table += [
-                *pages,
-                2**31 - 1,
-                -7,
-            ]  # page numbers after those of a sequence must not be read
+            # The kernels must not read entries after the pages of a sequence.
+            table += [*pages, 2**31 - 1, -7]
             ids += new
         rows = list(range(len(ids))) if rows is None else rows
         batch = Batch(
@@ -64,9 +65,10 @@ class Run:
         return (logits, chosen) if experts else logits
 
     def all(self, text: list[int], cuts: list[int], name: str = "a") -> torch.Tensor:
-        """Run a whole text in chunks and return its logits [N, vocabulary].
+        """Feed a text in chunks of `cuts` tokens, repeating the last size.
 
-        `cuts` are the chunk sizes; the last one repeats.
+        Returns:
+            logits [N, vocabulary].
         """
         out, at, cuts = [], 0, list(cuts)
         while at < len(text):
@@ -77,9 +79,7 @@ class Run:
 
 
 def distance(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Return the largest difference relative to the largest logit; infinity if not finite."""
-    return (
-        float((got.double() - want.double()).abs().max() / want.double().abs().max())
-        if got.isfinite().all()
-        else float("inf")
-    )
+    """Return the largest difference relative to the largest |logit|; inf if `got` is not finite."""
+    if not got.isfinite().all():
+        return float("inf")
+    return float((got.double() - want.double()).abs().max() / want.double().abs().max())

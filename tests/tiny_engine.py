@@ -1,4 +1,4 @@
-"""Engines over tiny random models, prompts, and greedy decoding without a cache to compare."""
+"""Engines over tiny random models, prompts, and greedy decoding without a cache as oracle."""
 
 import pytest
 import torch
@@ -18,6 +18,12 @@ CONTEXT = 96
 
 
 def llm(family: str = "mla", vocabulary: int = 64, changes: dict | None = None, **options) -> LLM:
+    """Make an engine over a tiny model.
+
+    Args:
+        changes: fields of the ModelConfig to replace.
+        options: of LLM.
+    """
     c = FAMILIES[family].replace(
         max_position_embeddings=256, vocab_size=vocabulary, **(changes or {})
     )
@@ -32,6 +38,7 @@ def llm(family: str = "mla", vocabulary: int = 64, changes: dict | None = None, 
 
 
 def prompts(*lengths: int, seed: int = 2) -> list[list[int]]:
+    """Return a random prompt of each length. Prompt i depends on seed + i only."""
     return [tiny.ids(FAMILIES["mla"], n, seed=seed + i).tolist() for i, n in enumerate(lengths)]
 
 
@@ -42,7 +49,14 @@ def greedy(n: int = 16, **more) -> SamplingParams:
 def reforward(
     m, prompt: list[int], n: int, adjust=lambda logits, ids: logits
 ) -> tuple[list[int], list[torch.Tensor]]:
-    """Return n greedy tokens and their logits, from full forward passes without a cache."""
+    """Decode n greedy tokens by full forward passes without a cache.
+
+    Args:
+        adjust: changes the logits, given also all ids so far.
+
+    Returns:
+        the tokens, and the logits that each was chosen from.
+    """
     ids, rows = list(prompt), []
     with torch.no_grad():
         for _ in range(n):
@@ -52,9 +66,12 @@ def reforward(
 
 
 def watch(engine: LLM) -> tuple[list[list[tuple[Sequence, int]]], list[Sequence]]:
-    """Return (the plan of every step, every sequence); both are filled while the engine runs."""
+    """Record the plan of every step and every added sequence, in lists that grow as steps run.
+
+    Every plan is checked against the limits of the scheduler.
+    """
     plans, sequences = [], []
-    schedule, begin = engine.scheduler.schedule, engine.scheduler.add
+    schedule, add = engine.scheduler.schedule, engine.scheduler.add
 
     def recorded():
         plans.append(schedule())
@@ -64,14 +81,14 @@ def watch(engine: LLM) -> tuple[list[list[tuple[Sequence, int]]], list[Sequence]
 
     def added(seq):
         sequences.append(seq)
-        begin(seq)
+        add(seq)
 
     engine.scheduler.schedule, engine.scheduler.add = recorded, added
     return plans, sequences
 
 
 def idle(engine: LLM) -> bool:
-    """Check that no sequence runs or waits, and that no page is in use."""
+    """Whether nothing runs or waits and no page has an owner."""
     return (
         not engine.busy
         and engine.pool.owned == 0
@@ -82,14 +99,15 @@ def idle(engine: LLM) -> bool:
 
 
 def tokens(outputs) -> list[list[int]]:
+    """Return the token ids of each output."""
     return [o.token_ids for o in outputs]
 
 
-def drain(engine: LLM, most: int = 500) -> dict:
-    """Step until all sequences have ended; return {id: output}."""
+def drain(engine: LLM, limit: int = 500) -> dict:
+    """Step until the engine is idle, at most `limit` times; return {id: output}."""
     done = {}
-    for _ in range(most):
+    for _ in range(limit):
         if not engine.busy:
             return done
         done.update({d.id: d.output for d in engine.step() if d.output is not None})
-    raise AssertionError("the engine does not come to an end")
+    raise AssertionError(f"the engine still has work after {limit} steps")

@@ -1,4 +1,4 @@
-"""Small models of every family, as folders and packed: for tests of packing and calibration."""
+"""Tiny models of every family, as checkpoint folders and packed, for the tests of both."""
 
 from pathlib import Path
 
@@ -35,19 +35,19 @@ FAMILIES = {
 
 
 def source(folder: Path, family: str, seed: int = 0) -> Path:
-    """Save a tiny model and return its folder."""
+    """Save a tiny random model to `folder`."""
     lamoe.save(tiny.model(FAMILIES[family], seed=seed, dtype=torch.float32), folder)
     return folder
 
 
-def pack(source: Path, target: Path, weights: str = "int4", **options) -> list:
-    return [
-        piece
-        for piece, _ in packed_file.write(
-            source, target, Formats(weights, options.pop("head", None)), **options
-        )
-    ]
+def pack(
+    source: Path, target: Path, weights: str = "int4", head: str | None = None, **options
+) -> list:
+    """Pack a model folder; return its PackedTensors."""
+    formats = Formats(weights, head)
+    return [tensor for tensor, _ in packed_file.write(source, target, formats, **options)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of each file by name."""
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}

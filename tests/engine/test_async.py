@@ -1,6 +1,4 @@
-"""AsyncLLM: same tokens as the synchronous engine, requests side by side, cancellation, errors, the
-end.
-"""
+"""AsyncLLM: same tokens as the synchronous engine, concurrency, cancellation, errors, shutdown."""
 
 import asyncio
 
@@ -32,7 +30,7 @@ async def until(engine, condition):
         if await engine.call(condition):
             return
         await asyncio.sleep(0.001)
-    raise AssertionError("never came true")
+    raise AssertionError("the condition did not become true")
 
 
 def test_concurrent_requests_give_the_synchronous_tokens(engine):
@@ -71,12 +69,12 @@ def test_leaving_a_stream_and_cancelling_a_task_free_the_pages(engine):
             await task
         await until(engine, lambda llm: not llm.busy and llm.pool.owned == 0)
         assert not engine._readers
-        return await engine.generate([1, 2, 3], GREEDY)  # and the engine lives
+        return await engine.generate([1, 2, 3], GREEDY)  # the engine still works
 
     assert len(run(main())[0].token_ids) == 12
 
 
-def test_a_bad_request_fails_alone(engine):
+def test_an_invalid_request_does_not_affect_others(engine):
     async def main():
         good = asyncio.create_task(engine.generate([1, 2, 3], GREEDY))
         with pytest.raises(ValueError, match="no tokens"):
@@ -88,7 +86,7 @@ def test_a_bad_request_fails_alone(engine):
     assert run(main())[0].finish_reason == "length"
 
 
-def test_open_requests_hear_of_the_end(engine):
+def test_open_requests_get_an_error_when_the_engine_closes(engine):
     async def main():
         stream = engine.stream(
             [1, 2, 3], SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
@@ -104,7 +102,7 @@ def test_open_requests_hear_of_the_end(engine):
     run(main())
 
 
-def test_a_crash_of_the_engine_reaches_everybody(engine, monkeypatch):
+def test_an_error_of_the_engine_reaches_every_reader(engine, monkeypatch):
     async def main():
         monkeypatch.setattr(engine._llm, "step", lambda: 1 / 0)
         with pytest.raises(EngineDead, match="division by zero") as e:

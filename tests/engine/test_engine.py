@@ -1,5 +1,7 @@
-"""Sampling against brute force, generation against a full re-forward, stop strings against the
-whole text.
+"""generate.py and sampler.py against simple oracles.
+
+Generation is compared with full forward passes, sampling with a plain Python definition, and stop
+strings with a search in the whole text.
 """
 
 import math
@@ -36,15 +38,15 @@ CONFIGS = {
 
 
 def model(name="mla", dtype=torch.float32) -> Transformer:
-    """Weights large enough that the next token depends on all earlier ones."""
+    """Make a random model with weights so large that each token depends on all earlier ones."""
     return (
         Transformer(CONFIGS[name].replace(initializer_range=0.2)).init_weights(1).to(dtype).eval()
     )
 
 
 @pytest.fixture(scope="module")
-def spoken(trained):
-    """(model, tokenizer) of the finished tiny run."""
+def trained_model(trained):
+    """Return (model, tokenizer) of the finished tiny run."""
     folder = checkpoint.latest(trained) / "model"
     return lamoe.load(folder), Tokenizer.load(folder)
 
@@ -52,7 +54,7 @@ def spoken(trained):
 # ---- generation ----
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("prompt", [[7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]])
-def test_greedy_is_a_full_reforward(name, prompt):
+def test_greedy_equals_full_forward_passes(name, prompt):
     m, ids = model(name), list(prompt)
     pieces = list(generate(m, prompt, GREEDY))
     with torch.no_grad():
@@ -66,8 +68,9 @@ def test_greedy_is_a_full_reforward(name, prompt):
 
 
 def test_greedy_in_bf16():
-    """The absorbed form rounds elsewhere than the full forward pass: the token chosen is the best,
-    or as good as it within rounding.
+    """The chosen token has the largest logit, or one that is equal within rounding.
+
+    The absorbed form rounds differently from the full forward pass.
     """
     m, ids, same = model(dtype=torch.bfloat16), [3, 1, 4], 0
     with torch.no_grad():
@@ -80,7 +83,7 @@ def test_greedy_in_bf16():
     assert ids[3:] == [p.token_id for p in generate(m, [3, 1, 4], GREEDY)]
 
 
-def test_a_seed_is_a_text():
+def test_equal_seeds_give_equal_texts():
     m = model()
 
     def run(**p):
@@ -89,13 +92,12 @@ def test_a_seed_is_a_text():
     assert run(seed=3) == run(seed=3) != run(seed=4)
     torch.manual_seed(0)
     first = run(seed=3)
-    assert (
-        first == run(seed=3) and torch.initial_seed() == 0
-    )  # the process-wide generator is not touched
+    # A seeded run does not touch torch's global generator.
+    assert first == run(seed=3) and torch.initial_seed() == 0
     torch.manual_seed(1)
     a = run()
     torch.manual_seed(1)
-    assert a == run() != run()  # without a seed: torch's own
+    assert a == run() != run()  # without a seed, torch's global generator is used
 
 
 def test_interleaved_generations_do_not_disturb_each_other():
@@ -107,7 +109,7 @@ def test_interleaved_generations_do_not_disturb_each_other():
     assert [a.token_id for a, _ in pairs] == alone
     steps = generate(m, [5], p)
     next(steps)
-    assert not torch.is_inference_mode_enabled()  # between two pieces the caller's modes are back
+    assert not torch.is_inference_mode_enabled()  # the caller's mode is restored between pieces
     steps.close()
 
 
@@ -121,7 +123,7 @@ def test_finish_reasons():
     assert [
         p.token_id for p in generate(m, [7], through, eos_ids=frozenset({greedy[at]}))
     ] == greedy
-    # the model's context is 64 positions: the last token generated takes the last of them
+    # The model's context has 64 positions, and the last generated token takes the last one.
     full = list(generate(m, [7] * 60, SamplingParams(temperature=0.0, max_tokens=10**12)))
     assert len(full) == 4 and full[-1].finish_reason == "length"
     assert len(list(generate(m, [7] * 63, GREEDY))) == 1
@@ -140,7 +142,7 @@ def test_finish_reasons():
         ([5, -1], "found -1"),
     ],
 )
-def test_prompts_refused_before_anything_runs(prompt, words):
+def test_invalid_prompts_are_refused_before_anything_runs(prompt, words):
     with pytest.raises(ValueError, match=words):
         generate(model(), prompt, GREEDY)
     with pytest.raises(ValueError, match="stop strings need a tokenizer"):
@@ -148,29 +150,28 @@ def test_prompts_refused_before_anything_runs(prompt, words):
 
 
 # ---- text ----
-def test_pieces_are_the_decoded_text(spoken):
-    m, tok = spoken
+def test_pieces_are_the_decoded_text(trained_model):
+    m, tok = trained_model
     for params in (
         SamplingParams(temperature=0.0, max_tokens=50),
         SamplingParams(temperature=5.0, seed=1, max_tokens=50, ignore_eos=True),
     ):
         pieces = list(generate(m, tok.encode("the ", bos=True), params, tok))
         assert "".join(p.text for p in pieces) == tok.decode([p.token_id for p in pieces])
-    assert "\ufffd" in "".join(p.text for p in pieces)  # the hot one also breaks characters
+    # At temperature 5 some characters are incomplete.
+    assert "\ufffd" in "".join(p.text for p in pieces)
 
 
-def test_tokenizers_eos_ends(spoken):
-    """With random weights one token in 300 is EOS; the head is bent towards it."""
-    m, tok = spoken
-    bent = Transformer(m.config)
-    bent.load_state_dict(m.state_dict())
-    original, bias = (
-        bent.logits,
-        torch.zeros(m.config.vocab_size).index_fill(0, torch.tensor([tok.eos_id]), 6.0),
-    )
-    bent.logits = lambda h: original(h) + bias
+def test_the_eos_token_of_the_tokenizer_ends_the_text(trained_model):
+    """The model's logits get a bias towards EOS, which would otherwise be rare."""
+    m, tok = trained_model
+    biased = Transformer(m.config)
+    biased.load_state_dict(m.state_dict())
+    original = biased.logits
+    bias = torch.zeros(m.config.vocab_size).index_fill(0, torch.tensor([tok.eos_id]), 6.0)
+    biased.logits = lambda h: original(h) + bias
     pieces = list(
-        generate(bent, tok.encode("the ", bos=True), SamplingParams(seed=0, max_tokens=50), tok)
+        generate(biased, tok.encode("the ", bos=True), SamplingParams(seed=0, max_tokens=50), tok)
     )
     assert (
         1 < len(pieces) < 50 and [p.token_id for p in pieces].index(tok.eos_id) == len(pieces) - 1
@@ -181,11 +182,12 @@ def test_tokenizers_eos_ends(spoken):
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 9])
-def test_stop_strings_are_never_shown(spoken, length):
-    """Every substring of a greedy text as stop string: the output ends before its first occurrence,
-    wherever tokens end.
+def test_stop_strings_are_never_shown(trained_model, length):
+    """For many substrings of a greedy text as stop string, the output ends before the first match.
+
+    Matches may begin or end inside a token.
     """
-    m, tok = spoken
+    m, tok = trained_model
     prompt, params = (
         tok.encode("the ", bos=True),
         dict(temperature=0.0, max_tokens=30, ignore_eos=True),
@@ -200,8 +202,8 @@ def test_stop_strings_are_never_shown(spoken, length):
         assert out[-1].finish_reason == "stop" and len(out) <= len(pieces)
 
 
-def test_what_was_held_back_is_shown_at_the_length_limit(spoken):
-    m, tok = spoken
+def test_text_that_was_held_back_is_shown_at_the_length_limit(trained_model):
+    m, tok = trained_model
     prompt, params = (
         tok.encode("the ", bos=True),
         dict(temperature=0.0, max_tokens=9, ignore_eos=True),
@@ -213,7 +215,7 @@ def test_what_was_held_back_is_shown_at_the_length_limit(spoken):
     )
 
 
-class Spelled:
+class PieceTokenizer:
     """A tokenizer that decodes token i to the i-th piece."""
 
     def __init__(self, pieces):
@@ -230,7 +232,8 @@ class Spelled:
 
 
 def stopped(pieces, stop) -> tuple[str, bool]:
-    text, shown = TextStream(Spelled(pieces), tuple(stop)), ""
+    """Return the text that is shown of `pieces`, and whether a stop string ended it."""
+    text, shown = TextStream(PieceTokenizer(pieces), tuple(stop)), ""
     for i in range(len(pieces)):
         part, hit = text.add(i)
         shown += part
@@ -256,7 +259,7 @@ def stopped(pieces, stop) -> tuple[str, bool]:
         (["é", "ö"], ["éö"], ("", True)),
     ],
 )
-def test_stop_strings_by_hand(pieces, stop, want):
+def test_stop_string_examples(pieces, stop, want):
     assert stopped(pieces, stop) == want
 
 
@@ -266,9 +269,7 @@ def test_stop_strings_by_hand(pieces, stop, want):
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
 )
 def test_stop_strings_against_the_whole_text(pieces, stop):
-    """However the text is cut into pieces: what is shown before a stop never contains one, and
-    nothing else is lost.
-    """
+    """However the text is split into pieces, no stop string is shown and no other text is lost."""
     shown, hit = stopped(pieces, stop)
     text = "".join(pieces)
     assert (
@@ -277,8 +278,8 @@ def test_stop_strings_against_the_whole_text(pieces, stop):
         and not any(s in shown for s in stop)
     )
     if hit:
-        # the stop that is complete first in the stream ends it; of several complete within one
-        # piece, the one that begins first
+        # The first stop string to become complete ends the text. If one piece completes several,
+        # it is the one that begins first.
         reach = next(
             n for n in range(len(pieces) + 1) if any(s in "".join(pieces[:n]) for s in stop)
         )
@@ -288,8 +289,8 @@ def test_stop_strings_against_the_whole_text(pieces, stop):
         assert shown == text
 
 
-def test_a_half_character_is_shown_at_the_end(spoken):
-    _, tok = spoken
+def test_an_incomplete_character_is_shown_at_the_end(trained_model):
+    _, tok = trained_model
     half = tok.encode("é")[0]
     text = TextStream(tok, ())
     assert text.add(half) == ("", False) and text.rest() == "\ufffd"
@@ -298,8 +299,8 @@ def test_a_half_character_is_shown_at_the_end(spoken):
 
 
 # ---- sampling ----
-def brute(logits: list[float], p: SamplingParams) -> list[float]:
-    """The definition, in Python's floats, over sorted lists."""
+def expected_probabilities(logits: list[float], p: SamplingParams) -> list[float]:
+    """Compute the sampling distribution by its definition, in plain Python."""
     weights = [math.exp((x - max(logits)) / p.temperature) for x in logits]
     if p.top_k and p.top_k < len(logits):
         least = sorted(weights, reverse=True)[p.top_k - 1]
@@ -336,7 +337,7 @@ def brute(logits: list[float], p: SamplingParams) -> list[float]:
     ],
     ids=str,
 )
-def test_distribution_is_the_definition(p):
+def test_distribution_matches_its_definition(p):
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         logits = torch.randn(50, generator=generator) * 3
@@ -344,7 +345,9 @@ def test_distribution_is_the_definition(p):
         got = probabilities(logits, params)
         assert got.dtype == torch.float32 and torch.allclose(
             got.double(),
-            torch.tensor(brute(logits.double().tolist(), params), dtype=torch.float64),
+            torch.tensor(
+                expected_probabilities(logits.double().tolist(), params), dtype=torch.float64
+            ),
             atol=2e-6,
         )
         assert got.sum().item() == pytest.approx(1, abs=1e-5)
@@ -360,14 +363,14 @@ def test_draws_follow_the_distribution():
     assert torch.allclose(draws, probabilities(logits, params), atol=0.03) and draws[4] == 0
 
 
-def test_temperature_zero_and_nearly():
+def test_temperature_zero_and_tiny():
     logits = torch.tensor([0.1, 3.0, 2.9999, -4.0])
     assert (
         sample(logits, SamplingParams(temperature=0))
         == 1
         == sample(logits * 1e6, SamplingParams(temperature=0.0, top_k=2, top_p=0.1))
     )
-    for t in (1e-4 / 30, 1e-20, 1e-40, 1e-300, 5e-324):  # never inf / inf
+    for t in (1e-4 / 30, 1e-20, 1e-40, 1e-300, 5e-324):  # these must not lead to inf / inf
         assert sample(logits, SamplingParams(temperature=t)) == 1
     assert probabilities(logits * 1e30, SamplingParams(temperature=1e-10)).tolist() == [0, 1, 0, 0]
     assert (
@@ -411,12 +414,12 @@ def test_banned_tokens_stay_banned():
         (dict(ignore_eos=1), "ignore_eos must be bool"),
     ],
 )
-def test_hostile_parameters(bad, words):
+def test_invalid_parameters_are_refused(bad, words):
     with pytest.raises(ValueError, match=words):
         SamplingParams(**bad)
 
 
-def test_huge_but_legal_parameters():
+def test_huge_but_valid_parameters():
     p = SamplingParams(
         temperature=100, top_k=10**30, max_tokens=10**30, seed=2**63 - 1, stop=["x" * 10**5] * 3
     )
@@ -424,7 +427,7 @@ def test_huge_but_legal_parameters():
     assert SamplingParams(stop="ab").stop == ("ab",)
 
 
-def test_the_package_offers_it():
-    assert [*lamoe.generate(model(), [1], lamoe.SamplingParams(temperature=0.0, max_tokens=2))][
-        0
-    ] == Piece(next(generate(model(), [1], GREEDY)).token_id, "")
+def test_generate_is_exported_by_the_package():
+    params = lamoe.SamplingParams(temperature=0.0, max_tokens=2)
+    pieces = list(lamoe.generate(model(), [1], params))
+    assert pieces[0] == Piece(next(generate(model(), [1], GREEDY)).token_id, "")

@@ -1,7 +1,6 @@
-"""A child of fork() has no threads but one: the kernels there begin with new ones.
+"""The kernels after fork(): a child has only the forking thread, so it starts new worker threads.
 
-Each scene is a process of its own, which must end by itself, as a program does, with everything
-freed.
+Each test runs a program in a process of its own. The program must exit normally.
 """
 
 import os
@@ -34,7 +33,7 @@ def model(n):
     return CpuBackend.from_transformer(tiny.model(tiny.HARD), Formats("int8"), n)
 
 def fork(work):
-    '''Run work() in a child that ends as programs do; its exit code.'''
+    '''Run work() in a child process and return its exit code.'''
     child = os.fork()
     if child == 0:
         work()
@@ -45,7 +44,8 @@ torch.set_num_threads(1)
 """
 
 
-def scene(code: str) -> None:
+def run_program(code: str) -> None:
+    """Run BEGIN + code in a process of its own; it must print "done" and exit with status 0."""
     tests = Path(__file__).parents[1]
     program = subprocess.Popen(
         [sys.executable, "-c", BEGIN + textwrap.dedent(code)],
@@ -64,8 +64,8 @@ def scene(code: str) -> None:
     assert program.returncode == 0 and out.endswith("done\n"), out
 
 
-def test_children_and_grandchildren_compute_the_same_on_as_many_threads():
-    scene("""
+def test_children_and_grandchildren_compute_the_same_on_equally_many_threads():
+    run_program("""
         packed = model(3)
         want = Run(packed).all(TEXT, [7])
         before = threads()
@@ -86,8 +86,8 @@ def test_children_and_grandchildren_compute_the_same_on_as_many_threads():
     """)
 
 
-def test_a_child_that_computes_nothing_can_end_and_free():
-    scene("""
+def test_a_child_can_exit_or_free_the_model_without_using_it():
+    run_program("""
         packed = model(3)
         Run(packed).all(TEXT, [7])
 
@@ -106,12 +106,9 @@ def test_a_child_that_computes_nothing_can_end_and_free():
     """)
 
 
-def test_forks_in_the_middle_of_steps():
-    """Another thread is inside the kernels, whose locks and counters are then in any state.
-
-    Its own model is copied half-way; the threads are not.
-    """
-    scene("""
+def test_fork_while_another_thread_is_inside_the_kernels():
+    """The child gets copies of locks and counters in an arbitrary state, but not the threads."""
+    run_program("""
         packed = model(2)
         want, end = Run(packed).all(TEXT, [7]), False
 
@@ -135,7 +132,7 @@ def test_forks_in_the_middle_of_steps():
 
 
 def test_multiprocessing_with_fork():
-    scene("""
+    run_program("""
         packed = model(2)
         want = Run(packed).all(TEXT, [7])
 
@@ -149,9 +146,9 @@ def test_multiprocessing_with_fork():
     """)
 
 
-def test_an_async_engine_says_that_it_is_not_in_the_child():
-    """Whatever its thread was doing at the fork, here holding the lock; the parent's goes on."""
-    scene("""
+def test_an_async_engine_refuses_requests_in_the_child():
+    """Here its thread holds the lock during the fork. The parent's engine continues to work."""
+    run_program("""
         import asyncio
         from lamoe.engine.async_llm import AsyncLLM, EngineDead
         from lamoe.engine.llm import LLM
@@ -175,6 +172,7 @@ def test_an_async_engine_says_that_it_is_not_in_the_child():
 
         def child():
             assert not engine.alive and isinstance(EngineDead(), RuntimeError)
+            parent = f"asked an AsyncLLM made in process {os.getppid()}"
             for do in (
                 lambda: engine.generate(TEXT, params),
                 lambda: read(engine.stream(TEXT, params)),
@@ -182,12 +180,12 @@ def test_an_async_engine_says_that_it_is_not_in_the_child():
                 lambda: engine.call(len),
                 lambda: engine.open([(TEXT, params)]),
             ):
-                said = asyncio.run(use(do))
-                who = f"process {os.getpid()} asked an AsyncLLM made in process {os.getppid()}"
-                assert said.startswith(who) and "after the fork" in said, said
+                error = asyncio.run(use(do))
+                assert error.startswith(f"process {os.getpid()} {parent}"), error
+                assert "after the fork" in error, error
             run.close()
             engine.close()
-            again = AsyncLLM(LLM(tiny.model(tiny.HARD).float()))  # what the message says
+            again = AsyncLLM(LLM(tiny.model(tiny.HARD).float()))  # as the message advises
             assert asyncio.run(again.generate(TEXT, params))[0].token_ids == want
             again.close()
 

@@ -1,6 +1,4 @@
-"""The engine: the same tokens in every way of running, pages that come back, requests that fail or
-leave alone.
-"""
+"""The engine: equal outputs under any schedule, page accounting, refusals, cancelling."""
 
 import math
 
@@ -31,7 +29,7 @@ LENGTHS = (1, 3, 4, 5, 17, 40, 64)
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def expected(request) -> tuple[str, list[list[int]]]:
-    """Return (family, greedy tokens of every prompt from the plain loop)."""
+    """Return (family, greedy tokens of every prompt), from generate.py and full forward passes."""
     m = llm(request.param).model
     out = [[p.token_id for p in generate(m, prompt, greedy())] for prompt in prompts(*LENGTHS)]
     assert [reforward(m, prompt, 16)[0] for prompt in prompts(*LENGTHS)] == out
@@ -57,7 +55,7 @@ def test_in_a_batch(expected, speculate):
     assert max(len(p) for p in plans) == len(LENGTHS) and idle(engine)
 
 
-def test_in_chunks_between_others_decoding(expected):
+def test_prompt_chunks_mixed_with_decoding(expected):
     family, out = expected
     engine = llm(family, max_num_batched_tokens=16, speculate=0)
     plans, _ = watch(engine)
@@ -65,10 +63,10 @@ def test_in_chunks_between_others_decoding(expected):
     assert any(
         len(p) > 1 and any(1 < n < seq.prompt_len for seq, n in p) and any(n == 1 for _, n in p)
         for p in plans
-    ), "no mixed step"
+    ), "no step mixed a prompt chunk with decoding"
 
 
-def test_one_by_one_joining_a_running_batch(expected):
+def test_requests_that_join_a_running_batch(expected):
     family, out = expected
     engine, done, ids = llm(family), {}, []
     for prompt in prompts(*LENGTHS):
@@ -92,9 +90,7 @@ def test_on_a_prefix_hit(expected, budget):
 @pytest.mark.parametrize("budget", [16, 512])
 @pytest.mark.parametrize("speculate", [0, 8])
 def test_after_preemption(expected, budget, speculate):
-    """Room for one full context only: sequences are pushed out while decoding, and all end as they
-    should.
-    """
+    """The cache holds one full context only, so sequences are preempted while they decode."""
     family, out = expected
     one = llm(family)
     engine = llm(
@@ -112,11 +108,7 @@ def test_after_preemption(expected, budget, speculate):
 @EVERY
 @pytest.mark.parametrize("format", cache_codec.FORMATS)
 def test_unused_rows_are_never_read(family, format):
-    """Set all bits of every unused slot: NaN in float formats, out of bounds in the others."""
-    try:
-        cache_codec.row_bytes(format, (16, 8))
-    except (KeyError, NotImplementedError):
-        pytest.skip(f"cache_codec.py does not write {format} yet")
+    """Unused rows have all bits set, which is NaN in every format."""
     out = []
     for fill in (0, 0xFF):
         engine = llm(family, cache=format, max_num_batched_tokens=16)
@@ -125,15 +117,15 @@ def test_unused_rows_are_never_read(family, format):
     assert out[0] == out[1] and len(set(sum(out[0], []))) > 10
 
 
-def test_absurd_page_numbers_beyond_the_text_are_never_used():
+def test_page_numbers_beyond_the_text_are_never_used():
     pages = torch.tensor([3, 0, 7, 10**15, -5])
     assert sequence_slots(pages, 9, 4).tolist() == [12, 13, 14, 15, 0, 1, 2, 3, 28]
     assert sequence_slots(pages, 8, 4).tolist() == [12, 13, 14, 15, 0, 1, 2, 3]
 
 
 @EVERY
-def test_logits_do_not_depend_on_the_way(family):
-    """Closer than tokens can tell: the log-probabilities of whole, chunked and shared prompts."""
+def test_logprobs_do_not_depend_on_chunks_or_prefix_hits(family):
+    """Compare the log-probabilities of whole, chunked and cached prompts."""
     found = []
     for budget, times in ((512, 1), (16, 1), (16, 2)):
         engine = llm(family, max_num_batched_tokens=budget)
@@ -149,14 +141,9 @@ def test_logits_do_not_depend_on_the_way(family):
 
 # ---- shared pages ----
 def test_shared_pages_are_never_written():
-    """The bytes of every published page stay what they were, as long as the page stands for that
-    text.
-    """
-    engine, seen, checked = (
-        llm(cache_memory=llm().cache.nbytes // 3, max_num_batched_tokens=24),
-        {},
-        0,
-    )
+    """The bytes of a page do not change while it is published under the same content."""
+    engine = llm(cache_memory=llm().cache.nbytes // 3, max_num_batched_tokens=24)
+    seen, checked = {}, 0
     base = prompts(30)[0]
     for i in range(12):
         engine.add(
@@ -185,10 +172,8 @@ def test_partial_pages_are_never_shared(length, shared):
     assert (engine.prompt_tokens, engine.cached_tokens) == (2 * length, shared)
 
 
-def test_another_beginning_is_another_text():
-    """The same tokens in the second page, behind another first page: computed anew, and with
-    another result.
-    """
+def test_pages_are_not_shared_after_a_different_beginning():
+    """The second page has the same tokens, but its rows depend on the first page too."""
     engine, prompt = llm(), prompts(21)[0]
     other = [(prompt[0] + 1) % 64, *prompt[1:]]
     a, b = (engine.generate([p], greedy())[0] for p in (prompt, other))
@@ -197,7 +182,7 @@ def test_another_beginning_is_another_text():
     )
 
 
-def test_the_next_turn_finds_the_whole_conversation():
+def test_the_next_turn_of_a_conversation_reuses_prompt_and_output():
     engine, prompt = llm(), prompts(10)[0]
     (first,) = engine.generate([prompt], greedy(15))
     turn = prompt + first.token_ids + [5, 6, 7]
@@ -212,9 +197,8 @@ def test_samples_share_their_prompt():
     assert [o.cached_tokens for o in outputs] == [0, 40, 40, 40] and len(
         {tuple(o.token_ids) for o in outputs}
     ) == 4
-    assert (
-        sum(n for p in plans for _, n in p) < 41 + 3 + 4 * 20
-    )  # the prompt went through the model once
+    # The prompt was computed once.
+    assert sum(n for p in plans for _, n in p) < 41 + 3 + 4 * 20
 
 
 # ---- memory ----
@@ -226,12 +210,11 @@ def test_cache_memory_is_a_bound_and_is_used(family):
     assert (
         engine.pool.total == 30 and engine.cache.rows.untyped_storage().nbytes() == 30 * 4 * token
     )
-    assert (
-        llm(family).cache.nbytes == 4 * CONTEXT * token
-    )  # four full contexts unless said otherwise
+    # By default the cache holds four full contexts.
+    assert llm(family).cache.nbytes == 4 * CONTEXT * token
 
 
-def test_out_of_pages_nobody_is_lost():
+def test_every_request_finishes_when_pages_run_out():
     one = llm()
     engine = llm(
         cache_memory=one.cache.nbytes // one.pool.total * 24,
@@ -252,7 +235,7 @@ def test_out_of_pages_nobody_is_lost():
 @pytest.mark.parametrize("speculate", [0, 2])
 @pytest.mark.parametrize("prompt", [[7] * 250, list(range(60)), [1]])
 def test_a_full_context_ends_with_length(prompt, speculate):
-    """Also of a text that repeats itself, whose drafts would run over the end."""
+    """Also for a repetitive text, whose drafts would exceed the context."""
     engine = llm(max_model_len=256, speculate=speculate, changes=dict(initializer_range=0.02))
     (o,) = engine.generate([prompt], greedy(10_000, logit_bias={7: 100}))
     assert o.finish_reason == "length" and len(prompt) + len(o.token_ids) == 256 and idle(engine)
@@ -303,12 +286,12 @@ def test_a_prompt_that_is_too_long_is_refused_with_both_numbers():
         ),
     ],
 )
-def test_refused_options(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         llm(**options)
 
 
-# ---- bad requests, cancelled requests ----
+# ---- invalid and cancelled requests ----
 @pytest.mark.parametrize(
     "prompt, params, message",
     [
@@ -323,7 +306,7 @@ def test_refused_options(options, message):
         ([1], dict(logit_bias={64: 1.0}), "logit_bias names token 64; the vocabulary has 64"),
     ],
 )
-def test_a_bad_request_is_refused_and_nothing_else_runs(prompt, params, message):
+def test_an_invalid_request_is_refused_and_nothing_runs(prompt, params, message):
     engine = llm()
     for call in (
         lambda: engine.add(prompt, greedy(**params)),
@@ -335,7 +318,7 @@ def test_a_bad_request_is_refused_and_nothing_else_runs(prompt, params, message)
         assert idle(engine)
 
 
-def test_generate_wants_lists():
+def test_generate_takes_a_list_of_prompts():
     for arguments in (("text", greedy()), ([[1], [2]], [greedy()])):
         with pytest.raises(ValueError, match="generate takes a list of prompts"):
             llm().generate(*arguments)
@@ -343,9 +326,10 @@ def test_generate_wants_lists():
 
 
 @EVERY
-def test_a_poisoned_request_fails_alone(family):
-    """NaN in the embedding of one token: only the prompt that holds it ends with an error, in
-    prefill and in a decoding batch.
+def test_a_request_with_nan_logits_fails_alone(family):
+    """The embedding of one token is NaN. Only sequences with this token end with an error.
+
+    The token comes once in a prompt and once as the sampled token of a decoding sequence.
     """
     engine, texts = llm(family, max_num_batched_tokens=16), prompts(5, 20, 9, 33)
     clean = [[t if t != 63 else 1 for t in p] for p in texts]
@@ -353,7 +337,7 @@ def test_a_poisoned_request_fails_alone(family):
     with torch.no_grad():
         engine.model.embed.weight[63] = math.nan
     poisoned = [*clean[:2], [1, 2, 63, 4, 5, 6, 7, 8, 9], *clean[2:]]
-    for _ in range(2):  # the second time over the pages the first has left
+    for _ in range(2):  # the second time on pages that the first one used
         outputs = engine.generate(poisoned, greedy(12, logit_bias={63: -100}))
         bad = outputs.pop(2)
         assert (bad.finish_reason, bad.error, bad.token_ids) == (
@@ -365,7 +349,7 @@ def test_a_poisoned_request_fails_alone(family):
             o.finish_reason == "length" and o.error is None for o in outputs
         )
         assert idle(engine)
-    # now a request that turns bad while it decodes: it is made to choose the poisoned token
+    # The bias makes the last request sample the poisoned token while it decodes.
     params = [greedy(12, logit_bias={63: -100})] * 4 + [greedy(12, logit_bias={63: 100})]
     *good, bad = engine.generate([*clean, [3, 4]], params)
     assert (
@@ -375,10 +359,8 @@ def test_a_poisoned_request_fails_alone(family):
     )
 
 
-def test_impossible_sampling_fails_alone():
-    """min_tokens forbids the only token the bias leaves: whatever happens, it happens to that
-    request.
-    """
+def test_a_request_whose_options_leave_no_token_does_not_affect_others():
+    """min_tokens excludes the only token that the bias leaves."""
     engine = llm(changes=dict(eos_token_id=5))
     odd = SamplingParams(
         max_tokens=4, min_tokens=4, seed=0, logit_bias=dict.fromkeys(range(64), -100.0) | {5: 100.0}
@@ -431,7 +413,7 @@ def test_leaving_a_stream_early():
         deltas.close()
         assert idle(engine)
     deltas = engine.stream(prompts(30)[0], greedy())
-    deltas.close()  # before it has begun
+    deltas.close()  # before the first step
     assert idle(engine)
 
 
@@ -447,7 +429,7 @@ def test_cancelling_a_stream_ends_it():
     ) and idle(engine)
 
 
-def test_a_stream_is_the_output_piece_by_piece():
+def test_stream_yields_the_tokens_of_generate():
     engine, prompt = llm(), prompts(9)[0]
     deltas = list(engine.stream(prompt, SamplingParams(n=2, seed=3, max_tokens=7)))
     outputs = llm().generate([prompt], SamplingParams(n=2, seed=3, max_tokens=7))
@@ -461,7 +443,7 @@ def test_a_stream_is_the_output_piece_by_piece():
 
 
 def test_two_streams_and_a_generate_at_once():
-    """Whoever calls step, everybody gets what is theirs."""
+    """Each iterator gets its own deltas, whichever of them runs the step."""
     engine, (a, b, c) = llm(speculate=0), prompts(9, 14, 5)
     one, two = engine.stream(a, greedy()), engine.stream(b, greedy())
     got = [[next(one).token_id], [next(two).token_id]]
@@ -477,7 +459,7 @@ def test_two_streams_and_a_generate_at_once():
 @pytest.mark.parametrize("speculate", [0, 3])
 @pytest.mark.parametrize("seqs, budget", [(1, 1), (3, 3), (3, 7), (8, 64)])
 def test_budgets_are_kept(seqs, budget, speculate):
-    """`watch` asserts both after every plan."""
+    """`watch` checks both budgets after every plan."""
     engine = llm(max_num_seqs=seqs, max_num_batched_tokens=budget, speculate=speculate)
     plans, _ = watch(engine)
     lengths = (30, 4, 11, 2, 25)

@@ -1,5 +1,6 @@
-"""What goes wrong inside a step ends whom it belongs to: one request, those of a pass, or (when
-nothing is known any more) the engine.
+"""Errors inside a step end the sequences that they belong to, and nothing else.
+
+That is one sequence, all sequences of a forward pass, or the engine if its state is undefined.
 """
 
 import asyncio
@@ -31,16 +32,16 @@ INTERNAL = "an internal error ended it ({}); the log has the traceback"
 
 
 class Panic(BaseException):
-    """As a panic in Rust arrives in Python: no Exception."""
+    """Like a panic of Rust code in Python, this is not an Exception."""
 
 
-# ---- a pass ----
+# ---- a forward pass fails ----
 @EVERY
 @native_too
-def test_whoever_makes_a_pass_fail_ends_alone(family, impl, caplog):
-    """A token id that no vocabulary has, behind the engine's back: the op refuses the whole pass.
+def test_a_sequence_that_makes_a_pass_fail_ends_alone(family, impl, caplog):
+    """One sequence gets a token id outside the vocabulary, so that the op refuses the whole pass.
 
-    The others, in prefill and decoding, say what they say alone.
+    The other sequences, in prefill and decoding, give the outputs that they give alone.
     """
     texts = prompts(5, 30, 9, 40)
     want = tokens(llm(family, backend=impl).generate(texts, greedy(12)))
@@ -72,9 +73,10 @@ def test_whoever_makes_a_pass_fail_ends_alone(family, impl, caplog):
     [RuntimeError("a kernel"), OSError(12, "no memory"), MemoryError()],
     ids=lambda e: type(e).__name__,
 )
-def test_a_pass_that_fails_for_all_ends_them_and_nobody_else(error, monkeypatch):
-    """Running sequences end, pages come back; those who waited and those who come later get what a
-    fresh engine gives, prefix hits included.
+def test_a_pass_that_always_fails_ends_only_its_sequences(error, monkeypatch):
+    """The running sequences end and return their pages.
+
+    Waiting and later requests get the outputs of a fresh engine, also with prefix hits.
     """
     texts, engine = prompts(9, 9, 20, 6), llm(backend="torch", max_num_seqs=2)
     want = tokens(llm(backend="torch").generate(texts, greedy(12)))
@@ -106,7 +108,7 @@ def test_a_pass_that_fails_for_all_ends_them_and_nobody_else(error, monkeypatch)
     )
 
 
-def test_a_pass_that_was_too_much_at_once_is_done_in_parts(monkeypatch):
+def test_a_pass_that_exceeds_memory_is_retried_one_sequence_at_a_time(monkeypatch):
     run, sizes = runner.run, []
 
     def little_memory(model, cache, work, *more):
@@ -140,13 +142,13 @@ def new():
 texts = prompts(2400, 20, 30)
 want = tokens(new().generate(texts, greedy(6)))
 engine = new()
-engine.generate([[1, 2, 3]], greedy(4))  # what every step needs is there
-status = open("/proc/self/status").read()
-size = int(status.split("VmSize:")[1].split()[0]) * 1024
+engine.generate([[1, 2, 3]], greedy(4))  # allocates what every step needs
+status = open("/proc/self/status").read().splitlines()
+size = int(next(line.split()[1] for line in status if line.startswith("VmSize"))) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
 long, *short = engine.generate(texts, greedy(6))
 print(long.finish_reason, long.error)
-assert tokens(short) == want[1:]
+assert tokens(short) == want[1:] and idle(engine)
 assert tokens(engine.generate(texts[1:], greedy(6))) == want[1:] and idle(engine)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 assert tokens(engine.generate(texts, greedy(6))) == want
@@ -154,8 +156,8 @@ assert tokens(engine.generate(texts, greedy(6))) == want
 
 
 @pytest.mark.skipif(native.lib is None, reason="needs the compiled kernels")
-def test_no_memory_inside_the_kernels_ends_whom_it_is_too_little_for():
-    """A process that may not grow. The buffers of the kernels must not believe that they have."""
+def test_out_of_memory_inside_the_kernels_ends_only_the_long_sequence():
+    """The process may not grow. A failed allocation must not change the kernels' buffer sizes."""
     tests = Path(__file__).parents[1]
     env = {
         "PATH": "",
@@ -180,10 +182,10 @@ def test_no_memory_inside_the_kernels_ends_whom_it_is_too_little_for():
 @EVERY
 @native_too
 @pytest.mark.parametrize("budget", [64, 8])
-def test_numbers_that_are_none_stay_out_of_the_prefix_cache(family, impl, budget):
-    """NaN of a token reaches the rows before it (0 x NaN in masked attention).
+def test_nan_rows_are_not_shared_through_the_prefix_cache(family, impl, budget):
+    """A NaN token can poison earlier rows too, because masked attention computes 0 x NaN.
 
-    Who comes later with the same beginning must not find them.
+    Later requests with the same prefix must not reuse these rows.
     """
     engine, (text,) = (
         llm(family, backend=impl, max_num_batched_tokens=budget),
@@ -198,9 +200,9 @@ def test_numbers_that_are_none_stay_out_of_the_prefix_cache(family, impl, budget
     assert tokens(outputs) == tokens(want) and idle(engine)
 
 
-# ---- a sequence ----
+# ---- one sequence fails ----
 @pytest.mark.parametrize(
-    "error, says, internal",
+    "error, message, internal",
     [
         (ValueError("nothing fits"), "nothing fits", False),
         (RuntimeError("sum is zero"), "sum is zero", False),
@@ -211,8 +213,8 @@ def test_numbers_that_are_none_stay_out_of_the_prefix_cache(family, impl, budget
     ids=lambda x: type(x).__name__,
 )
 @pytest.mark.parametrize("where", ["sample", "token_logprobs", "text"])
-def test_an_error_that_belongs_to_a_sequence_ends_it_alone(
-    where, error, says, internal, monkeypatch, caplog
+def test_an_error_of_one_sequence_ends_it_alone(
+    where, error, message, internal, monkeypatch, caplog
 ):
     engine, texts = llm(), prompts(5, 6, 7)
     odd = SamplingParams(temperature=1.0, max_tokens=8, seed=1, logprobs=0)
@@ -234,7 +236,7 @@ def test_an_error_that_belongs_to_a_sequence_ends_it_alone(
     bad = ends.pop(second)
     assert (bad.finish_reason, bad.error, bad.internal) == (
         "error",
-        says,
+        message,
         internal,
     ) and bad.token_ids[:3] == want[1][:3]
     assert (
@@ -248,17 +250,17 @@ def test_an_error_that_belongs_to_a_sequence_ends_it_alone(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_who_stops_the_program_stops_it(error, monkeypatch):
+def test_keyboard_interrupt_and_system_exit_leave_the_engine(error, monkeypatch):
     engine = llm()
     monkeypatch.setattr(
         "lamoe.engine.next_token.sample", lambda *args: (_ for _ in ()).throw(error())
     )
     with pytest.raises(error):
         engine.generate(prompts(5), SamplingParams(seed=1))
-    assert idle(engine)  # what was asked for is taken back
+    assert idle(engine)  # the requests were cancelled
 
 
-# ---- the thread ----
+# ---- the thread of AsyncLLM ----
 def run(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, 60))
 
@@ -270,7 +272,7 @@ def engine():
     e.close(10)
 
 
-def test_the_thread_lives_on(engine, monkeypatch):
+def test_the_thread_continues_after_a_failed_pass(engine, monkeypatch):
     async def main():
         want = (await engine.generate([1, 2], greedy(8)))[0]
         with monkeypatch.context() as m:
@@ -288,14 +290,13 @@ def test_the_thread_lives_on(engine, monkeypatch):
     run(main())
 
 
-def test_whatever_the_thread_dies_of_everybody_hears_of_it(engine, monkeypatch):
+def test_readers_get_any_error_that_ends_the_thread(engine, monkeypatch):
     async def main():
         def panic():
             raise Panic("gone")
 
-        monkeypatch.setattr(
-            engine._llm.scheduler, "schedule", panic
-        )  # pages and queues: nothing is known after that
+        # After an error in the scheduler the state of pages and queues is undefined.
+        monkeypatch.setattr(engine._llm.scheduler, "schedule", panic)
         with pytest.raises(EngineDead, match="gone"):
             await engine.generate([1, 2], greedy())
         assert isinstance(engine.error, Panic) and not engine.alive
@@ -303,7 +304,7 @@ def test_whatever_the_thread_dies_of_everybody_hears_of_it(engine, monkeypatch):
     run(main())
 
 
-def test_an_action_that_ends_the_thread_refuses_those_behind_it(engine):
+def test_actions_after_one_that_ends_the_thread_are_refused(engine):
     async def main():
         begin, refused = asyncio.Event(), []
         loop = asyncio.get_running_loop()
@@ -316,7 +317,7 @@ def test_an_action_that_ends_the_thread_refuses_those_behind_it(engine):
             raise Panic("in an action")
 
         engine._post(slow)
-        await begin.wait()  # what follows comes as one batch
+        await begin.wait()  # so that the thread takes the next two actions together
         engine._post(panic, refused.append)
         with pytest.raises(EngineDead, match="in an action"):
             await engine.call(lambda llm: None)

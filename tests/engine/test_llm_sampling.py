@@ -1,5 +1,6 @@
-"""Sampling options through the engine, held against loops over whole passes: seeds, penalties,
-bias, log-probabilities, ends.
+"""Sampling options in the engine, compared with loops over full forward passes.
+
+Seeds, penalties, bias, log-probabilities, EOS and stop strings.
 """
 
 import math
@@ -15,7 +16,7 @@ from tiny_engine import CONTEXT, greedy, idle, llm, prompts, reforward, tokens
 
 
 @pytest.mark.parametrize("speculate", [0, 8])
-def test_same_seed_same_tokens_alone_or_in_any_batch(speculate):
+def test_equal_seeds_give_equal_tokens_alone_and_in_any_batch(speculate):
     texts = prompts(5, 5, 18, 40)
     params = [
         SamplingParams(seed=10 + i, max_tokens=14, temperature=0.8, top_p=0.95, top_k=30)
@@ -100,9 +101,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("rule", OPTIONS, ids=lambda f: f.__name__)
 def test_penalties_and_bias(rule):
-    """Against loops over whole passes; in the engine, batched with requests without options, and in
-    the plain loop of generate.py.
-    """
+    """In the engine, in a batch with a request without options, and in generate.py."""
     engine, texts = llm(), prompts(5, 13)
     for prompt in texts:
         expected_, _ = reforward(
@@ -121,8 +120,9 @@ def test_penalties_and_bias(rule):
 
 @pytest.mark.parametrize("options", [{}, dict(repetition_penalty=1.7, logit_bias={3: 6.5})])
 def test_logprobs(options):
-    """Of the model's own distribution, before penalties and bias: the most likely ones in order,
-    and the chosen one whatever its rank.
+    """They are the model's, before penalties and bias.
+
+    The most likely tokens come first, in order. The chosen one is included whatever its rank.
     """
     engine, (prompt,) = llm(), prompts(9)
     (o,) = engine.generate([prompt], SamplingParams(seed=1, max_tokens=12, logprobs=3, **options))
@@ -150,17 +150,15 @@ def test_more_logprobs_than_tokens():
     )
 
 
-@pytest.mark.parametrize("least", [0, 1, 7])
-def test_end_of_text_and_min_tokens(least):
-    """With the bias EOS is the best token from the first on: it comes as soon as min_tokens allows,
-    and is the last.
-    """
+@pytest.mark.parametrize("min_tokens", [0, 1, 7])
+def test_eos_and_min_tokens(min_tokens):
+    """A bias makes EOS the most likely token. It comes as soon as min_tokens allows."""
     engine = llm(changes=dict(eos_token_id=9))
     for prompt in prompts(6, 19):
         free, _ = reforward(
             engine.model,
             prompt,
-            least,
+            min_tokens,
             lambda logits, ids: logits.index_fill(0, torch.tensor([9]), -math.inf),
         )
         for run in (
@@ -169,19 +167,17 @@ def test_end_of_text_and_min_tokens(least):
                 x.token_id for x in generate(engine.model, prompt, p, eos_ids=frozenset({9}))
             ],
         ):
-            assert run(greedy(12, min_tokens=least, logit_bias={9: 100})) == [*free, 9]
+            assert run(greedy(12, min_tokens=min_tokens, logit_bias={9: 100})) == [*free, 9]
         o = engine.generate(
-            [prompt], greedy(12, min_tokens=least, logit_bias={9: 100}, ignore_eos=True)
+            [prompt], greedy(12, min_tokens=min_tokens, logit_bias={9: 100}, ignore_eos=True)
         )[0]
         assert o.token_ids == [9] * 12 and o.finish_reason == "length"
     assert engine.generate(prompts(6), greedy(12, logit_bias={9: 100}))[0].finish_reason == "stop"
 
 
 @pytest.fixture(scope="module")
-def spoken() -> tuple[LLM, SamplingParams, str]:
-    """(engine with a byte tokenizer, parameters under which it writes plain letters, what it
-    writes).
-    """
+def letters() -> tuple[LLM, SamplingParams, str]:
+    """Return an engine with a byte tokenizer, parameters that make it write letters, its output."""
     tok = tokenizer.train(["a"], 256 + len(tokenizer.SPECIAL_TOKENS))
     engine = llm(vocabulary=tok.vocab_size, changes=dict(first_k_dense_replace=1))
     engine = LLM(engine.model, tok, cache="fp32", max_model_len=CONTEXT, page_size=4)
@@ -208,14 +204,12 @@ def spoken() -> tuple[LLM, SamplingParams, str]:
     ],
 )
 @pytest.mark.parametrize("speculate", [0, 2])
-def test_stop_strings(spoken, stops, speculate):
-    """The output ends before the one that is complete first, no piece shows any of it, and pages
-    are free again.
-    """
-    engine, params, whole = spoken
+def test_stop_strings(letters, stops, speculate):
+    """The output ends before the stop string that is complete first. No piece shows part of it."""
+    engine, params, whole = letters
     engine.scheduler.speculate = speculate
     stop = stops(whole)
-    end = min(i + len(s) for s in stop if (i := whole.find(s)) >= 0)  # the first one to be complete
+    end = min(i + len(s) for s in stop if (i := whole.find(s)) >= 0)  # of the first complete one
     at = min(i for s in stop if (i := whole[:end].find(s)) >= 0)
     deltas = list(engine.stream("gad", SamplingParams(**{**vars(params), "stop": stop})))
     o = deltas[-1].output
@@ -223,8 +217,8 @@ def test_stop_strings(spoken, stops, speculate):
     assert len(o.token_ids) == end and idle(engine)
 
 
-def test_a_stop_string_that_never_comes(spoken):
-    engine, params, whole = spoken
+def test_a_stop_string_that_does_not_occur(letters):
+    engine, params, whole = letters
     (o,) = engine.generate(
         ["gad"], SamplingParams(**{**vars(params), "stop": (whole[-3:] + "!", "xyz")})
     )

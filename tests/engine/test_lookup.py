@@ -1,6 +1,4 @@
-"""Prompt lookup: what is proposed, how the length of drafts follows what they are worth, and that a
-draft never changes an output.
-"""
+"""Prompt lookup: the proposed tokens, the draft length, and that drafts never change outputs."""
 
 import pytest
 
@@ -9,23 +7,16 @@ from lamoe.engine.lookup import LONGEST, LONGEST_REST, REST, Lookup, Pace
 from tiny_engine import greedy, llm, prompts, tokens, watch
 
 
-def test_it_proposes_what_followed_the_same_three_tokens_last_time():
+def test_propose_returns_what_followed_the_latest_three_tokens_before():
     text = [1, 2, 3, 4, 5, 9, 1, 2, 3, 6, 7, 8, 0, 1, 2, 3]
     assert Lookup().propose(text, 10) == [6, 7, 8, 0]  # the latest occurrence, four tokens at first
     assert Lookup().propose(text, 2) == [6, 7]
     assert Lookup().propose(text[:9], 10) == [4, 5, 9, 1]
-    assert (
-        Lookup().propose(text[:8], 10)
-        == []
-        == Lookup().propose([1, 2], 10)
-        == Lookup().propose([1, 2, 3], 10)
-    )
-    assert Lookup().propose([7] * 4, 10) == [7] * 4 and Lookup().propose([5, 6] * 3, 10) == [
-        5,
-        6,
-        5,
-        6,
-    ]  # beyond the end it goes round
+    for no_match in (text[:8], [1, 2], [1, 2, 3]):
+        assert Lookup().propose(no_match, 10) == []
+    # Beyond the end of the text its repetition continues.
+    assert Lookup().propose([7] * 4, 10) == [7] * 4
+    assert Lookup().propose([5, 6] * 3, 10) == [5, 6, 5, 6]
 
 
 def test_the_index_grows_with_the_text():
@@ -37,21 +28,20 @@ def test_the_index_grows_with_the_text():
     assert text.indexed == 199
 
 
-def test_right_drafts_grow_and_wrong_ones_rest_longer_each_time():
+def test_accepted_drafts_grow_and_rejected_drafts_pause_longer_each_time():
     s, at = Lookup(), 100
     for want in (8, LONGEST, LONGEST):
         s.learn(s.length, s.length, at)
         assert s.length == want
     s.learn(12, 6, at)
-    assert s.length == 12  # half of it right is worth it
+    assert s.length == 12  # half of the tokens accepted is enough
     for want in (6, 3, 1, 0):
         s.learn(s.length, 0, at)
         assert s.length == want
     rests = []
     for _ in range(6):
-        assert (
-            s.propose([1, 2, 3, 1, 2, 3] + [0] * (s.resume - 8) + [1], 9) == []
-        )  # one token too early
+        # One token before the end of the pause.
+        assert s.propose([1, 2, 3, 1, 2, 3] + [0] * (s.resume - 8) + [1], 9) == []
         rests.append(s.resume - at)
         at = s.resume
         s.propose([1, 2, 3] * (at // 3 + 1), 9)
@@ -72,14 +62,14 @@ def test_right_drafts_grow_and_wrong_ones_rest_longer_each_time():
     [
         (4, 4, 1.0, 8),
         (4, 4, 4.9, 8),
-        (4, 4, 5.1, 2),  # five tokens for the price of 4.9 steps or of 5.1
+        (4, 4, 5.1, 2),  # five tokens at the cost of 4.9 or 5.1 steps
         (4, 3, 3.9, 4),
         (4, 3, 4.1, 2),
         (4, 1, 1.0, 2),
         (1, 0, 0.5, 2),
     ],
 )
-def test_a_draft_must_earn_its_pass(drafted, accepted, cost, length):
+def test_a_draft_that_costs_more_than_it_gives_gets_shorter(drafted, accepted, cost, length):
     s = Lookup()
     s.learn(drafted, accepted, 50, cost)
     assert s.length == length
@@ -89,7 +79,7 @@ def test_pace():
     p = Pace()
     assert p.cost(5) == 1.0
     p.saw(5, 3.0)
-    assert p.cost(5) == 1.0  # a plain step was never seen
+    assert p.cost(5) == 1.0  # no plain step was recorded yet
     p.saw(1, 1.0)
     assert p.cost(5) == 3.0 and p.cost(4) == 1.0
     p.saw(5, 7.0)
@@ -100,10 +90,11 @@ def repeating(n: int) -> list[int]:
     return (prompts(12)[0] * 20)[:n]
 
 
-@pytest.mark.parametrize("dear", [False, True])
-def test_the_engine_stops_drafting_when_it_does_not_pay(dear, monkeypatch):
-    """Passes over several tokens that take a hundred times as long as plain ones: drafts rest,
-    however right they are. Either way the output is that of plain decoding.
+@pytest.mark.parametrize("expensive", [False, True])
+def test_the_engine_stops_drafting_when_it_does_not_pay(expensive, monkeypatch):
+    """If passes over several tokens take 100 times as long as plain ones, drafts pause.
+
+    All draft tokens are right here, and the output is that of plain decoding in both cases.
     """
     engine = llm(
         max_model_len=256, cache_memory=1 << 22, speculate=1, changes=dict(initializer_range=0.02)
@@ -112,17 +103,16 @@ def test_the_engine_stops_drafting_when_it_does_not_pay(dear, monkeypatch):
     run, now = llm_module.runner.run, [0.0]
 
     def timed(model, cache, work, *options):
-        now[0] += 100.0 if dear and max(n for _, n in work) > 1 else 1.0
+        now[0] += 100.0 if expensive and max(n for _, n in work) > 1 else 1.0
         return run(model, cache, work, *options)
 
     monkeypatch.setattr(llm_module.runner, "run", timed)
     monkeypatch.setattr(llm_module.time, "perf_counter", lambda: now[0])
-    [o] = engine.generate(
-        [repeating(30)], greedy(150, logit_bias={7: 100.0})
-    )  # it says one token for ever, so that drafts are right
+    # The bias makes every token 7, so that all drafts are right.
+    [o] = engine.generate([repeating(30)], greedy(150, logit_bias={7: 100.0}))
     assert o.token_ids == [7] * 150
     steps = len(plans)
-    if dear:
+    if expensive:
         assert 4 <= engine.drafted < 20 and steps > 135
     else:
         assert engine.accepted > 120 and steps < 30

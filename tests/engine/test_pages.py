@@ -1,4 +1,4 @@
-"""Pages: who owns them, whose content they keep, who loses it first."""
+"""PagePool: ownership, sharing by content, and the order of eviction."""
 
 import pytest
 from hypothesis import given, settings
@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from lamoe.engine.pages import PagePool, content_hash
 
 
-def names(*tokens) -> list[bytes]:
-    """Contents of successive pages, one per token."""
+def hashes(*tokens) -> list[bytes]:
+    """Return the content hashes of successive pages of one token each."""
     out = []
     for t in tokens:
         out.append(content_hash(out[-1] if out else b"", [t]))
@@ -16,14 +16,14 @@ def names(*tokens) -> list[bytes]:
 
 
 def full(pool: PagePool, contents: list[bytes]) -> list[int]:
-    """Pages taken, filled and published under these contents."""
+    """Take pages and publish them under these content hashes."""
     pages = [pool.take() for _ in contents]
     for page, content in zip(pages, contents):
         pool.publish(page, content)
     return pages
 
 
-def test_every_page_is_given_once():
+def test_every_page_is_taken_once():
     pool = PagePool(3, 16)
     pages = [pool.take() for _ in range(3)]
     assert (
@@ -37,7 +37,7 @@ def test_every_page_is_given_once():
 
 
 def test_unpublished_content_is_not_found():
-    pool, (a, b) = PagePool(2, 1), names(7, 8)
+    pool, (a, b) = PagePool(2, 1), hashes(7, 8)
     page = pool.take()
     assert pool.share(a) is None
     pool.publish(page, a)
@@ -45,8 +45,8 @@ def test_unpublished_content_is_not_found():
     assert pool.owned == 1
 
 
-def test_a_shared_page_is_free_when_its_last_owner_leaves():
-    pool, (a,) = PagePool(1, 1), names(7)
+def test_a_shared_page_is_available_when_its_last_owner_returns_it():
+    pool, (a,) = PagePool(1, 1), hashes(7)
     (page,) = full(pool, [a])
     assert pool.share(a) == page and pool.share(a) == page  # three owners
     for _ in range(2):
@@ -54,40 +54,38 @@ def test_a_shared_page_is_free_when_its_last_owner_leaves():
         assert (pool.available, pool.owned) == (0, 1) and pool.take() is None
     pool.give_back([page])
     assert (pool.available, pool.owned) == (1, 0)
-    assert pool.take() == page and pool.share(a) is None  # the new owner's content is another
+    assert pool.take() == page and pool.share(a) is None  # the old content is gone
 
 
-def test_kept_content_is_found_again_until_it_is_needed():
-    pool, (a, b) = PagePool(2, 1), names(7, 8)
+def test_kept_pages_can_be_shared_again():
+    pool, (a, b) = PagePool(2, 1), hashes(7, 8)
     pages = full(pool, [a, b])
     pool.give_back(pages)
     assert pool.available == 2 and pool.owned == 0
     assert pool.share(a) == pages[0] and pool.share(b) == pages[1] and pool.available == 0
 
 
-def test_free_pages_go_before_kept_ones():
-    pool, (a,) = PagePool(3, 1), names(7)
+def test_free_pages_are_taken_before_kept_ones():
+    pool, (a,) = PagePool(3, 1), hashes(7)
     kept = full(pool, [a])
     pool.give_back(kept)
     assert kept[0] not in (pool.take(), pool.take())
     assert pool.share(a) == kept[0]
 
 
-def test_the_least_recently_used_text_goes_first():
+def test_the_least_recently_used_text_is_evicted_first():
     pool = PagePool(3, 1)
-    texts = [names(t) for t in (1, 2, 3)]
+    texts = [hashes(t) for t in (1, 2, 3)]
     pages = [full(pool, t) for t in texts]
     for p in pages:
         pool.give_back(p)
-    pool.give_back([pool.share(texts[0][0])])  # used again: now the newest
+    pool.give_back([pool.share(texts[0][0])])  # now the most recently used
     assert [pool.take() for _ in range(3)] == [pages[1][0], pages[2][0], pages[0][0]]
 
 
-def test_of_one_text_the_end_goes_first():
-    """A beginning without its continuation can be shared; a continuation without its beginning is
-    never looked for.
-    """
-    pool, text = PagePool(3, 1), names(1, 2, 3)
+def test_the_last_pages_of_a_text_are_evicted_first():
+    """A prefix is useful without its continuation, but not the other way round."""
+    pool, text = PagePool(3, 1), hashes(1, 2, 3)
     pages = full(pool, text)
     pool.give_back(pages)
     assert pool.take() == pages[2]
@@ -98,11 +96,9 @@ def test_of_one_text_the_end_goes_first():
     )
 
 
-def test_two_pages_of_one_content():
-    """Computed at the same time by two sequences: the first is the shared one, the second is plain
-    again when it is given back.
-    """
-    pool, (a,) = PagePool(2, 1), names(7)
+def test_two_pages_with_the_same_content():
+    """Two sequences compute the same page. The first is shared, the second becomes free again."""
+    pool, (a,) = PagePool(2, 1), hashes(7)
     one, two = full(pool, [a]) + full(pool, [a])
     assert pool.share(a) == one
     pool.give_back([two])
@@ -112,7 +108,7 @@ def test_two_pages_of_one_content():
     assert pool.share(a) == one
 
 
-def test_content_is_the_tokens_and_all_before_them():
+def test_a_content_hash_depends_on_all_tokens_so_far():
     a, b = content_hash(b"", [1, 2]), content_hash(b"", [2, 1])
     assert (
         len(
@@ -128,9 +124,8 @@ def test_content_is_the_tokens_and_all_before_them():
         == 6
     )
     assert content_hash(a, [3, 4]) == content_hash(content_hash(b"", [1, 2]), [3, 4])
-    assert content_hash(b"", [1, 256]) != content_hash(
-        b"", [257, 0]
-    )  # no carrying over between tokens
+    # Tokens have a fixed width in the hashed bytes.
+    assert content_hash(b"", [1, 256]) != content_hash(b"", [257, 0])
 
 
 @settings(deadline=None, max_examples=150)
@@ -142,16 +137,14 @@ def test_content_is_the_tokens_and_all_before_them():
     ),
 )
 def test_against_a_model_of_the_pool(n, operations):
-    """A dict of owners, a list of kept pages and a set of free ones say the same at every step."""
-    pool, owners, kept, content = (
-        PagePool(n, 1),
-        {},
-        [],
-        {},
-    )  # page -> count; least recent first; page -> published content
-    held: list[int] = []
-    for what, k in operations:
-        if what == "take":
+    """After every operation the pool agrees with a simple model of it."""
+    pool = PagePool(n, 1)
+    owners: dict[int, int] = {}  # page -> number of owners
+    kept: list[int] = []  # least recently used first
+    content: dict[int, bytes] = {}  # page -> published hash
+    held: list[int] = []  # one entry per ownership
+    for operation, k in operations:
+        if operation == "take":
             free = set(range(n)) - set(owners) - set(kept)
             page = pool.take()
             if free:
@@ -164,8 +157,8 @@ def test_against_a_model_of_the_pool(n, operations):
             if page is not None:
                 owners[page] = 1
                 held.append(page)
-        elif what == "share":
-            wanted = names(k)[0]
+        elif operation == "share":
+            wanted = hashes(k)[0]
             expected = next((p for p, c in content.items() if c == wanted), None)
             assert pool.share(wanted) == expected
             if expected is not None:
@@ -173,12 +166,12 @@ def test_against_a_model_of_the_pool(n, operations):
                     kept.remove(expected)
                 owners[expected] = owners.get(expected, 0) + 1
                 held.append(expected)
-        elif what == "publish" and held:
-            page, new = held[k % len(held)], names(k)[0]
+        elif operation == "publish" and held:
+            page, new = held[k % len(held)], hashes(k)[0]
             pool.publish(page, new)
             if new not in content.values() and page not in content:
                 content[page] = new
-        elif what == "give" and held:
+        elif operation == "give" and held:
             page = held.pop(k % len(held))
             pool.give_back([page])
             owners[page] -= 1
@@ -192,7 +185,7 @@ def test_against_a_model_of_the_pool(n, operations):
     assert pool.owned == 0 and pool.available == n
 
 
-def test_giving_back_what_is_not_owned_is_an_error():
+def test_giving_back_a_page_without_owner_is_an_error():
     pool = PagePool(2, 1)
     page = pool.take()
     pool.give_back([page])
@@ -200,14 +193,15 @@ def test_giving_back_what_is_not_owned_is_an_error():
         pool.give_back([page])
 
 
-def test_forgotten_pages_are_found_no_more_and_come_back_free():
+def test_forgotten_pages_are_not_shared_and_become_free():
     pool = PagePool(4, 2)
-    pages, names = [pool.take() for _ in range(3)], [content_hash(b"", [i, i]) for i in range(3)]
-    for page, name in zip(pages[:2], names):
-        pool.publish(page, name)
-    assert pool.share(names[0]) == pages[0]  # somebody else's too: it stays theirs
+    pages = [pool.take() for _ in range(3)]
+    contents = [content_hash(b"", [i, i]) for i in range(3)]
+    for page, content in zip(pages[:2], contents):
+        pool.publish(page, content)
+    assert pool.share(contents[0]) == pages[0]  # a second owner, which keeps the page
     pool.forget(pages)
-    assert [pool.share(n) for n in names] == [None] * 3 and pool.owned == 3
+    assert [pool.share(c) for c in contents] == [None] * 3 and pool.owned == 3
     pool.give_back(pages)
     pool.give_back(pages[:1])
     assert (
@@ -218,5 +212,5 @@ def test_forgotten_pages_are_found_no_more_and_come_back_free():
         and not pool._content_of
     )
     again = pool.take()
-    pool.publish(again, names[0])  # the content made anew
-    assert pool.share(names[0]) == again
+    pool.publish(again, contents[0])  # the same content, computed again
+    assert pool.share(contents[0]) == again

@@ -1,4 +1,4 @@
-"""The memory plan: closed forms against what is allocated, and refusals that say what would do."""
+"""The memory plan: its formulas match what is allocated, and refusals say what would fit."""
 
 import importlib
 import os
@@ -25,7 +25,7 @@ from lamoe.train import checkpoint
 from oracles import tiny
 from tiny_run import trained  # noqa: F401 (trained is a fixture)
 
-# the package exports a function `load`
+# The package exports a function `load`, which hides the module of this name.
 backends_load = importlib.import_module("lamoe.backends.load")
 STATE_LIMIT = 128 << 20  # kStateLimit of csrc/model/cost.h
 LITE = ModelConfig.preset("deepseek-v2-lite")
@@ -33,7 +33,7 @@ LITE_16 = 2 * accounting.parameters(LITE).total
 
 
 def states(max_num_seqs=3, batch_tokens=64):
-    """The bytes of attention's partial results by length, as the plan asks for them."""
+    """Make the `state_bytes` argument of fit for V2-Lite."""
     return lambda length: CpuBackend.state_bytes(LITE, length, max_num_seqs, batch_tokens)
 
 
@@ -42,7 +42,7 @@ def lite(format="bf16", cache_memory=None, length=None, available=None, seqs=1):
 
 
 @pytest.mark.parametrize("format", cache_codec.FORMATS)
-def test_the_plan_is_what_is_allocated(format):
+def test_the_plan_matches_what_is_allocated(format):
     c = tiny.HARD.replace(max_position_embeddings=200)
     m = tiny.model(c).float()
     engine = LLM(
@@ -69,18 +69,18 @@ def test_the_plan_is_what_is_allocated(format):
     assert p.expanded_bytes_per_token == 2 * accounting.expanded_elements(c)
 
 
-def test_figures_of_lite():
+def test_the_numbers_of_v2_lite():
     p = lite(length=32768, cache_memory=4 * 10**9)
     assert (p.bytes_per_token, p.expanded_bytes_per_token) == (31104, 276480)
     assert p.tokens == 4 * 10**9 // (31104 * 16) * 16 and p.sequences == 3
-    said = p.describe()
+    text = p.describe()
     assert (
-        "weights 31.41 GB" in said
+        "weights 31.41 GB" in text
         and "31,104 bytes a token; as expanded keys and values 276,480 (8.9 x), the same memory "
         "would hold 14,466 tokens"
-        in said
+        in text
     )
-    assert said.endswith(
+    assert text.endswith(
         "fits    128,592 tokens: 3 sequences of 32,768 at once (max_num_seqs lets 1 run)"
     )
     assert (
@@ -96,9 +96,11 @@ def test_figures_of_lite():
     )
 
 
-LITE_STATE = 4 * (16 + 16 + 16 * 512)  # maximum, sum and latent of 16 lanes in float32
+# Bytes of one partial result: maximum, sum and latent of 16 lanes in float32.
+LITE_STATE = 4 * (16 + 16 + 16 * 512)
 
 
+# With n tokens over S rows, the absorbed form is used if n < 2^17 S / (2^17 + 768 S).
 @pytest.mark.parametrize(
     "length, seqs, step, tokens, chunks",
     [
@@ -110,10 +112,11 @@ LITE_STATE = 4 * (16 + 16 + 16 * 512)  # maximum, sum and latent of 16 lanes in 
         (128, 1, 512, 73, 1),
         (4096, 1, 512, 163, 8),
     ],
-)  # n < 2^17 S / (2^17 + 768 S) tokens over S rows are absorbed
+)
 def test_partial_results_of_attention(length, seqs, step, tokens, chunks):
-    """One token of Lite has 16 heads, one block of lanes; each block has a state for each chunk of
-    rows.
+    """One token of V2-Lite has 16 heads, which is one block of lanes.
+
+    Each block has one partial result for each chunk of rows.
     """
     size = tokens * chunks * LITE_STATE
     assert CpuBackend.state_bytes(LITE, length, seqs, step) == size * 5 // 4 + 4096
@@ -132,25 +135,25 @@ def test_partial_results_of_attention_are_bounded():
         > CpuBackend.state_bytes(big, 20_000, 1, 1)
         == 8 * 40 * LITE_STATE * 5 // 4 + 4096
     )
-    wide = big.replace(num_attention_heads=1024)  # one token has 64 blocks of 320 chunks
+    # One token has 64 blocks of 320 chunks.
+    wide = big.replace(num_attention_heads=1024)
     assert CpuBackend.state_bytes(wide, 163_840, 1, 1) == 64 * 320 * LITE_STATE * 5 // 4 + 4096
-    dense = ModelConfig.preset(
-        "deepseek-67b"
-    )  # 64 heads over 8 of keys: more than 48 / 8 tokens of a sequence are expanded
+    # 64 query heads share 8 KV heads: more than 48 / 8 tokens of a sequence are expanded.
+    dense = ModelConfig.preset("deepseek-67b")
     assert (
         CpuBackend.state_bytes(dense, 4096, 2, 512)
         == 8 * (12 * 8 + 2 * 15) // 16 // 8 * 8 * 8 * 4 * (32 + 16 * 128) * 5 // 4 + 4096
     )
 
 
-def test_the_plan_counts_them():
-    """In what is free, in what is refused and what is offered instead, and in words."""
+def test_the_plan_counts_partial_results():
+    """In the free memory, in refusals and the values that they offer, and in `describe`."""
     partial, page = CpuBackend.state_bytes(LITE, 1600, 3, 64), 16 * 31104
-    said = fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 100 * page + partial, states())
+    plan = fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 100 * page + partial, states())
     assert (
-        said.pages == 100
-        and said.states == partial
-        and said.describe().startswith(
+        plan.pages == 100
+        and plan.states == partial
+        and plan.describe().startswith(
             f"weights 31.41 GB; {human_bytes(partial)} at most for attention\ncache   49.77 MB"
         )
     )
@@ -161,9 +164,8 @@ def test_the_plan_counts_them():
         "to 1584,",
     ):
         fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 100 * page + partial - 1, states())
-    with pytest.raises(
-        ValueError, match="max_model_len to 720,"
-    ):  # of less than 1,024 rows there are fewer chunks
+    # A shorter context has fewer chunks, so its partial results are smaller too.
+    with pytest.raises(ValueError, match="max_model_len to 720,"):
         fit(
             LITE,
             LITE_16,
@@ -188,8 +190,10 @@ def test_the_plan_counts_them():
     "c", [tiny.HARD, tiny.config("llama", num_key_value_heads=2, head_dim=10)], ids=["mla", "gqa"]
 )
 def test_partial_results_of_attention_are_what_is_allocated(c):
-    """Seven sequences that decode at the end of their context, behind a prompt they share: to the
-    byte what the plan says, where a token fills its blocks (16 heads of a KV head), and never more.
+    """Seven sequences with a shared prompt decode up to the end of their context.
+
+    With 32 heads a token fills its blocks of 16 lanes, and the plan is exact to the byte. With 4
+    heads the plan is an upper bound.
     """
     for heads in (32, 4):
         m = tiny.model(
@@ -209,10 +213,8 @@ def test_partial_results_of_attention_are_what_is_allocated(c):
     assert LLM(m, backend="torch").plan().states == 0
 
 
-def test_how_large_a_cache_is_when_nobody_says():
-    """Four contexts, at most 1 GiB, one context in any case; and never more than the machine has
-    left.
-    """
+def test_the_default_size_of_the_cache():
+    """Four contexts, at most 1 GiB, at least one context, and never more than the free memory."""
     page = 16 * 31104
     assert (
         lite(length=1600).pages == 400
@@ -253,8 +255,8 @@ def test_how_large_a_cache_is_when_nobody_says():
         ),
     ],
 )
-def test_refused(options, message):
-    """And what the message offers does."""
+def test_refusals_offer_a_value_that_fits(options, message):
+    """The offered max_model_len works, and 16 tokens more do not."""
     with pytest.raises(ValueError) as e:
         lite(**options)
     pattern = message if ".*" in message else re.escape(message)
@@ -293,28 +295,27 @@ def test_refused_before_the_weights_are_read(trained):
         assert prepare(folder, Formats("int4")).weight_bytes == int(4.5 / 8 * total)
         head = c.vocab_size * c.hidden_size / 2
         assert prepare(folder, Formats("int4", "int8")).weight_bytes == int(4.5 / 8 * total + head)
-    for weights in (
-        ("bf16", "int8", "int4") if native.available() else ()
-    ):  # packed on the way: once it is there, the plan says what it is
+    # After packing, the plan has the actual bytes of the weights.
+    for weights in ("bf16", "int8", "int4") if native.available() else ():
         engine = LLM(folder, weights=weights)
         assert engine.plan().weights == engine.backend.weight_bytes()
 
 
-def test_memory_of_the_machine(tmp_path):
+def test_available_memory(tmp_path):
     assert available_memory(root=tmp_path) is None
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc" / "meminfo").write_text("MemTotal: 2000 kB\nMemAvailable: 1000 kB\n")
     assert available_memory(root=tmp_path) == 1024000
     group = tmp_path / "sys" / "fs" / "cgroup"
     group.mkdir(parents=True)
-    for most, now, want in (
+    for limit, used, want in (
         ("max", "5", 1024000),
         ("500000", "100000", 400000),
         ("5000000", "100000", 1024000),
         ("100", "200", 0),
     ):
-        (group / "memory.max").write_text(most + "\n")
-        (group / "memory.current").write_text(now + "\n")
+        (group / "memory.max").write_text(limit + "\n")
+        (group / "memory.current").write_text(used + "\n")
         assert available_memory(root=tmp_path) == want
     (tmp_path / "proc" / "meminfo").write_text("MemAvailable:\n")
     assert available_memory(root=tmp_path) == 0
@@ -346,7 +347,7 @@ def test_flags_of_chat(trained, capsys):
         3,
         "int8",
     ) and 0 <= 100_000 - p.cache < 16 * p.bytes_per_token
-    for flags, said in (
+    for flags, message in (
         (["--max-model-len", "65"], "max_position_embeddings 64"),
         (["--kv-cache-memory", "1kB"], "a cache of 1.000 kB in bf16 holds 0 tokens"),
         (
@@ -356,11 +357,11 @@ def test_flags_of_chat(trained, capsys):
     ):
         capsys.readouterr()
         assert cli.main(["chat", str(trained), *flags]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
-def test_memory_is_taken_when_it_is_written():
-    """A cache that may come to 2 GB takes next to nothing, and then what its tokens take."""
+def test_cache_memory_is_committed_when_it_is_written():
+    """An empty cache of 2 GB uses almost no memory; written rows use their own size."""
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

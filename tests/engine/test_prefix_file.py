@@ -1,6 +1,4 @@
-"""A saved cache: the same tokens after loading it, and a refusal for every file that does not
-belong.
-"""
+"""Saved prefixes: equal tokens after loading one, and refusals of files that do not fit."""
 
 import json
 import os
@@ -43,7 +41,7 @@ def llm(m=None, **options) -> LLM:
 
 
 def saved(path, tokens=TEXT, **options):
-    """(file, tokens in it, output without a saved cache)."""
+    """Save a prefix to `path`; return (path, number of tokens saved, output without loading it)."""
     one = llm(**options)
     [out] = one.generate([tokens], GREEDY)
     return path, one.save_cache(path, tokens), out
@@ -64,12 +62,12 @@ def test_same_tokens_after_loading(tmp_path, config, format, written, read):
 
 
 @pytest.mark.parametrize("format", cache_codec.FORMATS)
-def test_rows_are_the_bytes_of_the_cache(tmp_path, format):
+def test_saved_rows_are_the_bytes_of_the_cache(tmp_path, format):
     row = cache_codec.row_bytes(format, CONFIG.cache_row)
     one, two = llm(cache=format), llm(cache=format, page_size=5)
-    one.generate([[9] * 10, TEXT], GREEDY)  # so that the pages of TEXT do not begin at 0
+    one.generate([[9] * 10, TEXT], GREEDY)  # the first prompt moves the pages of TEXT away from 0
     assert one.save_cache(tmp_path / "c", TEXT) == 60
-    stored = load_file(tmp_path / "c")  # the library agrees that it is safetensors
+    stored = load_file(tmp_path / "c")  # the library accepts the file
     assert (
         stored["tokens"].tolist() == TEXT[:60]
         and stored["rows"].shape == (2, 60, row)
@@ -91,8 +89,8 @@ def test_rows_are_the_bytes_of_the_cache(tmp_path, format):
     ) and re.fullmatch("[0-9a-f]{64}", meta["model"])
 
 
-def test_the_rows_of_the_file_are_what_is_used(tmp_path):
-    """Otherwise all of the above could pass by computing them again."""
+def test_the_rows_of_the_file_are_used(tmp_path):
+    """With zero rows in the file the output differs, so the rows were not computed again."""
     file, _, out = saved(tmp_path / "c")
     stored = load_file(file)
     with safe_open(file, framework="pt") as f:
@@ -103,7 +101,7 @@ def test_the_rows_of_the_file_are_what_is_used(tmp_path):
     assert two.generate([TEXT], GREEDY)[0].token_ids != out.token_ids
 
 
-def test_only_what_is_cached_is_saved(tmp_path):
+def test_only_cached_rows_are_saved(tmp_path):
     one = llm()
     one.generate([TEXT[:30]], GREEDY)
     assert one.save_cache(tmp_path / "c", TEXT) == 28
@@ -122,8 +120,8 @@ def test_only_what_is_cached_is_saved(tmp_path):
     )
 
 
-def test_into_a_cache_in_use(tmp_path):
-    """Pages out of order, a part of the text already there, others running meanwhile."""
+def test_loading_into_a_cache_in_use(tmp_path):
+    """Free pages are out of order, part of the text is cached, and another sequence is running."""
     file, n, out = saved(tmp_path / "c")
     two = llm(max_model_len=100, cache_memory=40 * 4 * 2 * 24 * 4)
     two.generate([[3] * 33, TEXT[:22], [4] * 17], GREEDY)
@@ -137,7 +135,7 @@ def test_into_a_cache_in_use(tmp_path):
     assert two.pool.owned == 0 and two.pool.available == 40
 
 
-def test_loaded_pages_are_given_up_like_others(tmp_path):
+def test_loaded_pages_are_evicted_like_others(tmp_path):
     file, _, out = saved(tmp_path / "c")
     two = llm(max_model_len=80, cache_memory=20 * 4 * 2 * 24 * 4)
     two.load_cache(file)
@@ -149,11 +147,11 @@ def test_loaded_pages_are_given_up_like_others(tmp_path):
     )
     [again] = two.generate([TEXT], GREEDY)
     assert again.token_ids == out.token_ids and again.cached_tokens < 60
-    two.load_cache(file)  # takes the pages back
+    two.load_cache(file)  # loads the evicted pages again
     assert two.generate([TEXT], GREEDY)[0].cached_tokens == 60
 
 
-def test_it_does_not_fit(tmp_path):
+def test_a_prefix_that_is_too_long_for_the_cache(tmp_path):
     file, *_ = saved(tmp_path / "c")
     with pytest.raises(ValueError, match="holds 60 tokens, more than max_model_len 50"):
         llm(max_model_len=50).load_cache(file)
@@ -172,7 +170,7 @@ def digest(m) -> str:
     return TorchBackend(m).digest()
 
 
-# ---- what it is bound to ----
+# ---- model digest and other metadata ----
 def test_digest():
     base = model()
     assert (
@@ -189,9 +187,7 @@ def test_digest():
 
 
 def test_digest_of_large_tensors_samples_all_of_them(monkeypatch):
-    """With small limits: every tensor is sampled, and a change anywhere but between two samples is
-    seen.
-    """
+    """With small limits: a change inside a sampled block of any tensor changes the digest."""
     monkeypatch.setattr(base_module, "_HASH_WHOLE_BYTES", 1024)
     monkeypatch.setattr(base_module, "_HASH_SAMPLES", 16)
     monkeypatch.setattr(base_module, "_HASH_SAMPLE_BYTES", 64)
@@ -201,9 +197,8 @@ def test_digest_of_large_tensors_samples_all_of_them(monkeypatch):
         with torch.no_grad():
             m.embed.weight.flatten()[at] += 1.0
         seen += [at] if digest(m) != base else []
-    assert (
-        2 <= len(seen) < 30 and seen[0] == 0 and seen[-1] == 9599
-    )  # 16 blocks of 16 numbers of 9,600
+    # 16 blocks of 16 numbers are sampled, of 9,600 numbers.
+    assert 2 <= len(seen) < 30 and seen[0] == 0 and seen[-1] == 9599
     for name, p in model().named_parameters():
         m = model()
         with torch.no_grad():
@@ -228,7 +223,7 @@ def test_digest_of_large_tensors_samples_all_of_them(monkeypatch):
         (dict(m=model(CONFIG.replace(num_hidden_layers=3))), "model digest"),
     ],
 )
-def test_what_does_not_belong_is_refused(tmp_path, options, words):
+def test_a_file_of_another_model_or_format_is_refused(tmp_path, options, words):
     file, *_ = saved(tmp_path / "c")
     two = llm(**options)
     with pytest.raises(ValueError, match=words):
@@ -239,14 +234,16 @@ def test_what_does_not_belong_is_refused(tmp_path, options, words):
 
 
 # ---- hostile files ----
-def rewritten(file, meta=None, **tensors):
+def rewrite(file, meta=None, **tensors):
+    """Replace metadata and tensors of a saved prefix; None removes a tensor."""
     stored = load_file(file)
     with safe_open(file, framework="pt") as f:
         meta = {**f.metadata(), **(meta or {})}
     save_file({k: v for k, v in {**stored, **tensors}.items() if v is not None}, file, meta)
 
 
-def refused(file, words):
+def assert_refused(file, words):
+    """Loading `file` fails with a short message that has its name, and takes no pages."""
     two = llm()
     with pytest.raises(ValueError, match=words) as e:
         two.load_cache(file)
@@ -290,47 +287,47 @@ def refused(file, words):
         (dict(meta={"format": "{0.__class__}"}), "cache format"),
     ],
 )
-def test_wrong_content(tmp_path, change, words):
+def test_files_with_invalid_content(tmp_path, change, words):
     file, *_ = saved(tmp_path / "c")
-    rewritten(file, **change)
-    refused(file, words)
+    rewrite(file, **change)
+    assert_refused(file, words)
 
 
-def test_broken_files(tmp_path):
+def test_damaged_files(tmp_path):
     file, *_ = saved(tmp_path / "c")
     whole = file.read_bytes()
     for cut in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:cut])
-        refused(file, "truncated")
+        assert_refused(file, "truncated")
     file.write_bytes(whole + b"x")
-    refused(file, "1 bytes after its last tensor")
+    assert_refused(file, "1 bytes after its last tensor")
     file.write_bytes(b"\xff" * 200)
-    refused(file, "claims a header")
+    assert_refused(file, "claims a header")
     header = {"tokens": {"dtype": "I64", "shape": [2**62], "data_offsets": [0, 2**65]}}
     raw = json.dumps(header).encode()
     file.write_bytes(len(raw).to_bytes(8, "little") + raw)
-    refused(file, "data_offsets")
+    assert_refused(file, "data_offsets")
     with pytest.raises(FileNotFoundError):
         llm().load_cache(tmp_path / "none")
     with pytest.raises(OSError):
         llm().load_cache(tmp_path)
 
 
-def test_a_file_cut_short_while_it_is_read(tmp_path):
+def test_a_file_that_is_truncated_while_it_is_read(tmp_path):
     file, *_ = saved(tmp_path / "c")
     check = prefix_file._check
 
-    def then_cut(*args):
+    def check_then_truncate(*args):
         out = check(*args)
         os.truncate(file, file.stat().st_size - 100)
         return out
 
-    with mock.patch.object(prefix_file, "_check", then_cut):
-        refused(file, "ends in the middle of its rows")
+    with mock.patch.object(prefix_file, "_check", check_then_truncate):
+        assert_refused(file, "ends in the middle of its rows")
 
 
 # ---- writing ----
-def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     file, *_ = saved(tmp_path / "c")
     before, two = file.read_bytes(), llm()
     two.generate([[5] * 40], GREEDY)

@@ -1,5 +1,6 @@
-"""The scheduler without a model: a shadow of the cache remembers which text every row belongs to,
-and every step is checked against it.
+"""The scheduler without a model.
+
+A shadow of the cache records the text that every row belongs to, and every step is checked with it.
 """
 
 import random
@@ -15,7 +16,7 @@ from lamoe.engine.scheduler import Scheduler
 
 
 class World:
-    """A scheduler, the rows its steps would write, and the rules that hold after each step."""
+    """A scheduler, the rows that its steps would have written, and the checks after every step."""
 
     def __init__(
         self,
@@ -27,12 +28,13 @@ class World:
     ):
         self.pool = PagePool(pages, size)
         self.scheduler = Scheduler(self.pool, max_sequences, max_tokens, speculate)
-        self.rows: dict[int, tuple] = {}  # slot -> the text up to and with its token
+        self.rows: dict[int, tuple] = {}  # slot -> all tokens up to the one of this row
         self.arrived: list[Sequence] = []
         self.admitted: list[Sequence] = []  # in the order of their first step
         self.steps = 0
 
     def add(self, prompt, out: int = 3, n: int = 1) -> list[Sequence]:
+        """Queue n samples of a prompt, each with `out` output tokens."""
         first = Sequence(
             len(self.arrived), list(prompt), len(prompt), SamplingParams(), len(prompt) + out
         )
@@ -53,9 +55,7 @@ class World:
         return group
 
     def step(self) -> list[tuple[Sequence, int]]:
-        """One step: rows are written, `next_token` follows every text that is complete, finished
-        sequences leave.
-        """
+        """Run one step: write rows, append `next_token` to computed texts, end full sequences."""
         s, size = self.scheduler, self.pool.page_size
         work = s.schedule()
         self.steps += 1
@@ -90,21 +90,21 @@ class World:
         )
 
     def check(self, work):
+        """Check the plan of a step before it runs."""
         s, size = self.scheduler, self.pool.page_size
         assert sum(n for _, n in work) <= s.max_tokens and len(s.running) <= s.max_sequences
         assert len({seq.id for seq, _ in work}) == len(work)
-        assert work or not (s.running or s.waiting), "there is something to do and nobody does it"
+        assert work or not (s.running or s.waiting), "sequences run or wait, but the plan is empty"
         for seq, n in work:
             assert seq in s.running and seq.finish is None and 1 <= n <= seq.todo + len(seq.draft)
             assert len(seq.tokens) + len(seq.draft) <= seq.limit
             assert len(seq.pages) * size >= seq.computed + n
-            for i in range(seq.computed):  # what it reads is its own text
+            for i in range(seq.computed):  # it reads rows of its own text only
                 assert self.rows[seq.pages[i // size] * size + i % size] == tuple(
                     seq.tokens[: i + 1]
                 )
-            for at in range(
-                seq.computed // size, (seq.computed + n - 1) // size + 1
-            ):  # what it writes is nobody else's and not published
+            # It writes only to pages that are neither shared nor published.
+            for at in range(seq.computed // size, (seq.computed + n - 1) // size + 1):
                 page = seq.pages[at]
                 assert self.pool._owners[page] == 1 and page not in self.pool._content_of
             if seq not in self.admitted:
@@ -115,11 +115,12 @@ class World:
                     if e.id < seq.id and e not in self.admitted and e.finish is None
                 ]
                 assert all(e.leader is not None for e in overtaken), (
-                    "only those who wait for a sibling's prompt are overtaken"
+                    "a sequence was overtaken that does not wait for a sibling's prompt"
                 )
         self.check_pages()
 
     def check_pages(self):
+        """Check that the pool agrees with the pages that sequences hold."""
         pool, s = self.pool, self.scheduler
         owners: dict[int, int] = {}
         for seq in s.running:
@@ -143,17 +144,18 @@ class World:
             and not free & set(pool._content_of)
         )
 
-    def run(self, most: int = 1000):
+    def run(self, limit: int = 1000):
+        """Step until no sequence is left, at most `limit` times."""
         begin = self.steps
         while self.scheduler.running or self.scheduler.waiting:
             self.step()
-            assert self.steps - begin < most, "it does not come to an end"
+            assert self.steps - begin < limit, "the scheduler still has sequences"
         assert self.pool.owned == 0 and self.pool.available == self.pool.total
         assert all(seq.finish for seq in self.arrived)
 
 
 def next_token(tokens: list[int]) -> int:
-    """Some function of the text that often repeats itself, so that drafts are sometimes right."""
+    """Return a next token, by a rule that often repeats itself, so that some drafts are right."""
     return (tokens[-1] + len(tokens) // 7) % 3
 
 
@@ -161,10 +163,9 @@ def text(n: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(3, 50), k=n)
 
 
-# ---- everything at once ----
-REQUEST = st.tuples(
-    st.integers(0, 3), st.integers(1, 20), st.integers(1, 10), st.integers(1, 3)
-)  # which beginning, its length, output, samples
+# ---- random streams of requests ----
+# Number of the prefix, prompt length, output tokens, samples.
+REQUEST = st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 10), st.integers(1, 3))
 
 
 @settings(deadline=None, max_examples=250)
@@ -177,9 +178,7 @@ REQUEST = st.tuples(
     st.lists(st.one_of(REQUEST, st.just("step"), st.just("step"), st.integers(0, 30)), max_size=40),
 )
 def test_any_stream_of_requests(size, max_sequences, spare_tokens, spare_pages, speculate, events):
-    """Requests that share beginnings, cancellations of anybody at any time, few pages: the rules of
-    World hold and everything comes to its end.
-    """
+    """With shared prefixes, few pages and cancellations, all checks hold and all requests end."""
     world = World(
         -(-30 // size) + spare_pages, size, max_sequences, max_sequences + spare_tokens, speculate
     )
@@ -187,16 +186,16 @@ def test_any_stream_of_requests(size, max_sequences, spare_tokens, spare_pages, 
         if event == "step":
             world.step()
         elif isinstance(event, int):
-            open_ = [s for s in world.arrived if s.finish is None]
-            if open_:
-                world.end(open_[event % len(open_)])
+            unfinished = [s for s in world.arrived if s.finish is None]
+            if unfinished:
+                world.end(unfinished[event % len(unfinished)])
                 world.check_pages()
         else:
             seed, length, out, n = event
             world.add(text(30, seed)[:length], out, n)
     world.run()
     for seq in world.arrived:
-        if seq.finish == "length":  # none lost a token, whatever was recomputed
+        if seq.finish == "length":  # preemption lost no token
             expected = seq.tokens[: seq.prompt_len]
             while len(expected) < seq.limit:
                 expected.append(next_token(expected))
@@ -204,7 +203,7 @@ def test_any_stream_of_requests(size, max_sequences, spare_tokens, spare_pages, 
 
 
 # ---- one rule at a time ----
-def test_decoding_goes_first_and_a_long_prompt_comes_in_chunks():
+def test_decoding_comes_first_and_a_long_prompt_comes_in_chunks():
     world = World(40, max_tokens=8)
     (a,) = world.add(text(3), 20)
     world.step()
@@ -214,7 +213,7 @@ def test_decoding_goes_first_and_a_long_prompt_comes_in_chunks():
     assert world.step() == [(a, 1), (b, 1)]
 
 
-def test_full_batches_and_prompts_take_turns_by_arrival():
+def test_waiting_requests_start_in_order_of_arrival():
     world = World(40, max_sequences=2, max_tokens=8)
     a, b, c = (world.add(text(4, i), 3)[0] for i in range(3))
     assert world.step() == [(a, 4), (b, 4)]
@@ -248,7 +247,7 @@ def test_only_full_pages_are_shared_and_the_last_token_is_computed(length, share
     assert seq.cached == shared
 
 
-def test_other_beginnings_share_nothing():
+def test_different_prefixes_share_nothing():
     world = World(20, max_tokens=16)
     world.add(text(12), 1)
     world.run()
@@ -259,16 +258,15 @@ def test_other_beginnings_share_nothing():
     assert (other.cached, same.cached) == (0, 8)
 
 
-def test_output_is_shared_too():
-    """The next turn of a conversation begins with what was generated."""
+def test_pages_of_outputs_are_shared_too():
+    """The next turn of a conversation begins with the generated text."""
     world = World(20)
     (first,) = world.add(text(6), 7)
     world.run()
     (second,) = world.add(first.tokens + text(3, 1), 1)
     world.run()
-    assert (
-        len(first.tokens) == 13 and second.cached == 12
-    )  # of 13 tokens the last has no row, of 12 three pages are full
+    # The last of 13 tokens has no row; the other 12 fill three pages.
+    assert len(first.tokens) == 13 and second.cached == 12
 
 
 def test_samples_of_a_prompt_wait_for_its_pages():
@@ -297,7 +295,7 @@ def test_samples_go_on_when_their_leader_is_cancelled(when):
     assert [o.finish for o in others] == ["length"] * 2
 
 
-def test_the_youngest_is_pushed_out_and_comes_back_first():
+def test_the_youngest_sequence_is_preempted_and_resumes_first():
     world = World(6, max_sequences=2, max_tokens=30)
     a, b, c = world.add(text(8), 12)[0], world.add(text(8, 1), 12)[0], world.add(text(4, 2), 1)[0]
     while not b.preemptions:
@@ -307,10 +305,8 @@ def test_the_youngest_is_pushed_out_and_comes_back_first():
     assert a.preemptions == 0 and [len(s.tokens) for s in (a, b, c)] == [20, 20, 5]
 
 
-def test_a_half_read_prompt_is_not_starved_by_small_requests():
-    """It waits for pages that a decoding sequence holds; small requests come all the time, and each
-    would fit.
-    """
+def test_a_partly_computed_prompt_is_not_starved_by_small_requests():
+    """It waits for pages of a decoding sequence, while small requests that fit keep coming."""
     world = World(10, max_tokens=12)
     (a,) = world.add(text(16), 16)
     world.step(), world.step()
@@ -328,7 +324,7 @@ def test_a_half_read_prompt_is_not_starved_by_small_requests():
 
 
 def test_prompts_that_hold_all_pages_do_not_block_each_other():
-    """Several half-read prompts fill the cache and none fits: the oldest goes on."""
+    """Partly computed prompts fill the cache and none fits, so the oldest continues."""
     world = World(8, max_sequences=4, max_tokens=12)
     for i in range(4):
         world.add(text(28, i), 2)
@@ -344,17 +340,15 @@ def test_one_sequence_may_fill_the_whole_cache():
 
 @pytest.mark.parametrize("after", range(9))
 def test_cancelling_frees_pages_at_once(after):
-    """Waiting, half-read, decoding, pushed out: whatever the stage, the others end as if it had not
-    been there.
-    """
+    """At every stage, from waiting to preempted, the other sequences finish normally."""
     world = World(9, max_sequences=3, max_tokens=6)
     seqs = [world.add(text(11, i), 8)[0] for i in range(4)]
     for _ in range(after):
         world.step()
     for seq in seqs[1:3]:
-        before, mine = world.pool.available, len(seq.pages)
+        before, held = world.pool.available, len(seq.pages)
         world.end(seq)
-        assert world.pool.available == before + mine
+        assert world.pool.available == before + held
         world.check_pages()
     world.run(100)
     assert [s.finish for s in seqs] == ["length", "abort", "abort", "length"]

@@ -1,6 +1,4 @@
-"""Beside generation: texts scored and embedded between the engine's steps, experts counted, several
-prompts opened as one request.
-"""
+"""Scoring and embedding texts while the engine runs, expert counts, multi-prompt requests."""
 
 import asyncio
 
@@ -29,7 +27,7 @@ def with_engine(coroutine, **options):
 
 @pytest.mark.parametrize("chunk", [1, 7, 20, 64])
 @pytest.mark.parametrize("logits", [False, True])
-def test_forward_comes_in_chunks(chunk, logits):
+def test_run_sequence_yields_chunks(chunk, logits):
     engine, [ids] = llm(), prompts(20)
     with torch.no_grad():
         want = (engine.model if logits else engine.model.hidden)(torch.tensor([ids]))[0]
@@ -71,8 +69,9 @@ def test_mean_state_while_others_generate():
 
 
 def test_experts_are_counted_per_sequence():
-    """Three sequences in one batch: each has the counts of its own tokens in plain passes, all but
-    the last token, which was never computed.
+    """Each of three sequences in a batch counts the experts of its own tokens.
+
+    The last sampled token is not counted, because the model never computes it.
     """
     engine = llm(count_experts=True, speculate=0)
     m, c = engine.model, engine.config
@@ -89,7 +88,7 @@ def test_experts_are_counted_per_sequence():
         )
 
 
-def test_experts_can_be_asked_for_while_it_runs_and_are_none_otherwise():
+def test_expert_counts_of_an_unfinished_sequence():
     engine = llm(count_experts=True)
     [id] = engine.add(prompts(5)[0], GREEDY)
     assert engine.experts(id) is None
@@ -98,9 +97,8 @@ def test_experts_can_be_asked_for_while_it_runs_and_are_none_otherwise():
     engine.cancel(id)
     assert engine.experts(id) is None
     assert llm().generate(prompts(5), GREEDY)[0].experts is None
-    assert (
-        llm("gqa", count_experts=True).generate(prompts(5), GREEDY)[0].experts is None
-    )  # a dense model has none
+    # A dense model has no experts.
+    assert llm("gqa", count_experts=True).generate(prompts(5), GREEDY)[0].experts is None
 
 
 def test_several_prompts_as_one_request():
@@ -111,7 +109,7 @@ def test_several_prompts_as_one_request():
         found = {}
         async for index, delta in run:
             found.setdefault(index, []).append(delta)
-        with pytest.raises(ValueError, match="no tokens"):  # all, or none
+        with pytest.raises(ValueError, match="no tokens"):  # then none is queued
             await engine.open([(prompts(3)[0], GREEDY), ([], GREEDY)])
         assert not await engine.call(lambda llm: llm.busy)
         return found
@@ -121,7 +119,7 @@ def test_several_prompts_as_one_request():
     assert [[d.token_id for d in found[i]] for i in range(4)] == [o.token_ids for o in want]
 
 
-def test_failing_a_run_reaches_its_reader_and_closing_it_frees_the_pages():
+def test_fail_raises_in_the_reader_and_close_frees_the_pages():
     async def main(engine):
         run = await engine.open(
             [(prompts(3)[0], SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True))]
