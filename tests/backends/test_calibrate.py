@@ -1,6 +1,4 @@
-"""`lamoe quantize --calibrate`: second moments of a model's inputs, what is made of them, and the
-text they come from.
-"""
+"""`lamoe quantize --calibrate`: second moments of inputs, error feedback, the text sample."""
 
 import re
 import weakref
@@ -23,10 +21,8 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled ker
 
 
 @pytest.mark.parametrize("family", ["mla q_lora", "mla", "moe v1 mha", "gqa tied"])
-def test_moments_are_those_of_the_model(tmp_path, family):
-    """Second moments of every linear's input, caught on the whole model, whose layers must be those
-    that were walked one by one.
-    """
+def test_moments_match_those_of_the_whole_model(tmp_path, family):
+    """Hooks on the whole model give the second moments that the layer-by-layer walk must find."""
     c, model = FAMILIES[family], source(tmp_path / "model", family)
     plain, ids, want = lamoe.load(model), tiny.ids(FAMILIES[family], 6, 20), {}
     names = {
@@ -57,42 +53,41 @@ def test_moments_are_those_of_the_model(tmp_path, family):
             assert got[p.key](p.num_matrices - 1).shape == (p.k, p.k)
 
 
-def test_experts_lean_on_their_layer():
-    """Many tokens: an expert's own moments, weighted. None: those of all."""
+def test_the_mean_of_the_layer_is_mixed_into_the_moments_of_experts():
+    """With many tokens an expert's own moments dominate; without tokens only the mean remains."""
     module = type("E", (), {"w13": torch.ones(3, 4, 2), "w2": torch.ones(3, 2, 2)})
     x = torch.cat([torch.full((10000, 2), 2.0), torch.full((20000, 2), 1.0)])
-    expert, weight = (
-        torch.tensor([[0]] * 10000 + [[1]] * 20000),
-        torch.tensor([[1.0]] * 10000 + [[0.5]] * 20000),
-    )
-    seen = calibrate._Experts(module)
+    expert = torch.tensor([[0]] * 10000 + [[1]] * 20000)
+    weight = torch.tensor([[1.0]] * 10000 + [[0.5]] * 20000)
+    experts = calibrate._Experts(module)
     for part in (slice(0, 12000), slice(12000, None)):
-        seen.add(module, (x[part], expert[part], weight[part]))
+        experts.add(module, (x[part], expert[part], weight[part]))
     for i, want in enumerate((4, 0.25, (4 + 2 * 0.25) / 3)):
-        assert seen.inputs(i).flatten().tolist() == pytest.approx([want] * 4, rel=0.05)
-    swiglu = 4 / (1 + np.exp(-4)) * 4  # of gate = up = 2 + 2
-    assert seen.activations(0).flatten().tolist() == pytest.approx([swiglu**2] * 4, rel=0.05)
+        assert experts.inputs(i).flatten().tolist() == pytest.approx([want] * 4, rel=0.05)
+    swiglu = 4 / (1 + np.exp(-4)) * 4  # with gate = up = 2 + 2
+    assert experts.activations(0).flatten().tolist() == pytest.approx([swiglu**2] * 4, rel=0.05)
 
 
 def test_the_rows_of_all_experts_never_exist_at_once(monkeypatch):
-    """At the sizes of V2 they are 4 GB."""
+    """With the sizes of DeepSeek-V2 they would take 4 GB."""
     module = type("E", (), {"w13": torch.ones(8, 4, 2), "w2": torch.ones(8, 2, 2)})
-    seen, given, most = calibrate._Experts(module), [], []
-    seen.add(module, (torch.ones(80, 2), torch.arange(80)[:, None] % 8, torch.ones(80, 1)))
-    real = seen._expert_rows
+    experts, returned, alive = calibrate._Experts(module), [], []
+    experts.add(module, (torch.ones(80, 2), torch.arange(80)[:, None] % 8, torch.ones(80, 1)))
+    real = experts._expert_rows
 
     def watched(e, activated=False):
         rows = real(e, activated)
-        given.append(weakref.ref(rows))
-        most.append(sum(r() is not None for r in given))
+        returned.append(weakref.ref(rows))
+        alive.append(sum(r() is not None for r in returned))
         return rows
 
-    monkeypatch.setattr(seen, "_expert_rows", watched)
-    seen.activations(0)
-    assert len(given) == 9 and max(most) <= 3
+    monkeypatch.setattr(experts, "_expert_rows", watched)
+    experts.activations(0)
+    assert len(returned) == 9 and max(alive) <= 3
 
 
 def correlated(n: int, k: int, seed: int = 0) -> torch.Tensor:
+    """Return n rows of k correlated inputs of different sizes."""
     g = torch.Generator().manual_seed(seed)
     return (
         torch.randn(n, k, generator=g)
@@ -105,9 +100,10 @@ def correlated(n: int, k: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(
     "isa", re.split(r"\W+", native.lib.features()) if native.available() else []
 )
-def test_later_inputs_make_up_for_the_errors_of_earlier_ones(k, isa):
-    """On inputs that go together, the output error falls far below that of rounding each weight by
-    itself, at the same bytes; codes are those of the definition in plain torch.
+def test_later_inputs_compensate_for_the_errors_of_earlier_ones(k, isa):
+    """For correlated inputs the output error is far below that of independent rounding.
+
+    The packed size is the same, and the codes follow the recursion, written here in plain torch.
     """
     g = torch.Generator().manual_seed(1)
     w, x = torch.randn(40, k, generator=g), correlated(4 * k, k)
@@ -121,31 +117,31 @@ def test_later_inputs_make_up_for_the_errors_of_earlier_ones(k, isa):
     rounded = [native.unpack("int4", d, 40, k, s) for d, s in ((plain, plain_scale), (data, scale))]
     before, after = (float((x @ (r - w).T).square().mean()) for r in rounded)
     assert after < 0.6 * before
-    moved = w.clone()  # the recursion: what each column was when it was rounded
+    # The recursion: the value of each column at the time when it was rounded.
+    adjusted = w.clone()
     for i in range(k):
-        moved[:, i + 1 :] -= (moved[:, i] - rounded[1][:, i])[:, None] * feedback[i, i + 1 :]
-    near, far = ((m - rounded[1]).square().mean() / w.square().mean() for m in (moved, w))
-    assert (
-        near < 0.02 and far > near
-    )  # each column is near what it was to be by then, not near what it was
+        error = adjusted[:, i] - rounded[1][:, i]
+        adjusted[:, i + 1 :] -= error[:, None] * feedback[i, i + 1 :]
+    near, far = ((m - rounded[1]).square().mean() / w.square().mean() for m in (adjusted, w))
+    # The codes are close to the adjusted values, and less close to the original ones.
+    assert near < 0.02 and far > near
 
 
-def test_feedback_of_unrelated_inputs_changes_nothing():
+def test_feedback_of_uncorrelated_inputs_changes_nothing():
     w = torch.randn(33, 70, generator=torch.Generator().manual_seed(2))
     importance, feedback = calibrate.solve(torch.eye(70))
     assert torch.allclose(feedback, torch.eye(70), atol=1e-6)
+    # Equal importance and no feedback give the codes of plain rounding.
     assert torch.equal(
         native.pack("int4", w, importance / importance[0], torch.eye(70))[0],
         native.pack("int4", w)[0],
-    )  # the same for all, but ties
-    importance, feedback = calibrate.solve(torch.zeros(70, 70))  # a text that never reached it
+    )
+    importance, feedback = calibrate.solve(torch.zeros(70, 70))  # inputs that are always zero
     assert importance.isfinite().all() and torch.equal(feedback, torch.eye(70))
 
 
-def test_calibrated_errors_fall_where_inputs_are_large():
-    """Scales are searched by weighted squared errors: on inputs of very unequal sizes the output
-    error becomes smaller, at the same bytes.
-    """
+def test_importance_reduces_the_output_error():
+    """Scales minimise a weighted squared error, which helps with inputs of very unequal sizes."""
     g = torch.Generator().manual_seed(0)
     w, spread = torch.randn(64, 128, generator=g), torch.exp(1.5 * torch.randn(128, generator=g))
     x = torch.randn(500, 128, generator=g) * spread
@@ -158,7 +154,7 @@ def test_calibrated_errors_fall_where_inputs_are_large():
     assert errors[1] < 0.9 * errors[0]
 
 
-def test_rows_to_calibrate_on(trained):
+def test_rows_of_a_text(trained):
     folder = Path(models.find_model(str(trained)))
     tok, c = lamoe.Tokenizer.load(folder), hf.read_config(folder)
     rows = calibrate.rows_of(tok, ["the cat sat on the mat. " * 200, "the dog ran. " * 300], c, 256)
@@ -170,15 +166,15 @@ def test_rows_to_calibrate_on(trained):
 @pytest.mark.parametrize(
     "sizes", [[3_000_000], [100] * 30_000, [50, 2_000_000, 0, 7, 900_000, 20_000]]
 )
-def test_no_more_of_a_long_text_is_tokenised_than_is_wanted(sizes):
-    """A gigabyte of text would take minutes for the 32,768 tokens of a default run."""
-    told = []
+def test_only_a_sample_of_a_long_text_is_tokenised(sizes):
+    """Tokenising a gigabyte of text would take minutes, for the 32,768 tokens of a default run."""
+    tokenised = []
     tokenizer = type(
         "T",
         (),
         {
             "add_bos": False,
-            "encode": lambda self, text, bos: told.append(text) or list(range(len(text) // 4)),
+            "encode": lambda self, text, bos: tokenised.append(text) or list(range(len(text) // 4)),
         },
     )()
     texts = [
@@ -188,14 +184,15 @@ def test_no_more_of_a_long_text_is_tokenised_than_is_wanted(sizes):
     assert rows.numel() == 4096
     assert (
         0.5 * calibrate.CHARS * 4096
-        < sum(map(len, told))
+        < sum(map(len, tokenised))
         < 1.5 * calibrate.CHARS * 4096 + calibrate.PIECE
     )
-    assert len(set("".join(told))) > 0.2 * len(set("".join(texts)))  # from all over it
+    # The sample comes from everywhere in the text.
+    assert len(set("".join(tokenised))) > 0.2 * len(set("".join(texts)))
     assert calibrate._sample(texts[:1], 10**9) == texts[:1]
 
 
-def test_moments_that_are_no_numbers_are_refused(tmp_path):
+def test_moments_that_are_not_finite_are_refused(tmp_path):
     m = tiny.model(FAMILIES["mla"], dtype=torch.float32)
     with torch.no_grad():
         m.layers[1].attn_norm.weight.mul_(3e38)

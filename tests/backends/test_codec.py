@@ -1,6 +1,4 @@
-"""Storage formats of cache rows: documented bytes, error bounds, independence of rows, and what is
-not a number.
-"""
+"""Storage formats of cache rows: byte layout, error bounds, independence of rows, NaN."""
 
 import numpy as np
 import pytest
@@ -29,7 +27,7 @@ WIDTHS = [
 
 
 def parts(widths, rows=33, seed=0, scale=1.0):
-    """Rows of very different sizes, with a few elements that stand out."""
+    """Return the two parts of rows with very different magnitudes and a few outliers."""
     g = torch.Generator().manual_seed(seed)
     out = []
     for w in widths:
@@ -43,9 +41,10 @@ def largest(x):
 
 
 # ---- sizes ----
-def test_six_bits_are_the_papers_933_percent():
-    """Paper 2.1.4 / 3.2.3: 6 bits per element on average; 1 - 60 layers of it / the 16-bit GQA
-    cache of DeepSeek 67B is 93.3 %.
+def test_six_bits_give_the_933_percent_of_the_paper():
+    """DeepSeek-V2's 6-bit cache is 93.3 % smaller than DeepSeek 67B's 16-bit GQA cache.
+
+    Source: paper, sections 2.1.4 and 3.2.3 (6 bits per element on average).
     """
     v2, dense = ModelConfig.preset("deepseek-v2"), ModelConfig.preset("deepseek-67b")
     stored = cache_codec.row_bytes("6bit", v2.cache_row)
@@ -73,12 +72,12 @@ def test_six_bits_are_the_papers_933_percent():
         (32, 32),
     ],
 )
-def test_six_bits_hold_at_all_usual_widths(widths):
+def test_6bit_takes_at_most_six_bits_per_element(widths):
     assert cache_codec.bits_per_element("6bit", widths) <= 6.0
 
 
 def test_stated_sizes():
-    """The sizes that README, plan and kernels rely on: changing one is a change of the format."""
+    """README, plan and kernels rely on these sizes. Changing one changes the format."""
     assert [cache_codec.row_bytes(name, (512, 64)) for name in cache_codec.FORMATS] == [
         2304,
         1152,
@@ -94,8 +93,8 @@ def test_stated_sizes():
         47,
     ]
     assert cache_codec.part_bits("6bit", (512, 64)) == (5, 8)  # the rope key is the fine part
-    assert cache_codec.part_bits("6bit", (192, 192)) == (6, 5)  # and the keys of K|V rows
-    assert cache_codec.part_bits("6bit", (96, 32)) == (5, 7)  # one bit less, to stay at 6.0
+    assert cache_codec.part_bits("6bit", (192, 192)) == (6, 5)  # without a rope key, the keys are
+    assert cache_codec.part_bits("6bit", (96, 32)) == (5, 7)  # 8 bits would exceed 6.0 per element
     assert (
         cache_codec.part_bits("4bit", (192, 192)) == (4, 4)
         and cache_codec.row_bytes("4bit", (192, 192)) == 200
@@ -105,7 +104,7 @@ def test_stated_sizes():
 
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("name", cache_codec.FORMATS)
-def test_bytes_are_as_stated(name, widths):
+def test_encoded_rows_have_row_bytes(name, widths):
     rows = cache_codec.encode(name, parts(widths))
     assert rows.dtype == torch.uint8 and rows.shape == (33, cache_codec.row_bytes(name, widths))
     assert cache_codec.bits_per_element(name, widths) == 8 * rows.shape[1] / sum(widths)
@@ -134,17 +133,15 @@ def test_error_bound(name, widths):
     st.integers(0, 10**6),
 )
 def test_error_bound_at_any_size(name, w0, w1, exponent, seed):
-    """Also for numbers below the smallest step, which cost an absolute 2^-22."""
+    """Including numbers below the smallest step, which have an absolute error of 2^-22."""
     original = parts((w0, w1), rows=5, seed=seed, scale=2.0**exponent)
     decoded = cache_codec.decode(name, cache_codec.encode(name, original), (w0, w1), torch.float32)
     for x, y, bound in zip(original, decoded, cache_codec.max_error(name, (w0, w1))):
         assert ((y.double() - x.double()).abs() <= bound * largest(x) + FLOOR[True]).all()
 
 
-def test_the_bound_is_not_idle():
-    """Some row comes within a tenth of the stated bound, so that the bound would notice a coarser
-    code.
-    """
+def test_the_error_bound_is_tight():
+    """Some row reaches 90 % of the bound, so a coarser code would exceed it."""
     x = torch.randn(20000, 16, generator=torch.Generator().manual_seed(0))
     for name in LOW_BIT:
         decoded = cache_codec.decode(
@@ -155,11 +152,9 @@ def test_the_bound_is_not_idle():
 
 
 @pytest.mark.parametrize("name", LOW_BIT)
-def test_groups_have_their_own_step(name):
-    """An outlier costs precision in its own group only: the second group is coded as if the first
-    were small.
-    """
-    group = cache_codec._LOW_BIT[name][3]
+def test_groups_have_their_own_scale(name):
+    """An outlier in the first group does not reduce the precision of the second group."""
+    group = cache_codec._LOW_BIT[name].group
     x = torch.randn(8, 2 * group, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
     x[:, 0] = 20.0
     y, _ = cache_codec.decode(
@@ -167,9 +162,8 @@ def test_groups_have_their_own_step(name):
     )
     bits = cache_codec.part_bits(name, (2 * group, 2 * group))[0]
     step = 20 / (2 ** (bits - 1) - 1)
-    assert (
-        (y - x)[:, group:].abs().max() < 0.6 * step * 3 / 16
-    )  # 2 of 20 needs 2/16 of the step, plus rounding up of both scales
+    # A group with |x| <= 2 needs 2/16 of the step for 20; base and factor are rounded up.
+    assert (y - x)[:, group:].abs().max() < 0.6 * step * 3 / 16
 
 
 @pytest.mark.parametrize("name", cache_codec.FORMATS)
@@ -195,7 +189,7 @@ def test_codes_are_symmetric(name):
         assert torch.equal(x, -y)
 
 
-# ---- rows stand alone ----
+# ---- independence of rows ----
 @pytest.mark.parametrize("widths", [(512, 64), (64, 16), (37, 17)])
 @pytest.mark.parametrize("name", cache_codec.FORMATS)
 def test_a_row_does_not_depend_on_its_batch(name, widths):
@@ -205,9 +199,8 @@ def test_a_row_does_not_depend_on_its_batch(name, widths):
     assert torch.equal(cache_codec.encode(name, (a[order], b[order])), together[order])
     alone = torch.cat([cache_codec.encode(name, (a[i : i + 1], b[i : i + 1])) for i in range(65)])
     assert torch.equal(alone, together)
-    wide = torch.full(
-        (65, together.shape[1] + 3), 0xEE, dtype=torch.uint8
-    )  # rows inside wider pages, at any offset
+    # Rows inside wider pages, at an odd offset.
+    wide = torch.full((65, together.shape[1] + 3), 0xEE, dtype=torch.uint8)
     wide[:, 3:] = together
     for x, y in zip(
         cache_codec.decode(name, wide[:, 3:], widths, torch.float32),
@@ -241,9 +234,13 @@ def test_input_types_and_views(name):
     )[1].shape == (0, 16)
 
 
-# ---- the documented layout, read by another program ----
+# ---- the documented layout, in an independent decoder ----
 def read_block(data: bytes, w: int, n: int, group: int) -> tuple[np.ndarray, int]:
-    """Decode one element at a time, as cache_codec.py documents it. -> values, bytes used"""
+    """Decode a block element by element, following the docstring of cache_codec.py.
+
+    Returns:
+        the values, and the number of bytes read.
+    """
     base = float(np.array([data[0] << 7], np.uint16).view(np.float16)[0]) / 16
     groups = -(-w // group)
     factor_bytes = (groups + 1) // 2 if groups > 1 else 0
@@ -269,7 +266,7 @@ def test_layout(name, widths):
     rows = cache_codec.encode(name, parts(widths, rows=4))
     decoded = cache_codec.decode(name, rows, widths, torch.float64)
     for i, row in enumerate(rows):
-        data, group = bytes(row.tolist()), cache_codec._LOW_BIT[name][3]
+        data, group = bytes(row.tolist()), cache_codec._LOW_BIT[name].group
         for y, w, n in zip(decoded, widths, cache_codec.part_bits(name, widths)):
             values, used = read_block(data, w, n, group)
             np.testing.assert_allclose(y[i].numpy(), values, rtol=1e-6)
@@ -289,7 +286,7 @@ def test_plain_layout():
 
 
 def test_golden_row():
-    """Frozen bytes: rows on disk outlive the program that wrote them."""
+    """The bytes must never change, because saved prefixes contain them."""
     a = torch.arange(-8.0, 9.0)[None] / 4
     b = torch.tensor([[1.0, -0.5, 0.25]])
     assert {
@@ -304,13 +301,11 @@ GOLDEN = {
 }
 
 
-# ---- what is not a number ----
+# ---- NaN, infinity and huge numbers ----
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("name", LOW_BIT)
-def test_bad_numbers_are_not_hidden(name, bad):
-    """The part that holds one decodes to NaN throughout; its neighbours in the row and in the batch
-    stay as they are.
-    """
+def test_a_part_with_a_bad_number_decodes_to_nan(name, bad):
+    """The other part of the row and the other rows do not change."""
     a, b = parts((64, 16))
     good = cache_codec.encode(name, (a, b))
     a[3, 63] = bad
@@ -323,14 +318,14 @@ def test_bad_numbers_are_not_hidden(name, bad):
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
-def test_plain_formats_hold_bad_numbers(name):
+def test_plain_formats_store_nan_and_infinity(name):
     a = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0]])
     x, _ = cache_codec.decode(name, cache_codec.encode(name, (a, a[:, :2])), (4, 2), torch.float32)
     assert torch.equal(x.nan_to_num(7.0, 8.0, -8.0), torch.tensor([[7.0, 8.0, -8.0, 1.0]]))
 
 
 def test_largest_number():
-    """The largest step is 3840; a number just below is stored, not refused."""
+    """The largest step is 3840. Numbers up to that limit are stored, larger ones become NaN."""
     x = torch.full((1, 16), 3840.0 * 7)
     assert torch.equal(
         cache_codec.decode(
@@ -347,7 +342,7 @@ def test_largest_number():
     )
 
 
-def test_e5m3_is_the_least_number_not_smaller():
+def test_e5m3_rounds_up():
     every = torch.arange(0xF8, dtype=torch.uint8)
     values = cache_codec._from_e5m3(every)
     assert (

@@ -1,4 +1,4 @@
-"""The cost rule of attention and the bound of its states: C++ and Python agree."""
+"""C++ and Python agree on the cost rule of attention and on the bound of its partial results."""
 
 import ast
 import random
@@ -20,7 +20,7 @@ GQA = tiny.config("llama", num_attention_heads=8, num_key_value_heads=2)
 
 
 def settings(c) -> dict:
-    """The sizes that attention depends on, as `_native.Model` takes them."""
+    """Return the sizes that attention depends on, as `_native.Model` takes them."""
     sizes = dict(
         layers=1,
         vocab=c.vocab_size,
@@ -36,15 +36,15 @@ def settings(c) -> dict:
 
 
 def test_cheaper_form_equals_that_of_the_torch_ops():
-    dice = random.Random(1)
+    generator = random.Random(1)
     for _ in range(500):
-        tokens = dice.choice([2, 3, 60, 170, 171, dice.randint(2, 4096)])
-        rows = tokens + dice.choice([0, 1, dice.randint(0, 100_000)])
+        tokens = generator.choice([2, 3, 60, 170, 171, generator.randint(2, 4096)])
+        rows = tokens + generator.choice([0, 1, generator.randint(0, 100_000)])
         assert lib.cheaper_form(settings(MLA), tokens, rows) == cheaper_form(MLA, tokens, rows)
 
 
 def test_a_single_token_is_always_absorbed():
-    assert cheaper_form(MLA, 1, 1) == "expand"  # by multiply-adds alone
+    assert cheaper_form(MLA, 1, 1) == "expand"  # counts multiply-adds only
     for c in (MLA, GQA):
         assert {lib.cheaper_form(settings(c), 1, rows) for rows in (1, 2, 100_000)} == {"absorb"}
 
@@ -54,7 +54,7 @@ def test_gqa_expands_above_48_queries_of_a_kv_head():
 
 
 def test_state_bound_is_that_of_one_block_of_lanes():
-    # One sequence of up to 128 rows has one chunk, whose 8 lanes fill half a block.
+    # One sequence of up to 128 rows has one chunk. Its 8 lanes fill half of a block.
     c = tiny.config("llama", num_attention_heads=8, num_key_value_heads=1)
     block = 4 * (32 + 16 * c.qk_head_dim)
     assert lib.max_state_bytes(settings(c), 128, 1, 1) == block + block // 4 + 4096

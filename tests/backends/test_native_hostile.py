@@ -1,5 +1,6 @@
-"""What the extension must refuse: wrong types, sizes, counts and ids, a model that is not complete;
-and what it must survive: callers at once. A crash here ends the whole test run, which is the point.
+"""The extension refuses invalid arguments and incomplete models, and supports concurrent callers.
+
+A crash in these tests ends the whole test run, so that it cannot go unnoticed.
 """
 
 import threading
@@ -27,7 +28,7 @@ def floats(*shape: int) -> np.ndarray:
 
 # ---- ops ----
 @pytest.mark.parametrize("n", HUGE)
-def test_sizes_beyond_reason_are_refused(n):
+def test_impossible_sizes_are_refused(n):
     data = np.zeros(1088, np.uint8)
     for call in (
         lambda: lib.mat_bytes(2, n, 64),
@@ -51,7 +52,7 @@ def test_unknown_formats_are_refused(fmt):
             call()
 
 
-def test_bytes_of_another_size_are_refused():
+def test_buffers_of_the_wrong_size_are_refused():
     data = np.zeros(lib.mat_bytes(3, 17, 65), np.uint8)
     for wrong in (data[:-1], np.zeros(len(data) + 1, np.uint8), data[:0]):
         with pytest.raises(ValueError, match="takes 2304 bytes, found"):
@@ -62,7 +63,7 @@ def test_bytes_of_another_size_are_refused():
         lib.pack(3, floats(0, 5))
 
 
-def test_arrays_of_another_kind_are_refused_and_never_copied():
+def test_arrays_of_another_type_or_layout_are_refused_and_never_copied():
     data = np.zeros(lib.mat_bytes(0, 1, 4), np.uint8)
     for x in (
         np.zeros((1, 4)),
@@ -81,7 +82,7 @@ def test_arrays_of_another_kind_are_refused_and_never_copied():
         lib.pack(0, np.zeros((2, 2)))
 
 
-def test_isa_and_threads():
+def test_unknown_isa_and_invalid_threads_are_refused():
     with pytest.raises(ValueError, match="isa is 'sse'; this CPU runs: .*scalar"):
         lib.pack(0, floats(1, 1), isa="sse")
     for threads in (-1, 0, 1025, 2**31 - 1):
@@ -109,7 +110,7 @@ def test_isa_and_threads():
         [0, *CODEC[1:]],
     ],
 )
-def test_a_codec_whose_bytes_would_not_fit_is_refused(numbers):
+def test_inconsistent_codec_numbers_are_refused(numbers):
     with pytest.raises(ValueError, match="codec|cache row"):
         lib.encode(numbers, floats(2, 24))
     with pytest.raises(ValueError, match="codec|cache row"):
@@ -169,13 +170,13 @@ MOE = SETTINGS | dict(experts=4, top_k=2, moe_width=4)
         (MOE, dict(tok_p=2)),
     ],
 )
-def test_geometries_that_cannot_be_are_refused(base, change):
+def test_impossible_model_settings_are_refused(base, change):
     lib.Model(base, 1)
     with pytest.raises(ValueError):
         lib.Model(base | change, 1)
 
 
-def test_settings_and_threads_of_another_kind():
+def test_settings_of_another_type_and_invalid_threads_are_refused():
     for bad in (dict(SETTINGS, layers="1"), dict(SETTINGS, layers=2**40), dict(SETTINGS, eps=None)):
         with pytest.raises(ValueError, match="is not a number of its kind"):
             lib.Model(bad, 1)
@@ -184,8 +185,8 @@ def test_settings_and_threads_of_another_kind():
             lib.Model(SETTINGS, threads)
 
 
-def hide(config, drop: str | None = None, replace: dict | None = None):
-    """A model all of whose weights are set but `drop`, or with some of other sizes."""
+def without_tensor(config, drop: str) -> CpuBackend:
+    """Make a model whose weights are all set except `drop`."""
     m = tiny.model(config, dtype=torch.float32)
     tensors = CpuBackend.from_transformer(m).packed
     p = CpuBackend.__new__(CpuBackend)
@@ -212,9 +213,7 @@ KEYS = (
 
 @pytest.mark.parametrize("config, key", [(c, key) for c, keys in KEYS.items() for key in keys])
 def test_a_model_without_one_of_its_weights_does_not_run(config, key):
-    p = hide(config, key)
-    if key.endswith(".uv"):  # its copy for the expanded form goes with it
-        key = "uv"
+    p = without_tensor(config, key)
     with pytest.raises(
         ValueError,
         match=key.split(".")[-1] if not key.endswith((".w13", ".gate")) else "w13|w2|gate",
@@ -264,12 +263,13 @@ def test_weights_of_other_sizes_are_refused():
             cols,
             np.zeros(count * lib.mat_bytes(0, rows, cols), np.uint8),
             [1.0] * count,
-        )  # sizes are seen together, before the first step
+        )
+        # The sizes of all weights are checked together, in the first step.
         q = CpuBackend(p.config, Formats("fp32"), p.packed)
         q.native = n
         with pytest.raises(ValueError, match="layer 0: .*the config says"):
             Run(q).feed({"a": [1]})
-    for fmt in (1, 2):  # the router is float32
+    for fmt in (1, 2):  # the router must be float32
         n = fresh()
         n.set(1, "gate", fmt, 8, 32, np.zeros(lib.mat_bytes(fmt, 8, 32), np.uint8), [1.0])
         q.native = n
@@ -277,7 +277,7 @@ def test_weights_of_other_sizes_are_refused():
             Run(q).feed({"a": [1]})
 
 
-def test_weights_stay_once_a_step_has_run():
+def test_weights_cannot_be_replaced_after_a_step():
     p = CpuBackend.from_transformer(tiny.model(tiny.HARD, dtype=torch.float32))
     Run(p).feed({"a": [1]})
     with pytest.raises(ValueError, match="has run"):
@@ -286,13 +286,14 @@ def test_weights_stay_once_a_step_has_run():
         p.native.set(0, "wo", 0, 32, 40, np.zeros(lib.mat_bytes(0, 32, 40), np.uint8), [1.0])
 
 
-def test_weights_live_as_long_as_the_model():
+def test_the_model_keeps_its_weights_alive():
     p = CpuBackend.from_transformer(tiny.model(tiny.HARD, dtype=torch.float32))
     want = Run(p).feed({"a": [1, 2, 3]})
     p.packed.clear()
-    waste = [torch.full((1 << 16,), float("nan")) for _ in range(64)]
+    # These would overwrite memory that was freed by mistake.
+    overwrite = [torch.full((1 << 16,), float("nan")) for _ in range(64)]
     assert torch.equal(Run(p).feed({"a": [1, 2, 3]}), want)
-    del waste
+    del overwrite
 
 
 # ---- steps ----
@@ -302,8 +303,9 @@ def model():
 
 
 def step(p: CpuBackend, **changes):
-    """One step of two sequences, 3 tokens after 2 and 1 token after 7, with some arguments
-    replaced.
+    """Run a step of two sequences with some arguments replaced.
+
+    One sequence adds 3 tokens after 2 cached ones, the other adds 1 token after 7.
     """
     cache = PagedCache(p.config, 4, 4, "fp32", p.dtype)
     a = dict(
@@ -369,7 +371,7 @@ def i32(*x) -> np.ndarray:
         dict(rows=np.zeros((3, 0, 96), np.uint8)),
     ],
 )
-def test_steps_that_cannot_be_are_refused(model, changes):
+def test_invalid_steps_are_refused(model, changes):
     step(model)
     with pytest.raises(ValueError):
         step(model, **changes)
@@ -391,13 +393,13 @@ def test_steps_that_cannot_be_are_refused(model, changes):
         dict(ids=None),
     ],
 )
-def test_arrays_of_another_kind_are_refused_by_a_step(model, changes):
-    """In particular rows that would have to be copied: the step would write the copy."""
+def test_step_refuses_arrays_of_another_type_or_layout(model, changes):
+    """In particular cache rows that would have to be copied: the step would write to the copy."""
     with pytest.raises(TypeError):
         step(model, **changes)
 
 
-def test_a_cache_that_must_not_be_written_is_refused(model):
+def test_a_read_only_cache_is_refused(model):
     rows = np.zeros((3, 16, 96), np.uint8)
     rows.setflags(write=False)
     with pytest.raises(TypeError):
@@ -410,7 +412,7 @@ def test_a_cache_at_an_odd_address_is_refused(model):
         step(model, rows=odd)
 
 
-def test_geometries_without_kernels_run_on_torch_and_say_why():
+def test_unsupported_geometries_are_named():
     wide = tiny.config("llama", num_attention_heads=4, head_dim=2050)
     assert "at most 8,192 elements" in packed.unsupported(wide) and "even" in packed.unsupported(
         tiny.config(v_head_dim=7)
@@ -419,17 +421,15 @@ def test_geometries_without_kernels_run_on_torch_and_say_why():
         list(packed.packed_tensors(wide, Formats("fp32")))
 
 
-def test_no_wanted_rows(model):
+def test_a_step_without_output_rows(model):
     out, chosen = step(model, out_rows=i32())
     assert out.shape == (0, 64) and chosen.shape == (2, 4, 3)
     states, chosen = step(model, logits=False, experts=False)
     assert states.shape == (2, 32) and chosen.shape[0] == 0
 
 
-def test_two_callers_at_once(model):
-    """Steps of one model from several threads, each with its own cache, come out as if they were
-    alone.
-    """
+def test_concurrent_callers(model):
+    """Steps of one model from several threads, each with its own cache, give the usual results."""
     texts = {i: tiny.ids(model.config, 40, seed=i).tolist() for i in range(4)}
     want = {i: Run(model).all(ids, [7]) for i, ids in texts.items()}
     got, errors = {}, []
@@ -452,7 +452,7 @@ def test_two_callers_at_once(model):
     assert not errors and len(got) == 4
 
 
-def test_many_models_come_and_go():
+def test_creating_and_freeing_many_models():
     m = tiny.model(tiny.HARD, dtype=torch.float32)
     for i in range(20):
         p = CpuBackend.from_transformer(m, threads=1 + i % 4)

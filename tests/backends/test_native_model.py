@@ -1,5 +1,6 @@
-"""The packed model against the model in torch: every geometry, both forms of attention, any cuts
-and company, any number of threads.
+"""The packed model gives the logits of the torch model.
+
+For every geometry, both forms of attention, any chunks and batches, and any number of threads.
 """
 
 import os
@@ -65,6 +66,7 @@ GQA = tiny.config("llama", num_key_value_heads=2, max_position_embeddings=8192)
 
 
 def pack(c, weights: str | None = None, dtype=torch.float32, threads: int = 1, seed: int = 0):
+    """Return a random model in torch, and packed."""
     m = tiny.model(c, seed, dtype)
     return m, CpuBackend.from_transformer(m, Formats(weights), threads)
 
@@ -78,32 +80,32 @@ def reference(m, ids: list[int]) -> torch.Tensor:
     return m(torch.tensor([ids]))[0]
 
 
-def noise(m, ids: list[int], want: torch.Tensor) -> float:
-    """What float32 may differ by: 1e-5 of the largest logit, or what torch's own float32 differs
-    from float64 by where that is much already.
+def tolerance(m, ids: list[int], want: torch.Tensor) -> float:
+    """Return how much float32 logits may differ, relative to the largest logit.
+
+    This is 1e-5, or three times the error of torch's own float32 logits if that is more.
     """
-    return max(
-        1e-5, 3 * distance(want, reference(tiny.model(m.config, dtype=torch.float32).double(), ids))
-    )
+    exact = reference(tiny.model(m.config, dtype=torch.float32).double(), ids)
+    return max(1e-5, 3 * distance(want, exact))
 
 
-# ---- float32: one model ----
+# ---- float32 ----
 @pytest.mark.parametrize("name", CONFIGS)
-def test_float32_is_the_torch_model(name):
-    """At once (expanded), token by token (absorbed), and in between."""
+def test_float32_logits_equal_those_of_torch(name):
+    """In one chunk (expanded), token by token (absorbed), and in chunks of mixed sizes."""
     m, p = pack(CONFIGS[name])
     ids = text(m.config, 90)
     want = reference(m, ids)
     for cuts in ([90], [1], [60, 1, 7, 2, 16, 4], [33, 57]):
-        assert distance(Run(p).all(ids, cuts), want) < noise(m, ids, want), cuts
+        assert distance(Run(p).all(ids, cuts), want) < tolerance(m, ids, want), cuts
 
 
 @pytest.mark.parametrize(
     "name", ["odd", "lora-yarn-limited-1dense", "llama-gqa", "llama-mqa-many", "moe-v1 mha"]
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_any_cuts_and_any_company(name, seed):
-    """Sequences run side by side in random pieces; each gets the same results as alone."""
+def test_random_chunks_in_random_batches(name, seed):
+    """Several sequences run in random chunks together. Each gets the logits that it gets alone."""
     m, p = pack(CONFIGS[name])
     run, g = Run(p, page=4, pages=200, seed=seed), torch.Generator().manual_seed(seed)
     texts = {
@@ -121,7 +123,7 @@ def test_any_cuts_and_any_company(name, seed):
                 got[k].append(rows)
     for k in texts:
         want = reference(m, texts[k])
-        assert distance(torch.cat(got[k]), want) < noise(m, texts[k], want)
+        assert distance(torch.cat(got[k]), want) < tolerance(m, texts[k], want)
 
 
 @pytest.mark.parametrize("c", [MLA, GQA], ids=["mla", "gqa"])
@@ -135,8 +137,8 @@ def test_any_cuts_and_any_company(name, seed):
         (131, [126, 1, 1, 1, 1, 1]),
     ],
 )
-def test_contexts_across_the_borders_of_blocks(c, length, cuts):
-    """Expanded blocks of 1,024 rows, softmax passes of 256, partial states of 128 and 512 rows."""
+def test_contexts_across_block_boundaries(c, length, cuts):
+    """Expanded blocks have 1,024 rows, softmax passes 256, partial results 128 and 512 rows."""
     m, p = pack(c.replace(num_hidden_layers=2))
     ids = text(c, length)
     got, want = Run(p, pages=160).all(ids, cuts), reference(m, ids)
@@ -144,7 +146,7 @@ def test_contexts_across_the_borders_of_blocks(c, length, cuts):
     assert distance(got[-8:], want[-8:]) < 1e-5
 
 
-def test_decoding_far_out_beside_short_ones():
+def test_decoding_long_and_short_contexts_in_one_batch():
     m, p = pack(MLA.replace(num_hidden_layers=2))
     run = Run(p, pages=400)
     texts = {str(n): text(MLA, n, seed=n) for n in (1, 127, 128, 129, 600, 1023, 1025, 2049)}
@@ -161,14 +163,16 @@ def test_decoding_far_out_beside_short_ones():
     [(MLA, "fp32", "fp32"), (GQA, "fp32", "fp32"), (MLA, "bf16", "6bit")],
     ids=["mla", "gqa", "mla 6bit"],
 )
-def test_partial_results_of_attention_take_at_most_what_they_may(c, weights, format):
-    """Many sequences and tokens at once, cut into calls by the memory their states may take: the
-    same bits, and never more than a token of the longest needs.
+def test_partial_results_of_attention_keep_their_memory_limit(c, weights, format):
+    """A batch is split into calls whose partial results fit the limit. The logits do not change.
+
+    The memory never exceeds the limit, or the need of one token of the longest sequence.
     """
     c = c.replace(num_hidden_layers=2)
     m, out, taken = pack(c, weights)[1], {}, {}
     kv, width = (1, c.kv_lora_rank) if c.is_mla else (2, c.qk_head_dim)
-    # a token has a block per KV head; 130 and 1,100 rows may have eight chunks, 2,061 rows five
+    # Bytes of one token: one block of lanes for each KV head, in at most eight chunks. (130 and
+    # 1,100 rows have up to eight chunks, 2,061 rows have five.)
     one = kv * 8 * 4 * (32 + 16 * width)
     texts = {str(n): text(c, n + 12, seed=n) for n in (5, 130, 1100, 2000, 2049)}
     for limit in (STATE_LIMIT, 1, 2 * one, 2**63):
@@ -182,12 +186,12 @@ def test_partial_results_of_attention_take_at_most_what_they_may(c, weights, for
             p.native.state_bytes,
         )
         assert out[limit].isfinite().all() and torch.equal(out[limit], out[STATE_LIMIT])
-    grown = [n + n // 4 + 4096 for n in (one, 2 * one)]
+    allocated = [n + n // 4 + 4096 for n in (one, 2 * one)]
     assert (
         taken[1]
-        <= grown[0]
+        <= allocated[0]
         < taken[2 * one]
-        <= grown[1]
+        <= allocated[1]
         < taken[STATE_LIMIT]
         <= CpuBackend.state_bytes(c, 2061, 5, 60)
     )
@@ -204,7 +208,7 @@ def test_partial_results_of_attention_take_at_most_what_they_may(c, weights, for
         "moe-v1 mha",
     ],
 )
-def test_the_chosen_experts_are_those_of_the_router(name):
+def test_chosen_experts_equal_those_of_torch(name):
     m, p = pack(CONFIGS[name])
     ids, chosen = text(m.config, 60), Chosen()
     with torch.no_grad():
@@ -224,16 +228,17 @@ def test_the_chosen_experts_are_those_of_the_router(name):
         ("bf16", "latent-512"),
     ],
 )
-def test_nothing_depends_on_threads_company_or_pages(weights, name):
-    """Equal bits with 1, 2, 3 and 5 threads, with pages elsewhere, and beside others; what is
-    poisoned would show.
+def test_logits_do_not_depend_on_threads_batch_or_pages(weights, name):
+    """Equal bits with 1, 2, 3 and 5 threads, with other pages, and in a batch with others.
+
+    Unwritten cache rows hold NaN, so reading one would show.
     """
     c = CONFIGS[name]
     ids, others = text(c, 150), {str(i): text(c, 20 + 17 * i, seed=50 + i) for i in range(5)}
     m, first = pack(c, weights)[1], None
     for threads in (1, 2, 3, 5):
         p = CpuBackend(c, Formats(weights), m.packed, threads)
-        for company, page in ((False, 16), (True, 7)):
+        for batched, page in ((False, 16), (True, 7)):
             run, out = Run(p, "6bit", page, 100, seed=threads), []
             for at in (
                 slice(0, 70),
@@ -242,24 +247,24 @@ def test_nothing_depends_on_threads_company_or_pages(weights, name):
                 slice(75, 140),
                 *(slice(i, i + 1) for i in range(140, 150)),
             ):
-                before = {k: v[at] for k, v in list(others.items())[:2] if company and v[at]}
-                after = {k: v[at] for k, v in list(others.items())[2:] if company and v[at]}
+                before = {k: v[at] for k, v in list(others.items())[:2] if batched and v[at]}
+                after = {k: v[at] for k, v in list(others.items())[2:] if batched and v[at]}
                 rows = run.feed({**before, "a": ids[at], **after})
                 begin = sum(map(len, before.values()))
                 out.append(rows[begin : begin + len(ids[at])])
             out = torch.cat(out)
             first = out if first is None else first
-            assert out.isfinite().all() and torch.equal(out, first), (threads, company)
+            assert out.isfinite().all() and torch.equal(out, first), (threads, batched)
 
 
 @pytest.mark.parametrize("weights", ["fp32", "int4"])
-def test_a_sequence_of_nan_hurts_nobody_else(weights):
+def test_a_sequence_with_nan_does_not_affect_others(weights):
     c = CONFIGS["odd"]
     m = tiny.model(c, dtype=torch.float32)
     with torch.no_grad():
         m.embed.weight[5] = float("nan")
     p = CpuBackend.from_transformer(m, Formats(weights))
-    clean, sick = [i for i in text(c, 90) if i != 5], [5] * 3 + text(c, 60, seed=4)
+    clean, poisoned = [i for i in text(c, 90) if i != 5], [5] * 3 + text(c, 60, seed=4)
     for cuts in (60, 1):
         alone, both = Run(p), Run(p, seed=3)
         for at in range(0, 60, cuts):
@@ -267,9 +272,9 @@ def test_a_sequence_of_nan_hurts_nobody_else(weights):
                 alone.feed({"a": clean[at : at + cuts]}),
                 both.feed(
                     {
-                        "x": sick[at : at + cuts],
+                        "x": poisoned[at : at + cuts],
                         "a": clean[at : at + cuts],
-                        "y": sick[at : at + cuts],
+                        "y": poisoned[at : at + cuts],
                     }
                 ),
             )
@@ -284,10 +289,8 @@ def test_a_sequence_of_nan_hurts_nobody_else(weights):
 @pytest.mark.parametrize("format", cache_codec.FORMATS)
 @pytest.mark.parametrize("name", ["odd", "lora-yarn-limited-1dense", "llama-gqa", "wide-latent"])
 @torch.no_grad()
-def test_every_cache_format_beside_the_torch_path(name, format):
-    """The rows that the kernels wrote, read by both: the next token, absorbed, and a long chunk,
-    expanded.
-    """
+def test_torch_reads_the_cache_rows_of_the_kernels(name, format):
+    """Both continue from the same cache rows, with one token (absorbed) and a chunk (expanded)."""
     m, p = pack(CONFIGS[name])
     ids = text(m.config, 150)
     for n in (1, 90):
@@ -295,36 +298,36 @@ def test_every_cache_format_beside_the_torch_path(name, format):
         run.feed({"a": ids[:60]})
         cache, stored = run.cache, run.cache.rows.clone()
         got = run.feed({"a": ids[60 : 60 + n]})
-        mine = cache.rows.clone()
+        written = cache.rows.clone()
         cache.rows.copy_(stored)
         slots = (torch.tensor(run.pages["a"])[:, None] * 8 + torch.arange(8)).flatten()[: 60 + n]
         step = Step(
             cache, torch.arange(60, 60 + n), slots[-n:], [Group(slice(0, n), slots[None], None)]
         )
         want = m(torch.tensor([ids[60 : 60 + n]]), step)[0]
-        assert distance(got, want) < (
-            1e-5 if format == "fp32" else 2e-3
-        )  # a code on a border may round either way
-        assert (mine != cache.rows).float().mean() < (0.3 if format == "fp32" else 2e-3)
-        assert torch.equal(mine[:, slots[:60]], stored[:, slots[:60]])
+        # A value between two codes may round either way.
+        assert distance(got, want) < (1e-5 if format == "fp32" else 2e-3)
+        assert (written != cache.rows).float().mean() < (0.3 if format == "fp32" else 2e-3)
+        assert torch.equal(written[:, slots[:60]], stored[:, slots[:60]])
 
 
 # ---- bfloat16 and quantised weights ----
-# two implementations in bfloat16 differ by at most this share of the largest logit on the models of
-# CALM (others: an expert may flip)
+# On these models two bfloat16 implementations differ by at most this share of the largest logit. On
+# the other models rounding may change the choice of an expert.
 BF16 = 0.15
-CALM = ["llama-mha", "llama-gqa", "llama-mqa-tied", "17-experts", "no-shared", "moe-v1 mha"]
+STABLE = ["llama-mha", "llama-gqa", "llama-mqa-tied", "17-experts", "no-shared", "moe-v1 mha"]
 
 
-def of_rows(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
-    """Relative error of the logits of each token."""
+def token_errors(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """Return the relative error of the logits of each token."""
     return (got - want).norm(dim=1) / want.norm(dim=1)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_bfloat16_is_nearer_to_float32_than_torch_is(name):
-    """The same weights in float32 as the truth; median over tokens, which an expert that flips for
-    one token does not move.
+def test_bfloat16_is_closer_to_float32_than_torch(name):
+    """The reference has the same weights in float32.
+
+    The median over tokens is not affected by a token that is routed to another expert.
     """
     m, p = pack(CONFIGS[name], dtype=torch.bfloat16)
     ids = text(m.config, 90)
@@ -334,19 +337,16 @@ def test_bfloat16_is_nearer_to_float32_than_torch_is(name):
     )
     for cuts in ([90], [1]):
         ours = Run(p, "bf16").all(ids, cuts)
-        flips = (
-            2.0 if "limited-0dense" in name else 1.0
-        )  # routing by noise from the first layer on: luck decides
-        assert of_rows(ours, exact).median() < flips * of_rows(theirs, exact).median()
-        assert name not in CALM or distance(ours, theirs) < BF16
+        # In these models rounding decides the routing from the first layer on.
+        factor = 2.0 if "limited-0dense" in name else 1.0
+        assert token_errors(ours, exact).median() < factor * token_errors(theirs, exact).median()
+        assert name not in STABLE or distance(ours, theirs) < BF16
 
 
 @pytest.mark.parametrize("weights, limit", [("int8", 0.1), ("int4", 0.18)])
 @pytest.mark.parametrize("name", ["odd", "plain-yarn-greedy-1dense", "llama-gqa", "wide-latent"])
-def test_quantised_weights_are_the_model_of_their_rounded_values(name, weights, limit):
-    """The packed model against torch with the unpacked weights in place of its own; what is left is
-    8-bit inputs and bfloat16 attention.
-    """
+def test_quantised_weights_give_the_model_of_their_rounded_values(name, weights, limit):
+    """Compared with torch on the unpacked weights. 8-bit inputs and bf16 attention remain."""
     m, p = pack(CONFIGS[name], weights)
     rounded = tiny.model(m.config, dtype=torch.float32)
     views = hf.views(m.config, dict(rounded.named_parameters()))
@@ -359,66 +359,62 @@ def test_quantised_weights_are_the_model_of_their_rounded_values(name, weights, 
     ids = text(m.config, 90)
     want = reference(rounded, ids)
     for cuts in ([90], [1]):
-        assert of_rows(Run(p, "bf16").all(ids, cuts), want).median() < limit
+        assert token_errors(Run(p, "bf16").all(ids, cuts), want).median() < limit
 
 
 def test_both_forms_read_the_same_rounded_weights():
-    """W^UK is stored twice, and W^UV: for the query and output side, and for the rows.
+    """W^UK and W^UV are each stored twice, for the absorbed and the expanded form.
 
-    Whichever runs, it is one model.
+    Both forms compute the same model.
     """
     for weights, limit in (("bf16", 0.03), ("int8", 0.1), ("int4", 0.1)):
         _, p = pack(CONFIGS["wide-latent"], weights)
         ids = text(p.config, 120)
         absorbed, expanded = Run(p, "bf16").all(ids, [1]), Run(p, "bf16").all(ids, [120])
-        assert of_rows(absorbed, expanded).median() < limit
+        assert token_errors(absorbed, expanded).median() < limit
 
 
 @pytest.mark.parametrize("format", ["6bit", "4bit"])
-def test_rows_as_integers_lose_little_beside_what_the_format_loses(format):
-    """Latents of 512 in 4 and 5 bits are attended to as integers token by token, decoded and
-    expanded in a long chunk.
-    """
+def test_integer_attention_loses_little_compared_to_the_cache_format(format):
+    """Token by token, low-bit latents of 512 are read as integers; a long chunk decodes them."""
     _, p = pack(CONFIGS["latent-512"], "bf16")
     ids = text(p.config, 250)
     exact, expanded, integers = (
         Run(p, f).all(ids, cuts)[150:]
         for f, cuts in (("bf16", [150]), (format, [150]), (format, [150, 1]))
     )
-    lost = of_rows(expanded, exact).median()
+    lost = token_errors(expanded, exact).median()
     assert (
-        of_rows(integers, expanded).median() < 0.3 * lost
-        and of_rows(integers, exact).median() < 1.1 * lost
+        token_errors(integers, expanded).median() < 0.3 * lost
+        and token_errors(integers, exact).median() < 1.1 * lost
     )
 
 
 # ---- engine ----
-@pytest.mark.parametrize("name", CALM)
-def test_greedy_tokens_in_bfloat16_are_those_of_the_reference(name):
-    """Wherever the reference's first choice is clear of its second by more than the two
-    implementations differ.
-    """
+@pytest.mark.parametrize("name", STABLE)
+def test_greedy_tokens_in_bfloat16_equal_those_of_the_reference(name):
+    """Checked where the best logit leads by more than the two implementations may differ."""
     m = tiny.model(CONFIGS[name].replace(max_position_embeddings=256), dtype=torch.bfloat16)
     prompts = [text(m.config, n, seed=n) for n in (1, 9, 40)]
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     outs, clear = {}, 0
     for impl in ("cpu", "torch"):
         outs[impl] = LLM(m, cache="bf16", max_model_len=96, backend=impl).generate(prompts, params)
-    for prompt, mine, theirs in zip(prompts, outs["cpu"], outs["torch"]):
-        for i, (token, other) in enumerate(zip(mine.token_ids, theirs.token_ids)):
-            logits = reference(m, prompt + mine.token_ids[:i])[-1]
+    for prompt, ours, theirs in zip(prompts, outs["cpu"], outs["torch"]):
+        for i, (token, other) in enumerate(zip(ours.token_ids, theirs.token_ids)):
+            logits = reference(m, prompt + ours.token_ids[:i])[-1]
             first, second = logits.topk(2).values
             if first - second > BF16 * logits.abs().max():
                 clear += 1
                 assert token == other == int(logits.argmax())
             elif token != other:
-                break  # from here on they speak of different things
+                break  # the contexts differ from here on
     assert clear >= 10
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_forced_instruction_sets_run_the_same_model(isa):
-    """LAMOE_ISA counts for a whole process."""
+    """In a process of its own, because LAMOE_ISA is read once."""
     program = (
         "import torch\nfrom native_run import Run, distance\nfrom test_native_model import "
         "CONFIGS, pack, reference, text\nfrom lamoe.backends.cpu import native\n"

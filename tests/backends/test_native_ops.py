@@ -1,10 +1,11 @@
-"""The ops that otherwise only a whole step runs: norm, turn, SwiGLU and attention in lanes, on
-every instruction set, against ref.py in float64; odd sizes, and NaN in all that must not be read.
+"""Compiled RMSNorm, RoPE, SwiGLU and attention on every instruction set, compared with ref.py.
+
+The reference runs in float64. Sizes are odd too, and memory that must not be read holds NaN.
 """
 
 import pytest
 import torch
-from test_native import EPS, ISAS, draw, formats, isas, seen
+from test_native import EPS, ISAS, draw, formats, isas, rounded_inputs
 
 import native_ops
 from lamoe.backends import cache_codec
@@ -24,7 +25,7 @@ def test_rms_norm(isa, n, size):
     x[1], x[3] = NAN, 0
     x[5, n // 2] = float("inf")
     got, want = native_ops.rms_norm(x, w, 1e-6, isa), ref.rms_norm(x.double(), w.double(), 1e-6)
-    good = [0, 2, 3, 4, 6]  # rows do not know their neighbours
+    good = [0, 2, 3, 4, 6]  # bad numbers affect only their own row
     assert (
         ((got - want).abs() <= (n + 8) * EPS * want.abs() + 1e-37)[good].all()
         and not got[1].isfinite().any()
@@ -56,7 +57,13 @@ def test_rope(isa, interleaved, r):
 @pytest.mark.parametrize("f", [1, 15, 16, 17, 63, 64, 65, 130])
 def test_swiglu(fmt, isa, f):
     full = -(-f // 16) * 16
-    for m, d in [(1, 1), (3, 65), (13, 17), (25, 64), (200, 127)]:  # 192 rows are done at a time
+    for m, d in [
+        (1, 1),
+        (3, 65),
+        (13, 17),
+        (25, 64),
+        (200, 127),
+    ]:  # the kernel's blocks have 192 rows
         w13 = torch.zeros(2, full, d)
         w13[:, :f] = draw(2, f, d, seed=d)
         data, scale = native.pack(fmt, w13.flatten(0, 1))
@@ -68,12 +75,12 @@ def test_swiglu(fmt, isa, f):
         )
         x, weight = draw(m, d, seed=m), draw(m, seed=2)
         got = native_ops.swiglu(fmt, data, scale, f, x, weight, isa)
-        inputs = seen(fmt, x)
+        inputs = rounded_inputs(fmt, x)
         both, error = inputs @ stored.t(), (d + 8) * EPS * (inputs.abs() @ stored.abs().t())
         want = ref.swiglu(both) * weight[:, None].double()
-        (gate, up), (of_gate, of_up) = both.abs().chunk(2, -1), error.chunk(2, -1)
+        (gate, up), (gate_error, up_error) = both.abs().chunk(2, -1), error.chunk(2, -1)
         limit = (
-            (1.1 * of_gate * (up + of_up) + gate * of_up) * weight[:, None].abs()
+            (1.1 * gate_error * (up + up_error) + gate * up_error) * weight[:, None].abs()
             + 1e-6 * want.abs()
             + 1e-30
         )
@@ -84,18 +91,18 @@ def test_swiglu(fmt, isa, f):
         )
         if m > 2:
             x[1, d - 1], weight[2] = NAN, NAN
-            hurt = native_ops.swiglu(fmt, data, scale, f, x, weight, isa)
+            changed = native_ops.swiglu(fmt, data, scale, f, x, weight, isa)
             others = [i for i in range(m) if i not in (1, 2)]
             assert (
-                torch.equal(hurt[others], got[others])
-                and not hurt[1:3, :f].isfinite().any()
-                and not hurt[:, f:].any()
+                torch.equal(changed[others], got[others])
+                and not changed[1:3, :f].isfinite().any()
+                and not changed[:, f:].any()
             )
 
 
 @isas
-def test_swiglu_at_the_ends_of_silu(isa):
-    """Gates from where exp overflows; one input, so that gate and up are what they look like."""
+def test_swiglu_of_extreme_gates(isa):
+    """Gates up to where exp overflows. With one input, gate and up are the weights themselves."""
 
     def silu(gates: torch.Tensor) -> torch.Tensor:
         w13 = torch.stack(
@@ -113,9 +120,9 @@ def test_swiglu_at_the_ends_of_silu(isa):
         ]
     )
     got, want = silu(gates), torch.nn.functional.silu(gates.double())
-    assert (
-        (got - want).abs() <= (1e-6 + 1e-7 * gates.abs().clamp(max=100)) * want.abs() + 1e-36
-    ).all()  # exp takes x log2(e), rounded
+    # The error grows with |x|, because exp(x) is computed from the rounded x log2(e).
+    limit = (1e-6 + 1e-7 * gates.abs().clamp(max=100)) * want.abs() + 1e-36
+    assert ((got - want).abs() <= limit).all()
     far = silu(-torch.tensor([89.0, 100.0, 1000.0, 1e10, 1e30, 1e34, 1e36, 3e38]))
     assert (far == 0).all() and far.signbit().all()
     beyond = native_ops.swiglu(
@@ -127,15 +134,16 @@ def test_swiglu_at_the_ends_of_silu(isa):
         torch.ones(1),
         isa,
     )[0, :16]
-    assert (
-        not beyond.isfinite().any()
-    )  # gates that have overflown are no results, and 0 would look like one
+    # An overflown gate must not give 0, which would look like a result.
+    assert not beyond.isfinite().any()
 
 
 # ---- attention in lanes ----
 def attended(rows, q, last, k0, v0, vw, scale):
-    """ref.attend of each query over the rows it sees, in float64, and the sums of the values' sizes
-    under the same weights.
+    """Apply ref.attend in float64, for each query over the rows that it sees.
+
+    Returns:
+        the outputs, and the same weighted sums of the absolute values.
     """
     k, v = rows[:, k0 : k0 + q.shape[1]].double(), rows[:, v0 : v0 + vw].double()
 
@@ -167,8 +175,9 @@ SHAPES = [  # lanes, key width, value width, rows, chunk
 @pytest.mark.parametrize("lanes, kw, vw, n, chunk", SHAPES)
 @pytest.mark.parametrize("sharp", [0.3, 30.0])
 def test_attention_in_lanes(isa, dtype, lanes, kw, vw, n, chunk, sharp):
-    """MLA's layout (the value is the beginning of the key) and that of MHA (a value elsewhere in
-    the row), with NaN in every other column.
+    """With the row layouts of MLA (values are the first key columns) and MHA (separate columns).
+
+    All other columns hold NaN.
     """
     q, scale = draw(lanes, kw, seed=1).to(dtype).float(), sharp / kw**0.5
     last = torch.tensor(
@@ -181,19 +190,14 @@ def test_attention_in_lanes(isa, dtype, lanes, kw, vw, n, chunk, sharp):
         if v0 != k0:
             rows[:, v0 : v0 + vw] = draw(n, vw, seed=3)
         rows = rows.to(dtype)
-        got, (want, size) = (
-            native_ops.attend(rows, q, last, k0, v0, vw, scale, chunk, isa),
-            attended(rows, q, last, k0, v0, vw, scale),
-        )
-        score = (
-            (kw + 8)
-            * EPS
-            * scale
-            * (q.double().abs() @ rows[:, k0 : k0 + kw].double().abs().t()).max()
-        )  # error of a score, so relative of a weight
-        relative = 2 * score + (n + 20) * EPS + (2.0**-8 if dtype == torch.bfloat16 else 0)
+        got = native_ops.attend(rows, q, last, k0, v0, vw, scale, chunk, isa)
+        want, size = attended(rows, q, last, k0, v0, vw, scale)
+        # The absolute error of a score is the relative error of its softmax weight.
+        products = q.double().abs() @ rows[:, k0 : k0 + kw].double().abs().t()
+        score_error = (kw + 8) * EPS * scale * products.max()
+        relative = 2 * score_error + (n + 20) * EPS + (2.0**-8 if dtype == torch.bfloat16 else 0)
         assert ((got - want).abs() <= relative * size).all(), (k0, v0)
-        for i in range(lanes):  # a lane does not know its neighbours
+        for i in range(lanes):  # a lane does not depend on the others
             assert torch.equal(
                 native_ops.attend(
                     rows, q[i : i + 1], last[i : i + 1], k0, v0, vw, scale, chunk, isa
@@ -204,9 +208,10 @@ def test_attention_in_lanes(isa, dtype, lanes, kw, vw, n, chunk, sharp):
 
 @isas
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_rows_that_a_lane_does_not_see_do_not_count(isa, dtype):
-    """Neither by their number, however large their scores, nor by a key that is none; nor does a
-    query that is none touch the others.
+def test_masked_rows_do_not_change_results(isa, dtype):
+    """Masked rows may have any number, huge scores or NaN keys.
+
+    A NaN query affects only its own result.
     """
     rows, q = draw(100, 40).to(dtype), draw(3, 16, seed=1)
     want = native_ops.attend(
@@ -229,8 +234,8 @@ def test_rows_that_a_lane_does_not_see_do_not_count(isa, dtype):
 
 @isas
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_rows_that_a_lane_does_not_see_weigh_nothing_at_all(isa, dtype):
-    """Where all values that it sees are zero it gets zero, not 1e-38; on AMX too (widths of 32)."""
+def test_masked_rows_have_weight_zero(isa, dtype):
+    """If all visible values are zero the result is exactly zero. The widths of 32 use AMX tiles."""
     rows = draw(5, 96).to(dtype)
     rows[:2, 32:] = 0
     got = native_ops.attend(
@@ -244,8 +249,10 @@ WIDTHS = (512, 64)
 
 
 def integers(name: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Stored rows -> the latents as csrc/ops.h has them (integers and a step a row), the rope keys;
-    float64.
+    """Decode stored rows as attend_ints reads them.
+
+    Returns:
+        integer latents [n, 512], the scale of each row [n, 1], and the rope keys [n, 64]; float64.
     """
     latent, key = cache_codec.decode(name, rows, WIDTHS, torch.float64)
     unit = cache_codec._from_e5m3(rows[:, 0]).double()[:, None] / 16
@@ -258,8 +265,13 @@ def integers(name: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def attended_ints(name, rows, q, last, scale, most=255):
-    """The definition of native_ops.attend_ints with one chunk, and how much the rounding of a
-    single weight may move an output.
+    """Compute native_ops.attend_ints by its definition, with one chunk.
+
+    Args:
+        most: the largest quantised softmax weight.
+
+    Returns:
+        the outputs, and how much the rounding of one softmax weight may change each of them.
     """
     whole, step, key = integers(name, rows)
     out, quantum = [], []
@@ -285,9 +297,8 @@ def attended_ints(name, rows, q, last, scale, most=255):
 
 
 def stored_rows(name: str, n: int, keys: torch.Tensor | None = None) -> torch.Tensor:
-    x = (
-        draw(n, 512, seed=3) * torch.exp(draw(n, 1, seed=4)) * torch.exp(draw(1, 512, seed=5))
-    )  # rows and groups of very different sizes
+    """Encode n rows with rows and groups of very different magnitude."""
+    x = draw(n, 512, seed=3) * torch.exp(draw(n, 1, seed=4)) * torch.exp(draw(1, 512, seed=5))
     return cache_codec.encode(name, (x, draw(n, 64, seed=6) if keys is None else keys))
 
 
@@ -302,11 +313,11 @@ def test_attention_over_integers(isa, name, lanes, n, sharp):
     )
     got = native_ops.attend_ints(numbers, rows, q, last, sharp, 1 << 20, isa)
     want, quantum = attended_ints(name, rows, q, last, sharp, 127 if isa == "avx2" else 255)
-    assert (
-        (got - want).abs() <= 6 * quantum + 1e-3 * want.abs().amax(1, keepdim=True)
-    ).all()  # float32 may round some weights the other way
+    # In float32 some softmax weights may round to the other neighbour.
+    limit = 6 * quantum + 1e-3 * want.abs().amax(1, keepdim=True)
+    assert ((got - want).abs() <= limit).all()
     assert (got - want).norm() < 0.01 * want.norm()
-    for i in range(lanes):  # a lane does not know its neighbours
+    for i in range(lanes):  # a lane does not depend on the others
         assert torch.equal(
             native_ops.attend_ints(
                 numbers, rows, q[i : i + 1], last[i : i + 1], sharp, 1 << 20, isa
@@ -317,8 +328,8 @@ def test_attention_over_integers(isa, name, lanes, n, sharp):
 
 @isas
 @pytest.mark.parametrize("name", ["6bit", "4bit"])
-def test_a_row_that_has_all_the_weight_comes_out_as_it_is(isa, name):
-    """Every row of a tile in turn: its integers to the last one."""
+def test_a_row_with_all_the_weight_is_returned_exactly(isa, name):
+    """Checked for every row of a tile."""
     rows = stored_rows(name, 64, 30 * torch.eye(64))
     whole, step, _ = integers(name, rows)
     for first in range(0, 64, 16):
@@ -339,10 +350,10 @@ def test_a_row_that_has_all_the_weight_comes_out_as_it_is(isa, name):
 
 @isas
 @pytest.mark.parametrize("name", ["6bit", "4bit"])
-def test_integers_of_rows_and_queries_that_are_none(isa, name):
-    """What a lane does not see may be NaN; what it sees may not; nor may its query.
+def test_nan_in_integer_attention(isa, name):
+    """A masked NaN row changes nothing. A visible one, or an infinite query, makes the result NaN.
 
-    Chunks are combined.
+    The rows are several chunks, whose results are combined.
     """
     rows, q, numbers = stored_rows(name, 200), draw(3, 576, seed=1), codec_numbers(name, WIDTHS)
     last = torch.tensor([130, 190, 130], dtype=torch.int32)
@@ -369,29 +380,27 @@ def test_integers_of_rows_and_queries_that_are_none(isa, name):
 
 
 @isas
-def test_what_rounding_leaves_over_stays_with_what_is_seen(isa):
-    """The largest weight may come out a little above 255; cut to that, it leaves over a little more
-    than a half, which made the row after it count.
+def test_carried_rounding_errors_do_not_reach_masked_rows(isa):
+    """The largest softmax weight may round to a little above 255 and is clamped.
+
+    The carried error is then above one half, and must not give the next, masked row a weight.
     """
-    latent, key, q = (
-        torch.randn(3, 512, generator=torch.Generator().manual_seed(0)),
-        torch.zeros(3, 64),
-        torch.zeros(1, 576),
-    )
+    latent = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
+    key, q = torch.zeros(3, 64), torch.zeros(1, 576)
     latent[1] *= 3
     key[0, 0] = key[1, 1] = 1
     q[0, 512] = 0.1796875
     rows, last = cache_codec.encode("4bit", (latent, key)), torch.tensor([1], dtype=torch.int32)
-    alone, beside = (
+    alone, with_masked_row = (
         native_ops.attend_ints(
             codec_numbers("4bit", WIDTHS), rows[:n], q, last, 0.11800399422645569, 64, isa
         )
         for n in (2, 3)
     )
-    assert torch.equal(alone, beside)
+    assert torch.equal(alone, with_masked_row)
 
 
-def test_what_does_not_fit_is_refused():
+def test_arguments_of_the_wrong_size_are_refused():
     x, rows, last = draw(2, 6), draw(3, 8), torch.tensor([2, 2], dtype=torch.int32)
     for call in (
         lambda: native_ops.rms_norm(x, draw(5), 1e-6),

@@ -1,6 +1,4 @@
-"""The output head in another format than the other linears: what is stored, what it computes, how
-long a folder remembers it.
-"""
+"""An output head in another format than the other linears: stored bytes, results, metadata."""
 
 import json
 import re
@@ -50,30 +48,24 @@ def tokens(llm: LLM, family: str) -> list[list[int]]:
     ]
 
 
-def says(folder: Path, **changes) -> None:
-    """The folder with another quantization_config."""
+def change_config(folder: Path, **changes) -> None:
+    """Replace entries of the folder's quantization_config."""
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= changes
     (folder / "config.json").write_text(json.dumps(config))
 
 
-# ---- what is stored and what it computes ----
+# ---- stored bytes and results ----
 @PAIRS
 @pytest.mark.parametrize("family", ["mla q_lora", "gqa tied", "odd widths"])
-def test_the_head_alone_is_stored_otherwise(tmp_path, family, weights, head):
-    model, w = source(tmp_path / "model", family), None
+def test_only_the_head_is_stored_in_its_format(tmp_path, family, weights, head):
+    model = source(tmp_path / "model", family)
     pack(model, tmp_path / "plain", weights)
     pack(model, tmp_path / "out", weights, head=head)
-    run, plain, w = (
-        packed_file.load(tmp_path / "out"),
-        packed_file.load(tmp_path / "plain"),
-        head_of(model),
-    )
-    assert (run.weights, run.head, plain.head) == (
-        weights,
-        head,
-        weights,
-    ) and run.packed.keys() == plain.packed.keys()
+    run, plain = packed_file.load(tmp_path / "out"), packed_file.load(tmp_path / "plain")
+    w = head_of(model)
+    assert (run.weights, run.head, plain.head) == (weights, head, weights)
+    assert run.packed.keys() == plain.packed.keys()
     data, scale = native.pack(head, w)
     assert (
         torch.equal(run.packed["head"][0], data)
@@ -85,65 +77,54 @@ def test_the_head_alone_is_stored_otherwise(tmp_path, family, weights, head):
         for key, (data, _) in plain.packed.items()
         if key != "head"
     )
-    assert sum(run.tensor_bytes().values()) - sum(
-        plain.tensor_bytes().values()
-    ) == native.mat_bytes(head, *w.shape) - native.mat_bytes(weights, *w.shape)
+    saved = native.mat_bytes(weights, *w.shape) - native.mat_bytes(head, *w.shape)
+    assert run.weight_bytes() == plain.weight_bytes() - saved
     assert packed_file.bits_per_weight(tmp_path / "out") == pytest.approx(
-        8 * sum(run.tensor_bytes().values()) / lamoe.accounting.parameters(run.config).total
+        8 * run.weight_bytes() / lamoe.accounting.parameters(run.config).total
     )
-    said = tokens(LLM(tmp_path / "out"), family)
-    assert len({tuple(t) for t in said}) == 3
-    for memory in (
+    want = tokens(LLM(tmp_path / "out"), family)
+    assert len({tuple(t) for t in want}) == 3
+    # Quantised while loading.
+    for in_memory in (
         LLM(model, weights=weights, head=head),
         LLM(lamoe.load(model), weights=weights, head=head),
-    ):  # quantised while loading
-        assert tokens(memory, family) == said and memory.plan().weights == sum(
-            run.tensor_bytes().values()
-        )
+    ):
+        assert tokens(in_memory, family) == want
+        assert in_memory.plan().weights == run.weight_bytes()
 
 
 @pytest.mark.parametrize("family", ["mla q_lora", "gqa tied", "odd widths"])
 @pytest.mark.parametrize("head", ["int8", "int4", "bf16"])
-def test_tokens_are_those_of_the_torch_model_with_that_head(tmp_path, family, head):
-    """Float32 but for the head: logits within what the format says of rounded inputs
-    (kernels/native.py), and so the same most likely token wherever it leads by more.
+def test_logits_keep_the_error_bound_of_the_head(tmp_path, family, head):
+    """Everything but the head is float32, so only the head's input rounding (native.py) remains.
+
+    The most likely token is the same wherever it leads by more than the bound.
     """
     model = source(tmp_path / "model", family)
     w, ids, k = head_of(model), tiny.ids(FAMILIES[family], 60, seed=3), FAMILIES[family].hidden_size
-    kept = native.unpack(head, *native.pack(head, w)[:1], *w.shape, native.pack(head, w)[1])
-    got = torch.cat(
-        list(
-            states_of(
-                CpuBackend.from_transformer(lamoe.load(model), Formats("fp32", head)),
-                ids.tolist(),
-                32,
-                head=True,
-            )
-        )
-    )
-    states = torch.cat(
-        list(states_of(backends.load(lamoe.load(model), backend="torch"), ids.tolist(), 60))
-    )
-    want = states @ kept.T
+    stored = native.unpack(head, *native.pack(head, w)[:1], *w.shape, native.pack(head, w)[1])
+    cpu = CpuBackend.from_transformer(lamoe.load(model), Formats("fp32", head))
+    got = torch.cat(states_of(cpu, ids.tolist(), 32, head=True))
+    plain = backends.load(lamoe.load(model), backend="torch")
+    states = torch.cat(states_of(plain, ids.tolist(), 60))
+    want = states @ stored.T
     padded = torch.nn.functional.pad(states, (0, -k % 64)).unflatten(-1, (-1, 64))
-    off = (
+    input_error = (
         (padded.abs().amax(-1, keepdim=True) / 254).expand_as(padded).flatten(1)[:, :k]
         if head != "bf16"
         else states.abs() / 256
     )
-    bound = (
-        off @ kept.abs().T + 1e-4 * states.abs() @ kept.abs().T
-    )  # the second: float32 sums, and states that came by another order of them
+    # The second term is for float32 sums in another order.
+    bound = (input_error + 1e-4 * states.abs()) @ stored.abs().T
     assert ((got - want).abs() <= bound).all()
     best = want.topk(2).values
     sure = best[:, 0] - best[:, 1] > 2 * bound.amax(-1)
     assert sure.sum() >= 5 and torch.equal(got.argmax(-1)[sure], want.argmax(-1)[sure])
-    assert (
-        head != "int4" or not ((got - states @ w.T).abs() <= bound).all()
-    )  # the bound sees the rounding of 4 bits, if not that of 8
+    # The bound is tight enough to notice 4-bit rounding of the weights.
+    assert head != "int4" or not ((got - states @ w.T).abs() <= bound).all()
 
 
-def test_bytes_of_the_class():
+def test_bytes_of_the_head_class():
     c = ModelConfig.preset("deepseek-v2-lite")
     for weights, head, bits in (("int4", "int8", 8.5), ("int4", "bf16", 16), ("int8", "int4", 4.5)):
         done = list(packed.packed_tensors(c, Formats(weights, head)))
@@ -177,36 +158,35 @@ def test_bench_on_random_weights():
     assert runs[1].run(line, experts=True).shape == (len(c.moe_layers), 1, c.num_experts_per_tok)
 
 
-# ---- how long a folder remembers it ----
-def test_an_interrupted_folder_goes_on_with_its_own_head_only(tmp_path):
+# ---- the format in the config of a folder ----
+def test_an_interrupted_folder_continues_with_its_own_head_format_only(tmp_path):
     model = source(tmp_path / "model", "mla")
-    for begun, others in (("int8", (None, "int4", "bf16")), (None, ("int8",))):
-        target = tmp_path / f"out {begun}"
-        next(packed_file.write(model, target, Formats("int4", begun)))
+    for started, others in (("int8", (None, "int4", "bf16")), (None, ("int8",))):
+        target = tmp_path / f"out {started}"
+        next(packed_file.write(model, target, Formats("int4", started)))
         before = contents(target)
         for other in others:
             with pytest.raises(
                 ValueError,
-                match=f"not the beginning of this packed model.*head was {begun or 'int4'}, is "
+                match=f"not the beginning of this packed model.*head was {started or 'int4'}, is "
                 f"{other or 'int4'}",
             ):
                 pack(model, target, head=other)
             assert contents(target) == before
-        pack(model, target, head=begun or "int4")  # the default by its name
-        pack(model, tmp_path / f"straight {begun}", head=begun)
-        assert contents(target) == contents(tmp_path / f"straight {begun}")
-        with pytest.raises(
-            ValueError, match="head was"
-        ):  # a finished folder is not another model's either
+        pack(model, target, head=started or "int4")  # the default, by its name
+        pack(model, tmp_path / f"straight {started}", head=started)
+        assert contents(target) == contents(tmp_path / f"straight {started}")
+        # A finished folder is refused too.
+        with pytest.raises(ValueError, match="head was"):
             pack(model, target, head=others[-1])
 
 
-def test_a_folder_from_before_heads_had_formats(tmp_path):
+def test_a_folder_whose_config_has_no_head_format(tmp_path):
     model = source(tmp_path / "model", "mla")
     pack(model, tmp_path / "whole")
     want = tokens(LLM(tmp_path / "whole"), "mla")
-    next(packed_file.write(model, tmp_path / "begun", Formats("int4")))
-    for folder in (tmp_path / "whole", tmp_path / "begun"):
+    next(packed_file.write(model, tmp_path / "started", Formats("int4")))
+    for folder in (tmp_path / "whole", tmp_path / "started"):
         config = json.loads((folder / "config.json").read_text())
         assert config["quantization_config"].pop("head") == "int4"
         (folder / "config.json").write_text(json.dumps(config))
@@ -215,12 +195,12 @@ def test_a_folder_from_before_heads_had_formats(tmp_path):
         and packed_file.load(tmp_path / "whole").head == "int4"
     )
     with pytest.raises(ValueError, match="head was int4, is int8"):
-        pack(model, tmp_path / "begun", head="int8")
-    pack(model, tmp_path / "begun")
-    assert tokens(LLM(tmp_path / "begun"), "mla") == want
+        pack(model, tmp_path / "started", head="int8")
+    pack(model, tmp_path / "started")
+    assert tokens(LLM(tmp_path / "started"), "mla") == want
 
 
-def test_what_is_refused(tmp_path):
+def test_invalid_head_formats_are_refused(tmp_path):
     model = source(tmp_path / "model", "mla")
     for call in (
         lambda: pack(model, tmp_path / "new", head="int3"),
@@ -245,12 +225,12 @@ def test_what_is_refused(tmp_path):
         (["int8"], r"says head \['int8'\]"),
         ("int4", "'head' missing, extra or of another size"),
     ):
-        says(tmp_path / "out", head=head)
+        change_config(tmp_path / "out", head=head)
         with pytest.raises(ValueError, match=why):
             packed_file.load(tmp_path / "out")
 
 
-# ---- with --calibrate, and as a verb ----
+# ---- calibration and commands ----
 @pytest.mark.parametrize("family", ["mla", "gqa tied"])
 def test_calibration_leaves_an_8_bit_head_alone(tmp_path, family):
     model, c, walked = source(tmp_path / "model", family), FAMILIES[family], []
@@ -269,22 +249,21 @@ def test_calibration_leaves_an_8_bit_head_alone(tmp_path, family):
             for key, (data, _) in packed_file.load(tmp_path / target).packed.items()
         }
 
-    every = calibrated("all", "int4", None)
+    all_int4 = calibrated("all", "int4", None)
     assert walked == list(range(c.num_hidden_layers + 1))
-    but_head = calibrated("but head", "int4", "int8")
-    assert walked == list(range(c.num_hidden_layers))  # nobody asked for the head's inputs
-    assert {k for k in every if every[k] != but_head[k]} == {"head"} and but_head[
-        "head"
-    ] == native.pack("int8", head_of(model))[0].numpy().tobytes()
+    int8_head = calibrated("int8 head", "int4", "int8")
+    assert walked == list(range(c.num_hidden_layers))  # the head's moments were not needed
+    assert {k for k in all_int4 if all_int4[k] != int8_head[k]} == {"head"}
+    assert int8_head["head"] == native.pack("int8", head_of(model))[0].numpy().tobytes()
     head_only = calibrated("head only", "int8", "int4")
     assert (
         head_only["head"]
-        == every["head"]
+        == all_int4["head"]
         != native.pack("int4", head_of(model))[0].numpy().tobytes()
     )
 
 
-def test_the_verbs(trained, tmp_path, capsys):
+def test_the_commands(trained, tmp_path, capsys):
     texts = write_texts(tmp_path / "texts", files=6, seed=3)
     run = lambda *argv: cli.main([str(a) for a in argv])
     for target, words in (
@@ -342,7 +321,7 @@ def test_the_verbs(trained, tmp_path, capsys):
         losses.append(json.loads((tmp_path / "report" / "report.json").read_text())["heldout"])
     assert losses[0] == losses[1] != losses[2]
     capsys.readouterr()
-    said = []
+    outputs = []
     for words in ((trained, "--weights", "int4", "--head", "int8"), (tmp_path / "plain",)):
         assert (
             run(
@@ -358,7 +337,7 @@ def test_the_verbs(trained, tmp_path, capsys):
             )
             == 0
         )
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] and said[0].startswith("the ") and len(said[0]) > 8
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and outputs[0].startswith("the ") and len(outputs[0]) > 8
     assert run("generate", "--model", tmp_path / "plain", "--head", "int4", "--prompt", "the ") == 2
     assert "head" in capsys.readouterr().err
