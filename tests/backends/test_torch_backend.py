@@ -1,4 +1,4 @@
-"""TorchBackend on LAMOE_TEST_DEVICE (default: the CPU), and the choice of a backend."""
+"""TorchBackend on the device LAMOE_TEST_DEVICE (default: the CPU), and the choice of a backend."""
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ DENSE = {
 @pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("cache", ["fp32", "bf16", "6bit", "4bit"])
 def test_no_host_tensor_takes_part_in_a_forward_pass(name, cache):
-    """On torch's meta device: a decoding pair of different lengths and a prompt chunk."""
+    """On torch's meta device, with two decoding sequences of unequal length and a prompt chunk."""
     with torch.device("meta"):
         backend = TorchBackend(Transformer(DENSE[name]))
     paged = backend.new_cache(8, 4, cache)
@@ -102,14 +102,14 @@ def test_no_host_tensor_takes_part_in_a_forward_pass(name, cache):
 
 # ---- the choice of a backend ----
 @KERNELS
-def test_which_backend_runs_a_model():
+def test_the_default_backend_of_a_model():
     model = tiny.model(tiny.HARD, dtype=torch.float32)
     assert backends.load(model).name == "cpu"
     assert backends.load(model, backend="torch").name == "torch"
     assert backends.load(model.double()).name == "torch"  # the kernels have no float64
 
 
-def test_the_environment_chooses(monkeypatch):
+def test_lamoe_backend_chooses_the_default(monkeypatch):
     monkeypatch.setenv("LAMOE_BACKEND", "torch")
     assert backends.load(tiny.model(tiny.HARD)).name == "torch"
     monkeypatch.setenv("LAMOE_BACKEND", "gpu")
@@ -126,7 +126,7 @@ def test_the_environment_chooses(monkeypatch):
         (dict(device="meta", weights="int8"), "run on the CPU, not on meta"),
     ],
 )
-def test_what_is_refused(options, message):
+def test_invalid_backends_and_devices_are_refused(options, message):
     options = dict(options)
     formats = Formats(options.pop("weights", None))
     with pytest.raises(ValueError, match=message):
@@ -134,7 +134,7 @@ def test_what_is_refused(options, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_device_that_is_not_there(tmp_path):
+def test_a_device_that_this_machine_lacks_is_refused(tmp_path):
     lamoe.save(tiny.model(tiny.HARD), tmp_path)
     with pytest.raises(ValueError, match="device 'cuda' is not available.*use device='cpu'"):
         LLM(tmp_path, device="cuda")
