@@ -119,8 +119,21 @@ def stage_of(line: str) -> tuple[str, bool] | None:
     return None
 
 
-def run(command: list[str], what: str, log) -> int:
-    """Run a command, keep its output in `log`, and print a line at least every few seconds."""
+def watch(command: list[str], what: str, log_path: Path):
+    """Run a command and print a line at least every few seconds.
+
+    Its output is appended to `log_path`. If it fails, the end of the output is printed and the
+    program ends.
+    """
+    with log_path.open("a", encoding="utf-8") as log:
+        code = _watch(command, what, log)
+    if code:
+        tail = log_path.read_text(encoding="utf-8").splitlines()[-30:]
+        print("\n".join(tail), file=sys.stderr)
+        sys.exit(f"{what} failed with exit code {code}; all output: {log_path}")
+
+
+def _watch(command: list[str], what: str, log) -> int:
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     process = subprocess.Popen(
         command,
@@ -163,28 +176,18 @@ def run(command: list[str], what: str, log) -> int:
 
 
 def install(folder: Path, extras: list[str]):
-    python = python_of(folder)
-    if not python.exists():
+    # an interrupted call may have left an environment without pip
+    if not any(folder.glob("**/site-packages/pip")):
         say(f"creating {folder} with Python {platform.python_version()}")
         venv.create(folder, with_pip=True)
     log_path = folder / "install.log"
-    pip = [str(python), "-m", "pip", "install", "--progress-bar", "off"]
-    pinned = ["-c", str(ROOT / "constraints.txt")]
+    log_path.write_text("", encoding="utf-8")
+    pip = [str(python_of(folder)), "-m", "pip", "install", "--progress-bar", "off"]
+    pinned = ["-c", str(ROOT / "constraints.txt"), *torch_index(folder)]
+    watch([*pip, *pinned, *requirements(extras)], "finding packages", log_path)
     package = f".[{','.join(extras)}]" if extras else "."
-    steps = [
-        ("finding packages", [*pip, *pinned, *torch_index(folder), *requirements(extras)]),
-        (
-            "building lamoe",
-            [*pip, "-v", "--no-build-isolation", "--no-deps", "-e", package],
-        ),
-    ]
-    with log_path.open("w", encoding="utf-8") as log:
-        for what, command in steps:
-            if code := run(command, what, log):
-                log.flush()
-                tail = log_path.read_text(encoding="utf-8").splitlines()[-30:]
-                print("\n".join(tail), file=sys.stderr)
-                sys.exit(f"{what} failed with exit code {code}; all output: {log_path}")
+    build = ["-v", "--no-build-isolation", "--no-deps", "-e", package]
+    watch([*pip, *build], "building lamoe", log_path)
     if not any(folder.glob("**/site-packages/lamoe/_native*")):
         say(f"the C++ kernels could not be compiled (see {log_path}): lamoe runs on torch, slower")
     say(f"{folder} is ready")

@@ -15,15 +15,15 @@ import sys
 import venv
 from pathlib import Path
 
-from install import ROOT, python_of, say, torch_index
+from install import ROOT, python_of, say, torch_index, watch
 
 MAKE_MODEL = """
-import lamoe, torch
+import lamoe
 from lamoe.text import tokenizer
-torch.manual_seed(0)
 tok = tokenizer.train(["def read(self): return None " * 9], 300)
-model = lamoe.Transformer(lamoe.ModelConfig.preset("tiny").replace(vocab_size=300))
-lamoe.save(model, "model", tok)
+config = lamoe.ModelConfig.preset("tiny").replace(vocab_size=300)
+lamoe.save(lamoe.Transformer(config).init_weights(0).eval(), "model")
+tok.save("model")
 """
 
 
@@ -37,19 +37,24 @@ def run(*command: object, cwd: Path):
 def main(folder: Path):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    say("building the wheel")
+    log_path = folder / "install.log"
     # a build folder of its own: the one of .venv may hold bindings that only tests use
-    pip_wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
-    pip_wheel += [f"--config-settings=build-dir={folder / 'cmake'}", "--wheel-dir", folder]
-    run(*pip_wheel, ROOT, cwd=folder)
+    build = [f"--config-settings=build-dir={folder / 'cmake'}", "--wheel-dir", str(folder)]
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", *build, str(ROOT)]
+    watch(command, "building the wheel", log_path)
     (wheel,) = folder.glob("lamoe-*.whl")
-    say(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB; installing it")
+    say(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB")
+
+    say("creating a bare environment")
     venv.create(folder / "venv", with_pip=True)
     python = python_of(folder / "venv")
-    constraints = ["-c", ROOT / "constraints.txt", *torch_index(folder / "venv")]
-    run(python, "-m", "pip", "install", "--quiet", *constraints, wheel, cwd=folder)
-    lamoe = python.with_name("lamoe.exe" if os.name == "nt" else "lamoe")
+    options = ["--progress-bar", "off", "-c", str(ROOT / "constraints.txt")]
+    options += torch_index(folder / "venv")
+    command = [str(python), "-m", "pip", "install", *options, str(wheel)]
+    watch(command, "installing the wheel and its dependencies", log_path)
+
     say("using it")
+    lamoe = python.with_name("lamoe.exe" if os.name == "nt" else "lamoe")
     run(lamoe, "doctor", cwd=folder)
     (folder / "make_model.py").write_text(MAKE_MODEL, encoding="utf-8")
     run(python, "make_model.py", cwd=folder)
