@@ -85,6 +85,7 @@ def _add_train(verbs) -> None:
     p.add_argument("recipe", help="TOML file, for example recipes/tiny.toml")
     p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     p.add_argument("--quiet", action="store_true", help="print no progress")
+    _add_threads(p)
 
 
 def _add_generate(verbs) -> None:

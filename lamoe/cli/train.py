@@ -13,7 +13,8 @@ def train(args: argparse.Namespace) -> int:
     from lamoe.train import checkpoint, loop
     from lamoe.train.recipe import Recipe
 
-    recipe = Recipe.load(args.recipe, args.overrides)
+    threads = ["--run.threads", str(args.threads)] if args.threads else []
+    recipe = Recipe.load(args.recipe, args.overrides + threads)
     try:
         last = loop.train(recipe, resume=args.resume, quiet=args.quiet)
     except loop.Stopped as e:

@@ -125,18 +125,7 @@ def run(
     work, left_out = work.within(limit)
     if left_out:
         progress(f"left out, beyond the {limit:,} positions of the model: {', '.join(left_out)}")
-    bench = Bench(model, cache, work.slots)
-    buffer = _probe_buffer(model)
-    machine = Machine.probe(threads, buffer)
-    lines = bench.lines(work.prefills, work.depths, work.batches)
-    if peer:
-
-        def read() -> float:
-            return Machine.probe(threads, buffer).read
-
-        measure_interleaved(bench, peer, lines, rounds, read, progress)
-    else:
-        measure(bench, lines, rounds, progress)
+    machine, lines = _measure(Bench(model, cache, work.slots), work, threads, rounds, peer)
     return Result(
         name,
         model.weights,
@@ -151,11 +140,28 @@ def run(
     )
 
 
+def _measure(
+    bench: Bench, work: Workload, threads: int, rounds: int, peer: Peer | None
+) -> tuple[Machine, list[Line]]:
+    """Measure the machine's limits, then the workload."""
+    buffer = _probe_buffer(bench.model)
+
+    def probe() -> Machine:
+        return Machine.probe(threads, buffer)
+
+    machine, lines = probe(), bench.lines(work.prefills, work.depths, work.batches)
+    if peer is None:
+        measure(bench, lines, rounds, progress)
+    else:
+        measure_interleaved(bench, peer, lines, rounds, lambda: probe().read, progress)
+    return machine, lines
+
+
 def _check(rounds: int, threads: int, batches: list[int]) -> None:
     if not native.available():
         raise ValueError(
-            "bench measures the compiled kernels, which are missing; install lamoe with a C++ "
-            "compiler"
+            "bench measures the compiled kernels, which are missing or disabled (`lamoe doctor` "
+            "says why); install lamoe with a C++ compiler"
         )
     if rounds < 1 or threads < 0 or min(batches, default=1) < 1:
         raise ValueError(

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import lamoe
 from lamoe import cli
 from lamoe.backends.paged_cache import PagedCache
 from lamoe.cli import models
+from lamoe.cli.parser import build_parser
 from lamoe.model.config import PRESETS
 from lamoe.serve import settings
 from lamoe.train import checkpoint, loop
@@ -68,6 +70,7 @@ def test_train_with_overrides(tmp_path, quick, capsys, order):
 
 def test_train_refuses(tmp_path, capsys):
     file = write_toml(tmp_path / "r.toml", raw_recipe(tmp_path / "nothing", tmp_path / "run"))
+    assert "run.threads is -1" in refused(capsys, "train", file, "--threads", -1)
     assert "did you mean 'r.toml'" in refused(capsys, "train", tmp_path / "rr.toml")
     assert "did you mean 'lr'?" in refused(capsys, "train", file, "--optim.lrr", "1")
     assert "optim.lr is -1" in refused(capsys, "train", file, "--optim.lr", "-1")
@@ -250,6 +253,33 @@ def test_generate_refuses(trained, tmp_path, capsys):
     assert "no tokenizer at" in refused(
         capsys, "generate", "--model", tmp_path / "bare", "--prompt", "x"
     )
+
+
+def test_the_device_is_passed_on(trained, tmp_path, capsys):
+    argv = ["generate", "--model", trained, "--prompt", "the ", "--max-tokens", 4]
+    assert run(*argv, "--device", "cpu") == 0
+    assert "unknown device 'gpu'; known: auto, cpu, cuda, mps" in refused(
+        capsys, *argv, "--device", "gpu"
+    )
+    assert "unknown device 'gpu'" in refused(capsys, "chat", trained, "--device", "gpu")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat.\n")
+    evaluate = ["evaluate", trained, "--data", tmp_path / "text.txt"]
+    assert run(*evaluate, "--device", "cpu") == 0
+    assert "unknown device 'gpu'" in refused(capsys, *evaluate, "--device", "gpu")
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "serve", "evaluate", "quantize", "bench"])
+def test_shared_options_have_the_same_help_in_every_verb(verb):
+    def help_of(verb):
+        actions = build_parser()._subparsers._group_actions[0].choices[verb]._actions
+        words = {o: a.help for a in actions for o in a.option_strings}
+        strip = re.compile(r" *([;(] ?default: .*| \[LAMOE_\w+\])$")
+        return {o: strip.sub("", strip.sub("", w)) for o, w in words.items() if w}
+
+    shared = ("--weights", "--head", "--cache", "--kv-cache-memory", "--threads", "--device")
+    mine, serve = help_of(verb), help_of("serve")
+    assert {o: mine[o] for o in shared if o in mine} == {o: serve[o] for o in shared if o in mine}
+    assert {"--weights", "--head", "--threads"} <= set(mine)
 
 
 def test_a_refused_prompt_is_not_echoed(trained, capsys):
