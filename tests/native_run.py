@@ -1,4 +1,4 @@
-"""Feed sequences to a packed model in chunks and batches of any kind, over a poisoned cache."""
+"""Feed sequences to a packed model in any chunks and batches, over a cache full of NaN."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Tiny models of every family, as checkpoint folders and packed, for the tests of both."""
+"""Tiny models of every family, as checkpoint folders and as packed folders."""
 
 from pathlib import Path
 

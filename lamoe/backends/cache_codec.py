@@ -2,7 +2,7 @@
 
 The parts are (latent, rope key) under MLA, else (keys, values). Their sizes in elements, `widths`,
 are ModelConfig.cache_row. The bytes of a row depend on its own numbers only, never on the batch.
-Pages and sequence lengths are the business of paged_cache.py.
+Pages and sequence lengths are handled in paged_cache.py.
 
     fp32, bf16        elements of part 1, elements of part 2 (little-endian)
     int8, 6bit, 4bit  block of part 1, block of part 2
@@ -61,7 +61,7 @@ from lamoe.model.config import did_you_mean
 
 
 class _LowBit(NamedTuple):
-    """Bits of a code in each part, group size, and the limit that reduces the fine part's bits."""
+    """Code bits of each part, the group size, and the row limit that the fine part must meet."""
 
     coarse_bits: int
     rope_key_bits: int
@@ -80,7 +80,7 @@ FORMATS: tuple[str, ...] = (*_PLAIN, *_LOW_BIT)
 
 _PLANES = {4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 _NAN_BASE = 0xFF
-# Divides float16 values, to move their range to that of the scales of activations.
+# Float16 values divided by this have the range that scales of activations need.
 _BASE_DIVISOR = 16
 
 
@@ -129,9 +129,9 @@ def part_bits(name: str, widths: tuple[int, int]) -> tuple[int, int]:
 def max_error(name: str, widths: tuple[int, int]) -> tuple[float, float]:
     """Bound |decoded - x| for each part, relative to the largest |x| of the part in its row.
 
-    For float32 input and output. The bound is half a quantisation step, with a base that rounding
-    made at most 1/8 too large. Not included: 2^-22 (2e-7) in the low-bit formats, for the smallest
-    step, and the subnormal range in bf16.
+    Valid for float32 input and output. In the low-bit formats it is half a quantisation step, where
+    rounding up has made the base at most 1/8 too large. Very small numbers have an extra absolute
+    error: 2^-22 (2e-7) in the low-bit formats, and that of subnormal numbers in bf16.
     """
     check_format(name)
     if name in _PLAIN:

@@ -27,8 +27,9 @@ class EngineDead(RuntimeError):
 class Run:
     """An open request: `async for index, delta in run`.
 
-    `index` counts the sequences of the request. The n samples of a prompt are neighbours.
-    Whoever opens a run must call `close`, which frees the pages of unfinished sequences.
+    `index` is the position of the sequence in the request, where the n samples of a prompt follow
+    each other. Whoever opens a run must call `close`, which frees the pages of unfinished
+    sequences.
     """
 
     def __init__(self, engine: AsyncLLM, ids: list[int], queue: asyncio.Queue):
@@ -165,7 +166,7 @@ class AsyncLLM:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine takes requests: not after `close` or an error, nor after fork()."""
+        """Whether the engine takes requests. False after `close`, an error, or fork()."""
         return not self._closed and self._error is None and not self._forked
 
     @property

@@ -4,10 +4,11 @@ The package `llguidance` does the parsing. Grammars come from untrusted clients,
 bounded in three ways:
 
 - The library's own limits (work per token, states, items) are set tight in `_LIMITS`.
-- What the library does not bound is refused before it compiles: for example a `multipleOf` that
-  needs 100,000 states, a chain of thousands of references, or a literal of a megabyte.
-- Compiling runs in a thread of its own with a deep stack, and its caller waits at most
-  `MAX_SECONDS`. That caller is whoever calls `prepare`; the engine only copies compiled grammars.
+- What the library does not bound is refused before it compiles, for example a `multipleOf` that
+  needs 100,000 parser states, or a literal of a megabyte.
+- Grammars compile in a thread with a deep stack, because long chains of references recurse deeply.
+  The caller of `prepare` waits for it, at most `MAX_SECONDS`. The engine never compiles: it only
+  copies grammars that are ready.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from lamoe.text.tokenizer import Tokenizer
 
 # Longest text of each kind, in bytes of UTF-8.
 MAX_CHARS = {"JSON schema": 64 << 10, "regular expression": 4 << 10, "Lark grammar": 32 << 10}
-# Nesting of objects and lists in a schema.
+# Deepest nesting of objects and lists in a schema.
 MAX_DEPTH = 64
-# Properties of one object. Any subset of the optional ones may occur, and each is a branch of the
-# same parser row.
+# Most properties of one object. Any subset of the optional properties may occur, so each of them
+# adds a branch to the same row of the parser.
 MAX_PROPERTIES = 500
-# n of x{n} in a regular expression.
+# Largest n of x{n} in a regular expression.
 MAX_REPEAT = 10_000
-# Repeats and alternatives of a regular expression or Lark grammar: the work for thousands of `a?`
-# in a row grows with the square of their number.
+# Most repeats and alternatives of a regular expression or Lark grammar. For thousands of `a?` in a
+# row the work grows with the square of their number.
 MAX_BRANCHES = 2000
-# multipleOf without its trailing zeros: the remainder needs as many parser states.
+# Largest multipleOf, without trailing zeros. The parser needs a state for every remainder.
 MAX_MULTIPLE = 10_000
-# Seconds that `prepare` waits for the compiler. The limits below end what still runs after that.
+# Seconds that `prepare` waits. A compiler that runs longer is ended by the limits below.
 MAX_SECONDS = 5.0
 # Bytes of address space for the compiler's stack. Only the used part becomes memory.
 _STACK = 256 << 20
@@ -56,8 +57,8 @@ _LIMITS = {
     "precompute_large_lexemes": False,
     "verbose_errors": False,
 }
-# White space in JSON is one space, or a line end with its indentation. This allows the usual
-# layouts and stops a model from writing spaces without end.
+# Between JSON tokens one space is allowed, or a line end with its indentation. This permits all
+# usual layouts, but a model cannot write spaces without end.
 _JSON = {
     "item_separator": ",",
     "key_separator": ":",
@@ -66,8 +67,8 @@ _JSON = {
     "coerce_one_of": False,
     "lenient": False,
 }
-# Text that the grammar forces is sampled like any other. Computing it in advance would take
-# seconds and gigabytes for a pattern like (ab{10000}c){10000}.
+# Disables fast-forwarding of text that the grammar forces. For a pattern like (ab{10000}c){10000}
+# fast-forwarding takes seconds and gigabytes.
 _TAIL = '\n%llguidance {"no_forcing": true}\n'
 _starting = threading.Lock()
 _Result = TypeVar("_Result")
@@ -173,7 +174,7 @@ class Grammar:
 
     @classmethod
     def _checked(cls, kind: str, text: str, convert: Callable[[Any], str]) -> Grammar:
-        """Validate the Lark form of a grammar, made by convert(llguidance), and wrap it."""
+        """Make a Grammar from its Lark form, convert(llguidance), after validating it."""
         lib = _library()
 
         def check() -> str:
@@ -217,10 +218,10 @@ class Grammar:
         self._ready[:] = [(weakref.ref(tokenizer), _compiling(self.kind, compile_grammar))]
 
     def start(self, tokenizer: Tokenizer | None) -> Matcher:
-        """Return a Matcher at the beginning of an output. Compiles the grammar if necessary.
+        """Return a Matcher for a new output. Compiles the grammar if `prepare` has not.
 
         Raises:
-            ValueError: without a tokenizer, or as `prepare`.
+            ValueError: without a tokenizer, or for the reasons that `prepare` names.
         """
         if tokenizer is None:
             raise ValueError(
@@ -251,8 +252,8 @@ class Matcher:
     def mask(self, logits: torch.Tensor, ignore_eos: bool = False) -> torch.Tensor:
         """Return a copy of logits [vocabulary] with -inf for every token that does not fit.
 
-        EOS fits where the text may end, unless `ignore_eos`. If nothing else fits, EOS is chosen
-        in spite of `ignore_eos` and min_tokens.
+        EOS fits where the text may end, unless `ignore_eos` is set. If nothing but EOS fits, EOS
+        is allowed in spite of `ignore_eos` and min_tokens.
 
         Raises:
             ValueError: if no token fits, or if the grammar exceeds the limit of work per token.
@@ -285,7 +286,8 @@ class Matcher:
 
     def _check(self) -> None:
         if self._inner.is_error():
-            # Copies share lexer states. Drop them, so that the next request starts afresh.
+            # Copies of a matcher share lexer states. Drop it, so that the next request compiles a
+            # new one.
             self._grammar._ready.clear()
             raise ValueError(_sentence(self._grammar.kind, self._inner.get_error()))
 
@@ -304,7 +306,7 @@ def _check_length(kind: str, text: Any) -> None:
 
 
 def _check_repeats(kind: str, pattern: str) -> None:
-    """Refuse large bounds of x{n}, x{n,m} and Lark's x~n..m, and too many branches."""
+    """Refuse large repeat counts (x{n}, x{n,m}, Lark's x~n..m) and too many branches."""
     bounds = re.finditer(
         r"\{\s*(\d{0,30})\s*,?\s*(\d{0,30})\s*\}|~\s*(\d{1,30})(?:\s*\.\.\s*(\d{1,30}))?", pattern
     )
@@ -346,7 +348,7 @@ def _check_schema(schema: Any) -> None:
             )
         if isinstance(value, dict):
             _check_object(value)
-            # All values together, because an allOf may apply several of them to one number.
+            # The least common multiple, because an allOf may apply several values to one number.
             multiple = math.lcm(multiple, _remainders(value.get("multipleOf")))
             stack += ((v, depth + 1) for v in value.values())
         elif isinstance(value, (list, tuple)):
@@ -420,7 +422,7 @@ def _compiling(kind: str, work: Callable[[], _Result]) -> _Result:
         except Exception as e:
             error = ValueError(_sentence(kind, str(e)))
 
-    # The stack size is a setting of the whole process.
+    # The stack size is a setting of the whole process, so only one thread may change it at a time.
     with _starting:
         before = threading.stack_size(_STACK)
         try:

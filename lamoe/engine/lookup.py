@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 NGRAM = 3  # tokens that must match
 LONGEST = 12  # tokens of the longest draft
-# Tokens of plain decoding after drafts of the shortest length failed. The pause doubles, up to
-# LONGEST_REST, each time that drafts fail again.
+# Tokens to decode without drafts after even the shortest drafts have failed. The pause doubles each
+# time that drafts fail again, up to LONGEST_REST.
 REST, LONGEST_REST = 24, 192
 
 

@@ -39,7 +39,7 @@ class PagePool:
     def take(self) -> int | None:
         """Return a page to write to, or None if every page has an owner.
 
-        Without a free page, the least recently used kept page is evicted.
+        If no page is free, the least recently used kept page is evicted.
         """
         if self._free:
             page = self._free.pop()
@@ -77,7 +77,7 @@ class PagePool:
     def give_back(self, pages: list[int]) -> None:
         """Remove one owner from each page of a sequence.
 
-        Later pages are evicted first, because texts share their beginnings.
+        The later pages of a text are evicted before its first ones, because prompts share prefixes.
         """
         for page in reversed(pages):
             self._owners[page] -= 1

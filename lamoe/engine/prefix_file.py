@@ -5,10 +5,10 @@ The file is a safetensors file with two tensors:
     tokens   int64 [n]
     rows     uint8 [layers, n, row bytes], in the cache's storage format
 
-It does not depend on the page size. It can be loaded only with the same cache format, row widths,
-dtype and model digest. Nothing checks that the rows belong to the tokens, short of computing them
-again, and every later prompt with this prefix uses them. So load only files from people whose
-models you would also run.
+The file does not depend on the page size. It can be loaded only with the same cache format, row
+widths, dtype and model digest. Nothing checks that the rows belong to the tokens (that would mean
+to compute them again), and every later prompt with this prefix uses them. So load only files from
+people whose models you would also run.
 
 Rows are copied between file and cache without an intermediate copy, so neither direction needs
 extra memory. They are read with plain reads, because a process that maps a file is killed if the
@@ -31,7 +31,7 @@ from lamoe.checkpoints import atomic, shards
 from lamoe.engine.pages import PagePool, content_hash
 
 KIND = "lamoe cache"
-# Increased when this layout changes, or that of a storage format in cache_codec.py.
+# Must increase if this layout changes, or the layout of a storage format in cache_codec.py.
 VERSION = "1"
 
 

@@ -78,7 +78,7 @@ class Scheduler:
             prefill.append((next_seq, n))
             budget -= n
         if not decode and not prefill and self.running:
-            # Unfinished prompts hold all pages and block each other: let the oldest continue.
+            # Unfinished prompts hold all pages and block each other. The oldest one continues.
             seq = self.running[0]
             n = min(seq.todo, self.max_tokens)
             if self._take_pages_or_preempt(seq, n):
@@ -119,7 +119,7 @@ class Scheduler:
         return None
 
     def _share_prefix(self, seq: Sequence) -> None:
-        """Share the pages that hold the beginning of seq; its last token stays to be computed."""
+        """Share cached pages of the prefix of seq. Its last token is always left to compute."""
         size, before = self.pool.page_size, b""
         while (len(seq.pages) + 1) * size < len(seq.tokens):
             at = len(seq.pages) * size

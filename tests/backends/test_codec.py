@@ -10,7 +10,8 @@ from lamoe.backends import cache_codec
 from lamoe.model.config import ModelConfig
 
 LOW_BIT = ("int8", "6bit", "4bit")
-FLOOR = {True: 2.0**-22, False: 0.0}  # half the smallest step
+# Absolute error of very small numbers (half of the smallest step), for low-bit formats or not.
+FLOOR = {True: 2.0**-22, False: 0.0}
 WIDTHS = [
     (512, 64),
     (64, 16),
@@ -133,7 +134,7 @@ def test_error_bound(name, widths):
     st.integers(0, 10**6),
 )
 def test_error_bound_at_any_size(name, w0, w1, exponent, seed):
-    """Including numbers below the smallest step, which have an absolute error of 2^-22."""
+    """Numbers below the smallest step may have an absolute error of 2^-22 in addition."""
     original = parts((w0, w1), rows=5, seed=seed, scale=2.0**exponent)
     decoded = cache_codec.decode(name, cache_codec.encode(name, original), (w0, w1), torch.float32)
     for x, y, bound in zip(original, decoded, cache_codec.max_error(name, (w0, w1))):
@@ -217,7 +218,7 @@ def test_a_row_does_not_depend_on_its_batch(name, widths):
 
 @pytest.mark.parametrize("name", cache_codec.FORMATS)
 def test_input_types_and_views(name):
-    """bfloat16 and float64 inputs, transposed views and no rows at all."""
+    """Inputs may be bfloat16, float64 or transposed views, and may have no rows."""
     a, b = (p.bfloat16() for p in parts((64, 16)))
     rows = cache_codec.encode(name, (a, b))
     assert torch.equal(rows, cache_codec.encode(name, (a.double(), b.float())))
@@ -305,7 +306,7 @@ GOLDEN = {
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("name", LOW_BIT)
 def test_a_part_with_a_bad_number_decodes_to_nan(name, bad):
-    """The other part of the row and the other rows do not change."""
+    """A NaN, an infinity or a huge number makes its part of its row NaN, and nothing else."""
     a, b = parts((64, 16))
     good = cache_codec.encode(name, (a, b))
     a[3, 63] = bad

@@ -251,7 +251,7 @@ def test_a_row_does_not_depend_on_its_batch(fmt, isa):
 @pytest.mark.parametrize("fmt", ["int8", "int4"])
 @pytest.mark.parametrize("m", [16, 17, 22, 23, 31, 48, 192, 193, 199, 208, 215])
 def test_amx_tiles_give_the_bits_of_avx512(fmt, m):
-    """At sizes around the kernel's blocks: 16 rows, up to 192 at once, up to 6 without tiles."""
+    """The row counts are near the kernel's blocks: 16, up to 192 at once, up to 6 without tiles."""
     for n, k in [(130, 65), (17, 320)]:
         data, scale = native.pack(fmt, draw(n, k))
         x = draw(m, k, seed=m)
@@ -318,7 +318,7 @@ def test_nan_and_infinity_affect_only_their_row(fmt, isa, bad):
 @formats
 @pytest.mark.parametrize("size", [1e-44, 1e-37, 1e-30, 1e-20, 1e20, 1e30])
 def test_inputs_of_any_size(fmt, isa, size):
-    """From denormals (which some instructions read as zero) to sizes beyond any activation."""
+    """Inputs reach from denormals (zero for some instructions) to sizes beyond any activation."""
     w, x = draw(17, 65, scale=0.1), draw(3, 65, seed=1) * size
     data, scale = native.pack(fmt, w)
     want = x.double() @ native.unpack(fmt, data, 17, 65, scale).double().t()

@@ -76,7 +76,7 @@ def test_impossible_lengths_are_refused(numbers):
 
 
 def test_stub_names_every_binding():
-    """lamoe/_native.pyi is generated: `cmake --build DIR --target stub` after a change."""
+    """If this fails, regenerate lamoe/_native.pyi: `cmake --build DIR --target stub`."""
     stub = ast.parse((Path(lamoe.__file__).parent / "_native.pyi").read_text())
     found = {n.name: n for n in stub.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     public = {name for name in dir(lib) if not name.startswith("_")}

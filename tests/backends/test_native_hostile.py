@@ -394,7 +394,7 @@ def test_invalid_steps_are_refused(model, changes):
     ],
 )
 def test_step_refuses_arrays_of_another_type_or_layout(model, changes):
-    """In particular cache rows that would have to be copied: the step would write to the copy."""
+    """This includes cache rows that need a copy, because the step would write to the copy."""
     with pytest.raises(TypeError):
         step(model, **changes)
 
@@ -429,7 +429,7 @@ def test_a_step_without_output_rows(model):
 
 
 def test_concurrent_callers(model):
-    """Steps of one model from several threads, each with its own cache, give the usual results."""
+    """Threads that share a model, each with its own cache, compute the same results as alone."""
     texts = {i: tiny.ids(model.config, 40, seed=i).tolist() for i in range(4)}
     want = {i: Run(model).all(ids, [7]) for i, ids in texts.items()}
     got, errors = {}, []

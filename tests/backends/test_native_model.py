@@ -1,6 +1,7 @@
 """The packed model gives the logits of the torch model.
 
-For every geometry, both forms of attention, any chunks and batches, and any number of threads.
+This holds for every geometry, both forms of attention, any chunks and batches, and any number of
+threads.
 """
 
 import os
@@ -92,7 +93,7 @@ def tolerance(m, ids: list[int], want: torch.Tensor) -> float:
 # ---- float32 ----
 @pytest.mark.parametrize("name", CONFIGS)
 def test_float32_logits_equal_those_of_torch(name):
-    """In one chunk (expanded), token by token (absorbed), and in chunks of mixed sizes."""
+    """The text runs in one chunk (expanded), token by token (absorbed), and in mixed chunks."""
     m, p = pack(CONFIGS[name])
     ids = text(m.config, 90)
     want = reference(m, ids)
@@ -166,7 +167,8 @@ def test_decoding_long_and_short_contexts_in_one_batch():
 def test_partial_results_of_attention_keep_their_memory_limit(c, weights, format):
     """A batch is split into calls whose partial results fit the limit. The logits do not change.
 
-    The memory never exceeds the limit, or the need of one token of the longest sequence.
+    The memory is at most the limit or the need of one token of the longest sequence, whichever is
+    more.
     """
     c = c.replace(num_hidden_layers=2)
     m, out, taken = pack(c, weights)[1], {}, {}
@@ -229,7 +231,7 @@ def test_chosen_experts_equal_those_of_torch(name):
     ],
 )
 def test_logits_do_not_depend_on_threads_batch_or_pages(weights, name):
-    """Equal bits with 1, 2, 3 and 5 threads, with other pages, and in a batch with others.
+    """The bits are equal with 1, 2, 3 and 5 threads, with other pages, and in a larger batch.
 
     Unwritten cache rows hold NaN, so reading one would show.
     """
@@ -346,7 +348,7 @@ def test_bfloat16_is_closer_to_float32_than_torch(name):
 @pytest.mark.parametrize("weights, limit", [("int8", 0.1), ("int4", 0.18)])
 @pytest.mark.parametrize("name", ["odd", "plain-yarn-greedy-1dense", "llama-gqa", "wide-latent"])
 def test_quantised_weights_give_the_model_of_their_rounded_values(name, weights, limit):
-    """Compared with torch on the unpacked weights. 8-bit inputs and bf16 attention remain."""
+    """The reference is torch on the unpacked weights, so only the rounding of inputs differs."""
     m, p = pack(CONFIGS[name], weights)
     rounded = tiny.model(m.config, dtype=torch.float32)
     views = hf.views(m.config, dict(rounded.named_parameters()))
@@ -376,7 +378,7 @@ def test_both_forms_read_the_same_rounded_weights():
 
 @pytest.mark.parametrize("format", ["6bit", "4bit"])
 def test_integer_attention_loses_little_compared_to_the_cache_format(format):
-    """Token by token, low-bit latents of 512 are read as integers; a long chunk decodes them."""
+    """Single tokens read low-bit latents of width 512 as integers; a long chunk decodes them."""
     _, p = pack(CONFIGS["latent-512"], "bf16")
     ids = text(p.config, 250)
     exact, expanded, integers = (
@@ -393,7 +395,7 @@ def test_integer_attention_loses_little_compared_to_the_cache_format(format):
 # ---- engine ----
 @pytest.mark.parametrize("name", STABLE)
 def test_greedy_tokens_in_bfloat16_equal_those_of_the_reference(name):
-    """Checked where the best logit leads by more than the two implementations may differ."""
+    """Tokens are compared where the best logit leads by more than the bfloat16 tolerance."""
     m = tiny.model(CONFIGS[name].replace(max_position_embeddings=256), dtype=torch.bfloat16)
     prompts = [text(m.config, n, seed=n) for n in (1, 9, 40)]
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
@@ -414,7 +416,7 @@ def test_greedy_tokens_in_bfloat16_equal_those_of_the_reference(name):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_forced_instruction_sets_run_the_same_model(isa):
-    """In a process of its own, because LAMOE_ISA is read once."""
+    """Each runs in a process of its own, because LAMOE_ISA is read once."""
     program = (
         "import torch\nfrom native_run import Run, distance\nfrom test_native_model import "
         "CONFIGS, pack, reference, text\nfrom lamoe.backends.cpu import native\n"

@@ -1,6 +1,6 @@
 """Compiled RMSNorm, RoPE, SwiGLU and attention on every instruction set, compared with ref.py.
 
-The reference runs in float64. Sizes are odd too, and memory that must not be read holds NaN.
+The reference runs in float64. Sizes include odd ones, and memory that must not be read holds NaN.
 """
 
 import pytest
@@ -102,7 +102,7 @@ def test_swiglu(fmt, isa, f):
 
 @isas
 def test_swiglu_of_extreme_gates(isa):
-    """Gates up to where exp overflows. With one input, gate and up are the weights themselves."""
+    """Some gates make exp overflow. With a single input of 1, gate and up are the weights."""
 
     def silu(gates: torch.Tensor) -> torch.Tensor:
         w13 = torch.stack(
@@ -175,7 +175,7 @@ SHAPES = [  # lanes, key width, value width, rows, chunk
 @pytest.mark.parametrize("lanes, kw, vw, n, chunk", SHAPES)
 @pytest.mark.parametrize("sharp", [0.3, 30.0])
 def test_attention_in_lanes(isa, dtype, lanes, kw, vw, n, chunk, sharp):
-    """With the row layouts of MLA (values are the first key columns) and MHA (separate columns).
+    """The rows have the layout of MLA (values are the first key columns) or MHA (separate columns).
 
     All other columns hold NaN.
     """
@@ -209,7 +209,7 @@ def test_attention_in_lanes(isa, dtype, lanes, kw, vw, n, chunk, sharp):
 @isas
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_masked_rows_do_not_change_results(isa, dtype):
-    """Masked rows may have any number, huge scores or NaN keys.
+    """There may be any number of masked rows, with huge scores or NaN keys.
 
     A NaN query affects only its own result.
     """
@@ -329,7 +329,7 @@ def test_attention_over_integers(isa, name, lanes, n, sharp):
 @isas
 @pytest.mark.parametrize("name", ["6bit", "4bit"])
 def test_a_row_with_all_the_weight_is_returned_exactly(isa, name):
-    """Checked for every row of a tile."""
+    """The queries select every row of a tile once."""
     rows = stored_rows(name, 64, 30 * torch.eye(64))
     whole, step, _ = integers(name, rows)
     for first in range(0, 64, 16):

@@ -64,7 +64,7 @@ def test_a_folder_gives_the_tokens_of_the_model_packed_in_memory(tmp_path, famil
 
 @EVERY
 def test_logits_are_those_of_the_rounded_weights(tmp_path, family):
-    """Compared with the torch model on the unpacked weights. Rounding of activations remains."""
+    """The reference is torch on the unpacked weights, so only rounded activations differ."""
     model = source(tmp_path / "model", family)
     pack(model, tmp_path / "packed", "int8")
     plain, run = lamoe.load(model), packed_file.load(tmp_path / "packed")
@@ -78,8 +78,8 @@ def test_logits_are_those_of_the_rounded_weights(tmp_path, family):
         want = plain.logits(plain.hidden(torch.tensor([ids])))[0]
     got = torch.cat([r.output for r in run.run_sequence(ids, 8)])
     error = (got - want).norm(dim=-1) / want.norm(dim=-1)
-    # 8-bit activations and bf16 attention remain, which route a few tokens to other experts. A
-    # wrong matrix would give about 1.
+    # 8-bit activations and bf16 attention route a few tokens to other experts. A wrong matrix
+    # would give an error of about 1.
     assert error.median() < 0.09
 
 
@@ -201,7 +201,7 @@ def test_files_are_valid_aligned_safetensors(tmp_path, family, weights):
 
 
 def test_loaded_weights_are_mapped_pages_of_the_files(tmp_path):
-    """They are clean, without private copies, so that processes share them."""
+    """The mapped pages are clean and have no private copies, so several processes share them."""
     pack(source(tmp_path / "model", "lite widths"), tmp_path / "packed")
     llm = LLM(tmp_path / "packed")
     tokens(llm, "lite widths")

@@ -96,7 +96,7 @@ def test_only_the_head_is_stored_in_its_format(tmp_path, family, weights, head):
 @pytest.mark.parametrize("family", ["mla q_lora", "gqa tied", "odd widths"])
 @pytest.mark.parametrize("head", ["int8", "int4", "bf16"])
 def test_logits_keep_the_error_bound_of_the_head(tmp_path, family, head):
-    """Everything but the head is float32, so only the head's input rounding (native.py) remains.
+    """Everything but the head is float32, so the error is that of the head alone (see native.py).
 
     The most likely token is the same wherever it leads by more than the bound.
     """
@@ -114,7 +114,7 @@ def test_logits_keep_the_error_bound_of_the_head(tmp_path, family, head):
         if head != "bf16"
         else states.abs() / 256
     )
-    # The second term is for float32 sums in another order.
+    # The second term allows for float32 sums in another order.
     bound = (input_error + 1e-4 * states.abs()) @ stored.abs().T
     assert ((got - want).abs() <= bound).all()
     best = want.topk(2).values
@@ -173,7 +173,7 @@ def test_an_interrupted_folder_continues_with_its_own_head_format_only(tmp_path)
             ):
                 pack(model, target, head=other)
             assert contents(target) == before
-        pack(model, target, head=started or "int4")  # the default, by its name
+        pack(model, target, head=started or "int4")  # "int4" is the default
         pack(model, tmp_path / f"straight {started}", head=started)
         assert contents(target) == contents(tmp_path / f"straight {started}")
         # A finished folder is refused too.

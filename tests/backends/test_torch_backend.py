@@ -83,7 +83,7 @@ DENSE = {
 @pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("cache", ["fp32", "bf16", "6bit", "4bit"])
 def test_no_host_tensor_takes_part_in_a_forward_pass(name, cache):
-    """On torch's meta device, with two decoding sequences of unequal length and a prompt chunk."""
+    """The pass runs on torch's meta device, with two decoding sequences and a prompt chunk."""
     with torch.device("meta"):
         backend = TorchBackend(Transformer(DENSE[name]))
     paged = backend.new_cache(8, 4, cache)

@@ -163,7 +163,7 @@ def test_pieces_are_the_decoded_text(trained_model):
 
 
 def test_the_eos_token_of_the_tokenizer_ends_the_text(trained_model):
-    """The model's logits get a bias towards EOS, which would otherwise be rare."""
+    """A bias on the logits makes EOS likely; without it EOS would be rare."""
     m, tok = trained_model
     biased = Transformer(m.config)
     biased.load_state_dict(m.state_dict())

@@ -147,7 +147,7 @@ def test_multiprocessing_with_fork():
 
 
 def test_an_async_engine_refuses_requests_in_the_child():
-    """Here its thread holds the lock during the fork. The parent's engine continues to work."""
+    """The engine's thread holds the lock during the fork. The parent's engine continues to work."""
     run_program("""
         import asyncio
         from lamoe.engine.async_llm import AsyncLLM, EngineDead

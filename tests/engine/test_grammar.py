@@ -118,7 +118,7 @@ def test_any_schema(tok, schema, seed):
     if ended:
         check(schema, text)
     else:
-        assert len(text) > 500  # only numbers with endless digits do not end by themselves
+        assert len(text) > 500  # only a number with endless digits is cut off
 
 
 @given(schema=objects(SCALARS), seed=st.integers(0, 1000))
@@ -251,7 +251,7 @@ def allow_words(tok: Tokenizer, words: list[str], prompt: int, more=lambda logit
     ids=str,
 )
 def test_the_same_tokens_as_an_oracle_that_tries_every_token(llm, tok, options):
-    """Greedy, in a batch with a request without a grammar, and in the plain loop of generate.py."""
+    """Greedy decoding agrees with the oracle, both in a mixed batch and in generate.py."""
     pattern = "|".join(map(re.escape, WORDS))
     for text in ("the", "ab ba", "ü"):
         prompt = tok.encode(text, bos=True)
@@ -365,7 +365,7 @@ def ends(llm: LLM, pattern: str, **options):
 
 def test_how_outputs_end(llm, tok):
     eos = {tok.eos_id: 100}
-    assert ends(llm, "a{3}") == ("aaa", "stop", 3, False)  # complete without EOS
+    assert ends(llm, "a{3}") == ("aaa", "stop", 3, False)  # the text is complete without EOS
     assert ends(llm, "b*", logit_bias=eos) == ("", "stop", 1, True)
     assert ends(llm, "b*", logit_bias=eos, min_tokens=5)[1:] == ("stop", 6, True)
     assert ends(llm, "b*", logit_bias=eos, ignore_eos=True)[1:] == ("length", 20, False)
@@ -416,7 +416,7 @@ def test_padded_vocabulary_rows_and_control_tokens_are_never_sampled(llm, tok):
     (o,) = llm.generate(["the cat"], params)
     assert len(o.token_ids) == 80 and not set(never) & set(o.token_ids)
     unrestricted = llm.generate(["the cat"], SamplingParams(**{**vars(params), "grammar": None}))[0]
-    assert set(unrestricted.token_ids) <= set(never)  # without the grammar they are
+    assert set(unrestricted.token_ids) <= set(never)  # without the grammar only these are sampled
 
 
 def test_a_vocabulary_that_is_not_byte_level():

@@ -210,7 +210,7 @@ def hostile() -> None:
 def test_hostile_grammars():
     """Every case is refused or works, within limits on memory and CPU time.
 
-    In a process of its own, because a long chain of rules can crash the library's process.
+    Runs in a process of its own, because a long chain of rules can crash the library.
     """
     code = (
         "import resource, sys, threading; resource.setrlimit(resource.RLIMIT_CPU, (60, 60)); "

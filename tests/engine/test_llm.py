@@ -141,7 +141,7 @@ def test_logprobs_do_not_depend_on_chunks_or_prefix_hits(family):
 
 # ---- shared pages ----
 def test_shared_pages_are_never_written():
-    """The bytes of a page do not change while it is published under the same content."""
+    """The bytes of a page do not change while it is published under one content hash."""
     engine = llm(cache_memory=llm().cache.nbytes // 3, max_num_batched_tokens=24)
     seen, checked = {}, 0
     base = prompts(30)[0]
@@ -235,7 +235,7 @@ def test_every_request_finishes_when_pages_run_out():
 @pytest.mark.parametrize("speculate", [0, 2])
 @pytest.mark.parametrize("prompt", [[7] * 250, list(range(60)), [1]])
 def test_a_full_context_ends_with_length(prompt, speculate):
-    """Also for a repetitive text, whose drafts would exceed the context."""
+    """This includes a repetitive text, whose drafts would exceed the context."""
     engine = llm(max_model_len=256, speculate=speculate, changes=dict(initializer_range=0.02))
     (o,) = engine.generate([prompt], greedy(10_000, logit_bias={7: 100}))
     assert o.finish_reason == "length" and len(prompt) + len(o.token_ids) == 256 and idle(engine)
@@ -337,7 +337,7 @@ def test_a_request_with_nan_logits_fails_alone(family):
     with torch.no_grad():
         engine.model.embed.weight[63] = math.nan
     poisoned = [*clean[:2], [1, 2, 63, 4, 5, 6, 7, 8, 9], *clean[2:]]
-    for _ in range(2):  # the second time on pages that the first one used
+    for _ in range(2):  # the second round reuses the pages of the first
         outputs = engine.generate(poisoned, greedy(12, logit_bias={63: -100}))
         bad = outputs.pop(2)
         assert (bad.finish_reason, bad.error, bad.token_ids) == (
@@ -360,7 +360,7 @@ def test_a_request_with_nan_logits_fails_alone(family):
 
 
 def test_a_request_whose_options_leave_no_token_does_not_affect_others():
-    """min_tokens excludes the only token that the bias leaves."""
+    """Its bias leaves only EOS, which min_tokens forbids."""
     engine = llm(changes=dict(eos_token_id=5))
     odd = SamplingParams(
         max_tokens=4, min_tokens=4, seed=0, logit_bias=dict.fromkeys(range(64), -100.0) | {5: 100.0}

@@ -1,6 +1,6 @@
 """Errors inside a step end the sequences that they belong to, and nothing else.
 
-That is one sequence, all sequences of a forward pass, or the engine if its state is undefined.
+An error may belong to one sequence, to all sequences of a forward pass, or to the whole engine.
 """
 
 import asyncio
@@ -86,7 +86,7 @@ def test_a_pass_that_always_fails_ends_only_its_sequences(error, monkeypatch):
     later = engine.add_all([(p, greedy(12)) for p in texts[2:]])
 
     def broken(*args):
-        raise type(error)(*error.args)  # a new one: a traceback would keep the engine for good
+        raise type(error)(*error.args)  # a copy, because a traceback keeps the engine alive
 
     with monkeypatch.context() as m:
         m.setattr(runner, "run", broken)
@@ -157,7 +157,7 @@ assert tokens(engine.generate(texts, greedy(6))) == want
 
 @pytest.mark.skipif(native.lib is None, reason="needs the compiled kernels")
 def test_out_of_memory_inside_the_kernels_ends_only_the_long_sequence():
-    """The process may not grow. A failed allocation must not change the kernels' buffer sizes."""
+    """The process cannot grow. A failed allocation must not change the recorded buffer size."""
     tests = Path(__file__).parents[1]
     env = {
         "PATH": "",
@@ -221,7 +221,7 @@ def test_an_error_of_one_sequence_ends_it_alone(
     want = tokens(llm().generate(texts, [greedy(8), odd, greedy(8)]))
 
     def broken(*args):
-        raise type(error)(*error.args)  # a new one: a traceback would keep the engine for good
+        raise type(error)(*error.args)  # a copy, because a traceback keeps the engine alive
 
     first, second, third = ids = engine.add_all(list(zip(texts, (greedy(8), odd, greedy(8)))))
     ends = {}

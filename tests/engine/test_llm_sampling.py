@@ -101,7 +101,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("rule", OPTIONS, ids=lambda f: f.__name__)
 def test_penalties_and_bias(rule):
-    """In the engine, in a batch with a request without options, and in generate.py."""
+    """The engine, in a batch with a request without options, and generate.py give equal tokens."""
     engine, texts = llm(), prompts(5, 13)
     for prompt in texts:
         expected_, _ = reforward(
@@ -120,7 +120,7 @@ def test_penalties_and_bias(rule):
 
 @pytest.mark.parametrize("options", [{}, dict(repetition_penalty=1.7, logit_bias={3: 6.5})])
 def test_logprobs(options):
-    """They are the model's, before penalties and bias.
+    """Log-probabilities are those of the model, before penalties and bias.
 
     The most likely tokens come first, in order. The chosen one is included whatever its rank.
     """
@@ -177,7 +177,7 @@ def test_eos_and_min_tokens(min_tokens):
 
 @pytest.fixture(scope="module")
 def letters() -> tuple[LLM, SamplingParams, str]:
-    """Return an engine with a byte tokenizer, parameters that make it write letters, its output."""
+    """Return an engine with a byte tokenizer, parameters that give letters only, and its text."""
     tok = tokenizer.train(["a"], 256 + len(tokenizer.SPECIAL_TOKENS))
     engine = llm(vocabulary=tok.vocab_size, changes=dict(first_k_dense_replace=1))
     engine = LLM(engine.model, tok, cache="fp32", max_model_len=CONTEXT, page_size=4)

@@ -84,7 +84,7 @@ def test_the_least_recently_used_text_is_evicted_first():
 
 
 def test_the_last_pages_of_a_text_are_evicted_first():
-    """A prefix is useful without its continuation, but not the other way round."""
+    """A prefix is useful without its continuation, but a continuation needs its prefix."""
     pool, text = PagePool(3, 1), hashes(1, 2, 3)
     pages = full(pool, text)
     pool.give_back(pages)

@@ -33,7 +33,7 @@ LITE_16 = 2 * accounting.parameters(LITE).total
 
 
 def states(max_num_seqs=3, batch_tokens=64):
-    """Make the `state_bytes` argument of fit for V2-Lite."""
+    """Return a function from max_model_len to state bytes of V2-Lite, as `fit` takes it."""
     return lambda length: CpuBackend.state_bytes(LITE, length, max_num_seqs, batch_tokens)
 
 
@@ -147,7 +147,7 @@ def test_partial_results_of_attention_are_bounded():
 
 
 def test_the_plan_counts_partial_results():
-    """In the free memory, in refusals and the values that they offer, and in `describe`."""
+    """They count in the free memory, in refusals and their advice, and in `describe`."""
     partial, page = CpuBackend.state_bytes(LITE, 1600, 3, 64), 16 * 31104
     plan = fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 100 * page + partial, states())
     assert (
@@ -214,7 +214,7 @@ def test_partial_results_of_attention_are_what_is_allocated(c):
 
 
 def test_the_default_size_of_the_cache():
-    """Four contexts, at most 1 GiB, at least one context, and never more than the free memory."""
+    """It is four contexts, at most 1 GiB, at least one context, and at most the free memory."""
     page = 16 * 31104
     assert (
         lite(length=1600).pages == 400

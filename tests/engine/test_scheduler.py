@@ -1,6 +1,6 @@
 """The scheduler without a model.
 
-A shadow of the cache records the text that every row belongs to, and every step is checked with it.
+The tests record which text every cache row belongs to, and check every step with this record.
 """
 
 import random
@@ -164,7 +164,7 @@ def text(n: int, seed: int = 0) -> list[int]:
 
 
 # ---- random streams of requests ----
-# Number of the prefix, prompt length, output tokens, samples.
+# A request: (number of its prefix, prompt length, output tokens, samples).
 REQUEST = st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 10), st.integers(1, 3))
 
 
@@ -306,7 +306,7 @@ def test_the_youngest_sequence_is_preempted_and_resumes_first():
 
 
 def test_a_partly_computed_prompt_is_not_starved_by_small_requests():
-    """It waits for pages of a decoding sequence, while small requests that fit keep coming."""
+    """The prompt waits for pages of a decoding sequence, while small requests keep coming."""
     world = World(10, max_tokens=12)
     (a,) = world.add(text(16), 16)
     world.step(), world.step()

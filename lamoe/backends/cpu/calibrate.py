@@ -31,15 +31,15 @@ from lamoe.text.tokenizer import Tokenizer
 
 ROWS = 4  # rows of one forward pass
 LENGTH = 512  # tokens of a row
-CHARS = 16  # characters to tokenise, at most, for each token that is wanted
+CHARS = 16  # most characters to tokenise per wanted token
 PIECE = 8192  # characters of one sampled piece of text
-# The layer's mean counts as much as this many tokens of an expert's own.
+# Weight of the layer's mean in an expert's moments, as a number of the expert's own tokens.
 _LAYER_MEAN_TOKENS = 128
-# This share of each input's own second moment is added to it, because later text may differ.
+# Damping: this share of each input's second moment is added to it, because other text may differ.
 _DAMP = 0.1
-# This share of the mean second moment is added to all, for inputs that are zero on this text.
+# This share of the mean second moment is added to every input, since some are zero on this text.
 _FLOOR = 1e-4
-# From the index of a matrix to the mean of x x^T over its inputs x, float32 [K, K].
+# Returns for the i-th matrix of a tensor the mean of x x^T over its inputs x, float32 [K, K].
 Moments = Callable[[int], torch.Tensor]
 
 
@@ -274,8 +274,8 @@ class _Experts:
     def _all_inputs(self) -> torch.Tensor:
         """Sum the moments of all assignments.
 
-        A token counts once for each of its K experts with the square of that router weight. The
-        sum of the squares does this in one pass, without looking at the experts.
+        A token x adds w^2 x x^T for each of its K router weights w. So it is enough to scale x by
+        sqrt(sum(w^2)), whichever experts it was routed to.
         """
         total = torch.zeros(())
         for x, _, weight in self.calls:

@@ -99,8 +99,8 @@ def announce() -> None:
 def allocate(size: int) -> torch.Tensor:
     """Allocate uint8 [size], in huge pages where the system has them.
 
-    Weights are read from end to end. With small pages this costs at least a seventh of the memory
-    bandwidth.
+    Weights are streamed from memory in every pass. Small pages would cost at least a seventh of the
+    memory bandwidth.
     """
     if size < 1 << 21 or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(size, dtype=torch.uint8)
