@@ -82,8 +82,8 @@ class SamplingParams:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be between -2 and 2")
         if not 0 < self.repetition_penalty <= 10:
             raise ValueError(
-                f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and at most 10 "
-                "(1 switches it off)"
+                f"repetition_penalty is {self.repetition_penalty}; "
+                "it must be above 0 and at most 10 (1 switches it off)"
             )
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise ValueError(f"logprobs is {self.logprobs}; it must be from 0 to 20")

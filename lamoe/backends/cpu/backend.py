@@ -6,6 +6,7 @@ call of `lamoe._native`.
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 
 import numpy as np
@@ -205,7 +206,7 @@ def _spans(segment: torch.Tensor, document_mask: bool) -> list[tuple[int, int]]:
     if document_mask:
         changes = (segment[1:] != segment[:-1]).nonzero().flatten() + 1
         cuts = [0, *changes.tolist(), len(segment)]
-    return [(begin, end) for begin, end in zip(cuts, cuts[1:]) if end - begin >= 2]
+    return [(begin, end) for begin, end in itertools.pairwise(cuts) if end - begin >= 2]
 
 
 def _expert_counts(chosen: torch.Tensor, num_experts: int) -> np.ndarray:

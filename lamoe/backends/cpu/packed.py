@@ -36,8 +36,8 @@ class PackedTensor(NamedTuple):
     """One tensor of a packed model, as a recipe: `build(read, i)` makes its i-th matrix.
 
     layer: -1 outside the layers.
-    format: fp32 | bf16 | int8 | int4 for `num_matrices` matrices [n outputs, k inputs] in kernel layout;
-        "raw" for plain elements [n, k]; None for a float32 vector [n].
+    format: fp32 | bf16 | int8 | int4 for `num_matrices` matrices [n outputs, k inputs] in kernel
+        layout; "raw" for plain elements [n, k]; None for a float32 vector [n].
     """
 
     layer: int
