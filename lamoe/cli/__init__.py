@@ -12,7 +12,8 @@ from lamoe.cli.parser import build_parser, split_overrides
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return its exit code.
 
-    A user error prints one line on stderr and returns 2. LAMOE_TRACEBACK=1 raises it instead.
+    A user error prints one line on stderr and returns 2. If LAMOE_TRACEBACK is set, the exception
+    is raised instead.
     """
     words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)

@@ -89,7 +89,7 @@ class Chat:
         if output.finish_reason == "error":
             self._fail(f"the reply failed: {output.error}; the message is discarded")
             return None
-        reply = output.text.strip()  # the chat template adds its own whitespace
+        reply = output.text.strip()  # the chat template adds whitespace around messages
         if output.finish_reason == "abort":
             self.note(
                 "[stopped]"
@@ -106,8 +106,8 @@ class Chat:
         return output
 
     def _reply(self, turn: list[dict], stopped: Callable[[], bool]) -> Output:
-        # llm.stream would check `stopped` only at each token, but a long prompt takes many steps
-        # before the first one.
+        # Not llm.stream: it yields once per token, and a long prompt takes many steps before the
+        # first token. `stopped` must be checked in each step.
         ids = self.llm.tokenizer.apply_chat(turn)
         if len(ids) >= self.llm.max_model_len:
             raise ValueError(
@@ -171,7 +171,7 @@ class Chat:
         self.note(HELP)
 
     def quit(self) -> None:
-        """`command` leaves; nothing has to be done before."""
+        """Do nothing: `command` reports that the chat should end."""
 
     def clear(self) -> None:
         self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
@@ -299,7 +299,7 @@ def _handle(chat: Chat, line: str, terminal: bool) -> bool:
 
 
 class _Interrupt:
-    """While active, the first Ctrl-C only sets `asked`, and the second one raises.
+    """A context in which the first Ctrl-C only sets `asked`, and the second one raises.
 
     An exception at an arbitrary point could leave the engine in an undefined state.
     """
@@ -333,9 +333,9 @@ def _reader(
     try:
         import readline  # noqa: F401 (enables line editing and a history in `input`)
 
-        # \x01 and \x02 exclude the escape codes from readline's count of columns
+        # \x01 and \x02 tell readline that the escape codes between them take no columns.
         start, end = "\x01\x1b[1m\x02", "\x01\x1b[0m\x02"
-    except ImportError:  # not on every system
+    except ImportError:  # not available on every system
         start, end = "\x1b[1m", "\x1b[0m"
 
     def read(prompt: str) -> str | None:
@@ -353,7 +353,7 @@ def _reader(
 
 
 def _message(read: Callable[[str], str | None]) -> str | None:
-    '''Read a line, or the lines between two """. Returns None at the end of the input.'''
+    '''Read a line, or several lines between two """ marks. Returns None at the end of the input.'''
     line = read("> ")
     if line is None:
         return None

@@ -11,7 +11,7 @@ from lamoe.cli.models import find_model
 
 
 def quantize(args: argparse.Namespace) -> int:
-    """Pack a model into a folder, with a progress bar, and print the size of each weight class."""
+    """Pack a model into a folder and print the size of each class of weights."""
     import torch
 
     from lamoe.backends.base import Formats
@@ -85,7 +85,7 @@ def _progress_bar():
 def _calibration(
     args: argparse.Namespace, source, config, show_layer: Callable[[int], None]
 ) -> dict[str, Any]:
-    """Keyword arguments of packed_file.write for --calibrate."""
+    """Return the keyword arguments of packed_file.write that --calibrate adds."""
     from lamoe.backends.cpu import calibrate
     from lamoe.text.tokenizer import Tokenizer
     from lamoe.train.sources import read_documents

@@ -82,7 +82,7 @@ def _sampling_params(args: argparse.Namespace):
 
 
 def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of LLM from the options that generate and chat share."""
+    """Return the keyword arguments of LLM for the options that generate and chat share."""
     return dict(
         cache=args.cache,
         cache_memory=args.kv_cache_memory,

@@ -35,7 +35,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace, run: Path) -> dict[str, Any]:
-    """The result of the needle test, of a report on --data, or of a report on a run's own text."""
+    """Run the needle test, or evaluate on --data, or evaluate on the held-out text of a run."""
     from lamoe.measure import report
 
     model, tok, speed_model = _load(args)
@@ -57,10 +57,13 @@ def _evaluate(args: argparse.Namespace, run: Path) -> dict[str, Any]:
 
 
 def _load(args: argparse.Namespace):
-    """Load a model to evaluate: (backend, tokenizer, what generates for the speed test).
+    """Load a model to evaluate.
 
-    Quality is measured on the torch ops unless the model is packed or a format is asked for; speed
-    as `lamoe generate` runs the model.
+    Quality is measured with the torch backend, unless the model is packed or --weights or --head is
+    given. Speed is measured with the backend that `lamoe generate` uses.
+
+    Returns:
+        (backend for quality, tokenizer, model for the speed test).
     """
     import torch
 
@@ -88,7 +91,7 @@ def _load(args: argparse.Namespace):
 
 
 def info(args: argparse.Namespace) -> int:
-    """Show what a model's config implies. Does not import torch for presets and config files."""
+    """Show sizes and FLOPs from a model's config. Presets and config files need no torch."""
     from lamoe.model import accounting
 
     config, name, bits = models.read_config(args.model)

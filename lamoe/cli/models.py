@@ -38,7 +38,7 @@ def newest_run(folder: str = "runs") -> str:
 
 
 def is_config(name: str) -> bool:
-    """Whether `name` is a preset or a config.json, which have no weights."""
+    """Return whether `name` is a preset or a config.json, that is, a model without weights."""
     return name in PRESETS or name.endswith(".json")
 
 

@@ -17,7 +17,7 @@ from lamoe.serve.settings import parse_bytes
 
 MODEL = "run folder, model folder or Hugging Face hub id"
 TEXT_SOURCE = "file, folder, glob or .jsonl"
-# `lamoe serve` defines the options that it shares with other verbs; all verbs use its words.
+# Help of the options that `lamoe serve` has too; all verbs use the same words.
 _SHARED = {f.name: f.metadata["help"] for f in dataclasses.fields(settings.Settings)}
 WEIGHT_FORMATS = ("fp32", "bf16", "int8", "int4")
 DTYPES = ("float32", "bfloat16")
@@ -50,9 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
-    """Split the `--section.key value` overrides of `train` from all other words.
+    """Separate the `--section.key value` overrides of `train` from all other words.
 
-    argparse would take an override's value for the recipe.
+    argparse does not know these options and would mistake their values for the recipe.
+
+    Returns:
+        (other words, overrides).
     """
     if list(words[:1]) != ["train"]:
         return list(words), []
@@ -326,7 +329,7 @@ def _add_convert(verbs) -> None:
 
 # ---- options that several verbs share ------------------------------------------------------------
 def _shared(option: str, default: object = None) -> str:
-    """The help of a shared option, with the default of this verb if it has its own."""
+    """Return the help of a shared option, with this verb's default if it has its own."""
     words = _SHARED[option]
     if default is None:
         return words

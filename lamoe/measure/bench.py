@@ -21,14 +21,19 @@ from lamoe.measure.random_weights import random_model
 from lamoe.measure.timing import Bench, Line, Machine, measure
 from lamoe.model.config import ModelConfig
 
-_PROBE_BYTES = 1 << 29  # read to measure the memory bandwidth, if no weight is as large
+_PROBE_BYTES = 1 << 29  # buffer that is read to measure the memory bandwidth
 Make = Callable[[int], Backend]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured: prefill of (tokens, context length), decoding at context lengths, and
-    batched decoding of numbers of sequences."""
+    """What is measured.
+
+    Attributes:
+        prefills: (prompt length, cached tokens before it), in tokens.
+        depths: context lengths at which one token is decoded.
+        batches: numbers of sequences that decode together.
+    """
 
     prefills: list[tuple[int, int]]
     depths: list[int]
@@ -44,7 +49,7 @@ class Workload:
 
     @property
     def slots(self) -> int:
-        """Cached tokens that it needs."""
+        """Return how many tokens the cache must hold."""
         prefill = [n + d for n, d in self.prefills]
         decode = [d + 1 for d in self.depths]
         return max([1, *prefill, *decode, *(32 * b for b in self.batches)])
@@ -52,7 +57,7 @@ class Workload:
 
 @dataclass
 class Result:
-    """The measurements and what must be known to read them."""
+    """The measurements, and the model, formats and machine that they belong to."""
 
     model: str
     weights: str
@@ -67,7 +72,7 @@ class Result:
 
     @property
     def versions(self) -> dict[str, Any]:
-        """Instruction set, threads, torch version and number of CPUs."""
+        """Return instruction set, threads, torch version and number of CPUs."""
         return {
             "isa": native.lib.isa(),
             "threads": self.threads,
@@ -77,12 +82,12 @@ class Result:
 
 
 def random_weights(config: ModelConfig, formats: Formats) -> Make:
-    """A function that makes the model of a config with random weights, for `run`."""
+    """Return the `make` argument of `run` for a config with random weights."""
     return lambda threads: random_model(config, formats, threads)
 
 
 def stored_weights(name: str, formats: Formats) -> Make:
-    """A function that loads a model folder or hub id, for `run`; packed ones keep their format."""
+    """Return the `make` argument of `run` for a folder or hub id; packed ones keep their format."""
 
     def make(threads: int) -> Backend:
         folder = resolve(name)
@@ -171,7 +176,7 @@ def _check(rounds: int, threads: int, batches: list[int]) -> None:
 
 
 def _probe_buffer(model: Backend) -> torch.Tensor:
-    """The model's largest weight if it is far larger than the caches, else a new buffer."""
+    """Return a buffer far larger than the CPU caches: the largest weight, or a new one."""
     largest = max(model.tensors().values(), key=lambda t: t.numel())
     if largest.numel() > _PROBE_BYTES // 2:
         return largest

@@ -37,15 +37,15 @@ EXTRAS = {
     "lm-eval": "make test-lm-eval",
     "dev": "make lint: ruff, mypy, clang-format",
 }
-# CPU features that the kernels can use, with the names of /proc/cpuinfo
+# CPU features that the kernels can use, as /proc/cpuinfo names them
 FLAGS = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
     *("avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16"),
 )
 CHOICES = ("LAMOE_BACKEND", "LAMOE_IMPL", "LAMOE_ISA")  # variables that choose what runs
 VARIABLES = (*CHOICES, "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
-# Differences from another order of summation stay below this share of the largest value. A wrong
-# kernel is off by far more.
+# Largest accepted difference, as a share of the largest value. Another order of summation stays
+# below it; a wrong kernel exceeds it by far.
 MARGIN = 1e-3
 Replies = tuple[list[list[int]], list[float]]
 
@@ -95,7 +95,7 @@ def exit_code(found: dict[str, Any]) -> int:
 
 # ---- the machine ---------------------------------------------------------------------------------
 def _cpu(info: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
-    """Facts about the CPU.
+    """Collect facts about the CPU.
 
     "threads" is what torch uses, and so lamoe without --threads. "quota" is the number of CPUs that
     the control group grants; None means no limit.
@@ -164,7 +164,7 @@ def _probe(threads: int, buffer_bytes: int) -> dict[str, float]:
 
 # ---- the installation ----------------------------------------------------------------------------
 def _requirements(extra: str | None) -> list[str]:
-    """Names of the packages that lamoe requires, or that one of its extras requires."""
+    """Return the names of the packages that lamoe, or one of its extras, requires."""
     try:
         lines = importlib.metadata.requires("lamoe") or []
     except importlib.metadata.PackageNotFoundError:  # run from a folder that is not installed
@@ -190,7 +190,7 @@ def _version(package: str) -> str | None:
 
 
 def _kernels() -> dict[str, Any]:
-    """Facts about the compiled kernels.
+    """Collect facts about the compiled kernels.
 
     "isa" is the instruction set that runs; None if the kernels do not run, and "why" says why.
     "could" lists the instruction sets that this CPU supports.
@@ -208,14 +208,18 @@ def _kernels() -> dict[str, Any]:
 
 
 def _devices() -> list[str]:
-    """Devices that --device accepts here."""
+    """Return the devices that --device accepts on this machine."""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     cuda = [f"cuda:{i} ({name})" for i, name in enumerate(names)]
     return ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def _backend(kernels: dict[str, Any]) -> dict[str, Any]:
-    """The backend that runs an unquantised model on the CPU, and why; None if none runs."""
+    """Find which backend runs an unquantised model on the CPU, and why.
+
+    Returns:
+        {"name": "cpu", "torch" or None, "why": reason}. None means that no backend runs.
+    """
     model = _tiny_model()
     try:
         name = backends.load(model).name
@@ -282,7 +286,7 @@ def _products(isa: str) -> str:
 
 
 def _replies(backend: str) -> Replies:
-    """Greedy tokens for three prompts, and the log-probability of each token."""
+    """Generate greedily from three prompts; return the tokens and their log-probabilities."""
     llm = LLM(_tiny_model(), cache="fp32", backend=backend, cache_memory=1 << 22)
     prompts: list[str | list[int]] = [
         [(7 * i + j) % 128 for i in range(n)] for j, n in enumerate((1, 19, 64))
@@ -294,7 +298,7 @@ def _replies(backend: str) -> Replies:
 
 
 def _tiny_model() -> Transformer:
-    """A small random DeepSeek-V2."""
+    """Make a small DeepSeek-V2 with random weights."""
     config = ModelConfig(
         model_type="deepseek_v2",
         vocab_size=128,
@@ -330,7 +334,7 @@ def _same(a: Replies, b: Replies) -> str:
 
 # ---- the judgement -------------------------------------------------------------------------------
 def _judge(found: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """(problems, notes)."""
+    """Return (problems, notes)."""
     problems = [f"{c['name']}: NO. {c['says']}" for c in found["checks"] if not c["passed"]]
     problems += [
         f"{name} is not installed; install lamoe again with pip"
@@ -352,7 +356,7 @@ def _judge_kernels(kernels: dict[str, Any]) -> tuple[list[str], list[str]]:
         if could and isa != could[0]:
             return [], [f"LAMOE_ISA={isa} disables {could[0]}, which is faster"]
         return [], []
-    if native.available():  # LAMOE_ISA is not supported, and models refuse to run then
+    if native.available():  # LAMOE_ISA names an unsupported instruction set
         return [f"{why}. No model runs with this setting; unset LAMOE_ISA"], []
     said = (
         f"the compiled kernels do not run: {why}. Everything except quantised weights works on "

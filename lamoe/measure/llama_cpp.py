@@ -39,9 +39,9 @@ class Peer:
             )
 
     def command(self, lines: list[Line]) -> list[str]:
-        """The command that measures lines of one depth, or one line of several sequences.
+        """Return the command for all lines of one depth, or for one line of several sequences.
 
-        llama-bench keeps the state at a depth, so one command per depth fills the cache only once.
+        llama-bench must fill its cache up to the depth first; one command does that only once.
         """
         first = lines[0]
         base = ["-m", self.model, "-t", str(self.threads), "-fa"]
@@ -49,7 +49,7 @@ class Peer:
             return [
                 *("llama-batched-bench", *base, "on"),
                 *("-npp", str(first.depth), "-ntg", "16"),
-                *("-npl", f"{first.sequences},{first.sequences}"),  # two measurements
+                *("-npl", f"{first.sequences},{first.sequences}"),  # twice, for two measurements
                 *("-c", str((first.depth + 24) * first.sequences)),
                 *("--output-format", "jsonl"),
             ]
@@ -79,7 +79,7 @@ class Peer:
 
 
 def _run(command: list[str], say: Say) -> tuple[int, str, list[str]]:
-    """(exit code, standard output, last lines of standard error)."""
+    """Run a command; return (exit code, standard output, last lines of standard error)."""
     with (
         tempfile.TemporaryFile("w+") as out,
         subprocess.Popen(
@@ -110,7 +110,7 @@ def _follow(stream: IO[str], say: Say) -> list[str]:
 def parse(text: str) -> Rates:
     """Parse the JSON lines of either tool to {(new tokens, depth, sequences): [tokens/s, ...]}.
 
-    Decoding has one new token.
+    A decode measurement has the key (1, depth, sequences).
     """
     found: Rates = {}
     for row in (json.loads(line) for line in text.splitlines() if line.startswith("{")):
@@ -130,7 +130,7 @@ def measure_interleaved(
     probe: Callable[[], float],
     say: Say,
 ) -> None:
-    """Measure ours, the peer, then ours again, and call `probe` before, between and after them.
+    """Measure lamoe, then the peer, then lamoe again; call `probe` before, between and after them.
 
     Lines of one depth are measured together, because each command of the peer fills its cache.
     """

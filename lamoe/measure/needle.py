@@ -45,7 +45,7 @@ def needle(
         note: called with a line of progress after each length.
 
     Returns:
-        [depths, lengths] shares of draws whose answer was exact.
+        [depths, lengths]: the share of draws whose answer was exact.
 
     Raises:
         ValueError: A length is beyond the model's limit, or a depth is outside 0 to 1.
@@ -81,9 +81,9 @@ def _check(limit: int, lengths: list[int], depths: list[float], draws: int) -> N
 
 
 def _answers(backend: Backend, prompt: list[int], answer: list[int]) -> bool:
-    """Whether greedy decoding of `prompt` gives `answer`.
+    """Return whether greedy decoding of `prompt` gives `answer`.
 
-    One pass over both decides this: each answer token must be the most likely one at its position.
+    One pass over both is enough: each answer token must be the most likely one at its position.
     """
     likely: list[int] = []
     for output, _ in backend.run_sequence(prompt + answer[:-1], CHUNK, last=len(answer)):
@@ -127,7 +127,7 @@ def text_needle(tok: Tokenizer, texts: Iterable[str]) -> Needle:
 
 
 def _sentences(tok: Tokenizer, city: str, number: str) -> tuple[list[int], list[int], list[int]]:
-    """The token ids of the question, of the answer and of the needle."""
+    """Return the token ids of the question, of the answer and of the needle."""
     asked = tok.encode(f" The secret number of {city} is")
     whole = tok.encode(f" The secret number of {city} is {number}")
     # A tokenizer may merge the end of the question with the start of the number.
@@ -140,7 +140,7 @@ def _sentences(tok: Tokenizer, city: str, number: str) -> tuple[list[int], list[
 
 
 def _hay(sentences: list[list[int]], first: int, size: int) -> list[list[int]]:
-    """Consecutive sentences with `size` tokens in total; the last one is cut."""
+    """Return consecutive sentences with `size` tokens in total; the last one is cut."""
     hay: list[list[int]] = []
     while size > 0:
         hay.append(sentences[(first + len(hay)) % len(sentences)][:size])
@@ -149,7 +149,7 @@ def _hay(sentences: list[list[int]], first: int, size: int) -> list[list[int]]:
 
 
 def _nearest_gap(hay: list[list[int]], place: float) -> int:
-    """The number of sentences before the gap that is nearest to token `place`."""
+    """Return the number of sentences before the gap that is nearest to token `place`."""
     ends = [0, *accumulate(map(len, hay))]
     cut = min(bisect.bisect_left(ends, place), len(hay))
     if cut > 0 and ends[cut] - place > place - ends[cut - 1]:

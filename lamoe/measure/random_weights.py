@@ -15,10 +15,10 @@ from lamoe.backends.cpu.packed import PackedTensor
 from lamoe.backends.memory import available_memory
 from lamoe.model.config import ModelConfig
 
-_NOISE_BYTES = 1 << 20  # this much random data is repeated over a tensor
+_NOISE_BYTES = 1 << 20  # a tensor is filled with copies of this much random data
 _STD = 0.02
 _RMS_OF_RANDOM_CODES = {"int8": 74.0, "int4": 37.0}
-_SCALE_BYTES = 64  # at the start of each block
+_SCALE_BYTES = 64  # each block begins with its group scales
 
 
 def random_model(config: ModelConfig, formats: Formats, threads: int = 0) -> CpuBackend:
@@ -49,7 +49,7 @@ def _fill(
     tensor: PackedTensor, element: str, noise: torch.Tensor
 ) -> tuple[torch.Tensor, list[float]]:
     """Return the packed bytes of a tensor and the scale of each of its matrices."""
-    if tensor.format is None:  # a norm
+    if tensor.format is None:  # weights of a norm
         return torch.ones(tensor.n).view(torch.uint8), [1.0]
     kind = element if tensor.format == "raw" else tensor.format
     source = _normal(kind) if kind in ("fp32", "bf16") else noise
@@ -59,14 +59,15 @@ def _fill(
     if kind not in _RMS_OF_RANDOM_CODES:
         return out, [1.0] * tensor.num_matrices
     block_bytes = native.mat_bytes(kind, 16, native.BLOCK[kind])
-    # Group scales of +-0.5. The random sign matters for int4: its codebook has a nonzero mean.
+    # Set all group scales to +0.5 or -0.5. int4 needs the random sign, because the mean of its
+    # codebook is not zero.
     scales = out.view(-1, block_bytes)[:, :_SCALE_BYTES]
     scales.bitwise_and_(0x80).bitwise_or_(0x70)
     return out, [_STD / _RMS_OF_RANDOM_CODES[kind] / 0.5] * tensor.num_matrices
 
 
 def _normal(kind: str) -> torch.Tensor:
-    """Bytes of normally distributed numbers."""
+    """Return the bytes of normally distributed numbers."""
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(_NOISE_BYTES // 4, generator=generator) * _STD
     return values.to(torch.float32 if kind == "fp32" else torch.bfloat16).view(torch.uint8)

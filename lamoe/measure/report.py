@@ -34,7 +34,7 @@ from lamoe.train.sources import read_documents
 Row = tuple[np.ndarray, np.ndarray]  # token ids and document numbers, each [T + 1]
 Texts = dict[str, tuple[str, Iterable[Row]]]  # {source: (text, its rows)}
 _BATCH = 16  # rows per forward pass
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # shown names of unquantised weights
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # how a report names unquantised weights
 _ROUTER = (
     "balance_expert",
     "balance_device",
@@ -52,7 +52,7 @@ def evaluate_run(
     """Evaluate a model on the held-out text of a training run, and add the run's metrics.
 
     Args:
-        speed_model: what generates for the speed test; None means `backend`.
+        speed_model: the model of the speed test; None means `backend`.
     """
     recipe = _recipe(run)
     corpus, seq_len = open_corpus(run / "data"), recipe["data"]["seq_len"]
@@ -80,7 +80,7 @@ def evaluate_texts(
 
     Args:
         seq_len: context length in tokens; default 1024, or the model's limit if that is smaller.
-        speed_model: what generates for the speed test; None means `backend`.
+        speed_model: the model of the speed test; None means `backend`.
     """
     limit = backend.config.max_position_embeddings
     seq_len = min(1024, limit) if seq_len is None else seq_len
@@ -105,10 +105,10 @@ def _recipe(run: Path) -> dict[str, Any]:
 
 
 def _rows(tok: Tokenizer, texts: Iterable[str], seq_len: int) -> Iterator[Row]:
-    """Rows of one text each: BOS (if the model has one) and windows that overlap by one token.
+    """Split each text into rows that overlap by one token, with BOS first if the model has one.
 
-    The last row of a text is padded. Each padding token is a document of its own, so none of them
-    is a target.
+    The last row of a text is padded. Each padding token counts as a document of its own, so it is
+    not a target.
     """
     for ids in tok.encode_batch(list(texts), bos=tok.bos_id is not None):
         for at in range(0, len(ids) - 1, seq_len):
@@ -127,7 +127,7 @@ def _measure(
     speed_model: Backend | Path | None = None,
 ) -> dict[str, Any]:
     rows, targets = [], 0
-    load: np.ndarray | float = 0.0  # shares per expert, weighted by targets
+    load: np.ndarray | float = 0.0  # sum over sources, weighted by their targets
     for source, (text, windows) in texts.items():
         data = text.encode("utf-8")
         if not data:
@@ -158,7 +158,7 @@ def _measure(
 
 
 def _compression(data: bytes, loss: TextLoss, vocab_size: int) -> dict[str, Any]:
-    """Bits per byte of the model, of xz, of gzip and of a uniform code over the vocabulary."""
+    """Return the bits per byte of the model, xz, gzip and a uniform code over the vocabulary."""
     return {
         "bytes": len(data),
         "tokens": loss.targets,
@@ -200,7 +200,7 @@ def _speed(model: Backend | Path, tok: Tokenizer, limit: int, tokens: int = 96) 
 
 
 def _training(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    """The loss curves and the medians of a run's metrics; empty if no step was logged."""
+    """Return a run's loss curves and the medians of its metrics; empty if no step was logged."""
     text = (run / "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     steps = [m for m in lines if "loss" in m]

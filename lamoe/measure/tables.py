@@ -15,13 +15,13 @@ def _row(*cells: object) -> str:
 
 
 def _head(*cells: str) -> list[str]:
-    """The heading of a table and the line below it."""
+    """Return the heading of a table and the line below it."""
     return [_row(*cells), "|---" * len(cells) + "|"]
 
 
 # ---- bench ---------------------------------------------------------------------------------------
 def bench(result: Result) -> str:
-    """The output of `lamoe bench` for people: what ran where, the speeds, and the peer's speeds."""
+    """Format the result of `lamoe bench`: model, machine, speeds, and the peer's speeds."""
     r, machine, isa = result, result.machine, result.versions["isa"]
     out = [
         f"{r.model}: weights {r.weights}, head {r.head}, {r.weight_bytes / 1e9:.3g} GB, ready in "
@@ -38,7 +38,7 @@ def bench(result: Result) -> str:
 
 
 def speeds(lines: list[Line], machine: Machine, weights: str) -> str:
-    """The speeds, with bandwidth and arithmetic as shares of the limits of the same run."""
+    """Format speeds, with bandwidth and arithmetic as shares of the limits of the same run."""
     peak = machine.peak(weights)
     out = _head(
         "",
@@ -72,7 +72,7 @@ def speeds(lines: list[Line], machine: Machine, weights: str) -> str:
 
 
 def peer_speeds(lines: list[Line]) -> str:
-    """Median speeds of lamoe and llama.cpp from interleaved runs."""
+    """Format the median speeds of lamoe and llama.cpp in interleaved runs."""
     out = _head(
         "tokens/s",
         "lamoe",
@@ -89,7 +89,7 @@ def peer_speeds(lines: list[Line]) -> str:
 
 
 def bench_json(result: Result) -> dict[str, Any]:
-    """The last line of `lamoe bench`."""
+    """Return the JSON object that `lamoe bench` prints last."""
     return {
         "model": result.model,
         "weights": result.weights,
@@ -121,7 +121,7 @@ def _figures(line: Line) -> dict[str, Any]:
 
 # ---- evaluate ------------------------------------------------------------------------------------
 def report(r: dict[str, Any], name: str) -> str:
-    """A report (report.evaluate_run or evaluate_texts) as Markdown."""
+    """Format a report (report.evaluate_run or evaluate_texts) as Markdown."""
     out = [
         f"# {name}",
         "",
@@ -200,7 +200,7 @@ def _speed_section(r: dict[str, Any]) -> list[str]:
 
 
 def needle(r: dict[str, Any], name: str) -> str:
-    """A needle test (report.evaluate_needle) as Markdown."""
+    """Format the result of a needle test (report.evaluate_needle) as Markdown."""
     out = [
         f"# {name}: needle in a haystack",
         "",

@@ -21,8 +21,12 @@ from lamoe.model import accounting
 
 @dataclass
 class Machine:
-    """Measured limits: bytes read per second, and multiply-adds per second of int8, bfloat16 and
-    float32 dot products."""
+    """Measured limits of the machine.
+
+    Attributes:
+        read: bytes read from memory per second.
+        int8, bf16, fp32: multiply-adds per second in dot products of this type.
+    """
 
     read: float
     int8: float
@@ -36,14 +40,14 @@ class Machine:
         return cls(*map(statistics.median, zip(*probes)))
 
     def peak(self, weights: str) -> float:
-        """Operations per second of the arithmetic that weights of this format use."""
+        """Return the peak operations per second of the arithmetic that a weight format uses."""
         kind = "int8" if weights in ("int4", "int8") else weights
         return 2 * getattr(self, kind)
 
 
 @dataclass
 class Line:
-    """One measurement: a pass computes `new` tokens of each of `sequences` at context `depth`.
+    """One measurement: passes that compute `new` tokens of each sequence at context length `depth`.
 
     Attributes:
         flops: FLOPs of one pass by the model's definition; a multiply-add counts as 2.
@@ -65,7 +69,7 @@ class Line:
 
     @property
     def tokens(self) -> int:
-        """Tokens that one pass computes."""
+        """Number of tokens that one pass computes."""
         return self.new * self.sequences
 
     @property
@@ -85,7 +89,7 @@ class Line:
 
     @property
     def ratio(self) -> float:
-        """How many times faster than the peer."""
+        """Our tokens per second divided by the peer's."""
         return self.rate / self.peer_rate
 
 
@@ -102,7 +106,7 @@ class Bench:
         if format in ("fp32", "bf16"):
             rows.view(torch.float32 if format == "fp32" else torch.bfloat16).normal_()
         else:
-            # Bytes below 64, so that bytes used as a scale stay small.
+            # Bytes below 64: some of them are scales, and the cached values must stay moderate.
             rows.copy_(torch.randint(0, 64, rows.shape, dtype=torch.uint8))
         self.pages = torch.arange(self.cache.pages, dtype=torch.int32)
 
@@ -129,7 +133,7 @@ class Bench:
         return self.model.forward(batch, self.cache, experts=experts).experts
 
     def form(self, new: int, depth: int) -> str | None:
-        """The form of MLA that a pass uses, "absorb" or "expand"; None for other attention."""
+        """Return the form of MLA that a pass uses ("absorb", "expand"), or None without MLA."""
         if not self.config.is_mla:
             return None
         return "expand" if expands(self.config, new, depth + new) else "absorb"
@@ -137,8 +141,8 @@ class Bench:
     def bytes(self, line: Line, chosen: torch.Tensor | None) -> float:
         """Count the bytes that a pass with the chosen experts reads.
 
-        These are the cached rows, the chosen experts, one embedding row per token, one of the two
-        copies of W^UK and W^UV, and each other weight once.
+        A pass reads the cached rows, the chosen experts, one embedding row per token, one of the
+        two copies of W^UK and W^UV, and each other weight once.
         """
         chosen = torch.empty(0) if chosen is None else chosen
         experts = len(chosen) * (self.config.n_routed_experts or 0)
@@ -149,21 +153,21 @@ class Bench:
             "embed": min(line.tokens / self.config.vocab_size, 1),
             **dict.fromkeys(self._unread(line), 0),
         }
-        row = self.cache.nbytes / (self.cache.pages * self.cache.page_size)  # of all layers
+        row = self.cache.nbytes / (self.cache.pages * self.cache.page_size)  # all layers together
         total = line.sequences * line.depth * row
         for key, size in self.model.tensor_bytes().items():
             total += shares.get(key.rsplit(".", 1)[-1], 1) * size
         return total
 
     def _unread(self, line: Line) -> tuple[str, ...]:
-        """The copies of W^UK and W^UV that the form of attention does not read."""
+        """Return the copies of W^UK and W^UV that this form of attention does not read."""
         if self.form(line.new, line.depth) != "expand":
             return ("uk_rows", "uv_elem")
         # Without quantisation W^UV has one copy, which both forms read.
         return ("uk", "uv") if self.model.weights in ("int8", "int4") else ("uk",)
 
     def line(self, name: str, new: int, depth: int, sequences: int = 1) -> Line:
-        """Describe a measurement."""
+        """Make a measurement that has no results yet."""
         form = self.form(new, depth)
         one = accounting.forward_flops(self.config, new, depth, form, head_tokens=1).total
         return Line(name, new, depth, sequences, sequences * one)
@@ -171,8 +175,7 @@ class Bench:
     def lines(
         self, prefills: list[tuple[int, int]], depths: list[int], batches: list[int]
     ) -> list[Line]:
-        """Describe decoding at each depth, prefill of each (tokens, depth), and batched decoding
-        of each number of sequences."""
+        """Make all measurements of a workload (bench.Workload), without results yet."""
         return (
             [self.line(f"decode at {d:,}", 1, d) for d in depths]
             + [self.line(f"prefill {n:,}" + (f" at {d:,}" if d else ""), n, d) for n, d in prefills]

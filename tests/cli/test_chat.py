@@ -38,7 +38,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(scope="module")
 def parts(trained):
-    """(model, tokenizer): random weights with a long context, and a trained vocabulary."""
+    """Return (model, tokenizer): random weights, a context of 400 tokens, a trained vocabulary."""
     config = ModelConfig(
         **{**BODY, "max_position_embeddings": 400, "initializer_range": 0.2}, **MLA, **MOE
     )
@@ -489,7 +489,7 @@ def test_a_second_ctrl_c_ends_a_reply_that_hangs(llm, monkeypatch):
 
 
 def test_in_a_thread(llm, monkeypatch):
-    """Signal handlers cannot be set there, and the chat must work without them."""
+    """A chat also runs in a thread, where signal handlers cannot be set."""
     got = []
     t = threading.Thread(
         target=lambda: got.append(interactive(llm, ["the cat\n", ""], monkeypatch))
@@ -553,7 +553,7 @@ class Child:
 
 @pytest.fixture
 def endless(parts, tmp_path):
-    """A model folder whose replies last long enough to be stopped."""
+    """Save a model whose replies last long enough to be stopped; return its folder."""
     from lamoe.checkpoints import save
 
     model, tok = parts
@@ -579,7 +579,7 @@ def test_in_a_real_terminal(endless, tmp_path):
         c.until("[stopped]", "> ")
     c.type(f"/save {tmp_path / 'talk'}\n")
     c.until("[saved ", "> ")
-    # readline notices a signal that comes before it waits only at the next key.
+    # If the signal comes before readline waits for input, readline notices it at the next key.
     time.sleep(0.3)
     c.type("\x03")
     time.sleep(0.3)

@@ -78,7 +78,7 @@ def test_train_refuses(tmp_path, capsys):
     assert "--optim.lr needs a value" in refused(capsys, "train", file, "--optim.lr")
     assert "nothing to resume" in refused(capsys, "train", file, "--resume")
     assert "does not exist" in refused(capsys, "train", file, "--quiet")
-    for words in (["--lr", "3"], ["another.toml"], ["--quie"]):  # refused by argparse
+    for words in (["--lr", "3"], ["another.toml"], ["--quie"]):  # argparse refuses these
         with pytest.raises(SystemExit) as e:
             run("train", file, *words)
         assert e.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err

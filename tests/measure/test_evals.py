@@ -24,7 +24,7 @@ CONFIG = ModelConfig(**BODY, **MLA, **MOE)
 
 
 def rows(n=7, t=12, seed=0):
-    """Rows of two to four documents.
+    """Make rows of two to four documents.
 
     The second half of the last row is padding: each of its tokens is a segment of its own.
     """
@@ -234,7 +234,9 @@ def test_text_needles(trained):
         at = said.index(f" The secret number of {city} is {number}.")
         assert said.count("secret number") == 2
         assert before < at == pytest.approx(depth * (len(said) - 80), abs=40)
-        assert at == 0 or said[at - 1] in ".!?" or depth == 1.0  # between two sentences
+        assert (
+            at == 0 or said[at - 1] in ".!?" or depth == 1.0
+        )  # the needle begins between two sentences
         hay = (
             said[:at]
             + said[at:]
