@@ -30,7 +30,7 @@ LEVEL = {
     "__main__": 8,
 }
 ENTRY_POINTS = {"lamoe", "lamoe.cli", "lamoe.__main__", "lamoe.engine.generate"}
-MAX_LINES, MAX_COLUMNS = 900, 200
+MAX_LINES, MAX_COLUMNS = 650, 100
 
 
 def modules() -> dict[str, Path]:

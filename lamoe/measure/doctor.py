@@ -227,7 +227,14 @@ def _backend(kernels: dict[str, Any]) -> dict[str, Any]:
         return {"name": None, "why": str(e)}
     if name == "cpu":
         isa = kernels["isa"]
-        return {"name": name, "why": f"the compiled kernels run here (instruction set {isa})"}
+        why = f"the compiled kernels run here (instruction set {isa})"
+        if isa == "scalar":
+            why += (
+                ", without vector instructions. They are faster than torch ops on a CPU that has "
+                "none either (docs/BENCHMARKS.md). Where torch has vectors, as on Arm, "
+                "LAMOE_BACKEND=torch reads prompts faster and decodes slower"
+            )
+        return {"name": name, "why": why}
     if kernels["why"]:
         return {"name": name, "why": f"the compiled kernels do not run: {kernels['why']}"}
     return {"name": name, "why": why_torch(model.config, model.embed.weight.dtype)}
