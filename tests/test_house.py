@@ -30,7 +30,7 @@ LEVEL = {
     "__main__": 8,
 }
 ENTRY_POINTS = {"lamoe", "lamoe.cli", "lamoe.__main__", "lamoe.engine.generate"}
-MAX_LINES, MAX_COLUMNS = 650, 100
+MAX_LINES, MAX_TEST_LINES, MAX_COLUMNS = 540, 820, 100
 
 
 def modules() -> dict[str, Path]:
@@ -157,14 +157,34 @@ def test_accounting_config_and_the_package_itself_need_no_torch():
 )
 def test_files_and_lines_stay_readable(path):
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= MAX_LINES, f"{len(lines)} lines"
-    wide = [i + 1 for i, line in enumerate(lines) if len(line) > MAX_COLUMNS]
-    assert not wide or "tests" in path.parts, (
-        f"lines {wide} are wider than {MAX_COLUMNS}"
-    )  # a table of cases may be wide
-    assert not [i + 1 for i, line in enumerate(lines) if line != line.rstrip()], (
-        "spaces at the end of lines"
-    )
+    limit = MAX_TEST_LINES if "tests" in path.parts else MAX_LINES
+    assert len(lines) <= limit, f"{len(lines)} lines"
+    # Tables may be wider, if they say so.
+    wide = [i + 1 for i, x in enumerate(lines) if len(x) > MAX_COLUMNS and "noqa: E501" not in x]
+    assert not wide, f"lines {wide} are wider than {MAX_COLUMNS}"
+    trailing = [i + 1 for i, line in enumerate(lines) if line != line.rstrip()]
+    assert not trailing, f"spaces at the end of lines {trailing}"
+
+
+MODEL_CLASSES = {"Transformer", "TorchBackend", "CpuBackend"}
+
+
+def model_class_checks(node: ast.AST) -> list[str]:
+    """Return the model classes that a node compares with isinstance."""
+    if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance"):
+        return []
+    return [n.id for n in ast.walk(node.args[1]) if getattr(n, "id", "") in MODEL_CLASSES]
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if not n.startswith("lamoe.backends")])
+def test_only_backends_know_what_runs_a_model(name):
+    """Everything else knows the interface, lamoe.backends.base.Backend."""
+    assert [c for node in ast.walk(tree(name)) for c in model_class_checks(node)] == []
+
+
+def test_the_check_sees_a_model_class():
+    code = ast.parse("isinstance(model, (int, CpuBackend))")
+    assert [c for node in ast.walk(code) for c in model_class_checks(node)] == ["CpuBackend"]
 
 
 def test_the_model_is_read_in_one_sitting():
