@@ -30,7 +30,7 @@ LEVEL = {
     "__main__": 8,
 }
 ENTRY_POINTS = {"lamoe", "lamoe.cli", "lamoe.__main__", "lamoe.engine.generate"}
-MAX_LINES, MAX_TEST_LINES, MAX_COLUMNS = 540, 820, 100
+MAX_LINES, MAX_TEST_LINES = 540, 820  # `make lint` checks their width
 
 
 def modules() -> dict[str, Path]:
@@ -155,13 +155,10 @@ def test_accounting_config_and_the_package_itself_need_no_torch():
     ),
     ids=lambda p: str(p.relative_to(ROOT)),
 )
-def test_files_and_lines_stay_readable(path):
+def test_files_stay_short(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     limit = MAX_TEST_LINES if "tests" in path.parts else MAX_LINES
     assert len(lines) <= limit, f"{len(lines)} lines"
-    # Tables may be wider, if they say so.
-    wide = [i + 1 for i, x in enumerate(lines) if len(x) > MAX_COLUMNS and "noqa: E501" not in x]
-    assert not wide, f"lines {wide} are wider than {MAX_COLUMNS}"
     trailing = [i + 1 for i, line in enumerate(lines) if line != line.rstrip()]
     assert not trailing, f"spaces at the end of lines {trailing}"
 
