@@ -57,13 +57,8 @@ def test_rope(isa, interleaved, r):
 @pytest.mark.parametrize("f", [1, 15, 16, 17, 63, 64, 65, 130])
 def test_swiglu(fmt, isa, f):
     full = -(-f // 16) * 16
-    for m, d in [
-        (1, 1),
-        (3, 65),
-        (13, 17),
-        (25, 64),
-        (200, 127),
-    ]:  # the kernel's blocks have 192 rows
+    # The kernel's blocks have 192 rows.
+    for m, d in [(1, 1), (3, 65), (13, 17), (25, 64), (200, 127)]:
         w13 = torch.zeros(2, full, d)
         w13[:, :f] = draw(2, f, d, seed=d)
         data, scale = native.pack(fmt, w13.flatten(0, 1))
