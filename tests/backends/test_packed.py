@@ -409,9 +409,8 @@ def test_the_commands_take_a_packed_folder(trained, tmp_path, capsys):
         run("quantize", trained, tmp_path / "four", "--calibrate", texts, "--calibrate-tokens", 512)
         == 0
     )
-    assert json.loads((tmp_path / "four" / "config.json").read_text())["quantization_config"][
-        "calibration"
-    ]
+    config = json.loads((tmp_path / "four" / "config.json").read_text())
+    assert config["quantization_config"]["calibration"]
     capsys.readouterr()
     outputs = []
     for words in (["--model", trained, "--weights", "int8"], ["--model", out]):

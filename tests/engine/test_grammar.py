@@ -374,9 +374,8 @@ def test_how_outputs_end(llm, tok):
     assert ends(llm, "zzzzzzz", max_tokens=3) == ("zzz", "length", 3, False)
     assert ends(llm, "zzzyzzz", stop=("y",)) == ("zzz", "stop", 4, False)
     assert ends(llm, "", min_tokens=3)[:2] == ("", "stop")  # nothing but EOS fits
-    assert ends(llm, "(ab|)", ignore_eos=True, logit_bias=dict.fromkeys(tok.encode("ab"), -100))[
-        :2
-    ] == ("ab", "stop")
+    against_ab = dict.fromkeys(tok.encode("ab"), -100)
+    assert ends(llm, "(ab|)", ignore_eos=True, logit_bias=against_ab)[:2] == ("ab", "stop")
     assert idle(llm)
 
 

@@ -277,9 +277,8 @@ def test_samples_of_a_prompt_wait_for_its_pages():
         o.pages for o in others
     )
     world.step()
-    assert [o.cached for o in others] == [16, 16] and others[0].pages[:4] == leader.pages[
-        :4
-    ] == others[1].pages[:4]
+    assert [o.cached for o in others] == [16, 16]
+    assert others[0].pages[:4] == leader.pages[:4] == others[1].pages[:4]
     assert len({leader.pages[4], others[0].pages[4], others[1].pages[4]}) == 3
     world.run()
 
