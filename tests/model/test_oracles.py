@@ -235,7 +235,7 @@ def greedy_uncached(theirs, tokens: torch.Tensor, steps: int) -> torch.Tensor:
     "name", ["lora-yarn-limited-1dense", "plain-rope-greedy-1dense", "llama-gqa"]
 )
 def test_transformers_in_float64(name):
-    """The rest of the difference comes from transformers' float32 norms and softmax."""
+    """The tolerance covers the norms and softmax that transformers computes in float32."""
     c = _HF_CASES[name]
     m, theirs = tiny.model(c), theirs_of(c, torch.float64)
     tokens = tiny.ids(c, 2, 24)

@@ -16,7 +16,7 @@ PLAIN = V2.replace(rope_scaling=None)
 
 # ---- constants of the paper and of the released configs ----
 def test_mscale():
-    # The paper's 0.0707 ln s + 1.
+    # Paper 3.1.4: 0.0707 ln 40 + 1.
     assert rope.mscale(40, 0.707) == pytest.approx(1.2608037774, abs=1e-10)
     assert rope.mscale(40, 1.0) == pytest.approx(1.3688879454, abs=1e-10)
     assert rope.mscale(1, 0.707) == rope.mscale(0.5, 1.0) == 1.0

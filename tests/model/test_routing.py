@@ -358,7 +358,8 @@ def test_protected_sequences_of_a_model_are_never_dropped():
     assert torch.allclose(dropped[[1, 3]], plain[[1, 3]], rtol=0, atol=1e-12)
     for row in (0, 2):
         assert (dropped[row] - plain[row]).abs().max() > 1e-2
-    assert torch.equal(m.hidden(tokens), plain)  # evaluation drops nothing, in train mode neither
+    # Only the hook drops tokens: nothing is dropped without it, even in train mode.
+    assert torch.equal(m.hidden(tokens), plain)
     assert torch.equal(m.train().hidden(tokens), plain)
 
 
