@@ -92,8 +92,8 @@ def _calibration(
 
     if "int4" not in (args.weights, args.head):
         raise ValueError(
-            f"--calibrate concerns int4; {args.weights} rounds every weight to the nearest value, "
-            "whatever the inputs are"
+            f"--calibrate concerns int4; {args.weights} rounds every weight to the nearest value "
+            "and needs no calibration text, so omit --calibrate"
         )
     texts = [document.text for document in read_documents([args.calibrate])]
     rows = calibrate.rows_of(Tokenizer.load(source), texts, config, args.calibrate_tokens)

@@ -50,7 +50,7 @@ class Line:
     """One measurement: passes that compute `new` tokens of each sequence at context length `depth`.
 
     Attributes:
-        flops: FLOPs of one pass by the model's definition; a multiply-add counts as 2.
+        flops: FLOPs that one pass needs; a multiply-add counts as 2.
         bytes: bytes that one pass reads; set by `measure`.
         seconds: duration of each pass.
         peer: tokens/s of llama.cpp in each of its runs.

@@ -517,7 +517,7 @@ class Child:
         self.seen, self.at = "", 0
 
     def until(self, *words):
-        """Wait for these words, in this order, in the output after the last wait."""
+        """Wait until these words appear, in this order, in output that no earlier wait consumed."""
         for word in words:
             self._read(lambda: self.seen.find(word, self.at) >= 0, word)
             self.at = self.seen.find(word, self.at) + len(word)
