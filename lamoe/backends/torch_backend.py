@@ -9,9 +9,9 @@ import torch
 
 from lamoe.backends.base import Backend, Batch, ForwardResult, RowsLoss
 from lamoe.backends.paged_cache import Group, PagedCache, Step
-from lamoe.model import routing
+from lamoe.model import rope, routing
 from lamoe.model.config import ModelConfig
-from lamoe.model.transformer import Transformer
+from lamoe.model.transformer import Transformer, check_ids
 
 _FORMAT_OF_DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Decoding sequences are padded to one length and attend together while the longest has at most
@@ -35,6 +35,7 @@ class TorchBackend(Backend):
     def forward(
         self, batch: Batch, cache: PagedCache, *, head: bool = True, experts: bool = False
     ) -> ForwardResult:
+        rope.check_length(self.config, int(batch.positions.max()) + 1)
         step = self._step(batch, cache)
         chosen = routing.Chosen() if experts else None
         ids = torch.tensor([batch.ids], device=self.device)
@@ -47,6 +48,7 @@ class TorchBackend(Backend):
     def rows_loss(
         self, ids: torch.Tensor, segments: torch.Tensor, document_mask: bool = True
     ) -> RowsLoss:
+        check_ids(ids, self.config)  # here, because a device cannot check without a stall
         ids, segments = ids.to(self.device), segments.to(self.device)
         targets = next_token_targets(ids, segments)
         watch = routing.Training(routing.Balance(devices=1))
