@@ -42,12 +42,8 @@ FLAGS = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
     *("avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16"),
 )
-CHOICES = (
-    "LAMOE_BACKEND",
-    "LAMOE_OPS",
-    "LAMOE_IMPL",
-    "LAMOE_ISA",
-)  # variables that choose what runs
+# variables that choose what runs
+CHOICES = ("LAMOE_BACKEND", "LAMOE_OPS", "LAMOE_IMPL", "LAMOE_ISA")
 VARIABLES = (*CHOICES, "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
 # Largest accepted difference, as a share of the largest value. Another order of summation stays
 # below it; a wrong kernel exceeds it by far.
