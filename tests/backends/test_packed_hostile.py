@@ -155,16 +155,17 @@ def test_other_and_impossible_configs_are_refused(tmp_path):
     assert "weights 'int3'" in load_error(quantization_config=q | {"weights": "int3"})
     assert "weights ['int4']" in load_error(quantization_config=q | {"weights": ["int4"]})
     assert "does not hold the tensors" in load_error(quantization_config=q | {"weights": "int8"})
-    # The memory plan refuses it before anything is counted layer by layer.
-    assert "are more than" in load_error(num_hidden_layers=10**9)
+    # Sizes beyond the limits of the kernels are refused before anything is counted layer by layer.
+    limit = "layers is 1000000000; it must be from 1 to 65536"
+    assert limit in load_error(num_hidden_layers=10**9)
     with pytest.raises(ValueError, match="incomplete"):
         packed_file.load(tmp_path / "out")
-    assert "does not hold the tensors" in load_error(
-        n_routed_experts=10**9, n_group=None, topk_group=None
-    )
-    assert "does not hold the tensors" in load_error(
-        vocab_size=2**31 - 1
-    ) and "limit is 2147483647" in load_error(vocab_size=2**40)
+    no_groups = {"n_group": None, "topk_group": None}
+    assert "experts is 1000000000" in load_error(n_routed_experts=10**9, **no_groups)
+    assert "does not hold the tensors" in load_error(n_routed_experts=30_000, **no_groups)
+    assert "vocab is 2147483647" in load_error(vocab_size=2**31 - 1)
+    assert "limit is 2147483647" in load_error(vocab_size=2**40)
+    assert "does not hold the tensors" in load_error(vocab_size=4_000_000)
     # Other quantisation methods go to the loader of plain checkpoints, which refuses them.
     assert "quantization_config" in load_error(quantization_config={"quant_method": "gptq"})
     assert "hidden_size" in load_error(hidden_size="many")
