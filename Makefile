@@ -11,6 +11,8 @@ endif
 RUN    := $(VENV)/.ready-run
 DEV    := $(VENV)/.ready-dev
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+# The instruction sets that the build names. Those that this CPU lacks are skipped.
+ISAS   := $(shell sed -n 's/^ *lamoe_isa(\([a-z0-9]*\) .*/\1/p' CMakeLists.txt)
 SOURCE := pyproject.toml constraints.txt tools/install.py CMakeLists.txt $(CPP_FILES)
 
 .PHONY: help demo test lint format test-lm-eval wheel-check long needle bench bench-serve \
@@ -69,7 +71,7 @@ asan tsan:  ## the C++ check program under sanitizers, on every instruction set 
 	cmake -S . -B build/$@ >/dev/null \
 	  -DLAMOE_SANITIZE=$(if $(filter asan,$@),address$(,)undefined$(,)float-cast-overflow,thread)
 	cmake --build build/$@
-	@for isa in scalar avx2 avxvnni avx512vnni avx512 amx; do \
+	@for isa in $(ISAS); do \
 	  if [ $$isa = scalar ] || LAMOE_ISA=$$isa build/$@/check list >/dev/null 2>&1; then \
 	    LAMOE_ISA=$$isa build/$@/check || exit 1; fi; done
 
