@@ -12,7 +12,7 @@ RUN    := $(VENV)/.ready-run
 DEV    := $(VENV)/.ready-dev
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 # The instruction sets that the build names. Those that this CPU lacks are skipped.
-ISAS   := $(shell sed -n 's/^ *lamoe_isa(\([a-z0-9]*\) .*/\1/p' CMakeLists.txt)
+ISAS   := $(shell awk -F'[ ()]+' '/^ *lamoe_isa/ {sub(/^ */, ""); print $$2}' CMakeLists.txt)
 SOURCE := pyproject.toml constraints.txt tools/install.py CMakeLists.txt $(CPP_FILES)
 
 .PHONY: help demo test lint format test-lm-eval wheel-check long needle bench bench-serve \
