@@ -77,10 +77,11 @@ def measure(m: Transformer, format: str) -> Iterator[dict]:
     tokens = torch.randint(256, (LENGTHS[-1],), generator=generator).tolist()
     for length in LENGTHS:
         begin = time.perf_counter()
+        # A prefix hit: the tokens of the shorter length are not computed again.
         [id] = engine.add(
             tokens[: length - STEPS - 1],
             SamplingParams(temperature=0.0, max_tokens=4 * STEPS, ignore_eos=True),
-        )  # a prefix hit: the tokens of the shorter length are not computed again
+        )
         computed = 0
         while not computed or engine.scheduler.running[0].todo > 1:
             engine.step()

@@ -387,9 +387,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=120.0, help="duration of part two")
+    parser.add_argument("--seconds", type=float, default=120.0, help="seconds of load in part two")
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of part one")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="rounds of the HTTP overhead measurement (part one)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of the engine")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as tmp:

@@ -322,7 +322,7 @@ class PyModel {
   Model m_;
   // Set by the first step, with the GIL held: from then on other threads may be inside m_.step.
   bool frozen_ = false;
-  std::vector<nb::object> keep_;  // what the pointers point to
+  std::vector<nb::object> keep_;  // keeps the arrays alive that the model points to
 };
 
 }  // namespace

@@ -34,4 +34,4 @@ with tempfile.TemporaryDirectory() as scratch:
         one, eight = tokens_per_second(llm, 1), tokens_per_second(llm, 8)
         print(f"{name}: {one:.0f} tokens/s alone, {eight:.0f} tokens/s for 8 sequences")
         print(llm.plan().describe())
-        del llm  # the file of int4 is memory-mapped: close it before the folder goes
+        del llm  # closes the memory-mapped int4 file before its folder is deleted

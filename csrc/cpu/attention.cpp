@@ -110,7 +110,7 @@ void combine(const float* states, int count, int lane, int width, float* out) {
   float top = state(0).maximum()[lane], sum = 0;
   for (int i = 1; i < count; i++) {
     const float m = state(i).maximum()[lane];
-    if (!(m <= top)) top = m;  // takes over NaN
+    if (!(m <= top)) top = m;  // also true if m is NaN
   }
   for (int c = 0; c < width; c += 16) vstore_n(out + c, vzero(), width - c);
   for (int i = 0; i < count; i++) {

@@ -13,7 +13,7 @@ INLINE vf dot_unit(vf acc, vw w, const void* x) {
   return E == FP32 ? dot_f32(acc, w, x) : dot_bf16(acc, w, x);
 }
 
-// Prefetches line by line while there is something to compute.
+// Prefetches cache line by cache line during a computation.
 class Ahead {
  public:
   explicit Ahead(const Prefetch& p) : p_(p) {}
@@ -23,7 +23,8 @@ class Ahead {
   INLINE void next(int lines) {
     for (; lines > 0; lines--) next();
   }
-  // For loops that do not wait for loads. Among scores these lines cost more than they gain.
+  // Only for loops that are not bound by loads. In score loops this prefetch costs more than it
+  // gains.
   INLINE void later() {
     if (p_.later < p_.later_end) __builtin_prefetch(p_.later, 0, 2), p_.later += 64;
   }

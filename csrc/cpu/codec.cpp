@@ -118,8 +118,8 @@ INLINE void store16(int elem, void* out, int at, vf v, int n) {
   std::memcpy((uint16_t*)out + at, t, 2 * n);
 }
 
-// 64 elements at a time, for parts in which 64 neighbours lie side by side in every plane. step:
-// of each 16 elements.
+// Decodes 64 elements at a time, for parts in which 64 neighbours are contiguous in every plane.
+// step: the step size of each 16 elements.
 template <int N>
 void decode_wide(const LowBitPart& b, const float* step, const uint8_t* codes, int elem,
                  void* out) {
@@ -155,7 +155,7 @@ void decode_wide(const LowBitPart& b, const float* step, const uint8_t* codes, i
   }
 }
 
-// 16 elements at a time, for parts of any width.
+// Decodes 16 elements at a time, for parts of any width.
 template <int N>
 void decode_narrow(const LowBitPart& b, const uint8_t* in, int elem, void* out) {
   const Planes pl = planes(N);
@@ -175,7 +175,7 @@ void decode_narrow(const LowBitPart& b, const uint8_t* in, int elem, void* out) 
       vw field;
       if (size % 16 == 0) {
         field = wfields(from + i % size, bits * (i / size), mask);
-      } else {  // 16 neighbours do not lie side by side
+      } else {  // 16 neighbours are not contiguous
         int32_t t[16] = {};
         for (int j = 0; j < 16 && i + j < b.padded; j++)
           t[j] = from[(i + j) % size] >> (bits * ((i + j) / size)) & mask;
@@ -195,7 +195,7 @@ void decode_part(const LowBitPart& b, const uint8_t* in, int elem, void* out) {
   for (int p = 0; p < pl.n; p++) wide = wide && b.padded * pl.bits[p] / 8 % 64 == 0;
   if (!wide) return decode_narrow<N>(b, in, elem, out);
   const float base = base_table()[in[0]];
-  float step[64 + 32], group_step[64 + 32];  // of 16 elements; of a group. vfactors writes 32.
+  float step[64 + 32], group_step[64 + 32];  // step sizes; vfactors writes 32 at a time
   for (int g = 0; !b.one_group() && g < b.groups; g += 32)
     vfactors(b.scales(in) + g / 2, base, group_step + g);
   const int per = b.group / 16;
@@ -227,7 +227,7 @@ void decode_part(const LowBitPart& b, const uint8_t* in, int elem, void* out) {
 template <int N>
 void decode_bytes(const LowBitPart& b, const uint8_t* in, int up, int8_t* out, float& step,
                   int32_t& sum64) {
-  alignas(32) uint8_t of_group[32], factor[32];  // factor: of each 16 codes
+  alignas(32) uint8_t of_group[32], factor[32];  // factor: one per 16 codes
   bfactors(b.scales(in), b.group == 16 ? factor : of_group);
   for (int g = 0; g < 16 && b.group == 32; g++) factor[2 * g] = factor[2 * g + 1] = of_group[g];
   const uint8_t* low = b.codes(in);  // the plane of 4 bits; the plane of 1 bit follows

@@ -183,10 +183,10 @@ struct AttentionScratch {
 };
 static_assert(sizeof(AttentionScratch) == 8192);
 
-// Latents of 4 or 5 bits can be attended to as integers. A code times the scale of its group (and
-// halved, if it has 5 bits) is a signed byte, with one step size for the whole latent. An odd
-// product loses half a byte step in the halving: at most 1/15 of a code's step where the group
-// scale is largest.
+// Attention can use latents of 4 or 5 bits as integers. A code times its group scale is a signed
+// byte; with 5 bits the product is halved to fit. All bytes of a latent then share one step size.
+// Halving an odd product loses half a step: in the group with the largest scale, at most 1/15 of
+// the step of a code.
 inline bool has_ints(const Codec& c) {
   return c.kind == Codec::kLowBit && (c.bits[0] == 4 || c.bits[0] == 5) && c.w[0] == 512 &&
          (c.group == 16 || c.group == 32) && c.w[1] % 2 == 0;
@@ -235,8 +235,8 @@ struct IntLanes {
 };
 
 // ---- scratch -----------------------------------------------------------------------------------
-// What one thread needs for a product or SwiGLU with k inputs. Callers that need a row or a block
-// of results beside it put that first.
+// Scratch of one thread for a product or SwiGLU with k inputs. Callers that also need a row or a
+// block of results put the results first.
 constexpr int kChunkRows = 192;  // rows of a SwiGLU or down projection that stay in the cache
 
 inline size_t linear_scratch_bytes(int k) { return 2 * size_t(blocks(k)) * sizeof(DecodedBlock); }

@@ -144,7 +144,7 @@ INLINE void decode_block(const Packed<FMT>& packed, int block, DecodedBlock* to,
   }
 }
 
-// Tiles t0 .. t1 of m, and what is prefetched after them.
+// Tiles t0 .. t1 of m, and the memory to prefetch after them.
 template <int FMT>
 struct TileRange {
   const Mat& m;
@@ -156,7 +156,7 @@ struct TileRange {
   Packed<FMT> packed(int t) const { return {data(t), data(t1), then()}; }
 };
 
-// On a matrix unit. A rest of up to 6 rows is faster without it.
+// Runs on a matrix unit, except for a remainder of up to 6 rows, which is faster without it.
 template <int FMT, class Unit>
 void tiles_int_on_unit(const TileRange<FMT>& range, const Acts& x, int row, int rows, float* out,
                        ptrdiff_t ldo) {

@@ -20,7 +20,7 @@ struct RowTile {
   const void* rows;
   int stride;  // elements
   int count;
-  int first;  // index of the first one in its sequence
+  int first;  // row number of the first row in its sequence
 };
 
 // Which columns of a row are the key and the value of a kv head.

@@ -138,7 +138,7 @@ struct Int4Packing {
   }
 };
 
-// Moves the inputs after a group by the rounding errors [input][row] of that group. x:
+// Corrects the inputs after a group for the rounding errors [input][row] of that group. x:
 // [input][row].
 void feed_back(std::vector<float>& x, int first, int k, const float* feedback,
                const float (*error)[kTile]) {

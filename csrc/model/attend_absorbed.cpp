@@ -19,8 +19,9 @@ namespace {
 // ---- 1. blocks and chunks ----------------------------------------------------------------------
 struct LaneBlock {
   int sequence, kv_head, lanes;
-  int first_state;  // its states follow each other, chunk by chunk
-  // Of each lane; `token` counts the tokens of this call. Unused lanes repeat the last pair.
+  int first_state;  // index of its first state; it has one state per chunk, in order
+  // The token (counted within this call) and the head of each lane. Unused lanes repeat the last
+  // pair.
   int token[kLanes], head[kLanes];
 };
 
@@ -105,7 +106,7 @@ const float* absorb_queries(const Pass& pass, const Layer& l, const LanePlan& pl
 }
 
 struct PackedQueries {
-  bool ints;  // IntLanes, else as pack_lanes writes them
+  bool ints;  // the format is IntLanes, else that of pack_lanes
   char* data;
   size_t block_bytes;
   std::vector<int> last;  // [blocks][16], the last visible row of each lane
@@ -145,8 +146,8 @@ PackedQueries pack_queries(const Pass& pass, const LanePlan& plan, const float* 
 }
 
 // ---- 4. attention ------------------------------------------------------------------------------
-// Attention over integers computes more than it reads. Meanwhile it prefetches the weights that
-// every token needs next, as far as a last-level cache holds them, an equal share with each tile.
+// Attention over integers is bound by arithmetic, not by memory. So it also prefetches the weights
+// that every token needs next, as many as a last-level cache holds, in equal shares per tile.
 class LaterWeights {
  public:
   LaterWeights(const Layer& l, bool use, size_t tiles) {
@@ -197,14 +198,14 @@ struct ChunkAttention {
               const Prefetch& prefetch) const;
 };
 
-// Rows r .. r + count: decoded into `buffer`, or where they are in the cache if their format
-// allows.
+// Returns rows r .. r + count: in place in the cache if their format allows it, else decoded into
+// `buffer`.
 const void* ChunkAttention::load(const SequenceRows& rows, uint8_t* cache, int r, int count,
                                  char* buffer) const {
   const Codec& codec = rows.cache.codec;
   const int elem = pass.config.elem;
   if (const uint8_t* here = codec.stores(elem) ? rows.contiguous(r, count) : nullptr) {
-    // Kernels may read a little beyond the last row, which must not be beyond the cache.
+    // Kernels may read up to 64 bytes beyond the last row; they must lie inside the cache.
     if (here + size_t(count) * codec.row + 64 <= cache + rows.cache.slots * codec.row) return here;
     std::memcpy(buffer, here, size_t(count) * codec.row);
     return buffer;

@@ -156,7 +156,7 @@ void Expanded::attend_head(int head, const HeadBuffers& b) const {
   for (int t = 0; t < n; t += kQueries) attend_queries(head, t, std::min(kQueries, n - t), q, b);
 }
 
-// Queries first .. first + count against all rows of the range that the last of them sees.
+// Attends with queries first .. first + count to all rows of the range that the last query sees.
 void Expanded::attend_queries(int head, int first, int count, const Acts& q,
                               const HeadBuffers& b) const {
   const int n = s_.count, vw = value_width(), value_row = ceil_to(vw, kTile);

@@ -5,11 +5,11 @@
 namespace lamoe {
 namespace {
 
-constexpr int kAbsorbedQueries = 48;  // queries of a kv head up to which MHA and GQA use lanes
+constexpr int kAbsorbedQueries = 48;  // MHA and GQA: most queries per kv head in absorbed form
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// At most this many chunks of chunk_rows, for every length up to `rows`.
+// Upper bound of the number of chunks of chunk_rows for any length up to `rows`.
 int64_t most_chunks(int rows) {
   return rows <= 4096 ? std::min<int64_t>(ceil_div(rows, 128), 8) : ceil_div(rows, 512);
 }
@@ -21,7 +21,7 @@ size_t block_state_bytes(const Config& c, int rows) {
 
 // The most tokens of a sequence that still take the absorbed form.
 int most_absorbed(const Config& c, int rows, int limit) {
-  int low = 0, high = limit;  // low tokens are absorbed, more than high are not
+  int low = 0, high = limit;  // `low` tokens are absorbed, high + 1 are not
   while (low < high) {
     const int middle = low + (high - low + 1) / 2;
     if (expand_is_cheaper(c, middle, rows))

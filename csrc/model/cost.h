@@ -29,7 +29,7 @@ size_t state_bytes(const Config& c, int tokens, int rows);
 // most max_sequences sequences, with at most max_rows rows each.
 size_t max_state_bytes(const Config& c, int max_rows, int max_sequences, int step_tokens);
 
-// What a buffer allocates that is asked for `bytes`: some more, so that it rarely has to grow.
+// Bytes that a buffer allocates if `bytes` are needed: some more, so that it rarely has to grow.
 inline size_t grown(size_t bytes) { return bytes + bytes / 4 + 4096; }
 
 }  // namespace lamoe

@@ -115,8 +115,9 @@ void append(const Pass& pass, const Layer& l, uint8_t* layer) {
   });
 }
 
-// Runs the absorbed form in parts whose states fit the limit. Also the tokens of one sequence are
-// split, by that sequence's numbers alone, so that results do not depend on the rest of the batch.
+// Runs the absorbed form in parts whose states fit the limit. The tokens of one sequence may be
+// split too. The split depends on that sequence alone, so results do not depend on the rest of the
+// batch.
 void attend_all_absorbed(const Pass& pass, const Layer& l, uint8_t* layer) {
   const Config& c = pass.config;
   const size_t limit = pass.work.state_limit;
@@ -168,7 +169,7 @@ void write_outputs(const Pass& pass, const float* norm, const Mat& head) {
 }  // namespace
 
 void multiply(const Pass& pass, const std::vector<Product>& products, const Acts& x) {
-  // Tiles of one item: enough bytes to stream, few enough to share out.
+  // Tiles per work item: enough for streaming reads, few enough to balance the threads.
   const int per = x.rows <= 2 ? 4 : 2;
   int items = 0;
   for (const Product& p : products) items += (tiles(p.m->n) + per - 1) / per;

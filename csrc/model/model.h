@@ -19,9 +19,9 @@ struct Config {
   float routed_scale = 1.f, eps = 1e-6f, softmax_scale = 1.f;
   int elem = BF16;  // of attention, and of the embedding
 
-  // Cache rows have one kv head under MLA: the latent with the rope key.
+  // Number of kv heads in a cache row. MLA has one: the latent with the rope key.
   int cached_heads() const { return latent ? 1 : kv_heads; }
-  // A query or key, and a value, as absorbed attention sees them.
+  // Widths of a key (or query) and of a value in the absorbed form.
   int absorbed_key() const { return latent ? latent + rope : head_dim; }
   int absorbed_value() const { return latent ? latent : head_dim; }
   int head_value() const { return latent ? value : head_dim; }

@@ -15,7 +15,8 @@ void softmax(float* s, int n) {
   for (int i = 0; i < n; i++) s[i] /= sum;
 }
 
-// Closes the experts of all groups but the top_groups with the best expert. Ties go to the first.
+// Excludes the experts of all groups except `top_groups` groups. The groups with the best single
+// experts remain; of equal ones, the first.
 void close_groups(const Config& c, const float* s, std::vector<char>& closed) {
   const int size = c.experts / c.groups;
   std::vector<float> best(c.groups);
@@ -119,7 +120,7 @@ void feed_forward(const Pass& pass, const Layer& l, int16_t* chosen) {
   const int n = pass.step.tokens;
   std::vector<Seg> segments;
   std::vector<const Acts*> acts;
-  Seg shared;  // or the only one of a dense layer
+  Seg shared;  // shared experts of an MoE layer, or the FFN of a dense layer
   Acts shared_act;
   int shared_blocks = 0;
   if (l.w13.data) {
@@ -156,9 +157,10 @@ void feed_forward(const Pass& pass, const Layer& l, int16_t* chosen) {
   add_down(pass, segments, acts);
 }
 
-// An item owns 64 columns of the output, so its sums have one order: segments as they are, or with
-// the first one last. The first segment may have all tokens (a shared expert), which is arithmetic
-// where the others read memory. Items alternate, so that not all threads compute it at once.
+// Each work item owns 64 columns of the output and sums the segments in a fixed order. The first
+// segment may have all tokens (a shared expert): it is bound by arithmetic, the others by memory.
+// Items therefore alternate between adding it first and last, so that not all threads compute it at
+// once.
 void add_down(const Pass& pass, const std::vector<Seg>& segments,
               const std::vector<const Acts*>& acts) {
   const int d = pass.config.hidden, items = blocks(d), count = int(segments.size());

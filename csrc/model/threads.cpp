@@ -11,7 +11,7 @@ void pause() {
   __builtin_ia32_pause();
 #endif
 }
-constexpr int kSpins = 4000;  // then yield between looks: another program may need the core
+constexpr int kSpins = 4000;  // spins of a waiting thread before it yields the core
 
 // A child of fork() has only the thread that called it, so its first Session starts a new team. The
 // lock is held across fork(): a child never finds it taken.

@@ -207,8 +207,8 @@ INLINE void score_block(const uint8_t* rows, size_t stride, int n) {
 // ---- what kernels use --------------------------------------------------------------------------
 struct Tiles {
   static constexpr bool kAvailable = true;
-  static constexpr int kRows = 16;       // of a block in IntProducts
-  static constexpr int kMostRows = 192;  // of one call of IntProducts::run
+  static constexpr int kRows = 16;       // rows of one block in IntProducts
+  static constexpr int kMostRows = 192;  // most rows in one call of IntProducts::run
 
   // Decoded codes as the signed bytes that IntProducts multiplies.
   template <int FMT>

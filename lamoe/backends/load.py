@@ -1,7 +1,7 @@
 """Choose a backend for a model, and load it.
 
-`prepare` answers, before a weight is read, what a model will take; `Prepared.load` reads it.
-`load` does both.
+`prepare` estimates the memory of a model before any weight is read, and `Prepared.load` reads the
+weights. `load` does both.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: 
 class Prepared:
     """A model that is chosen but not loaded.
 
-    weight_bytes: what the weights will take, approximately.
+    weight_bytes: approximate size of the loaded weights.
     available: bytes of memory that weights, cache and attention may take together; None if unknown.
     state_bytes: Backend.state_bytes of the chosen backend.
     folder: where the model comes from; None for one that is in memory.
@@ -258,7 +258,7 @@ def choose(
     """Return the name of the backend that runs a model: "cpu" or "torch".
 
     Raises:
-        ValueError: if what was asked for needs the compiled kernels and they cannot run it.
+        ValueError: if a requested option needs the compiled kernels, and they cannot run the model.
     """
     quantised = formats.weights is not None or formats.head is not None
     if device.type != "cpu":

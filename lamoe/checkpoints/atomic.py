@@ -67,9 +67,9 @@ def replace_file(path: str | Path, mode: str = "wb", temporary: Path | None = No
 
 
 def _name_file(error: OSError, path: Path) -> None:
-    """Make the message of an error of the operating system end with `path`.
+    """Add `path` to the message of an OSError.
 
-    An error without a number has a text of its own, which a file name would hide.
+    Errors without an errno keep their own message, which a file name would replace.
     """
     if error.errno is not None:
         error.filename = str(path)

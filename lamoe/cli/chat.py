@@ -388,8 +388,8 @@ def _read(path: Path) -> list[dict[str, str]]:
         raw = None
     if not isinstance(raw, dict) or raw.get("kind") != KIND:
         raise ValueError(
-            f"{path} is not a saved conversation; give a file that /save wrote, or to /save "
-            "another name"
+            f"{path} is not a saved conversation; /load needs a file that /save "
+            "wrote, and /save a new name"
         )
     if raw.get("version") != 1:
         raise ValueError(

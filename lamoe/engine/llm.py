@@ -297,11 +297,11 @@ class LLM:
         return self._deliver(failed + deltas)
 
     def _run(self, work: runner.Work) -> tuple[list[runner.Ready], list[Delta]]:
-        """Run the scheduled work; return results, and the ends of sequences that it failed for.
+        """Run the scheduled work; return its results and the deltas of sequences that failed.
 
-        A pass that fails has computed nothing: the rows count as unwritten, and only their own
-        sequences hold those pages. So it is retried with each sequence alone, which shows whose
-        fault it is and needs less memory.
+        A failed pass counts as not run: its rows are treated as unwritten, and no other sequence
+        shares their pages. Each of its sequences is then retried alone. That finds the faulty
+        sequence and needs less memory.
         """
         try:
             return runner.run(self.backend, self.cache, work, self.count_experts), []

@@ -40,7 +40,7 @@ class Workload:
     batches: list[int]
 
     def within(self, limit: int) -> tuple[Workload, list[str]]:
-        """Return the part that fits `limit` positions, and the flags of what does not."""
+        """Return what fits into `limit` positions, and the flags of the measurements left out."""
         depths = [d for d in self.depths if d < limit]
         prefills = [(n, d) for n, d in self.prefills if n + d <= limit]
         left_out = [f"--depth {d}" for d in self.depths if d not in depths]
@@ -87,7 +87,10 @@ def random_weights(config: ModelConfig, formats: Formats) -> Make:
 
 
 def stored_weights(name: str, formats: Formats) -> Make:
-    """Return the `make` argument of `run` for a folder or hub id; packed ones keep their format."""
+    """Return the `make` argument of `run` for a folder or hub id.
+
+    A packed model keeps the format of its weights.
+    """
 
     def make(threads: int) -> Backend:
         folder = resolve(name)

@@ -144,8 +144,8 @@ def balance_losses(
         devices: number of virtual devices.
 
     Returns:
-        [3]: expert-, device- and communication-level loss. Even routing gives exactly 1 for the
-        first two, and for the third when every token reaches all of its M devices (fewer: less).
+        [3]: expert-, device- and communication-level loss. Under even routing the first two are
+        exactly 1. The third is 1 if every token also reaches M devices, and smaller otherwise.
 
     Source: eq. 23-31.
     """

@@ -307,9 +307,8 @@ def test_overwriting_refuses_to_delete_other_things(folder):
 
 def test_a_full_disk_leaves_the_old_model(folder):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (50_000, hard)
-    )  # the limit is enough for config.json, not for the weights
+    # The limit is enough for config.json, but not for the weights.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
         with pytest.raises(OSError, match="model.safetensors could not be written"):
             checkpoints.save(tiny(CONFIGS["v2"]), folder, overwrite=True)

@@ -337,7 +337,7 @@ def test_scored_pieces_join_best_first(tmp_path, blank):
     assert tok.add_bos and tok.encode("</s>") != [2]
 
 
-# ---- files that do not fit ----
+# ---- unsupported and damaged files ----
 @pytest.mark.parametrize(
     "facts, tensors, says",
     [

@@ -409,7 +409,7 @@ def test_files_other_than_conversations(llm, tmp_path, content, words):
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("f", content)]
 
 
-# ---- a terminal ----
+# ---- chat at a terminal ----
 def interactive(llm, lines, monkeypatch, **env):
     """Return (standard output, standard error) of a conversation at a terminal.
 

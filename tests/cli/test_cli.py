@@ -194,16 +194,16 @@ def test_generate_sizes_the_cache(trained, capsys):
         return capsys.readouterr().out
 
     whole = out("--cache", "fp32")
+    # By default the cache holds four full contexts.
     assert (
         out("--cache", "fp32", "--max-model-len", 64) == whole
         and 16 < made[0].pages * 16 // 4 < made[1].pages * 16 // 4 == 64
-    )  # four full contexts
+    )
     assert out("--cache", "6bit", "--kv-cache-memory", "50kB").startswith("the ")
     assert 40_000 < made[2].nbytes <= 50_000
     assert made[2].format == "6bit"
-    assert whole.startswith(
-        out("--cache", "fp32", "--max-model-len", 8).rstrip("\n")
-    )  # finish_reason "length"
+    # With a context of 8 tokens, the output ends early (finish_reason "length").
+    assert whole.startswith(out("--cache", "fp32", "--max-model-len", 8).rstrip("\n"))
     assert (
         "leaves no room in max_model_len 2; shorten it, or raise max_model_len (the model takes 64)"
         in refused(
@@ -358,9 +358,8 @@ def test_evaluate_needles(trained, tmp_path, capsys, monkeypatch):
     assert not (out / "report.md").exists()
     result = json.loads((out / "needle.json").read_text())
     assert np.shape(result["found"]) == (3, 2) and result["depths"] == [0, 0.5, 1]
-    assert (
-        run(*argv) == 0 and "wrote" not in capsys.readouterr().out
-    )  # nothing is written into a model folder
+    # Nothing is written into a model folder.
+    assert run(*argv) == 0 and "wrote" not in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run(*argv, "--out", tmp_path / "other") == 0
     assert "matplotlib is not installed" in capsys.readouterr().out
@@ -517,8 +516,9 @@ def test_as_a_program():
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # With buffered output, only the last flush notices the closed pipe.
             env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
-        )  # with buffered output, only the last flush notices the closed pipe
+        )
         child.stdout.close()
         assert child.stderr.read() == "" and child.wait() == 1
     code = (

@@ -170,9 +170,8 @@ def test_attend_every_token_its_own_document():
 
 def test_attend_with_logits_that_overflow_without_a_maximum():
     q, k, v = draw(1, 65, 2, 8) * 100, draw(1, 65, 2, 8, seed=1) * 100, draw(1, 65, 2, 8, seed=2)
-    check(
-        "attend", q, k, v, 1.0, bf16=2.0
-    )  # neighbouring bfloat16 values near 1e5 differ by 500: only check finiteness
+    # Neighbouring bfloat16 values near 1e5 differ by 500: bfloat16 is only checked for finiteness.
+    check("attend", q, k, v, 1.0, bf16=2.0)
 
 
 def test_attend_recomputes_what_it_does_not_keep(monkeypatch):
@@ -286,9 +285,8 @@ def test_experts_when_one_takes_all_or_some_get_nothing(n):
         args[1] = expert.long()
         check("experts", *args)
     exact = run("experts", "fused", args[:1] + [torch.zeros(n, 2).long()] + args[2:], F64)
-    assert (
-        exact[3].abs().sum() > 0 and exact[3][1:].abs().sum() == 0
-    )  # an expert without tokens has a gradient of exactly zero
+    # An expert without tokens has a gradient of exactly zero.
+    assert exact[3].abs().sum() > 0 and exact[3][1:].abs().sum() == 0
 
 
 @pytest.mark.parametrize("n", [1, 130])
@@ -402,10 +400,11 @@ def test_cross_entropy_never_holds_all_logits():
         largest(lambda: kernels.cross_entropy(h, head, targets, impl="fused").backward())
         <= n * vocabulary // 4
     )
+    # The reference op does hold all logits, and the probe notices them.
     assert (
         largest(lambda: kernels.cross_entropy(h, head, targets, impl="ref").backward())
         >= n * vocabulary
-    )  # the probe sees them
+    )
 
 
 def test_the_loss_of_a_model_never_holds_all_logits(monkeypatch):

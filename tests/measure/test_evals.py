@@ -104,7 +104,7 @@ def test_expert_load():
     "limit, taken", [(1, 1), (12, 1), (24, 2), (36, 3), (40, 3), (83, 4), (84, 7), (10**6, 7)]
 )
 def test_max_tokens_takes_rows_spread_evenly(limit, taken):
-    """There are 7 rows of 12 positions."""
+    """The text has 7 rows of 12 positions."""
     m, step = model(), -(-84 // limit)
     result = text_loss(TorchBackend(m), rows(), max_tokens=limit)
     want = text_loss(TorchBackend(m), rows()[::step])
@@ -234,9 +234,8 @@ def test_text_needles(trained):
         at = said.index(f" The secret number of {city} is {number}.")
         assert said.count("secret number") == 2
         assert before < at == pytest.approx(depth * (len(said) - 80), abs=40)
-        assert (
-            at == 0 or said[at - 1] in ".!?" or depth == 1.0
-        )  # the needle begins between two sentences
+        # The needle begins between two sentences.
+        assert at == 0 or said[at - 1] in ".!?" or depth == 1.0
         hay = (
             said[:at]
             + said[at:]

@@ -18,7 +18,7 @@ V2_ROW = tiny.config("deepseek_v2", kv_lora_rank=512, qk_rope_head_dim=64)
 
 
 def written(format: str) -> str:
-    """The format, when cache_codec.py can store it already."""
+    """Return `format`, or skip the test if cache_codec.py does not support it."""
     try:
         cache_codec.row_bytes(format, (512, 64))
     except (KeyError, NotImplementedError):

@@ -29,9 +29,8 @@ def test_v2_tokens_touch_at_most_three_devices_of_twenty_experts():
     touched = [len(set(row)) for row in (expert // 20).tolist()]
     assert max(touched) == 3 and min(touched) >= 1
     _, free = routing.choose(scores, V2.replace(topk_method="greedy", n_group=1, topk_group=1))
-    assert (
-        max(len(set(row)) for row in (free // 20).tolist()) > 3
-    )  # without the limit, tokens reach more groups
+    # Without the limit, tokens reach more groups.
+    assert max(len(set(row)) for row in (free // 20).tolist()) > 3
 
 
 def test_group_score_is_the_maximum():
@@ -184,7 +183,7 @@ def test_uniform_routing_costs_exactly_alpha(c, devices):
     assert losses.tolist() == [1.0, 1.0, 1.0]
     training = Training(Balance(devices=devices))
     training.records += [routing.LayerRecord(losses, None, None, None)] * 2
-    # The defaults are those of the 236B run; each layer counts.
+    # The default weights are those of the 236B run. The loss sums over both layers.
     assert training.loss().item() == pytest.approx(2 * (0.003 + 0.05 + 0.02), rel=1e-7)
 
 

@@ -139,9 +139,8 @@ def test_settings_are_sent_and_kept(page, server):
         ("Seed", "7"),
     ):
         page.get_by_label(name, exact=True).fill(value)
-    page.get_by_label("Top p", exact=True).fill(
-        "5"
-    )  # above its limit: marked as invalid and not used
+    # 5 is above the limit of top p: the field is marked as invalid and its value is not sent.
+    page.get_by_label("Top p", exact=True).fill("5")
     page.get_by_label("Min p, slider").fill("0.1")
     expect(page.get_by_label("Min p", exact=True)).to_have_value("0.1")
     send(page, "hello")

@@ -313,7 +313,7 @@ def test_v2_template(tok):
     ],
 )
 def test_messages_cannot_forge_control_tokens(tok, v3_like, contents):
-    # the template with the least protection
+    # Nothing separates the messages, so two of them could spell a control token together.
     glue = "{{ bos_token }}{% for m in messages %}{{ m.content | trim }}{% endfor %}"
     glued = Tokenizer(tok.inner, bos=BOS, eos=EOS, chat_template=glue)
     messages = [{"role": "user", "content": c} for c in contents]
@@ -581,10 +581,11 @@ def test_save_and_load(tok, tmp_path):
 def test_transformers_reads_what_we_save(tok, tmp_path):
     transformers = pytest.importorskip("transformers")
     tok.save(tmp_path)
+    # With clean-up, decoding would turn " ," into ",".
     assert (
         json.loads((tmp_path / "tokenizer_config.json").read_text())["clean_up_tokenization_spaces"]
         is False
-    )  # older templates join with " ,"
+    )
     for load in (
         transformers.PreTrainedTokenizerFast.from_pretrained,
         transformers.AutoTokenizer.from_pretrained,
@@ -765,9 +766,8 @@ def test_v2_vocabulary_facts(v2):
     assert (tok.bos_id, tok.eos_id, tok.pad_id) == (100000, 100001, 100001) and tok.stop_ids == {
         100001
     }
-    assert (
-        len(meta["tokenizer.ggml.tokens"]) == 102400 and tok.vocab_size == 100015
-    )  # the model has padding rows
+    # The embedding is padded to 102,400 rows.
+    assert len(meta["tokenizer.ggml.tokens"]) == 102400 and tok.vocab_size == 100015
     assert tok.decode([100015, 102399]) == "" and joined(tok, [102399, *tok.encode("x")])[1] == "x"
     ids = tok.apply_chat([{"role": "user", "content": f"über {EOS}öü"}])
     assert ids[0] == 100000 and 100001 not in ids

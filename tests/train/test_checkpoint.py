@@ -67,9 +67,8 @@ def in_child(work) -> int:
 
 def _fork() -> int:
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # Python 3.12 warns of forks beside threads; the child uses no threads
+        # Python 3.12 warns if a process with threads forks. The child uses no threads.
+        warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()
 
 
@@ -97,9 +96,8 @@ def test_keep_last_k_by_time_of_saving_not_by_number(tmp_path):
     for step in (10, 20, 30):
         save(tmp_path, step, writer(step), keep=0)
     assert names(tmp_path) == ["latest", "step-00000010", "step-00000020", "step-00000030"]
-    save(
-        tmp_path, 15, writer(15), keep=2
-    )  # resumed from an older checkpoint: step 30 belongs to the abandoned branch
+    # The run was resumed from step 10, so step 30 belongs to an abandoned branch.
+    save(tmp_path, 15, writer(15), keep=2)
     assert (
         names(tmp_path) == ["latest", "step-00000015", "step-00000030"]
         and latest(tmp_path).name == "step-00000015"
@@ -122,9 +120,8 @@ def test_killed_at_every_file_operation(tmp_path, monkeypatch, second):
 
     The checkpoint that was complete before must stay loadable.
     """
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: None
-    )  # fsync matters for power cuts only, not for killed processes
+    # fsync matters for power cuts only, not for killed processes.
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
     operations = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir")
 
     def save_and_die(run, n):
@@ -452,10 +449,8 @@ def test_all_three_generators_go_on_where_they_were(tmp_path):
         torch.randperm(9).tolist(),
     )
     before = rng_state()
-    (
-        random.gauss(0, 1),
-        np.random.normal(),
-    )  # numpy and Python keep a spare normal number, which is part of the state
+    # numpy and Python draw normal numbers in pairs: the spare one is part of the state.
+    (random.gauss(0, 1), np.random.normal())
     save_tensors(tmp_path / "r", rng_state())
     want = draw()
     assert draw() != want

@@ -65,9 +65,8 @@ def test_builtin_sources():
     counts = {}
     docs = list(read_documents(["stdlib", "austen"], counts))
     names = {d.name for d in docs}
-    assert [d.source for d in docs] == sorted(
-        (d.source for d in docs), reverse=True
-    )  # in the order given
+    # Documents come in the order of the sources, here "stdlib" before "austen".
+    assert [d.source for d in docs] == sorted((d.source for d in docs), reverse=True)
     assert {
         "statistics.py",
         "json/decoder.py",
@@ -381,10 +380,8 @@ def test_reuse_only_of_exactly_the_same(tmp_path):
 
     new, first = fresh()
     assert new and fresh() == (False, first)
-    assert fresh(tokenizer_hash="other") == (
-        True,
-        first,
-    )  # same tokens, so a run can resume with it
+    # The tokens are the same, so a run can resume with them.
+    assert fresh(tokenizer_hash="other") == (True, first)
     assert fresh(seed=1)[1] != first and fresh(seed=1)[0] is False
     assert fresh(holdout=0.2)[0] and fresh(seed=0) == (True, first)
     (tmp_path / "texts/000.txt").write_text("changed")
@@ -474,9 +471,8 @@ def stream(corpus, seed, epochs):
     return np.concatenate(ids).astype(np.int64), np.concatenate(docs)
 
 
-@pytest.mark.parametrize(
-    "seq_len", [1, 7, 64, 100_000]
-)  # the last: one row is longer than several epochs
+# With 100,000, one row is longer than several epochs.
+@pytest.mark.parametrize("seq_len", [1, 7, 64, 100_000])
 def test_rows_are_the_shuffled_stream_without_loss(corpus, seq_len):
     window = max(1, len(corpus.train.tokens) // (seq_len + 1))
     rows = 3 * window
@@ -486,9 +482,8 @@ def test_rows_are_the_shuffled_stream_without_loss(corpus, seq_len):
     dealt = np.concatenate(
         [w * window + np.random.RandomState([5, 1, w]).permutation(window) for w in range(3)]
     )
-    assert (
-        window < 10 or (np.abs(np.diff(dealt)) == 1).mean() < 0.1
-    )  # rows of a batch are not consecutive in the text
+    # The rows of a batch are not consecutive in the text.
+    assert window < 10 or (np.abs(np.diff(dealt)) == 1).mean() < 0.1
     back = np.argsort(dealt)
     ids, segments = ids[back], segments[back]
     assert (
@@ -499,9 +494,8 @@ def test_rows_are_the_shuffled_stream_without_loss(corpus, seq_len):
     np.testing.assert_array_equal(ids.ravel(), want[: ids.size])
     numbers = docs[: ids.size].reshape(ids.shape)
     np.testing.assert_array_equal(segments, numbers - numbers[:, :1])
-    np.testing.assert_array_equal(
-        segments[:, 1:] != segments[:, :-1], ids[:, 1:] == BOS
-    )  # a new segment starts at every BOS and nowhere else
+    # A new segment starts at every BOS and nowhere else.
+    np.testing.assert_array_equal(segments[:, 1:] != segments[:, :-1], ids[:, 1:] == BOS)
 
 
 def test_an_epoch_has_every_document_once_in_its_own_order(corpus):

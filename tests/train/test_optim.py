@@ -32,9 +32,8 @@ def test_lr_by_hand():
     )
     assert Optim(lr=1.0, warmup_steps=0).lr_at(0, 0.0) == 1.0
     assert Optim(lr=1.0, warmup_steps=10, decay_at=()).lr_at(4, 0.99) == 0.5
-    assert (
-        Optim(lr=1.0, warmup_steps=10, decay_at=(0.1,), decay=0.5).lr_at(4, 0.2) == 0.25
-    )  # both decays at the same step
+    # Warm-up and decay apply at the same step.
+    assert Optim(lr=1.0, warmup_steps=10, decay_at=(0.1,), decay=0.5).lr_at(4, 0.2) == 0.25
 
 
 @pytest.mark.parametrize(
@@ -172,9 +171,8 @@ def test_float32_is_torchs_adamw_bit_for_bit():
         theirs.zero_grad()
     for p, q in zip(net.parameters(), plain.parameters()):
         assert torch.equal(p, q)
-    assert not torch.equal(net.a, Net().a) and torch.equal(
-        net.unused, Net().unused
-    )  # no gradient, no decay
+    # A weight without a gradient does not decay.
+    assert not torch.equal(net.a, Net().a) and torch.equal(net.unused, Net().unused)
 
 
 def test_decay_acts_on_matrices_only():
@@ -237,9 +235,8 @@ def test_clip_is_exact():
     )
     before = ours.masters[0].grad.clone()
     ours.max_norm = 3.0
-    assert ours.clip() == pytest.approx(2.0, rel=1e-6) and torch.equal(
-        ours.masters[0].grad, before
-    )  # below the limit gradients are not changed
+    # Gradients below the limit are not changed.
+    assert ours.clip() == pytest.approx(2.0, rel=1e-6) and torch.equal(ours.masters[0].grad, before)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -254,7 +251,7 @@ def test_clip_says_so_when_not_finite(bad):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_round_trip(dtype):
-    """Three steps, a state loaded into a fresh model, three more: bitwise as six in a row."""
+    """Three steps, saving, loading and three more steps equal six steps in a row, bit for bit."""
 
     def go(net, ours, xs):
         for x in xs:

@@ -87,10 +87,11 @@ class CpuBackend(Backend):
     ) -> CpuBackend:
         """Pack a Transformer's weights.
 
-        Without `formats.weights` they keep the format of the parameters, exactly.
+        If `formats.weights` is None, the weights keep the dtype of the parameters, unrounded.
 
         Raises:
-            ValueError: if they would, and the parameters are neither float32 nor bfloat16.
+            ValueError: if `formats.weights` is None and the parameters are neither float32 nor
+                bfloat16.
         """
         dtype = model.embed.weight.dtype
         weights = formats.weights
@@ -148,7 +149,8 @@ class CpuBackend(Backend):
     def _cos_sin_table(self, length: int) -> torch.Tensor:
         """Return cosines | sines of the rotary angles, float32 [at least `length`, R].
 
-        The table is kept and grown in large steps: to make it is most of a small pass in Python.
+        The table is kept and grows in large steps, because building it is slow compared to a small
+        forward pass.
         """
         if len(self._cos_sin) < length:
             size = min(max(2 * length, 1024), self.config.max_position_embeddings)
@@ -216,7 +218,7 @@ def _expert_counts(chosen: torch.Tensor, num_experts: int) -> np.ndarray:
 
 
 def _native_config(config: ModelConfig, element: str) -> dict:
-    """Return the settings of csrc/model/model.h's Config."""
+    """Return the fields of the C++ struct Config (csrc/model/model.h)."""
     c = config
     settings = dict(
         layers=c.num_hidden_layers,

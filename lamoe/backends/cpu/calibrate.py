@@ -33,7 +33,7 @@ ROWS = 4  # rows of one forward pass
 LENGTH = 512  # tokens of a row
 CHARS = 16  # most characters to tokenise per wanted token
 PIECE = 8192  # characters of one sampled piece of text
-# Weight of the layer's mean in an expert's moments, as a number of the expert's own tokens.
+# In an expert's moments, the layer's mean counts as much as this many of the expert's own tokens.
 _LAYER_MEAN_TOKENS = 128
 # Damping: this share of each input's second moment is added to it, because other text may differ.
 _DAMP = 0.1
@@ -226,7 +226,7 @@ class _Linear:
         self.total, self.count = None, 0
 
     def add(self, module, args) -> None:
-        """Add one call's inputs; a forward pre-hook."""
+        """Forward pre-hook: add the inputs of one call."""
         x = args[0].flatten(0, -2).float()
         self.total = x.new_zeros(x.shape[1], x.shape[1]) if self.total is None else self.total
         self.total.addmm_(x.T, x)
@@ -249,7 +249,7 @@ class _Experts:
         self.layer_means: dict[str, torch.Tensor] = {}
 
     def add(self, module, args) -> None:
-        """Record one call: x [N, D], expert [N, K], weight [N, K]; a forward pre-hook."""
+        """Forward pre-hook: record the arguments x [N, D], expert [N, K] and weight [N, K]."""
         self.calls.append(args)
 
     @torch.inference_mode()

@@ -68,7 +68,7 @@ def available() -> bool:
 
 
 def switched_off() -> bool:
-    """Whether the environment says that torch ops should run models."""
+    """Whether an environment variable disables the compiled kernels in favour of torch ops."""
     return os.environ.get("LAMOE_BACKEND") == "torch" or bool(os.environ.get("LAMOE_IMPL"))
 
 

@@ -286,10 +286,12 @@ def pack_tensor(
 ) -> Iterator[tuple[torch.Tensor, float]]:
     """Yield (bytes as uint8 [...], scale) of each matrix of a tensor.
 
-    A vector or raw elements are one matrix with scale 1.
+    Vectors and raw tensors yield one matrix with scale 1.
 
     Args:
-        element: fp32 or bf16, what raw elements are stored as.
+        read: returns a checkpoint tensor by name.
+        element: storage format of raw tensors, fp32 or bf16.
+        weigh: returns the (importance, feedback) of matrix i of a tensor, or None.
     """
     for i in range(tensor.num_matrices):
         w = tensor.build(read, i)

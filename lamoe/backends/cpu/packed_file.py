@@ -40,7 +40,7 @@ from lamoe.model.config import ModelConfig
 
 METHOD, VERSION = "lamoe", 1
 _CONFIG_PART = ".config.json.part"
-_ALIGN = 64  # bytes: the kernels read tiles in cache lines
+_ALIGN = 64  # bytes: one cache line, because the kernels read whole lines
 _SOURCE_SAMPLES, _SOURCE_SAMPLE_BYTES = 64, 4096
 
 
@@ -259,7 +259,7 @@ def write(
     target.mkdir(parents=True, exist_ok=True)
     _write_side_files(folder, target, config.to_dict() | {"quantization_config": quantization})
     for name, tensors in plan.items():
-        if (target / name).exists():  # files get their names when they are complete
+        if (target / name).exists():  # only a complete file has its final name
             try:
                 _checked_header(target / name, tensors, element)
             except ValueError as e:
@@ -328,7 +328,7 @@ def reader(folder: Path, config: ModelConfig) -> Read:
     """Return a function that reads one stored tensor of a checkpoint folder at a time.
 
     Raises:
-        ValueError: if the checkpoint is not the config's.
+        ValueError: if the stored tensors do not fit the config.
     """
     from safetensors import safe_open
 
@@ -391,7 +391,7 @@ def _header_bytes(tensors: list[PackedTensor], sizes: list[int]) -> bytes:
 
 
 def _lock(f: IO[bytes], part: Path, folder: Path) -> None:
-    """Take the lock of a file that is being written, or refuse: another process writes it."""
+    """Lock a file for writing. ValueError if another process is writing it."""
     if not lock.try_lock(f):
         raise ValueError(f"another process is writing {folder}; let it finish")
     # The other process may have renamed the file between our opening and locking it.
