@@ -41,7 +41,7 @@ from lamoe.train.data import heldout_rows, open_corpus
 
 
 class ThroughFormat:
-    """Replace the cache in one pass over whole rows: encode and decode the rows, keep nothing."""
+    """A cache for one pass over whole rows: it only encodes and decodes them, and keeps nothing."""
 
     length = 0
 

@@ -280,10 +280,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument(
-        "--calibrate", action="append", help="text source; default: the run's training text"
+        "--calibrate",
+        action="append",
+        help="text for calibration; default: the run's training text",
     )
     parser.add_argument("--calibrate-tokens", type=int, default=32768)
-    parser.add_argument("--ggml", type=Path, help="build folder of llama.cpp, for K quants")
+    parser.add_argument("--ggml", type=Path, help="build folder of llama.cpp; adds its K quants")
     parser.add_argument(
         "--packed",
         type=Path,
@@ -291,7 +293,7 @@ def main() -> None:
         default=[],
         help="folder that `lamoe quantize` made from this model",
     )
-    parser.add_argument("--only", help="names of rows, comma separated")
+    parser.add_argument("--only", help="rows of the table to measure, comma separated")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -199,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(status, {"error": error}, **headers)
 
     def check_access(self) -> bool:
-        """Answer with an error, if the state says so; tell whether the request may go on."""
+        """Answer with an error if the state says so; return whether the request may continue."""
         s = self.server
         if s.down:
             self.close_connection = True

@@ -257,11 +257,8 @@ def test_the_check_sees_foreign_code(code):
     )
 
 
-DOCUMENTED_ELSEWHERE = {
-    "lamoe.kernels.fused",
-    "lamoe.cli",
-    "lamoe.serve.wire",
-}  # by the definitions in ref.py, the help of the verbs, OpenAI's API
+# Documented by the definitions in ref.py, the help of the verbs, and OpenAI's API.
+DOCUMENTED_ELSEWHERE = {"lamoe.kernels.fused", "lamoe.cli", "lamoe.serve.wire"}
 
 
 def undocumented(name: str) -> list[str]:

@@ -129,7 +129,8 @@ class Backend(ABC):
 
         Args:
             ids: int64 [B, T + 1].
-            segments: integer [B, T + 1]; a token is a target if its predecessor has its segment.
+            segments: integer [B, T + 1]; a token is a target if its predecessor is in the same
+            segment.
             document_mask: whether a token sees only earlier tokens of its own segment. If False,
                 it sees its whole row.
         """
@@ -210,7 +211,7 @@ class Backend(ABC):
         single numbers in a large matrix may not.
         """
         config = self.config.to_dict()
-        config.pop("torch_dtype", None)  # says how weights were stored; how they are is hashed
+        config.pop("torch_dtype", None)  # the dtype in the file; the actual dtypes are hashed below
         h = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, tensor in sorted(self.tensors().items()):
             flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)

@@ -129,9 +129,10 @@ def part_bits(name: str, widths: tuple[int, int]) -> tuple[int, int]:
 def max_error(name: str, widths: tuple[int, int]) -> tuple[float, float]:
     """Bound |decoded - x| for each part, relative to the largest |x| of the part in its row.
 
-    Valid for float32 input and output. In the low-bit formats it is half a quantisation step, where
-    rounding up has made the base at most 1/8 too large. Very small numbers have an extra absolute
-    error: 2^-22 (2e-7) in the low-bit formats, and that of subnormal numbers in bf16.
+    Valid for float32 input and output. In the low-bit formats the bound is half a quantisation
+    step. The step may be up to 1/8 too large, because its base is rounded up. Very small numbers
+    have an extra absolute error: 2^-22 (2e-7) in the low-bit formats, and that of subnormal numbers
+    in bf16.
     """
     check_format(name)
     if name in _PLAIN:

@@ -142,7 +142,7 @@ def _prepare_loaded(
     return Prepared(
         model.config,
         size,
-        None if free is None else free + size,  # the weights are there already
+        None if free is None else free + size,  # the weights are in memory already
         model.state_bytes,
         None,
         lambda: model,

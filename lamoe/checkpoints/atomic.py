@@ -150,7 +150,8 @@ def temporary_name(label: str) -> str:
 def remove_leftovers(folder: Path, label: str) -> None:
     """Remove temporaries of `label` that processes on this machine left when they were killed.
 
-    Temporaries with the id of this process go too: the id may have belonged to an earlier process.
+    Those with the id of this process are removed too: the id may have belonged to an earlier
+    process.
     So call this only while this process itself writes nothing under `label`.
     """
     host = re.escape(socket.gethostname())

@@ -280,7 +280,7 @@ def _add_bench(verbs) -> None:
         help="also measure llama.cpp in interleaved runs and print the ratios; "
         "llama-bench and llama-batched-bench must be on PATH",
     )
-    p.add_argument("--peer-model", help="GGUF file for the peer")
+    p.add_argument("--peer-model", help="the model for llama.cpp, as a GGUF file")
     _add_threads(p)
 
 

@@ -322,7 +322,7 @@ class LLM:
         return deltas
 
     def _accept(self, ready: runner.Ready) -> list[Delta]:
-        """Choose the next token, and the ones after it while each equals the draft's token."""
+        """Choose the next token, and further ones as long as each equals its draft token."""
         seq, logits, checks = ready
         draft, seq.draft = seq.draft, []
         deltas = [self._advance(seq, logits[0], *checks[0])]

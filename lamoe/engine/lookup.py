@@ -58,12 +58,12 @@ class Lookup:
     def learn(self, drafted: int, accepted: int, position: int, cost: float = 1.0) -> None:
         """Adapt the draft length to the result of one draft.
 
-        It doubles if all tokens were accepted. It halves if fewer than half were accepted or the
-        pass cost more than the tokens that it gave. Drafts pause when it reaches 0.
+        It doubles if all tokens were accepted. It halves if fewer than half were accepted, or if
+        plain decoding would have been faster. Drafts pause when it reaches 0.
 
         Args:
             drafted: tokens of the draft.
-            accepted: how many of them were accepted; the pass gave one token more.
+            accepted: number of accepted tokens; the pass yielded one token more.
             position: tokens of the sequence now.
             cost: duration of the pass, in plain decode steps.
         """
@@ -81,7 +81,7 @@ class Lookup:
 class Pace:
     """Smoothed duration of forward passes over one sequence.
 
-    seconds: by the number of tokens that the pass computes.
+    seconds: {number of tokens in the pass: smoothed duration}.
     """
 
     seconds: dict[int, float] = field(default_factory=dict)

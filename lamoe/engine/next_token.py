@@ -92,9 +92,10 @@ class TextStream:
         return self._show(text[: len(text) - held]), False
 
     def rest(self) -> str:
-        """Return what was held back, at the end of the output.
+        """At the end of the output, return the text that was held back.
 
-        It is cut at a stop string that the rest of an incomplete character completes.
+        An incomplete last character is decoded too. If this completes a stop string, the text ends
+        before that string.
         """
         text = self._held + (self._decoder.flush() if self._decoder else "")
         return self._show(text[: self._stop_begin(text)])

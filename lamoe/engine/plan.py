@@ -12,9 +12,9 @@ from lamoe.model import accounting
 from lamoe.model.accounting import human_bytes
 from lamoe.model.config import ModelConfig
 
-# A cache is at most this large, unless one full context needs more or the caller says so.
+# Default limit of the cache size, unless one full context needs more.
 DEFAULT_CACHE_BYTES = 1 << 30
-DEFAULT_CONTEXTS = 4  # full contexts that a cache has memory for if nothing is said
+DEFAULT_CONTEXTS = 4  # default cache size, in full contexts
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def fit(
 
 
 def _fix(config: ModelConfig, smaller_cache_fits: bool, free: int, tokens: int) -> str:
-    """Say how to make a model fit. tokens: the longest context that would."""
+    """Say how to make a model fit. tokens: the longest context that would fit."""
     if smaller_cache_fits:
         return f"lower cache_memory to at most {human_bytes(free)}"
     if tokens < 2:

@@ -65,9 +65,9 @@ def save(
             pages.append(page)
         if not pages:
             raise ValueError(
-                f"nothing of these {len(tokens)} tokens is in the cache to be saved: it holds full "
-                f"pages of {pool.page_size} tokens of prompts that ran, until the space is needed; "
-                "run a prompt with them first"
+                f"nothing of these {len(tokens)} tokens is in the cache, so nothing can be saved; "
+                f"the cache keeps full pages of {pool.page_size} tokens of earlier prompts until "
+                "it needs the space: run a prompt with these tokens first"
             )
         _write(file, tokens[: len(pages) * pool.page_size], pages, backend, cache)
     finally:

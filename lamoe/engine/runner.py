@@ -1,4 +1,4 @@
-"""From a schedule to logits: lays the scheduled tokens side by side as a Batch and runs it once."""
+"""Compute the logits of a schedule: concatenate its tokens to one Batch and run it once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(
         _count_experts(ordered, experts, backend.config.n_routed_experts or 0)
     if not ready:
         return []
-    # For all rows at once: row by row this is a third of a small model's step.
+    # Computed for all rows at once, because a loop over rows would slow down small models.
     checks = _checks(logits)
     results, begin = [], 0
     for sequence in ready:

@@ -160,7 +160,7 @@ def probabilities(logits: torch.Tensor, p: SamplingParams) -> torch.Tensor:
     if p.top_p < 1:
         ordered, order = logits.sort(descending=True, stable=True)
         mass = ordered.softmax(0)
-        # The mass before these tokens suffices already. The first token always stays.
+        # Exclude tokens if the more likely ones already reach top_p. The first token always stays.
         beyond = mass.cumsum(0) - mass >= p.top_p
         logits = logits.index_fill(0, order[beyond], float("-inf"))
     probs = logits.softmax(0)

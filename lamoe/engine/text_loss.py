@@ -52,8 +52,8 @@ def text_loss(
     """Compute the loss of every target in rows of text, without dropping tokens.
 
     Args:
-        rows: (ids, segments), integer [T + 1] each. A token is a target if its predecessor has its
-            segment.
+        rows: (ids, segments), integer [T + 1] each. A token is a target if its predecessor is in
+            the same segment.
         batch: rows of one forward pass.
         max_tokens: evaluate about this many tokens at most, in rows spread evenly.
         document_mask: whether a token sees only its own segment; see Backend.rows_loss.
@@ -74,7 +74,6 @@ def text_loss(
         load = loss.load if not load.size else load + loss.load
     if not num_targets:
         raise ValueError(
-            "there is nothing to evaluate on: the rows hold no token that follows another of its "
-            "document"
+            "there is nothing to evaluate on: no row has two consecutive tokens of one document"
         )
     return TextLoss(nats, num_targets, load / np.maximum(1, load.sum(-1, keepdims=True)))

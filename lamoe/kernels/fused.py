@@ -275,7 +275,7 @@ class _Experts(Function):
         x, weight, w13, w2, h = ctx.saved_tensors
         plan, ws = ctx.plan, ctx.plan.sorted_weights(weight)
         rows = dout.index_select(0, plan.token)
-        act = _swiglu(h)  # without the weight
+        act = _swiglu(h)  # not multiplied by the router weight yet
         dact = torch.empty_like(act)  # gradient of the weighted activation
         plan.products(rows, w2, dact)
         dws = torch.linalg.vecdot(dact.to(ws.dtype), act.to(ws.dtype))

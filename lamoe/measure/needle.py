@@ -76,7 +76,8 @@ def _check(limit: int, lengths: list[int], depths: list[float], draws: int) -> N
         )
     if bad_depths := [d for d in depths if not 0 <= d <= 1]:
         raise ValueError(
-            f"a depth is {bad_depths[0]}; 0 is the beginning of the haystack and 1 its end"
+            f"depth {bad_depths[0]} is out of range; it must be from 0 (the beginning of the "
+            "haystack) to 1 (its end)"
         )
 
 
@@ -116,7 +117,7 @@ def text_needle(tok: Tokenizer, texts: Iterable[str]) -> Needle:
         if space < 0:
             raise ValueError(
                 f"a haystack of {length} tokens has no room for the needle and the question, "
-                f"{length - space} tokens; take longer ones"
+                f"{length - space} tokens; use longer haystacks"
             )
         hay = _hay(encoded, draw.randrange(len(encoded)), space)
         cut = _nearest_gap(hay, depth * space)

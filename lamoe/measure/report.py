@@ -1,4 +1,4 @@
-"""What a model is worth: bits per byte of text, expert load, cache size, speed, and needle tests.
+"""Reports about a model: bits per byte of text, expert load, cache size, speed, needle tests.
 
 Results are dictionaries that tables.py and plots.py show and that `write` stores in a folder. Bits
 per byte are compared with gzip, xz and a uniform code; the cache is compared with that of MHA, GQA

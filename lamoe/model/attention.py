@@ -47,7 +47,7 @@ class Attention(nn.Module):
         segments: torch.Tensor | None = None,
         form: str | None = None,
     ) -> torch.Tensor:
-        """Attend from x to itself and the cached tokens; `form` is MLA's and has no effect here."""
+        """Attend from x to itself and the cached tokens. `form` has no effect: it is for MLA."""
         width, interleaved = self.config.qk_head_dim, self.config.rope_interleaved
         q, k, v = (w(x).unflatten(-1, (-1, width)) for w in (self.wq, self.wk, self.wv))
         q = kernels.rope(q, freqs, interleaved)  # [B, T, H, width]

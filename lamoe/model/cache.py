@@ -32,7 +32,7 @@ class View(NamedTuple):
 
 
 class Cache(Protocol):
-    """What the model asks of a cache.
+    """The methods that the model calls on a cache.
 
     A forward pass calls `positions` once, `views` once per layer, then `advance` once.
     """

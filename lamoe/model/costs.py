@@ -134,7 +134,7 @@ def pair_products(config: ModelConfig, form: str | None = None) -> int:
 def cheaper_form(config: ModelConfig, queries: int, rows: int) -> str:
     """Return the form of MLA, "expand" or "absorb", with fewer multiply-adds.
 
-    All T S pairs count, also those that the causal mask hides.
+    All T * S pairs count, including those that the causal mask hides.
 
     Args:
         config: of a model with MLA.

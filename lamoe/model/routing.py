@@ -1,7 +1,7 @@
 """Which experts compute a token: gate, top-k, balance losses, token dropping, and routing hooks.
 
-The functions here are pure. What records or changes anything are the hooks `Chosen` and `Training`,
-which a caller passes to the model as `routing_hook`.
+The functions here are pure. Only the hooks `Chosen` and `Training` record or change anything; a
+caller passes one of them to the model as `routing_hook`.
 
 Letters: B sequences of T tokens, N = B T rows, E experts, K experts per token, D hidden size.
 Sources: paper eq. 20-22 (gate), 2.2.2 (device-limited routing), eq. 23-31 (balance losses),
@@ -106,7 +106,7 @@ class Balance:
         if self.keep_share > 1:
             raise ValueError(
                 f"balance.keep_share is {self.keep_share}; "
-                "it is a share of the sequences, at most 1"
+                "it is a fraction of the sequences, so it must be at most 1"
             )
         if config.is_moe and (self.devices < 1 or config.n_routed_experts % self.devices):
             raise ValueError(

@@ -253,7 +253,7 @@ def _listen(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except OSError as e:
-        raise OSError(f"--host {host} is no address of this machine: {e.strerror}") from None
+        raise OSError(f"--host {host} is not an address of this machine: {e.strerror}") from None
     # asyncio sets TCP_NODELAY only on sockets whose protocol is given explicitly
     listener = socket.socket(family, kind, protocol)
     try:

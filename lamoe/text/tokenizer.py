@@ -248,7 +248,7 @@ class Tokenizer:
         return out
 
     def _cut(self, text: str) -> list[str]:
-        """Cut the text inside every control token that is not marked special, so none matches."""
+        """Cut the text inside every unmarked control token, so that the tokenizer finds none."""
         assert self._unmarked_re is not None
         cuts = [0, *(m.start() + 1 for m in self._unmarked_re.finditer(text)), len(text)]
         return [text[a:b] for a, b in itertools.pairwise(cuts)]

@@ -179,7 +179,8 @@ def _complete(run_dir: Path) -> list[tuple[Path, dict]]:
 def _write_manifest(folder: Path, step: int, sequence: int) -> None:
     """Hash all files of a checkpoint.
 
-    `sequence` orders the saves of a run. Steps do not: resuming from an older checkpoint goes back.
+    `sequence` orders the saves of a run. Step numbers cannot: a run that resumes from an older
+    checkpoint repeats steps.
     """
     files = {}
     for path in sorted(folder.rglob("*")):

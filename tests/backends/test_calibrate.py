@@ -69,7 +69,7 @@ def test_the_mean_of_the_layer_is_mixed_into_the_moments_of_experts():
 
 
 def test_the_rows_of_all_experts_never_exist_at_once(monkeypatch):
-    """With the sizes of DeepSeek-V2 they would take 4 GB."""
+    """All of them together would take 4 GB for a layer of DeepSeek-V2."""
     module = type("E", (), {"w13": torch.ones(8, 4, 2), "w2": torch.ones(8, 2, 2)})
     experts, returned, alive = calibrate._Experts(module), [], []
     experts.add(module, (torch.ones(80, 2), torch.arange(80)[:, None] % 8, torch.ones(80, 1)))

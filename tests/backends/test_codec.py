@@ -10,7 +10,8 @@ from lamoe.backends import cache_codec
 from lamoe.model.config import ModelConfig
 
 LOW_BIT = ("int8", "6bit", "4bit")
-# Absolute error of very small numbers (half of the smallest step), for low-bit formats or not.
+# Largest absolute error of very small numbers: half of the smallest step in the low-bit formats
+# (True), 0 in the others.
 FLOOR = {True: 2.0**-22, False: 0.0}
 WIDTHS = [
     (512, 64),
@@ -94,7 +95,7 @@ def test_stated_sizes():
         47,
     ]
     assert cache_codec.part_bits("6bit", (512, 64)) == (5, 8)  # the rope key is the fine part
-    assert cache_codec.part_bits("6bit", (192, 192)) == (6, 5)  # without a rope key, the keys are
+    assert cache_codec.part_bits("6bit", (192, 192)) == (6, 5)  # without a rope key: the keys
     assert cache_codec.part_bits("6bit", (96, 32)) == (5, 7)  # 8 bits would exceed 6.0 per element
     assert (
         cache_codec.part_bits("4bit", (192, 192)) == (4, 4)

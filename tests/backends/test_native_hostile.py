@@ -290,7 +290,7 @@ def test_the_model_keeps_its_weights_alive():
     p = CpuBackend.from_transformer(tiny.model(tiny.HARD, dtype=torch.float32))
     want = Run(p).feed({"a": [1, 2, 3]})
     p.packed.clear()
-    # These would overwrite memory that was freed by mistake.
+    # If the weights were freed by mistake, these allocations would overwrite them.
     overwrite = [torch.full((1 << 16,), float("nan")) for _ in range(64)]
     assert torch.equal(Run(p).feed({"a": [1, 2, 3]}), want)
     del overwrite

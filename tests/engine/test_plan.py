@@ -147,7 +147,7 @@ def test_partial_results_of_attention_are_bounded():
 
 
 def test_the_plan_counts_partial_results():
-    """They count in the free memory, in refusals and their advice, and in `describe`."""
+    """The check against free memory, refusals with their advice, and `describe` include them."""
     partial, page = CpuBackend.state_bytes(LITE, 1600, 3, 64), 16 * 31104
     plan = fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 100 * page + partial, states())
     assert (

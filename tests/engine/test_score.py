@@ -109,7 +109,7 @@ def test_several_prompts_as_one_request():
         found = {}
         async for index, delta in run:
             found.setdefault(index, []).append(delta)
-        with pytest.raises(ValueError, match="no tokens"):  # then none is queued
+        with pytest.raises(ValueError, match="no tokens"):  # no request is queued
             await engine.open([(prompts(3)[0], GREEDY), ([], GREEDY)])
         assert not await engine.call(lambda llm: llm.busy)
         return found

@@ -149,7 +149,7 @@ def test_tied_embedding_is_stored_once_and_used_twice():
     free, tied = acc.parameters(LITE), acc.parameters(LITE.replace(tie_word_embeddings=True))
     table = LITE.vocab_size * LITE.hidden_size
     assert free.total - tied.total == table and tied.head == 0
-    # A tied head multiplies by its matrix all the same.
+    # A tied head is a matrix product too.
     assert tied.activated == free.activated
     assert tied.activated_all == tied.activated == free.activated_all - table
 
@@ -224,7 +224,8 @@ def test_training_flops_of_the_benchmark_model():
 
 
 def test_mla_products_per_head_and_cached_token():
-    """Expanding a latent costs 131,072 multiply-adds, attending to it 320 or 1,088 (App. C)."""
+    """Expanding a latent: 131,072 multiply-adds. Attending: 320 expanded, 1,088 absorbed (App.
+    C)."""
     per = 2 * V2.num_hidden_layers * V2.num_attention_heads
     step = {
         f: acc.decode_flops(V2, 101, f).total - acc.decode_flops(V2, 100, f).total
@@ -500,7 +501,7 @@ def test_report_is_json_and_agrees_with_the_functions(name):
 
 def test_report_options():
     assert acc.report(V2)["plan"] is None and acc.report(V2)["memory"]["weight_bits"] == 16
-    assert acc.report(SMALL)["memory"]["weight_bits"] == 32  # its torch_dtype
+    assert acc.report(SMALL)["memory"]["weight_bits"] == 32  # its torch_dtype is float32
     assert acc.report(V2, context=1)["flops"]["decode"][-1]["depth"] == 0
     for bad in ({"sequence": 5000}, {"context": 5000}):
         with pytest.raises(

@@ -130,7 +130,7 @@ def test_decode_absorbs_and_prefill_expands(c):
 
 
 def test_cheaper_form_counts_multiply_adds():
-    """131,072 per expanded row; 320 or 1,088 per query and cached token (paper 2.1)."""
+    """Expanding a row: 131,072. Per query and row: 320 expanded, 1,088 absorbed (paper 2.1)."""
     for t, s in ((1, 7), (16, 4096), (170, 4096), (171, 1 << 20), (5, 5)):
         expand, absorb = 131_072 * s + 320 * t * s, 131_072 * t + 1_088 * t * s
         assert cheaper_form(V2, t, s) == ("expand" if expand < absorb else "absorb")

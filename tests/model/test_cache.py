@@ -86,7 +86,7 @@ def test_what_is_written_is_read(name):
 
 @pytest.mark.parametrize("format", cache_codec.FORMATS)
 def test_a_row_is_stored_alike_whoever_stands_beside_it(format):
-    """Otherwise batching and chunking would change what is read."""
+    """The bytes of a row do not depend on other rows; else batching would change results."""
     c = V2_ROW
     parts, cache = rows_of(c, 33), PagedCache(c, 9, 16, written(format))
     cache.write(0, torch.arange(33), parts)

@@ -75,7 +75,7 @@ def test_amplitude():
 
 def test_ramp_limits():
     assert rope.yarn_ramp_limits(V2.rope_scaling, 64, 10000.0) == (10, 23)
-    # Clamped: without that it would be negative.
+    # Clamped: otherwise it would be negative.
     assert (
         rope.yarn_ramp_limits(RopeScaling(original_max_position_embeddings=1), 64, 10000.0)[0] == 0
     )

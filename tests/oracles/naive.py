@@ -115,9 +115,10 @@ def latent_attention(c, w, h, positions):
         latent = norm(down[: c.kv_lora_rank], w["self_attn.kv_a_layernorm.weight"], 1e-6)  # eq. 41
         shared_key = rotate(c, down[c.kv_lora_rank :], position)  # eq. 43
         up = (w["self_attn.kv_b_proj.weight"] @ latent).reshape(c.num_attention_heads, nope + value)
+        # eq. 42, 44
         keys.append(
             [np.concatenate([up[i, :nope], shared_key]) for i in range(c.num_attention_heads)]
-        )  # eq. 42, 44
+        )
         values.append([up[i, nope:] for i in range(c.num_attention_heads)])  # eq. 45
         if c.q_lora_rank is None:
             q = w["self_attn.q_proj.weight"] @ x

@@ -292,7 +292,7 @@ def test_tools_are_refused_without_a_tool_template(server):
 
 
 def test_model_without_some_features():
-    """No fill-in-the-middle tokens; then no tokenizer and no experts."""
+    """The first model has no fill-in-the-middle tokens, the second no tokenizer and no experts."""
     with Running(lambda: llm(tok=tok(fim=False))) as s:
         s.wait_ready()
         error = s.error(400, prompt="a", suffix="b")

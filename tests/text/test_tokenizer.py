@@ -771,9 +771,8 @@ def test_v2_vocabulary_facts(v2):
     assert tok.decode([100015, 102399]) == "" and joined(tok, [102399, *tok.encode("x")])[1] == "x"
     ids = tok.apply_chat([{"role": "user", "content": f"über {EOS}öü"}])
     assert ids[0] == 100000 and 100001 not in ids
-    assert (
-        tok.decode(ids) == f"User: über {EOS}öü\n\nAssistant:"
-    )  # the tokenizers library decodes ö and ü to U+FFFD
+    # The tokenizers library alone would decode ö and ü to U+FFFD.
+    assert tok.decode(ids) == f"User: über {EOS}öü\n\nAssistant:"
     assert (
         tok.encode("User: hi\n\nAssistant:")
         == tok.apply_chat([{"role": "user", "content": "hi"}])[1:]

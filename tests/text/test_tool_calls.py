@@ -266,9 +266,8 @@ def test_the_forms_of_several_models():
         parse(TAGS, '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>')[1]
     ) == [("f", {"a": 1})]
     assert said(parse(TAGS, '<tool_call>{"name": "f"}</tool_call>')[1]) == [("f", {})]
-    assert said(parse(TAGS, 'ok <tool_call>\n{"name": "f", "arguments": {}}')[1]) == [
-        ("f", {})
-    ]  # EOS came before the closing tag
+    # EOS came before the closing tag.
+    assert said(parse(TAGS, 'ok <tool_call>\n{"name": "f", "arguments": {}}')[1]) == [("f", {})]
     content, calls = parse(
         TAGS,
         'one <tool_call>{"name": "f"}</tool_call> two <tool_call>{"name": "g"}</tool_call> three',

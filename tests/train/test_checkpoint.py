@@ -147,7 +147,7 @@ def test_killed_at_every_file_operation(tmp_path, monkeypatch, second):
         save(run, 1, writer(100))
         status = in_child(lambda: save_and_die(run, n))
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a warning would mean: damaged
+            warnings.simplefilter("error")  # no checkpoint may be reported as damaged
             found = latest(run)
         assert is_step(found, 100) or is_step(found, 200)
         assert (run / (run / "latest").read_text().strip()).is_dir() or found.name.endswith(".old")
@@ -398,9 +398,8 @@ def test_nested_state_comes_back_bit_for_bit(tmp_path):
     (tmp_path / "s.safetensors").unlink()  # the loaded tensors own their memory
     assert equal(state, got)
     got["state"][0]["m"].add_(1)
-    arrays = [
-        np.full(3, i) for i in range(50)
-    ]  # the converted copies are freed at once, so their ids are reused
+    # Each converted copy is freed at once, so the next one may get the same id().
+    arrays = [np.full(3, i) for i in range(50)]
     save_tensors(tmp_path / "a", {"arrays": arrays})
     assert [t.tolist() for t in load_tensors(tmp_path / "a")["arrays"]] == [
         a.tolist() for a in arrays

@@ -269,13 +269,10 @@ def test_the_split_is_known_before_there_is_a_tokenizer(tmp_path):
 
 
 def test_choose_heldout_takes_at_least_one_and_fills_the_share():
-    assert choose_heldout([3, 1, 2], [50, 100, 40], 0.01) == [
-        2
-    ]  # none fits, so the smallest is taken
-    assert choose_heldout([3, 1, 2, 4], [10, 500, 10, 480], 0.02) == [
-        2,
-        0,
-    ]  # in hash order, without those that are too large
+    # None fits, so the smallest is taken.
+    assert choose_heldout([3, 1, 2], [50, 100, 40], 0.01) == [2]
+    # The order is that of the hashes; documents that are too large are skipped.
+    assert choose_heldout([3, 1, 2, 4], [10, 500, 10, 480], 0.02) == [2, 0]
     assert len(choose_heldout([5, 5], [7, 7], 0.5)) == 1
 
 

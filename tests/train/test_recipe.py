@@ -226,9 +226,8 @@ def test_to_dict_is_the_identity(name):
     }
     recipe = Recipe.from_dict(raw)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
-    assert not [
-        v for s in recipe.to_dict().values() for v in s.values() if isinstance(v, tuple)
-    ]  # as JSON returns it
+    # Lists, not tuples, as JSON returns them.
+    assert not [v for s in recipe.to_dict().values() for v in s.values() if isinstance(v, tuple)]
 
 
 def test_the_saved_config_tells_the_recipes_coefficient():

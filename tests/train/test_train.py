@@ -208,13 +208,8 @@ def test_every_family_trains(texts, tmp_path, name):
     assert config.model_type == FAMILIES[name].get("model", {}).get("model_type", "deepseek_v2")
 
 
-GOLDEN = [
-    5.69414,
-    5.3503,
-    5.04059,
-    4.56978,
-    4.42201,
-]  # golden values of this recipe in float32
+# Recorded losses of the recipe below in float32.
+GOLDEN = [5.69414, 5.3503, 5.04059, 4.56978, 4.42201]
 
 
 def test_golden_losses(texts, tmp_path):
@@ -264,7 +259,7 @@ def test_the_rate_follows_the_tokens_under_a_ramp(texts, tmp_path):
 def test_accumulation_is_one_big_batch(texts, tmp_path, mask):
     """Micro-batches are weighted by their number of targets.
 
-    It differs, because the first token of a document is not a target.
+    Micro-batches differ in it, because the first token of a document is not a target.
     """
     raws = [
         raw_recipe(
@@ -296,7 +291,7 @@ def test_accumulation_is_one_big_batch(texts, tmp_path, mask):
 def test_step_is_what_a_reader_would_write(texts, tmp_path):
     """Loss and gradients of the first step equal those of a plain program.
 
-    It computes all rows at once: mean over the targets, plus the balance losses.
+    That program computes all rows at once: mean over the targets, plus the balance losses.
     """
     raw = raw_recipe(
         texts, tmp_path / "run", balance=dict(capacity_factor=0.0), run=dict(steps=1, seed=3)
@@ -364,10 +359,8 @@ def test_metrics_are_of_all_micro_batches():
             torch.tensor(losses), torch.tensor(load), torch.tensor(dropped), torch.tensor(entropy)
         )
 
-    first = [
-        record([3, 1], 1, 0.5, [1.0, 1.0, 1.0]),
-        record([2, 2], 0, 0.7, [1.0, 1.0, 1.0]),
-    ]  # two MoE layers
+    # One record for each of the two MoE layers.
+    first = [record([3, 1], 1, 0.5, [1.0, 1.0, 1.0]), record([2, 2], 0, 0.7, [1.0, 1.0, 1.0])]
     second = [record([3, 1], 1, 0.1, [2.0, 1.0, 1.0]), record([0, 4], 0, 0.3, [2.0, 3.0, 1.0])]
     m = metrics_module.router_metrics([first, second], 2)
     assert m["expert_load"] == [[0.75, 0.25], [0.25, 0.75]] and m["drop_rate"] == pytest.approx(

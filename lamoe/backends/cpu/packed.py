@@ -244,7 +244,7 @@ def _feed_forward(c: ModelConfig, layer: int, weights: str, prefix: str) -> Iter
 def _swiglu(
     layer: int, letter: str, weights: str, d: int, f: int, count: int, prefix: Callable[[int], str]
 ) -> Iterator[PackedTensor]:
-    """Yield gate and up as one matrix, each padded to whole tiles of 16 outputs; then down."""
+    """Yield gate and up stacked in one matrix, each padded to a multiple of 16 rows; then down."""
     padded = _padded(f, 16)
 
     def gate_up(read: Read, i: int) -> torch.Tensor:
@@ -347,7 +347,7 @@ def weight_classes(
             f"came out as {', '.join(found.formats)}" if found.num_weights else "matched no tensor"
         )
         raise ValueError(
-            f"{name} should be {fmt} and {came_out}; this model was not quantised whole"
+            f"{name} should be {fmt} and {came_out}; this model was quantised only in part"
         )
     return totals
 

@@ -160,7 +160,7 @@ def load(folder: str | Path, threads: int = 0, available: int | None = None) -> 
             if begin % _ALIGN or not np.isfinite(scales).all():
                 raise ValueError(
                     f"{path}: {tensor.key!r} does not lie at a multiple of {_ALIGN} bytes, or has "
-                    "scales that are no numbers; quantize the model again"
+                    "scales that are not finite; quantize the model again"
                 )
             tensors[tensor.key] = torch.from_numpy(mapped[begin:end]), scales.tolist()
     return CpuBackend(config, formats, tensors, threads)
