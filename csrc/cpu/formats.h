@@ -60,7 +60,7 @@ static_assert(sizeof(DecodedBlock) == 4 * (64 + 256));
 struct Mat {
   int fmt = 0, n = 0, k = 0;
   const uint8_t* data = nullptr;
-  float scale = 1.f;  // of the whole matrix; group scales are relative to it
+  float scale = 1.f;  // matrix scale; group scales are relative to it
 };
 
 inline int tiles(int n) { return (n + kTile - 1) / kTile; }
@@ -110,7 +110,7 @@ inline Acts plain_acts(int elem, const void* data, int rows, int k, int stride) 
 // down.
 struct Seg {
   Mat w13, w2;
-  int row0 = 0, rows = 0;         // of the activations
+  int row0 = 0, rows = 0;         // range of activation rows
   const float* weight = nullptr;  // [rows], multiplies the activations between up and down; null: 1
   const int32_t* token = nullptr;  // [rows], output row of each row; null: row i is output row i
 };
@@ -122,7 +122,7 @@ struct Codec {
   enum Kind { kFp32 = 0, kBf16 = 1, kLowBit = 2 };
   int kind = kFp32;
   int w[2] = {0, 0};
-  int bits[2] = {0, 0}, group = 0;  // of low-bit codes
+  int bits[2] = {0, 0}, group = 0;  // bits per code of each part; elements per scale
   size_t row = 0;                   // bytes
 
   int width() const { return w[0] + w[1]; }
@@ -164,7 +164,7 @@ constexpr int kTileRows = 64;  // cache rows that attention decodes and processe
 //   float maximum[16] | sum[16] | output[lanes][width]
 struct AttentionState {
   float* data;
-  int width;  // of a value
+  int width;  // elements of a value
 
   static size_t floats(int width) { return 2 * kLanes + size_t(kLanes) * width; }
   float* maximum() const { return data; }
@@ -176,7 +176,7 @@ struct AttentionState {
   }
 };
 
-// What one thread needs to process one tile.
+// Scratch of one thread for one tile.
 struct AttentionScratch {
   float scores[kTileRows][kLanes];
   uint8_t weights[kTileRows * kLanes * 4];  // softmax weights as fp32, bf16 pairs or byte quads

@@ -46,7 +46,7 @@ struct Packed {
 struct Decoded {
   const DecodedBlock* p;
   const uint8_t* next;  // packed weights to prefetch meanwhile
-  int lines;            // of `next`, with each block; 0: none
+  int lines;            // cache lines of `next` to prefetch per block
 
   INLINE const uint8_t* ahead(int block) const { return next + 64 * size_t(block) * lines; }
   INLINE void prefetch(const uint8_t* b, int g) const {

@@ -17,7 +17,8 @@ namespace {
 // Runs n times N independent sums. Operands stay in registers, so only the operation counts.
 //
 // in_register keeps the optimiser from shortening the loop, and from moving the sums to memory.
-// OWN hides the weights too: otherwise all work before the addition is shared between the sums.
+// OWN hides the weights too. Else the compiler would share the work before the additions between
+// the N sums.
 template <int N, bool OWN, class V, class Dot>
 INLINE V repeat(long n, V start, vw w, Dot dot, double& done) {
   V acc[N];

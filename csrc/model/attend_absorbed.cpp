@@ -2,7 +2,7 @@
 // Queries are compared with cache rows as they are stored, each row is read once for 16 lanes.
 //
 //   1. LanePlan         (token, head) pairs of a sequence and kv head -> blocks of 16 lanes;
-//                       cache rows -> chunks, which the threads share out
+//                       cache rows -> chunks, the work items of the threads
 //   2. absorb_queries   MLA: W^UK moves to the queries, q [N] -> [C]
 //   3. pack_queries     per block
 //   4. ChunkAttention   per chunk: each tile of 64 rows is decoded once and added to the attention
@@ -26,9 +26,9 @@ struct LaneBlock {
 };
 
 struct Chunk {
-  int sequence, index, from, to;  // rows
-  int first_block, end_block;     // of the sequence
-  size_t first_tile;              // in the tiles of all chunks
+  int sequence, index, from, to;  // from and to: rows of the sequence
+  int first_block, end_block;     // the blocks of lanes of the sequence
+  size_t first_tile;              // index of its first tile among the tiles of all chunks
 };
 
 struct LanePlan {

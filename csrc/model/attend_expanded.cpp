@@ -3,7 +3,7 @@
 //
 //   for each range of rows
 //     decode_rows         cache rows -> elem; MLA: latents also as a matrix
-//     for each kv head    (shared out over the threads)
+//     for each kv head    (in parallel)
 //       make_keys, make_values
 //       for each query head, 24 queries and 256 rows at a time
 //         scores = q keys^T, softmax_rows, outputs = outputs * rescale + weights values
@@ -17,13 +17,13 @@ namespace lamoe {
 namespace {
 
 constexpr int kExpandedRows = 1024;  // cache rows whose keys and values exist at once
-constexpr int kSoftmaxRows = 256;    // of those, rows of one softmax pass
-constexpr int kQueries = 24;         // of one softmax pass
+constexpr int kSoftmaxRows = 256;    // rows of one softmax pass
+constexpr int kQueries = 24;         // queries of one softmax pass
 
-// What one thread needs for the current kv head.
+// Buffers of one thread for the current kv head.
 struct HeadBuffers {
   char *keys, *values, *scores, *weights, *scratch, *queries;
-  size_t values_bytes;  // of kSoftmaxRows rows
+  size_t values_bytes;  // size of kSoftmaxRows rows in `values`
 };
 
 class Expanded {

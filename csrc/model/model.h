@@ -17,7 +17,7 @@ struct Config {
   int experts = 0, top_k = 0, groups = 1, top_groups = 1, moe_width = 0;
   bool group_limited = false, normalise = false, interleaved = true;
   float routed_scale = 1.f, eps = 1e-6f, softmax_scale = 1.f;
-  int elem = BF16;  // of attention, and of the embedding
+  int elem = BF16;  // format of attention and embedding
 
   // Number of kv heads in a cache row. MLA has one: the latent with the rope key.
   int cached_heads() const { return latent ? 1 : kv_heads; }
@@ -34,8 +34,8 @@ struct Layer {
   const void* uk_rows = nullptr;  // elem [heads][nope][latent padded to 64], for the expanded form
   std::vector<Mat> uv_elem;       // W^UV in elem, for the expanded form
   Mat gate;                       // FP32
-  Mat w13, w2;                    // of the dense FFN, or of the shared experts
-  std::vector<Mat> e13, e2;       // of the routed experts
+  Mat w13, w2;                    // dense FFN or shared experts
+  std::vector<Mat> e13, e2;       // routed experts
 };
 
 struct Cache {

@@ -36,10 +36,10 @@ struct Workspace {
   Acts acts(Buffer& b, int rows, int k, bool with_float = false) const;
   char* scratch_of(int thread) { return (char*)scratch[thread].get(scratch_size); }
 
-  bool use_f = false, use_h = false, use_q = false;  // which forms matrices need
-  size_t scratch_size = 0;                           // 0: formats are not known yet
+  bool use_f = false, use_h = false, use_q = false;  // forms of activations that matrices need
+  size_t scratch_size = 0;                           // 0 until a step has seen the formats
   size_t state_limit = kStateLimit;
-  std::vector<Buffer> scratch, thread_data;  // of each thread
+  std::vector<Buffer> scratch, thread_data;  // one per thread
 
   Buffer x, normed, q, q_low, q_low_acts, kv, output, output_acts, last;
   // Absorbed attention.
@@ -61,7 +61,7 @@ struct Pass {
   Acts normed = {};         // input of the current block
   float* q = nullptr;       // [tokens][heads][head_dim]
   float* kv = nullptr;      // [tokens][elements of a cache row]
-  float* output = nullptr;  // [tokens][heads][head_value], of attention
+  float* output = nullptr;  // attention: [tokens][heads][head_value]
 
   const float* query(int token, int head) const {
     return q + (size_t(token) * config.heads + head) * config.head_dim;

@@ -12,7 +12,7 @@ namespace lamoe {
 // side fits into int.
 constexpr int kMaxWidth = 1 << 22;
 
-std::string wrong_sizes(int fmt, int64_t n, int64_t k);  // of a matrix
+std::string wrong_sizes(int fmt, int64_t n, int64_t k);  // checks a matrix
 std::string wrong(const Config& c);
 std::string wrong(const Codec& c);
 std::string wrong(const Codec& c, const Config& config);

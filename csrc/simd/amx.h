@@ -28,7 +28,7 @@ struct Traits : Avx512Traits {
   static constexpr int kPrefetchLevel = 2, kDecodeRows = 16;
 };
 
-constexpr int kTileBytes = 16 * 64;  // of a whole tile register
+constexpr int kTileBytes = 16 * 64;  // size of a tile register
 
 // ---- instructions ------------------------------------------------------------------------------
 // The shapes of the tile registers, for as long as this object lives. Each call has to configure
@@ -140,8 +140,8 @@ INLINE void transpose_words(const void* in, void* out, size_t stride) {
 INLINE int block_rows(int n, int i) { return std::clamp(n - 16 * i, 0, 16); }
 
 // ---- bfloat16 products -------------------------------------------------------------------------
-// Registers: sums of M blocks of 16 rows x N tiles of 16 outputs in 0 .. 3, rows in 4 and 5,
-// weights in 6 and 7.
+// Tile registers 0 .. 3 hold the sums (M blocks of 16 rows x N tiles of 16 outputs), 4 and 5 the
+// rows, 6 and 7 the weights.
 template <int M, int N>
 INLINE void step_bf16(const uint8_t* x, size_t stride, const uint8_t* w, size_t tile) {
   tile_load<6>(w, 64);
@@ -191,8 +191,8 @@ void block_bf16(const uint8_t* x, size_t stride, int rows, const uint8_t* w, siz
 }
 
 // ---- attention ---------------------------------------------------------------------------------
-// Registers: sums of up to four blocks of 16 cache rows in 0 .. 3, a whole block of rows in 4 or
-// the last, partial block in 5, queries in 6.
+// Tile registers 0 .. 3 hold the sums of up to four blocks of 16 cache rows. 4 holds a whole block
+// of rows or 5 the last, partial one. 6 holds the queries.
 template <int I, bool INTS>
 INLINE void score_block(const uint8_t* rows, size_t stride, int n) {
   if (n >= 16 * (I + 1)) {
@@ -243,7 +243,7 @@ struct Tiles {
   // INT8 and INT4 products of 16 rows and more with one tile of weights.
   class IntProducts {
    public:
-    IntProducts() {  // sums of the four groups of a block in 0 .. 3, rows in 4, weights in 6
+    IntProducts() {  // registers: sums of four groups in 0 .. 3, rows in 4, weights in 6
       for (int i = 0; i < 4; i++) shapes_.set(i, kRows, 64);
       shapes_.set(4, kRows, kGroup), shapes_.set(6, kGroup / 4, 64);
       shapes_.load();

@@ -274,7 +274,7 @@ struct Traits {
   static constexpr int kPairTiles = 1;    // decoded tiles that share each load of an activation
   static constexpr int kPairRows = 8;     // rows of a micro-kernel on kPairTiles tiles
   static constexpr int kUnitRows = 6;     // rows of an fp32 / bf16 micro-kernel
-  static constexpr int kDecodeRows = 16;  // from this many rows on, a tile is decoded only once
+  static constexpr int kDecodeRows = 16;  // decode a tile only once from this many rows on
   // Level that weights are prefetched to, as __builtin_prefetch counts: 3 is L1, 2 is L2. L2 is
   // better on Intel: a line on its way to L1 occupies one of the few buffers that all loads share.
   static constexpr int kPrefetchLevel = 3;

@@ -134,8 +134,8 @@ def _prepare_loaded(
         _refuse_other_backend(model.weights)
     if device is not None and resolve_device(device).type != model.device.type:
         raise ValueError(
-            f"the model is on device {str(model.device)!r}, asked for is {str(device)!r}; "
-            "load it there"
+            f"the model is on device {str(model.device)!r}, but {str(device)!r} was asked for; "
+            "load it on that device"
         )
     _check_formats(formats, Formats(model.weights, model.head))
     size, free = model.weight_bytes(), available_memory(model.device)

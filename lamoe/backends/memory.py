@@ -37,6 +37,6 @@ def available_memory(device: torch.device | str = "cpu", root: Path = Path("/"))
         try:
             limit, used = ((root / "sys/fs/cgroup" / n).read_text().strip() for n in names)
             found.append(max(0, int(limit) - int(used)))
-        except (OSError, ValueError):  # "max" is no number and no limit
+        except (OSError, ValueError):  # "max" means no limit
             pass
     return min(found, default=None)

@@ -37,8 +37,8 @@ class PagedCache:
     ):
         if pages < 1 or page_size < 1:
             raise ValueError(
-                "a paged cache needs at least one page of one row, "
-                f"asked for {pages} of {page_size}"
+                "a paged cache needs at least one page with one row, "
+                f"but the caller asked for {pages} of {page_size} rows"
             )
         self.widths, self.format, self.dtype = config.cache_row, format, dtype
         self.pages, self.page_size, self.device = pages, page_size, torch.device(device)

@@ -151,8 +151,7 @@ def remove_leftovers(folder: Path, label: str) -> None:
     """Remove temporaries of `label` that processes on this machine left when they were killed.
 
     Those with the id of this process are removed too: the id may have belonged to an earlier
-    process.
-    So call this only while this process itself writes nothing under `label`.
+    process. So call this only while this process itself writes nothing under `label`.
     """
     host = re.escape(socket.gethostname())
     pattern = re.compile(rf"\.{re.escape(label)}(?:\.old)?\.tmp-{host}-(\d+)(?:\.\d+)?")

@@ -350,7 +350,7 @@ def write(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: in
 def _umask(folder: Path) -> int:
     """Return the process's umask from the mode of a folder it has just made.
 
-    os.umask is no help: it cannot be read without setting it.
+    os.umask would have to set the umask in order to return it.
     """
     return 0o777 & ~folder.stat().st_mode
 

@@ -356,7 +356,7 @@ class LLM:
             return self._fail(seq, str(e), internal=False)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as e:  # a panic of a library in Rust is no Exception
+        except BaseException as e:  # a panic in a Rust library is not an Exception
             log.error("a sequence failed", exc_info=e)
             return self._fail(seq, _INTERNAL_ERROR.format(type(e).__name__), internal=True)
 

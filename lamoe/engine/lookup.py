@@ -5,7 +5,8 @@ whole draft in one forward pass. Each position is sampled from the model's own d
 the request's own generator, and a draft token is accepted only if the sample equals it. So outputs
 are those of plain decoding, token for token, greedy or sampled.
 
-Drafts pause while they do not pay: if most of their tokens are rejected, or if the pass takes
+Drafts pause while they cost more than they save: if most of their tokens are rejected, or if the
+pass takes
 longer than the plain decode steps that it saves. The cost of a pass over several tokens depends on
 model and machine (its tokens are routed to many experts), so it is measured (`Pace`).
 """

@@ -20,7 +20,7 @@ class Output:
     finish_reason: "stop" (EOS, a stop string, or a complete grammar), "length" (max_tokens or a
         full context), "abort" (cancelled) or "error".
     cached_tokens: prompt tokens that were found in the cache and not computed again.
-    logprobs: for each token {token id: natural log-probability}; None unless asked for.
+    logprobs: for each token {token id: natural log-probability}; None unless requested.
     experts: see LLM.experts.
     internal: whether an error is the model's or the engine's, rather than the request's own.
     """

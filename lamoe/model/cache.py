@@ -75,8 +75,8 @@ class KVCache:
     ):
         if batch < 1 or capacity < 1:
             raise ValueError(
-                "a cache needs room for at least one sequence and one token, "
-                f"asked for {batch} x {capacity}"
+                f"a cache needs at least one sequence and one token, found batch {batch} and "
+                f"capacity {capacity}"
             )
         self.config = config
         shape = (config.num_hidden_layers, batch, capacity)

@@ -30,7 +30,7 @@ def check_at_least(name: str, value: int, low: int) -> None:
 
 
 def is_finite(value: Any) -> bool:
-    """Return whether `value` is a finite number that fits in a double. Bools are no numbers."""
+    """Return whether `value` is a finite number that fits in a double. Bools do not count."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     try:

@@ -111,7 +111,7 @@ class Transformer(nn.Module):
         check_ids(ids, self.config)
         if segments is not None and (cache is not None or segments.shape != ids.shape):
             raise ValueError(
-                f"segments must have the shape of ids {tuple(ids.shape)} and go without a cache, "
+                f"segments must have the shape of ids {tuple(ids.shape)}, and exclude a cache; "
                 f"found {tuple(segments.shape)}" + (" and a cache" if cache is not None else "")
             )
         if form not in (None, "expand", "absorb"):

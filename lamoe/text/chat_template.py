@@ -343,7 +343,8 @@ class _ChatSandbox(ImmutableSandboxedEnvironment):
             raise SecurityError(f"more than {MAX_SECONDS:g} seconds")
 
     def _pay_for(self, value: Any) -> None:
-        """Pay for turning a value into text. Parts that occur several times are paid each time."""
+        """Charge the budget for converting a value to text. Repeated parts are charged each
+        time."""
         if isinstance(value, str):
             self._pay(len(value) + 1)
         elif isinstance(value, Mapping):
@@ -406,7 +407,7 @@ class _ChatSandbox(ImmutableSandboxedEnvironment):
         )
 
     def call(self, context, function, /, *args, **kwargs):
-        """Pay for a call in the template, then make it."""
+        """Charge the budget for a call in the template, then make the call."""
         self._pay(50 + (self._template_chars if isinstance(function, Macro) else 0))
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if isinstance(owner, str):

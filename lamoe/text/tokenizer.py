@@ -107,7 +107,7 @@ class Tokenizer:
         added = inner.get_added_tokens_decoder()
         self._added = {i: t.content for i, t in added.items()}
         self._skipped = frozenset(i for i, t in added.items() if t.special)
-        # A token of one character cannot be told from the character, so it is no control token.
+        # A token of one character cannot be told from that character, so it is not a control token.
         self._control = {
             t.content: i
             for i, t in added.items()

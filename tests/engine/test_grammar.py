@@ -214,13 +214,13 @@ WORDS = ["the cat", "the c", "abba", "abbaab", "ab", "ü中", "ü中文!", "zzz"
 
 
 def allow_words(tok: Tokenizer, words: list[str], prompt: int, more=lambda logits, ids: logits):
-    """Make the `adjust` argument of reforward that allows only a finite list of words.
+    """Make an `adjust` function for reforward that allows only the given words.
 
-    It tries every token. EOS is allowed after a whole word.
+    The function tries every token, and allows EOS after a whole word.
 
     Args:
         prompt: number of prompt tokens.
-        more: applied to the logits first.
+        more: changes the logits before that.
     """
     allowed = [w.encode() for w in words]
 

@@ -63,7 +63,7 @@ def test_dense_first_layers(first, freq, moe_layers):
     assert [i for i, b in enumerate(m.layers) if isinstance(b.ffn, MoE)] == moe_layers
     for i, b in enumerate(m.layers):
         if i not in moe_layers:
-            # Dense layers have a width of their own.
+            # Dense layers have another width than experts.
             assert isinstance(b.ffn, MLP) and b.ffn.w2.in_features == m.config.intermediate_size
 
 

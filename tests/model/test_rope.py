@@ -133,7 +133,7 @@ def test_float32_freqs_are_those_of_transformers_bit_for_bit(preset):
 
 
 def test_freqs_depend_on_the_position_alone():
-    """Neither the number of positions nor a dtype below float64 changes them."""
+    """Neither the number of positions nor a dtype below float64 changes the frequencies."""
     many = rope.freqs(V2, torch.arange(5000))
     assert torch.equal(rope.freqs(V2, torch.tensor([4097])), many[4097:4098])
     assert torch.equal(rope.freqs(V2, torch.tensor([[4097, 3]])), many[[4097, 3]][None])

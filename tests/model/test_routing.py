@@ -148,7 +148,7 @@ def test_losses_equal_the_loops(c, devices, most):
 
 
 def uniform(c: ModelConfig, t: int, devices: int):
-    """Equal scores; every expert gets equal load and each token reaches `reach` devices."""
+    """Return equal scores, and experts with equal loads; each token reaches `reach` devices."""
     e, k = c.n_routed_experts, c.num_experts_per_tok
     per, most = e // devices, routing.reach(c, devices)
     share = k // most

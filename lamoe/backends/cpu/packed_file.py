@@ -397,5 +397,5 @@ def _lock(f: IO[bytes], part: Path, folder: Path) -> None:
     # The other process may have renamed the file between our opening and locking it.
     if not part.exists() or not os.path.samestat(os.fstat(f.fileno()), part.stat()):
         raise ValueError(
-            f"another process was writing {folder}; call again, and what it made is kept"
+            f"another process was writing {folder}; run this again: finished files are kept"
         )
