@@ -72,7 +72,7 @@ def single_document_rows(folder: Path, seq: int, tokens: int) -> torch.Tensor:
     if len(rows) < wanted:
         raise ValueError(
             f"the held-out text has {len(rows)} rows of {seq} tokens inside one document, "
-            f"asked for {wanted}; lower --tokens or --seq"
+            f"but {wanted} are needed; lower --tokens or --seq"
         )
     return torch.from_numpy(np.stack([rows[i * len(rows) // wanted] for i in range(wanted)]))
 

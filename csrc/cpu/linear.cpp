@@ -234,7 +234,7 @@ INLINE vf dot_unit(vf acc, vw w, const uint8_t* x) {
   return FMT == FP32 ? dot_f32(acc, w, x) : dot_bf16(acc, w, x);
 }
 
-// M rows times T tiles, `tile` bytes apart, of `units` units each.
+// Multiplies M rows by T tiles. Each tile has `units` units; tiles are `tile` bytes apart.
 template <int FMT, int T, int M>
 void micro_unit(const uint8_t* w, size_t tile, int units, const uint8_t* x, size_t stride,
                 float* out, ptrdiff_t ldo, int n) {

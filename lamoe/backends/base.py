@@ -72,7 +72,7 @@ class ForwardResult(NamedTuple):
     output: float32 [len(output_rows), vocabulary] logits, or [len(output_rows), D] final normed
         states when the head was not wanted.
     experts: integer [MoE layers, N, K], the routed experts that each token chose; None unless
-        they were asked for.
+        they were requested.
     """
 
     output: torch.Tensor

@@ -4,8 +4,8 @@ The `gguf` package (extra `gguf`) reads and dequantises the file. This module ma
 ModelConfig and tensor names to parameters. Rows of Q and K are reordered: GGUF stores them for
 rotary pairs (2k, 2k + 1), Hugging Face for pairs (k, k + R/2).
 
-Metadata of the architecture and tensors that are not known are refused by name: without them the
-result would be another model.
+Unknown tensors and unknown metadata of the architecture are refused by name, because ignoring them
+would give another model.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A GGUF file only names the rule that splits text before merging (`tokenizer.ggml.pre`). The rules
 are written out below. An unknown name is refused: a similar rule would give slightly wrong ids,
-and the model would only seem to be weak.
+which would look like a weak model.
 """
 
 from __future__ import annotations

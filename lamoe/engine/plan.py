@@ -99,7 +99,7 @@ def fit(
 
     Raises:
         ValueError: if the cache cannot hold one sequence of max_model_len, or memory cannot hold
-            everything. The message has the numbers and the largest value that would do.
+            everything. The message has the numbers and the largest value that would fit.
     """
     limit = config.max_position_embeddings
     if max_model_len is not None and not 1 < max_model_len <= limit:

@@ -98,7 +98,7 @@ def check_prompt(
 
     Raises:
         ValueError: for an empty prompt, an id outside the vocabulary, a prompt that leaves no room
-            in max_model_len, or options that need a tokenizer that is not there.
+            in max_model_len, or options that need a tokenizer when there is none.
     """
     vocab = config.vocab_size
     if not prompt:

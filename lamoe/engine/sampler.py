@@ -29,8 +29,9 @@ class SamplingParams:
         logit_bias: {token id: number added to its logit}.
         logprobs: how many of the most likely tokens to report beside the chosen one, from the
             distribution before temperature and filters.
-        grammar: what the output must be. Tokens that do not fit are masked after penalties and
-            bias. The output ends ("stop") when it is complete, also before min_tokens.
+        grammar: the grammar that the output must match. Tokens that do not fit are masked after
+            penalties and bias. The output ends ("stop") when it is complete, even before
+            min_tokens.
         skip_special: omit special tokens from the text.
     """
 

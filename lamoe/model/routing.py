@@ -266,7 +266,7 @@ class Training:
 
     Args:
         balance: weights of the losses, number of virtual devices, dropping budget.
-        protected: [B] bool, True for sequences whose tokens are never dropped. None: no such.
+        protected: [B] bool, True for sequences whose tokens are never dropped. None protects none.
 
     Attributes:
         records: one LayerRecord per MoE layer, in order.

@@ -106,7 +106,7 @@ class Transformer(nn.Module):
 
         Raises:
             ValueError: for ids outside the vocabulary, positions beyond max_position_embeddings,
-                segments of another shape or beside a cache, an unknown form, a full cache.
+                segments of another shape or together with a cache, an unknown form, a full cache.
         """
         check_ids(ids, self.config)
         if segments is not None and (cache is not None or segments.shape != ids.shape):

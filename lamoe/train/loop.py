@@ -159,7 +159,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
         return last
 
 
-# ---- steps of the story --------------------------------------------------------------------------
+# ---- the steps of `train` ------------------------------------------------------------------------
 def _build_model(recipe: Recipe, config: ModelConfig, fresh: bool, note) -> Transformer:
     """Build the float32 model, with random weights or, in a fresh run, those of run.init_from."""
     model = Transformer(config)

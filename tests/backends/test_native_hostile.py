@@ -394,7 +394,7 @@ def test_invalid_steps_are_refused(model, changes):
     ],
 )
 def test_step_refuses_arrays_of_another_type_or_layout(model, changes):
-    """This includes cache rows that need a copy, because the step would write to the copy."""
+    """Cache rows that need a copy are refused too, because the step would write to the copy."""
     with pytest.raises(TypeError):
         step(model, **changes)
 

@@ -292,7 +292,8 @@ def test_a_sequence_with_nan_does_not_affect_others(weights):
 @pytest.mark.parametrize("name", ["odd", "lora-yarn-limited-1dense", "llama-gqa", "wide-latent"])
 @torch.no_grad()
 def test_torch_reads_the_cache_rows_of_the_kernels(name, format):
-    """Both continue from the same cache rows, with one token (absorbed) and a chunk (expanded)."""
+    """Both backends continue from the same rows with one token (absorbed) and a chunk
+    (expanded)."""
     m, p = pack(CONFIGS[name])
     ids = text(m.config, 150)
     for n in (1, 90):

@@ -235,7 +235,7 @@ def test_every_request_finishes_when_pages_run_out():
 @pytest.mark.parametrize("speculate", [0, 2])
 @pytest.mark.parametrize("prompt", [[7] * 250, list(range(60)), [1]])
 def test_a_full_context_ends_with_length(prompt, speculate):
-    """This includes a repetitive text, whose drafts would exceed the context."""
+    """One of the texts is repetitive: its drafts would exceed the context."""
     engine = llm(max_model_len=256, speculate=speculate, changes=dict(initializer_range=0.02))
     (o,) = engine.generate([prompt], greedy(10_000, logit_bias={7: 100}))
     assert o.finish_reason == "length" and len(prompt) + len(o.token_ids) == 256 and idle(engine)

@@ -214,7 +214,7 @@ def test_partial_results_of_attention_are_what_is_allocated(c):
 
 
 def test_the_default_size_of_the_cache():
-    """It is four contexts, at most 1 GiB, at least one context, and at most the free memory."""
+    """Four contexts, but at most 1 GiB, at least one context, and at most the free memory."""
     page = 16 * 31104
     assert (
         lite(length=1600).pages == 400

@@ -243,7 +243,7 @@ def rewrite(file, meta=None, **tensors):
 
 
 def assert_refused(file, words):
-    """Loading `file` fails with a short message that has its name, and takes no pages."""
+    """Check that loading `file` fails with a short message that names it, and takes no pages."""
     two = llm()
     with pytest.raises(ValueError, match=words) as e:
         two.load_cache(file)

@@ -1,4 +1,4 @@
-"""ModelConfig: every field acts, is carried or is refused; every error has a test."""
+"""ModelConfig: every field changes the model, is carried or is refused; every error is tested."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def numbers(config: ModelConfig) -> dict:
     return {k: report[k] for k in ("parameters", "flops", "cache", "memory")}
 
 
-# ---- every field acts, is carried, or is refused ----
+# ---- every field changes the model, is carried, or is refused ----
 # {field: (effect, change)}. The effect of changing the field of the base model is "counts" (the
 # accounting), "logits" (with equal weights), "carried" (config.json only) or "refused". The change
 # is a new value, or a dict when other fields must change too.

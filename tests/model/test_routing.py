@@ -201,7 +201,7 @@ def test_losses_do_not_depend_on_batching():
 
 
 def test_gradient_flows_through_the_mean_scores_only():
-    """The gradient of eq. 23 is f_i / (B T); f' and f'' of the device for the others."""
+    """The gradient of eq. 23 is f_i / (B T). The other two losses have f' or f'' of the device."""
     b, t, devices = 2, 9, 4
     scores = random_scores(b, t, 8).requires_grad_()
     expert = routing.choose(scores.flatten(0, 1), LIMITED)[1].unflatten(0, (b, t))

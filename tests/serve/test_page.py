@@ -316,9 +316,8 @@ def test_key_is_asked_for_until_it_is_right(tabs, server):
     expect(reply(page)).to_contain_text("latent vector")
     assert page.evaluate("sessionStorage['lamoe:key']") == "right-key"
     assert "right-key" not in page.evaluate("JSON.stringify(localStorage)")
-    server.key = (
-        "another"  # a restart with another key: the next message asks for it, then continues
-    )
+    # The server restarts with another key. The next message asks for the key, then continues.
+    server.key = "another"
     send(page, "and now?", wait=False)
     expect(dialog).to_be_visible()
     page.locator("#key").fill("another")

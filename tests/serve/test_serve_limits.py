@@ -175,7 +175,7 @@ def test_incomplete_body_times_out():
 
 
 def test_incomplete_headers_close_the_connection():
-    """Both on a new connection and on one that has answered a request before."""
+    """This holds for a new connection and for one that has answered a request before."""
     with Running(paced, body_timeout=0.3) as server:
         server.wait_ready()
         for before in (b"", b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"):

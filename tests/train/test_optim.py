@@ -69,17 +69,8 @@ def test_optim_refuses(bad, words):
 # ---- batch ramp ----
 def test_ramp_by_hand():
     b = Batch(size=16, micro=4, ramp_from=4, ramp_steps=6)
-    assert [b.size_at(i) for i in range(9)] == [
-        4,
-        8,
-        8,
-        8,
-        12,
-        16,
-        16,
-        16,
-        16,
-    ]  # 4, 6, 8, 10, 12, 14 rounded to multiples of 4, half to even
+    # The ramp 4, 6, 8, 10, 12, 14 is rounded to multiples of 4, half to even.
+    assert [b.size_at(i) for i in range(9)] == [4, 8, 8, 8, 12, 16, 16, 16, 16]
     assert [b.before(i) for i in (0, 1, 2, 6, 7)] == [0, 4, 12, 56, 72]
     assert Batch(size=8, micro=8).before(10) == 80
 

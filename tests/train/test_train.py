@@ -259,7 +259,7 @@ def test_the_rate_follows_the_tokens_under_a_ramp(texts, tmp_path):
 def test_accumulation_is_one_big_batch(texts, tmp_path, mask):
     """Micro-batches are weighted by their number of targets.
 
-    Micro-batches differ in it, because the first token of a document is not a target.
+    That number differs between micro-batches: the first token of a document is not a target.
     """
     raws = [
         raw_recipe(
@@ -328,7 +328,7 @@ def test_document_mask_acts(texts, tmp_path):
 
 
 def test_drop_rate(texts, tmp_path):
-    """Nothing is dropped without a capacity, and nothing of protected sequences.
+    """No token is dropped without a capacity, and none of a protected sequence.
 
     With a router that always chooses the same experts, most assignments exceed the budget.
     """
@@ -642,7 +642,7 @@ def test_what_the_screen_says(texts, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
-# ---- trouble ----
+# ---- failures during training ----
 def nan_at(call: int):
     original, calls = Transformer.loss, []
 

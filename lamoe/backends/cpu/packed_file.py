@@ -109,7 +109,7 @@ def bits_per_weight(folder: str | Path) -> float:
 
 
 def files(config: ModelConfig, formats: Formats) -> dict[str, list[PackedTensor]]:
-    """Return {file name: its tensors}, layers first: calibration reaches the head last."""
+    """Return {file name: its tensors}. Layers come first: calibration reaches the head last."""
     out: dict[str, list[PackedTensor]] = {}
     for tensor in sorted(packed.packed_tensors(config, formats), key=lambda t: t.layer < 0):
         out.setdefault(_file_name(tensor.layer), []).append(tensor)
@@ -230,7 +230,7 @@ def write(
     with the same source, formats and calibration continues where an earlier one stopped.
 
     Args:
-        weigh: importance and feedback of each matrix (calibrate.py). It is asked layer by layer.
+        weigh: returns importance and feedback of a matrix (calibrate.py); called in layer order.
         calibration: identifies what `weigh` was computed from.
 
     Raises:
