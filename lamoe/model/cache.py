@@ -75,8 +75,8 @@ class KVCache:
     ):
         if batch < 1 or capacity < 1:
             raise ValueError(
-                f"a cache needs at least one sequence and one token, found batch {batch} and "
-                f"capacity {capacity}"
+                "a cache needs at least one sequence and one token, but batch x capacity is "
+                f"{batch} x {capacity}"
             )
         self.config = config
         shape = (config.num_hidden_layers, batch, capacity)
