@@ -76,8 +76,8 @@ def _check(limit: int, lengths: list[int], depths: list[float], draws: int) -> N
         )
     if bad_depths := [d for d in depths if not 0 <= d <= 1]:
         raise ValueError(
-            f"depth {bad_depths[0]} is out of range; it must be from 0 (the beginning of the "
-            "haystack) to 1 (its end)"
+            f"a depth is {bad_depths[0]}; it must be from 0 (the beginning of the haystack) to 1 "
+            "(its end)"
         )
 
 
