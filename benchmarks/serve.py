@@ -6,9 +6,9 @@ Part one measures HTTP overhead: 16 streaming clients, interleaved with the same
 to the engine directly. Part two runs many clients at once: they stream, disconnect early, send
 garbage, and ask for more than the queue holds.
 
-The exit code is 1 unless all of these hold: no 5xx; no stream without its end; an empty cache
-afterwards; the 99th percentile of the time to first token within what the queue's limit allows;
-less than 1 ms of overhead per token. The last line is JSON.
+The exit code is 1 unless all of these hold: no 5xx status; no stream ends early; the cache is empty
+afterwards; the 99th percentile of the time to first token is within the bound that follows from the
+queue's limit; the overhead per token is below 1 ms. The last line is JSON.
 """
 
 import argparse

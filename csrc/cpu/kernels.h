@@ -1,4 +1,5 @@
-// What the kernel files offer each other and table.cpp. Compiled once per instruction set.
+// Functions that the kernel files share with each other and with table.cpp. Compiled once per
+// instruction set.
 #pragma once
 #include "cpu/ops.h"
 #include "simd/simd.h"

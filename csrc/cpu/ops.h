@@ -1,4 +1,4 @@
-// Every operation once, as a table of function pointers. The operations are compiled once per
+// All operations, as a dispatch table of function pointers. The operations are compiled once per
 // instruction set; dispatch.cpp picks the table that this process uses, and csrc/model drives it.
 // Arguments are plain pointers, without Python or torch, and are not checked here.
 //

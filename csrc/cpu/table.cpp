@@ -1,4 +1,4 @@
-// The table of one instruction set.
+// The dispatch table of one instruction set.
 #include "cpu/kernels.h"
 
 #define LAMOE_QUOTE_(x) #x

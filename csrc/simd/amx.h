@@ -11,7 +11,7 @@
 //
 // tdpbf16ps sums in another order than vdpbf16ps. Whether a product uses tiles therefore depends on
 // widths alone, never on the number of rows, so that a result depends on its row and weights only.
-// Integer sums are exact: they equal those of the `avx512` table to the bit.
+// Integer sums are exact: they equal those of the `avx512` kernels to the bit.
 #pragma once
 #include <initializer_list>
 #include <type_traits>

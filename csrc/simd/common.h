@@ -105,7 +105,7 @@ INLINE float scale_value(uint8_t code) {
   return f;
 }
 
-// For `Tiles` of an instruction set without a matrix unit.
+// Stands in for `Tiles` on instruction sets without a matrix unit.
 struct NoTiles {
   static constexpr bool kAvailable = false;
 };

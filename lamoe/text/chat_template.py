@@ -343,8 +343,7 @@ class _ChatSandbox(ImmutableSandboxedEnvironment):
             raise SecurityError(f"more than {MAX_SECONDS:g} seconds")
 
     def _pay_for(self, value: Any) -> None:
-        """Charge the budget for converting a value to text. Repeated parts are charged each
-        time."""
+        """Charge the budget for converting a value to text. Repeated parts count each time."""
         if isinstance(value, str):
             self._pay(len(value) + 1)
         elif isinstance(value, Mapping):
@@ -451,7 +450,7 @@ def _join(values: Any, separator: str = "") -> str:
 
 
 def _strftime_now(pattern: str) -> str:
-    # Some C libraries pad to any width: %1000000000d
+    # Some C libraries pad to any width, so %1000000000d would need a gigabyte.
     if len(pattern) > 100 or re.search(r"%[^A-Za-z%]*\d", pattern):
         raise ValueError(
             f"strftime_now takes a short date format without widths, found {pattern[:100]!r}"

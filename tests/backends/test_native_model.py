@@ -292,8 +292,7 @@ def test_a_sequence_with_nan_does_not_affect_others(weights):
 @pytest.mark.parametrize("name", ["odd", "lora-yarn-limited-1dense", "llama-gqa", "wide-latent"])
 @torch.no_grad()
 def test_torch_reads_the_cache_rows_of_the_kernels(name, format):
-    """Both backends continue from the same rows with one token (absorbed) and a chunk
-    (expanded)."""
+    """Both backends continue from these rows, with one token (absorbed) or a chunk (expanded)."""
     m, p = pack(CONFIGS[name])
     ids = text(m.config, 150)
     for n in (1, 90):

@@ -224,8 +224,7 @@ def test_training_flops_of_the_benchmark_model():
 
 
 def test_mla_products_per_head_and_cached_token():
-    """Expanding a latent: 131,072 multiply-adds. Attending: 320 expanded, 1,088 absorbed (App.
-    C)."""
+    """Multiply-adds: expanding 131,072; attending 320 expanded, 1,088 absorbed (App. C)."""
     per = 2 * V2.num_hidden_layers * V2.num_attention_heads
     step = {
         f: acc.decode_flops(V2, 101, f).total - acc.decode_flops(V2, 100, f).total

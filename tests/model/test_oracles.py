@@ -112,8 +112,7 @@ def test_far_positions_equal_the_paper(name, impl):
     "name", ["lora-yarn-limited-1dense", "plain-rope-greedy-1dense", "moe-v1", "llama-gqa"]
 )
 def test_gradient_is_the_slope_of_the_paper(name, impl):
-    """Along a random direction, lamoe's gradient equals the central difference of naive.py's
-    loss."""
+    """lamoe's gradient along a random direction is the central difference of naive.py's loss."""
     m = tiny.model(ALL_CASES[name])
     tokens = tiny.ids(m.config, 1, 8)
     targets = tokens.roll(-1, 1)
