@@ -85,11 +85,12 @@ def prepare(
     Raises:
         ValueError: if the combination is not possible.
     """
+    asked = backend
     backend = backend or os.environ.get("LAMOE_BACKEND") or None
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend is {backend!r}; known: {', '.join(BACKENDS)}")
     if isinstance(model, Backend):
-        return _prepare_loaded(model, formats, device, backend)
+        return _prepare_loaded(model, formats, device, asked)
     if isinstance(model, Transformer):
         return _prepare_transformer(model, formats, device, backend, threads)
     folder = hf.resolve(model)
@@ -127,17 +128,25 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
+def _with_index(device: torch.device) -> torch.device:
+    """Return a device as tensors name theirs: "cuda" becomes "cuda:0" or whichever is current."""
+    return torch.empty(0, device=device).device
+
+
 def _prepare_loaded(
     model: Backend, formats: Formats, device: str | torch.device | None, backend: str | None
 ) -> Prepared:
     if backend not in (None, model.name):
-        _refuse_other_backend(model.weights)
-    if device is not None and resolve_device(device).type != model.device.type:
+        _refuse(model, f"backend={backend!r}")
+    if device is not None and _with_index(resolve_device(device)) != model.device:
         raise ValueError(
             f"the model is on device {str(model.device)!r}, but {str(device)!r} was asked for; "
             "load it on that device"
         )
-    _check_formats(formats, Formats(model.weights, model.head))
+    if model.name == "cpu":
+        _check_formats(formats, Formats(model.weights, model.head))
+    elif formats.weights not in (None, model.weights) or formats.head not in (None, model.head):
+        _refuse(model, f"weights={formats.weights!r}, head={formats.head!r}")
     size, free = model.weight_bytes(), available_memory(model.device)
     return Prepared(
         model.config,
@@ -159,14 +168,15 @@ def _prepare_transformer(
     weight = model.embed.weight
     target = weight.device if device is None else resolve_device(device)
     chosen = choose(model.config, weight.dtype, formats, target, backend)
-    size, free = sum(p.numel() * p.element_size() for p in model.parameters()), None
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
     free = available_memory(target)
-    in_place = target == weight.device
+    in_place = _with_index(target) == weight.device
 
     def load() -> Backend:
+        model.to(target)  # in place: the caller's model moves
         if chosen == "cpu":
             return CpuBackend.from_transformer(model, formats, threads)
-        return TorchBackend(model.to(target).eval())
+        return TorchBackend(model.eval())
 
     return Prepared(
         model.config,
@@ -308,6 +318,16 @@ def _check_formats(asked: Formats, stored: Formats) -> None:
             f"the model is packed with its output head as {stored.head}, asked for is "
             f"{asked.head}; omit head, or quantize the model it was made from again"
         )
+
+
+def _refuse(model: Backend, asked: str) -> None:
+    """Refuse options that a loaded model cannot change."""
+    if model.name == "cpu":
+        _refuse_other_backend(model.weights)
+    raise ValueError(
+        f"the model is loaded on the {model.name} backend in {model.weights}, asked for is "
+        f"{asked}; load it from its folder with these options, or omit them"
+    )
 
 
 def _refuse_other_backend(weights: str) -> None:

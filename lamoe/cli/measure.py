@@ -70,7 +70,8 @@ def _load(args: argparse.Namespace):
     from lamoe import backends
     from lamoe.backends.base import Formats
     from lamoe.backends.cpu import packed_file
-    from lamoe.checkpoints import resolve
+    from lamoe.backends.load import resolve_device
+    from lamoe.checkpoints import load, resolve
     from lamoe.text.tokenizer import Tokenizer
 
     if args.threads:
@@ -83,8 +84,10 @@ def _load(args: argparse.Namespace):
         )
     tokenizer = Tokenizer.load(folder)
     if args.weights is None and args.head is None and not packed_file.is_packed(folder):
-        backend = backends.load(folder, backend="torch", device=args.device)
-        return backend, tokenizer, folder if backend.device.type == "cpu" else backend
+        device = resolve_device(args.device)  # before the weights are read
+        model = load(folder)  # read once: the speed test packs the same tensors
+        backend = backends.load(model, backend="torch", device=device)
+        return backend, tokenizer, model if backend.device.type == "cpu" else backend
     formats = Formats(args.weights, args.head)
     backend = backends.load(folder, formats, device=args.device, threads=args.threads)
     return backend, tokenizer, backend

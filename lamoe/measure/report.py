@@ -27,6 +27,7 @@ from lamoe.engine.text_loss import TextLoss, text_loss
 from lamoe.measure import needle, plots
 from lamoe.model import accounting
 from lamoe.model.config import ModelConfig
+from lamoe.model.transformer import Transformer
 from lamoe.text.tokenizer import Tokenizer
 from lamoe.train.data import heldout_rows, open_corpus
 from lamoe.train.sources import read_documents
@@ -47,7 +48,7 @@ _ROUTER = (
 
 # ---- reports -------------------------------------------------------------------------------------
 def evaluate_run(
-    backend: Backend, tok: Tokenizer, run: Path, speed_model: Backend | Path | None = None
+    backend: Backend, tok: Tokenizer, run: Path, speed_model: Backend | Transformer | None = None
 ) -> dict[str, Any]:
     """Evaluate a model on the held-out text of a training run, and add the run's metrics.
 
@@ -74,7 +75,7 @@ def evaluate_texts(
     tok: Tokenizer,
     sources: list[str],
     seq_len: int | None = None,
-    speed_model: Backend | Path | None = None,
+    speed_model: Backend | Transformer | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on texts (train/sources.py defines the sources).
 
@@ -124,7 +125,7 @@ def _measure(
     texts: Texts,
     seq_len: int,
     document_mask: bool,
-    speed_model: Backend | Path | None = None,
+    speed_model: Backend | Transformer | None = None,
 ) -> dict[str, Any]:
     rows, targets = [], 0
     load: np.ndarray | float = 0.0  # sum over sources, weighted by their targets
@@ -176,7 +177,9 @@ def _attention(config: ModelConfig) -> str:
     return {config.num_attention_heads: "MHA", 1: "MQA"}.get(config.n_kv_heads, "GQA")
 
 
-def _speed(model: Backend | Path, tok: Tokenizer, limit: int, tokens: int = 96) -> dict[str, Any]:
+def _speed(
+    model: Backend | Transformer, tok: Tokenizer, limit: int, tokens: int = 96
+) -> dict[str, Any]:
     """Measure the generation speed of one sequence, with the settings of `lamoe generate`.
 
     Args:

@@ -133,6 +133,19 @@ def test_invalid_backends_and_devices_are_refused(options, message):
         backends.load(tiny.model(tiny.HARD), formats, **options)
 
 
+def test_a_loaded_backend_stays_what_it_is(monkeypatch):
+    backend = backends.load(tiny.model(tiny.HARD, dtype=torch.float32), backend="torch")
+    monkeypatch.setenv("LAMOE_BACKEND", "cpu")  # the default of models that are not loaded yet
+    assert backends.load(backend, Formats("fp32"), device="cpu") is backend
+    loaded = "loaded on the torch backend in fp32, asked for is "
+    with pytest.raises(ValueError, match=f"{loaded}weights='int8'"):
+        backends.load(backend, Formats("int8"))
+    with pytest.raises(ValueError, match=f"{loaded}backend='cpu'"):
+        backends.load(backend, backend="cpu")
+    with pytest.raises(ValueError, match="is on device 'cpu', asked for is 'meta'"):
+        backends.load(backend, device="meta")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_this_machine_lacks_is_refused(tmp_path):
     lamoe.save(tiny.model(tiny.HARD), tmp_path)

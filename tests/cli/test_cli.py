@@ -15,6 +15,7 @@ import pytest
 import lamoe
 from lamoe import cli
 from lamoe.backends.paged_cache import PagedCache
+from lamoe.checkpoints import shards
 from lamoe.cli import models
 from lamoe.cli.parser import build_parser
 from lamoe.model.config import PRESETS
@@ -296,6 +297,14 @@ def test_evaluate_a_run(trained, tmp_path, capsys):
     assert (out / "report.md").read_text() in said
     assert (out / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert json.loads((out / "report.json").read_text())["training"]["steps"] == 40
+
+
+def test_evaluate_reads_the_weights_once(trained, tmp_path):
+    """A second copy for the speed test would double the memory of a large model."""
+    (tmp_path / "text.txt").write_text("the cat sat on the mat.\n" * 4)
+    with mock.patch.object(shards, "stream", wraps=shards.stream) as reads:
+        assert run("evaluate", trained, "--data", tmp_path / "text.txt", "--seq-len", 16) == 0
+    assert reads.call_count == 1
 
 
 def test_evaluate_writes_into_the_run_and_works_without_matplotlib(
