@@ -142,7 +142,7 @@ def test_a_loaded_backend_stays_what_it_is(monkeypatch):
         backends.load(backend, Formats("int8"))
     with pytest.raises(ValueError, match=f"{loaded}backend='cpu'"):
         backends.load(backend, backend="cpu")
-    with pytest.raises(ValueError, match="is on device 'cpu', asked for is 'meta'"):
+    with pytest.raises(ValueError, match="on device 'cpu', but 'meta' was asked for"):
         backends.load(backend, device="meta")
 
 
