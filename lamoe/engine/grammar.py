@@ -147,7 +147,7 @@ class Grammar:
 
     @classmethod
     def lark(cls, text: str) -> Grammar:
-        """Make the grammar of a Lark grammar's `start` rule, in llguidance's dialect of Lark.
+        """Make a grammar from Lark text, in llguidance's dialect. Outputs match its `start` rule.
 
         `<name>` stands for a control token, `%json {...}` for JSON text that is valid under a
         schema.
@@ -380,7 +380,7 @@ def _check_object(value: dict) -> None:
 
 
 def _remainders(multiple_of: Any) -> int:
-    """Return the number of remainders that a parser of `multipleOf` must tell apart."""
+    """Return how many parser states `multipleOf` needs: one for each remainder."""
     if (
         type(multiple_of) not in (int, float)
         or not math.isfinite(multiple_of)
@@ -467,7 +467,7 @@ class _Words:
             {*tokenizer._control_ids, *tokenizer._skipped, *stop_ids, n}
         )
         self.eos_token_id, self.bos_token_id = n, tokenizer.bos_id
-        # Weak, because _vocabularies would otherwise keep its own key alive.
+        # A weak reference, because the values of _vocabularies must not keep their key alive.
         self._tokenizer = weakref.ref(tokenizer)
 
     def __call__(self, text: bytes | str) -> list[int]:

@@ -80,7 +80,7 @@ class Lookup:
 
 @dataclass
 class Pace:
-    """Smoothed duration of forward passes over one sequence.
+    """Measured duration of a forward pass over one sequence, by its number of tokens.
 
     seconds: {number of tokens in the pass: smoothed duration}.
     """

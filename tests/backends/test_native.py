@@ -333,9 +333,9 @@ def test_inputs_of_any_size(fmt, isa, size):
 @pytest.mark.parametrize("k", [64, 1408])
 @pytest.mark.parametrize("weights", [1e-6, 1.0, 50.0])
 def test_huge_inputs_never_give_a_wrong_finite_result(fmt, isa, k, weights):
-    """Finite results are right up to the largest float.
+    """For inputs up to the largest float, every finite result is right.
 
-    Up to the limit in the docstring of native.py, all results are finite, even in the worst case.
+    For inputs up to the limit that native.py documents, every result is finite.
     """
     for w in (draw(17, k) * weights, torch.full((17, k), weights), -torch.full((17, k), weights)):
         data, scale = native.pack(fmt, w)

@@ -291,7 +291,7 @@ def attended_ints(name, rows, q, last, scale, most=255):
 
 
 def stored_rows(name: str, n: int, keys: torch.Tensor | None = None) -> torch.Tensor:
-    """Encode n rows with rows and groups of very different magnitude."""
+    """Encode n random cache rows. The magnitudes of rows and groups differ widely."""
     x = draw(n, 512, seed=3) * torch.exp(draw(n, 1, seed=4)) * torch.exp(draw(1, 512, seed=5))
     return cache_codec.encode(name, (x, draw(n, 64, seed=6) if keys is None else keys))
 

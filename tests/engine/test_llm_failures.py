@@ -317,7 +317,8 @@ def test_actions_after_one_that_ends_the_thread_are_refused(engine):
             raise Panic("in an action")
 
         engine._post(slow)
-        await begin.wait()  # so that the thread takes the next two actions together
+        # While `slow` runs, two more actions are posted, so that the thread takes them together.
+        await begin.wait()
         engine._post(panic, refused.append)
         with pytest.raises(EngineDead, match="in an action"):
             await engine.call(lambda llm: None)

@@ -1,4 +1,4 @@
-"""Scoring and embedding texts while the engine runs, expert counts, multi-prompt requests."""
+"""Scoring and embedding of texts while the engine runs, expert counts, multi-prompt requests."""
 
 import asyncio
 
