@@ -6,9 +6,8 @@ the request's own generator, and a draft token is accepted only if the sample eq
 are those of plain decoding, token for token, greedy or sampled.
 
 Drafts pause while they cost more than they save: if most of their tokens are rejected, or if the
-pass takes
-longer than the plain decode steps that it saves. The cost of a pass over several tokens depends on
-model and machine (its tokens are routed to many experts), so it is measured (`Pace`).
+pass takes longer than the plain decode steps that it saves. The cost of a pass over several tokens
+depends on model and machine (its tokens are routed to many experts), so it is measured (`Pace`).
 """
 
 from __future__ import annotations
