@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -44,13 +45,12 @@ def run(
     if not ready:
         return []
     # Computed for all rows at once, because a loop over rows would slow down small models.
-    checks = _checks(logits)
-    results, begin = [], 0
-    for sequence in ready:
-        end = begin + 1 + len(sequence.draft)
-        results.append(Ready(sequence, logits[begin:end], checks[begin:end]))
-        begin = end
-    return results
+    checks = iter(_checks(logits))
+    counts = [1 + len(sequence.draft) for sequence in ready]
+    return [
+        Ready(sequence, rows, list(islice(checks, count)))
+        for sequence, rows, count in zip(ready, logits.split(counts), counts)
+    ]
 
 
 def build_batch(ordered: Work, page_size: int) -> tuple[Batch, list[Sequence]]:
