@@ -1,7 +1,7 @@
 """Reports of what a model costs: one JSON-serialisable dict, or tables for a terminal.
 
-The formulas are in costs.py. This module exports them too: users need `lamoe.accounting` only.
-Everything follows from the config alone: neither torch nor the model is imported.
+The formulas are in costs.py. This module exports them too, so users need `lamoe.accounting` only.
+Everything is computed from the config. Neither torch nor the model is imported.
 """
 
 from __future__ import annotations
@@ -87,20 +87,21 @@ def report(
     """Collect everything that costs.py computes about one model.
 
     Args:
-        config: of the model.
-        name: shown in the report. None: the model_type.
-        sequence: tokens per training sequence and per prompt. None: 4096, or the model's limit.
-        context: tokens that a sequence may grow to. None: the model's limit.
-        weight_bits: mean bits per parameter. None: the width of torch_dtype.
+        config: the config of the model.
+        name: the model's name in the report. None means the model_type.
+        sequence: number of tokens per training sequence and per prompt. None means 4096, or
+            max_position_embeddings if that is less.
+        context: number of tokens that a sequence may grow to. None means max_position_embeddings.
+        weight_bits: mean bits per parameter. None means the width of torch_dtype.
         cache_bits: mean bits per cached element.
-        memory_bytes: adds the memory plan. None: "plan" is None.
+        memory_bytes: memory to plan for. None makes no plan, and "plan" is None in the result.
         reserve_bytes: memory that the plan keeps free.
 
     Returns:
         A dict that json.dumps accepts: name, config, parameters, flops, cache, memory, plan.
 
     Raises:
-        ValueError: when a length exceeds max_position_embeddings or the plan is impossible.
+        ValueError: if a length exceeds max_position_embeddings, or the weights do not fit.
     """
     limit = config.max_position_embeddings
     sequence = min(4096, limit) if sequence is None else sequence
@@ -186,8 +187,8 @@ def render(config: ModelConfig, **options):
     """Format the report as one rich renderable for terminals of about 100 columns.
 
     Args:
-        config: of the model.
-        options: those of `report`.
+        config: the config of the model.
+        options: keyword arguments of `report`.
     """
     from rich.console import Group
     from rich.table import Table

@@ -3,10 +3,11 @@
 Multi-head latent attention has two forms that are equal in exact arithmetic (paper 2.1, App. C):
 
     expand   computes the keys and values of all heads from the latents, then attends as usual
-    absorb   moves W^UK to the query and W^UV to the output and attends over the latents
+    absorb   multiplies the query by W^UK and the output by W^UV, and attends over the latents
              themselves, as if they were one key / value head of width C + R shared by all heads
 
-Both read and write the same cache rows: latent after its norm | rotary key after rotation.
+Both forms read and write the same cache rows. A row is the latent after its norm, followed by the
+rotary key after rotation.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lamoe.model.rope import softmax_scale
 class Attention(nn.Module):
     """Multi-head attention with G key / value heads, [B, T, D] -> [B, T, D].
 
-    G = H is MHA, G = 1 is MQA, numbers between are GQA.
+    With G = H this is MHA, with G = 1 MQA, and with any G between GQA.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -47,7 +48,11 @@ class Attention(nn.Module):
         segments: torch.Tensor | None = None,
         form: str | None = None,
     ) -> torch.Tensor:
-        """Attend from x to itself and the cached tokens. `form` has no effect: it is for MLA."""
+        """Attend from the tokens of x to themselves and the cached tokens.
+
+        x and the result are [B, T, D]. `freqs` is the result of rope.freqs, the other arguments are
+        those of Transformer.hidden. `form` has no effect, because only MLA has two forms.
+        """
         width, interleaved = self.config.qk_head_dim, self.config.rope_interleaved
         q, k, v = (w(x).unflatten(-1, (-1, width)) for w in (self.wq, self.wk, self.wv))
         q = kernels.rope(q, freqs, interleaved)  # [B, T, H, width]
@@ -91,7 +96,11 @@ class MLA(nn.Module):
         segments: torch.Tensor | None = None,
         form: str | None = None,
     ) -> torch.Tensor:
-        """Attend from x to itself and the cached tokens, in the given form or the cheaper one."""
+        """Attend from the tokens of x to themselves and the cached tokens.
+
+        `form` is "expand", "absorb", or None for the form with fewer multiply-adds. The other
+        arguments and the result are those of Attention.forward.
+        """
         c = self.config
         q = self.wq(x) if c.q_lora_rank is None else self.wq_b(self.q_norm(self.wq_a(x)))
         q = q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim))  # [B, T, H, N + R]
@@ -115,8 +124,8 @@ class MLA(nn.Module):
             out = attend(q_nope, q_rope, latent, k_rope, None)
         elif form == "absorb":
             raise ValueError(
-                "the absorbed form is for decoding and takes no segments; "
-                "use form='expand' for packed documents"
+                "segments were given, but the absorbed form of MLA is for decoding and does not "
+                "support them; use form='expand' for packed documents"
             )
         else:
             out = self.expand(q_nope, q_rope, latent, k_rope, segments)
@@ -136,8 +145,8 @@ class MLA(nn.Module):
             q_nope: [B, T, H, N] queries without rotation.
             q_rope: [B, T, H, R] rotated queries.
             latent: [B, S, C] latents after their norm.
-            k_rope: [B, S, R] rotated keys.
-            segments: [B, S] integers; see Transformer.hidden.
+            k_rope: [B, S, R] rotary keys after rotation.
+            segments: [B, S] integers as in Transformer.hidden. None means one segment.
 
         Returns:
             [B, T, H, V].
@@ -160,7 +169,8 @@ class MLA(nn.Module):
         """Attend over the latents themselves (App. C). Arguments and result are those of `expand`.
 
         Args:
-            first: [B] int64; latents before it are padding. None: no padding.
+            first: [B] int64, index of each sequence's first latent that is not padding. None means
+                no padding.
         """
         c = self.config
         w = self.wkv_b.weight.unflatten(0, (c.num_attention_heads, -1))  # [H, N + V, C]
@@ -175,27 +185,32 @@ def _attend_views(
     queries: tuple[torch.Tensor, ...],
     attend: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
-    """Call `attend(*queries, *rows, first)` on each view's queries and rows; join the results.
+    """Call `attend(*queries, *rows, first)` for each view and concatenate the results.
 
-    queries are [B, T, H, ...]; a view's part of them is [b, t, H, ...]. -> [B, T, H, V]
+    The queries are [B, T, H, ...], and each view gets its part of them as [b, t, H, ...]. The
+    concatenated result is [B, T, H, V].
     """
     parts = []
     for tokens, rows, first in views:
         own = queries
-        if tokens is not None:  # the engine's batch is one row: b sequences of t tokens each
+        if tokens is not None:  # the engine's batch is one row; this view is b x t tokens
             own = tuple(q[0, tokens].unflatten(0, (rows[0].shape[0], -1)) for q in queries)
         parts.append(attend(*own, *rows, first).flatten(0, 1))
     return torch.cat(parts).unflatten(0, queries[0].shape[:2])
 
 
 def _padding_segments(first: torch.Tensor | None, s: int) -> torch.Tensor | None:
-    """[b, S] segment numbers that separate the rows before `first` [b], which no query may see."""
+    """Return segments [b, S] that hide the padding, the rows before `first` [b], from all queries.
+
+    Returns None if `first` is None.
+    """
     return None if first is None else (torch.arange(s, device=first.device) < first[:, None]).int()
 
 
 def _concat_by_head(nope: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Concatenate [B, S, H, N] and [B, S, H, R]; in memory heads come before tokens.
+    """Concatenate [B, S, H, N] and [B, S, H, R] to [B, S, H, N + R].
 
-    Attention reads head after head, so this layout saves it a transposed copy.
+    In memory, heads come before tokens. Attention reads one head after the other, so this layout
+    avoids a transposed copy.
     """
     return torch.cat([nope.transpose(1, 2), rope.transpose(1, 2)], -1).transpose(1, 2)

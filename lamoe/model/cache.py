@@ -1,11 +1,11 @@
-"""What attention keeps of earlier tokens: the interface of a cache, and the plain contiguous one.
+"""The cache that attention reads: its interface, and a plain contiguous implementation.
 
-A cache row belongs to one token and one layer and has two parts. Under MLA these are the latent
-after its norm (C elements) and the rotary key after rotation (R elements); otherwise they are the
+A cache row belongs to one token and one layer, and has two parts. Under MLA these are the latent
+after its norm (C elements) and the rotary key after rotation (R elements). Otherwise they are the
 keys and the values of all heads.
 
-KVCache stores plain tensors for sequences of equal length. The engine has another implementation,
-backends/paged_cache.py: quantised rows, in pages that sequences of any length share.
+KVCache stores plain tensors for sequences of equal length. The engine uses another implementation,
+backends/paged_cache.py. It stores quantised rows in pages that sequences of any length share.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from lamoe.model.config import ModelConfig
 class View(NamedTuple):
     """The cached rows that one group of queries attends to.
 
-    tokens: the group's slice of the batch's tokens. None: all tokens.
-    rows: the two parts of the rows, each [b, S, width]; the queries belong to the last positions.
-    first: [b] int64. Rows before it are padding. None: no padding.
+    tokens: the slice of the batch's tokens that are the group's queries. None means all tokens.
+    rows: the two parts of the cached rows, each [b, S, width]. The last rows are the queries' own.
+    first: [b] int64, index of each sequence's first row that is not padding. None means no padding.
     """
 
     tokens: slice | None
@@ -38,11 +38,19 @@ class Cache(Protocol):
     """
 
     def positions(self, tokens: int) -> torch.Tensor:
-        """Return the positions of the next `tokens` tokens, [1, T]."""
+        """Return the positions of the next `tokens` tokens, integers [1, T]."""
         ...
 
     def views(self, layer: int, *new: torch.Tensor) -> list[View]:
-        """Append one layer's new rows [B, T, width] and return what the queries attend to."""
+        """Append the new rows of one layer and return the rows that the queries attend to.
+
+        Args:
+            layer: index of the layer.
+            new: the two parts of the new rows, each [B, T, width].
+
+        Returns:
+            One View per group of queries. Together they cover all queries.
+        """
         ...
 
     def advance(self, tokens: int) -> None:
@@ -56,9 +64,9 @@ class KVCache:
     Args:
         config: gives the number of layers and the widths of a row.
         batch: number of sequences B.
-        capacity: most tokens per sequence.
-        dtype: of the stored rows; use the model's.
-        device: use the model's.
+        capacity: largest number of tokens per sequence.
+        dtype: dtype of the stored rows. Use the model's dtype.
+        device: device of the stored rows. Use the model's device.
 
     Attributes:
         rows: the two parts of the rows, each [layers, B, capacity, width].
@@ -87,18 +95,18 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Most tokens per sequence."""
+        """Largest number of tokens that the cache holds per sequence."""
         return self.rows[0].shape[2]
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for rows."""
+        """Bytes allocated for the rows of all layers and sequences, used or not."""
         return sum(r.numel() * r.element_size() for r in self.rows)
 
     def append(self, layer: int, *new: torch.Tensor) -> list[torch.Tensor]:
         """Write one layer's new rows after the cached ones.
 
-        `length` does not change here: `advance` moves it once every layer has written.
+        `length` does not change here. `advance` increases it after all layers have written.
 
         Args:
             layer: index of the layer.
@@ -110,8 +118,8 @@ class KVCache:
         batch, end = new[0].shape[0], self.length + new[0].shape[1]
         if batch != self.rows[0].shape[1]:
             raise ValueError(
-                f"{batch} sequences do not go into a cache made for {self.rows[0].shape[1]}; "
-                "make one cache per batch"
+                f"the batch has {batch} sequences, but the cache was made for "
+                f"{self.rows[0].shape[1]}; make a cache for this batch"
             )
         if end > self.capacity:
             raise ValueError(
@@ -123,14 +131,18 @@ class KVCache:
         return [rows[layer, :, :end] for rows in self.rows]
 
     def views(self, layer: int, *new: torch.Tensor) -> list[View]:
-        """Append one layer's new rows and return one view of everything. See Cache."""
+        """Append one layer's new rows and return a single view of all rows. See Cache.views."""
         return [View(None, self.append(layer, *new), None)]
 
     def positions(self, tokens: int) -> torch.Tensor:
-        """Return the positions [1, T] of the next tokens; ValueError beyond the model's context."""
+        """Return the positions of the next `tokens` tokens, integers [1, T].
+
+        Raises:
+            ValueError: if the last position exceeds max_position_embeddings.
+        """
         rope.check_length(self.config, self.length + tokens)
         return torch.arange(self.length, self.length + tokens, device=self.rows[0].device)[None]
 
     def advance(self, tokens: int) -> None:
-        """Count `tokens` new tokens as cached."""
+        """Add `tokens` to `length`, after all layers have appended their rows."""
         self.length += tokens

@@ -1,10 +1,10 @@
 """The architecture as data: a frozen dataclass with the field names of Hugging Face.
 
-A config says what a model *is*; recipes say how it is trained, the engine how it is run. Every
-field either changes the model, or is carried for other programs (CARRIED), or is refused with its
-name when it asks for something that lamoe does not implement.
+A config says what a model *is*. Recipes say how it is trained, and the engine's options say how it
+is run. Every field either changes the model, or is carried for other programs (CARRIED). A value
+that lamoe does not implement is refused, and the message names the field.
 
-hf_config.py reads config.json, presets.py lists the presets.
+hf_config.py reads config.json, and presets.py lists the presets.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ __all__ = [
     "did_you_mean",
 ]
 
-# Written to config.json for other programs; they change nothing that lamoe computes. The trainer
-# takes the weights of its balance losses from the recipe: aux_loss_alpha is 0.001 in released
-# configs, where the paper trained with 0.003.
+# Fields that are written to config.json for other programs and change nothing that lamoe computes.
+# aux_loss_alpha is one of them, because released configs say 0.001 where the paper trained with
+# 0.003. The trainer takes the weights of its balance losses from the recipe instead.
 CARRIED = frozenset(
     {
         "aux_loss_alpha",
@@ -50,7 +50,8 @@ CARRIED = frozenset(
     }
 )
 
-# No size, count or id of a model is larger; a file that says so is broken or hostile.
+# Upper limit of every size, count and token id in a config. A file with a larger one is broken or
+# hostile.
 MAX_INT = 2**31 - 1
 
 
@@ -58,8 +59,8 @@ MAX_INT = 2**31 - 1
 class RopeScaling:
     """YaRN's parameters.
 
-    `mscale_all_dim` sets the factor on the softmax scale; the ratio of the factors of `mscale` and
-    `mscale_all_dim` scales cos and sin.
+    `mscale_all_dim` sets YaRN's factor on the softmax scale. The ratio of the factors that `mscale`
+    and `mscale_all_dim` give multiplies cos and sin (see rope.softmax_scale, rope.amplitude).
 
     Source: paper 3.1.4; YaRN, arXiv 2309.00071.
     """
@@ -111,14 +112,13 @@ class RopeScaling:
 class ModelConfig:
     """A decoder-only transformer of the DeepSeek family.
 
-    Fields have the names and meanings of Hugging Face configs; derived sizes are properties.
-    Attention is MLA when `kv_lora_rank` is set, else MHA, GQA or MQA by `num_key_value_heads`. When
-    `n_routed_experts` is set, layers from `first_k_dense_replace` on are mixtures of experts; all
-    other feed-forward layers are dense SwiGLU.
+    Fields have the names and meanings of Hugging Face configs. Derived sizes are properties.
+    Attention is MLA if `kv_lora_rank` is set. Otherwise `num_key_value_heads` makes it MHA, GQA or
+    MQA. If `n_routed_experts` is set, layers from `first_k_dense_replace` on are mixtures of
+    experts. All other feed-forward layers are dense SwiGLU.
 
     Raises:
-        ValueError: for a value out of range, and for a field that has no effect or contradicts
-            another one.
+        ValueError: if a value is out of range, or a field has no effect or contradicts another.
     """
 
     model_type: str = "deepseek_v2"
@@ -172,13 +172,13 @@ class ModelConfig:
 
     @property
     def n_kv_heads(self) -> int:
-        """Number of key / value heads G."""
+        """Number G of key / value heads, which share the query heads in equal groups."""
         given = self.num_key_value_heads
         return self.num_attention_heads if given is None else given
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of a query or key head: N + R under MLA."""
+        """Width in elements of a query or key head. Under MLA this is N + R."""
         if self.is_mla:
             return self.qk_nope_head_dim + self.qk_rope_head_dim
         even_split = self.hidden_size // self.num_attention_heads
@@ -186,19 +186,19 @@ class ModelConfig:
 
     @property
     def value_head_dim(self) -> int:
-        """Width of a value head V."""
+        """Width V of a value head, in elements."""
         return self.v_head_dim if self.is_mla else self.qk_head_dim
 
     @property
     def rope_dim(self) -> int:
-        """Width R of the rotated part of a query or key head."""
+        """Width R of the rotated part of a query or key head, in elements."""
         return self.qk_rope_head_dim if self.is_mla else self.qk_head_dim
 
     @property
     def rope_interleaved(self) -> bool:
-        """Whether rotary pairs are the elements (2k, 2k + 1), as in DeepSeek-V2 checkpoints.
+        """Whether rotation pairs the elements (2k, 2k + 1), as in DeepSeek-V2 checkpoints.
 
-        llama and DeepSeekMoE-16B checkpoints pair (k, k + R / 2).
+        In llama and DeepSeekMoE-16B checkpoints it pairs the elements (k, k + R / 2).
         """
         return self.model_type == "deepseek_v2"
 
@@ -206,7 +206,7 @@ class ModelConfig:
     def cache_row(self) -> tuple[int, int]:
         """Widths in elements of the two parts of a cache row, for one token and one layer.
 
-        (latent, rotary key) under MLA, else (keys, values) of all heads.
+        The parts are (latent, rotary key) under MLA, else (keys, values) of all heads.
         """
         if self.is_mla:
             return self.kv_lora_rank, self.qk_rope_head_dim
@@ -220,9 +220,10 @@ class ModelConfig:
 
     @property
     def moe_layers(self) -> range:
-        """Indices of the MoE layers.
+        """Indices of the MoE layers, counted from 0.
 
-        A range, so that a hostile config with 2 billion layers costs neither time nor memory.
+        The result is a range, not a list, so that a hostile config with 2 billion layers costs
+        neither time nor memory.
         """
         first = -(-self.first_k_dense_replace // self.moe_layer_freq) * self.moe_layer_freq
         return range(first, self.num_hidden_layers if self.is_moe else first, self.moe_layer_freq)
@@ -236,7 +237,8 @@ class ModelConfig:
             self._check_moe()
         else:
             self._check_dense()
-        # Store a default that was written out as the default, so that equal models compare equal.
+        # A config may spell out the value that a field has by default. Store the default itself
+        # then, so that configs of equal models compare equal.
         if self.num_key_value_heads == self.num_attention_heads:
             object.__setattr__(self, "num_key_value_heads", None)
         width = self.head_dim
@@ -266,7 +268,7 @@ class ModelConfig:
         if self.rope_scaling is not None and not self.rope_theta > 1:
             raise ValueError(
                 f"rope_theta is {self.rope_theta}; "
-                "YaRN divides by its logarithm, so it must be above 1"
+                "YaRN divides by the logarithm of rope_theta, so it must be above 1"
             )
         if self.torch_dtype not in ("float32", "bfloat16", "float16", "float64"):
             raise ValueError(
@@ -308,13 +310,13 @@ class ModelConfig:
             self._at_least(1, "q_lora_rank")
         if self.head_dim is not None:
             raise ValueError(
-                f"head_dim is {self.head_dim}, but MLA heads are {self.qk_head_dim} wide "
-                f"({self.qk_rope_head_dim} of it rotary); leave head_dim out"
+                f"head_dim is {self.head_dim}, but MLA heads are {self.qk_head_dim} elements wide "
+                f"({self.qk_rope_head_dim} of them rotary); leave head_dim out"
             )
         if self.n_kv_heads != self.num_attention_heads:
             raise ValueError(
-                f"num_key_value_heads is {self.n_kv_heads}, but every one of the "
-                f"{self.num_attention_heads} heads of MLA has its own keys; leave it out"
+                f"num_key_value_heads is {self.n_kv_heads}, but under MLA each of the "
+                f"{self.num_attention_heads} heads has its own keys; leave num_key_value_heads out"
             )
         if self.model_type != "deepseek_v2":
             raise ValueError(
@@ -328,7 +330,7 @@ class ModelConfig:
         if given:
             raise ValueError(
                 f"{', '.join(given)} belong to MLA, but kv_lora_rank is not set; "
-                "set it, or leave them out"
+                f"set kv_lora_rank, or leave out {', '.join(given)}"
             )
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -344,7 +346,7 @@ class ModelConfig:
             )
 
     def _check_dense(self) -> None:
-        """Refuse fields of a mixture of experts that would have no effect."""
+        """Raise ValueError if a dense model sets a field that only affects mixtures of experts."""
         sizes = ("moe_intermediate_size", "num_experts_per_tok")
         given = [name for name in sizes if getattr(self, name) is not None]
         if self.n_shared_experts:
@@ -352,13 +354,13 @@ class ModelConfig:
         if given:
             raise ValueError(
                 f"{', '.join(given)} belong to a mixture of experts, but n_routed_experts is not "
-                "set; set it, or leave them out"
+                f"set; set n_routed_experts, or leave out {', '.join(given)}"
             )
         for name in _MOE_ONLY:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r} in a model without routed experts, "
-                    "where it would do nothing; leave it out"
+                    f"{name} is {getattr(self, name)!r}, but it has no effect in a model without "
+                    "routed experts; leave it out"
                 )
 
     def _check_moe(self) -> None:
@@ -376,8 +378,8 @@ class ModelConfig:
         if not self.moe_layers:
             raise ValueError(
                 f"first_k_dense_replace {self.first_k_dense_replace} and moe_layer_freq "
-                f"{self.moe_layer_freq} leave none of the {self.num_hidden_layers} layers to the "
-                "experts; lower them, or leave n_routed_experts out"
+                f"{self.moe_layer_freq} make all {self.num_hidden_layers} layers dense, but "
+                "n_routed_experts is set; lower both, or leave n_routed_experts out"
             )
         if self.num_experts_per_tok > self.n_routed_experts:
             raise ValueError(
@@ -414,13 +416,21 @@ class ModelConfig:
 
     # ---- reading and writing ---------------------------------------------------------------------
     def replace(self, **changes: Any) -> ModelConfig:
-        """Return a checked copy with fields changed; ValueError for an unknown field name."""
+        """Return a copy with some fields changed, checked like a new config.
+
+        Raises:
+            ValueError: if a field name is unknown or a value is invalid.
+        """
         refuse_unknown(changes, _field_names(ModelConfig), "ModelConfig")
         return dataclasses.replace(self, **changes)
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
-        """Return the preset of that name; ValueError with the known names if there is none."""
+        """Return the preset called `name`.
+
+        Raises:
+            ValueError: if no preset has this name. The message lists all names.
+        """
         if name not in PRESETS:
             raise ValueError(
                 f"unknown preset {name!r}{did_you_mean(name, PRESETS)}; known: {', '.join(PRESETS)}"
@@ -429,17 +439,21 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
-        """Make a config of the content of a Hugging Face config.json.
+        """Convert the parsed content of a Hugging Face config.json to a config.
 
         Raises:
-            ValueError: for an unknown key, and for a value that lamoe does not implement.
+            ValueError: if a key is unknown or lamoe does not implement its value.
         """
         fields = read_fields(raw, _field_names(ModelConfig), _field_names(RopeScaling))
         return _from_fields(fields)
 
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:
-        """Read a Hugging Face config.json. ValueErrors begin with the path."""
+        """Read a Hugging Face config.json and return it as a config.
+
+        Raises:
+            ValueError: if the file is not a valid config. The message begins with the path.
+        """
         path = Path(path)
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
@@ -467,7 +481,8 @@ class ModelConfig:
         if not self.is_mla:
             out.pop("q_lora_rank")
             if self.model_type == "deepseek_v2":
-                # Only lamoe has such models. If absent, transformers would fill in 512.
+                # Only lamoe has deepseek_v2 models without MLA. The key must be null: if it were
+                # absent, transformers would fill in its default rank of 512.
                 out["kv_lora_rank"] = None
             out["head_dim"] = self.qk_head_dim
         if self.is_moe:
@@ -486,7 +501,7 @@ class ModelConfig:
         }
 
 
-# Fields that must keep their default in a model without routed experts, where they have no effect.
+# Fields that have no effect in a model without routed experts. They must keep their defaults there.
 _MOE_ONLY = (
     "n_group",
     "topk_group",
@@ -498,7 +513,8 @@ _MOE_ONLY = (
     "aux_loss_alpha",
     "seq_aux",
 )
-# Fields that are written when None. If absent, transformers would fill in a rank of 1536 and ids.
+# Fields that are written as null when they are None. For absent keys, transformers would fill in
+# its own defaults (a q_lora_rank of 1536 and token ids).
 _WRITTEN_AS_NULL = (
     "q_lora_rank",
     "bos_token_id",
@@ -513,7 +529,7 @@ def _field_names(cls: type) -> list[str]:
 
 
 def _from_fields(fields: dict[str, Any]) -> ModelConfig:
-    """Make a config of fields in which rope_scaling is a dict or None."""
+    """Make a config from a dict of its fields, in which rope_scaling is a dict or None."""
     fields = dict(fields)
     if fields.get("rope_scaling") is not None:
         fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])

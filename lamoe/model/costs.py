@@ -1,9 +1,11 @@
 """What a model costs, as closed formulas of its config: parameters, FLOPs, cache and memory bytes.
 
 Imports neither torch nor the model. The tests compare every formula with the real model: with its
-parameters, its counted matrix products and its allocated cache. accounting.py makes reports of it.
+parameters, its counted matrix products and its allocated cache. accounting.py formats the results
+as reports.
 
-Letters as in transformer.py. One multiply-add is two FLOPs: a product [m, k] x [k, n] is 2 m k n.
+Shapes use the letters of transformer.py. One multiply-add counts as two FLOPs, so a product
+[m, k] x [k, n] has 2 m k n.
 Bytes are decimal (1 GB = 1e9 bytes).
 """
 
@@ -20,12 +22,12 @@ DTYPE_BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16}
 # ---- parameters ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Parameters:
-    """Parameter counts by class; the first eight add up to `total`.
+    """Parameter counts by class. The first eight fields add up to `total`.
 
-    `attention` includes the norms on MLA's latents; `norms` counts all others. `head` is 0 when the
-    embedding serves as head, `head_active` is the head's matrix in either case. `routed_active` is
-    the part of `routed_experts` that one token uses. Counts of one layer or one expert are 0 when
-    the model has none.
+    `attention` includes the norms on MLA's latents, and `norms` counts all other norms. `head` is 0
+    when the embedding serves as the head. `head_active` is the size of the head's matrix in either
+    case. `routed_active` is the part of `routed_experts` that one token uses. Counts of one layer
+    or one expert are 0 when the model has no such layer or expert.
     """
 
     embedding: int
@@ -45,32 +47,36 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """All parameters."""
+        """Number of all parameters of the model, activated or not."""
         ends = self.embedding + self.head
         ffn = self.dense_ffn + self.routed_experts + self.shared_experts + self.router
         return ends + self.attention + ffn + self.norms
 
     @property
     def activated_body(self) -> int:
-        """Parameters that one token uses, without embedding and head."""
+        """Number of parameters that one token uses, without the embedding and the head."""
         return self.total - self.embedding - self.head - self.routed_experts + self.routed_active
 
     @property
     def activated(self) -> int:
-        """Parameters that one token uses, with the head; gives the paper's 21B and 2.4B."""
+        """Number of parameters that one token uses, with the head but without the embedding.
+
+        The paper counts this way: 21B for V2 and 2.4B for V2-Lite.
+        """
         return self.activated_body + self.head_active
 
     @property
     def activated_all(self) -> int:
-        """Parameters that one token uses, with head and embedding; gives DeepSeekMoE-16B's 2.8B.
+        """Number of parameters that one token uses, with both the head and the embedding.
 
-        A tied table counts once.
+        The DeepSeekMoE paper counts this way: 2.8B for its 16B model. A matrix that serves as both
+        counts once.
         """
         return self.activated_body + self.embedding + self.head
 
 
 def attention_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Return {name: (outputs, inputs)} of the matrices of one attention layer."""
+    """Return {name: (outputs, inputs)}, the shape of each matrix of one attention layer."""
     d, h = config.hidden_size, config.num_attention_heads
     queries = h * config.qk_head_dim
     if not config.is_mla:
@@ -86,7 +92,7 @@ def attention_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def parameters(config: ModelConfig) -> Parameters:
-    """Count the parameters of the model that `config` describes."""
+    """Count the parameters of the model that `config` describes, by class."""
     d, layers, moe = config.hidden_size, config.num_hidden_layers, len(config.moe_layers)
     latent_norms = config.kv_lora_rank + (config.q_lora_rank or 0) if config.is_mla else 0
     attention = sum(out * inp for out, inp in attention_shapes(config).values()) + latent_norms
@@ -116,7 +122,8 @@ def parameters(config: ModelConfig) -> Parameters:
 def latent_products(config: ModelConfig) -> int:
     """Return the multiply-adds of W^UK and W^UV per MLA head and token.
 
-    The expanded form spends them on every attended latent, the absorbed form on every new token.
+    The expanded form spends this number on every attended latent. The absorbed form spends it on
+    every new token only.
     """
     return config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
 
@@ -124,7 +131,7 @@ def latent_products(config: ModelConfig) -> int:
 def pair_products(config: ModelConfig, form: str | None = None) -> int:
     """Return attention's multiply-adds per head for one pair (query, attended row).
 
-    `form` is "expand" or "absorb" for MLA, and ignored without MLA.
+    `form` is MLA's form, "expand" or "absorb". Models without MLA ignore it.
     """
     if config.is_mla and form == "absorb":
         return 2 * config.kv_lora_rank + config.qk_rope_head_dim
@@ -134,12 +141,12 @@ def pair_products(config: ModelConfig, form: str | None = None) -> int:
 def cheaper_form(config: ModelConfig, queries: int, rows: int) -> str:
     """Return the form of MLA, "expand" or "absorb", with fewer multiply-adds.
 
-    All T * S pairs count, including those that the causal mask hides.
+    All T * S pairs (query, key) count, including the pairs that the causal mask hides.
 
     Args:
-        config: of a model with MLA.
-        queries: number of new tokens T of a sequence.
-        rows: number of rows S they attend to, their own included.
+        config: the config of a model with MLA.
+        queries: number T of new tokens of one sequence.
+        rows: number S of cache rows that they attend to, including the rows of the new tokens.
     """
     up, pairs = latent_products(config), queries * rows
     expand = rows * up + pairs * pair_products(config, "expand")
@@ -152,11 +159,11 @@ def cheaper_form(config: ModelConfig, queries: int, rows: int) -> str:
 class Flops:
     """FLOPs of the matrix products of one forward pass, by place.
 
-    projections: attention's weight matrices without W^UK and W^UV.
-    latent: W^UK and W^UV; 0 without MLA.
-    attention: scores and weighted sums over the attended rows.
-    feed_forward: dense layers, routed and shared experts, routers.
-    head: the logits.
+    projections: products with attention's weight matrices, except W^UK and W^UV.
+    latent: products with W^UK and W^UV. 0 without MLA.
+    attention: attention scores and weighted sums over the attended rows.
+    feed_forward: products in dense layers, routed experts, shared experts and routers.
+    head: products that compute the logits.
     """
 
     projections: int
@@ -167,7 +174,7 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """All FLOPs."""
+        """FLOPs of the whole forward pass, the sum of all fields."""
         return self.projections + self.latent + self.attention + self.feed_forward + self.head
 
 
@@ -180,20 +187,24 @@ def forward_flops(
 ) -> Flops:
     """Count the FLOPs of a forward pass over new tokens of one sequence.
 
-    Products with weight matrices and attention's two products count. Attention is causal: new token
-    t (from 0) attends to depth + t + 1 rows. Embedding lookup, norms, rotation, softmax,
+    Products with weight matrices and attention's two products count. Attention is causal, so new
+    token t (from 0) attends to depth + t + 1 rows. Embedding lookup, norms, rotation, softmax,
     activations, routing and residuals do not count.
 
     Args:
-        config: of the model.
+        config: the config of the model.
         tokens: number of new tokens.
-        depth: number of cached tokens before them.
-        form: of MLA. "expand" recomputes the keys and values of all depth + tokens latents, since
-            only latents are cached. None takes the form that the model takes (cheaper_form).
-        head_tokens: number of positions that need logits. None: all.
+        depth: number of cached tokens before the new ones.
+        form: the form of MLA, "expand" or "absorb". The expanded form recomputes the keys and
+            values of all depth + tokens latents, because only latents are cached. None means the
+            form that the model itself chooses (cheaper_form).
+        head_tokens: number of positions that need logits. None means all new tokens.
+
+    Returns:
+        FLOPs by place, over all layers and new tokens.
 
     Raises:
-        ValueError: for an impossible count or an unknown form.
+        ValueError: if a count is out of range or the form is unknown.
     """
     _check_count("tokens", tokens, 1)
     _check_count("depth", depth, 0)
@@ -221,12 +232,13 @@ def forward_flops(
 def training_flops(config: ModelConfig, sequence: int) -> float:
     """Count the FLOPs per token of one training step on sequences of one document each.
 
-    Three times the forward pass in the expanded form, because backward makes two products of every
-    forward one. Not counted, besides what forward_flops leaves out: recomputation and optimizer.
+    The count is three times that of the forward pass in the expanded form, because backward
+    computes two products for every product of the forward pass. Recomputation, the optimizer and
+    the operations that forward_flops leaves out do not count.
 
     Args:
-        config: of the model.
-        sequence: tokens per sequence.
+        config: the config of the model.
+        sequence: number of tokens per sequence.
     """
     return 3 * forward_flops(config, sequence, form="expand").total / sequence
 
@@ -239,21 +251,28 @@ def decode_flops(config: ModelConfig, depth: int, form: str | None = None) -> Fl
 def prefill_flops(
     config: ModelConfig, tokens: int, depth: int = 0, form: str | None = None
 ) -> Flops:
-    """Count the FLOPs of a prompt with `depth` cached tokens; only its last position has logits."""
+    """Count the FLOPs of `tokens` prompt tokens that follow `depth` cached tokens.
+
+    Only the last position computes logits.
+    """
     return forward_flops(config, tokens, depth, form, head_tokens=1)
 
 
 # ---- cache ---------------------------------------------------------------------------------------
 def cache_elements(config: ModelConfig) -> int:
-    """Return the cached elements per token in all layers.
+    """Return the number of cached elements per token, summed over all layers.
 
-    Source: paper Table 1, (C + R) l under MLA and 2 n_g d_h l otherwise.
+    Source: paper Table 1. With l layers this is (C + R) l under MLA, and 2 n_g d_h l for n_g
+    key / value heads of width d_h otherwise.
     """
     return config.num_hidden_layers * sum(config.cache_row)
 
 
 def gqa_groups(config: ModelConfig) -> int:
-    """Return the groups of the GQA model to compare with: at most 8, and a divisor of the heads."""
+    """Return the number of groups of the GQA model that MLA is compared with.
+
+    This is the largest divisor of the number of heads that is at most 8.
+    """
     h = config.num_attention_heads
     return max((g for g in range(1, min(8, h - 1) + 1) if h % g == 0), default=1)
 
@@ -261,8 +280,8 @@ def gqa_groups(config: ModelConfig) -> int:
 def cache_twins(config: ModelConfig) -> dict[str, int]:
     """Return {name: cached elements per token} of the same model with other kinds of attention.
 
-    MHA, GQA and MQA have heads of the width of the model's value head, 2 n_g d_h l elements. For
-    MLA, "expanded K, V" are its own keys and values cached in place of latents.
+    MHA, GQA and MQA get key and value heads as wide as the model's value head. For MLA, the entry
+    "expanded K, V" counts the model's own keys and values, cached in place of latents.
     """
     groups = {
         "MHA": config.num_attention_heads,
@@ -283,7 +302,9 @@ def expanded_elements(config: ModelConfig) -> int:
 
 
 def equivalent_groups(config: ModelConfig) -> float:
-    """Return the number of GQA groups with an equally wide cache row; 2.25 for the released models.
+    """Return the number of GQA groups whose cache row is as wide as the model's.
+
+    It is 2.25 for the released models.
 
     Source: paper Table 1.
     """
@@ -291,19 +312,22 @@ def equivalent_groups(config: ModelConfig) -> float:
 
 
 def stored_bytes(elements: float, bits: float) -> float:
-    """Return the bytes of `elements` stored with `bits` each on average.
+    """Return the bytes that `elements` elements take at a mean of `bits` bits each.
 
-    `bits` includes group scales and zero points: 4-bit codes in groups of 32 with a 16-bit scale
-    have 4.5.
+    `bits` includes group scales and zero points. For example, 4-bit codes in groups of 32 with one
+    16-bit scale per group take 4.5 bits each.
     """
     _check_bits("bits", bits)
     return elements * bits / 8
 
 
 def cache_saving(config: ModelConfig, bits: float, other: ModelConfig, other_bits: float) -> float:
-    """Return the share of `other`'s cache that `config` saves; negative if it needs more.
+    """Return how much smaller the cache of `config` is, as a fraction of the cache of `other`.
 
-    Source: the paper's 93.3 % is V2 at 6 bits beside DeepSeek 67B at 16 bits.
+    The result is negative if the cache of `config` is larger. `bits` and `other_bits` are the mean
+    bits per cached element.
+
+    Source: the paper's 93.3 % compares V2 at 6 bits with DeepSeek 67B at 16 bits.
     """
     own = stored_bytes(cache_elements(config), bits)
     return 1 - own / stored_bytes(cache_elements(other), other_bits)
@@ -312,11 +336,12 @@ def cache_saving(config: ModelConfig, bits: float, other: ModelConfig, other_bit
 # ---- memory --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The result of `plan`. Bytes per token are for all layers and need not be whole.
+    """The result of `plan`. Bytes per token cover all layers and may be fractional.
 
-    expanded_*: with the full keys and values of all heads cached at the same width.
-    cache_tokens: tokens that fit beside the weights, of all sequences together.
-    longest_context: tokens of one sequence that fit, at most max_position_embeddings.
+    expanded_*: the same numbers if the cache held the full keys and values of all heads, at the
+        same bits per element.
+    cache_tokens: number of tokens, over all sequences, whose cache fits beside the weights.
+    longest_context: number of tokens of one sequence that fit, at most max_position_embeddings.
     sequences: number of sequences of `context` tokens that fit at once.
     """
 
@@ -343,15 +368,15 @@ def plan(
     """Compute how many cached tokens and sequences fit beside the weights.
 
     Args:
-        config: of the model.
-        weight_bits: mean bits per parameter.
-        cache_bits: mean bits per cached element.
-        memory_bytes: memory to fill.
-        context: tokens per sequence. None: max_position_embeddings.
-        reserve_bytes: kept free for activations, the program and the system.
+        config: the config of the model.
+        weight_bits: mean bits per parameter, scales included.
+        cache_bits: mean bits per cached element, scales included.
+        memory_bytes: total memory, for weights, cache and reserve together.
+        context: number of tokens per sequence. None means max_position_embeddings.
+        reserve_bytes: memory to keep free for activations, the program and the system.
 
     Raises:
-        ValueError: when the weights alone do not fit, or a number is out of range.
+        ValueError: if the weights alone do not fit, or a number is out of range.
     """
     _check_bits("weight_bits", weight_bits)
     _check_bits("cache_bits", cache_bits)
@@ -416,7 +441,7 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """All bytes: 16 per parameter."""
+        """Bytes of the whole training state, which is 16 per parameter."""
         return self.weights + self.gradients + self.master + self.first_moment + self.second_moment
 
 
@@ -429,17 +454,18 @@ def training_memory(config: ModelConfig) -> TrainingMemory:
 def decode_bytes(
     config: ModelConfig, depth: int, weight_bits: float, cache_bits: float, sequences: int = 1
 ) -> float:
-    """Return the bytes that one decode step reads at least: weights in use and cached rows, once.
+    """Return a lower bound on the bytes that one decode step reads.
 
-    If tokens choose experts independently and uniformly, `sequences` tokens use
-    E (1 - (1 - K / E)^sequences) experts of a MoE layer.
+    The step reads every weight that it uses and every cached row once. Tokens are assumed to choose
+    experts independently and uniformly. Then `sequences` tokens use on average
+    E (1 - (1 - K / E)^sequences) experts of each MoE layer.
 
     Args:
-        config: of the model.
+        config: the config of the model.
         depth: number of cached tokens per sequence.
-        weight_bits: mean bits per parameter.
-        cache_bits: mean bits per cached element.
-        sequences: number of sequences in the batch.
+        weight_bits: mean bits per parameter, scales included.
+        cache_bits: mean bits per cached element, scales included.
+        sequences: number of sequences in the batch, each with one new token.
     """
     _check_count("sequences", sequences, 1)
     _check_count("depth", depth, 0)

@@ -1,4 +1,4 @@
-"""Checks of dataclass fields and of keys in files, for configs and recipes."""
+"""Checks of dataclass fields and of the keys in config and recipe files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise ValueError for the first key that is not known. `where` names its source."""
+    """Raise ValueError for the first of `keys` that is not in `known`.
+
+    `where` names the source of the keys in the message, for example a file.
+    """
     known = list(known)
     for key in keys:
         if key not in known:
@@ -24,7 +27,7 @@ def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> Non
 
 
 def check_at_least(name: str, value: int, low: int) -> None:
-    """Raise ValueError when the field `name` holds a number below `low`."""
+    """Raise ValueError if `value`, the value of the field `name`, is below `low`."""
     if value < low:
         raise ValueError(f"{name} is {value}; it must be at least {low}")
 
@@ -40,13 +43,13 @@ def is_finite(value: Any) -> bool:
 
 
 def check_types(obj: Any, where: str = "") -> None:
-    """Raise ValueError unless every field of a dataclass holds what its annotation says.
+    """Raise ValueError unless every field of a dataclass has the type of its annotation.
 
-    Understands scalars, dataclasses, tuples of scalars, and unions of these with `|`.
+    Annotations may be scalars, dataclasses, tuples of scalars, and unions of these with `|`.
 
     Args:
         obj: the dataclass instance.
-        where: put before field names in the message.
+        where: prefix of field names in the message.
     """
     for f in dataclasses.fields(obj):
         value, kind = getattr(obj, f.name), str(f.type)
@@ -61,6 +64,6 @@ def _is_a(value: Any, kind: str) -> bool:
         return isinstance(value, tuple) and all(_is_a(v, item) for v in value)
     if kind == "int":
         return isinstance(value, int) and not isinstance(value, bool)
-    if kind == "float":  # an int is a fine float
+    if kind == "float":  # an int is accepted as a float
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value).__name__ == {"None": "NoneType"}.get(kind, kind)

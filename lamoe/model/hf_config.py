@@ -1,8 +1,8 @@
 """Reads the content of a Hugging Face config.json strictly, as fields of ModelConfig.
 
-A key either becomes a field, is known to be irrelevant (_FOREIGN), is accepted at the values that
-change nothing (_ONLY), or is refused by name. Both spellings of the files are read: the older one
-and that of transformers 5 (dtype, rope_parameters).
+Each key either becomes a field, or is known to be irrelevant (_FOREIGN), or is accepted only at
+values that change nothing (_ONLY). Any other key is refused by name. The module reads the older
+spelling of config.json and that of transformers 5 (dtype, rope_parameters).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FOREIGN = frozenset(
     router_aux_loss_coef transformers_version use_cache
     """.split()
 )
-# Keys without a default: a guess would give another model.
+# Keys that a config must have. They have no default, because a guess would give another model.
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -36,7 +36,8 @@ _REQUIRED = (
     "num_attention_heads",
     "intermediate_size",
 )
-# Keys that change nothing at exactly these values, and would change the model at any other.
+# {key: values that lamoe implements}. Any other value of these keys would change the model, so it
+# is refused.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -67,8 +68,8 @@ def read_fields(
         {field: value}. "rope_scaling", when present, is a dict of RopeScaling's fields.
 
     Raises:
-        ValueError: for an unknown, missing or contradictory key, and for a value that lamoe does
-            not implement.
+        ValueError: if a key is unknown, missing or contradicts another one, or if lamoe does not
+            implement its value.
     """
     if not isinstance(raw, dict):
         raise ValueError(f"a model config must be a JSON object, found {type(raw).__name__}")
@@ -90,12 +91,12 @@ def read_fields(
     refuse_unknown(raw, known, "config.json")
     missing = [k for k in _REQUIRED if k not in raw]
     if missing:
-        raise ValueError(f"the config does not say {', '.join(missing)}; these have no default")
+        raise ValueError(f"the config lacks {', '.join(missing)}, for which there is no default")
     if "kv_lora_rank" in raw and raw.get("head_dim") == raw.get("qk_rope_head_dim"):
-        raw.pop("head_dim", None)  # transformers 5 writes the rotary width of MLA here
+        raw.pop("head_dim", None)  # for MLA, transformers 5 writes the rotary width here
     all_dense = raw.get("first_k_dense_replace") == raw["num_hidden_layers"]
     if all_dense and "n_routed_experts" not in raw:
-        del raw["first_k_dense_replace"]  # ModelConfig.to_dict writes it for transformers
+        del raw["first_k_dense_replace"]  # in dense models, to_dict writes it for transformers
     raw.setdefault("torch_dtype", "float32")
     return raw
 
@@ -109,7 +110,11 @@ def check_family(model_type: Any) -> None:
 
 
 def _merge(raw: dict[str, Any], key: str, value: Any) -> None:
-    """Set raw[key] to the value of its other spelling; refuse two different values."""
+    """Set raw[key] to `value`, which another spelling of the key had.
+
+    Raises:
+        ValueError: if both spellings are present with different values.
+    """
     if value is None:
         return
     if raw.get(key) is not None and raw[key] != value:
@@ -118,7 +123,10 @@ def _merge(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _read_rope(raw: dict[str, Any], known: Collection[str]) -> None:
-    """Replace rope_parameters and rope_scaling by rope_theta and the fields of a RopeScaling."""
+    """Convert rope_parameters and rope_scaling in `raw`, in place.
+
+    Afterwards raw["rope_theta"] is a number and raw["rope_scaling"] has RopeScaling's fields.
+    """
     rope: dict[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):
         part = raw.pop(key, None)
@@ -141,6 +149,6 @@ def _read_rope(raw: dict[str, Any], known: Collection[str]) -> None:
     missing = [k for k in ("factor", "original_max_position_embeddings") if k not in rope]
     if missing:
         raise ValueError(f"rope_scaling of type yarn needs {' and '.join(missing)}")
-    # As in the published code: without mscale_all_dim the softmax has no factor, and without mscale
-    # the factor on cos and sin is that of mscale = 1.
+    # Defaults of the published code: without mscale_all_dim the softmax scale has no YaRN factor.
+    # Without mscale, the factor on cos and sin is that of mscale = 1.
     raw["rope_scaling"] = {"mscale": 1.0, "mscale_all_dim": 0.0, **rope}

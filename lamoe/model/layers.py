@@ -9,7 +9,7 @@ from lamoe import kernels
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, with statistics in at least float32."""
+    """Root-mean-square norm over the last axis, with statistics in at least float32."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -20,14 +20,15 @@ class RMSNorm(nn.Module):
 
 
 def linear(d_in: int, d_out: int) -> nn.Linear:
-    """Make a linear map without bias: no layer of this model family has one."""
+    """Make a linear layer without bias. No layer of this model family has a bias."""
     return nn.Linear(d_in, d_out, bias=False)
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward layer [..., D] -> [..., D]: w2(silu(gate) * up), gate | up = w13(x).
+    """SwiGLU feed-forward layer [..., D] -> [..., D].
 
-    w13 is one [2 F, D] matrix: the rows of the gate, then the rows of up.
+    It computes w2(silu(gate) * up), where gate and up are the two halves of w13(x). The matrix of
+    w13 is [2 F, D], first the rows of gate, then the rows of up.
     """
 
     def __init__(self, dim: int, width: int):

@@ -1,6 +1,7 @@
 """DeepSeekMoE: shared experts for every token plus routed experts for some (paper 2.2, eq. 20).
 
-routing.py decides which experts compute a token; this file holds their weights and adds up results.
+routing.py decides which experts compute a token. This file holds the experts' weights and sums
+their outputs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from lamoe.model.layers import MLP
 class Experts(nn.Module):
     """E SwiGLU experts as two stacked tensors, w13 [E, 2 F, D] and w2 [E, D, F].
 
-    Stacked, so that a kernel can sort tokens by expert and multiply each expert's tokens at once.
+    The tensors are stacked so that a kernel can sort tokens by expert and multiply all tokens of an
+    expert at once.
     """
 
     def __init__(self, n: int, dim: int, width: int):
@@ -26,12 +28,21 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(n, dim, width))
 
     def forward(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Sum the weighted outputs of each row's K experts: x [N, D], expert, weight [N, K]."""
+        """Sum the weighted outputs of each row's K experts.
+
+        Args:
+            x: [N, D] input rows.
+            expert: [N, K] int64 expert ids. Id E means no expert.
+            weight: [N, K] factors on the experts' outputs.
+
+        Returns:
+            [N, D].
+        """
         return kernels.experts(x, expert, weight, self.w13, self.w2)
 
 
 class Gate(nn.Module):
-    """The router's weight [E, D]. `routing.route` uses it in float32 whatever its dtype."""
+    """The router's weight [E, D]. `routing.route` converts it to float32 whatever its dtype."""
 
     def __init__(self, n: int, dim: int):
         super().__init__()
@@ -41,7 +52,8 @@ class Gate(nn.Module):
 class MoE(nn.Module):
     """The mixture-of-experts feed-forward layer, [B, T, D] -> [B, T, D].
 
-    The shared experts are one MLP of their total width: a sum of SwiGLUs is one wider SwiGLU.
+    The shared experts are stored as one MLP of their total width, because a sum of SwiGLU layers
+    equals one wider SwiGLU layer.
     """
 
     def __init__(self, config: ModelConfig):

@@ -1,6 +1,7 @@
 """The presets as fields of ModelConfig: the released DeepSeek models, and two small ones to train.
 
-`ModelConfig.preset(name)` returns them as configs. Sources: paper 3.1.2, App. B, released configs.
+`ModelConfig.preset(name)` returns a preset as a config. Sources: paper 3.1.2, App. B and the
+released configs.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ _LITE = {
     "topk_method": "greedy",
     "routed_scaling_factor": 1.0,
 }
-# Fields that the two small models share.
+# Fields that the two small models have in common.
 _SMALL = dict(
     model_type="deepseek_v2",
     q_lora_rank=None,
@@ -104,7 +105,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         bos_token_id=100000,
         eos_token_id=100001,
     ),
-    # The model of `make demo`: trains in minutes on two cores.
+    # The model of `make demo`. It trains in minutes on two cores.
     "tiny": dict(
         **_SMALL,
         vocab_size=4096,
@@ -122,7 +123,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         max_position_embeddings=1024,
         initializer_range=0.02,
     ),
-    # The model of the training benchmark: 24.6M parameters.
+    # The model of the training benchmark. It has 24.6M parameters.
     "small": dict(
         **_SMALL,
         vocab_size=8192,

@@ -1,6 +1,7 @@
 """Rotary position embedding and its extension YaRN: frequencies, rotations, the two YaRN factors.
 
-Everything follows from the config alone, never from the length of a buffer or of the text at hand.
+Everything depends on the config alone, never on the length of a buffer or of the current text.
+
 Sources: paper 3.1.4 and eq. 39-43; YaRN, arXiv 2309.00071.
 """
 
@@ -14,9 +15,9 @@ from lamoe.model.config import ModelConfig, RopeScaling
 
 
 def mscale(factor: float, weight: float) -> float:
-    """Return YaRN's m(s, c) = 0.1 c ln s + 1 for s > 1, else 1. s is `factor`, c is `weight`.
+    """Return YaRN's m(s, c), which is 0.1 c ln s + 1 for s > 1, else 1.
 
-    With c = 0.707 this is the 0.0707 ln s + 1 of paper 3.1.4.
+    s is `factor` and c is `weight`. With c = 0.707 this is the 0.0707 ln s + 1 of paper 3.1.4.
     """
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
@@ -24,9 +25,9 @@ def mscale(factor: float, weight: float) -> float:
 def softmax_scale(config: ModelConfig) -> float:
     """Return the factor on attention logits: 1 / sqrt(width of a query head), times YaRN's factor.
 
-    The YaRN factor m(s, mscale_all_dim) squared scales the whole logit at every position, also the
-    part without rotation. It applies to MLA only: programs that load llama checkpoints scale cos
-    and sin instead.
+    YaRN's factor is m(s, mscale_all_dim) squared. It scales the whole logit at every position, also
+    the part without rotation. It applies to MLA only, because programs that load llama checkpoints
+    scale cos and sin instead.
     """
     scale = config.qk_head_dim**-0.5
     if config.is_mla and config.rope_scaling is not None and config.rope_scaling.mscale_all_dim:
@@ -37,20 +38,21 @@ def softmax_scale(config: ModelConfig) -> float:
 def amplitude(config: ModelConfig) -> float:
     """Return YaRN's factor on cos and sin, m(s, mscale) / m(s, mscale_all_dim).
 
-    It is exactly 1 in every released model, whose two weights are equal.
+    It is exactly 1 in every released model, because mscale equals mscale_all_dim there.
     """
     y = config.rope_scaling
     return 1.0 if y is None else mscale(y.factor, y.mscale) / mscale(y.factor, y.mscale_all_dim)
 
 
 def yarn_ramp_limits(y: RopeScaling, dim: int, theta: float) -> tuple[int, int]:
-    """Return the rotary pairs (low, high) between which YaRN blends frequencies; (10, 23) for V2.
+    """Return the indices (low, high) of the rotary pairs between which YaRN blends frequencies.
 
-    Pairs up to `low` keep their frequency; from `high` on it is divided by `factor`.
+    Pairs up to `low` keep their frequency. From pair `high` on, the frequency is divided by
+    `factor`. The result is (10, 23) for V2.
     """
 
     def pair_with(rotations: float) -> float:
-        """The (fractional) pair that makes this many rotations within the original context."""
+        """Return the (fractional) index of the pair that rotates this often in the old context."""
         period = y.original_max_position_embeddings / (rotations * 2 * math.pi)
         return dim * math.log(period) / (2 * math.log(theta))
 
@@ -59,10 +61,11 @@ def yarn_ramp_limits(y: RopeScaling, dim: int, theta: float) -> tuple[int, int]:
 
 
 def inv_freq(config: ModelConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return the angle per position of each rotary pair, [R / 2], on the host.
+    """Return the angle in radians per position of each rotary pair, [R / 2], on the host.
 
-    float32 gives the frequencies of the published code: at position 100,000 the last bit of a
-    frequency changes the angle visibly. Computed on the host so that every device gets these bits.
+    The default float32 reproduces the frequencies of the published code bit by bit. This matters
+    because at position 100,000 the last bit of a frequency visibly changes the angle. Computing on
+    the host gives every device the same bits.
     """
     dim = config.rope_dim
     positions_per_radian = config.rope_theta ** (torch.arange(0, dim, 2, dtype=dtype) / dim)
@@ -83,8 +86,8 @@ def freqs(
 
     Args:
         config: gives the frequencies and the factor on cos and sin.
-        positions: integers of any shape [...]. The result is on their device.
-        dtype: of the model. float64 gives complex128, everything else complex64.
+        positions: integers of any shape [...]. The result is on the same device.
+        dtype: the dtype of the model. float64 gives complex128, every other dtype complex64.
 
     Returns:
         [..., R / 2] complex, of magnitude `amplitude(config)`.
@@ -95,7 +98,7 @@ def freqs(
 
 
 def check_length(config: ModelConfig, length: int) -> None:
-    """Raise ValueError when a sequence of `length` tokens exceeds max_position_embeddings."""
+    """Raise ValueError if `length`, the tokens of a sequence, exceeds max_position_embeddings."""
     if length > config.max_position_embeddings:
         raise ValueError(
             f"{length} positions are more than the model's max_position_embeddings "

@@ -1,7 +1,7 @@
 """Which experts compute a token: gate, top-k, balance losses, token dropping, and routing hooks.
 
-The functions here are pure. Only the hooks `Chosen` and `Training` record or change anything; a
-caller passes one of them to the model as `routing_hook`.
+The functions here are pure. Only the hooks `Chosen` and `Training` record or change anything. A
+caller passes one of these hooks to the model as `routing_hook`.
 
 Letters: B sequences of T tokens, N = B T rows, E experts, K experts per token, D hidden size.
 Sources: paper eq. 20-22 (gate), 2.2.2 (device-limited routing), eq. 23-31 (balance losses),
@@ -25,7 +25,7 @@ class Route:
 
     scores: [N, E] softmax over all experts, in at least float32.
     expert: [N, K] int64 chosen experts; id E stands for no expert.
-    weight: [N, K] factors on the experts' outputs, routed_scaling_factor included.
+    weight: [N, K] factors that multiply the experts' outputs, routed_scaling_factor included.
     """
 
     scores: torch.Tensor
@@ -36,13 +36,14 @@ class Route:
 def route(x: torch.Tensor, gate: torch.Tensor, config: ModelConfig) -> Route:
     """Choose the experts of each row.
 
-    Scores are computed in float32 (float64 in float64 models) whatever the model's dtype: bfloat16
-    would decide near ties differently. Weights are renormalised only if `norm_topk_prob`.
+    Scores are computed in float32 (float64 in float64 models) whatever the model's dtype, because
+    bfloat16 would decide near ties differently. Weights are renormalised only if the config sets
+    `norm_topk_prob`.
 
     Args:
-        x: [N, D] input of the layer.
+        x: [N, D] input rows of the layer.
         gate: [E, D] router weight.
-        config: the routing method and its sizes.
+        config: gives the routing method and its sizes.
 
     Source: eq. 20-22.
     """
@@ -55,11 +56,12 @@ def route(x: torch.Tensor, gate: torch.Tensor, config: ModelConfig) -> Route:
 
 
 def choose(scores: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Select K experts per row of scores [N, E]. Returns (their scores, their ids), both [N, K].
+    """Select K experts per row of scores [N, E]. Return (scores, ids) of these, both [N, K].
 
     Under "group_limited_greedy" only the experts of a row's best `topk_group` groups compete. A
     group's score is the maximum of its experts (DeepSeek-V3 sums the best two instead). Experts of
-    other groups get -inf: with 0 they could still win where softmax underflows to 0.
+    other groups get the score -inf. With 0 instead, they could still win where the softmax of an
+    eligible expert underflows to 0.
 
     Source: 2.2.2.
     """
@@ -79,14 +81,14 @@ def choose(scores: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, tor
 class Balance:
     """The recipe's [balance] section: weights of the balance losses, and token dropping.
 
-    Devices are virtual: device d holds the d-th contiguous block of E / devices experts. The
+    Devices are virtual. Device d holds the d-th contiguous block of E / devices experts. The
     default weights are those of the paper's 236B run (released configs carry Lite's 0.001).
 
-    expert, device, communication: alpha_1, alpha_2, alpha_3 of eq. 23-31.
-    devices: number of devices D.
-    capacity_factor: budget of a device in multiples of the average load; 0 drops nothing, the
-        paper uses 1.0.
-    keep_share: share of the sequences whose tokens are never dropped.
+    expert, device, communication: the loss weights alpha_1, alpha_2, alpha_3 of eq. 23-31.
+    devices: number of virtual devices, D in the paper.
+    capacity_factor: budget of a device in multiples of the average load. 0 switches dropping off.
+        The paper uses 1.0.
+    keep_share: fraction (0 to 1) of the sequences whose tokens are never dropped.
     """
 
     expert: float = 0.003
@@ -121,9 +123,10 @@ class Balance:
 
 
 def reach(config: ModelConfig, devices: int) -> int:
-    """Return M, the most devices that one token can be sent to.
+    """Return the paper's M, the largest number of devices that one token can be sent to.
 
-    M is `topk_group` if the router itself limits tokens over these devices, else min(K, devices).
+    M is `topk_group` if the router itself restricts each token to that many of these devices, else
+    min(K, devices).
     """
     limited = config.topk_method == "group_limited_greedy" and devices == config.n_group
     return config.topk_group if limited else min(config.num_experts_per_tok, devices)
@@ -134,18 +137,19 @@ def balance_losses(
 ) -> torch.Tensor:
     """Compute the three balance losses without their weights alpha.
 
-    Each sequence is balanced by itself and the results are averaged, so the values do not depend on
-    how sequences are batched. Gradients flow through the mean scores P; the counts f have none.
+    The losses are computed per sequence and then averaged, so the values do not depend on how
+    sequences are batched. Gradients flow through the mean scores P, not through the counts f.
 
     Args:
-        scores: [B, T, E] router scores.
-        expert: [B, T, K] chosen experts, before dropping.
-        config: K and the routing method.
+        scores: [B, T, E] router scores, after the softmax.
+        expert: [B, T, K] ids of the chosen experts, before dropping.
+        config: gives K and the routing method.
         devices: number of virtual devices.
 
     Returns:
-        [3]: expert-, device- and communication-level loss. Under even routing the first two are
-        exactly 1. The third is 1 if every token also reaches M devices, and smaller otherwise.
+        [3], the expert-level, device-level and communication-level loss. Under even routing the
+        first two are exactly 1. The third is 1 if every token also reaches M devices, and smaller
+        otherwise.
 
     Source: eq. 23-31.
     """
@@ -173,9 +177,10 @@ def keep_mask(
 ) -> torch.Tensor:
     """Decide which assignments (token, expert) stay when every device has a budget.
 
-    A device may take capacity_factor * N K / devices assignments of this batch, rounded up. When it
-    is over its budget, the assignments of lowest affinity are dropped; of equal ones, the later
-    token's. Assignments of protected tokens always stay and use up the budget first.
+    A device may take capacity_factor * N K / devices assignments of this batch, rounded up. If a
+    device gets more, its assignments with the lowest scores are dropped. Among equal scores, those
+    of later tokens are dropped first. Assignments of protected tokens always stay, and they use up
+    the budget first.
 
     Args:
         affinity: [N, K] router score of each assignment.
@@ -183,7 +188,7 @@ def keep_mask(
         n_experts: E.
         devices: number of virtual devices.
         capacity_factor: see Balance.
-        protected: [N] bool. None protects nothing.
+        protected: [N] bool, True for tokens that are never dropped. None protects no token.
 
     Returns:
         [N, K] bool, True for assignments that stay.
@@ -212,8 +217,9 @@ def keep_mask(
 class RoutingHook(Protocol):
     """What a caller passes to the model to observe or change routing.
 
-    Every MoE layer calls it once per forward pass. Implement it as a plain class: FSDP2 copies
-    dataclasses and lists among the arguments of forward, and what a copy records is lost.
+    Every MoE layer calls `after_routing` once per forward pass. Implement a hook as a plain class,
+    not as a dataclass or list. FSDP2 copies dataclasses and lists among the arguments of forward,
+    and the caller would never see what a copy records.
     """
 
     def after_routing(self, route: Route, sequences: int, config: ModelConfig) -> Route:
@@ -221,8 +227,8 @@ class RoutingHook(Protocol):
 
         Args:
             route: the router's choice for N rows.
-            sequences: number of sequences B; the rows of a sequence are adjacent.
-            config: of the model.
+            sequences: number of sequences B. The N / B rows of a sequence are adjacent.
+            config: the config of the model.
         """
         ...
 
@@ -245,12 +251,12 @@ class Chosen:
 
 @dataclass
 class LayerRecord:
-    """What one MoE layer did in one training step. Only `losses` carries gradients.
+    """Routing statistics of one MoE layer in one training step. Only `losses` carries gradients.
 
-    losses: [3] balance losses without their weights; see balance_losses.
-    load: [E] int64 assignments per expert, before dropping.
-    dropped: [] int64 number of dropped assignments.
-    entropy: [] mean entropy of a row's scores, in nats.
+    losses: [3] balance losses of balance_losses, not yet multiplied by their weights alpha.
+    load: [E] int64 number of assignments per expert, before dropping.
+    dropped: int64 scalar, the number of dropped assignments.
+    entropy: scalar, the entropy in nats of the router scores, averaged over rows.
     """
 
     losses: torch.Tensor
@@ -262,11 +268,12 @@ class LayerRecord:
 class Training:
     """Routing hook of the trainer: records balance losses and load, drops assignments over budget.
 
-    Use a new one for every forward pass.
+    Use a new instance for every forward pass.
 
     Args:
         balance: weights of the losses, number of virtual devices, dropping budget.
-        protected: [B] bool, True for sequences whose tokens are never dropped. None protects none.
+        protected: [B] bool, True for sequences whose tokens are never dropped. None protects no
+            sequence.
 
     Attributes:
         records: one LayerRecord per MoE layer, in order.
@@ -279,8 +286,8 @@ class Training:
     def after_routing(self, route: Route, sequences: int, config: ModelConfig) -> Route:
         """Append one layer's record and return the route without the dropped assignments.
 
-        A dropped assignment gets expert id E (no expert) and weight 0, so the token keeps its
-        residual and the shared experts. Losses and load are counted before dropping.
+        A dropped assignment gets expert id E (no expert) and weight 0. The token still passes
+        through the residual and the shared experts. Losses and load are counted before dropping.
         """
         e, balance = config.n_routed_experts, self.balance
         losses = balance_losses(
@@ -308,7 +315,9 @@ class Training:
         return Route(route.scores, expert, weight)
 
     def loss(self) -> torch.Tensor:
-        """Return the weighted balance losses, summed over the recorded layers; 0 without any.
+        """Return the weighted sum of the balance losses over all recorded layers.
+
+        The result is a scalar, and 0 if no layer was recorded.
 
         Source: alpha_1 L_ExpBal + alpha_2 L_DevBal + alpha_3 L_CommBal of eq. 23-31.
         """

@@ -1,9 +1,10 @@
 """The model: embedding, blocks of (norm, attention, norm, feed-forward), final norm, head.
 
-READ THIS FIRST, from top to bottom; then attention.py and moe.py. Nothing here knows about devices,
-distribution, quantisation or files: those are applied to a finished model from outside.
+READ THIS FIRST, from top to bottom. Then read attention.py and moe.py. No code here handles
+devices, distribution, quantisation or files. Other packages apply them to a finished model.
 
-Parameters carry the paper's names (wq_a, wkv_b, ...); checkpoints/hf.py maps public names to them.
+Parameters have the names of the published code (wq_a, wkv_b, ...). checkpoints/hf.py maps the names
+in Hugging Face checkpoints to them.
 
 Letters in shapes and einsum strings, the same in every file of model/ and kernels/:
 
@@ -13,7 +14,8 @@ Letters in shapes and einsum strings, the same in every file of model/ and kerne
     H  query heads                   N  part of a query or key head without rotation (128)
     G  key / value heads             V  value head (128)
 
-Sizes in brackets are DeepSeek-V2's. Routing works on B T rows and calls their number N.
+Sizes in brackets are those of DeepSeek-V2. Routing flattens the batch to B T rows and calls their
+number N.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """Map x [B, T, D] to [B, T, D].
 
-        `freqs` comes from rope.freqs; the other arguments are those of Transformer.hidden.
+        `freqs` is the result of rope.freqs. The other arguments are those of Transformer.hidden.
         """
         x = x + self.attn(self.attn_norm(x), freqs, cache, segments, form)
         h = self.ffn_norm(x)
@@ -78,7 +80,7 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """The head's matrix [vocabulary, D], which is the embedding's when the two are tied."""
+        """The output head's matrix [vocabulary, D]. In tied models it is the embedding's matrix."""
         return self.embed.weight if self.config.tie_word_embeddings else self.head.weight
 
     def hidden(
@@ -93,25 +95,27 @@ class Transformer(nn.Module):
 
         Args:
             ids: [B, T] int64 or int32 token ids, on the device of the weights.
-            cache: rows of earlier tokens. `ids` continue them, and their rows are appended.
-            segments: [B, T] integers. A token attends only to earlier tokens with its own number:
-                several documents packed into one row. Not together with a cache.
+            cache: holds the rows of earlier tokens, which `ids` continue. The rows of `ids` are
+                appended to it.
+            segments: [B, T] integers that separate documents packed into one row. A token attends
+                only to earlier tokens with the same number. Not allowed together with a cache.
             routing_hook: called by every MoE layer after routing. `routing.Training` records
                 balance losses and drops tokens, `routing.Chosen` records the chosen experts.
-            form: "expand" or "absorb" forces one form of MLA, for tests and measurements.
-                None takes the cheaper one.
+            form: "expand" or "absorb" forces this form of MLA, for tests and measurements. None
+                means the form with fewer multiply-adds.
 
         Returns:
             [B, T, D] in the dtype of the weights.
 
         Raises:
-            ValueError: for ids outside the vocabulary, positions beyond max_position_embeddings,
-                segments of another shape or together with a cache, an unknown form, a full cache.
+            ValueError: if an id is outside the vocabulary, a position is beyond
+                max_position_embeddings, segments have another shape or come with a cache, the form
+                is unknown, or the cache is full.
         """
         check_ids(ids, self.config)
         if segments is not None and (cache is not None or segments.shape != ids.shape):
             raise ValueError(
-                f"segments must have the shape of ids {tuple(ids.shape)}, and exclude a cache; "
+                f"segments must have the shape of ids {tuple(ids.shape)} and need cache=None; "
                 f"found {tuple(segments.shape)}" + (" and a cache" if cache is not None else "")
             )
         if form not in (None, "expand", "absorb"):
@@ -155,11 +159,13 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """Compute the mean cross-entropy in nats, without the balance losses.
 
-        The logits of all tokens never exist at once, which bounds memory for large vocabularies.
+        Logits are computed for a limited number of tokens at once, which bounds memory for large
+        vocabularies.
 
         Args:
             ids: [B, T] token ids.
-            targets: [B, T] int64, the id that each position should predict; negative: not counted.
+            targets: [B, T] int64, the id that each position should predict. Positions with a
+                negative target do not count.
             segments: as in `hidden`.
             routing_hook: as in `hidden`.
 
@@ -171,10 +177,12 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> Transformer:
-        """Draw all matrices, the gates included, from N(0, initializer_range); set norms to one.
+        """Initialise the weights in place and return the model.
 
-        Numbers are drawn on the host in float32, in the order of the parameters. A seed therefore
-        gives the same weights in every dtype and on every device.
+        All matrices, the routers included, are drawn from a normal distribution with mean 0 and
+        standard deviation initializer_range. Norm weights are set to 1. Numbers are drawn on the
+        host in float32, in the order of the parameters. A seed therefore gives the same weights on
+        every device, up to rounding to the dtype.
 
         Source: paper 3.1.2 (standard deviation 0.006 for all learnable parameters).
         """
@@ -190,8 +198,8 @@ class Transformer(nn.Module):
 def check_ids(ids: torch.Tensor, config: ModelConfig) -> None:
     """Raise ValueError unless `ids` are integers [B, T] inside the vocabulary.
 
-    Only ids on the host are compared with the vocabulary. On another device the comparison would
-    wait for the device in every forward pass, so callers check ids before they move them.
+    The vocabulary is checked only for ids on the host. On another device, the comparison would wait
+    for the device in every forward pass. Callers therefore check ids before they move them there.
     """
     if ids.dim() != 2 or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(

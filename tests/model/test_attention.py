@@ -219,7 +219,7 @@ def test_cache_refuses_another_number_of_sequences():
     m = tiny.model(tiny.HARD)
     for batch in (1, 3):
         with pytest.raises(
-            ValueError, match=f"{batch} sequences do not go into a cache made for 2"
+            ValueError, match=f"batch has {batch} sequences, but the cache was made for 2"
         ):
             m(tiny.ids(m.config, batch, 3), KVCache(m.config, 2, 8, torch.float64))
 

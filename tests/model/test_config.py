@@ -199,7 +199,7 @@ def test_moe_layers(layers, first, freq):
     expected = [i for i in range(layers) if i >= first and i % freq == 0]
     change = dict(num_hidden_layers=layers, first_k_dense_replace=first, moe_layer_freq=freq)
     if not expected:
-        with pytest.raises(ValueError, match="leave none of the"):
+        with pytest.raises(ValueError, match="layers dense"):
             MOE.replace(**change)
         return
     config = MOE.replace(**change)
@@ -328,11 +328,11 @@ ERRORS = [
     ),
     (
         moe(head_dim=28),
-        r"head_dim is 28, but MLA heads are 28 wide \(16 of it rotary\); leave head_dim out",
+        r"head_dim is 28, but MLA heads are 28 elements wide \(16 of them rotary\)",
     ),
     (
         moe(num_key_value_heads=1),
-        r"num_key_value_heads is 1, but every one of the 4 heads of MLA has its own keys",
+        r"num_key_value_heads is 1, but under MLA each of the 4 heads has its own keys",
     ),
     (
         moe(model_type="deepseek"),
@@ -362,11 +362,11 @@ ERRORS = [
     ),
     (
         dense(n_group=2),
-        r"n_group is 2 in a model without routed experts, where it would do nothing; leave it out",
+        r"n_group is 2, but it has no effect in a model without routed experts; leave it out",
     ),
     (
         dense(first_k_dense_replace=1),
-        r"first_k_dense_replace is 1 in a model without routed experts",
+        r"first_k_dense_replace is 1, but it has no effect in a model",
     ),
     (
         dense(n_routed_experts=4, moe_intermediate_size=8, num_experts_per_tok=2),
@@ -382,7 +382,7 @@ ERRORS = [
     ),
     (
         moe(first_k_dense_replace=3),
-        r"first_k_dense_replace 3 and moe_layer_freq 1 leave none of the 3 layers to the experts",
+        r"first_k_dense_replace 3 and moe_layer_freq 1 make all 3 layers dense",
     ),
     (moe(num_experts_per_tok=9), r"num_experts_per_tok 9 is more than n_routed_experts 8"),
     (
@@ -444,7 +444,7 @@ ERRORS = [
     (lambda: RopeScaling(beta_slow=5e-324), r"rope_scaling.beta_slow is 5e-324; it must be from"),
     (
         moe(rope_theta=1.0),
-        r"rope_theta is 1.0; YaRN divides by its logarithm, so it must be above 1",
+        r"rope_theta is 1.0; YaRN divides by the logarithm of rope_theta, so it must be above 1",
     ),
     # names
     (moe(hidden_sise=3), r"unknown key 'hidden_sise' in ModelConfig, did you mean 'hidden_size'\?"),
@@ -462,9 +462,9 @@ ERRORS = [
     (read(model_type=["llama"]), r"model_type \['llama'\] is not supported"),
     (
         read(without=["vocab_size", "hidden_size"]),
-        r"the config does not say vocab_size, hidden_size",
+        r"the config lacks vocab_size, hidden_size",
     ),
-    (read(hidden_size=None), r"the config does not say hidden_size"),
+    (read(hidden_size=None), r"the config lacks hidden_size"),
     (
         read(n_routed_expert=4),
         r"unknown key 'n_routed_expert' in config.json, did you mean 'n_routed_experts'\?",
@@ -484,7 +484,7 @@ ERRORS = [
     (read(num_nextn_predict_layers=1), r"num_nextn_predict_layers is 1, which"),
     (read(sliding_window=4096), r"sliding_window is 4096, which"),
     (read(partial_rotary_factor=0.5), r"partial_rotary_factor is 0.5, which"),
-    (read(head_dim=17), r"head_dim is 17, but MLA heads are 28 wide"),
+    (read(head_dim=17), r"head_dim is 17, but MLA heads are 28 elements wide"),
     (
         read(dtype="bfloat16"),
         r"the config says torch_dtype twice and differently: 'float32' and 'bfloat16'",
