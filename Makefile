@@ -11,7 +11,7 @@ endif
 RUN    := $(VENV)/.ready-run
 DEV    := $(VENV)/.ready-dev
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
-# The instruction sets that the build names. Those that this CPU lacks are skipped.
+# All instruction sets of the build. Targets skip the ones that this CPU cannot run.
 ISAS   := $(shell awk -F'[ ()]+' '/^ *lamoe_isa/ {sub(/^ */, ""); print $$2}' CMakeLists.txt)
 SOURCE := pyproject.toml constraints.txt tools/install.py CMakeLists.txt $(CPP_FILES)
 
@@ -21,7 +21,7 @@ SOURCE := pyproject.toml constraints.txt tools/install.py CMakeLists.txt $(CPP_F
 help:  ## list the targets
 	@grep -hE '^[a-z -]+:.*##' Makefile | sed 's/:.*##/:/'
 
-# DEMO='--run.threads 1' helps where other programs keep the cores busy
+# Pass DEMO='--run.threads 1' if other programs keep the cores busy.
 demo: $(RUN)  ## train a small DeepSeek-V2 here, evaluate it, let it generate
 	$(BIN)/lamoe train recipes/tiny.toml $(DEMO) $(if $(wildcard runs/tiny/latest),--resume)
 	$(BIN)/lamoe evaluate runs/tiny
@@ -35,7 +35,7 @@ demo: $(RUN)  ## train a small DeepSeek-V2 here, evaluate it, let it generate
 test: $(DEV)  ## all tests
 	$(BIN)/python -m pytest
 
-lint: $(DEV)  ## ruff, clang-format and mypy; changes nothing
+lint: $(DEV)  ## check with ruff, clang-format and mypy, without changing files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
@@ -47,14 +47,14 @@ format: $(DEV)  ## apply ruff's and clang-format's layout, and ruff's safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-test-lm-eval: $(DEV)  ## lm-eval against the server; apart: its installation takes over a minute
+test-lm-eval: $(DEV)  ## test lm-eval against the server; installing lm-eval takes over a minute
 	$(PYTHON) tools/install.py $(VENV) serve,train,test,dev,lm-eval
 	$(BIN)/python -m pytest tests/serve/test_serve_lm_eval.py
 
 wheel-check:  ## build a wheel, install it into a bare environment, run doctor and generate there
 	$(PYTHON) tools/wheel_check.py
 
-long: $(DEV)  ## 128K positions: the slow test, then the cache's memory against the closed form
+long: $(DEV)  ## slow test at 128K positions, then cache memory against the closed form
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python benchmarks/long.py
 
@@ -67,7 +67,7 @@ bench: $(DEV)  ## training speed of lamoe and transformers, alternating
 bench-serve: $(DEV)  ## two minutes of load on the server, hostile clients included; HTTP overhead
 	$(BIN)/python benchmarks/serve.py
 
-asan tsan:  ## the C++ check program under sanitizers, on every instruction set of this CPU
+asan tsan:  ## run the C++ check program under a sanitizer, on every instruction set of this CPU
 	cmake -S . -B build/$@ >/dev/null \
 	  -DLAMOE_SANITIZE=$(if $(filter asan,$@),address$(,)undefined$(,)float-cast-overflow,thread)
 	cmake --build build/$@
@@ -83,5 +83,5 @@ $(DEV): $(SOURCE)
 	$(PYTHON) tools/install.py $(VENV) serve,train,test,dev
 	@touch $@ $(RUN)
 
-clean:  ## remove the environment and everything that was built; runs/ stays
+clean:  ## remove the environment and all build outputs, but keep runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,5 @@
-// lamoe._native: what lamoe itself uses. Arrays become plain pointers, the GIL is released, and
-// nothing is computed here.
+// The Python module lamoe._native, which lamoe itself uses. It turns arrays into plain pointers and
+// releases the GIL. It computes nothing.
 #include "bind_common.h"
 
 #include <algorithm>
@@ -277,7 +277,8 @@ class PyModel {
   Cache cache(CacheRows& rows, int page, const std::vector<int>& format) const {
     const Cache cache{rows.data(), rows.shape(1), page, codec(format)};
     need(wrong(cache.codec, m_.config));
-    need_aligned(rows.data(), 4, "the cache");  // rows of the plain formats are read in place
+    // Attention reads FP32 and BF16 cache rows in place, as words of four bytes.
+    need_aligned(rows.data(), 4, "the cache");
     need(rows.shape(0) == size_t(m_.config.layers) && rows.shape(2) == cache.codec.row && page > 0,
          "cache rows are [layers, slots, row bytes], in pages of at least one");
     return cache;
@@ -320,9 +321,10 @@ class PyModel {
   }
 
   Model m_;
-  // Set by the first step, with the GIL held: from then on other threads may be inside m_.step.
+  // True from the first step on. The first step sets it while it holds the GIL. After that, other
+  // threads may be inside m_.step, so weights must not change any more.
   bool frozen_ = false;
-  std::vector<nb::object> keep_;  // keeps the arrays alive that the model points to
+  std::vector<nb::object> keep_;  // owners of the arrays that the model points to
 };
 
 }  // namespace

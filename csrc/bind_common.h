@@ -1,5 +1,5 @@
-// What both modules share: typed arrays and checks of their sizes. Kernels check nothing, so each
-// binding checks its arguments once.
+// Typed arrays and size checks, shared by the modules lamoe._native and lamoe._native_test. Kernels
+// check nothing, so each binding checks its arguments once.
 #pragma once
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -14,8 +14,8 @@ namespace lamoe {
 
 namespace nb = nanobind;
 
-// Arguments have to be declared noconvert: nanobind would silently copy an array of another type
-// or order, and results written to a copy would be lost.
+// Array arguments must be declared noconvert. Otherwise nanobind silently copies an array of
+// another type or memory order, and results that are written to the copy are lost.
 template <class T, int D>
 using In = nb::ndarray<const T, nb::ndim<D>, nb::c_contig, nb::device::cpu>;
 
@@ -36,7 +36,7 @@ inline void need(const std::string& wrong) {
   if (!wrong.empty()) throw nb::value_error(wrong.c_str());
 }
 
-// For an array that is read as elements of `bytes` bytes.
+// Throws unless p is aligned to `bytes`, the size of the elements that are read from it.
 inline void need_aligned(const void* p, size_t bytes, const std::string& name) {
   need(uintptr_t(p) % bytes == 0,
        name + " begins at an address that is not a multiple of " + std::to_string(bytes));
@@ -58,7 +58,7 @@ inline Mat mat(int fmt, int64_t n, int64_t k, const In<uint8_t, 1>& data, float 
   return {fmt, int(n), int(k), data.data(), scale};
 }
 
-// A cache format as Python passes it (codec_numbers).
+// Converts a cache format from the list of numbers that Python passes (codec_numbers).
 inline Codec codec(const std::vector<int>& c) {
   need(c.size() == 7, "a codec is (kind, w0, w1, bits0, bits1, group, row bytes)");
   Codec r;
@@ -68,7 +68,7 @@ inline Codec codec(const std::vector<int>& c) {
   return r;
 }
 
-// Rows in the form that products with m need.
+// Activation rows in the form that a product with the weight matrix m reads.
 class Activations {
  public:
   Activations(const Ops& op, const Mat& m, const In<float, 2>& x) {

@@ -1,4 +1,5 @@
-// lamoe._native_test: the operations that a step is made of, one by one. Only tests use it.
+// The Python module lamoe._native_test, which exposes each operation of a step separately. Only
+// tests use it.
 #include "bind_common.h"
 
 #include <algorithm>
@@ -49,7 +50,7 @@ auto swiglu(int fmt, In<uint8_t, 1> w13, float scale, int64_t f, In<float, 2> x,
   return out;
 }
 
-// Up to 16 queries; unused lanes repeat the last one.
+// Up to 16 queries, one per lane. Unused lanes repeat the last query.
 struct Queries {
   const float* q[kLanes];
   int last[kLanes];
@@ -65,8 +66,8 @@ struct Queries {
   }
 };
 
-// Runs attend(first row, rows, state) over tiles of 64 rows, `chunk` rows per state, and combines
-// the states.
+// Calls attend(first row, number of rows, state) for each tile of 64 cache rows. A new attention
+// state begins every `chunk` rows. Combines all states at the end.
 template <class Attend>
 void attend_chunks(const Ops& op, int n, int chunk, const Queries& queries, int width, float* out,
                    const Attend& attend) {
@@ -103,7 +104,7 @@ auto attend(int elem, In<uint8_t, 2> rows, In<float, 2> q, In<int32_t, 1> last, 
   op.pack_lanes(elem, queries.q, queries.count, kw, packed.data());
   const Lanes lanes{packed.data(), queries.last, queries.count};
   attend_chunks(op, n, chunk, queries, vw, out.data(), [&](int r, int count, AttentionState state) {
-    std::fill(tile.begin(), tile.end(), 0xff);  // after the rows: NaN
+    std::fill(tile.begin(), tile.end(), 0xff);  // NaN in the memory after the rows
     std::copy(rows.data() + r * row_bytes, rows.data() + (r + count) * row_bytes, tile.begin());
     op.attend_tile(elem, {tile.data(), stride, count, r}, {k0, kw, v0, vw}, scale, lanes, state,
                    &scratch, {});

@@ -1,17 +1,19 @@
-// Attention over cache rows in absorbed form: up to 16 (token, head) lanes against tiles of 64 rows
-// with online softmax, so that each row is read once for all lanes. Under absorbed MLA a row is one
-// key, and its latent part is also the value. Under MHA / GQA / MQA the lanes share a kv head.
+// Attention over cache rows in absorbed form, with online softmax. One call processes a tile of 64
+// cache rows for up to 16 lanes. A lane is one (token, head) pair. Each row is read once for all
+// lanes. Under absorbed MLA a row is one key, and its latent part is also the value. Under
+// MHA / GQA / MQA all lanes of a call share one kv head.
 //
-// The expanded form, for many queries, is in attention_expanded.cpp; attention over integer rows in
-// attention_ints.cpp. Rows and softmax weights are BF16 or FP32 (`elem`), sums are float.
+// Rows and softmax weights are BF16 or FP32 (`elem`). Sums are FP32. attention_expanded.cpp has the
+// expanded form, for many queries. attention_ints.cpp has attention over integer rows.
 #include "cpu/attention.h"
 
 namespace lamoe {
 namespace LAMOE_ISA {
 namespace {
 
-// o[lane][c .. c + 16] += sum over rows of p[row][lane] * value[row][c ..], for L lanes at once.
-// `left`: columns from c to the end of the value.
+// Adds the weighted values of n cache rows to 16 output columns of L lanes:
+//   o[lane][0 .. 16] += sum over rows of p[row][lane] * rows[row][0 .. 16]
+// `left` is the number of columns up to the end of the value. Columns beyond it are not written.
 template <int E, int L>
 void add_values(const uint8_t* rows, size_t stride, const uint8_t* p, int n, float* o, int width,
                 int left) {
@@ -27,7 +29,7 @@ void add_values(const uint8_t* rows, size_t stride, const uint8_t* p, int n, flo
   UNROLL_FOR(i, L) vstore_n(o + size_t(i) * width, acc[i], left);
 }
 
-// All lanes: L at a time, then the rest in halves of L.
+// Processes all lanes, L at a time. The remaining lanes follow in smaller groups.
 template <int E, int L = Traits::kOutLanes>
 void add_lanes(int lanes, const uint8_t* rows, size_t stride, const uint8_t* p, int n, float* o,
                int width, int left) {
@@ -38,7 +40,7 @@ void add_lanes(int lanes, const uint8_t* rows, size_t stride, const uint8_t* p, 
   }
 }
 
-// o += weights times values of all lanes and columns.
+// Adds softmax weights times values to the outputs of all lanes and columns.
 template <int E, class Unit>
 void add_weighted(const uint8_t* values, size_t stride, uint8_t* p, int n, int lanes,
                   const AttentionState& state) {
@@ -110,7 +112,7 @@ void combine(const float* states, int count, int lane, int width, float* out) {
   float top = state(0).maximum()[lane], sum = 0;
   for (int i = 1; i < count; i++) {
     const float m = state(i).maximum()[lane];
-    if (!(m <= top)) top = m;  // also true if m is NaN
+    if (!(m <= top)) top = m;  // NaN replaces top too, because m <= top is then false
   }
   for (int c = 0; c < width; c += 16) vstore_n(out + c, vzero(), width - c);
   for (int i = 0; i < count; i++) {

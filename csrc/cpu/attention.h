@@ -1,4 +1,5 @@
-// What attention.cpp and attention_ints.cpp share.
+// Prefetching, scores and masking for absorbed attention, shared by attention.cpp and
+// attention_ints.cpp.
 #pragma once
 #include <limits>
 
@@ -13,7 +14,7 @@ INLINE vf dot_unit(vf acc, vw w, const void* x) {
   return E == FP32 ? dot_f32(acc, w, x) : dot_bf16(acc, w, x);
 }
 
-// Prefetches cache line by cache line during a computation.
+// Prefetches memory during a computation, one cache line of 64 bytes per call.
 class Ahead {
  public:
   explicit Ahead(const Prefetch& p) : p_(p) {}
@@ -23,8 +24,8 @@ class Ahead {
   INLINE void next(int lines) {
     for (; lines > 0; lines--) next();
   }
-  // Only for loops that are not bound by loads. In score loops this prefetch costs more than it
-  // gains.
+  // Prefetches memory that is needed after the next tile. Call it only in loops that are not bound
+  // by loads: in score loops this prefetch costs more than it gains.
   INLINE void later() {
     if (p_.later < p_.later_end) __builtin_prefetch(p_.later, 0, 2), p_.later += 64;
   }
@@ -36,7 +37,8 @@ class Ahead {
   Prefetch p_;
 };
 
-// s[t][16 lanes] = N rows of `units` units times the packed queries.
+// Computes the scores of N cache rows for 16 lanes: s[row][lane] = row times packed query. Each row
+// has `units` units of four bytes.
 template <int E, int N>
 void score_rows(const uint8_t* rows, size_t stride, const uint8_t* q, int units, float* s,
                 Ahead& ahead) {
@@ -50,7 +52,7 @@ void score_rows(const uint8_t* rows, size_t stride, const uint8_t* q, int units,
   UNROLL_FOR(i, N) vstore(s + kLanes * i, acc[i]);
 }
 
-// n rows: N at a time, then the rest in halves of N.
+// Computes the scores of n rows, N at a time. The remaining rows follow in smaller groups.
 template <int E, int N = Traits::kScoreRows>
 void vector_scores(const uint8_t* rows, size_t stride, const uint8_t* q, int units, int n, float* s,
                    Ahead& ahead) {
@@ -71,7 +73,7 @@ void key_scores(const uint8_t* keys, size_t stride, const uint8_t* q, int key_by
   vector_scores<E>(keys, stride, q, key_bytes / 4, n, s, ahead);
 }
 
-// Sets scores of rows that a lane does not see to minus infinity.
+// Sets the score to minus infinity where a row comes after the last visible row of a lane.
 inline void mask(float (*s)[kLanes], int n, int first, const Lanes& lanes) {
   int least = lanes.last[0];
   for (int i = 1; i < lanes.count; i++) least = std::min(least, lanes.last[i]);

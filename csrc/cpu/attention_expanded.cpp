@@ -1,5 +1,6 @@
-// Attention in expanded form, for many queries of one sequence: the keys and values of a head
-// become the weights of `linear`, whose products are scores and outputs.
+// Attention in expanded form, for many queries of one sequence. `linear` computes it with two
+// products. Scores are queries times the keys of a head, packed as a weight matrix. Outputs are
+// softmax weights times the values of a head, packed in the same way.
 #include "cpu/kernels.h"
 
 namespace lamoe {
@@ -46,8 +47,9 @@ void rows_as_values(int elem, const void* rows, int stride, int col, int width, 
     }
 }
 
-// Two tiles of cache rows at a time: products [N][32 rows], of which neighbouring elements of N
-// become the units of a key tile.
+// Expands two tiles of 16 cache rows at a time. `linear` gives a product [nope elements][32 rows].
+// With BF16, two neighbouring nope elements of a row form one unit of its key tile. With FP32, each
+// element is one unit.
 void expand_keys(int elem, const uint8_t* latents, int latent_width, int t0, int t1, const Acts& uk,
                  int units, void* out, float* scratch) {
   constexpr int kPair = 2 * kTile;

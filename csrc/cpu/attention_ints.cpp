@@ -1,13 +1,14 @@
-// Absorbed attention over cache rows as integers (IntTile): the latent as signed bytes with one
-// step size per row, queries of 8 bits, softmax weights of 8 bits in each tile of 64 rows. The rope
-// key stays in bfloat16.
+// Absorbed attention over cache rows whose latents are integers (IntTile). A latent consists of
+// signed bytes with one step size per row. Queries and the softmax weights of each tile of 64 rows
+// are rounded to 8 bits. The rope key stays in bfloat16.
 #include "cpu/attention.h"
 
 namespace lamoe {
 namespace LAMOE_ISA {
 namespace {
 
-// s[t] = (s[t] + step of row t * scale of the lane * integer product) * scale, for N rows.
+// Adds the latent scores of N rows to their rope scores, and scales the sums:
+//   s[row][lane] = (s[row][lane] + step[row] * lane_scale[lane] * integer product) * scale
 template <int N>
 void score_ints(const IntTile& tile, int t, const IntLanes& lanes, vf scale, float* s,
                 Ahead& ahead) {
@@ -28,7 +29,7 @@ void score_ints(const IntTile& tile, int t, const IntLanes& lanes, vf scale, flo
   }
 }
 
-// Rows t .. n: N at a time, then the rest in halves of N.
+// Computes the scores of rows t .. n, N at a time. The remaining rows follow in smaller groups.
 template <int N = Traits::kScoreRows>
 void vector_score_ints(const IntTile& tile, int t, int n, const IntLanes& lanes, vf scale, float* s,
                        Ahead& ahead) {
@@ -47,8 +48,9 @@ void add_latent_scores(const IntTile& tile, int n, const IntLanes& lanes, vf sca
     vector_score_ints(tile, 0, n, lanes, scale, s, ahead);
 }
 
-// o[lane][c ..] = o * fix[lane] + unit[lane] * (weights times bytes, over quads of rows), for L
-// lanes and C vectors of columns.
+// Updates L lanes and C vectors of 16 columns of the output. The integer sum runs over all rows,
+// four rows (one quad) per instruction:
+//   o[lane][column] = o[lane][column] * fix[lane] + unit[lane] * sum of p[row][lane] * byte[row]
 template <int L, int C>
 void add_ints(const uint8_t* quads, const uint8_t* p, int row_quads, float* o, int width,
               const float* fix, const float* unit, Ahead& ahead) {
@@ -91,9 +93,9 @@ void add_weighted_ints(const IntTile& tile, uint8_t* p, int n, int lanes, float*
   }
 }
 
-// Rounds the weights s[n rows][16 lanes], which are at most `most`, to bytes [quads of rows][16
-// lanes][4]. The rounding error carries over to the next row, so that many small weights beside a
-// large one keep their sum.
+// Rounds the softmax weights s[n rows][16 lanes] to bytes p[row / 4][lane][row % 4]. No weight of a
+// lane exceeds `most`. The rounding error of a row carries over to the next row, so that many small
+// weights beside a large one keep their sum.
 void round_weights(float (*s)[kLanes], int n, vf most, uint8_t* p) {
   const vf full = vset(float(Traits::kMaxByte)), up = full / vmax(most, vset(1e-30f));
   vf rest = vzero();
@@ -102,7 +104,7 @@ void round_weights(float (*s)[kLanes], int n, vf most, uint8_t* p) {
     UNROLL_FOR(j, 4) {
       if (t + j >= n) break;
       const vf x = vfma(vload(s[t + j]), up, rest), r = vmin(vmax(vround(x), vzero()), full);
-      // Clamp the carried error: the largest weight can leave more than 1/2, and a larger carry
+      // Clamp the carried error. The largest weight can leave more than 1/2, and carrying that over
       // could give a masked row a nonzero weight.
       rest = vmin(x - r, vset(0.5f));
       word = wor_left(word, wround(r), 8 * j);
@@ -124,13 +126,15 @@ void pack_lanes_ints(const Codec& c, const float* const* q, int lanes, void* out
     vf top = vzero(), bad = vzero();
     for (int j = 0; j < w; j += 16)
       top = vmax(top, vabs(vload(q[i] + j))), bad = bad + vload(q[i] + j) * vzero();
-    const float s = vhmax(top) / 127.f + vsum(bad);  // NaN if any element is not finite
+    // `bad` is NaN if any element is not finite. The scale then becomes NaN too.
+    const float s = vhmax(top) / 127.f + vsum(bad);
     const bool some = s >= std::numeric_limits<float>::min();
     to.scales()[i] = s;
     for (int j = 0; some && j < w; j += 64) {
       int8_t codes[64];
       for (int k = 0; k < 64; k += 16) vquant(codes + k, vload(q[i] + j + k) * vset(1.f / s));
-      // The words of each 64 columns are transposed as a 4 x 4 matrix, as in a tile's rows.
+      // Every 64 columns are 16 words of four codes. They are transposed as a 4 x 4 matrix of
+      // words, because the rows of an IntTile are stored in this order.
       for (int k = 0; k < 64; k++) {
         const int word = k / 4 % 4 * 4 + k / 16;
         to.words()[size_t(j) * kLanes + word * 64 + 4 * i + k % 4] = uint8_t(codes[k] + 128);
@@ -158,7 +162,8 @@ void attend_ints(const Codec& c, const RowTile& rows, float scale, const Lanes& 
   vf sum = vload(state.sum()) * fix;
   for (int t = 0; t < n; t++) {
     const vf e = vexp(vload(s[t]) - top);
-    // vmax returns its second operand if one is NaN: a NaN weight becomes 0, and `sum` keeps it.
+    // vmax returns its second operand if one is NaN. So a NaN weight becomes 0 in the bytes, and
+    // only `sum` still carries the NaN.
     const vf w = vmax(e * vset(tile.steps()[t]), vzero());
     sum = sum + e;
     vstore(s[t], w);

@@ -1,4 +1,4 @@
-// Cache rows: writes and reads the bytes that lamoe/backends/cache_codec.py documents.
+// Encoding and decoding of cache rows. lamoe/backends/cache_codec.py documents the bytes.
 #include <cmath>
 
 #include "cpu/kernels.h"
@@ -26,7 +26,7 @@ constexpr Planes planes(int bits) {
   }
 }
 
-float half_to_float(uint16_t h) {  // finite, not negative
+float half_to_float(uint16_t h) {  // h: a finite IEEE half >= 0
   const int e = h >> 10, m = h & 0x3ff;
   return e ? std::ldexp(float(m + 1024), e - 25) : std::ldexp(float(m), -24);
 }
@@ -46,7 +46,7 @@ const float* base_table() {
   return table.v;
 }
 
-// The smallest base that is at least x >= 0; 0xff (NaN) if there is none.
+// The code of the smallest base that is at least x, for x >= 0. Returns 0xff (NaN) if no base is.
 uint8_t base_code(float x) {
   if (!(x <= 3840.f)) return 0xff;
   const float* t = base_table();
@@ -61,7 +61,8 @@ uint8_t base_code(float x) {
   return t[low] >= x ? uint8_t(low) : 0xff;
 }
 
-// Sets step[g] of each group and writes base and group scales.
+// Chooses the base and the group scales of a part and writes them to `out`. Sets step[g] to the
+// resulting step size of group g.
 void encode_steps(const LowBitPart& b, const float* x, float* step, uint8_t* out) {
   const int half = (1 << (b.bits - 1)) - 1;
   float need[512], most = 0;
@@ -118,15 +119,17 @@ INLINE void store16(int elem, void* out, int at, vf v, int n) {
   std::memcpy((uint16_t*)out + at, t, 2 * n);
 }
 
-// Decodes 64 elements at a time, for parts in which 64 neighbours are contiguous in every plane.
-// step: the step size of each 16 elements.
+// Decodes 64 elements at a time. Requires that 64 neighbouring codes are contiguous in every plane.
+// step[i] is the step size of elements 16 i .. 16 i + 15.
 template <int N>
 void decode_wide(const LowBitPart& b, const float* step, const uint8_t* codes, int elem,
                  void* out) {
   constexpr Planes pl = planes(N);
   constexpr float zero = float(1 << (N - 1));
   const uint8_t* plane[pl.n];
-  int size[pl.n], at[pl.n] = {}, shift[pl.n] = {};  // of element i: its byte, and its bit there
+  // at and shift: the byte in each plane that holds the code of element i, and the bit in that
+  // byte.
+  int size[pl.n], at[pl.n] = {}, shift[pl.n] = {};
   for (int p = 0; p < pl.n; p++) {
     plane[p] = p ? plane[p - 1] + size[p - 1] : codes;
     size[p] = b.padded * pl.bits[p] / 8;
@@ -155,14 +158,14 @@ void decode_wide(const LowBitPart& b, const float* step, const uint8_t* codes, i
   }
 }
 
-// Decodes 16 elements at a time, for parts of any width.
+// Decodes 16 elements at a time. Unlike decode_wide, this works for any width.
 template <int N>
 void decode_narrow(const LowBitPart& b, const uint8_t* in, int elem, void* out) {
   const Planes pl = planes(N);
   const float base = base_table()[in[0]];
   for (int i = 0; i < b.width; i += 16) {
     vf step = vset(base);
-    if (!b.one_group()) {  // then groups are multiples of 16
+    if (!b.one_group()) {  // group sizes are multiples of 16, so 16 elements share one step
       const int g = i / b.group, f = b.scales(in)[g / 2] >> (g % 2 ? 4 : 0) & 15;
       step = vset(base * (float(f + 1) / 16.f));
     }
@@ -195,7 +198,7 @@ void decode_part(const LowBitPart& b, const uint8_t* in, int elem, void* out) {
   for (int p = 0; p < pl.n; p++) wide = wide && b.padded * pl.bits[p] / 8 % 64 == 0;
   if (!wide) return decode_narrow<N>(b, in, elem, out);
   const float base = base_table()[in[0]];
-  float step[64 + 32], group_step[64 + 32];  // step sizes; vfactors writes 32 at a time
+  float step[64 + 32], group_step[64 + 32];  // 32 extra: vfactors always writes 32 step sizes
   for (int g = 0; !b.one_group() && g < b.groups; g += 32)
     vfactors(b.scales(in) + g / 2, base, group_step + g);
   const int per = b.group / 16;
@@ -221,16 +224,18 @@ void decode_part(const LowBitPart& b, const uint8_t* in, int elem, void* out) {
   }
 }
 
-// Decodes a latent of 512 codes of N bits to signed bytes for an IntTile, with their step size and
-// -64 times their sum. up: which halves round up. It must differ between neighbouring rows, so that
-// rounding does not shift the mean of many rows.
+// Decodes a latent of 512 codes of N bits to 512 signed bytes of an IntTile. Sets `step` to the
+// step size of the bytes and `sum64` to -64 times their sum. Values halfway between two bytes round
+// up at odd elements if `up` is 0, and at even elements if `up` is 1. `up` must alternate between
+// neighbouring rows, so that rounding does not shift the mean of many rows.
 template <int N>
 void decode_bytes(const LowBitPart& b, const uint8_t* in, int up, int8_t* out, float& step,
                   int32_t& sum64) {
-  alignas(32) uint8_t of_group[32], factor[32];  // factor: one per 16 codes
+  // of_group holds one factor per group, `factor` one per 16 codes.
+  alignas(32) uint8_t of_group[32], factor[32];
   bfactors(b.scales(in), b.group == 16 ? factor : of_group);
   for (int g = 0; g < 16 && b.group == 32; g++) factor[2 * g] = factor[2 * g + 1] = of_group[g];
-  const uint8_t* low = b.codes(in);  // the plane of 4 bits; the plane of 1 bit follows
+  const uint8_t* low = b.codes(in);  // the 4-bit plane; with N = 5 the 1-bit plane follows it
   const uint32_t ones = 0x01010101;
   vw sum = wset(0);
   UNROLL_FOR(i, 8) {
@@ -257,7 +262,7 @@ void decode_ints(const Codec& c, const uint8_t* const* rows, int n, void* out) {
     }
     for (int k = 0; k < latent.width; k += 64) {
       vw q[4];
-      // The last quad may include rows beyond n with arbitrary bytes: their weight is 0.
+      // The last quad may include rows beyond n with arbitrary bytes. Their softmax weight is 0.
       bquads(tile.row(i) + k, latent.width, q);
       for (int j = 0; j < 4; j++) wstore(tile.quads(k + 16 * j) + size_t(i / 4) * 64, q[j]);
     }

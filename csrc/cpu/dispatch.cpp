@@ -56,7 +56,7 @@ bool has_amx() {
 }
 #endif
 
-// The words that Traits::kCpuFeatures may contain.
+// Whether this CPU has a feature. Knows every feature name that Traits::kCpuFeatures may contain.
 bool cpu_has(const std::string& feature) {
 #if defined(__x86_64__)
   if (feature == "avx2") return __builtin_cpu_supports("avx2");

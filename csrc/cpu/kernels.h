@@ -1,5 +1,5 @@
-// Functions that the kernel files share with each other and with table.cpp. Compiled once per
-// instruction set.
+// Functions that the kernel files share with each other and with table.cpp. They are compiled once
+// per instruction set.
 #pragma once
 #include "cpu/ops.h"
 #include "simd/simd.h"
@@ -13,7 +13,7 @@ void pack(const Mat& m, uint8_t* out, const float* w, size_t ldw, const float* i
 void unpack(const Mat& m, float* out, size_t ldo, int tile);
 
 void put_row(const Acts& a, int row, const float* x);
-void put_block(const Acts& a, int row, int block, const float* x);  // 64 elements
+void put_block(const Acts& a, int row, int block, const float* x);  // put_row for one block of 64
 void linear(const Mat& m, int t0, int t1, const Acts& x, int row0, int rows, float* out,
             ptrdiff_t ldo, void* scratch, const uint8_t* next);
 void swiglu(const Seg& s, int block, const Acts& x, const Acts& act, void* scratch,

@@ -1,7 +1,7 @@
 // Products of activation rows with packed weights, and SwiGLU.
 //
-// A result depends on its row and its weights alone, not on the number of rows or threads: every
-// kernel sums in the same order, group by group and block by block.
+// A result depends only on its activation row and its weights, not on the number of rows or
+// threads. Every kernel therefore sums in the same order, group by group and block by block.
 #include "cpu/kernels.h"
 
 namespace lamoe {
@@ -11,16 +11,17 @@ namespace {
 constexpr int kAhead = 9216;  // bytes between a prefetch and its use
 
 // ---- INT8, INT4 --------------------------------------------------------------------------------
-// A micro-kernel reads weights through one of two classes, which give it a group of four quads as
-// operands of the byte dot product, with the scales of the 16 outputs.
+// A micro-kernel reads weights through the class Packed or the class Decoded. Both return one group
+// of inputs for 16 outputs: four operands of the byte dot product, and the 16 group scales.
 
-// Blocks as they are stored.
+// Reads blocks as they are stored, and decodes each group on the fly.
 template <int FMT>
 struct Packed {
-  const uint8_t *p, *end, *then;  // prefetching goes on until `end`, then from `then`
+  const uint8_t *p, *end, *then;  // the address to prefetch after `end` is `then`
 
-  // The block to prefetch while `block` is in use: with few rows, memory is what a kernel waits
-  // for. A quarter is prefetched with each group; all of it at once would delay other loads.
+  // The address to prefetch while `block` is in use. With few rows a kernel waits mostly for
+  // memory. Each of the four groups prefetches a quarter of a block, because prefetching the whole
+  // block at once would delay other loads.
   INLINE const uint8_t* ahead(int block) const {
     const uint8_t* b = (const uint8_t*)((const LowBitBlock<FMT>*)p + block) + kAhead;
     return b < end ? b : then + (b - end);
@@ -42,11 +43,11 @@ struct Packed {
   }
 };
 
-// Blocks that have been decoded into scratch.
+// Reads blocks that have been decoded into scratch before.
 struct Decoded {
   const DecodedBlock* p;
-  const uint8_t* next;  // packed weights to prefetch meanwhile
-  int lines;            // cache lines of `next` to prefetch per block
+  const uint8_t* next;  // packed weights of later tiles, to prefetch during the computation
+  int lines;            // number of cache lines of `next` to prefetch per block
 
   INLINE const uint8_t* ahead(int block) const { return next + 64 * size_t(block) * lines; }
   INLINE void prefetch(const uint8_t* b, int g) const {
@@ -72,7 +73,7 @@ INLINE vw dot(vw acc, vw w, vw x) {
   return FMT == INT8 ? dot_int8(acc, w, x) : dot_int4(acc, w, x);
 }
 
-// M rows times T tiles. With two tiles, each loaded word of activations is used twice.
+// Multiplies M rows by T tiles. With T = 2, each loaded word of activations is used twice.
 template <int FMT, class W, int T, int M>
 void micro_int(const W* weights, int blocks, float scale, const Acts& x, int row, float* out,
                ptrdiff_t ldo, int n) {
@@ -118,7 +119,7 @@ void micro_int(const W* weights, int blocks, float scale, const Acts& x, int row
     UNROLL_FOR(m, M) vstore_n(out + m * ldo + kTile * t, total[t][m] * vset(scale), n - kTile * t);
 }
 
-// All rows: M at a time, then the rest at once.
+// Processes all rows, M at a time. One micro-kernel call then processes the remaining rows.
 template <int FMT, class W, int T, int M>
 void rows_int(const W* w, int blocks, float scale, const Acts& x, int row, int rows, float* out,
               ptrdiff_t ldo, int n) {
@@ -129,7 +130,8 @@ void rows_int(const W* w, int blocks, float scale, const Acts& x, int row, int r
   }
 }
 
-// `as_operand` turns stored codes into operands of the product that will read them.
+// Decodes one block into scratch. `as_operand` converts codes to operands of the byte dot product
+// that will read them.
 template <int FMT, class Operand>
 INLINE void decode_block(const Packed<FMT>& packed, int block, DecodedBlock* to,
                          const Operand& as_operand) {
@@ -144,7 +146,7 @@ INLINE void decode_block(const Packed<FMT>& packed, int block, DecodedBlock* to,
   }
 }
 
-// Tiles t0 .. t1 of m, and the memory to prefetch after them.
+// Tiles t0 .. t1 of the matrix m. `next` is the memory to prefetch after the last tile, or null.
 template <int FMT>
 struct TileRange {
   const Mat& m;
@@ -156,7 +158,8 @@ struct TileRange {
   Packed<FMT> packed(int t) const { return {data(t), data(t1), then()}; }
 };
 
-// Runs on a matrix unit, except for a remainder of up to 6 rows, which is faster without it.
+// Multiplies on a matrix unit. A remainder of up to 6 rows is faster without it, so those rows take
+// the vector kernel.
 template <int FMT, class Unit>
 void tiles_int_on_unit(const TileRange<FMT>& range, const Acts& x, int row, int rows, float* out,
                        ptrdiff_t ldo) {
@@ -182,7 +185,7 @@ void tiles_int_on_unit(const TileRange<FMT>& range, const Acts& x, int row, int 
   }
 }
 
-// Many rows: each tile is decoded once, into scratch.
+// For many rows. Each tile is decoded only once, into scratch.
 template <int FMT>
 void tiles_int_decoded(const TileRange<FMT>& range, const Acts& x, int row, int rows, float* out,
                        ptrdiff_t ldo, DecodedBlock* scratch) {
@@ -197,7 +200,7 @@ void tiles_int_decoded(const TileRange<FMT>& range, const Acts& x, int row, int 
         decode_block<FMT>({range.data(t + i), range.data(range.t1), range.then()}, b,
                           scratch + i * count_blocks + b, [](vw codes) { return codes; });
     t += count;
-    // The first rows prefetch the tiles that are decoded next.
+    // The micro-kernels of the first rows prefetch the tiles that are decoded next.
     const uint8_t* next = t < range.t1 ? range.data(t) : range.then();
     const int next_tiles = t + kTiles <= range.t1 || t >= range.t1 ? kTiles : 1;
     const Decoded first[2] = {{scratch, next, next_tiles * int(range.size / 64) / count_blocks},
@@ -234,7 +237,8 @@ INLINE vf dot_unit(vf acc, vw w, const uint8_t* x) {
   return FMT == FP32 ? dot_f32(acc, w, x) : dot_bf16(acc, w, x);
 }
 
-// Multiplies M rows by T tiles. Each tile has `units` units; tiles are `tile` bytes apart.
+// Multiplies M rows by T tiles. Each tile has `units` units of inputs. Tiles are `tile` bytes
+// apart.
 template <int FMT, int T, int M>
 void micro_unit(const uint8_t* w, size_t tile, int units, const uint8_t* x, size_t stride,
                 float* out, ptrdiff_t ldo, int n) {
@@ -300,15 +304,15 @@ void linear(const Mat& m, int t0, int t1, const Acts& x, int row0, int rows, flo
                                                       next);
 }
 
-// The exponent is limited to 89: e^89 overflows to infinity on every instruction set. So a gate far
-// below zero gives -0, and a gate of minus infinity gives NaN.
+// The exponent is limited to 89, because e^89 already overflows to infinity on every instruction
+// set. So a gate far below zero gives -0, and a gate of minus infinity gives NaN.
 INLINE static vf silu(vf x) { return x / (vset(1.f) + vexp(vmin(vset(89.f), vzero() - x))); }
 
 void swiglu(const Seg& s, int block, const Acts& x, const Acts& act, void* scratch,
             const uint8_t* next) {
   const int f = s.w2.k, from = block * kBlock, width = std::min(kBlock, f - from);
   const int first = from / kTile, count = tiles(width);
-  float* both = (float*)scratch;  // [rows][gate | up]
+  float* both = (float*)scratch;  // gate and up results: [rows][64 gate columns | 64 up columns]
   void* rest = both + size_t(kChunkRows) * 2 * kBlock;
   for (int r = 0; r < s.rows; r += kChunkRows) {
     const int rows = std::min(kChunkRows, s.rows - r);

@@ -1,5 +1,5 @@
-// Packs weights into tiles, and unpacks them. This is not a hot loop: plain code, with the same
-// results on every instruction set.
+// Packs weights into tiles, and unpacks them. This code is not hot, so most of it is plain C++. The
+// results are the same on every instruction set.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -11,10 +11,10 @@ namespace lamoe {
 namespace LAMOE_ISA {
 namespace {
 
-constexpr float kTop4 = 56.f;  // the largest positive int4 level; the negative ones reach to -63
+constexpr float kTop4 = 56.f;  // the largest INT4 level; the smallest is -63
 
-// The code of the level nearest to v, by floor(2 (v + 64)): all midpoints between levels are
-// multiples of 1/2.
+// Returns a lookup table: entry floor(2 (v + 64)) is the code of the INT4 level nearest to v. A
+// step of 1/2 is exact, because all midpoints between levels are multiples of 1/2.
 const uint8_t* nearest_level() {
   static const auto table = [] {
     struct T {
@@ -32,7 +32,7 @@ const uint8_t* nearest_level() {
   return table.code;
 }
 
-// The smallest scale that is at least s, or the largest one.
+// The code of the smallest group scale that is at least s. If no scale is, the code of the largest.
 uint8_t scale_code_up(float s) {
   int low = 1, high = 0x7f;
   while (low < high) {
@@ -56,9 +56,10 @@ struct Group {
   int code[kGroup] = {};  // INT8: -127 .. 127; INT4: index into kLevels
 };
 
-// Searches the scale with the smallest (weighted) squared error, with either sign because the
-// levels reach further below zero. x is in units of the matrix scale: squares of very large or
-// small weights would leave the range of float.
+// Searches the group scale with the smallest squared error, weighted by importance unless that is
+// null. Both signs are tried, because the INT4 levels reach further below zero than above. x is in
+// units of the matrix scale. Otherwise squares of very large or small weights would leave the range
+// of float.
 Group best_int4(const float* x, const float* importance) {
   const uint8_t* nearest = nearest_level();
   const float top = largest(x);
@@ -99,8 +100,8 @@ Group best_int8(const float* x, float matrix_scale) {
   return g;
 }
 
-// How the two low-bit formats search, round and store a group. Weights are in units of 1 (INT8) or
-// of the matrix scale (INT4).
+// Int8Packing and Int4Packing define how a format searches a group scale, rounds weights and stores
+// codes. INT8 weights are in units of 1, INT4 weights in units of the matrix scale.
 struct Int8Packing {
   using Block = Int8Block;
   static float unit(const Mat&) { return 1.f; }
@@ -138,8 +139,8 @@ struct Int4Packing {
   }
 };
 
-// Corrects the inputs after a group for the rounding errors [input][row] of that group. x:
-// [input][row].
+// Adjusts the weights x[input][row] of all inputs after a group by the rounding errors
+// error[input][row] of that group, as `pack` documents for `feedback`.
 void feed_back(std::vector<float>& x, int first, int k, const float* feedback,
                const float (*error)[kTile]) {
   vf e[kGroup];
@@ -152,7 +153,7 @@ void feed_back(std::vector<float>& x, int first, int k, const float* feedback,
   }
 }
 
-// Packs 16 rows, group by group.
+// Packs one tile: 16 outputs (rows of w), group by group.
 template <class P>
 void pack_low(const Mat& m, uint8_t* to, const float* w, size_t ldw, const float* importance,
               const float* feedback, int tile) {
@@ -173,7 +174,7 @@ void pack_low(const Mat& m, uint8_t* to, const float* w, size_t ldw, const float
       block.scales[g % 4][o] = best.scale;
       const float step = P::step(best.scale, m);
       for (int i = 0; i < kGroup; i++) {
-        // With feedback, v has changed since the search.
+        // With feedback, v has changed since P::best, so its code is rounded again.
         const int code = feedback && step != 0.f ? P::round(v[i], step) : best.code[i];
         P::store(block, g % 4, o, i, code);
         if (!feedback || i >= width) continue;

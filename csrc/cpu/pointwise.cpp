@@ -1,4 +1,4 @@
-// Norms, rotary embedding, and activation rows in the forms that weights of each format need.
+// RMS norm, rotary embedding, and conversion of activation rows to the forms in Acts.
 #include <limits>
 
 #include "cpu/kernels.h"
@@ -16,10 +16,10 @@ void put_block(const Acts& a, int row, int block, const float* x) {
   for (int j = 0; j < 4; j++) {
     v[j] = vload(x + 16 * j);
     top = vmax(top, vabs(v[j]));
-    bad = bad + v[j] * vzero();  // NaN if any element is not finite; the scale passes it on
+    bad = bad + v[j] * vzero();  // NaN if an element is not finite; the scale s then is NaN too
   }
   const float s = vhmax(top) / 127.f + vsum(bad);
-  // Below this, 1 / s would overflow: the bytes become zero.
+  // 1 / s would overflow if s were below the smallest normal float. The bytes are then zero.
   const bool some = s >= std::numeric_limits<float>::min();
   const float inverse = some ? 1.f / s : 0.f;
   a.s[at / kBlock] = s;

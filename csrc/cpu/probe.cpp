@@ -1,5 +1,5 @@
-// Measures the upper limits of this machine, for the utilisation that `lamoe bench` reports: bytes
-// read per second, and multiply-adds per second.
+// Loops that measure the upper limits of this machine: bytes read per second, and multiply-adds per
+// second. `lamoe bench` reports its utilisation relative to them.
 #include "cpu/kernels.h"
 
 namespace lamoe {
@@ -14,11 +14,12 @@ float probe_read(const uint8_t* p, size_t n) {  // n: a multiple of 256
 
 namespace {
 
-// Runs n times N independent sums. Operands stay in registers, so only the operation counts.
+// Adds n products to each of N independent sums. Operands stay in registers, so the time is that of
+// the operation alone.
 //
-// in_register keeps the optimiser from shortening the loop, and from moving the sums to memory.
-// OWN hides the weights too. Else the compiler would share the work before the additions between
-// the N sums.
+// in_register keeps the optimiser from shortening the loop, and from moving the sums to memory. OWN
+// hides the weights from the optimiser too. Otherwise it would compute the products once and share
+// them between the N sums.
 template <int N, bool OWN, class V, class Dot>
 INLINE V repeat(long n, V start, vw w, Dot dot, double& done) {
   V acc[N];
@@ -43,7 +44,7 @@ float dots(int fmt, long n, double* done) {
     }
   }
   alignas(64) uint8_t bytes[64];
-  std::memset(bytes, 0x3f, 64);  // as floats near 1: denormals would be slow
+  std::memset(bytes, 0x3f, 64);  // floats near 1, because denormals would be slow
   asm volatile("" : "+m"(bytes));
   const vw w = wload(bytes), word = wspread(bytes);
   const void* x = bytes;
@@ -65,7 +66,7 @@ float dots(int fmt, long n, double* done) {
 
 }  // namespace
 
-// Returns a value that depends on all products, and sets *done to the multiply-adds.
+// Returns a value that depends on all products. Sets *done to the number of multiply-adds.
 float probe_dots(int fmt, long n, double* done) { return dots<Tiles>(fmt, n, done); }
 
 }  // namespace LAMOE_ISA

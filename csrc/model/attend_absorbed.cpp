@@ -1,13 +1,15 @@
 // Attention in absorbed form, for few new tokens per sequence (decoding, drafts, short chunks).
-// Queries are compared with cache rows as they are stored, each row is read once for 16 lanes.
+// Queries are compared with the latents in the cache, without expanding them to keys. Each cache
+// row is read once for 16 lanes.
 //
-//   1. LanePlan         (token, head) pairs of a sequence and kv head -> blocks of 16 lanes;
-//                       cache rows -> chunks, the work items of the threads
-//   2. absorb_queries   MLA: W^UK moves to the queries, q [N] -> [C]
-//   3. pack_queries     per block
-//   4. ChunkAttention   per chunk: each tile of 64 rows is decoded once and added to the attention
+//   1. LanePlan         splits the (token, head) pairs of each sequence and kv head into blocks of
+//                       16 lanes, and the cache rows into chunks, the work items of the threads
+//   2. absorb_queries   under MLA, multiplies queries by W^UK (nope -> latent elements)
+//   3. pack_queries     packs the queries of each block
+//   4. ChunkAttention   decodes each tile of 64 rows of a chunk once, and updates the attention
 //                       state of every block
-//   5. combine          states of all chunks -> outputs; MLA: W^UV moves to the outputs, [C] -> [V]
+//   5. combine          merges the states of all chunks; under MLA, expand_outputs then multiplies
+//                       by W^UV (latent -> value elements)
 #include <algorithm>
 #include <cstring>
 
@@ -19,16 +21,16 @@ namespace {
 // ---- 1. blocks and chunks ----------------------------------------------------------------------
 struct LaneBlock {
   int sequence, kv_head, lanes;
-  int first_state;  // index of its first state; it has one state per chunk, in order
-  // The token (counted within this call) and the head of each lane. Unused lanes repeat the last
-  // pair.
+  int first_state;  // index of the first state of this block; a block has one state per chunk
+  // Token and head of each lane. Tokens are counted within this call of attend_absorbed. Unused
+  // lanes repeat the last pair.
   int token[kLanes], head[kLanes];
 };
 
 struct Chunk {
-  int sequence, index, from, to;  // from and to: rows of the sequence
-  int first_block, end_block;     // the blocks of lanes of the sequence
-  size_t first_tile;              // index of its first tile among the tiles of all chunks
+  int sequence, index, from, to;  // the chunk holds rows from .. to of the sequence
+  int first_block, end_block;     // range of the lane blocks of the sequence
+  size_t first_tile;              // index of the first tile of this chunk among all tiles
 };
 
 struct LanePlan {
@@ -41,7 +43,7 @@ struct LanePlan {
   int tokens() const { return int(step_token.size()); }
 
   int heads;
-  std::vector<int> step_token;  // index in the step of each token of this call
+  std::vector<int> step_token;  // for each token of this call, its index within the step
   std::vector<LaneBlock> blocks;
   std::vector<Chunk> chunks;
   std::vector<Place> places;
@@ -85,7 +87,7 @@ void LanePlan::add_blocks(const Config& c, const Sequence& s, int sequence, int 
 }
 
 // ---- 2. and 3. queries -------------------------------------------------------------------------
-// W^UK moves from the keys to the queries. -> [token][head][latent + rope]
+// Multiplies the nope part of each query by W^UK. Returns queries [token][head][latent + rope].
 const float* absorb_queries(const Pass& pass, const Layer& l, const LanePlan& plan) {
   const Config& c = pass.config;
   const int n = plan.tokens(), h = c.heads, width = c.absorbed_key();
@@ -106,10 +108,10 @@ const float* absorb_queries(const Pass& pass, const Layer& l, const LanePlan& pl
 }
 
 struct PackedQueries {
-  bool ints;  // the format is IntLanes, else that of pack_lanes
+  bool ints;  // true if the queries are IntLanes, false if they come from pack_lanes
   char* data;
   size_t block_bytes;
-  std::vector<int> last;  // [blocks][16], the last visible row of each lane
+  std::vector<int> last;  // last visible cache row of each lane [blocks][16]
 
   Lanes lanes(int block, int count) const {
     return {data + block * block_bytes, &last[size_t(kLanes) * block], count};
@@ -146,8 +148,9 @@ PackedQueries pack_queries(const Pass& pass, const LanePlan& plan, const float* 
 }
 
 // ---- 4. attention ------------------------------------------------------------------------------
-// Attention over integers is bound by arithmetic, not by memory. So it also prefetches the weights
-// that every token needs next, as many as a last-level cache holds, in equal shares per tile.
+// The weights that every token needs after attention, to be prefetched during attention. Attention
+// over integers is bound by arithmetic, so it has memory bandwidth left for them. Every tile
+// prefetches an equal share. The total is limited to what a last-level cache holds.
 class LaterWeights {
  public:
   LaterWeights(const Layer& l, bool use, size_t tiles) {
@@ -198,14 +201,14 @@ struct ChunkAttention {
               const Prefetch& prefetch) const;
 };
 
-// Returns rows r .. r + count: in place in the cache if their format allows it, else decoded into
-// `buffer`.
+// Returns rows r .. r + count of a sequence. The result points into the cache if the rows can be
+// read there in place. Otherwise they are copied or decoded into `buffer`.
 const void* ChunkAttention::load(const SequenceRows& rows, uint8_t* cache, int r, int count,
                                  char* buffer) const {
   const Codec& codec = rows.cache.codec;
   const int elem = pass.config.elem;
   if (const uint8_t* here = codec.stores(elem) ? rows.contiguous(r, count) : nullptr) {
-    // Kernels may read up to 64 bytes beyond the last row; they must lie inside the cache.
+    // Kernels may read up to 64 bytes beyond the last row. These bytes must lie inside the cache.
     if (here + size_t(count) * codec.row + 64 <= cache + rows.cache.slots * codec.row) return here;
     std::memcpy(buffer, here, size_t(count) * codec.row);
     return buffer;
@@ -221,7 +224,7 @@ const void* ChunkAttention::load(const SequenceRows& rows, uint8_t* cache, int r
   return buffer;
 }
 
-// Adds one tile to the state of every block. The first block prefetches.
+// Updates the attention state of every block with one tile. Only the first block prefetches.
 void ChunkAttention::attend(const Chunk& chunk, const RowTile& tile, AttentionScratch* scratch,
                             const Prefetch& prefetch) const {
   const Config& c = pass.config;
@@ -272,7 +275,7 @@ void combine(const Pass& pass, const LanePlan& plan, const float* states, int to
                   width, out);
 }
 
-// W^UV moves from the values to the outputs, head by head.
+// Multiplies the outputs of each head by W^UV, from latent to value elements.
 void expand_outputs(const Pass& pass, const Layer& l, const LanePlan& plan, const float* states) {
   const Config& c = pass.config;
   const int n = plan.tokens(), h = c.heads;
@@ -286,7 +289,7 @@ void expand_outputs(const Pass& pass, const Layer& l, const LanePlan& plan, cons
       pass.op.put_row(a, head * n + t, latent);
     }
     const uint8_t* next = head + 1 < h ? l.uv[head + 1].data : nullptr;
-    for (int t = 0, end; t < n; t = end) {  // runs of tokens that are neighbours in the step
+    for (int t = 0, end; t < n; t = end) {  // t .. end: tokens that are contiguous in the step
       for (end = t + 1; end < n && of_step[end] == of_step[end - 1] + 1; end++) {
       }
       pass.op.linear(l.uv[head], 0, tiles(c.value), a, head * n + t, end - t,

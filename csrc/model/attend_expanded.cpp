@@ -1,13 +1,15 @@
-// Attention in expanded form, for many new tokens of one sequence. Cache rows become keys and
-// values of each head, kExpandedRows rows at a time, which are then weights of ordinary products:
+// Attention in expanded form, for many new tokens of one sequence. kExpandedRows cache rows at a
+// time are expanded to keys and values of each head. Keys and values then serve as the weights of
+// ordinary matrix products:
 //
-//   for each range of rows
-//     decode_rows         cache rows -> elem; MLA: latents also as a matrix
-//     for each kv head    (in parallel)
+//   for each range of kExpandedRows rows
+//     decode_rows             decodes cache rows to FP32 or BF16; under MLA also packs the latents
+//     for each kv head, in parallel
 //       make_keys, make_values
-//       for each query head, 24 queries and 256 rows at a time
-//         scores = q keys^T, softmax_rows, outputs = outputs * rescale + weights values
-//   finish                outputs / sums
+//       for each query head, kQueries queries and kSoftmaxRows rows at a time
+//         scores = queries * keys^T, then softmax_rows
+//         outputs = outputs * rescale + softmax weights * values
+//   finish                    divides outputs by the softmax sums
 #include <algorithm>
 #include <cstring>
 
@@ -16,14 +18,14 @@
 namespace lamoe {
 namespace {
 
-constexpr int kExpandedRows = 1024;  // cache rows whose keys and values exist at once
-constexpr int kSoftmaxRows = 256;    // rows of one softmax pass
+constexpr int kExpandedRows = 1024;  // cache rows that are expanded at once
+constexpr int kSoftmaxRows = 256;    // cache rows of one softmax pass
 constexpr int kQueries = 24;         // queries of one softmax pass
 
 // Buffers of one thread for the current kv head.
 struct HeadBuffers {
   char *keys, *values, *scores, *weights, *scratch, *queries;
-  size_t values_bytes;  // size of kSoftmaxRows rows in `values`
+  size_t values_bytes;  // size in bytes of kSoftmaxRows rows in `values`
 };
 
 class Expanded {
@@ -83,8 +85,10 @@ class Expanded {
   uint8_t* cache_;
   const Sequence& s_;
   char *rows_ = nullptr, *latents_ = nullptr;
-  float *maximum_, *sum_, *outputs_;  // [heads][queries]; [queries][heads][value width]
-  int first_row_ = 0, num_rows_ = 0;  // the current range
+  // maximum_ and sum_ are the online-softmax state [heads][queries]. outputs_ are not yet divided
+  // by the sums [queries][heads][value].
+  float *maximum_, *sum_, *outputs_;
+  int first_row_ = 0, num_rows_ = 0;  // current range of cache rows
 };
 
 HeadBuffers Expanded::buffers(int thread) const {
@@ -127,7 +131,7 @@ void Expanded::make_keys(int kv_head, const HeadBuffers& b) const {
   const Acts uk = plain_acts(c_.elem, uk_rows, c_.nope, c_.latent, uk_stride);
   op_.expand_keys(c_.elem, (const uint8_t*)latents_, c_.latent, 0, tiles(num_rows_), uk, units,
                   b.keys, (float*)b.scratch);
-  // The rope key is the same for every head: the rotated one of the cache row.
+  // Every head uses the same rope key. It was rotated when the row was written to the cache.
   const int nope_units = c_.nope * e() / 4;
   for (int t = 0; t < tiles(num_rows_); t++)
     op_.rows_as_keys(c_.elem, row(t * kTile), stride(), c_.latent, c_.rope,
@@ -156,7 +160,8 @@ void Expanded::attend_head(int head, const HeadBuffers& b) const {
   for (int t = 0; t < n; t += kQueries) attend_queries(head, t, std::min(kQueries, n - t), q, b);
 }
 
-// Attends with queries first .. first + count to all rows of the range that the last query sees.
+// Computes attention of queries first .. first + count over all rows of the current range that the
+// last of these queries sees.
 void Expanded::attend_queries(int head, int first, int count, const Acts& q,
                               const HeadBuffers& b) const {
   const int n = s_.count, vw = value_width(), value_row = ceil_to(vw, kTile);

@@ -5,23 +5,25 @@
 namespace lamoe {
 namespace {
 
-constexpr int kAbsorbedQueries = 48;  // MHA and GQA: most queries per kv head in absorbed form
+// Under MHA and GQA, the largest number of queries per kv head that take the absorbed form.
+constexpr int kAbsorbedQueries = 48;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Upper bound of the number of chunks of chunk_rows for any length up to `rows`.
+// Upper bound of the number of chunks of a sequence with at most `rows` cached rows. A chunk has
+// chunk_rows() rows.
 int64_t most_chunks(int rows) {
   return rows <= 4096 ? std::min<int64_t>(ceil_div(rows, 128), 8) : ceil_div(rows, 512);
 }
 
-// Bytes of the states of 16 lanes over all chunks.
+// Size in bytes of the attention states of 16 lanes, one state per chunk.
 size_t block_state_bytes(const Config& c, int rows) {
   return size_t(most_chunks(rows)) * AttentionState::floats(c.absorbed_value()) * sizeof(float);
 }
 
-// The most tokens of a sequence that still take the absorbed form.
+// The largest number of new tokens, up to `limit`, that still takes the absorbed form.
 int most_absorbed(const Config& c, int rows, int limit) {
-  int low = 0, high = limit;  // `low` tokens are absorbed, high + 1 are not
+  int low = 0, high = limit;  // invariant: `low` tokens take the absorbed form, high + 1 do not
   while (low < high) {
     const int middle = low + (high - low + 1) / 2;
     if (expand_is_cheaper(c, middle, rows))
@@ -51,7 +53,7 @@ size_t max_state_bytes(const Config& c, int max_rows, int max_sequences, int ste
   const int64_t kv = c.cached_heads(), per = c.heads / kv, sequences = max_sequences;
   const int64_t most = most_absorbed(c, max_rows, step_tokens);
   const int64_t tokens = std::min<int64_t>(step_tokens, sequences * most);
-  // Each sequence may leave up to 15 lanes of its last block unused.
+  // Each sequence may leave up to 15 lanes unused in its last block.
   const int64_t unused = per % kLanes ? (kLanes - 1) * std::min(sequences, tokens) : 0;
   const int64_t blocks = kv * ((tokens * per + unused) / kLanes);
   const size_t all = size_t(blocks) * block_state_bytes(c, max_rows);

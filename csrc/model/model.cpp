@@ -1,5 +1,5 @@
-// A step, layer by layer. Start at `Model::step`. lamoe/model/transformer.py is the same in torch,
-// and the definition.
+// The forward pass of one step, layer by layer. Start at `Model::step`. lamoe/model/transformer.py
+// is the reference implementation in torch.
 #include "model/model.h"
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace lamoe {
 
 void* Buffer::get(size_t bytes) {
   if (bytes + 128 > size_) {
-    size_ = 0;  // `new` may throw
+    size_ = 0;  // `new` below may throw, and the old memory is gone
     p_.reset();
     p_.reset(new char[grown(bytes)]);
     size_ = grown(bytes);
@@ -39,7 +39,7 @@ Acts Workspace::acts(Buffer& b, int rows, int k, bool with_float) const {
 
 namespace {
 
-// The residual stream at the start: rows of the embedding as floats.
+// Starts the residual stream with the embedding rows of the tokens, converted to FP32.
 void embed_tokens(const Pass& pass, const void* embed) {
   const int d = pass.config.hidden;
   for (int i = 0; i < pass.step.tokens; i++) {
@@ -65,7 +65,7 @@ void norm_into(const Pass& pass, const float* weight, const Acts& to) {
   });
 }
 
-// Queries, and the new cache rows before norm and rotation.
+// Computes the queries and the new cache rows, both still without norm and rotary embedding.
 void project(Pass& pass, const Layer& l) {
   const Config& c = pass.config;
   const int n = pass.step.tokens, width = c.heads * c.head_dim;
@@ -92,7 +92,7 @@ void project(Pass& pass, const Layer& l) {
   multiply(pass, {{&l.wq_b, pass.q, width}}, a);
 }
 
-// Normalises and rotates the new rows and the queries, and appends the rows to the cache.
+// Applies norm and rotary embedding to the queries and the new rows. Appends the rows to the cache.
 void append(const Pass& pass, const Layer& l, uint8_t* layer) {
   const Config& c = pass.config;
   const Cache& cache = pass.step.cache;
@@ -115,9 +115,9 @@ void append(const Pass& pass, const Layer& l, uint8_t* layer) {
   });
 }
 
-// Runs the absorbed form in parts whose states fit the limit. The tokens of one sequence may be
-// split too. The split depends on that sequence alone, so results do not depend on the rest of the
-// batch.
+// Runs the absorbed form in several parts, so that the attention states of each part fit the limit.
+// The tokens of one sequence may be split too. That split depends only on the sequence itself, so
+// results do not depend on the rest of the batch.
 void attend_all_absorbed(const Pass& pass, const Layer& l, uint8_t* layer) {
   const Config& c = pass.config;
   const size_t limit = pass.work.state_limit;
@@ -148,7 +148,7 @@ void attend(Pass& pass, const Layer& l, uint8_t* layer) {
     if (expand_is_cheaper(c, s.count, s.end)) attend_expanded(pass, l, layer, s);
   const Acts a = pass.work.acts(pass.work.output_acts, n, width);
   pass.pool.run(n, [&](int t, int) { pass.op.put_row(a, t, pass.output + size_t(t) * width); });
-  Seg projection;  // adds to x just as a down projection does
+  Seg projection;  // the output projection W^O, which add_down adds to x like a down projection
   projection.w2 = l.wo, projection.rows = n;
   add_down(pass, {projection}, {&a});
 }
@@ -169,7 +169,7 @@ void write_outputs(const Pass& pass, const float* norm, const Mat& head) {
 }  // namespace
 
 void multiply(const Pass& pass, const std::vector<Product>& products, const Acts& x) {
-  // Tiles per work item: enough for streaming reads, few enough to balance the threads.
+  // Tiles per work item. More tiles make reads sequential, fewer tiles balance the threads better.
   const int per = x.rows <= 2 ? 4 : 2;
   int items = 0;
   for (const Product& p : products) items += (tiles(p.m->n) + per - 1) / per;
@@ -203,7 +203,7 @@ size_t Model::state_bytes() const { return work_->states.size(); }
 size_t Model::state_limit() const { return work_->state_limit; }
 void Model::limit_states(size_t bytes) { work_->state_limit = bytes; }
 
-// Which forms of activations the matrices need, and how much scratch.
+// Determines from the weight formats which forms of activations, and how much scratch, are needed.
 void Model::see_formats() {
   int k = config.hidden;
   const auto see = [&](const Mat& m) {
@@ -218,7 +218,8 @@ void Model::see_formats() {
     for (const auto* v : {&l.uk, &l.uv, &l.e13, &l.e2})
       for (const Mat& m : *v) see(m);
   }
-  (config.elem == FP32 ? work_->use_f : work_->use_h) = true;  // queries of the expanded form
+  // The queries of expanded attention are always in the format `elem`.
+  (config.elem == FP32 ? work_->use_f : work_->use_h) = true;
   work_->scratch_size = scratch_bytes(k);
 }
 

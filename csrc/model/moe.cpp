@@ -15,8 +15,8 @@ void softmax(float* s, int n) {
   for (int i = 0; i < n; i++) s[i] /= sum;
 }
 
-// Excludes the experts of all groups except `top_groups` groups. The groups with the best single
-// experts remain; of equal ones, the first.
+// Excludes the experts of all groups except the best `top_groups`. The score of a group is that of
+// its best expert. Of groups with equal scores, the first is preferred.
 void close_groups(const Config& c, const float* s, std::vector<char>& closed) {
   const int size = c.experts / c.groups;
   std::vector<float> best(c.groups);
@@ -29,7 +29,8 @@ void close_groups(const Config& c, const float* s, std::vector<char>& closed) {
   }
 }
 
-// Chooses the experts of one token from its gate logits (overwritten); see lamoe/model/routing.py.
+// Chooses the experts of one token from its gate logits s, and overwrites s. The rules are those of
+// lamoe/model/routing.py.
 void choose_experts(const Config& c, float* s, int* expert, float* weight) {
   softmax(s, c.experts);
   std::vector<char> closed(c.experts, 0);
@@ -39,7 +40,7 @@ void choose_experts(const Config& c, float* s, int* expert, float* weight) {
     int best = -1;
     for (int i = 0; i < c.experts; i++)
       if (!closed[i] && (best < 0 || s[i] > s[best])) best = i;
-    best = std::max(best, 0);  // all NaN: any expert will do, the output is NaN anyway
+    best = std::max(best, 0);  // best < 0 if all scores are NaN; then the output is NaN anyway
     closed[best] = 1;
     expert[j] = best;
     weight[j] = s[best];
@@ -76,7 +77,8 @@ void route(const Pass& pass, const Layer& l, int16_t* chosen) {
   if (chosen) std::copy(r.expert.begin(), r.expert.end(), chosen);
 }
 
-// The input rows of all assignments, sorted by expert, in the forms that are used.
+// Copies the input row of every (token, expert) assignment, sorted by expert, in the forms of
+// activations that the weights need.
 Acts gather(const Pass& pass) {
   const Acts& in = pass.normed;
   const std::vector<int32_t>& token = pass.work.routing.token;
@@ -95,12 +97,12 @@ Acts gather(const Pass& pass) {
   return sorted;
 }
 
-// Where the gate matrix of block `block` begins.
+// Address of the first gate weights of block `block`, for prefetching.
 const uint8_t* gate_block(const Seg& s, int block) {
   return from_tile(s.w13, block * (kBlock / kTile)).data;
 }
 
-// The experts that have tokens.
+// One Seg per routed expert that has tokens.
 std::vector<Seg> routed_segments(const Config& c, const Layer& l, const Routing& r) {
   std::vector<Seg> segments;
   for (int e = 0; e < c.experts; e++) {
@@ -143,8 +145,8 @@ void feed_forward(const Pass& pass, const Layer& l, int16_t* chosen) {
   const std::vector<Seg> routed = routed_segments(c, l, pass.work.routing);
   for (const Seg& s : routed) segments.push_back(s), acts.push_back(&act);
   const int per = blocks(c.moe_width);
-  // The shared expert comes first: with a large batch it is mostly arithmetic, and meanwhile
-  // another thread reads routed experts from memory.
+  // The items of the shared experts come first. With a large batch they are mostly arithmetic, so
+  // another thread can meanwhile use the memory bandwidth for routed experts.
   pass.pool.run(shared_blocks + int(routed.size()) * per, [&](int i, int thread) {
     if (i < shared_blocks) return run_shared(i, thread);
     const size_t k = (i - shared_blocks) / per;
@@ -157,10 +159,10 @@ void feed_forward(const Pass& pass, const Layer& l, int16_t* chosen) {
   add_down(pass, segments, acts);
 }
 
-// Each work item owns 64 columns of the output and sums the segments in a fixed order. The first
-// segment may have all tokens (a shared expert): it is bound by arithmetic, the others by memory.
-// Items therefore alternate between adding it first and last, so that not all threads compute it at
-// once.
+// Each work item owns 64 columns of the output. It sums the segments in an order that does not
+// depend on the thread. If the first segment has all tokens (shared experts), it is bound by
+// arithmetic, and the other segments by memory. Items alternate between adding this segment first
+// and last, so that not all threads compute it at the same time.
 void add_down(const Pass& pass, const std::vector<Seg>& segments,
               const std::vector<const Acts*>& acts) {
   const int d = pass.config.hidden, items = blocks(d), count = int(segments.size());
@@ -171,7 +173,7 @@ void add_down(const Pass& pass, const std::vector<Seg>& segments,
     const bool first_last = (i + (i >= items / 2)) % 2;
     const int width = std::min(kBlock, d - i * kBlock);
     char* scratch = pass.work.scratch_of(thread);
-    float* y = (float*)scratch;  // [kChunkRows][kBlock]
+    float* y = (float*)scratch;  // results [kChunkRows][kBlock]
     void* rest = y + size_t(kChunkRows) * kBlock;
     for (int at = 0; at < count; at++) {
       const int k = (at + first_last) % count;

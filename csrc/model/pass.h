@@ -1,5 +1,5 @@
-// One step in progress: what the stages in model.cpp, attend_absorbed.cpp, attend_expanded.cpp and
-// moe.cpp share.
+// The state of one step in progress. The stages in model.cpp, attend_absorbed.cpp,
+// attend_expanded.cpp and moe.cpp share it.
 #pragma once
 #include "model/cost.h"
 
@@ -8,7 +8,7 @@ namespace lamoe {
 // Memory that grows and stays allocated between steps.
 class Buffer {
  public:
-  void* get(size_t bytes);  // at an address that is a multiple of 64; contents are undefined
+  void* get(size_t bytes);  // returns undefined contents, aligned to 64 bytes
   template <class T>
   T* array(size_t n) {
     return (T*)get(n * sizeof(T));
@@ -20,33 +20,34 @@ class Buffer {
   size_t size_ = 0;
 };
 
-// The experts of each token, and the assignments sorted by expert.
+// The experts of each token, and all (token, expert) assignments sorted by expert.
 struct Routing {
-  std::vector<int> expert;     // [tokens][top_k]
-  std::vector<float> weight;   // [tokens][top_k]
-  std::vector<int> begin;      // [experts + 1], in the sorted assignments
-  std::vector<int32_t> token;  // [tokens * top_k], sorted
-  std::vector<float> sorted_weight;
+  std::vector<int> expert;           // chosen experts [tokens][top_k]
+  std::vector<float> weight;         // weights of the chosen experts [tokens][top_k]
+  std::vector<int> begin;            // first sorted assignment of each expert [experts + 1]
+  std::vector<int32_t> token;        // token of each sorted assignment [tokens * top_k]
+  std::vector<float> sorted_weight;  // weight of each sorted assignment [tokens * top_k]
 };
 
 struct Workspace {
   explicit Workspace(int threads) : scratch(threads), thread_data(threads) {}
 
-  // Rows in the forms that the model's matrices need; with_float: also as floats.
+  // Allocates activation rows in the forms that the weights of the model need. with_float adds the
+  // FP32 form.
   Acts acts(Buffer& b, int rows, int k, bool with_float = false) const;
   char* scratch_of(int thread) { return (char*)scratch[thread].get(scratch_size); }
 
-  bool use_f = false, use_h = false, use_q = false;  // forms of activations that matrices need
-  size_t scratch_size = 0;                           // 0 until a step has seen the formats
+  bool use_f = false, use_h = false, use_q = false;  // which forms of Acts the weights need
+  size_t scratch_size = 0;                           // in bytes; 0 until the first step
   size_t state_limit = kStateLimit;
-  std::vector<Buffer> scratch, thread_data;  // one per thread
+  std::vector<Buffer> scratch, thread_data;  // one buffer of each kind per thread
 
   Buffer x, normed, q, q_low, q_low_acts, kv, output, output_acts, last;
-  // Absorbed attention.
+  // Buffers of absorbed attention.
   Buffer states, lanes, absorbed_q, head_q, head_latents;
-  // Expanded attention.
+  // Buffers of expanded attention.
   Buffer rows, latents, running, outputs;
-  // Feed-forward.
+  // Buffers of the feed-forward part.
   Buffer gate, shared, sorted, routed;
   Routing routing;
 };
@@ -57,11 +58,11 @@ struct Pass {
   const Ops& op;
   Threads& pool;
   Workspace& work;
-  float* x = nullptr;       // [tokens][hidden], the residual stream
-  Acts normed = {};         // input of the current block
-  float* q = nullptr;       // [tokens][heads][head_dim]
-  float* kv = nullptr;      // [tokens][elements of a cache row]
-  float* output = nullptr;  // attention: [tokens][heads][head_value]
+  float* x = nullptr;       // residual stream [tokens][hidden]
+  Acts normed = {};         // normalised input of attention or of the feed-forward part
+  float* q = nullptr;       // queries [tokens][heads][head_dim]
+  float* kv = nullptr;      // new cache rows [tokens][elements of a row]
+  float* output = nullptr;  // outputs of attention [tokens][heads][head_value]
 
   const float* query(int token, int head) const {
     return q + (size_t(token) * config.heads + head) * config.head_dim;
@@ -80,7 +81,7 @@ struct SequenceRows {
   uint8_t* row(int r) const {
     return layer + (size_t(pages[r / cache.page]) * cache.page + r % cache.page) * cache.codec.row;
   }
-  // Rows r .. r + count if they are neighbours in the cache, else null.
+  // Address of rows r .. r + count if they are contiguous in the cache, else null.
   const uint8_t* contiguous(int r, int count) const {
     for (int page = r / cache.page + 1; page <= (r + count - 1) / cache.page; page++)
       if (pages[page] != pages[page - 1] + 1) return nullptr;
@@ -88,7 +89,8 @@ struct SequenceRows {
   }
 };
 
-// Multiplies the same inputs by several matrices in one parallel pass.
+// A matrix and the output of its product. `multiply` computes the products of the same inputs x
+// with several matrices in one parallel pass. Output rows are ldo elements apart.
 struct Product {
   const Mat* m;
   float* out;
@@ -96,15 +98,17 @@ struct Product {
 };
 void multiply(const Pass& pass, const std::vector<Product>& products, const Acts& x);
 
-// Attention of some sequences over one layer of the cache; results go to pass.output.
+// Compute attention of one or more sequences over one layer of the cache. Results go to
+// pass.output.
 void attend_absorbed(const Pass& pass, const Layer& l, uint8_t* cache,
                      const std::vector<Sequence>& sequences);
 void attend_expanded(const Pass& pass, const Layer& l, uint8_t* cache, const Sequence& sequence);
 
-// The dense FFN, or routed and shared experts; adds to pass.x. chosen: null or [tokens][top_k].
+// Computes the dense FFN or the MoE layer, and adds the result to pass.x. If `chosen` is not null,
+// it receives the chosen experts [tokens][top_k].
 void feed_forward(const Pass& pass, const Layer& l, int16_t* chosen);
 
-// x += w2 times the activations of each segment.
+// Multiplies the activations of each segment by its w2, and adds the results to pass.x.
 void add_down(const Pass& pass, const std::vector<Seg>& segments,
               const std::vector<const Acts*>& acts);
 

@@ -13,8 +13,8 @@ void pause() {
 }
 constexpr int kSpins = 4000;  // spins of a waiting thread before it yields the core
 
-// A child of fork() has only the thread that called it, so its first Session starts a new team. The
-// lock is held across fork(): a child never finds it taken.
+// A child of fork() has only the thread that called fork(). So its first Session starts a new team.
+// The handlers of watch_forks hold this lock during fork(), so a child never inherits it locked.
 std::mutex renewing;
 std::atomic<unsigned> forks{0};
 void watch_forks() {
@@ -38,7 +38,7 @@ Threads::~Threads() {
 
 void Threads::renew() {
   std::lock_guard<std::mutex> lock(renewing);
-  if (born_ == forks) return;  // another thread was faster
+  if (born_ == forks) return;  // another thread has already started the new team
   team_ = new Team(n_);
   born_ = forks.load();
 }
@@ -46,7 +46,7 @@ void Threads::renew() {
 Threads::Team::Team(int n) : ranges(new Range[size_t(n)]) {
   try {
     for (int i = 1; i < n; i++) workers.emplace_back([this, i] { work(i); });
-  } catch (...) {  // no more threads available
+  } catch (...) {  // the system refuses another thread
     stop();
     throw;
   }
@@ -73,10 +73,11 @@ Threads::Session::Session(Threads& t) : t_(t) {
 
 Threads::Session::~Session() { t_.team_->awake = false; }
 
-// A round opens (odd), its items are taken, and it closes. Then the caller waits for the workers
-// that are inside. A worker that enters looks at `round` once more: either it sees the round closed
-// and leaves, or the caller sees it inside. Both sides write one variable and then read the other,
-// hence seq_cst.
+// Runs one round. `round` becomes odd (open), all threads take items, and `round` becomes even
+// (closed). Then the caller waits until no worker is inside. A worker first increments `inside` and
+// then reads `round` again. Either the worker sees that the round is closed and leaves, or the
+// caller sees the worker inside. Both sides write one variable and then read the other, so the
+// accesses must be seq_cst.
 void Threads::Team::go(int items, const void* function) {
   f = function;
   const int n = size();
@@ -108,7 +109,7 @@ void Threads::Team::take(int thread) noexcept {
 }
 
 void Threads::Team::work(int thread) {
-  uint32_t seen = 0;  // the last round that this thread entered
+  uint32_t seen = 0;  // number of the last round that this thread entered
   for (int spins = 0; !end;) {
     const uint32_t at = round.load(std::memory_order_acquire);
     if (at % 2 && at != seen) {

@@ -1,10 +1,10 @@
-// A parallel_for over a few threads, which spin between the calls of one step and sleep between
-// steps.
+// A parallel_for over a few threads. The threads spin between the calls of one step and sleep
+// between steps.
 //
-// Each thread first processes its own range of items, in order, so that neighbours in memory are
-// read by one core. Then it takes single items from the ranges of others. So a thread that another
-// program slows down does less, and nobody waits for a thread that is not scheduled at all. What an
-// item computes must not depend on the thread that computes it.
+// Each thread first processes its own range of items, in order, so that one core reads neighbouring
+// memory. Then it takes single items from the ranges of other threads. So a thread that another
+// program slows down processes fewer items, and the others do not wait for a thread that is not
+// scheduled at all. The result of an item must not depend on the thread that computes it.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -25,9 +25,9 @@ class Threads {
   Threads(const Threads&) = delete;
   int size() const { return n_; }
 
-  // Calls f(item, thread) for every item from 0 to items - 1. The caller holds a Session. If f
-  // throws in any thread, items that have not begun are skipped, and once all threads have left f
-  // the exception is thrown here.
+  // Calls f(item, thread) for every item from 0 to items - 1. The caller must hold a Session. If f
+  // throws in any thread, items that have not begun are skipped. When all threads have left f, the
+  // exception is rethrown here.
   template <class F>
   void run(int items, const F& f) {
     if (items <= 0) return;
@@ -39,8 +39,8 @@ class Threads {
     team_->go(items, &f);
   }
 
-  // While a Session exists, the workers spin and are ready at once. A second caller waits for the
-  // first one's Session to end.
+  // While a Session exists, the workers spin, so that they start without delay. Only one Session
+  // can exist at a time. A second caller waits until the first Session ends.
   class Session {
    public:
     explicit Session(Threads& t);
@@ -73,17 +73,17 @@ class Threads {
       std::atomic<int> next{0};
       int end = 0;
     };
-    std::unique_ptr<Range[]> ranges;             // one per thread
-    alignas(64) std::atomic<uint32_t> round{0};  // odd: open, workers may enter
-    alignas(64) std::atomic<int> inside{0};      // workers that may be reading call, f and ranges
+    std::unique_ptr<Range[]> ranges;             // the items of each thread
+    alignas(64) std::atomic<uint32_t> round{0};  // odd while a round is open for workers
+    alignas(64) std::atomic<int> inside{0};      // number of workers that may read call, f, ranges
   };
   void renew();
 
   const int n_;
-  // After fork(), a child abandons this without freeing it: the threads do not exist there, and
-  // the locks are in an unknown state.
+  // A child of fork() abandons the team without freeing it. The threads do not exist in the child,
+  // and the locks are in an unknown state.
   Team* team_;
-  std::atomic<unsigned> born_;  // number of forks when this team began
+  std::atomic<unsigned> born_;  // value of the fork counter when this team started
 };
 
 }  // namespace lamoe

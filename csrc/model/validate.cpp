@@ -8,7 +8,7 @@ namespace {
 std::string s(int64_t x) { return std::to_string(x); }
 std::string size(int64_t n, int64_t k) { return "[" + s(n) + ", " + s(k) + "]"; }
 
-struct Check {  // finds the first wrong matrix of a layer
+struct Check {  // collects the first error in the weights of a layer
   std::string where, found;
   void one(const char* name, const Mat& m, int n, int k, int fmt = -1) {
     if (!found.empty()) return;

@@ -1,17 +1,18 @@
 // AMX: AVX-512 with a matrix unit. It has eight tile registers of up to 16 rows of 64 bytes, and
 // instructions that add the product of two tiles to a third:
 //
-//   float += pairs of bfloat16 (tdpbf16ps)    rows [M][32 elements] x weights [16 pairs][16
-//   outputs] int32 += quads of bytes (tdpb..d)         rows [M][64 bytes] x weights [16 quads][16
-//   outputs]
+//   instruction   sums    rows              weights
+//   tdpbf16ps     float   [M][32 BF16]      [16 pairs of inputs][16 outputs] BF16
+//   tdpb..d       int32   [M][64 bytes]     [16 quads of inputs][16 outputs] bytes
 //
-// The weights operand is how a BF16 matrix lies in memory (formats.h). Of INT8 and INT4 weights one
-// product takes only [M][16 bytes] x [4 quads][16 outputs], because each group of 16 inputs has its
-// own scale.
+// BF16 matrices are stored in the order of this weights operand (formats.h). INT8 and INT4 products
+// use only [M][16 bytes] x [4 quads][16 outputs] per instruction, because each group of 16 inputs
+// has its own scale.
 //
-// tdpbf16ps sums in another order than vdpbf16ps. Whether a product uses tiles therefore depends on
-// widths alone, never on the number of rows, so that a result depends on its row and weights only.
-// Integer sums are exact: they equal those of the `avx512` kernels to the bit.
+// tdpbf16ps sums in a different order than the AVX-512 instruction vdpbf16ps. A result must depend
+// only on its row and its weights. Whether a BF16 product uses tiles therefore depends on widths
+// alone, never on the number of rows. Integer sums are exact, so they equal those of the `avx512`
+// kernels bit for bit.
 #pragma once
 #include <initializer_list>
 #include <type_traits>
@@ -31,8 +32,8 @@ struct Traits : Avx512Traits {
 constexpr int kTileBytes = 16 * 64;  // size of a tile register
 
 // ---- instructions ------------------------------------------------------------------------------
-// The shapes of the tile registers, for as long as this object lives. Each call has to configure
-// them again: other code on this thread (torch) also uses AMX.
+// Configures the shapes of the tile registers during the lifetime of this object. Each kernel call
+// must configure them again, because other code on this thread (torch) also uses AMX.
 class TileShapes {
  public:
   TileShapes() = default;
@@ -47,8 +48,8 @@ class TileShapes {
     now() = s_;
 #endif
   }
-  // Sanitizers do not see what assembly reads and writes, so this touches both ends of each row of
-  // a tile for them.
+  // Reads or writes both ends of each row of a tile in C++. Sanitizers do not see the memory
+  // accesses of inline assembly, so they check these instead.
   INLINE static void touch(int tile, const void* p, size_t stride, bool write) {
 #if defined(LAMOE_SANITIZED)
     for (int r = 0; r < now().rows[tile]; r++)
@@ -62,7 +63,7 @@ class TileShapes {
   }
 
  private:
-  struct alignas(64) Shapes {  // the operand of ldtilecfg
+  struct alignas(64) Shapes {  // memory operand of the instruction ldtilecfg
     uint8_t palette = 1, start = 0, none[14] = {};
     uint16_t bytes[16] = {};
     uint8_t rows[16] = {};
@@ -89,7 +90,8 @@ INLINE void tile_store(void* p, size_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(T) : "memory");
   TileShapes::touch(T, p, stride, true);
 }
-// C += A * B. Byte products: s is signed and u unsigned, first A, then B.
+// The next four functions compute C += A * B. In tile_su, for example, the bytes of A are signed
+// (s) and those of B are unsigned (u).
 template <int C, int A, int B>
 INLINE void tile_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
@@ -107,7 +109,7 @@ INLINE void tile_us() {
   asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
 
-// Transposes sixteen vectors of sixteen words. Output rows are `stride` bytes apart.
+// Transposes a matrix of 16 x 16 words of 32 bits. Output rows are `stride` bytes apart.
 INLINE void transpose_words(const void* in, void* out, size_t stride) {
   __m512i a[16], b[16];
   UNROLL_FOR(i, 16) a[i] = wload((const uint8_t*)in + 64 * i).v;
@@ -136,12 +138,12 @@ INLINE void transpose_words(const void* in, void* out, size_t stride) {
   }
 }
 
-// Rows of the i-th block of 16 out of n rows.
+// Number of rows in the i-th block of 16, out of n rows.
 INLINE int block_rows(int n, int i) { return std::clamp(n - 16 * i, 0, 16); }
 
 // ---- bfloat16 products -------------------------------------------------------------------------
-// Tile registers 0 .. 3 hold the sums (M blocks of 16 rows x N tiles of 16 outputs), 4 and 5 the
-// rows, 6 and 7 the weights.
+// Multiplies M blocks of 16 rows by N tiles of 16 outputs. Tile registers 0 .. 3 hold the sums, 4
+// and 5 the rows, and 6 and 7 the weights.
 template <int M, int N>
 INLINE void step_bf16(const uint8_t* x, size_t stride, const uint8_t* w, size_t tile) {
   tile_load<6>(w, 64);
@@ -156,7 +158,7 @@ INLINE void step_bf16(const uint8_t* x, size_t stride, const uint8_t* w, size_t 
   }
 }
 
-// Stores the first n columns of a tile of sums.
+// Stores the first n columns of the sums in tile register T.
 template <int T>
 INLINE void store_columns(float* out, ptrdiff_t ldo, int rows, int n) {
   if (n >= 16) return tile_store<T>(out, size_t(ldo) * 4);
@@ -173,7 +175,7 @@ void block_bf16(const uint8_t* x, size_t stride, int rows, const uint8_t* w, siz
   int u = 0;
   for (; u + 16 <= units; u += 16)
     step_bf16<M, N>(x + 4 * size_t(u), stride, w + 64 * size_t(u), tile);
-  if (u < units) {  // the last inputs, padded with zeros
+  if (u < units) {  // the last inputs do not fill a tile register, so pad them with zeros
     alignas(64) uint8_t xs[32 * 64], ws[2 * kTileBytes];
     std::memset(xs, 0, sizeof xs);
     std::memset(ws, 0, sizeof ws);
@@ -191,8 +193,9 @@ void block_bf16(const uint8_t* x, size_t stride, int rows, const uint8_t* w, siz
 }
 
 // ---- attention ---------------------------------------------------------------------------------
-// Tile registers 0 .. 3 hold the sums of up to four blocks of 16 cache rows. 4 holds a whole block
-// of rows or 5 the last, partial one. 6 holds the queries.
+// Adds products of the I-th block of 16 cache rows with 16 queries to the scores. Tile register I
+// holds the scores of the block, 0 <= I < 4. Register 4 holds the rows of a full block, register 5
+// those of the last, partial block, and register 6 the queries.
 template <int I, bool INTS>
 INLINE void score_block(const uint8_t* rows, size_t stride, int n) {
   if (n >= 16 * (I + 1)) {
@@ -204,19 +207,20 @@ INLINE void score_block(const uint8_t* rows, size_t stride, int n) {
   }
 }
 
-// ---- what kernels use --------------------------------------------------------------------------
+// ---- interface for kernels ---------------------------------------------------------------------
 struct Tiles {
   static constexpr bool kAvailable = true;
   static constexpr int kRows = 16;       // rows of one block in IntProducts
-  static constexpr int kMostRows = 192;  // most rows in one call of IntProducts::run
+  static constexpr int kMostRows = 192;  // maximum number of rows in one call of IntProducts::run
 
-  // Decoded codes as the signed bytes that IntProducts multiplies.
+  // Converts decoded codes to the signed bytes that IntProducts multiplies.
   template <int FMT>
   INLINE static vw operand(vw codes) {
     return {_mm512_sub_epi8(codes.v, _mm512_set1_epi8(char(FMT == INT8 ? 128 : 64)))};
   }
 
-  // out = `rows` rows of `units` bfloat16 pairs times `count` tiles of weights, n outputs.
+  // Multiplies `rows` rows, each of `units` pairs of BF16 elements, by `count` tiles of weights.
+  // Writes n outputs per row. Tiles are `tile` bytes apart, rows `stride` bytes.
   static void linear_bf16(const uint8_t* w, size_t tile, int count, int units, const uint8_t* x,
                           size_t stride, int rows, float* out, ptrdiff_t ldo, int n) {
     TileShapes shapes;
@@ -240,22 +244,23 @@ struct Tiles {
     }
   }
 
-  // INT8 and INT4 products of 16 rows and more with one tile of weights.
+  // Multiplies 16 or more rows by one tile of INT8 or INT4 weights.
   class IntProducts {
    public:
-    IntProducts() {  // registers: sums of four groups in 0 .. 3, rows in 4, weights in 6
+    // Tile registers 0 .. 3 hold the sums of four groups, 4 the rows, and 6 the weights.
+    IntProducts() {
       for (int i = 0; i < 4; i++) shapes_.set(i, kRows, 64);
       shapes_.set(4, kRows, kGroup), shapes_.set(6, kGroup / 4, 64);
       shapes_.load();
     }
 
-    // Computes 16 rows at a time. If 16 does not divide `rows`, the last 16 include rows that have
-    // been computed before, with the same results. decode(b, to) decodes block b.
+    // Computes 16 rows at a time. If 16 does not divide `rows`, the last 16 overlap with rows that
+    // have been computed before, and give the same results again. decode(b, to) decodes block b.
     //
-    // Each group has its own scale, so its sum leaves the tile registers through memory. This is
-    // pipelined over steps of one block for 16 rows: while the sums of step i are computed, those
-    // of step i - 1 are stored, and those of step i - 2 are scaled and added, in the order of
-    // micro_int.
+    // Each group has its own scale, so its sum must leave the tile registers through memory. The
+    // work is pipelined in steps of one block for 16 rows. While the sums of step i are computed,
+    // those of step i - 1 are stored, and those of step i - 2 are scaled and added. The order of
+    // the additions is that of micro_int in linear.cpp.
     template <class Decode>
     void run(const Decode& decode, int blocks, float scale, const Acts& x, int row, int rows,
              float* out, ptrdiff_t ldo, int n) {
@@ -310,11 +315,12 @@ struct Tiles {
     TileShapes shapes_;
   };
 
-  // Whether tiles compute scores of keys, or outputs of values, that are `width` elements wide.
+  // Whether tiles can process keys or values of `width` elements.
   static bool fits(int width) { return width % 32 == 0; }
 
-  // s[t][16 lanes] = n cache rows, 64 * steps bytes wide, times queries [16 * steps][16 lanes]
-  // words: bfloat16, or signed bytes times unsigned bytes into int32.
+  // Computes the scores s[n rows][16 lanes]: n cache rows of 64 * steps bytes times packed queries
+  // [16 * steps words][16 lanes]. The elements are BF16 with FP32 scores. If INTS, rows are signed
+  // bytes, queries are unsigned bytes, and scores are int32.
   template <bool INTS, class Ahead>
   static void scores(const uint8_t* rows, size_t stride, const uint8_t* q, int steps, int n,
                      void* s, Ahead& ahead) {
@@ -340,8 +346,8 @@ struct Tiles {
     if (n > 48) tile_store<3>(to + 3 * kTileBytes, 64);
   }
 
-  // Adds the scores of n rows of an IntTile: s[t] = (s[t] + row step * lane scale * product) *
-  // scale, as score_ints in attention.cpp does.
+  // Adds the latent scores of n rows of an IntTile, like score_ints in attention_ints.cpp:
+  //   s[row][lane] = (s[row][lane] + step[row] * lane_scale[lane] * integer product) * scale
   template <class Ahead>
   static void add_int_scores(const IntTile& tile, const IntLanes& lanes, vf scale, int n, float* s,
                              Ahead& ahead) {
@@ -356,11 +362,12 @@ struct Tiles {
     }
   }
 
-  // o[lane][c] += weights p [32 pairs of rows][16 lanes] bfloat16, zeros beyond n rows, times the
-  // rows' elements c < width.
+  // Adds BF16 softmax weights times values to the outputs: o[lane][c] += sum over n rows of
+  // p[row / 2][lane][row % 2] * rows[row][c], for c < width. Sets p to zero beyond n rows.
   static void values(int lanes, const uint8_t* rows, size_t stride, uint8_t* p, int n, float* o,
                      int width) {
-    // [rows 0 .. 31, rows 32 .. 63][columns 0 .. 15, 16 .. 31][16 pairs][16 columns]
+    // Interleaved values of 64 rows and 32 columns: [half of the rows][half of the columns]
+    // [16 pairs of rows][16 columns].
     alignas(64) uint8_t pairs[2][2][kTileBytes];
     alignas(64) uint8_t transposed[16 * 128];
     for (int t = (n + 1) / 2; t < 32; t++) wstore(p + 64 * t, wset(0));
@@ -373,7 +380,7 @@ struct Tiles {
     shapes.load();
     tile_load<4>(transposed, 128);
     tile_load<5>(transposed + 64, 128);
-    // Rows beyond n have weight 0, but 0 times uninitialised memory may be NaN.
+    // Rows beyond n have weight 0. But 0 times uninitialised memory may be NaN, so clear it.
     if (n % 32) std::memset(pairs, 0, sizeof pairs);
     for (int c = 0; c < width; c += 32) {
       const uint8_t* r = rows + 2 * size_t(c);
@@ -400,8 +407,8 @@ struct Tiles {
     }
   }
 
-  // o[lane][c] = o * fix[lane] + unit[lane] * (weights p times the tile's bytes), with weights
-  // [16 quads of rows][16 lanes][4 bytes].
+  // Updates outputs from an IntTile and softmax weights p[row / 4][lane][row % 4] in bytes:
+  //   o[lane][c] = o[lane][c] * fix[lane] + unit[lane] * sum over rows of p * byte[row][c]
   template <class Ahead>
   static void int_values(int lanes, const IntTile& tile, uint8_t* p, int n, float* o,
                          const float* fix, const float* unit, Ahead& ahead) {
@@ -433,7 +440,7 @@ struct Tiles {
     }
   }
 
-  // For probe.cpp: n times four independent products. Returns the multiply-adds done.
+  // Runs n times four independent products, for probe.cpp. Returns the number of multiply-adds.
   static double probe(int fmt, long n) {
     TileShapes shapes;
     for (int i = 0; i < 8; i++) shapes.set(i, 16, 64);

@@ -1,5 +1,5 @@
-// AVX2 with FMA: a vector is two registers of 256 bits. Compiled with -mavxvnni it is also the
-// `avxvnni` instruction set: AVX2 with the byte dot products of AVX-512 VNNI.
+// AVX2 with FMA. A vector is two registers of 256 bits. Compiled with -mavxvnni, this file also
+// implements the instruction set `avxvnni`, which adds byte dot products to AVX2.
 #pragma once
 #include <immintrin.h>
 
@@ -57,7 +57,7 @@ INLINE vf vabs(vf x) {
   return {_mm256_and_ps(x.a, m), _mm256_and_ps(x.b, m)};
 }
 INLINE vf vround(vf x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
-// Builds 2^n from its exponent bits, for n from -126 to 127.
+// Returns p * 2^n for whole n from -126 to 127. 2^n is built from its exponent bits.
 INLINE __m256 pow2_half(__m256 p, __m256 n) {
   return _mm256_mul_ps(p, (__m256)_mm256_slli_epi32(
                               _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
@@ -114,7 +114,7 @@ INLINE __m256 half_bf16(const uint16_t* p) {
   return (__m256)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 }
 INLINE vf vload_bf16(const uint16_t* p) { return {half_bf16(p), half_bf16(p + 8)}; }
-// The upper halves, rounded to nearest even; NaN stays NaN.
+// Rounds floats to bfloat16, to nearest even. NaN stays NaN.
 INLINE __m256i round_bf16(__m256 x) {
   __m256i u = (__m256i)x, odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   __m256i r =
@@ -144,7 +144,7 @@ INLINE vf dot_f32(vf acc, vw w, const void* x) {
 // ---- quantised weights --------------------------------------------------------------------------
 INLINE vw wspread(const void* x) { return wset(*(const int32_t*)x); }
 #if defined(__AVXVNNI__)
-// As assembly for the same reason as in avx512.h; {vex} selects the encoding of AVX-VNNI.
+// Inline assembly for the same reason as dot_int8 in avx512.h. {vex} selects the AVX-VNNI encoding.
 INLINE vw dot_int8(vw acc, vw w, vw x) {
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc.a) : "x"(w.a), "x"(x.a));
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc.b) : "x"(w.b), "x"(x.b));
@@ -154,14 +154,15 @@ INLINE vw dot_int4(vw acc, vw w, vw x) { return dot_int8(acc, w, x); }
 INLINE vw start_int8(int32_t c) { return wset(2 * c); }
 INLINE vw decode_int8(const uint8_t* p) { return wload(p); }
 #else
-// Adds four byte products per word. Pairs of them are summed in 16 bits, which must not saturate.
+// Adds four byte products to each word. The instruction sums pairs of products in 16 bits, and the
+// operands must be small enough that these sums do not saturate.
 INLINE __m256i dot4(__m256i acc, __m256i u8, __m256i s8) {
   return _mm256_add_epi32(acc,
                           _mm256_madd_epi16(_mm256_maddubs_epi16(u8, s8), _mm256_set1_epi16(1)));
 }
 INLINE vw dot_int4(vw acc, vw w, vw x) { return {dot4(acc.a, w.a, x.a), dot4(acc.b, w.b, x.b)}; }
-// Codes are signed here: |w| times x with the sign of w is at most 127 * 127, so that the sum of a
-// pair stays below 2^15.
+// Codes are signed here. The product is |w| times (x with the sign of w), at most 127 * 127. So the
+// sum of a pair stays below 2^15.
 INLINE vw dot_int8(vw acc, vw w, vw x) {
   return {dot4(acc.a, _mm256_abs_epi8(w.a), _mm256_sign_epi8(x.a, w.a)),
           dot4(acc.b, _mm256_abs_epi8(w.b), _mm256_sign_epi8(x.b, w.b))};
@@ -306,18 +307,19 @@ INLINE void in_register(V& x) {
   asm volatile("" : "+x"(x.a), "+x"(x.b));
 }
 
-struct Traits {  // scalar.h explains each constant
+struct Traits {  // scalar.h documents each constant
 #if defined(__AVXVNNI__)
   static constexpr const char* kCpuFeatures = "avx2 fma avxvnni";
   static constexpr int kPrefetchLevel = 2, kMaxByte = 255;
 #else
   static constexpr const char* kCpuFeatures = "avx2 fma";
-  // _mm256_maddubs_epi16 adds two products in 16 bits, which saturate beyond 127 * 127 * 2.
+  // _mm256_maddubs_epi16 adds two products in 16 bits. Larger bytes than 127 could saturate the
+  // sum.
   static constexpr int kPrefetchLevel = 3, kMaxByte = 127;
 #endif
   static constexpr int kIntRows = 8, kPairTiles = 1, kPairRows = 8, kUnitRows = 6, kDecodeRows = 16;
   static constexpr int kScoreRows = 4, kOutLanes = 4;
-  // Each sum is two of the sixteen registers; bfloat16 needs more of them for its operands.
+  // Each sum takes two of the sixteen registers. BF16 operands need more registers than the others.
   static constexpr int kProbeInt = 6, kProbeBf16 = 5, kProbeFp32 = 6;
 };
 using Tiles = NoTiles;

@@ -1,5 +1,5 @@
-// AVX-512 with VNNI: a vector is one register. `avx512vnni` is compiled without the bfloat16
-// instructions, `avx512` with them; amx.h adds tiles.
+// AVX-512 with VNNI. A vector is one register of 512 bits. The instruction set `avx512` is compiled
+// with the bfloat16 instructions, `avx512vnni` without them. amx.h adds tiles to this file.
 #pragma once
 #include <immintrin.h>
 
@@ -74,7 +74,7 @@ INLINE vf dot_bf16(vf acc, vw w, const void* x) {
   return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)_mm512_set1_epi32(*(const int32_t*)x))};
 }
 #else
-// The upper halves, rounded to nearest even; NaN stays NaN.
+// Rounds floats to bfloat16, to nearest even. NaN stays NaN.
 INLINE __m256i to_bf16(vf a) {
   const __m512i u = (__m512i)a.v,
                 odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -99,8 +99,8 @@ INLINE vf dot_f32(vf acc, vw w, const void* x) {
 
 // ---- quantised weights --------------------------------------------------------------------------
 INLINE vw wspread(const void* x) { return {_mm512_set1_epi32(*(const int32_t*)x)}; }
-// As assembly because through the intrinsic gcc 12 copies each sum to another register and back in
-// a loop, which costs up to a third of the speed.
+// Inline assembly, because gcc 12 compiles the intrinsic badly in loops. It copies each sum to
+// another register and back, which costs up to a third of the speed.
 INLINE vw dot_int8(vw acc, vw w, vw x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(x.v));
   return acc;
@@ -214,14 +214,14 @@ INLINE void in_register(V& x) {
   asm volatile("" : "+v"(x.v));
 }
 
-struct Avx512Traits {  // scalar.h explains each constant
+struct Avx512Traits {  // scalar.h documents each constant
 #if defined(__AVX512BF16__)
   static constexpr const char* kCpuFeatures =
       "avx512f avx512bw avx512vl avx512dq avx512vnni avx512bf16";
   static constexpr int kPrefetchLevel = 3;
 #else
   static constexpr const char* kCpuFeatures = "avx512f avx512bw avx512vl avx512dq avx512vnni";
-  static constexpr int kPrefetchLevel = 2;  // CPUs that end up here are Intel's
+  static constexpr int kPrefetchLevel = 2;  // L2, the better level on Intel CPUs
 #endif
   static constexpr int kIntRows = 12, kPairTiles = 2, kPairRows = 6, kUnitRows = 12;
   static constexpr int kDecodeRows = 24;

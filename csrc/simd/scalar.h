@@ -1,4 +1,5 @@
-// Plain C++: runs on every CPU, and is the readable definition of each operation.
+// Every vector operation in plain C++. This file runs on every CPU, and it is the readable
+// definition of each operation.
 #pragma once
 #include "simd/common.h"
 
@@ -261,30 +262,34 @@ INLINE void in_register(V& x) {
   asm volatile("" : "+x"(t[0]), "+x"(t[1]), "+x"(t[2]), "+x"(t[3]));
   std::memcpy(&x, t, 64);
 #else
-  asm volatile("" : "+m"(x));  // no vector registers to name: the measured rate is a lower bound
+  // There is no vector register to name, so x goes through memory. The measured rate is therefore
+  // a lower bound.
+  asm volatile("" : "+m"(x));
 #endif
 }
 
 struct Traits {
-  // The CPU features that dispatch.cpp has to find before it uses these kernels.
+  // The CPU features that these kernels need, separated by spaces. dispatch.cpp checks them.
   static constexpr const char* kCpuFeatures = "";
 
-  // linear.cpp. A micro-kernel keeps the sums of all its rows in registers.
-  static constexpr int kIntRows = 8;  // rows of an int8 / int4 micro-kernel on one tile of weights
+  // Constants of linear.cpp. A micro-kernel keeps the sums of all its rows in registers.
+  static constexpr int kIntRows = 8;  // rows of an INT8 / INT4 micro-kernel for one tile of weights
   static constexpr int kPairTiles = 1;    // decoded tiles that share each load of an activation
-  static constexpr int kPairRows = 8;     // rows of a micro-kernel on kPairTiles tiles
-  static constexpr int kUnitRows = 6;     // rows of an fp32 / bf16 micro-kernel
-  static constexpr int kDecodeRows = 16;  // decode a tile only once from this many rows on
-  // Level that weights are prefetched to, as __builtin_prefetch counts: 3 is L1, 2 is L2. L2 is
-  // better on Intel: a line on its way to L1 occupies one of the few buffers that all loads share.
+  static constexpr int kPairRows = 8;     // rows of a micro-kernel for kPairTiles decoded tiles
+  static constexpr int kUnitRows = 6;     // rows of an FP32 / BF16 micro-kernel
+  static constexpr int kDecodeRows = 16;  // fewest rows for which tiles are decoded into scratch
+  // Cache level that weights are prefetched to, as the argument of __builtin_prefetch: 3 is L1, 2
+  // is L2. On Intel CPUs L2 is better, because a line on its way to L1 occupies one of the few
+  // buffers that all loads share.
   static constexpr int kPrefetchLevel = 3;
 
-  // attention.cpp
+  // Constants of attention.cpp and attention_ints.cpp.
   static constexpr int kScoreRows = 4;  // cache rows whose scores are summed at once
   static constexpr int kOutLanes = 4;   // lanes whose outputs are summed at once
   static constexpr int kMaxByte = 255;  // largest unsigned operand of dot_bytes
 
-  // probe.cpp: independent sums, enough to hide the latency of the operation
+  // Constants of probe.cpp: numbers of independent sums, enough to hide the latency of an
+  // operation.
   static constexpr int kProbeInt = 8, kProbeBf16 = 2, kProbeFp32 = 2;
 };
 using Tiles = NoTiles;

@@ -1,5 +1,5 @@
-// The vector operations of the instruction set that this file is compiled for (common.h lists
-// them), and functions built on them alone.
+// Includes the vector operations of the instruction set that is being compiled (common.h lists
+// them), and adds functions that use only these operations.
 #pragma once
 #include "simd/common.h"
 #include LAMOE_SIMD
@@ -7,9 +7,10 @@
 namespace lamoe {
 namespace LAMOE_ISA {
 
-// e^x for x <= 88 with a relative error of about 2e-7. Returns 0 below -87. NaN stays NaN.
+// Computes e^x for x <= 88, with a relative error of about 2e-7. Returns 0 for x below -87. NaN
+// stays NaN.
 INLINE vf vexp(vf given) {
-  // vmax returns its second operand if one is NaN, so NaN must be the second operand.
+  // vmax returns its second operand if one is NaN. `given` is second, so its NaN is kept.
   const vf least = vset(-87.f), x = vmax(least, given) * vset(1.44269504f);
   vf n = vround(x), f = x - n;
   vf p = vfma(f, vset(1.5403530e-4f), vset(1.3333558e-3f));

@@ -1,7 +1,7 @@
-// A program for the sanitizers (`make asan tsan`), without Python: every operation on awkward sizes
-// in buffers of exactly the needed size, then whole models with threads, concurrent callers, and
-// errors inside a parallel pass. Results are compared with those of one thread; the Python tests
-// check whether they are right.
+// A program without Python for the sanitizers (`make asan tsan`). First it runs every operation on
+// awkward sizes, in buffers of exactly the needed size. Then it runs whole models with several
+// threads, concurrent callers, and errors inside a parallel pass. Results must equal those of one
+// thread. Whether they are right is checked by the Python tests.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -30,7 +30,8 @@ void need(bool ok, const std::string& what) {
   std::exit(1);
 }
 
-// n bytes that begin `off` bytes after the start of an allocation and end with it.
+// A buffer of n bytes that begins `off` bytes after the start of an allocation and ends with it, so
+// that a sanitizer detects any access beyond the end.
 struct Bytes {
   std::unique_ptr<uint8_t[]> all;
   uint8_t* p;
@@ -39,7 +40,7 @@ struct Bytes {
   }
 };
 
-struct Weights {  // owns what a model points to
+struct Weights {  // owns the memory of the weights that a model points to
   std::vector<Bytes> bytes;
   std::vector<std::vector<float>> floats;
   Mat mat(int fmt, int n, int k) {
@@ -111,7 +112,8 @@ Codec codec(const Config& c, int kind) {
   return r;
 }
 
-// Runs sequences of these lengths together, `chunk` tokens of each in a step. Returns all logits.
+// Runs one sequence of each given length. Each step processes the next `chunk` tokens of every
+// sequence. Returns all logits.
 std::vector<float> run(Model& m, const Codec& format, const std::vector<int>& lengths, int chunk) {
   const Config& c = m.config;
   const int page = 7;
@@ -170,7 +172,7 @@ std::vector<const float*> pointers(const std::vector<std::vector<float>>& rows) 
   return p;
 }
 
-// A state of exactly `lanes` lanes.
+// An attention state in a buffer that is exactly large enough for `lanes` lanes.
 struct State {
   std::vector<float> floats;
   AttentionState state;
@@ -185,7 +187,7 @@ void check_attend_tile(int elem, int lanes, int n, int kw, int vw) {
   const std::vector<int> last(kLanes, n / 2);
   const int stride = kw + vw;
   Weights w;
-  const int overread = vw % 16 ? 15 : 0;  // what attend_tile may read after the last row
+  const int overread = vw % 16 ? 15 : 0;  // elements that attend_tile may read after the last row
   const void* rows = w.raw(elem, size_t(n) * stride + overread);
   const auto q = draw_queries(lanes, kw);
   Bytes packed(size_t(kw) * element_bytes(elem) * kLanes), scratch(sizeof(AttentionScratch));
@@ -295,9 +297,9 @@ std::vector<Config> configs() {
   Config gqa;
   gqa.layers = 2, gqa.vocab = 33, gqa.hidden = 48, gqa.heads = 6, gqa.kv_heads = 2,
   gqa.head_dim = 18, gqa.rope = 18, gqa.interleaved = false, gqa.softmax_scale = 0.2f;
-  Config wide = mla;  // cache rows that are attended to as integers
+  Config wide = mla;  // a model whose low-bit cache rows attention uses as integers
   wide.layers = 2, wide.latent = 512, wide.heads = 17;
-  Config even = mla;  // widths that tiles of 32 elements divide
+  Config even = mla;  // a model whose widths are multiples of 32, so that AMX tiles are used
   even.layers = 2, even.latent = 96, even.rope = 32, even.head_dim = even.nope + even.rope,
   even.heads = 17;
   return {mla, lora, gqa, wide, even};
@@ -305,7 +307,7 @@ std::vector<Config> configs() {
 
 void check_models() {
   const bool slow =
-      ops().name == std::string("scalar");  // under a sanitizer too slow for all of it
+      ops().name == std::string("scalar");  // too slow under a sanitizer to run everything
   for (Config c : configs())
     for (int fmt = FP32; fmt <= INT4; fmt++) {
       c.elem = fmt == FP32 ? FP32 : BF16;
@@ -335,7 +337,7 @@ void check_models() {
                "results depend on the number of threads");
         }
       }
-      Model shared(c, 3);  // two callers at once
+      Model shared(c, 3);  // a model that two threads call at the same time
       shared.layers = one.layers, shared.embed = one.embed, shared.norm = one.norm,
       shared.head = one.head;
       const auto want = run(one, codec(c, 1), {5, 40}, 8);
@@ -373,7 +375,7 @@ void check_threads() {
 }  // namespace
 
 int main(int arguments, char**) {
-  const Ops& table = ops();  // throws when LAMOE_ISA names what this CPU lacks
+  const Ops& table = ops();  // throws if this CPU cannot run the instruction set in LAMOE_ISA
   if (arguments > 1) return 0;
   check_threads();
   check_ops();
