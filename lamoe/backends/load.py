@@ -206,7 +206,7 @@ def _prepare_packed_folder(
             f"{folder} is packed for the compiled CPU kernels and cannot run on {device}; use the "
             "model it was made from, or device='cpu'"
         )
-    if not native.available():
+    if not _kernels_usable(backend):
         raise ValueError(
             f"{folder} is packed for the compiled kernels, which are not there (or LAMOE_BACKEND "
             "or LAMOE_IMPL switch them off); install lamoe with a C++ compiler, or use the model "
@@ -278,7 +278,7 @@ def choose(
                 "omit weights, head and backend, or use device='cpu'"
             )
         return "torch"
-    if backend == "torch" or not native.available():
+    if backend == "torch" or not _kernels_usable(backend):
         if quantised or backend == "cpu":
             raise ValueError(
                 "the compiled kernels are not there (or LAMOE_BACKEND, LAMOE_IMPL or "
@@ -290,6 +290,11 @@ def choose(
     if quantised or backend == "cpu":
         return "cpu"
     return "torch" if why_torch(config, dtype) else "cpu"
+
+
+def _kernels_usable(backend: str | None) -> bool:
+    """Whether the compiled kernels may run. backend="cpu" overrides the environment."""
+    return native.available() or (backend == "cpu" and native.lib is not None)
 
 
 def why_torch(config: ModelConfig, dtype: torch.dtype) -> str | None:

@@ -117,6 +117,13 @@ def test_lamoe_backend_chooses_the_default(monkeypatch):
         backends.load(tiny.model(tiny.HARD))
 
 
+@KERNELS
+def test_an_argument_overrides_lamoe_backend(monkeypatch):
+    monkeypatch.setenv("LAMOE_BACKEND", "torch")
+    model = tiny.model(tiny.HARD, dtype=torch.float32)
+    assert backends.load(model, backend="cpu").name == "cpu"
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
