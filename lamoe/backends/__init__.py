@@ -1,4 +1,4 @@
-"""Backends: what runs a model. base.py has the interface; `load` chooses and loads one."""
+"""Backends, which run models. base.py defines their interface. `load` chooses and loads one."""
 
 from lamoe.backends.load import load, prepare
 

@@ -31,9 +31,9 @@ _HASH_WHOLE_BYTES, _HASH_SAMPLES, _HASH_SAMPLE_BYTES = 1 << 20, 256, 4096
 class Formats:
     """Storage formats of the weights, the output head and the cache.
 
-    weights: fp32 | bf16 | int8 | int4; None keeps the format of the checkpoint.
-    head: the same for the output head; None uses the format of the weights.
-    cache: fp32 | bf16 | int8 | 6bit | 4bit.
+    weights: format of the weights, fp32 | bf16 | int8 | int4. None keeps the checkpoint's format.
+    head: format of the output head, with the same choices. None uses the format of the weights.
+    cache: format of the cache rows, fp32 | bf16 | int8 | 6bit | 4bit.
     """
 
     weights: str | None = None
@@ -45,12 +45,12 @@ class Formats:
 class Batch:
     """The input of one forward pass: N tokens of B sequences, laid side by side.
 
-    ids: N token ids.
+    ids: N token ids, the tokens of each sequence in order.
     positions: int64 [N], the position of each token in its sequence.
-    sequences: int32 [B, 3], one row per sequence in the order of its tokens: number of its tokens
-        in this batch; number of its tokens in the cache after this batch; index in `pages` where
-        its page table begins.
-    pages: int32 [P], the page tables of all sequences.
+    sequences: int32 [B, 3], one row per sequence. Column 0 is the number of its tokens in this
+        batch. Column 1 is the number of its tokens in the cache after this batch. Column 2 is the
+        index in `pages` where its page table begins.
+    pages: int32 [P], the page tables of all sequences, one after the other.
     output_rows: indices of the tokens (0 to N - 1) whose logits are wanted.
 
     All tensors are on the host. The backend copies what it needs to its device.
@@ -70,10 +70,10 @@ class Batch:
 class ForwardResult(NamedTuple):
     """The output of one forward pass, on the backend's device.
 
-    output: float32 [len(output_rows), vocabulary] logits, or [len(output_rows), D] final normed
-        states when the head was not wanted.
-    experts: integer [MoE layers, N, K], the routed experts that each token chose; None unless
-        they were requested.
+    output: float32 logits [len(output_rows), vocabulary]. If `forward` was called with head=False,
+        the final normed states [len(output_rows), D] instead.
+    experts: integer [MoE layers, N, K], the ids of the routed experts that each token chose. None
+        unless `forward` was called with experts=True.
     """
 
     output: torch.Tensor
@@ -83,8 +83,9 @@ class ForwardResult(NamedTuple):
 class RowsLoss(NamedTuple):
     """Next-token loss on some rows of text.
 
-    nats: summed cross-entropy. targets: number of predicted tokens.
-    load: float [MoE layers, E], how often each routed expert was chosen; [0, 0] without MoE layers.
+    nats: the summed cross-entropy in nats.
+    targets: number of predicted tokens.
+    load: float [MoE layers, E], how often each routed expert was chosen. [0, 0] without MoE layers.
     """
 
     nats: float
@@ -100,8 +101,8 @@ class Backend(ABC):
         config: the architecture.
         weights: storage format of the weights, for example "bf16" or "int4".
         head: storage format of the output head.
-        dtype: the dtype that attention computes in and cache rows are read in.
-        device: where cache and logits live.
+        dtype: the dtype in which attention computes and to which cache rows are decoded.
+        device: the device of the cache and the logits.
     """
 
     name: str
@@ -115,10 +116,12 @@ class Backend(ABC):
     def forward(
         self, batch: Batch, cache: PagedCache, *, head: bool = True, experts: bool = False
     ) -> ForwardResult:
-        """Append the rows of all tokens of `batch` to `cache` and compute its output rows.
+        """Append the cache rows of all tokens of `batch` and compute its output rows.
 
         Args:
-            head: whether to apply the output head; False returns final normed states.
+            batch: the tokens to compute.
+            cache: holds the rows of earlier tokens. The new rows are written to it.
+            head: whether to apply the output head. False returns the final normed states.
             experts: whether to return the routed experts that each token chose.
         """
 
@@ -129,30 +132,30 @@ class Backend(ABC):
         """Compute the next-token loss of rows of text, without dropping tokens.
 
         Args:
-            ids: int64 [B, T + 1].
-            segments: integer [B, T + 1]; a token is a target if its predecessor is in the same
-            segment.
-            document_mask: whether a token sees only earlier tokens of its own segment. If False,
-                it sees its whole row.
+            ids: int64 [B, T + 1] token ids.
+            segments: integer [B, T + 1], the number of each token's document. A token is a target
+                if its predecessor is in the same segment.
+            document_mask: whether a token attends only to earlier tokens of its own segment. If
+                False, it attends to all earlier tokens of its row.
         """
 
     @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the stored weights by name. They are not copied."""
+        """Return {name: stored weights}. The tensors are not copied."""
 
     @staticmethod
     @abstractmethod
     def state_bytes(
         config: ModelConfig, max_model_len: int, max_num_seqs: int, batch_tokens: int
     ) -> int:
-        """Bound the bytes that attention needs for partial results in one forward pass.
+        """Return an upper bound on the bytes of attention's partial results in one forward pass.
 
-        Static, because the memory plan is made before the weights are read.
+        The method is static, because the memory plan is made before the weights are read.
 
         Args:
-            max_model_len: longest sequence in tokens.
-            max_num_seqs: sequences that run at once.
-            batch_tokens: most tokens of one batch.
+            max_model_len: length of the longest sequence, in tokens.
+            max_num_seqs: number of sequences that run at once.
+            batch_tokens: largest number of tokens in one batch.
         """
 
     def run_sequence(
@@ -166,10 +169,11 @@ class Backend(ABC):
     ) -> Iterator[ForwardResult]:
         """Compute all tokens of one sequence from an empty cache, `chunk` tokens at a time.
 
-        Yields the result of each chunk. `head` and `experts` are those of `forward`.
+        Yields the result of each chunk. `head` and `experts` have the meaning that they have in
+        `forward`.
 
         Args:
-            last: number of tokens at the end that get an output row; None means all.
+            last: number of tokens at the end of the sequence that get an output row. None: all.
         """
         first_output = 0 if last is None else len(ids) - last
         page_size = 16
@@ -193,26 +197,28 @@ class Backend(ABC):
 
     @property
     def lossless_cache_format(self) -> str:
-        """The cache format that stores rows exactly as attention computes them."""
+        """Name of the cache format that stores rows exactly as attention computes them."""
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"
 
     def tensor_bytes(self) -> dict[str, int]:
-        """Return the stored bytes of each weight tensor."""
+        """Return {name of a weight tensor: its stored bytes}."""
         return {name: t.numel() * t.element_size() for name, t in self.tensors().items()}
 
     def weight_bytes(self) -> int:
-        """Return the stored bytes of all weights."""
+        """Return the total stored bytes of all weight tensors."""
         return sum(self.tensor_bytes().values())
 
     def digest(self) -> str:
         """Return a SHA-256 over the config and the weights, as hexadecimal text.
 
-        Of a tensor larger than 1 MiB only 256 evenly spaced blocks of 4 KiB are hashed, so that a
-        digest takes a moment for a model of any size. Training changes the digest; a change of
-        single numbers in a large matrix may not.
+        Of a tensor larger than 1 MiB, only 256 evenly spaced blocks of 4 KiB are hashed. A digest
+        is therefore fast for a model of any size. Training changes the digest, but a change of a
+        few numbers in a large matrix may leave it the same.
         """
         config = self.config.to_dict()
-        config.pop("torch_dtype", None)  # the dtype in the file; the actual dtypes are hashed below
+        config.pop(
+            "torch_dtype", None
+        )  # the dtype of the checkpoint file; actual dtypes are hashed below
         h = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, tensor in sorted(self.tensors().items()):
             flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)

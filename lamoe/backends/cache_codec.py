@@ -1,8 +1,8 @@
 """Storage formats of cache rows: encode the two parts of a token's row in one layer, and decode.
 
-The parts are (latent, rope key) under MLA, else (keys, values). Their sizes in elements, `widths`,
-are ModelConfig.cache_row. The bytes of a row depend on its own numbers only, never on the batch.
-Pages and sequence lengths are handled in paged_cache.py.
+The parts are (latent, rope key) under MLA, else (keys, values). ModelConfig.cache_row gives their
+`widths` in elements. The bytes of a row depend on its own numbers only, never on the batch.
+paged_cache.py handles pages and sequence lengths.
 
     fp32, bf16        elements of part 1, elements of part 2 (little-endian)
     int8, 6bit, 4bit  block of part 1, block of part 2
@@ -61,7 +61,7 @@ from lamoe.model.config import did_you_mean
 
 
 class _LowBit(NamedTuple):
-    """Code bits of each part, the group size, and the row limit that the fine part must meet."""
+    """Parameters of a low-bit format: code bits, group size, and the limit on bits per element."""
 
     coarse_bits: int
     rope_key_bits: int
@@ -80,7 +80,7 @@ FORMATS: tuple[str, ...] = (*_PLAIN, *_LOW_BIT)
 
 _PLANES = {4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 _NAN_BASE = 0xFF
-# Float16 values divided by this have the range that scales of activations need.
+# Divisor of the float16 value in an e5m3 number. It shifts the range to that of activation scales.
 _BASE_DIVISOR = 16
 
 
@@ -89,8 +89,8 @@ def row_bytes(name: str, widths: tuple[int, int]) -> int:
     """Return the stored bytes of one row, scales and padding included.
 
     Args:
-        name: the storage format.
-        widths: elements of the two parts.
+        name: name of the storage format.
+        widths: number of elements of each of the two parts.
     """
     check_format(name)
     if len(widths) != 2 or min(widths) < 1:
@@ -104,12 +104,15 @@ def row_bytes(name: str, widths: tuple[int, int]) -> int:
 
 
 def bits_per_element(name: str, widths: tuple[int, int]) -> float:
-    """Return the stored bits per element of a row, scales and padding included."""
+    """Return the mean stored bits per element of a row, scales and padding included."""
     return 8 * row_bytes(name, widths) / sum(widths)
 
 
 def part_bits(name: str, widths: tuple[int, int]) -> tuple[int, int]:
-    """Return the bits of one code in each part, without scales (rule: see the module docstring)."""
+    """Return the bits per code of each part, without scales.
+
+    The module docstring explains how the bits are chosen.
+    """
     check_format(name)
     if name in _PLAIN:
         bits = 8 * _PLAIN[name].itemsize
@@ -127,12 +130,12 @@ def part_bits(name: str, widths: tuple[int, int]) -> tuple[int, int]:
 
 
 def max_error(name: str, widths: tuple[int, int]) -> tuple[float, float]:
-    """Bound |decoded - x| for each part, relative to the largest |x| of the part in its row.
+    """Return an upper bound on the error |decoded - x| of each part.
 
-    Valid for float32 input and output. In the low-bit formats the bound is half a quantisation
-    step. The step may be up to 1/8 too large, because its base is rounded up. Very small numbers
-    have an extra absolute error: 2^-22 (2e-7) in the low-bit formats, and that of subnormal numbers
-    in bf16.
+    The bound is relative to the largest |x| of the part in its row. It holds for float32 input and
+    output. In the low-bit formats the bound is half a quantisation step, and the step may be up to
+    1/8 too large, because its base is rounded up. Very small numbers have an extra absolute error.
+    In the low-bit formats it is 2^-22 (2e-7). In bf16 it is the rounding error of subnormals.
     """
     check_format(name)
     if name in _PLAIN:
@@ -143,12 +146,12 @@ def max_error(name: str, widths: tuple[int, int]) -> tuple[float, float]:
 
 
 def group_of(name: str) -> int:
-    """Return how many elements share a scale; 16 for fp32 and bf16, which have no scales."""
+    """Return how many elements share a scale. For fp32 and bf16, without scales, this is 16."""
     return _LOW_BIT[name].group if name in _LOW_BIT else 16
 
 
 def check_format(name: str) -> None:
-    """Raise ValueError for an unknown format."""
+    """Raise ValueError if `name` is not a storage format of cache rows."""
     if name not in FORMATS:
         raise ValueError(
             f"unknown cache format {name!r}{did_you_mean(name, FORMATS)}; "
@@ -158,10 +161,10 @@ def check_format(name: str) -> None:
 
 # ---- encode and decode ---------------------------------------------------------------------------
 def encode(name: str, parts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Encode cache rows.
+    """Encode cache rows to bytes.
 
     Args:
-        name: the storage format.
+        name: name of the storage format.
         parts: the two parts of N rows, [N, w0] and [N, w1], of any floating-point dtype.
 
     Returns:
@@ -194,16 +197,16 @@ def encode(name: str, parts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
 def decode(
     name: str, rows: torch.Tensor, widths: tuple[int, int], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode cache rows.
+    """Decode cache rows from bytes.
 
     Args:
-        name: the storage format.
+        name: name of the storage format.
         rows: uint8 [N, row_bytes(name, widths)], made by `encode`.
-        widths: elements of the two parts, (w0, w1).
-        dtype: of the result. Values are computed in float32 and then converted.
+        widths: (w0, w1), the number of elements of each part.
+        dtype: dtype of the result. Values are computed in float32 and then converted.
 
     Returns:
-        the two parts, [N, w0] and [N, w1].
+        The two parts, [N, w0] and [N, w1].
     """
     size = row_bytes(name, widths)
     if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != size:
@@ -227,13 +230,13 @@ def decode(
 
 
 def _plain_part(part: torch.Tensor, stored: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
-    # The copy also aligns the bytes, which `view` needs.
+    # Copy the slice: `view` to a wider dtype needs aligned, contiguous bytes.
     return part.clone(memory_format=torch.contiguous_format).view(stored).to(dtype)
 
 
 # ---- one block -----------------------------------------------------------------------------------
 def _max_code(n: int) -> int:
-    """Return the largest n-bit code, as a signed integer."""
+    """Return the largest value of a signed n-bit code, 2^(n-1) - 1."""
     return 2 ** (n - 1) - 1
 
 
@@ -254,7 +257,7 @@ def _encode_block(x: torch.Tensor, n: int, group: int, out: torch.Tensor) -> Non
     w = x.shape[1]
     group, groups, factor_bytes = min(group, w), _groups(w, group), _factor_bytes(w, group)
     x = F.pad(x, (0, groups * group - w)).unflatten(1, (groups, group))
-    # [N, groups]: the smallest scale that represents the largest element of each group.
+    # Smallest scale with which the largest element of each group is not clipped, [N, groups].
     needed = x.abs().amax(-1) / _max_code(n)
     base = _to_e5m3(needed.amax(1))
     out[:, 0] = base
@@ -317,9 +320,10 @@ def _unpack(rows: torch.Tensor, n: int) -> torch.Tensor:
 def _spread(plane: torch.Tensor, p: int, shift: int) -> torch.Tensor:
     """Extract the p-bit fields of a plane, uint8 [N, S], to uint8 [N, 8 S / p].
 
-    Each field is shifted left by `shift`. Works on eight bytes at once if S is a multiple of 8.
+    Each field is shifted left by `shift` bits. If S is a multiple of 8, the function processes
+    eight bytes at once.
     """
-    # The copy aligns the bytes, which a view as int64 needs.
+    # Copy the plane, because a view as int64 needs aligned bytes.
     plane = plane.clone(memory_format=torch.contiguous_format)
     if p == 8:
         return plane
@@ -330,13 +334,13 @@ def _spread(plane: torch.Tensor, p: int, shift: int) -> torch.Tensor:
 
 
 def _to_e5m3(x: torch.Tensor) -> torch.Tensor:
-    """Round x, float32 >= 0, up to e5m3 bytes, uint8.
+    """Round x, float32 >= 0, up to the next e5m3 number and return its byte, uint8.
 
-    NaN, infinities and numbers beyond the range become NaN.
+    NaN, infinities and numbers above the largest e5m3 number become NaN.
     """
     x = x * _BASE_DIVISOR
     half = x.to(torch.float16).view(torch.int16)
-    # The conversion rounds to nearest. Move results that were rounded down one step up.
+    # The conversion rounds to nearest. Increase by one step where it has rounded down.
     half = half + (half.view(torch.float16) < x)
     code = (half.to(torch.int32) + 127) >> 7
     return torch.where(x.isfinite() & (code < 0xF8), code, _NAN_BASE).to(torch.uint8)

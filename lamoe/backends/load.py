@@ -1,6 +1,6 @@
-"""Choose a backend for a model, and load it.
+"""Choose a backend for a model, and load the model on it.
 
-`prepare` estimates the memory of a model before any weight is read, and `Prepared.load` reads the
+`prepare` estimates the memory of a model before any weight is read. `Prepared.load` then reads the
 weights. `load` does both.
 """
 
@@ -30,12 +30,12 @@ _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model that is chosen but not loaded.
+    """A model for which a backend is chosen, but whose weights are not loaded yet.
 
-    weight_bytes: approximate size of the loaded weights.
-    available: bytes of memory that weights, cache and attention may take together; None if unknown.
-    state_bytes: Backend.state_bytes of the chosen backend.
-    folder: where the model comes from; None for one that is in memory.
+    weight_bytes: approximate size of the loaded weights, in bytes.
+    available: bytes of memory that weights, cache and attention may take together. None if unknown.
+    state_bytes: the method Backend.state_bytes of the chosen backend.
+    folder: the folder of the model. None if the model is in memory.
     """
 
     config: ModelConfig
@@ -55,7 +55,7 @@ def load(
     backend: str | None = None,
     threads: int = 0,
 ) -> Backend:
-    """Load a model on a backend; see `prepare`."""
+    """Load a model and return its backend. The arguments are those of `prepare`."""
     return prepare(
         model, formats, dtype=dtype, device=device, backend=backend, threads=threads
     ).load()
@@ -74,16 +74,20 @@ def prepare(
 
     Args:
         model: a loaded backend, a Transformer, or the folder (packed or not) or hub id of a model.
-        formats: of weights and head. A quantised format needs the compiled kernels.
-        dtype: of the computation ("float32", "bfloat16"); None takes the checkpoint's.
-        device: "auto" | "cpu" | "cuda" | "mps" or a torch.device. None means the device of a
-            Transformer that is given, else the CPU.
-        backend: "cpu" (compiled kernels) or "torch"; None takes the compiled kernels if they can
-            run the model. The environment variable LAMOE_BACKEND is the default.
-        threads: of the compiled kernels; 0 takes torch's number of threads.
+        formats: formats of weights and head. A quantised format needs the compiled kernels.
+        dtype: dtype of the computation ("float32", "bfloat16"). None means the checkpoint's dtype.
+        device: "auto" | "cpu" | "cuda" | "mps" or a torch.device. None means the device of `model`
+            if it is a Transformer, else the CPU.
+        backend: "cpu" (compiled kernels) or "torch". None means the value of the environment
+            variable LAMOE_BACKEND. If it is unset, the compiled kernels run every model that they
+            support.
+        threads: number of threads of the compiled kernels. 0 means torch's number of threads.
+
+    Returns:
+        The prepared model, with the chosen backend and its memory needs.
 
     Raises:
-        ValueError: if the combination is not possible.
+        ValueError: if no backend can run the model with these options.
     """
     asked = backend
     backend = backend or os.environ.get("LAMOE_BACKEND") or None
@@ -101,10 +105,10 @@ def prepare(
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Return the torch device of a name; "auto" takes CUDA, else MPS, else the CPU.
+    """Return the torch device of a name. "auto" means CUDA if available, else MPS, else the CPU.
 
     Raises:
-        ValueError: for an unknown device, or one that this torch or machine lacks.
+        ValueError: if the device is unknown, or this machine or torch build lacks it.
     """
     if device is None:
         return torch.device("cpu")
@@ -117,8 +121,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"unknown device {device!r}; known: {', '.join(DEVICES)}") from None
     if not has.get(found.type, True):
         raise ValueError(
-            f"device {str(device)!r} is not available: torch {torch.__version__} finds none; "
-            "install a torch build for it, or use device='cpu'"
+            f"device {str(device)!r} is not available: torch {torch.__version__} finds no such "
+            "device; install a torch build that supports it, or use device='cpu'"
         )
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(
@@ -129,7 +133,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """Return a device as tensors name theirs: "cuda" becomes "cuda:0" or whichever is current."""
+    """Return a device with its index, as in Tensor.device. For example, "cuda" becomes "cuda:0"."""
     return torch.empty(0, device=device).device
 
 
@@ -140,8 +144,8 @@ def _prepare_loaded(
         _refuse(model, f"backend={backend!r}")
     if device is not None and _with_index(resolve_device(device)) != model.device:
         raise ValueError(
-            f"the model is on device {str(model.device)!r}, but {str(device)!r} was asked for; "
-            "load it on that device"
+            f"the model is on device {str(model.device)!r}, but device is {str(device)!r}; "
+            "load the model on this device, or omit device"
         )
     if model.name == "cpu":
         _check_formats(formats, Formats(model.weights, model.head))
@@ -199,18 +203,18 @@ def _prepare_packed_folder(
     config, stored = packed_file.read_config(folder)
     if dtype is not None:
         raise ValueError(
-            f"dtype is {dtype}, but {folder} is a packed model, which has its own; omit dtype"
+            f"dtype is {dtype}, but {folder} is a packed model, which fixes its dtype; omit dtype"
         )
     if device.type != "cpu":
         raise ValueError(
             f"{folder} is packed for the compiled CPU kernels and cannot run on {device}; use the "
-            "model it was made from, or device='cpu'"
+            "model that it was packed from, or device='cpu'"
         )
     if not _kernels_usable(backend):
         raise ValueError(
-            f"{folder} is packed for the compiled kernels, which are not there (or LAMOE_BACKEND "
-            "or LAMOE_IMPL switch them off); install lamoe with a C++ compiler, or use the model "
-            "it was made from"
+            f"{folder} is packed for the compiled kernels, which are not installed (or "
+            "LAMOE_BACKEND or LAMOE_IMPL switches them off); install lamoe with a C++ compiler, or "
+            "use the model that it was packed from"
         )
     if backend == "torch":
         _refuse_other_backend(str(stored.weights))
@@ -220,7 +224,7 @@ def _prepare_packed_folder(
     def load() -> Backend:
         return packed_file.load(folder, threads, available_memory())
 
-    # Pages of a mapped file are read again when they were dropped, so they count as available.
+    # The system may drop pages of a mapped file and read them again later. They count as available.
     available = None if free is None else free + size
     return Prepared(config, size, available, CpuBackend.state_bytes, folder, load)
 
@@ -239,7 +243,7 @@ def _prepare_folder(
 
     def load() -> Backend:
         if chosen == "cpu" and formats.weights is not None and dtype is None:
-            # One tensor at a time: the checkpoint itself need not fit into memory.
+            # Convert one tensor at a time, so that the whole checkpoint need not fit into memory.
             read = packed_file.reader(folder, config)
             return CpuBackend.from_tensors(config, formats, read, threads)
         model = hf.load(folder, dtype)
@@ -268,7 +272,7 @@ def choose(
     """Return the name of the backend that runs a model: "cpu" or "torch".
 
     Raises:
-        ValueError: if a requested option needs the compiled kernels, and they cannot run the model.
+        ValueError: if an option needs the compiled kernels, but they cannot run the model.
     """
     quantised = formats.weights is not None or formats.head is not None
     if device.type != "cpu":
@@ -281,9 +285,9 @@ def choose(
     if backend == "torch" or not _kernels_usable(backend):
         if quantised or backend == "cpu":
             raise ValueError(
-                "the compiled kernels are not there (or LAMOE_BACKEND, LAMOE_IMPL or "
-                "backend='torch' switch them off), and quantised weights need them; install "
-                "lamoe with a C++ compiler"
+                "the compiled kernels, which quantised weights need, are not installed (or "
+                "LAMOE_BACKEND, LAMOE_IMPL or backend='torch' switches them off); install lamoe "
+                "with a C++ compiler"
             )
         native.announce()
         return "torch"
@@ -298,14 +302,14 @@ def _kernels_usable(backend: str | None) -> bool:
 
 
 def why_torch(config: ModelConfig, dtype: torch.dtype) -> str | None:
-    """Say why the torch backend is preferred on a CPU that has the compiled kernels, or None."""
+    """Return why torch runs this model on a CPU that has the compiled kernels, or None."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"the compiled kernels compute in float32 and bfloat16, the model is {dtype}"
     return packed.unsupported(config)
 
 
 def _expected_bytes(config: ModelConfig, formats: Formats, dtype: str | None) -> int:
-    """Estimate the bytes of the weights from the config and formats alone."""
+    """Estimate the bytes of the loaded weights, from the config and the formats alone."""
     plain_bits = accounting.DTYPE_BITS.get(dtype or config.torch_dtype, 32)
     bits = native.BITS.get(formats.weights or "", plain_bits)
     extra_head_bits = native.BITS.get(formats.head or "", bits) - bits
@@ -315,23 +319,23 @@ def _expected_bytes(config: ModelConfig, formats: Formats, dtype: str | None) ->
 
 
 def _check_formats(asked: Formats, stored: Formats) -> None:
-    """Refuse formats that differ from those a model is packed in."""
+    """Raise ValueError if the requested formats differ from those of a packed model."""
     if asked.weights not in (None, stored.weights):
         _refuse_other_backend(str(stored.weights))
     if asked.head not in (None, stored.head):
         raise ValueError(
-            f"the model is packed with its output head as {stored.head}, asked for is "
-            f"{asked.head}; omit head, or quantize the model it was made from again"
+            f"head is {asked.head}, but the model is packed with its output head as "
+            f"{stored.head}; omit head, or pack the original model again with this head"
         )
 
 
 def _refuse(model: Backend, asked: str) -> None:
-    """Refuse options that a loaded model cannot change."""
+    """Raise ValueError for options (`asked`) that differ from those of a loaded model."""
     if model.name == "cpu":
         _refuse_other_backend(model.weights)
     raise ValueError(
-        f"the model is loaded on the {model.name} backend in {model.weights}, asked for is "
-        f"{asked}; load it from its folder with these options, or omit them"
+        f"{asked} was requested, but the model is already loaded on the {model.name} backend in "
+        f"{model.weights}; load it from its folder with these options, or omit them"
     )
 
 

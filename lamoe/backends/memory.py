@@ -1,4 +1,4 @@
-"""How much memory this process may still take."""
+"""Measures how much memory this process may still take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-# (limit, usage) of a control group, versions 2 and 1.
+# Files with the memory (limit, usage) of a control group, in versions 2 and 1 of the interface.
 _CGROUP_FILES = (
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
@@ -14,13 +14,14 @@ _CGROUP_FILES = (
 
 
 def available_memory(device: torch.device | str = "cpu", root: Path = Path("/")) -> int | None:
-    """Return the bytes that this process may still take on a device; None if unknown.
+    """Return the bytes that this process may still take on a device, or None if unknown.
 
-    On the host: what the system calls available, or what is left of the control group's limit if
-    that is less.
+    On the host, this is the memory that the system reports as available, or the unused part of the
+    control group's limit if that is less.
 
     Args:
-        root: where /proc and /sys are, for tests.
+        device: the device whose memory is meant.
+        root: folder that contains /proc and /sys. Tests replace it.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -37,6 +38,6 @@ def available_memory(device: torch.device | str = "cpu", root: Path = Path("/"))
         try:
             limit, used = ((root / "sys/fs/cgroup" / n).read_text().strip() for n in names)
             found.append(max(0, int(limit) - int(used)))
-        except (OSError, ValueError):  # "max" means no limit
+        except (OSError, ValueError):  # the limit may be "max", which means none
             pass
     return min(found, default=None)

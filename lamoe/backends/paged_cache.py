@@ -1,7 +1,7 @@
-"""The paged cache of the engine, and what one forward pass of the torch model sees of it.
+"""The engine's paged cache, and the view of it that one forward pass of the torch model gets.
 
 Rows are stored in any format of cache_codec.py, in pages that sequences of any length share.
-Which page belongs to which sequence is decided in engine/pages.py.
+engine/pages.py decides which page belongs to which sequence.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PagedCache:
         self.pages, self.page_size, self.device = pages, page_size, torch.device(device)
         row_bytes = cache_codec.row_bytes(format, self.widths)
         shape = (config.num_hidden_layers, pages * page_size, row_bytes)
-        # numpy's zeros take memory only when they are written; torch.zeros writes them all now.
+        # numpy's zeros take physical memory only when written, but torch.zeros writes all of it.
         on_host = self.device.type == "cpu"
         self.rows = (
             torch.from_numpy(np.zeros(shape, np.uint8))
@@ -59,22 +59,23 @@ class PagedCache:
     def write(
         self, layer: int, slots: torch.Tensor, parts: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
-        """Encode the two parts [N, width] of N rows and store them in `slots` [N]."""
+        """Encode N rows, given as two parts [N, width], and store them in `slots`, int64 [N]."""
         self.rows[layer].index_copy_(0, slots, cache_codec.encode(self.format, parts))
 
     def read(self, layer: int, slots: torch.Tensor) -> list[torch.Tensor]:
-        """Decode the rows in `slots` [b, S] to their two parts, [b, S, width] each."""
+        """Decode the rows in `slots`, int64 [b, S], and return their two parts [b, S, width]."""
         stored = self.rows[layer].index_select(0, slots.flatten())
         parts = cache_codec.decode(self.format, stored, self.widths, self.dtype)
         return [part.unflatten(0, slots.shape) for part in parts]
 
 
 class Group(NamedTuple):
-    """Sequences whose tokens attend in one call.
+    """A group of b sequences whose tokens attend in one call.
 
-    tokens: their tokens in the batch.
-    slots: int64 [b, S], the slots of all their rows. Shorter sequences are padded in front.
-    first: int64 [b], index of the first row that is not padding; None if nothing is padded.
+    tokens: slice of the batch's tokens that belong to the group.
+    slots: int64 [b, S], the cache slots of all rows of each sequence. Shorter sequences are padded
+        in front.
+    first: int64 [b], index of each sequence's first row that is not padding. None means no padding.
     """
 
     tokens: slice
@@ -86,8 +87,9 @@ class Group(NamedTuple):
 class Step:
     """The cache of one forward pass over N tokens of many sequences, laid out as ids [1, N].
 
-    position: int64 [N]. slot: int64 [N], where the new row of each token is stored.
-    groups: cover the tokens in order.
+    position: int64 [N], the position of each token in its sequence.
+    slot: int64 [N], the cache slot in which the new row of each token is stored.
+    groups: the groups of sequences that attend together. They cover the N tokens in order.
     """
 
     cache: PagedCache
@@ -105,7 +107,7 @@ class Step:
         return self.position[None]
 
     def views(self, layer: int, *new: torch.Tensor) -> list[View]:
-        """Store the new rows of a layer and return what each group attends to."""
+        """Store the new rows of a layer and return the rows that each group attends to."""
         self.cache.write(layer, self.slot, (new[0][0], new[1][0]))
         return [View(g.tokens, self.cache.read(layer, g.slots), g.first) for g in self.groups]
 

@@ -1,4 +1,4 @@
-"""The model definition (lamoe/model) behind the Backend interface: torch ops, on any device."""
+"""A backend that runs the model definition (lamoe/model) with torch ops, on any device."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer, check_ids
 
 _FORMAT_OF_DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-# Decoding sequences are padded to one length and attend together while the longest has at most
-# GROUP_GROWTH times the rows of the shortest, plus GROUP_SLACK.
+# Decoding sequences form a group, which is padded to one length and attends in one call. A group
+# grows while its longest sequence has at most GROUP_GROWTH times the rows of its shortest one, plus
+# GROUP_SLACK rows.
 GROUP_GROWTH, GROUP_SLACK = 1.5, 64
 
 
 class TorchBackend(Backend):
-    """Runs a Transformer where its weights are."""
+    """Runs a Transformer on the device and in the dtype of its weights."""
 
     name = "torch"
 
@@ -48,7 +49,7 @@ class TorchBackend(Backend):
     def rows_loss(
         self, ids: torch.Tensor, segments: torch.Tensor, document_mask: bool = True
     ) -> RowsLoss:
-        check_ids(ids, self.config)  # here, because a device cannot check without a stall
+        check_ids(ids, self.config)  # on the host: a check on the device would wait for it
         ids, segments = ids.to(self.device), segments.to(self.device)
         targets = next_token_targets(ids, segments)
         watch = routing.Training(routing.Balance(devices=1))
@@ -66,10 +67,13 @@ class TorchBackend(Backend):
     def state_bytes(
         config: ModelConfig, max_model_len: int, max_num_seqs: int, batch_tokens: int
     ) -> int:
-        return 0  # torch frees its temporaries within each op
+        return 0  # torch keeps no partial results: it frees its temporaries within each op
 
     def _step(self, batch: Batch, cache: PagedCache) -> Step:
-        """Translate page tables into slots: one per new token, and all rows of each group."""
+        """Translate page tables into cache slots.
+
+        The result has the slot of each new token, and the slots of all rows that each group reads.
+        """
         slots, new_slots = [], []
         for count, end, first_page in batch.sequences.tolist():
             slots.append(sequence_slots(batch.pages[first_page:], end, cache.page_size))
@@ -87,26 +91,33 @@ def sequence_slots(pages: torch.Tensor, length: int, page_size: int) -> torch.Te
     """Return the slots of the first `length` rows of a sequence, int64 [length].
 
     Args:
-        pages: int [P], its page table. Entries beyond the last needed page are not read.
+        pages: int [P], page table of the sequence. Entries after the last needed page are not read.
+        length: number of rows.
+        page_size: number of rows per page.
     """
     used = pages[: -(-length // page_size)].long()
     return (used[:, None] * page_size + torch.arange(page_size)).flatten()[:length]
 
 
 def next_token_targets(ids: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-    """Return the target of each token of rows [B, T + 1]: the next token, as [B, T].
+    """Return the target of each token, which is the next token of its row.
 
-    The target is -1 (ignored) where the next token begins another segment.
+    Args:
+        ids: [B, T + 1] token ids.
+        segments: [B, T + 1] segment numbers.
+
+    Returns:
+        [B, T]. A target is -1 (ignored) where the next token begins another segment.
     """
     return ids[:, 1:].masked_fill(segments[:, 1:] != segments[:, :-1], -1)
 
 
 def _groups(counts: list[int], slots: list[torch.Tensor]) -> list[Group]:
-    """Group neighbouring decoding sequences of similar length; each prompt chunk stays alone.
+    """Group neighbouring decoding sequences of similar length. A prompt chunk is its own group.
 
     Args:
-        counts: new tokens of each sequence. Decoding sequences have one.
-        slots: all slots of each sequence.
+        counts: number of new tokens of each sequence. Decoding sequences have one.
+        slots: cache slots of all rows of each sequence, int64 [S] each.
     """
     groups, begin = [], 0
     token_ends = list(accumulate(counts))
@@ -118,7 +129,7 @@ def _groups(counts: list[int], slots: list[torch.Tensor]) -> list[Group]:
         members = slots[begin:end]
         longest = max(map(len, members))
         first = torch.tensor([longest - len(m) for m in members])
-        # The padding repeats the first slot: a valid one, which attention masks out.
+        # Pad with the sequence's first slot. It is valid to read, and attention masks it out.
         padded = torch.stack([torch.cat([m[:1].expand(longest - len(m)), m]) for m in members])
         tokens = slice(token_ends[begin] - counts[begin], token_ends[end - 1])
         groups.append(Group(tokens, padded, first if first.any() else None))

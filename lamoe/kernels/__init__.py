@@ -1,9 +1,9 @@
-"""The model's ops with gradients: one function per op, two implementations with one signature.
+"""The model's ops with gradients: one function per op, and two implementations of each.
 
-"ref" (ref.py) defines an op: plain torch, short, slow. "fused" (fused.py), the default,
-has hand-written backward passes. LAMOE_OPS=ref|fused in the environment sets the default of a
-process, `impl=` chooses for one call. LAMOE_IMPL, the variable's older name, is read too.
-Which backend runs a model is a separate choice: see lamoe/backends.
+"ref" (ref.py) is the definition of an op, in plain torch, short and slow. "fused" (fused.py) is the
+default and has hand-written backward passes. The environment variable LAMOE_OPS=ref|fused sets the
+default of a process, and `impl=` chooses for one call. LAMOE_IMPL, the older name of the variable,
+works too. The backend that runs a model is a separate choice, see lamoe/backends.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if _DEFAULT not in _IMPLS:
 
 
 def _op(name: str):
-    """Make the function that runs the op `name` in the chosen implementation.
+    """Return the function that runs the op `name` in the chosen implementation.
 
-    "fused" has no mla_attend, because only decoding uses it; the definition runs instead.
+    "fused" has no mla_attend, because only decoding uses this op. The definition runs instead.
     """
 
     def call(*args, impl: str | None = None, **kwargs):

@@ -1,8 +1,8 @@
-"""Ops with hand-written backward passes over torch's own matrix products: the default for training.
+"""Ops with hand-written backward passes on top of torch's matrix products, the default in training.
 
-Each computes the function of the same name in ref.py, whose docstring describes it. It saves little
-for the backward pass, recomputes what is cheap, and reads and writes memory as rarely as possible.
-Second derivatives are not defined here; use impl="ref".
+Each op computes the function of the same name in ref.py, which documents its arguments. The ops
+save few tensors for the backward pass, recompute cheap ones, and avoid reading and writing memory.
+Second derivatives are not defined here. Use impl="ref" for them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lamoe.kernels import ref
 
 
 def _work(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and statistics: at least float32."""
+    """Return the dtype of sums and statistics: float32, or float64 for float64 inputs."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -35,16 +35,17 @@ class _RMSNorm(Function):
         unit, dx = _copy(x, inv.dtype).mul_(inv), _copy(dy, inv.dtype)
         w = weight.to(inv.dtype)
         product = dx * unit
-        along = product @ w  # [...], the gradient along the normalised row
+        along = product @ w  # [...], the part of the gradient along the normalised row
         dweight = product.flatten(0, -2).sum(0).to(weight.dtype)
         dx.mul_(w).addcmul_(unit, along.unsqueeze(-1), value=-1 / x.shape[-1]).mul_(inv)
         return dx.to(x.dtype), dweight, None
 
 
 def _copy(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A new contiguous tensor of `dtype`.
+    """Return a contiguous copy of x in `dtype`.
 
-    One cast first is faster than operations that mix dtypes, since torch casts in each of them.
+    One cast in advance is faster than operations on mixed dtypes, because torch casts in each of
+    them.
     """
     return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
 
@@ -62,7 +63,7 @@ class _Rope(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        dx = ref.rope(dy, ctx.freqs.conj(), ctx.interleaved)  # the transpose of a rotation
+        dx = ref.rope(dy, ctx.freqs.conj(), ctx.interleaved)  # transposed rotation
         return dx, None, None
 
 
@@ -102,22 +103,33 @@ def swiglu(x):
 
 
 # ---- attention -----------------------------------------------------------------------------------
-# Queries are processed in blocks of rows. A block skips the keys after its last row.
+# Queries are processed in blocks of consecutive rows. A block skips the keys after its last query.
 _BLOCK_ROWS = 128
-# Up to this size per call, probabilities are kept for the backward pass; beyond, recomputed.
+# Limit on the attention probabilities that one call keeps for the backward pass. Above it, the
+# backward pass recomputes them.
 _KEEP_BYTES = 1 << 26
 
 
 def _blocks(t: int, s: int) -> list[tuple[int, int, int]]:
-    """(first row, end row, number of visible keys) of each block of queries."""
+    """Return (first query, end of queries, number of visible keys) of each block of queries.
+
+    Args:
+        t: number of queries T.
+        s: number of keys S.
+    """
     rows = [(a, min(a + _BLOCK_ROWS, t)) for a in range(0, t, _BLOCK_ROWS)]
     return [(a, b, s - t + b) for a, b in rows]
 
 
 def _probs(q, k, a, b, end, segments):
-    """Attention probabilities [B, H, b - a, end] of the query rows a:b over the keys before `end`.
+    """Return the attention probabilities of queries a to b - 1 over the keys before `end`.
 
-    q: [B, H, T, width], already scaled; k: [B, H, S, width].
+    Args:
+        q: [B, H, T, width], already multiplied by the softmax scale.
+        k: [B, H, S, width].
+
+    Returns:
+        [B, H, b - a, end].
     """
     s, t = k.shape[2], q.shape[2]
     logits = q[:, :, a:b] @ k[:, :, :end].transpose(2, 3)
@@ -126,7 +138,7 @@ def _probs(q, k, a, b, end, segments):
         first = s - t
         hidden = segments[:, first + a : first + b, None] != segments[:, None, :end]
         logits.masked_fill_(hidden[:, None], float("-inf"))
-    if rows > 1:  # only the last `rows` keys can lie in the future
+    if rows > 1:  # only the last `rows` keys can be later than a query
         future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
         logits[..., end - rows :].masked_fill_(future, float("-inf"))
     return logits.softmax(-1)
@@ -155,7 +167,8 @@ class _Attend(Function):
     def backward(ctx, dout):
         q, k, v, *probs = ctx.saved_tensors
         dout, dq, dk, dv = dout.transpose(1, 2).contiguous(), torch.empty_like(q), None, None
-        # The last block comes first: it sees every key, so its products can start the sums.
+        # Process the last block first. It sees every key, so its products have the full size and
+        # can hold the sums.
         for i, (a, b, end) in reversed(list(enumerate(_blocks(q.shape[2], k.shape[2])))):
             p = probs[i] if probs else _probs(q, k, a, b, end, ctx.segments)
             dp = dout[:, :, a:b] @ v[:, :, :end].transpose(2, 3)
@@ -168,9 +181,10 @@ class _Attend(Function):
 
 
 def _add_to(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
-    """Add `part` to the first rows of `total`; the first part, the longest, becomes the total.
+    """Add `part` to the first rows of `total` and return `total`.
 
-    Sums are in at least float32.
+    If `total` is None, `part` becomes the total. The caller passes the longest part first. Sums are
+    in at least float32.
     """
     if total is None:
         return part.to(_work(part.dtype))
@@ -186,25 +200,25 @@ def attend(q, k, v, scale, segments=None):
 
 
 # ---- experts -------------------------------------------------------------------------------------
-# The rows of an expert are padded to a multiple of this, because oneDNN compiles and caches a
-# matrix product for every new number of rows.
+# The number of rows of an expert is padded to a multiple of this constant, because oneDNN compiles
+# and caches a matrix product for every new number of rows.
 _PAD = 64
 
 
 class _Plan:
-    """Where each assignment (token, expert) lies among rows sorted by expert.
+    """The order of all assignments (token, expert) when rows are sorted by expert.
 
-    Row j of the sorted rows holds assignment order[j], whose token is order[j] // K. When there are
-    many rows, each expert's rows are padded with copies of assignment 0 that get weight 0 and are
-    not gathered back. Assignments to expert id E (no expert) get no row.
+    Row j of the sorted rows holds assignment order[j], whose token is order[j] // K. If there are
+    many rows, each expert's rows are padded with copies of assignment 0. The copies get weight 0
+    and are not gathered back. Assignments to expert id E (no expert) get no row.
 
     Attributes:
-        counts: rows per expert, padding included.
-        order: [rows] the assignment of each row.
+        counts: number of rows per expert, padding included.
+        order: [rows], the assignment of each row.
         real: [rows, 1] bool, False for padding.
-        place: [N K] the row of each assignment; 0 for assignments without one.
-        kept: [N, K, 1] bool, False for assignments without a row. None: all have one.
-        token: [rows] the token of each row.
+        place: [N K], the row of each assignment. 0 for assignments without a row.
+        kept: [N, K, 1] bool, False for assignments without a row. None if all have a row.
+        token: [rows], the token of each row.
         shape: (N, K).
     """
 
@@ -217,7 +231,7 @@ class _Plan:
         if total >= _PAD * n_experts:
             padded = (counts + _PAD - 1) // _PAD * _PAD
         padding = padded - counts
-        padding_before = padding.cumsum(0) - padding  # of earlier experts
+        padding_before = padding.cumsum(0) - padding  # padding rows of all earlier experts
         gap = padding_before.repeat_interleave(counts, output_size=total)
         slot = torch.arange(total, device=expert.device) + gap
         self.counts, rows = padded.tolist(), int(padded.sum())
@@ -229,11 +243,14 @@ class _Plan:
         self.token, self.shape = self.order // k, (n, k)
 
     def sorted_weights(self, weight: torch.Tensor) -> torch.Tensor:
-        """Weights [N, K] in the order of the rows, 0 for padding. -> [rows, 1]"""
+        """Return router weights [N, K] in the order of the sorted rows, as [rows, 1].
+
+        Padding gets weight 0.
+        """
         return weight.flatten()[self.order].unsqueeze(1) * self.real
 
     def combine(self, rows: torch.Tensor) -> torch.Tensor:
-        """Sum the rows [rows, D] of each token, accumulated in at least float32. -> [N, D]"""
+        """Return the sum of each token's rows, [rows, D] -> [N, D], in at least float32."""
         n, k = self.shape
         if rows.shape[0] == 0:
             return rows.new_zeros(n, rows.shape[1])
@@ -251,7 +268,7 @@ class _Plan:
                 torch.mm(a, m, out=b)
 
     def outer(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-        """Set out[expert] = left^T @ right over the expert's rows; zero if it has none."""
+        """Set out[expert] = left^T @ right over each expert's rows, or 0 if it has no rows."""
         for a, b, m in zip(left.split(self.counts), right.split(self.counts), out.unbind(0)):
             torch.mm(a.t(), b, out=m) if a.shape[0] else m.zero_()
 
@@ -275,7 +292,7 @@ class _Experts(Function):
         x, weight, w13, w2, h = ctx.saved_tensors
         plan, ws = ctx.plan, ctx.plan.sorted_weights(weight)
         rows = dout.index_select(0, plan.token)
-        act = _swiglu(h)  # not multiplied by the router weight yet
+        act = _swiglu(h)  # activation, not yet multiplied by the router weight
         dact = torch.empty_like(act)  # gradient of the weighted activation
         plan.products(rows, w2, dact)
         dws = torch.linalg.vecdot(dact.to(ws.dtype), act.to(ws.dtype))
@@ -285,7 +302,7 @@ class _Experts(Function):
         torch.index_select(x, 0, plan.token, out=rows)
         plan.outer(dh, rows, dw13)
         plan.products(dh, w13, rows)
-        # Without any row, because every assignment was dropped, indexing would fail.
+        # If every assignment was dropped, there is no row, and indexing would fail.
         dweight = dws[plan.place] if dws.shape[0] else dws.new_zeros(weight.numel())
         if plan.kept is not None:
             dweight.masked_fill_(~plan.kept.flatten(), 0)
@@ -297,14 +314,15 @@ def experts(x, expert, weight, w13, w2):
 
 
 # ---- loss ----------------------------------------------------------------------------------------
-# Number of rows of logits that exist at once.
+# Largest number of rows of logits that exist at once.
 _LOSS_ROWS = 512
 
 
 class _CrossEntropy(Function):
-    """Computes the gradient together with the loss, in chunks of rows.
+    """Cross-entropy that computes the gradient together with the loss, in chunks of rows.
 
-    All logits [N, vocabulary] never exist at once, and none are kept for the backward pass.
+    The logits [N, vocabulary] exist only one chunk at a time, and none are kept for the backward
+    pass.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """The definition of every op: plain differentiable torch, as short as possible, slow on purpose.
 
-Tests compare every other implementation with these functions. Letters as in model/transformer.py.
-"At least float32" means float32, or float64 when the input is float64.
+Tests compare every other implementation with these functions. Shapes use the letters of
+model/transformer.py. "At least float32" means float32, or float64 if the input is float64.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalise rows: x / sqrt(mean(x^2) + eps) * weight.
 
-    Statistics are in at least float32; the normalised row is cast back, then multiplied by weight.
+    Statistics are in at least float32. The normalised row is cast back to the dtype of x before it
+    is multiplied by weight.
 
     Args:
         x: [..., D].
@@ -33,7 +34,7 @@ def rope(x: torch.Tensor, freqs: torch.Tensor, interleaved: bool) -> torch.Tenso
     Args:
         x: [B, T, heads, R].
         freqs: [B or 1, T, R / 2] complex rotations; see model/rope.py.
-        interleaved: pairs are the elements (2k, 2k + 1), else (k, k + R / 2).
+        interleaved: True if the elements (2k, 2k + 1) form pairs, False if (k, k + R / 2) do.
 
     Returns:
         [B, T, heads, R] in the dtype and element order of x.
@@ -52,13 +53,14 @@ def visible(
 ) -> torch.Tensor:
     """Return which keys each query may attend to, [1 or B, T, S] bool.
 
-    Query i is at position S - T + i. It sees key j if j is not later and in the same segment.
+    Query i is at position S - T + i. It may attend to key j if position j is not later and belongs
+    to the same segment.
 
     Args:
         t: number of queries T.
         s: number of keys S.
-        segments: [B, S] integers. None: one segment.
-        device: of the result.
+        segments: [B, S] integers. None means one segment.
+        device: device of the result.
     """
     mask = torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)[None]
     if segments is not None:
@@ -73,16 +75,17 @@ def attend(
     scale: float,
     segments: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attend causally; the queries are the last T of S positions (paper eq. 46).
+    """Attend causally with queries at the last T of S positions (paper eq. 46).
 
-    Attention logits have the dtype of q, the softmax is in at least float32.
+    Attention logits have the dtype of q. The softmax is in at least float32.
 
     Args:
         q: [B, T, H, width].
         k: [B, S, G, width]. Each of the G heads serves H / G query heads.
         v: [B, S, G, V].
         scale: factor on the attention logits.
-        segments: [B, S] integers; a query sees its own segment only.
+        segments: [B, S] integers. A query attends only to keys of its own segment. None means one
+            segment.
 
     Returns:
         [B, T, H, V].
@@ -110,12 +113,13 @@ def mla_attend(
         q_rope: [B, T, H, R] rotated queries.
         latent: [B, S, C]. The queries are at the last T of S positions.
         k_rope: [B, S, R] rotated keys.
-        scale: factor on the attention logits. It follows from the width of the full query,
-            N + R, not from C + R.
-        first: [B] int64; rows before it are padding. None: no padding.
+        scale: factor on the attention logits. It is computed from the width N + R of a full query
+            head, not from C + R.
+        first: [B] int64, index of each sequence's first row that is not padding. None means no
+            padding.
 
     Returns:
-        [B, T, H, C], weighted sums of latents.
+        [B, T, H, C], the weighted sums of latents.
     """
     t, s = q_latent.shape[1], latent.shape[1]
     content = torch.einsum("bthc,bsc->bhts", q_latent, latent)
@@ -141,14 +145,15 @@ def experts(
 ) -> torch.Tensor:
     """Sum the weighted outputs of the chosen experts of each row (paper eq. 20).
 
-    The weight multiplies the activation of width F; the sum over experts is in the dtype of weight.
+    The router weight multiplies the activation of width F. The sum over experts is computed in the
+    dtype of weight.
 
     Args:
         x: [N, D].
-        expert: [N, K] int64 expert ids; E means no expert.
-        weight: [N, K] float32 (or float64).
-        w13: [E, 2 F, D]; of each expert the rows of the gate, then those of up.
-        w2: [E, D, F].
+        expert: [N, K] int64 expert ids. Id E means no expert.
+        weight: [N, K] router weights, float32 or float64.
+        w13: [E, 2 F, D], for each expert the rows of gate, then the rows of up.
+        w2: [E, D, F], the matrix of the second product of each expert.
 
     Returns:
         [N, D] in the dtype of x.
@@ -168,10 +173,10 @@ def cross_entropy(h: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) ->
     Args:
         h: [N, D] normed states.
         head: [vocabulary, D].
-        targets: [N] int64; negative ones do not count.
+        targets: [N] int64. Rows with a negative target do not count.
 
     Returns:
-        A scalar; 0 when no target counts.
+        A scalar. It is 0 if no row counts.
     """
     logits = F.linear(h, head).to(torch.promote_types(h.dtype, torch.float32))
     total = F.cross_entropy(logits, targets.clamp_min(-1), ignore_index=-1, reduction="sum")

@@ -282,7 +282,7 @@ def test_a_folder_of_another_source_or_format_is_not_overwritten(tmp_path):
         (model, "int4", {"calibration": "x"}, "calibration was None, is x"),
     ):
         before = contents(target)
-        with pytest.raises(ValueError, match=f"not the beginning of this packed model.*{why}"):
+        with pytest.raises(ValueError, match=f"no unfinished copy of this packed model.*{why}"):
             pack(again, target, weights, **options)
         assert contents(target) == before
     (tmp_path / "full").mkdir()
@@ -320,7 +320,9 @@ def test_a_complete_file_that_was_damaged_later_is_refused(tmp_path):
         (tmp_path / "out" / "packed-00001.safetensors").read_bytes(),
     ):
         file.write_bytes(broken)
-        with pytest.raises(ValueError, match="packed-00002.*Delete this file; the others are kept"):
+        with pytest.raises(
+            ValueError, match="packed-00002.*Delete this file; complete files are kept"
+        ):
             pack(model, tmp_path / "out")
         file.unlink()
         pack(model, tmp_path / "out")
@@ -359,7 +361,8 @@ def test_without_compiled_kernels_packing_is_refused_and_sizes_are_known(tmp_pat
     assert [native.mat_bytes(*s) for s in sizes] == want
     assert packed_file.bits_per_weight(tmp_path / "out") == bits  # as `lamoe info` shows
     with pytest.raises(
-        ValueError, match=r"packing needs the compiled kernels, which are not there \(no compiler\)"
+        ValueError,
+        match=r"packing needs the compiled kernels, which could not be imported \(no compiler\)",
     ):
         pack(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -387,7 +390,7 @@ def test_a_packed_model_runs_in_its_own_format_only(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unknown weight format"):
         LLM(tmp_path / "model", weights="int3")
     monkeypatch.setenv("LAMOE_IMPL", "ref")
-    with pytest.raises(ValueError, match="compiled kernels, which are not there"):
+    with pytest.raises(ValueError, match="compiled kernels, which are not installed"):
         LLM(tmp_path / "out")
 
 

@@ -136,7 +136,9 @@ def test_bytes_of_the_head_class():
             == bits * 102400 * 2048
         )
         assert found["experts"].formats == found["attention"].formats == (weights,)
-        with pytest.raises(ValueError, match=f"head should be {weights} and came out as {head}"):
+        with pytest.raises(
+            ValueError, match=f"head should be stored as {weights}, but came out as {head}"
+        ):
             packed.weight_classes(c, Formats(weights), done)
     assert [p.format for p in packed.packed_tensors(c, Formats("int4"))] == [
         p.format for p in packed.packed_tensors(c, Formats("int4", "int4"))
@@ -168,7 +170,7 @@ def test_an_interrupted_folder_continues_with_its_own_head_format_only(tmp_path)
         for other in others:
             with pytest.raises(
                 ValueError,
-                match=f"not the beginning of this packed model.*head was {started or 'int4'}, is "
+                match=f"no unfinished copy of this packed model.*head was {started or 'int4'}, is "
                 f"{other or 'int4'}",
             ):
                 pack(model, target, head=other)
@@ -215,10 +217,12 @@ def test_invalid_head_formats_are_refused(tmp_path):
             call()
     assert not (tmp_path / "new").exists()
     pack(model, tmp_path / "out", head="int8")
-    with pytest.raises(ValueError, match="its output head as int8, asked for is int4"):
+    with pytest.raises(
+        ValueError, match="head is int4, but the model is packed with its output head as int8"
+    ):
         LLM(tmp_path / "out", head="int4")
     assert LLM(tmp_path / "out", head="int8").backend.head == "int8"
-    with pytest.raises(ValueError, match="quantised weights need them"):
+    with pytest.raises(ValueError, match="which quantised weights need"):
         LLM(model, head="int8", backend="torch")
     for head, why in (
         ("int3", "says head 'int3'"),

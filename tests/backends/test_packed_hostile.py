@@ -95,7 +95,7 @@ def test_truncated_missing_and_swapped_files_are_refused(tmp_path):
     ):
         packed_file.load(tmp_path / "out")
     shutil.copy(tmp_path / "out" / "packed-00001.safetensors", file)
-    with pytest.raises(ValueError, match="does not hold the tensors of its config"):
+    with pytest.raises(ValueError, match="does not hold the tensors that config.json needs"):
         packed_file.load(tmp_path / "out")
 
 
@@ -110,14 +110,14 @@ def test_files_that_the_config_does_not_name_are_refused(tmp_path):
         shutil.copy(out / "packed-00001.safetensors", out / name)
         with pytest.raises(
             ValueError,
-            match=f"holds '{re.escape(name)}' beside the 4 files that its config.json names for "
+            match=f"holds '{re.escape(name)}' beside the 4 files that its config.json needs for "
             "3 layers. .*delete",
         ):
             packed_file.load(out)
         (out / "packed-00002.safetensors").rename(tmp_path / "away")
         with pytest.raises(
             ValueError,
-            match=r"has 4 packed files and its config.json names 4 \(packed-00002.safetensors is "
+            match=r"has 4 packed files, but its config.json needs 4 \(packed-00002.safetensors is "
             r"missing\)",
         ):
             packed_file.load(out)
@@ -127,7 +127,7 @@ def test_files_that_the_config_does_not_name_are_refused(tmp_path):
     path.write_text(path.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'))
     with pytest.raises(
         ValueError,
-        match="holds 'packed-00003.safetensors' beside the 3 files that its config.json names "
+        match="holds 'packed-00003.safetensors' beside the 3 files that its config.json needs "
         "for 2 layers",
     ):
         packed_file.load(out)
@@ -149,7 +149,7 @@ def test_other_and_impossible_configs_are_refused(tmp_path):
         return str(e.value)
 
     q = config["quantization_config"]
-    assert "layout version 2, this lamoe reads 1" in load_error(
+    assert "layout version 2, but this lamoe reads version 1" in load_error(
         quantization_config=q | {"version": 2}
     )
     assert "weights 'int3'" in load_error(quantization_config=q | {"weights": "int3"})

@@ -1,1 +1,1 @@
-"""The backend of compiled CPU kernels (csrc/), and its folders of packed weights."""
+"""The backend that runs the compiled CPU kernels (csrc/), and its folders of packed weights."""

@@ -1,6 +1,6 @@
-"""The compiled kernels (csrc/) behind the Backend interface.
+"""A backend that runs models with the compiled kernels (csrc/).
 
-A `CpuBackend` holds weights in kernel layout (packed.py) and computes a whole forward pass in one
+A `CpuBackend` holds weights in kernel layout (packed.py). It computes a whole forward pass in one
 call of `lamoe._native`.
 """
 
@@ -23,21 +23,22 @@ from lamoe.model import rope
 from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
 
-LOSS_CHUNK = 512  # tokens of one forward pass in `rows_loss`; bounds the logits in memory
+LOSS_CHUNK = 512  # tokens per forward pass in `rows_loss`; this bounds the memory of the logits
 
 
 class CpuBackend(Backend):
     """A packed model on the compiled kernels.
 
     Args:
-        formats: of weights and head; `weights` must be given.
-        tensors: {PackedTensor.key: (uint8 1-D, scale of each matrix)}. They are referenced, not
-            copied.
-        threads: of the kernels; 0 takes torch's number of threads.
+        config: the config of the model.
+        formats: formats of weights and head. `weights` must not be None.
+        tensors: {PackedTensor.key: (bytes, scales)}. The bytes are a 1-D uint8 tensor, and there is
+            one scale per matrix. The backend refers to this memory and does not copy it.
+        threads: number of threads of the kernels. 0 means torch's number of threads.
 
     Attributes:
-        packed: the `tensors` argument.
-        native: the lamoe._native.Model.
+        packed: the argument `tensors`.
+        native: the lamoe._native.Model that computes.
     """
 
     name = "cpu"
@@ -63,11 +64,11 @@ class CpuBackend(Backend):
 
     @property
     def formats(self) -> Formats:
-        """The formats of weights and head."""
+        """Storage formats of the weights and the output head. `cache` has no meaning here."""
         return Formats(self.weights, self.head)
 
     def _register(self, tensor: packed.PackedTensor) -> None:
-        """Hand the memory of one tensor to the native model."""
+        """Pass the memory of one packed tensor to the native model, without a copy."""
         data, scales = self.packed[tensor.key]
         array, layer, name = data.numpy(), tensor.layer, tensor.name
         if tensor.format is None:
@@ -79,15 +80,16 @@ class CpuBackend(Backend):
         matrices = (native.FORMATS[tensor.format], tensor.n, tensor.k, array, scales)
         self.native.set(layer, name, *matrices)
         if name == "uv" and self.weights in ("fp32", "bf16"):
-            self.native.set(layer, "uv_elem", *matrices)  # W^UV is its own unrounded copy
+            self.native.set(layer, "uv_elem", *matrices)  # unrounded: it needs no copy
 
     @classmethod
     def from_transformer(
         cls, model: Transformer, formats: Formats = Formats(), threads: int = 0
     ) -> CpuBackend:
-        """Pack a Transformer's weights.
+        """Pack a Transformer's weights and return the backend.
 
-        If `formats.weights` is None, the weights keep the dtype of the parameters, unrounded.
+        If `formats.weights` is None, the weights keep the dtype of the parameters and are not
+        rounded.
 
         Raises:
             ValueError: if `formats.weights` is None and the parameters are neither float32 nor
@@ -99,7 +101,7 @@ class CpuBackend(Backend):
             weights = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype)
         if weights is None:
             raise ValueError(
-                "the compiled kernels compute in float32 and bfloat16, and the model is "
+                "the compiled kernels compute in float32 and bfloat16 only, but the model is "
                 f"{dtype}; use backend='torch'"
             )
         read = hf.views(model.config, dict(model.named_parameters())).__getitem__
@@ -109,12 +111,12 @@ class CpuBackend(Backend):
     def from_tensors(
         cls, config: ModelConfig, formats: Formats, read: packed.Read, threads: int = 0
     ) -> CpuBackend:
-        """Pack the checkpoint tensors that `read` returns, one at a time."""
+        """Pack the checkpoint tensors that `read` returns, one at a time; return the backend."""
         element = packed.element_format(formats)
         tensors = {}
         for tensor in packed.packed_tensors(config, formats):
             if tensor.format in (None, "raw"):
-                # Where no cast is needed, this is the memory that `read` returned.
+                # If no cast is needed, the packed bytes share the memory that `read` returned.
                 tensors[tensor.key] = next(packed.pack_tensor(tensor, read, element))[0], [1.0]
                 continue
             data = native.allocate(packed.packed_bytes(tensor, element))
@@ -147,10 +149,10 @@ class CpuBackend(Backend):
         )
 
     def _cos_sin_table(self, length: int) -> torch.Tensor:
-        """Return cosines | sines of the rotary angles, float32 [at least `length`, R].
+        """Return a table of the rotary angles: cosines, then sines, float32 [rows, R].
 
-        The table is kept and grows in large steps, because building it is slow compared to a small
-        forward pass.
+        There are at least `length` rows, one per position. The table is kept and grows in large
+        steps, because building it is slow compared to a small forward pass.
         """
         if len(self._cos_sin) < length:
             size = min(max(2 * length, 1024), self.config.max_position_embeddings)
@@ -163,7 +165,10 @@ class CpuBackend(Backend):
     def rows_loss(
         self, ids: torch.Tensor, segments: torch.Tensor, document_mask: bool = True
     ) -> RowsLoss:
-        """See Backend. Each segment (without mask: each row) runs as a sequence of its own."""
+        """Compute the next-token loss of rows of text. See Backend.rows_loss.
+
+        With `document_mask`, each segment runs as a sequence of its own, otherwise each row.
+        """
         nats, num_targets = 0.0, 0
         load = np.zeros((len(self.config.moe_layers), self.config.n_routed_experts or 0))
         for row, segment, targets in zip(ids, segments, next_token_targets(ids, segments)):
@@ -187,23 +192,28 @@ class CpuBackend(Backend):
     def state_bytes(
         config: ModelConfig, max_model_len: int, max_num_seqs: int, batch_tokens: int
     ) -> int:
-        """See Backend. The rule is csrc/model/cost.cpp's."""
+        """Return the bound of Backend.state_bytes. csrc/model/cost.cpp computes it."""
         settings = _native_config(config, "bf16")
         return native.lib.max_state_bytes(settings, max_model_len, max_num_seqs, batch_tokens)
 
 
 def expands(config: ModelConfig, new_tokens: int, total_tokens: int) -> bool:
-    """Whether `new_tokens` queries of a sequence of `total_tokens` take the expanded form.
+    """Return whether `new_tokens` queries over `total_tokens` rows use MLA's expanded form.
 
-    The rule is csrc/model/cost.cpp's: the form with fewer multiply-adds (as in
-    model.costs.cheaper_form), but a single token is always absorbed.
+    csrc/model/cost.cpp decides. A single new token always uses the absorbed form. Otherwise the
+    form with fewer multiply-adds is used, as in model.costs.cheaper_form.
     """
     settings = _native_config(config, "bf16")
     return native.lib.cheaper_form(settings, new_tokens, total_tokens) == "expand"
 
 
 def _spans(segment: torch.Tensor, document_mask: bool) -> list[tuple[int, int]]:
-    """Return (begin, end) of the sequences of a row that have something to predict."""
+    """Return (begin, end) of each sequence in a row that has at least one token to predict.
+
+    Args:
+        segment: [T + 1] segment numbers of the row.
+        document_mask: whether each segment is its own sequence, otherwise the row is one.
+    """
     cuts = [0, len(segment)]
     if document_mask:
         changes = (segment[1:] != segment[:-1]).nonzero().flatten() + 1
@@ -256,7 +266,7 @@ def _native_config(config: ModelConfig, element: str) -> dict:
 
 @cache
 def codec_numbers(name: str, widths: tuple[int, int]) -> list[int]:
-    """Return a cache format as csrc knows it: kind, widths, bits, group size, bytes of a row."""
+    """Describe a cache format to csrc/ as [kind, widths, code bits, group size, bytes of a row]."""
     kind = {"fp32": 0, "bf16": 1}.get(name, 2)
     bits, group = cache_codec.part_bits(name, widths), cache_codec.group_of(name)
     return [kind, *widths, *bits, group, cache_codec.row_bytes(name, widths)]

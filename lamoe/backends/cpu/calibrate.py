@@ -1,9 +1,10 @@
 """Collect the second moments of each matrix's inputs on a text, for better int4 rounding.
 
 With rounding errors e in one row of a matrix, the squared error of its output is e H e^T, where H
-is the second moment matrix of the inputs. Inputs are rounded one after another, and later ones can
-compensate for the errors of earlier ones; the inverse of H says how (optimal brain surgeon; GPTQ,
-arXiv 2210.17323). `options` makes the `weigh` argument of packed_file.write from this.
+is the second moment matrix of the inputs. The weights of a row are rounded one after another, and
+later ones can compensate for the errors of earlier ones. The inverse of H gives the optimal
+compensation (optimal brain surgeon; GPTQ, arXiv 2210.17323). `options` makes the `weigh` argument
+of packed_file.write from these moments.
 
 The model is run layer by layer over all rows of the text at once, so only one layer's weights are
 in memory. The inputs of a routed expert are those of the tokens that were routed to it, multiplied
@@ -29,17 +30,20 @@ from lamoe.model.layers import RMSNorm
 from lamoe.model.transformer import Block, check_ids
 from lamoe.text.tokenizer import Tokenizer
 
-ROWS = 4  # rows of one forward pass
-LENGTH = 512  # tokens of a row
-CHARS = 16  # most characters to tokenise per wanted token
-PIECE = 8192  # characters of one sampled piece of text
+ROWS = 4  # number of rows per forward pass
+LENGTH = 512  # number of tokens per row
+CHARS = 16  # largest number of characters to tokenise per requested token
+PIECE = 8192  # number of characters in one sampled piece of text
 # In an expert's moments, the layer's mean counts as much as this many of the expert's own tokens.
 _LAYER_MEAN_TOKENS = 128
-# Damping: this share of each input's second moment is added to it, because other text may differ.
+# Damping. This fraction of each input's second moment is added to it, because other texts may have
+# other moments.
 _DAMP = 0.1
-# This share of the mean second moment is added to every input, since some are zero on this text.
+# This fraction of the mean second moment is added to that of every input, because some inputs are
+# always zero on the calibration text.
 _FLOOR = 1e-4
-# Returns for the i-th matrix of a tensor the mean of x x^T over its inputs x, float32 [K, K].
+# Function from the index of a matrix in a tensor to the mean of x x^T over the inputs x of this
+# matrix, float32 [K, K].
 Moments = Callable[[int], torch.Tensor]
 
 
@@ -49,7 +53,7 @@ def rows_of(
     """Tokenise about `tokens` tokens, in rows spread evenly over the texts.
 
     Returns:
-        int64 [rows, T].
+        Token ids, int64 [rows, T].
 
     Raises:
         ValueError: if the texts have fewer than 16 tokens.
@@ -70,12 +74,15 @@ def rows_of(
 
 
 def _sample(texts: list[str], limit: int) -> list[str]:
-    """Return the texts, or evenly spread pieces of about `limit` characters if they have more."""
+    """Return texts with about `limit` characters in all.
+
+    Longer texts are cut to evenly spread pieces. Shorter texts are returned whole.
+    """
     total = sum(map(len, texts))
     if total <= limit:
         return texts
     pieces: list[str] = []
-    passed = kept = 0  # characters
+    passed = kept = 0  # number of characters
     for piece in (text[at : at + PIECE] for text in texts for at in range(0, len(text), PIECE)):
         if kept * total <= passed * limit:
             pieces.append(piece)
@@ -92,13 +99,13 @@ def options(
 ) -> dict:
     """Return the arguments `weigh` and `calibration` of packed_file.write.
 
-    Layers are computed when `weigh` first needs them. If the packed folder is complete already,
-    nothing is computed.
+    The moments of a layer are computed when `weigh` first needs them. If the packed folder is
+    complete already, nothing is computed.
 
     Args:
-        folder: the checkpoint.
-        ids: the text, int64 [rows, T].
-        progress: called with the number of each layer before it is computed.
+        folder: the folder of the checkpoint.
+        ids: token ids of the calibration text, int64 [rows, T].
+        progress: called with the index of each layer before its moments are computed.
     """
     layers = moments(config, packed_file.reader(folder, config), ids, hf.DTYPES[config.torch_dtype])
     current = -1
@@ -120,31 +127,33 @@ def options(
 
 
 def solve(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute importance and feedback of native.pack from second moments.
+    """Compute the arguments `importance` and `feedback` of native.pack from second moments.
 
     With U the upper Cholesky factor of the inverse of the damped moments, the importance of input
     i is 1 / U_ii^2 and the feedback from i to j is U_ij / U_ii.
 
     Args:
-        h: [K, K].
+        h: second moments of a matrix's inputs, [K, K].
 
     Returns:
-        importance [K] and feedback [K, K].
+        The importance [K] and the feedback [K, K].
 
     Raises:
         ValueError: if the moments are not finite.
     """
     if not torch.isfinite(h).all():
         raise ValueError(
-            "the inputs of a matrix on the text to calibrate on are not finite: the model "
-            "overflows there; quantize it without --calibrate, or check its weights"
+            "the calibration text gives a matrix inputs that are not finite, so the model "
+            "overflows on this text; quantize it without --calibrate, or check its weights"
         )
     h, own = h.clone(), h.diagonal().clone()
     floor = _FLOOR * own.mean()
-    # Damping by a share of the mean would be too strong: in real models some inputs are a thousand
-    # times larger than the others, and they dominate the mean.
+    # Damp each input in proportion to its own moment, not to the mean. In real models some inputs
+    # are a thousand times larger than the others. They dominate the mean, so damping by the mean
+    # would be too strong for the others.
     h.diagonal().add_(_DAMP * own + (floor if floor > 0 else 1.0))
-    # Reusing the name frees each [K, K] before the next: 480 MB for V2-Lite's dense layer.
+    # Reuse one name, so that each [K, K] matrix is freed before the next one is made. It has 480 MB
+    # for V2-Lite's dense layer.
     h = torch.linalg.cholesky(h)
     h = torch.cholesky_inverse(h)
     h = torch.linalg.cholesky(h, upper=True)
@@ -158,9 +167,10 @@ def moments(
     """Run the model over a text and yield the second moments of its matrices' inputs.
 
     Args:
-        read: returns a tensor of the checkpoint by name (packed_file.reader).
-        ids: int64 [rows, T].
-        dtype: of the computation.
+        config: the config of the model.
+        read: returns a tensor of the checkpoint by name (see packed_file.reader).
+        ids: token ids, int64 [rows, T].
+        dtype: dtype of the computation.
 
     Yields:
         {PackedTensor.key: moments}, first for each layer, then for the output head.
@@ -172,7 +182,8 @@ def moments(
     for layer in range(config.num_hidden_layers):
         block = _block(config, layer, read, dtype)
         sums = _watch(block, layer)
-        # Not as a decorator of the generator: torch's wrapper would keep the last yielded dict.
+        # Do not use no_grad as a decorator of this generator: torch's wrapper would keep the last
+        # yielded dict alive.
         with torch.inference_mode():
             states = [block(x, freqs) for x in states]
         yield {key: s.mean if isinstance(s, _Linear) else s for key, s in sums.items()}
@@ -186,7 +197,10 @@ def moments(
 
 
 def _watch(block: Block, layer: int) -> dict[str, _Linear | Moments]:
-    """Hook the linears and experts of a block, to collect moments by PackedTensor.key."""
+    """Register hooks on the linear layers and experts of a block that collect moments.
+
+    Returns {PackedTensor.key: the collected moments}.
+    """
     sums: dict[str, _Linear | Moments] = {}
     for name, module in block.named_modules():
         # wkv_b is always packed in 8 bits or more, so it needs no moments.
@@ -203,7 +217,7 @@ def _watch(block: Block, layer: int) -> dict[str, _Linear | Moments]:
 
 
 def _block(config: ModelConfig, layer: int, read: Read, dtype: torch.dtype) -> Block:
-    """Load one layer of the model."""
+    """Load one layer of the model and return it as a Block in `dtype`."""
     with torch.device("meta"):
         block = Block(config, layer)
     prefix = f"layers.{layer}."
@@ -220,7 +234,7 @@ def _block(config: ModelConfig, layer: int, read: Read, dtype: torch.dtype) -> B
 
 
 class _Linear:
-    """Accumulates the second moments of a linear layer's inputs."""
+    """Accumulates the second moments of a linear layer's inputs, over all forward passes."""
 
     def __init__(self):
         self.total, self.count = None, 0
@@ -239,11 +253,13 @@ class _Linear:
 class _Experts:
     """Second moments of the inputs of each routed expert of a layer.
 
-    They are computed on demand: those of all experts at once would be larger than the layer.
+    The moments are computed on demand, because those of all experts at once would take more memory
+    than the layer.
     """
 
     def __init__(self, module):
-        # Not the module itself: it holds this object's hook, and the cycle would keep its weights.
+        # Keep the weights, not the module. The module holds a hook to this object, so a reference
+        # back would form a cycle that keeps its memory.
         self.w13 = module.w13
         self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.layer_means: dict[str, torch.Tensor] = {}
@@ -263,7 +279,7 @@ class _Experts:
         return self._mixed("activations", self._expert_rows(i, activated=True))
 
     def _mixed(self, kind: str, rows: torch.Tensor) -> torch.Tensor:
-        """Average the moments of an expert's rows with the mean over the whole layer."""
+        """Return the weighted mean of the moments of an expert's rows and those of the layer."""
         if kind not in self.layer_means:
             total = self._all_inputs() if kind == "inputs" else self._all_activations()
             assignments = sum(expert.numel() for _, expert, _ in self.calls)
@@ -272,10 +288,10 @@ class _Experts:
         return (rows.T @ rows + _LAYER_MEAN_TOKENS * layer_mean) / (len(rows) + _LAYER_MEAN_TOKENS)
 
     def _all_inputs(self) -> torch.Tensor:
-        """Sum the moments of all assignments.
+        """Return the sum of the moments of all assignments of the layer.
 
-        A token x adds w^2 x x^T for each of its K router weights w. So it is enough to scale x by
-        sqrt(sum(w^2)), whichever experts it was routed to.
+        A token x adds w^2 x x^T for each of its K router weights w, whichever experts they belong
+        to. So it is enough to scale x by sqrt(sum(w^2)).
         """
         total = torch.zeros(())
         for x, _, weight in self.calls:
@@ -285,7 +301,7 @@ class _Experts:
 
     def _all_activations(self) -> torch.Tensor:
         total = torch.zeros(())
-        for e in range(len(self.w13)):  # one expert's rows at a time: together they are gigabytes
+        for e in range(len(self.w13)):  # one expert at a time: the rows of all would take gigabytes
             rows = self._expert_rows(e, activated=True)
             total = total + rows.T @ rows
         return total
@@ -294,7 +310,9 @@ class _Experts:
         """Return the inputs of expert e times their router weights, float32 [tokens, D].
 
         Args:
-            activated: return the inputs of w2 instead, after SwiGLU.
+            e: index of the expert.
+            activated: return the inputs of w2, which are the outputs of SwiGLU, instead of those
+                of w1 and w3.
         """
         rows = []
         for x, expert, weight in self.calls:

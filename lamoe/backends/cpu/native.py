@@ -1,11 +1,11 @@
 """The compiled kernels (csrc/, `lamoe._native`) as functions of torch tensors.
 
-`available` says whether they are built and switched on. Without them models run on torch ops, and
-`announce` says so once. LAMOE_ISA = scalar | avx2 | avxvnni | avx512vnni | avx512 | amx forces an
-instruction set.
+`available` says whether the kernels are built and switched on. Without them models run on torch
+ops, and `announce` prints a warning once. The environment variable LAMOE_ISA = scalar | avx2 |
+avxvnni | avx512vnni | avx512 | amx forces an instruction set.
 
-Weight formats. Quantisation is group-wise: a group is 16 inputs of one output. csrc/cpu/formats.h
-has the byte layouts.
+Weight formats. Quantisation is group-wise. A group is 16 consecutive inputs of one output.
+csrc/cpu/formats.h documents the byte layouts.
 
     fp32, bf16   plain values
     int8         code -127..127 times an 8-bit scale                       8.5 bits per weight
@@ -20,8 +20,8 @@ largest |weight| of a group and `w` that of the matrix.
     bf16         weights and inputs have a relative error <= 2^-8
     int8         error of a weight <= max(g / 225, w / 2^23); error of an input <= 1/254 of the
                  largest |input| of its block of 64
-    int4         RMS error of the weights of a group <= 9/64 g (measured on normally distributed
-                 weights: 6 %); inputs as in int8
+    int4         RMS error of the weights of a group <= 9/64 g (on normally distributed weights,
+                 about 6 % was measured); inputs have the same error as in int8
 
 Special values:
 
@@ -61,8 +61,8 @@ _announced = False
 def available() -> bool:
     """Whether the compiled kernels are built and switched on.
 
-    LAMOE_BACKEND=torch switches them off. So does LAMOE_IMPL (kernels/__init__.py), which names
-    torch ops.
+    LAMOE_BACKEND=torch switches them off. So does LAMOE_IMPL (see kernels/__init__.py), because it
+    selects an implementation of the torch ops.
     """
     return lib is not None and not switched_off()
 
@@ -73,14 +73,14 @@ def switched_off() -> bool:
 
 
 def why_switched_off() -> str:
-    """Name the environment variable that switches the compiled kernels off; "" if none does."""
+    """Return which environment variable switches the compiled kernels off, as a sentence, or ""."""
     if impl := os.environ.get("LAMOE_IMPL"):
         return f"LAMOE_IMPL={impl} switches them off"
     return "LAMOE_BACKEND=torch switches them off" if switched_off() else ""
 
 
 def missing() -> str:
-    """Return why the compiled kernels could not be imported; "" if they could."""
+    """Return why the compiled kernels could not be imported, or "" if the import succeeded."""
     return _why
 
 
@@ -89,8 +89,8 @@ def announce() -> None:
     global _announced
     if lib is None and not _announced and not switched_off():
         print(
-            f"lamoe: the compiled kernels are not there ({_why}); running on torch ops, many times "
-            "slower. Reinstall lamoe with a C++ compiler at hand.",
+            f"lamoe: the compiled kernels could not be imported ({_why}). Models run on torch ops, "
+            "which is many times slower. Reinstall lamoe with a C++ compiler installed.",
             file=sys.stderr,
         )
     _announced = True
@@ -99,19 +99,20 @@ def announce() -> None:
 def allocate(size: int) -> torch.Tensor:
     """Allocate uint8 [size], in huge pages where the system has them.
 
-    Weights are streamed from memory in every pass. Small pages would cost at least a seventh of the
-    memory bandwidth.
+    Every forward pass reads all weights from memory. Small pages would cost at least a seventh of
+    the memory bandwidth.
     """
     if size < 1 << 21 or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(size, dtype=torch.uint8)
-    # Private, because most systems give no huge pages to shared memory (Python's default).
+    # Make the map private. Python's default is shared memory, for which most systems give no huge
+    # pages.
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     request_huge_pages(pages)
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def request_huge_pages(pages: mmap.mmap) -> None:
-    """Ask the system to back a memory map with huge pages, if it has them."""
+    """Ask the operating system to use huge pages for a memory map. Do nothing if it has none."""
     with contextlib.suppress(OSError, AttributeError):
         pages.madvise(mmap.MADV_HUGEPAGE)
 
@@ -119,7 +120,8 @@ def request_huge_pages(pages: mmap.mmap) -> None:
 def mat_bytes(fmt: str, n: int, k: int) -> int:
     """Return the bytes of a packed matrix of n outputs and k inputs.
 
-    Works without the compiled kernels. They refuse a matrix of any other size.
+    The function also works without the compiled kernels. The kernels refuse a matrix of any other
+    size.
     """
     return -(-n // 16) * -(-k // BLOCK[fmt]) * int(16 * BLOCK[fmt] * BITS[fmt] / 8)
 
@@ -131,32 +133,33 @@ def pack(
     feedback: torch.Tensor | None = None,
     isa: str = "",
 ) -> tuple[torch.Tensor, float]:
-    """Pack a weight matrix.
+    """Pack a weight matrix in kernel layout, quantised if the format says so.
 
     Args:
         fmt: the weight format, a key of FORMATS.
-        w: [n, k].
+        w: [n, k], n outputs and k inputs.
         importance: [k], the weight of each input in the squared error that int4 scales minimise.
-        feedback: [k, k], unit upper triangular, made by calibrate.py. The rounding error e of
-            input i changes each later input j by -e * feedback[i, j] before j is rounded.
-        isa: instruction set; "" takes the best one.
+        feedback: [k, k], unit upper triangular, made by calibrate.py. If the weight of input i has
+            the rounding error e, the weight of each later input j changes by -e * feedback[i, j]
+            before it is rounded.
+        isa: the instruction set to use. "" means the best one of this CPU.
 
     Returns:
-        uint8 [mat_bytes], and the scale of the matrix.
+        The packed bytes, uint8 [mat_bytes(fmt, n, k)], and the scale of the matrix.
 
     Raises:
         ValueError: if a weight is not finite, or the compiled kernels are missing.
     """
     if lib is None:
         raise ValueError(
-            f"packing needs the compiled kernels, which are not there ({_why}); install lamoe with "
-            "a C++ compiler"
+            f"packing needs the compiled kernels, which could not be imported ({_why}); install "
+            "lamoe with a C++ compiler"
         )
     w = w.detach().to(torch.float32).contiguous()
     if not w.isfinite().all():
         raise ValueError(
-            f"a weight matrix of shape {tuple(w.shape)} has values that are not finite; it cannot "
-            "be packed"
+            f"a weight matrix of shape {tuple(w.shape)} has values that are not finite, so it "
+            "cannot be packed; check the checkpoint"
         )
 
     def array(t: torch.Tensor | None):
@@ -180,8 +183,9 @@ def linear(
 ) -> torch.Tensor:
     """Multiply x by the transpose of a packed matrix [n, k].
 
-    int8 and int4 first round x to 8 bits in blocks of 64 inputs with one scale each, and bf16
-    rounds it to bfloat16. Sums within a group are exact integers; the rest is float32.
+    For int8 and int4 matrices, x is first rounded to 8 bits, with one scale per block of 64 inputs.
+    The sums within a group are then exact integers, and the rest is computed in float32. For bf16
+    matrices, x is rounded to bfloat16.
 
     Args:
         data, scale: the packed matrix, from `pack`.

@@ -1,14 +1,15 @@
-"""Which tensors the compiled kernels want, and how they are made from a checkpoint.
+"""The tensors that the compiled kernels need, and how they are made from a checkpoint.
 
-Quantised, in the format of the weights: every linear layer and every expert. The output head (with
-tied embeddings: a copy of them) may have a format of its own. Not quantised: the embedding (a
-lookup), the router (float32, because near ties must not flip) and the norms.
+Every linear layer and every expert is stored in the format of the weights, quantised or not. The
+output head may have a format of its own. If it is tied to the embedding, the head is a copy of it.
+Three kinds are never quantised: the embedding, the norms, and the router, which stays in float32
+because near ties must not flip.
 
-MLA's W^UK and W^UV are stored per head, W^UK transposed because the absorbed form multiplies it
-with the query. Neither goes below 8 bits. The expanded form reads 16-bit copies that hold the same
-rounded values, so both forms compute the same model.
+MLA's W^UK and W^UV are stored per head. W^UK is transposed, because the absorbed form multiplies
+the query by it. Both are stored with at least 8 bits. The expanded form reads 16-bit copies that
+hold the same rounded values, so both forms compute the same model.
 
-packed_file.py stores these tensors in a folder, backend.py runs them.
+packed_file.py stores these tensors in a folder, and backend.py runs the model from them.
 """
 
 from __future__ import annotations
@@ -23,21 +24,22 @@ from lamoe.backends.base import Formats
 from lamoe.backends.cpu import native
 from lamoe.model.config import ModelConfig
 
-COPY = "kv_b, 16-bit copies"  # a class of weights: what only the expanded form reads
-MAX_ROW_PART = 8192  # elements of each of the two parts of a cache row
+COPY = "kv_b, 16-bit copies"  # name of the class of weights that only the expanded form reads
+MAX_ROW_PART = 8192  # largest number of elements of each of the two parts of a cache row
 
-# Reads the checkpoint tensor of a Hugging Face name.
+# Function from the Hugging Face name of a checkpoint tensor to the tensor.
 Read = Callable[[str], torch.Tensor]
-# Returns (importance, feedback) of native.pack for matrix i of a tensor, or None.
+# Function from a packed tensor and the index of one of its matrices to the arguments (importance,
+# feedback) of native.pack, or None.
 Weigh = Callable[["PackedTensor", int], tuple[torch.Tensor, torch.Tensor] | None]
 
 
 class PackedTensor(NamedTuple):
-    """One tensor of a packed model, as a recipe: `build(read, i)` makes its i-th matrix.
+    """Description of one tensor of a packed model. `build(read, i)` makes its i-th matrix.
 
-    layer: -1 outside the layers.
+    layer: index of the layer, or -1 for tensors outside the layers.
     format: fp32 | bf16 | int8 | int4 for `num_matrices` matrices [n outputs, k inputs] in kernel
-        layout; "raw" for plain elements [n, k]; None for a float32 vector [n].
+        layout. "raw" for plain elements [n, k]. None for a float32 vector [n].
     """
 
     layer: int
@@ -50,11 +52,11 @@ class PackedTensor(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name within the model, for example "layers.3.wo"."""
+        """Name of the tensor in the packed model, for example "layers.3.wo"."""
         return self.name if self.layer < 0 else f"layers.{self.layer}.{self.name}"
 
     def weight_class(self, config: ModelConfig) -> str:
-        """Return the class of weights it belongs to, for example "attention" or "experts"."""
+        """Return the class of weights of this tensor, for example "attention" or "experts"."""
         if self.name in ("w13", "w2"):
             return "shared experts" if config.is_moe_layer(self.layer) else "dense ffn"
         if self.format is None:
@@ -62,7 +64,10 @@ class PackedTensor(NamedTuple):
         return _CLASS_OF_NAME.get(self.name, "attention")
 
     def num_weights(self, config: ModelConfig) -> int:
-        """Count the checkpoint's weights in it: no padding, and 0 for a copy of other weights."""
+        """Count the checkpoint weights in this tensor, without padding.
+
+        A copy of weights that another tensor also holds counts as 0.
+        """
         if self.name in ("uk_rows", "uv_elem"):
             return 0
         if self.name == "e13":
@@ -95,7 +100,7 @@ def packed_tensors(config: ModelConfig, formats: Formats) -> Iterator[PackedTens
     """Yield all tensors of a packed model in the order in which a forward pass reads them.
 
     Raises:
-        ValueError: for an unknown format, or a geometry that the kernels lack.
+        ValueError: if a format is unknown, or the kernels do not support the model's geometry.
     """
     if reason := unsupported(config):
         raise ValueError(reason)
@@ -116,10 +121,10 @@ def packed_tensors(config: ModelConfig, formats: Formats) -> Iterator[PackedTens
 
 
 def element_format(formats: Formats) -> str:
-    """Return the format that attention and embedding compute in: fp32 for fp32 weights, else bf16.
+    """Return the format of raw tensors and of attention: fp32 for fp32 weights, else bf16.
 
     Raises:
-        ValueError: for an unknown weight format.
+        ValueError: if the weight format is unknown.
     """
     if formats.weights not in native.FORMATS:
         raise ValueError(
@@ -129,9 +134,9 @@ def element_format(formats: Formats) -> str:
 
 
 def unsupported(config: ModelConfig) -> str | None:
-    """Say why the kernels cannot run this geometry (torch ops can); None when they can.
+    """Return why the compiled kernels cannot run this geometry, or None if they can.
 
-    csrc/model/validate.cpp checks again and has the last word.
+    Torch ops run every geometry. csrc/model/validate.cpp repeats the check and is authoritative.
     """
     c = config
     widths = [c.qk_head_dim, c.value_head_dim, c.rope_dim]
@@ -244,7 +249,11 @@ def _feed_forward(c: ModelConfig, layer: int, weights: str, prefix: str) -> Iter
 def _swiglu(
     layer: int, letter: str, weights: str, d: int, f: int, count: int, prefix: Callable[[int], str]
 ) -> Iterator[PackedTensor]:
-    """Yield gate and up stacked in one matrix, each padded to a multiple of 16 rows; then down."""
+    """Yield the two tensors of SwiGLU layers.
+
+    The first stacks gate and up in one matrix, each padded to a multiple of 16 rows. The second is
+    down.
+    """
     padded = _padded(f, 16)
 
     def gate_up(read: Read, i: int) -> torch.Tensor:
@@ -259,7 +268,7 @@ def _swiglu(
 
 
 def _fine(weights: str) -> str:
-    """Return the format of W^UK and W^UV: never below 8 bits."""
+    """Return the format of W^UK and W^UV, which always have at least 8 bits."""
     return "int8" if weights == "int4" else weights
 
 
@@ -268,14 +277,17 @@ def _padded(size: int, multiple: int) -> int:
 
 
 def _rounded(fmt: str, w: torch.Tensor) -> torch.Tensor:
-    """Return `w` with the values that it has after packing."""
+    """Return `w` rounded to the values that it has when packed in format `fmt`."""
     data, scale = native.pack(fmt, w)
     n, k = w.shape
     return native.unpack(fmt, data, n, k, scale)
 
 
 def _key_up_rows(kv_b: torch.Tensor, config: ModelConfig, fmt: str) -> torch.Tensor:
-    """Return W^UK of all heads as rows [H * N, C padded to 64], rounded as the packed form is."""
+    """Return W^UK of all heads, [H * N, C padded to a multiple of 64].
+
+    The values are rounded exactly as those of the packed tensor.
+    """
     key_up = kv_b.unflatten(0, (config.num_attention_heads, -1))[:, : config.qk_nope_head_dim]
     rows = torch.cat([_rounded(fmt, head.t()).t() for head in key_up])
     return F.pad(rows, (0, -rows.shape[1] % 64))
@@ -284,14 +296,16 @@ def _key_up_rows(kv_b: torch.Tensor, config: ModelConfig, fmt: str) -> torch.Ten
 def pack_tensor(
     tensor: PackedTensor, read: Read, element: str, weigh: Weigh = lambda tensor, i: None
 ) -> Iterator[tuple[torch.Tensor, float]]:
-    """Yield (bytes as uint8 [...], scale) of each matrix of a tensor.
+    """Yield (bytes, scale) of each matrix of a tensor. The bytes are a uint8 tensor.
 
     Vectors and raw tensors yield one matrix with scale 1.
 
     Args:
+        tensor: the tensor to pack.
         read: returns a checkpoint tensor by name.
         element: storage format of raw tensors, fp32 or bf16.
-        weigh: returns the (importance, feedback) of matrix i of a tensor, or None.
+        weigh: returns the (importance, feedback) of matrix i of a tensor. None means plain
+            rounding.
     """
     for i in range(tensor.num_matrices):
         w = tensor.build(read, i)
@@ -304,7 +318,7 @@ def pack_tensor(
 
 
 def packed_bytes(tensor: PackedTensor, element: str) -> int:
-    """Return the bytes of all matrices of a tensor, from the config alone."""
+    """Return the packed bytes of all matrices of a tensor, computed without reading weights."""
     if tensor.format is None:
         return 4 * tensor.n
     if tensor.format == "raw":
@@ -313,7 +327,7 @@ def packed_bytes(tensor: PackedTensor, element: str) -> int:
 
 
 class WeightClass(NamedTuple):
-    """The total of one class of weights: checkpoint weights, packed bytes, formats."""
+    """Totals of one class of weights: number of checkpoint weights, packed bytes, formats."""
 
     num_weights: int
     num_bytes: int
@@ -347,7 +361,8 @@ def weight_classes(
             f"came out as {', '.join(found.formats)}" if found.num_weights else "matched no tensor"
         )
         raise ValueError(
-            f"{name} should be {fmt} and {came_out}; this model was quantised only in part"
+            f"{name} should be stored as {fmt}, but {came_out}; this model was quantised only in "
+            "part"
         )
     return totals
 

@@ -4,16 +4,16 @@ The folder holds tokenizer files, `packed-NNNNN.safetensors` with tensors in ker
 per layer, one for embedding, norm and head) and config.json with a `quantization_config`:
 
     quant_method   "lamoe"
-    version        of the layout
+    version        version of the layout
     weights, head  storage formats; `head` is absent in older folders, where it equals `weights`
     source         identifies the checkpoint that was packed
-    calibration    identifies the text that it was calibrated on, or null
+    calibration    identifies the calibration text, or null without calibration
 
-Loading reads the headers only. Processes share the mapped pages, and a model larger than memory
-runs from disk.
+Loading reads the headers only and maps the rest. Processes share the mapped pages, and a model
+larger than memory runs from disk.
 
-Writing streams: one tensor is in memory at a time. A file gets its name when it is complete, and
-complete files are kept, so an interrupted `lamoe quantize` continues where it stopped.
+Writing keeps only one tensor in memory at a time. A file gets its final name when it is complete,
+and complete files are kept. An interrupted `lamoe quantize` therefore continues where it stopped.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from lamoe.model.config import ModelConfig
 
 METHOD, VERSION = "lamoe", 1
 _CONFIG_PART = ".config.json.part"
-_ALIGN = 64  # bytes: one cache line, because the kernels read whole lines
+_ALIGN = 64  # bytes of one cache line; the kernels read whole lines
 _SOURCE_SAMPLES, _SOURCE_SAMPLE_BYTES = 64, 4096
 
 
 def is_packed(folder: str | Path) -> bool:
-    """Whether a folder holds a packed model."""
+    """Return whether a folder holds a packed model, by the `quant_method` in its config.json."""
     return _quantization(Path(folder)).get("quant_method") == METHOD
 
 
 def _quantization(folder: Path) -> dict:
-    """Return the `quantization_config` of a folder's config.json; {} if there is none."""
+    """Return the `quantization_config` of a folder's config.json, or {} if it has none."""
     path = folder / "config.json"
     if not path.is_file() or path.stat().st_size > shards.MAX_JSON_BYTES:
         return {}
@@ -72,15 +72,15 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, Formats]:
     if quantization.get("quant_method") != METHOD:
         raise ValueError(
             f"{folder} is not a model packed by lamoe: its config.json has no quantization_config "
-            f"of quant_method {METHOD!r}; make one with `lamoe quantize`"
+            f"of quant_method {METHOD!r}; pack the model with `lamoe quantize`"
         )
     if quantization.get("version") != VERSION:
         raise ValueError(
-            f"{folder} was packed in layout version {quantization.get('version')!r}, "
-            f"this lamoe reads {VERSION}; quantize the model again"
+            f"{folder} was packed in layout version {quantization.get('version')!r}, but "
+            f"this lamoe reads version {VERSION}; quantize the model again"
         )
     for key in ("weights", "head"):
-        if quantization.get(key) not in tuple(native.FORMATS):  # it may be a list
+        if quantization.get(key) not in tuple(native.FORMATS):  # a list would not be hashable
             raise ValueError(
                 f"{folder}/config.json says {key} {quantization.get(key)!r}; "
                 f"known: {', '.join(native.FORMATS)}"
@@ -95,12 +95,12 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, Formats]:
 
 
 def any_config(folder: str | Path) -> ModelConfig:
-    """Return the config of a model folder, packed or not."""
+    """Read config.json of a model folder, packed or not, and return it as a config."""
     return read_config(folder)[0] if is_packed(folder) else hf.read_config(folder)
 
 
 def bits_per_weight(folder: str | Path) -> float:
-    """Return the stored bits of a packed folder per weight of the model, scales included."""
+    """Return the mean stored bits per weight of a packed model, scales included."""
     config, formats = read_config(folder)
     element = packed.element_format(formats)
     tensors = packed.packed_tensors(config, formats)
@@ -109,7 +109,10 @@ def bits_per_weight(folder: str | Path) -> float:
 
 
 def files(config: ModelConfig, formats: Formats) -> dict[str, list[PackedTensor]]:
-    """Return {file name: its tensors}. Layers come first: calibration reaches the head last."""
+    """Return {file name: tensors in this file}, in the order of writing.
+
+    The files of the layers come first, because calibration reaches the head last.
+    """
     out: dict[str, list[PackedTensor]] = {}
     for tensor in sorted(packed.packed_tensors(config, formats), key=lambda t: t.layer < 0):
         out.setdefault(_file_name(tensor.layer), []).append(tensor)
@@ -130,9 +133,10 @@ def load(folder: str | Path, threads: int = 0, available: int | None = None) -> 
     """Load the packed model of a folder, memory-mapped.
 
     Args:
-        threads: of the kernels; 0 takes torch's number of threads.
-        available: bytes of memory that are free. Huge pages are requested only for a model that
-            fits; None requests none.
+        folder: a folder that `write` has made.
+        threads: number of threads of the kernels. 0 means torch's number of threads.
+        available: free memory in bytes. Huge pages are requested only if the model fits into it.
+            None requests no huge pages.
 
     Raises:
         ValueError: if a file or tensor is missing, extra, misplaced or of the wrong size.
@@ -140,14 +144,16 @@ def load(folder: str | Path, threads: int = 0, available: int | None = None) -> 
     folder = Path(folder)
     config, formats = read_config(folder)
     _check_file_names(folder, config)
-    # A model larger than memory reads its experts one by one: 2 MiB per page fault is too much.
+    # Request huge pages only for a model that fits into memory. A larger model reads single experts
+    # from disk, and 2 MiB per page fault would be too much.
     huge = available is not None and stored_bytes(folder) < available
     element = packed.element_format(formats)
     tensors: dict[str, tuple[torch.Tensor, list[float]]] = {}
     for name, wanted in files(config, formats).items():
         path = folder / name
         header = _checked_header(path, wanted, element)
-        # Private pages: nothing is ever written, but torch wants writable memory.
+        # Map pages as private and writable. Nothing is ever written, but torch expects writable
+        # memory.
         mapped = np.memmap(path, dtype=np.uint8, mode="c")
         if huge:
             native.request_huge_pages(mapped._mmap)  # type: ignore[attr-defined]
@@ -169,29 +175,29 @@ def load(folder: str | Path, threads: int = 0, available: int | None = None) -> 
 def _check_file_names(folder: Path, config: ModelConfig) -> None:
     found = {path.name for path in folder.glob("packed-*.safetensors")}
     count = config.num_hidden_layers + 1
-    # The config may name a billion layers: list only enough names to miss one.
+    # The config may claim a billion layers. List only as many names as it takes to miss one.
     names = [_file_name(i - 1) for i in range(min(count, len(found) + 1))]
     if missing := [name for name in names if name not in found]:
         raise ValueError(
-            f"{folder} has {len(found)} packed files and its config.json names {count} "
-            f"({missing[0]} is missing); the packed model is incomplete, run `lamoe quantize` "
-            "again (it continues where it stopped)"
+            f"{folder} has {len(found)} packed files, but its config.json needs {count} "
+            f"({missing[0]} is missing). The packed model is incomplete; run `lamoe quantize` "
+            "again, which continues where it stopped"
         )
     if surplus := sorted(found.difference(names)):
         raise ValueError(
             f"{folder} holds {shards.few(surplus)} beside the {count} files that its config.json "
-            f"names for {count - 1} layers. Either these are copies or files of another model, or "
-            "config.json is of another model; delete what does not belong there"
+            f"needs for {count - 1} layers. Either these are copies or files of another model, or "
+            "config.json is that of another model; delete the files of the other model"
         )
 
 
 def _checked_header(
     path: Path, wanted: list[PackedTensor], element: str
 ) -> dict[str, shards.Found]:
-    """Return the header of a file that holds exactly the wanted tensors.
+    """Return the header of a packed file after checking that it holds exactly the wanted tensors.
 
     Raises:
-        ValueError: if it holds others.
+        ValueError: if a tensor is missing, extra or of another size.
     """
     header = shards.read_header(path)
     want = {t.key: ("U8", _padded(packed.packed_bytes(t, element))) for t in wanted}
@@ -205,14 +211,18 @@ def _checked_header(
     ]
     if wrong:
         raise ValueError(
-            f"{path} does not hold the tensors of its config: {shards.few(sorted(wrong))} "
-            "missing, extra or of another size"
+            f"{path} does not hold the tensors that config.json needs: "
+            f"{shards.few(sorted(wrong))} missing, extra or of another size; quantize the model "
+            "again"
         )
     return header
 
 
 def _padded(size: int) -> int:
-    """Round up to _ALIGN. The padding is part of the tensor: safetensors allows no holes."""
+    """Round a size in bytes up to a multiple of _ALIGN.
+
+    The padding becomes part of the tensor, because safetensors allows no holes between tensors.
+    """
     return size + -size % _ALIGN
 
 
@@ -226,20 +236,25 @@ def write(
 ) -> Iterator[tuple[PackedTensor, int]]:
     """Pack the model folder `source` into `target`.
 
-    Yields (tensor, bytes) after each tensor; the folder is complete when the iterator ends. A call
-    with the same source, formats and calibration continues where an earlier one stopped.
+    Yields (tensor, its packed bytes) after each tensor. The folder is complete when the iterator
+    ends. A call with the same source, formats and calibration continues where an earlier call
+    stopped.
 
     Args:
-        weigh: returns importance and feedback of a matrix (calibrate.py); called in layer order.
-        calibration: identifies what `weigh` was computed from.
+        source: the folder of the model to pack.
+        target: the folder to write.
+        formats: formats of weights and head.
+        weigh: returns importance and feedback of a matrix (see calibrate.py). It is called in layer
+            order.
+        calibration: identifies the text from which `weigh` was computed.
 
     Raises:
-        ValueError: without the compiled kernels, or if `target` holds something else.
+        ValueError: if the compiled kernels are missing, or `target` holds something else.
     """
     if native.lib is None:
         raise ValueError(
-            f"packing needs the compiled kernels, which are not there ({native.missing()}); "
-            "install lamoe with a C++ compiler"
+            "packing needs the compiled kernels, which could not be imported "
+            f"({native.missing()}); install lamoe with a C++ compiler"
         )
     folder, target = hf.resolve(source), Path(target)
     if is_packed(folder):
@@ -263,7 +278,7 @@ def write(
             try:
                 _checked_header(target / name, tensors, element)
             except ValueError as e:
-                raise ValueError(f"{e}. Delete this file; the others are kept") from None
+                raise ValueError(f"{e}. Delete this file; complete files are kept") from None
             yield from ((t, packed.packed_bytes(t, element)) for t in tensors)
         else:
             yield from _write_file(target / name, tensors, element, read, weigh)
@@ -271,9 +286,9 @@ def write(
 
 
 def _write_side_files(folder: Path, target: Path, config: dict) -> None:
-    """Write config.json in one rename, and copy tokenizer files.
+    """Write config.json atomically, and copy the tokenizer files.
 
-    Half a config.json would look like another model to the call that continues.
+    A half-written config.json would make the folder look like another model to a later call.
     """
     text = shards.json_text(config)
     atomic.write_text(target / "config.json", text, temporary=target / _CONFIG_PART)
@@ -284,9 +299,9 @@ def _write_side_files(folder: Path, target: Path, config: dict) -> None:
 
 
 def _source_digest(folder: Path) -> str:
-    """Identify a checkpoint by file sizes and samples of its bytes.
+    """Return a digest that identifies a checkpoint, from file sizes and samples of its bytes.
 
-    Two checkpoints of one training run must not be mixed in one packed folder.
+    It keeps two checkpoints of one training run from being mixed in one packed folder.
     """
     digest = hashlib.sha256()
     for path in sorted({f.path for f in shards.scan(folder).values()}):
@@ -301,7 +316,7 @@ def _source_digest(folder: Path) -> str:
 
 
 def _check_target(target: Path, quantization: dict, names: set[str]) -> None:
-    """Refuse a target that is neither empty nor the beginning of the same packed model."""
+    """Raise ValueError unless `target` is empty or an unfinished copy of this packed model."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; a model is packed into a folder")
     present = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
@@ -319,13 +334,13 @@ def _check_target(target: Path, quantization: dict, names: set[str]) -> None:
             f"{k} was {found.get(k)}, is {v}" for k, v in changed.items()
         )
     raise ValueError(
-        f"{target} is not empty and not the beginning of this packed model "
-        f"({shards.few(strange or present)}{differences}); name another folder, or delete it"
+        f"{target} is not empty and holds no unfinished copy of this packed model "
+        f"({shards.few(strange or present)}{differences}); name another folder, or delete this one"
     )
 
 
 def reader(folder: Path, config: ModelConfig) -> Read:
-    """Return a function that reads one stored tensor of a checkpoint folder at a time.
+    """Return a function that reads a tensor of a checkpoint folder, given its stored name.
 
     Raises:
         ValueError: if the stored tensors do not fit the config.
@@ -334,7 +349,7 @@ def reader(folder: Path, config: ModelConfig) -> Read:
 
     found = shards.scan(folder)
     hf.check_tensors(folder, config, found)
-    # The last tensor is kept: three packed tensors read kv_b_proj, head by head.
+    # Keep the tensor that was read last, because three packed tensors in a row read kv_b_proj.
     last_name, last_tensor = "", torch.empty(0)
 
     def read(name: str) -> torch.Tensor:
@@ -371,7 +386,7 @@ def _write_file(
 
 
 def _header_bytes(tensors: list[PackedTensor], sizes: list[int]) -> bytes:
-    """Return a safetensors header: all matrices, then the scales of all tensors."""
+    """Return the header of a safetensors file that holds all matrices, then all scales."""
     header, at = {}, 0
     for tensor, size in zip(tensors, sizes):
         end = at + _padded(size)
@@ -391,11 +406,15 @@ def _header_bytes(tensors: list[PackedTensor], sizes: list[int]) -> bytes:
 
 
 def _lock(f: IO[bytes], part: Path, folder: Path) -> None:
-    """Lock a file for writing. ValueError if another process is writing it."""
+    """Lock a file for writing.
+
+    Raises:
+        ValueError: if another process is writing the file.
+    """
     if not lock.try_lock(f):
-        raise ValueError(f"another process is writing {folder}; let it finish")
+        raise ValueError(f"another process is writing {folder}; wait until it ends")
     # The other process may have renamed the file between our opening and locking it.
     if not part.exists() or not os.path.samestat(os.fstat(f.fileno()), part.stat()):
         raise ValueError(
-            f"another process was writing {folder}; run this again: finished files are kept"
+            f"another process was writing {folder}; run the command again, which keeps its files"
         )
