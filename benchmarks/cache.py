@@ -41,7 +41,7 @@ from lamoe.train.data import heldout_rows, open_corpus
 
 
 class ThroughFormat:
-    """A cache for one pass over whole rows: it only encodes and decodes them, and keeps nothing."""
+    """A cache for one pass over whole texts. It encodes and decodes rows, and stores nothing."""
 
     length = 0
 
@@ -102,7 +102,10 @@ def compare(ids: torch.Tensor, formats: list, predict, batch: int = 8) -> list[d
 
 
 def by_kernels(backend: CpuBackend, ids: torch.Tensor, name: str) -> torch.Tensor:
-    """Return log-probabilities [rows, T, vocabulary]; all rows advance one token per step."""
+    """Return log-probabilities [rows, T, vocabulary] of the kernels.
+
+    Each step adds a token to all rows.
+    """
     rows, length = ids.shape[0], ids.shape[1] - 1
     each = -(-length // 16)
     cache = backend.new_cache(rows * each, 16, name)

@@ -1,7 +1,7 @@
 """Measure tokens per second with and without prompt-lookup drafts (engine/lookup.py).
 
     python benchmarks/drafts.py runs/tiny [--rounds 3] [--tokens 128] [--dtype float32]
-    python benchmarks/drafts.py FOLDER      a model with a chat template is asked in its own format
+    python benchmarks/drafts.py FOLDER      uses the chat template of the model if it has one
 
 The prompts ask for code editing and for summaries. The third kind, "sampled", draws at temperature
 1 from the same prompts. There the text so far says little about the next token, so drafts must
@@ -36,7 +36,7 @@ FUNCTIONS = (
 
 
 def prompts(tok: lamoe.Tokenizer) -> dict[str, list[list[int]]]:
-    """Return {kind: prompts}: a question for chat models, the beginning of a text for others."""
+    """Return {kind: prompts}. Chat models get questions, other models the beginning of a text."""
     edits, summaries, chat = [], [], tok.chat_template is not None
     for module, name, old, new in FUNCTIONS:
         code = inspect.getsource(getattr(module, name))
@@ -145,7 +145,7 @@ def main() -> None:
                 for llm in ((without, drafts) if (turn + i) % 2 else (drafts, without))
             ]
             plain, quick = pair if (turn + i) % 2 else pair[::-1]
-            if turn:  # the first round warms up
+            if turn:  # the first round only warms up
                 found.setdefault(kind, []).append((plain, quick))
     print(
         f"{args.model}, {args.dtype}, {args.cache} cache, {args.threads} threads; "

@@ -5,18 +5,18 @@
 
 Four tables:
 
-- Batched decoding: prompts of 16 tokens, so the context grows during the measurement. Weights in
-  bfloat16 and in float32; the dtype that is faster at batch 16 is used in the other tables.
-- Decoding one sequence at context length --depth, beside transformers' DeepseekV2 of the same
-  geometry. transformers is measured in both dtypes, and the faster one counts.
-- Time to first token of a request with --shared tokens and 16 of its own: once with an empty cache,
-  and once after another request with the same shared tokens.
+- Batched decoding in bfloat16 and float32. Prompts have 16 tokens, so the context grows during the
+  measurement. The other tables use the dtype that is faster at batch 16.
+- Decoding one sequence at context length --depth, compared with transformers' DeepseekV2 of the
+  same geometry. transformers is measured in both dtypes, and the faster one counts.
+- Time to first token of a request with --shared tokens and 16 of its own. It is measured with an
+  empty cache, and after another request with the same shared tokens.
 - Bytes of a cache of 32,768 tokens: allocated, in resident memory, and by the closed form tokens x
   layers x (latent + rope key) x bytes per element (low-bit formats: the documented row bytes).
 
-All contestants live in one process, stay warm, and run interleaved. Figures are medians over the
-rounds. Ratios are taken within a round, so a drift of the machine's speed cancels out. Drafts are
-off: every token is one pass of the model. The last line is JSON.
+All candidates run interleaved in one process and stay warm. Figures are medians over the rounds.
+Ratios are taken within a round, so a drift of the machine's speed cancels out. Drafts are off, so
+every token is one pass of the model. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lamoe.model.transformer import Transformer
 
 BATCHES = (1, 4, 16, 32)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LONG = 8192  # max_position_embeddings of all models here; the preset has fewer
+LONG = 8192  # max_position_embeddings of all models here, more than in the preset
 
 
 def config(positions: int) -> ModelConfig:
@@ -93,7 +93,7 @@ def decoding(model: Transformer, batch: int, depth: int, steps: int, cache: str)
 
 
 def decoding_transformers(dtype: str, depth: int, steps: int):
-    """Do the same as `decoding` for one sequence of transformers' DeepseekV2."""
+    """Return a function that measures a decode step of one sequence of transformers' DeepseekV2."""
     raw = {
         k: v for k, v in config(LONG).to_dict().items() if k not in ("architectures", "torch_dtype")
     }
@@ -119,7 +119,10 @@ def decoding_transformers(dtype: str, depth: int, steps: int):
 
 
 def interleaved(contestants: dict, rounds: int) -> dict:
-    """Return {name: a figure per round}; a first round warms up and is not counted."""
+    """Run functions in alternation.
+
+    Return {name: a figure per round}, without the warm-up round.
+    """
     found = {name: [] for name in contestants}
     for _ in range(rounds + 1):
         for name, measure in contestants.items():
@@ -138,7 +141,10 @@ def spread(r: dict) -> str:
 
 
 def batched(args) -> tuple[dict, str]:
-    """Measure tokens per second by batch and dtype; also return the faster dtype at batch 16."""
+    """Measure tokens per second by batch and dtype.
+
+    Also return the dtype that is faster at batch 16.
+    """
     models = {dtype: lamoe_model(dtype) for dtype in DTYPES}
     seconds = interleaved(
         {
@@ -156,7 +162,8 @@ def batched(args) -> tuple[dict, str]:
     )
     result = {"dtype": best}
     for (dtype, b), s in seconds.items():
-        # tokens per second: this step yields b tokens, the step of batch 1 yields one
+        # Gain in tokens per second: a step of batch b yields b tokens, a step of batch 1 yields
+        # one.
         gain = {k: b * v for k, v in ratio(seconds[dtype, 1], s).items()}
         result[f"{dtype}_batch_{b}"] = {"tokens_per_s": b / statistics.median(s), "gain": gain}
         print(

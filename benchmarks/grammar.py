@@ -2,8 +2,8 @@
 
     python benchmarks/grammar.py [--tokenizer FOLDER] [--rounds 20] [--rows 0]
 
-Each text is followed token by token as in the engine, in one thread, without a model. "first mask"
-is the first use of a Grammar, when its lexer is still empty. The other columns are over `rounds`
+No model runs. The tokens of a text are accepted one by one as in the engine, in one thread. "first
+mask" is the first use of a Grammar, when its lexer is still empty. The other columns cover `rounds`
 further uses. The last line is JSON.
 """
 

@@ -77,7 +77,7 @@ def measure(m: Transformer, format: str) -> Iterator[dict]:
     tokens = torch.randint(256, (LENGTHS[-1],), generator=generator).tolist()
     for length in LENGTHS:
         begin = time.perf_counter()
-        # A prefix hit: the tokens of the shorter length are not computed again.
+        # Tokens of the shorter length are a prefix hit and are not computed again.
         [id] = engine.add(
             tokens[: length - STEPS - 1],
             SamplingParams(temperature=0.0, max_tokens=4 * STEPS, ignore_eos=True),

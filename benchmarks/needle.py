@@ -36,9 +36,12 @@ from lamoe.model.config import ModelConfig, RopeScaling
 from lamoe.model.transformer import Transformer
 from lamoe.train.optim import MasterAdamW, Optim
 
-KEYS, WORDS = 32, 32  # ids: 0 is the question mark, then come the keys, then the words
+KEYS, WORDS = 32, 32  # token ids: 0 is the question mark, then KEYS keys, then WORDS words
 FIRST_WORD = 1 + KEYS
-LENGTH, LONG = 256, 4  # training length; rows of the extension are LONG times as long
+LENGTH, LONG = (
+    256,
+    4,
+)  # row length in training; rows of the context extension are LONG times as long
 DISTRACTORS = 7  # other keys in a test haystack
 
 
@@ -64,11 +67,11 @@ def row(length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]
 
     Targets are the values after the questions, and -1 (ignored) everywhere else.
     """
-    # many needles in short rows: the model learns the task sooner
+    # Short rows have many needles, so that the model learns the task sooner.
     n = min(KEYS, int(length * (0.13 if length <= 64 else draw.uniform(0.03, 0.13))))
     key, value = 1 + draw.permutation(KEYS)[:n], FIRST_WORD + draw.integers(0, WORDS, n)
     ids, targets = FIRST_WORD + draw.integers(0, WORDS, length), np.full(length, -1)
-    # gaps: words before each item; a needle takes 2 tokens, a question 3
+    # gaps: number of words before each item. A needle takes 2 tokens, a question 3.
     gaps, used, known = np.sort(draw.integers(0, length - 5 * n + 1, 2 * n)), 0, set()
     for gap, j in zip(gaps, draw.permutation(np.repeat(np.arange(n), 2))):
         place = gap + used
@@ -99,13 +102,15 @@ def make(length: int, depth: float, draw: random.Random) -> tuple[list[int], lis
 def fit(model: Transformer, o: Optim, steps: int, length_at, batch_tokens: int, seed: int) -> None:
     """Train in bfloat16 with float32 master weights, and write the masters back into `model`.
 
-    length_at(running loss) gives the length of the next rows.
+    length_at(running mean of the loss) returns the length of the next rows.
     """
     draw, begin, loss = np.random.default_rng(seed), time.perf_counter(), None
     masters = [p.detach().clone() for p in model.parameters()]
     work = copy(model).to(torch.bfloat16)
     optimizer = MasterAdamW(work, o)
-    torch._foreach_copy_(optimizer.masters, masters)  # not rounded to bfloat16
+    torch._foreach_copy_(
+        optimizer.masters, masters
+    )  # write the float32 masters back, not rounded to bfloat16
     for step in range(steps):
         length = length_at(loss)
         ids, targets = (

@@ -1,12 +1,12 @@
-"""Is the torch backend faster than the compiled kernels on a CPU without vector kernels?
+"""Measure whether torch is faster than the compiled kernels if these have no vector instructions.
 
-Runs both backends in alternation on one thread, with the kernels' scalar table, and twice: with
-torch's own vector code (as on Arm) and with torch limited to SSE (as on an old x86-64 CPU).
+Both backends run in alternation on one thread. The kernels use the scalar instruction set. torch is
+measured twice: with its own vector code (as on Arm) and limited to SSE (as on an old x86-64 CPU).
 
     python benchmarks/scalar.py benchmarks/tiny-8.json --rounds 3
 
-The last line of the output is JSON: medians of the time ratio torch / kernels. Above 1 the kernels
-are faster.
+The last line of the output is JSON with medians of the time ratio torch / kernels. A ratio above 1
+means that the kernels are faster.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def measure(config_file: str, rounds: int) -> dict[str, float]:
                     begin = time.perf_counter()
                     engine.generate(prompts, params)
                     seconds[name].append(time.perf_counter() - begin)
-            pairs = list(zip(seconds["torch"], seconds["cpu"]))[1:]  # the first warms up
+            pairs = list(zip(seconds["torch"], seconds["cpu"]))[1:]  # the first round only warms up
             key = f"{str(dtype)[6:]}, {workload}"
             ratios[key] = statistics.median(torch_s / cpu_s for torch_s, cpu_s in pairs)
     return ratios

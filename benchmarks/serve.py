@@ -1,4 +1,4 @@
-"""Put load on `lamoe serve`: real HTTP on loopback, a small random model, a server process.
+"""Put load on `lamoe serve`: a server process with a small random model, over HTTP on loopback.
 
     python benchmarks/serve.py [--seconds 120] [--clients 64] [--rounds 7] [--threads 1]
 
@@ -36,7 +36,7 @@ from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
 from lamoe.text import tokenizer
 
-SEATS, QUEUE = 16, 40  # sequences that run at once, and that may wait
+SEATS, QUEUE = 16, 40  # sequences that may run at once, and sequences that may wait
 BATCH = 16  # clients of part one
 WORDS = (
     "the cat sat on a mat and the dog ran to the hill while one bird sang of rain in spring".split()
@@ -150,7 +150,7 @@ class Server:
             raise
 
 
-# ---- a cheap client: it must not take the CPU from the server ----
+# ---- a client that uses little CPU time, which the server needs ----
 async def ask(
     port: int,
     method: str,
@@ -269,9 +269,9 @@ def overhead(
 
 # ---- part two: load ----
 class Load:
-    """Many clients at once, and what they saw.
+    """Many clients at once, and their results.
 
-    places: for each stream that ran to its end, the seconds from its first token to its last.
+    `places` has the seconds from first to last token of each stream that ran to its end.
     """
 
     def __init__(self, port: int, seconds: float):
@@ -323,7 +323,7 @@ class Load:
         self.status[kind][
             "left" if cut else got["status"] if got["status"] != 200 or complete else "not complete"
         ] += 1
-        # the first event of a chat only names the role; it comes before the first token
+        # The first event of a chat comes before the first token and only names the role.
         skip = 1 if path.endswith("chat/completions") else 0
         if got["status"] == 200 and len(got["times"]) > skip and "n" not in more:
             self.first.append(got["times"][skip] - got["sent"])
@@ -376,8 +376,8 @@ class Load:
                 "p99": first[int(len(first) * 0.99)],
                 "max": first[-1],
             },
-            # the longest possible wait: the running sequences, then the queue ahead, SEATS at a
-            # time, each as slow as the slowest sequence seen
+            # The longest possible wait: the running sequences, then the queue ahead, SEATS at a
+            # time, each as slow as the slowest sequence that was measured.
             "ttft_bound_s": (math.ceil(QUEUE / SEATS) + 1) * max(self.places),
             "tokens_per_s": now["lamoe_generated_tokens_total"] / self.seconds,
         }

@@ -2,14 +2,14 @@
 
     python benchmarks/train.py [--rounds 5] [--steps 3] [--batch 8] [--seq 512] [--no-compile]
 
-Every contestant is a process that stays warm. They run interleaved, a few steps each, with a GEMM
-probe before each turn. Figures are medians over the rounds. Ratios are taken within a round, so a
-drift of the machine's speed cancels out. The last line is JSON.
+Every candidate is a process that stays warm. The candidates run interleaved, a few steps each, with
+a GEMM probe before each of them. Figures are medians over the rounds. Ratios are taken within a
+round, so a drift of the machine's speed cancels out. The last line is JSON.
 
 A step of lamoe: bfloat16 weights with float32 masters, three balance losses, fused AdamW, gradient
 clipping. A step of transformers' DeepseekV2: float32 weights under bfloat16 autocast, grouped_mm
-experts, no balance loss (it has none), fused AdamW, gradient clipping. The compiled contestant is
-torch.compile of the whole model.
+experts, no balance loss (it has none), fused AdamW, gradient clipping. The compiled candidate is
+torch.compile of the whole transformers model.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def make_transformers(batch: int, seq: int, compiled: bool):
 
 
 def work(args) -> None:
-    """Be a contestant: warm up, then run `steps` steps for every line on standard input.
+    """Run as a candidate process: warm up, then run `steps` steps for every line on standard input.
 
-    Every answer is one line of JSON on standard output.
+    Every result is one line of JSON on standard output.
     """
     import torch
 
@@ -137,7 +137,9 @@ def main() -> None:
     names = [n for n in CONTESTANTS if not (args.no_compile and n == "compile")]
     flags = [f"--{k}={getattr(args, k)}" for k in ("rounds", "steps", "batch", "seq", "threads")]
     workers, warm = {}, {}
-    for name in names:  # one after the other, so that they do not compete while warming up
+    for name in (
+        names
+    ):  # candidates start one after the other, so that they do not compete while warming up
         workers[name] = subprocess.Popen(
             [sys.executable, __file__, f"--worker={name}", *flags],
             stdin=subprocess.PIPE,

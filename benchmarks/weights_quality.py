@@ -66,7 +66,8 @@ GGML = {
     "Q5_K": (13, 5.5),
     "Q6_K": (14, 6.5625),
 }
-# (tensor name in the checkpoint, weights [n, k], moments [k, k]) -> (rounded weights, bits)
+# Function of (tensor name in the checkpoint, weights [n, k], moments [k, k]) that returns (rounded
+# weights, bits per weight).
 Round = Callable[[str, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, float]]
 
 
@@ -86,7 +87,10 @@ def with_int8_head(name, w, moments):
 
 
 def by_gguf(name: str) -> Round:
-    """Use the quantiser of the gguf package; rows are padded to its block size."""
+    """Return a Round that uses the quantiser of the gguf package.
+
+    Rows are padded to its block size.
+    """
     kind = gguf.GGMLQuantizationType[name]
 
     def round_(_, w, moments):
@@ -100,7 +104,7 @@ def by_gguf(name: str) -> Round:
 
 
 def by_ggml(lib: ctypes.CDLL, choose: Callable[[str], str]) -> Round:
-    """Use llama.cpp's quantiser, with an importance matrix if there are moments."""
+    """Return a Round that uses llama.cpp's quantiser, with an importance matrix from moments."""
 
     def round_(disk, w, moments):
         name = choose(disk)

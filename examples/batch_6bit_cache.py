@@ -11,13 +11,13 @@ import lamoe
 newest = max(Path("runs").glob("*/step-*/model"), key=lambda p: p.stat().st_mtime, default=None)
 folder = sys.argv[1] if sys.argv[1:] else newest or sys.exit("no run yet: give a model folder")
 
-# cache: fp32, bf16, int8, 6bit or 4bit. max_num_seqs sequences share the steps of the engine.
+# The cache can be fp32, bf16, int8, 6bit or 4bit. Up to max_num_seqs sequences run at once.
 llm = lamoe.LLM(folder, cache="6bit", max_num_seqs=16)
 print(llm.plan().describe())  # bytes of weights and cache, and how many tokens fit
 
 prompts = [f"def {name}(self" for name in ("read", "write", "close", "seek", "flush", "tell")]
 outputs = llm.generate(prompts, lamoe.SamplingParams(temperature=0.0, max_tokens=24))
 
-for prompt, output in zip(prompts, outputs):  # in the order of the prompts
+for prompt, output in zip(prompts, outputs):  # outputs have the order of the prompts
     first_line = (prompt + output.text).splitlines()[0]
     print(f"{first_line}    [{output.finish_reason}]")

@@ -13,13 +13,15 @@ folder = sys.argv[1] if sys.argv[1:] else newest or sys.exit("no run yet: give a
 
 llm = lamoe.LLM(folder)
 prompt = "class Node:"
-# The same seed gives the same text, whatever else the engine runs at the time.
+# The same seed gives the same text, also if the engine runs other requests at the time.
 params = lamoe.SamplingParams(temperature=0.7, top_p=0.95, max_tokens=64, seed=1)
 
 print(prompt, end="", flush=True)
-for delta in llm.stream(prompt, params):  # one delta per token; leaving the loop ends the request
+for delta in llm.stream(
+    prompt, params
+):  # one delta per token; leaving the loop cancels the request
     print(delta.text, end="", flush=True)
 print()
 
-output = delta.output  # only the last delta has one
+output = delta.output  # only the last delta has an output
 print(f"[{len(output.token_ids)} tokens, finish reason: {output.finish_reason}]")

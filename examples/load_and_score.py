@@ -18,11 +18,11 @@ text = "def read(self, path):\n    return open(path).read()\n"
 model = lamoe.load(folder)  # a torch module in eval mode, float32 or the checkpoint's own dtype
 tokenizer = lamoe.Tokenizer.load(folder)
 
-ids = torch.tensor([tokenizer.encode(text, bos=True)])  # [1, T]
+ids = torch.tensor([tokenizer.encode(text, bos=True)])  # token ids [1, T]
 with torch.inference_mode():
     logits = model(ids)  # [1, T, vocabulary]
 
-# Position i predicts token i + 1: drop the last row of logits and the first token.
+# Position i predicts token i + 1, so drop the last row of logits and the first token.
 logprobs = logits[0, :-1].float().log_softmax(-1)
 logprobs = logprobs.gather(-1, ids[0, 1:, None])[:, 0]
 

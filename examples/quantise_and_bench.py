@@ -16,7 +16,7 @@ folder = sys.argv[1] if sys.argv[1:] else newest or sys.exit("no run yet: give a
 
 
 def tokens_per_second(llm: lamoe.LLM, sequences: int) -> float:
-    # ignore_eos: every sequence generates exactly max_tokens tokens
+    # With ignore_eos, every sequence generates exactly max_tokens tokens.
     params = lamoe.SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
     start = time.perf_counter()
     outputs = llm.generate(["def main("] * sequences, params)
@@ -29,7 +29,7 @@ with tempfile.TemporaryDirectory() as scratch:
     quantise = ["quantize", str(folder), str(packed), "--weights", "int4"]
     subprocess.run([sys.executable, "-m", "lamoe", *quantise], check=True)
     for name, path in (("original", folder), ("int4", packed)):
-        llm = lamoe.LLM(path, speculate=0)  # no drafts: plain decoding speed
+        llm = lamoe.LLM(path, speculate=0)  # without drafts, to measure plain decoding
         tokens_per_second(llm, 1)  # warm up
         one, eight = tokens_per_second(llm, 1), tokens_per_second(llm, 8)
         print(f"{name}: {one:.0f} tokens/s alone, {eight:.0f} tokens/s for 8 sequences")

@@ -17,7 +17,9 @@ folder = sys.argv[1] if sys.argv[1:] else newest or sys.exit("no run yet: give a
 port = sys.argv[2] if sys.argv[2:] else "8123"
 
 command = [sys.executable, "-m", "lamoe", "serve", str(folder), "--port", port]
-server = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # stderr: its log, JSON lines
+server = subprocess.Popen(
+    command, stderr=subprocess.DEVNULL
+)  # the log goes to stderr as JSON lines
 try:
     url = f"http://127.0.0.1:{port}"
     while server.poll() is None:  # /health answers 503 while the model loads
@@ -34,5 +36,5 @@ try:
         print(event.choices[0].text, end="", flush=True)
     print()
 finally:
-    server.terminate()  # SIGTERM: running requests end first
+    server.terminate()  # sends SIGTERM, after which running requests still finish
     server.wait()

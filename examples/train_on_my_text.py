@@ -2,7 +2,7 @@
 
 python examples/train_on_my_text.py notes/ [--run.steps 200 --run.out runs/notes ...]
 
-Further words override values of recipes/tiny.toml, which explains them.
+Further arguments override values of recipes/tiny.toml.
 """
 
 import sys
@@ -21,7 +21,7 @@ recipe = Recipe.load(
     ["--data.sources", text, "--run.out", "runs/my-text", "--run.steps", "200", *overrides],
 )
 
-# Trains the tokenizer and the model. 2 % of the files are held out, to measure the loss on them.
+# Train the tokenizer and the model. 2 % of the files are held out to measure the loss on them.
 checkpoint = loop.train(recipe)
 print(f"the model is in {checkpoint / 'model'}; report: lamoe evaluate {recipe.run.out}")
 

@@ -50,8 +50,8 @@ expect.set_options(timeout=TIMEOUT_MS)
 def memory_folder() -> str | None:
     """Return a folder in memory for the browser's profile, or None if there is no large one.
 
-    On a busy disk, pages were seen to stall for a minute. The /dev/shm of a container is often
-    too small for a browser.
+    On a busy disk, pages stalled for up to a minute. The /dev/shm of a container is often too small
+    for a browser.
     """
     folder = "/dev/shm"
     is_usable = os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > 1 << 30
@@ -103,7 +103,7 @@ class Tabs:
         return page
 
     def _check_console(self, message) -> None:
-        # the tests provoke failed requests, which the browser reports too
+        # Failed requests do not count as errors, because tests provoke them.
         if message.type == "error" and "Failed to load resource" not in message.text:
             self.errors.append(f"console: {message.text}")
 
@@ -112,7 +112,7 @@ class Tabs:
             self.errors.append(f"request to {request.url}")
 
     def close(self) -> list[str]:
-        """Close all pages and return the errors of all of them."""
+        """Close all pages. Return all errors that were recorded."""
         for page in self.pages:
             if not page.is_closed():
                 self.errors += [f"CSP: {v}" for v in page.evaluate("window.violations")]
@@ -126,7 +126,7 @@ def tabs(browser):
     t = Tabs(browser)
     yield t
     errors = t.close()
-    assert not errors, errors  # pytest shows values only for asserts in test files
+    assert not errors, errors  # `, errors`: pytest shows values by itself only in test files
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def send(page: Page, text: str, wait: bool = True):
 
 
 def done(page: Page):
-    """Wait until the last reply is complete."""
+    """Wait until the last reply on the page is complete."""
     expect(page.locator(".msg.model").last).to_have_attribute("aria-busy", "false")
     expect(page.locator("#send")).to_be_visible()
 

@@ -1,4 +1,7 @@
-"""Shared set-up: one thread, so that sums have one order, and the fixture `impl`."""
+"""Shared set-up of all tests.
+
+torch uses one thread, so that sums always have the same order. The fixture `impl` selects the ops.
+"""
 
 import hypothesis
 import pytest

@@ -41,7 +41,7 @@ def swiglu(
     Args:
         fmt: format of `w13`.
         w13: a packed matrix of f gates and f ups, each padded to whole tiles of 16.
-        scale: of the packed matrix.
+        scale: scale of the packed matrix.
         f: number of gates.
         x: float32 [m, D].
         weight: float32 [m], a factor for each row.
@@ -74,7 +74,7 @@ def attend(
         k0: first column of the keys, which are kw wide.
         v0: first column of the values.
         vw: width of the values.
-        scale: of the scores.
+        scale: factor of the scores.
         chunk: rows of a partial result.
         isa: instruction set, "" for the one in use.
 
@@ -105,7 +105,7 @@ def attend_ints(
         rows: uint8 [S, row bytes].
         q: float32 [L, latent + rope].
         last: int32 [L]; query i sees rows 0 .. last[i].
-        scale: of the scores.
+        scale: factor of the scores.
         chunk: rows of a partial result, a multiple of 64.
         isa: instruction set, "" for the one in use.
 

@@ -1,8 +1,8 @@
 """A fake server for the tests of the web page.
 
-It speaks the part of `lamoe serve` that the page uses, but it sends replies that a random model
-would never generate (Markdown, hostile HTML) and fails on demand. `python tests/page_server.py`
-runs it for manual tests.
+It implements the part of `lamoe serve` that the page uses. But it sends replies that a random model
+would never generate (Markdown, hostile HTML), and it fails on demand. For manual tests, run
+`python tests/page_server.py`.
 
 The last word of the user's message selects the behaviour:
 
@@ -108,7 +108,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.key, self.loading, self.down, self.delay = None, False, False, delay
         self.bodies, self.dropped, self.busy_left = [], 0, 0
-        # what /lamoe/stats reports
+        # figures that /lamoe/stats reports
         self.running, self.used, self.speed = 0, 0, 0.0
         self.generated, self.prompted, self.cached = 0, 0, 0
         self.model = "deepseek-v2-tiny"
@@ -199,7 +199,10 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(status, {"error": error}, **headers)
 
     def check_access(self) -> bool:
-        """Answer with an error if the state says so; return whether the request may continue."""
+        """Send an error response if the state demands one.
+
+        Return whether the request may continue.
+        """
         s = self.server
         if s.down:
             self.close_connection = True

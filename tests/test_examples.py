@@ -1,4 +1,4 @@
-"""Every script in examples/, run on a tiny trained model."""
+"""Tests that run every script in examples/ on a tiny trained model."""
 
 import os
 import runpy
@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 def run(tmp_path, monkeypatch, capsys):
     """Run a script in this process, in an empty folder, and return what it printed."""
     monkeypatch.chdir(tmp_path)
-    # what the scripts start runs `python -m lamoe` from here
+    # Subprocesses of the scripts must find this checkout for `python -m lamoe`.
     path = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))
     monkeypatch.setenv("PYTHONPATH", path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -53,7 +53,7 @@ def test_generate_takes_the_newest_run(trained, run, tmp_path):
     assert out.startswith("class Node:") and "finish reason: " in out
 
 
-def test_without_a_run_they_say_so(run):
+def test_scripts_without_a_run_exit_with_a_message(run):
     with pytest.raises(SystemExit, match="no run yet"):
         run("generate.py")
 

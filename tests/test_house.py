@@ -1,7 +1,7 @@
-"""Rules for the whole package, checked on the syntax trees.
+"""Tests of rules for the whole package, checked on its syntax trees.
 
-Imports go down the list of packages, files stay short, nothing is unused, and nothing runs foreign
-code.
+Imports go down the list of packages, files stay short, every module is used, and nothing runs
+foreign code.
 """
 
 import ast
@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lamoe"
-# Imports go down this list: a package imports its own modules and those of packages with a smaller
-# number.
+# Levels of packages. A package may import its own modules and those of packages with a smaller
+# level.
 LEVEL = {
     "kernels": 0,
     "text": 0,
@@ -79,7 +79,7 @@ def uphill(name: str, imported: set[str]) -> list[str]:
     return [i for i in sorted(imported) if i != "lamoe" and LEVEL[room(i)] > LEVEL[room(name)]]
 
 
-def test_every_room_has_a_level():
+def test_every_package_has_a_level():
     assert {room(n) for n in MODULES if n != "lamoe"} <= set(LEVEL)
 
 
@@ -94,11 +94,11 @@ def test_the_check_sees_an_import_that_goes_up():
     ]
     assert "lamoe.kernels" in imports(
         "lamoe.model.transformer"
-    ) and "lamoe.model.config" in imports("lamoe.model.rope")  # the search does find imports
+    ) and "lamoe.model.config" in imports("lamoe.model.rope")  # and `imports` does find imports
 
 
 def test_no_import_circles():
-    """No circles within a package either, except an __init__ that exports its own modules."""
+    """Imports have no cycles, except that an __init__ exports modules of its own package."""
     edges = {
         n: {i for i in imports(n) if i in MODULES and not n.startswith(i + ".")} for n in MODULES
     }
@@ -125,7 +125,7 @@ def test_every_module_is_used():
 
 
 def test_accounting_config_and_the_package_itself_need_no_torch():
-    """Accounting needs no torch, which may be missing or slow to import."""
+    """Config, accounting and the package itself do not import torch, which may be missing."""
     assert "torch" not in ast.unparse(
         ast.Module(
             [
@@ -174,8 +174,8 @@ def model_class_checks(node: ast.AST) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [n for n in MODULES if not n.startswith("lamoe.backends")])
-def test_only_backends_know_what_runs_a_model(name):
-    """Everything else knows the interface, lamoe.backends.base.Backend."""
+def test_only_backends_check_model_classes(name):
+    """Only backends check the class of a model. Other code uses the interface base.Backend."""
     assert [c for node in ast.walk(tree(name)) for c in model_class_checks(node)] == []
 
 
@@ -184,7 +184,7 @@ def test_the_check_sees_a_model_class():
     assert [c for node in ast.walk(code) for c in model_class_checks(node)] == ["CpuBackend"]
 
 
-def test_the_model_is_read_in_one_sitting():
+def test_transformer_py_stays_short():
     assert len(MODULES["lamoe.model.transformer"].read_text().splitlines()) < 300
 
 
@@ -284,7 +284,7 @@ def test_the_api_is_documented(name):
     assert undocumented(name) == []
 
 
-def test_no_files_of_the_kinds_we_do_not_have():
+def test_no_catch_all_modules_or_abstract_classes():
     names = {p.name for p in PACKAGE.rglob("*.py")}
     assert not names & {"utils.py", "helpers.py", "common.py", "misc.py", "registry.py"}
     for name in MODULES:
@@ -294,5 +294,5 @@ def test_no_files_of_the_kinds_we_do_not_have():
             if isinstance(node, ast.ClassDef)
             for b in node.bases
         ]
-        if name != "lamoe.backends.base":  # the one interface
+        if name != "lamoe.backends.base":  # Backend is the only abstract class
             assert not {"ABC", "abc.ABC"} & set(bases), f"{name} has an abstract base class"

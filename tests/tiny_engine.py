@@ -1,4 +1,4 @@
-"""Engines over tiny random models, prompts, and greedy decoding without a cache as oracle."""
+"""Helpers for engine tests: tiny random engines, prompts, and an oracle without a cache."""
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def watch(engine: LLM) -> tuple[list[list[tuple[Sequence, int]]], list[Sequence]
 
 
 def idle(engine: LLM) -> bool:
-    """Whether nothing runs or waits and no page has an owner."""
+    """Return whether no sequence runs or waits and no page has an owner."""
     return (
         not engine.busy
         and engine.pool.owned == 0

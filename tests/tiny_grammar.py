@@ -26,7 +26,7 @@ def tok() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def llm(tok) -> LLM:
-    """An engine that the tests of a module share."""
+    """Return an engine that the tests of a module share."""
     return engine(tok)
 
 

@@ -24,7 +24,7 @@ WORDS = (
     "the cat sat on a mat and the dog ran to the hill while one bird sang of rain in spring "
     "0123456789 def read(self): return None\n"
 )
-# a short form of what DeepSeek's chat templates do with tools
+# a short template with the same tool format as DeepSeek's chat templates
 TOOL_TEMPLATE = (
     "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}"
     "{% for m in messages %}{{ m['role'] + ': ' }}{{ m['content'] or '' }}"
@@ -80,7 +80,7 @@ def direct(prompt="the cat", **params):
 def paced(**options) -> LLM:
     """Make an engine whose steps take at least a millisecond.
 
-    Tests of what happens during generation then have time to act on any machine.
+    So tests that act during generation have enough time for it on any machine.
     """
     engine = llm(**options)
     step = engine.step
@@ -235,5 +235,5 @@ class Client(threading.Thread):
 
     @property
     def status(self) -> int:
-        """The status of the response, or 0 before it has begun."""
+        """Return the status of the response, or 0 before it has begun."""
         return int(self.received.split()[1]) if self.received else 0

@@ -30,10 +30,12 @@ TITLES = (
     "persuasion",
     "pride-and-prejudice",
     "sense-and-sensibility",
-)  # order in the package
-# a modern publisher's note at the end of Northanger Abbey; left out, because it is not the author's
+)  # in the order of the package
+# A modern publisher's note at the end of Northanger Abbey. It is left out, because it is not by
+# the author.
 MODERN_NOTE = "\n\nA NOTE ON THE TEXT\n\n"
-# Prose is wrapped at about 70 columns: a shorter line inside a paragraph was broken on purpose.
+# Prose is wrapped at about 70 columns. A line below this length inside a paragraph was broken on
+# purpose, as in verse.
 SHORT = 55
 
 
@@ -63,9 +65,9 @@ def read_strings(raw: bytes) -> list[str]:
     """
     if raw[:6] != b"X\n\x00\x00\x00\x03":
         raise ValueError(f"expected R serialisation version 3 in XDR form, found {raw[:6]!r}")
-    at = 14  # magic, format version, R version written and needed
+    at = 14  # skip magic, format version, and the R versions that wrote the file and can read it
     (name_length,) = struct.unpack_from(">i", raw, at)
-    at += 4 + name_length  # the encoding's name
+    at += 4 + name_length  # skip the name of the encoding
     kind, count = struct.unpack_from(">Ii", raw, at)
     if kind & 0xFF != 16:
         raise ValueError(f"expected a character vector (type 16), found type {kind & 0xFF}")
@@ -110,7 +112,7 @@ def join_lines(lines: list[str]) -> str:
 
 
 def archive(texts: dict[str, str]) -> bytes:
-    """Return a .tar.xz that depends on the texts alone."""
+    """Return a .tar.xz whose bytes depend only on the texts."""
     plain = io.BytesIO()
     with tarfile.open(fileobj=plain, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, text in sorted(texts.items()):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Check what no formatter checks: line ends of every text file, the width of Markdown and TOML.
 
-    python tools/check_text.py [FILE ...]     # all files that git knows if none is given
+    python tools/check_text.py [FILE ...]     # default: all files that git tracks
 
 Tables, code blocks and lines without a space (long links) may be wider than 100 columns.
 """
@@ -17,7 +17,7 @@ NOT_OURS = re.compile(r"vendor-|LICENSE|/corpus/")
 
 
 def problems(path: Path) -> list[str]:
-    """Return messages about one file; none for a binary file."""
+    """Return a list of messages about one file. For a binary file the list is empty."""
     data = path.read_bytes()
     if b"\0" in data or NOT_OURS.search(path.as_posix()):
         return []

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Install lamoe into a virtual environment and say what is going on while it happens.
+"""Install lamoe into a virtual environment, and report the progress.
 
     python tools/install.py .venv serve,train              # what `make demo` runs
     python tools/install.py .venv serve,train,test,dev     # what `make test` and `make lint` run
@@ -36,10 +36,10 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # the only place that names it
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # no other file contains this address
 REACH_TIMEOUT_S = 5
-BETWEEN_LINES_S = 3  # at most one line of progress in this time, stages excepted
-HEARTBEAT_S = 8  # a line at least this often
+BETWEEN_LINES_S = 3  # shortest time between two lines of progress, except for new stages
+HEARTBEAT_S = 8  # longest time without a line of output
 
 START = time.monotonic()
 
@@ -58,7 +58,7 @@ def requirements(extras: list[str]) -> list[str]:
     optional = project["project"]["optional-dependencies"]
     if unknown := [e for e in extras if e not in optional]:
         sys.exit(f"unknown extras {', '.join(unknown)}; pyproject.toml has {', '.join(optional)}")
-    # cmake and ninja come from wheels, so that a C++ compiler is all the machine needs
+    # cmake and ninja come from wheels, so the machine needs only a C++ compiler.
     out = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
     out += ["cmake", "ninja"]
     for extra in extras:
@@ -67,7 +67,7 @@ def requirements(extras: list[str]) -> list[str]:
 
 
 def unreachable(url: str) -> str:
-    """Say why `url` does not answer within a few seconds; an empty string if it does."""
+    """Return why `url` does not answer within a few seconds, or "" if it does."""
     certificates = os.environ.get("PIP_CERT") or os.environ.get("REQUESTS_CA_BUNDLE")
     try:
         context = ssl.create_default_context(cafile=certificates)
@@ -80,7 +80,7 @@ def unreachable(url: str) -> str:
 
 
 def torch_index(folder: Path) -> list[str]:
-    """Return pip's options for where torch comes from."""
+    """Return the options of pip that select the index for torch."""
     if installed := next(folder.glob("**/site-packages/torch-*.dist-info"), None):
         if os.environ.get("LAMOE_TORCH") or os.environ.get("TORCH_INDEX"):
             say(f"{installed.stem} stays; to choose another one, run `make clean` first")
@@ -104,7 +104,7 @@ def torch_index(folder: Path) -> list[str]:
 
 
 def stage_of(line: str) -> tuple[str, bool] | None:
-    """Translate a line of pip or the build into (progress, is it a new stage)."""
+    """Translate a line of output into (progress text, whether a new stage begins)."""
     if m := re.match(r"\s*Downloading (\S+?)-(\d\S*?)-\S*\.whl\S*( \(.*\))?", line):
         return f"downloading {m[1]} {m[2]}{m[3] or ''}", False
     if m := re.match(r"\s*(?:Collecting|Processing) (\S+)", line):

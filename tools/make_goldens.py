@@ -99,9 +99,9 @@ MODELS = {
 
 
 def summary(gradient: torch.Tensor) -> torch.Tensor:
-    """Return [norm, weighted sum] in float64.
+    """Return [norm, weighted sum] of a gradient in float64.
 
-    The weights of the sum differ at every position, so that permuted values change it.
+    The weights of the sum differ at every position, so that permuted values change the sum.
     """
     g = gradient.detach().double().flatten()
     return torch.stack(
@@ -110,7 +110,7 @@ def summary(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def per_disk_name(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename gradients to the names on disk; transformers stacks the experts in memory."""
+    """Rename gradients to the tensor names on disk, where experts are not stacked as in memory."""
     out = {}
     for name, g in gradients.items():
         stem = name.removesuffix("experts.gate_up_proj").removesuffix("experts.down_proj")
@@ -176,7 +176,7 @@ def golden(name: str):
         "greedy": greedy[:, TOKENS:].contiguous(),
     }
     tensors |= {f"gradients.{n}": g for n, g in gradients.items()}
-    # one metadata entry, because several have no fixed order
+    # a single metadata entry, because safetensors has no fixed order of several
     save_file(tensors, OUT / f"{name}.safetensors", {"about": json.dumps(about)})
     print(f"{name}: {(OUT / f'{name}.safetensors').stat().st_size:,} bytes")
 

@@ -29,7 +29,7 @@ tok.save("model")
 
 def run(*command: object, cwd: Path):
     print("$", " ".join(map(str, command)), flush=True)
-    # no PYTHONPATH: the checkout must not be importable
+    # Without PYTHONPATH, the checkout is not importable.
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run([str(c) for c in command], cwd=cwd, env=env, check=True)
 
@@ -38,7 +38,7 @@ def main(folder: Path):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     log_path = folder / "install.log"
-    # a build folder of its own: the one of .venv may hold bindings that only tests use
+    # Use a separate build folder, because that of .venv may contain bindings that only tests use.
     build = [f"--config-settings=build-dir={folder / 'cmake'}", "--wheel-dir", str(folder)]
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", *build, str(ROOT)]
     watch(command, "building the wheel", log_path)

@@ -1,4 +1,4 @@
-"""`lamoe quantize --calibrate`: second moments of inputs, error feedback, the text sample."""
+"""Tests of `lamoe quantize --calibrate`: moments of inputs, error feedback, the text sample."""
 
 import re
 import weakref
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled ker
 
 @pytest.mark.parametrize("family", ["mla q_lora", "mla", "moe v1 mha", "gqa tied"])
 def test_moments_match_those_of_the_whole_model(tmp_path, family):
-    """Hooks on the whole model give the second moments that the layer-by-layer walk must find."""
+    """The layer-by-layer walk finds the same second moments as hooks on the whole model."""
     c, model = FAMILIES[family], source(tmp_path / "model", family)
     plain, ids, want = lamoe.load(model), tiny.ids(FAMILIES[family], 6, 20), {}
     names = {
@@ -54,7 +54,10 @@ def test_moments_match_those_of_the_whole_model(tmp_path, family):
 
 
 def test_the_mean_of_the_layer_is_mixed_into_the_moments_of_experts():
-    """With many tokens an expert's own moments dominate; without tokens only the mean remains."""
+    """The moments of an expert are mixed with the mean moments of its layer.
+
+    With many tokens the expert's own moments dominate. Without tokens only the mean remains.
+    """
     module = type("E", (), {"w13": torch.ones(3, 4, 2), "w2": torch.ones(3, 2, 2)})
     x = torch.cat([torch.full((10000, 2), 2.0), torch.full((20000, 2), 1.0)])
     expert = torch.tensor([[0]] * 10000 + [[1]] * 20000)
@@ -64,12 +67,15 @@ def test_the_mean_of_the_layer_is_mixed_into_the_moments_of_experts():
         experts.add(module, (x[part], expert[part], weight[part]))
     for i, want in enumerate((4, 0.25, (4 + 2 * 0.25) / 3)):
         assert experts.inputs(i).flatten().tolist() == pytest.approx([want] * 4, rel=0.05)
-    swiglu = 4 / (1 + np.exp(-4)) * 4  # with gate = up = 2 + 2
+    swiglu = 4 / (1 + np.exp(-4)) * 4  # gate and up are both 2 + 2 = 4
     assert experts.activations(0).flatten().tolist() == pytest.approx([swiglu**2] * 4, rel=0.05)
 
 
 def test_the_rows_of_all_experts_never_exist_at_once(monkeypatch):
-    """All of them together would take 4 GB for a layer of DeepSeek-V2."""
+    """The input rows of all experts never exist at once.
+
+    For a layer of DeepSeek-V2, all of them together would take 4 GB.
+    """
     module = type("E", (), {"w13": torch.ones(8, 4, 2), "w2": torch.ones(8, 2, 2)})
     experts, returned, alive = calibrate._Experts(module), [], []
     experts.add(module, (torch.ones(80, 2), torch.arange(80)[:, None] % 8, torch.ones(80, 1)))
@@ -101,9 +107,9 @@ def correlated(n: int, k: int, seed: int = 0) -> torch.Tensor:
     "isa", re.split(r"\W+", native.lib.features()) if native.available() else []
 )
 def test_later_inputs_compensate_for_the_errors_of_earlier_ones(k, isa):
-    """For correlated inputs the output error is far below that of independent rounding.
+    """With feedback, the output error for correlated inputs is far below that of plain rounding.
 
-    The packed size is the same, and the codes follow the recursion, written here in plain torch.
+    The packed size does not change. The codes equal those of a recursion in plain torch.
     """
     g = torch.Generator().manual_seed(1)
     w, x = torch.randn(40, k, generator=g), correlated(4 * k, k)
@@ -117,13 +123,13 @@ def test_later_inputs_compensate_for_the_errors_of_earlier_ones(k, isa):
     rounded = [native.unpack("int4", d, 40, k, s) for d, s in ((plain, plain_scale), (data, scale))]
     before, after = (float((x @ (r - w).T).square().mean()) for r in rounded)
     assert after < 0.6 * before
-    # The recursion: the value of each column at the time when it was rounded.
+    # Recursion in plain torch: the value of each column at the time when it was rounded.
     adjusted = w.clone()
     for i in range(k):
         error = adjusted[:, i] - rounded[1][:, i]
         adjusted[:, i + 1 :] -= error[:, None] * feedback[i, i + 1 :]
     near, far = ((m - rounded[1]).square().mean() / w.square().mean() for m in (adjusted, w))
-    # The codes are close to the adjusted values, and less close to the original ones.
+    # The codes are close to the adjusted values, and farther from the original ones.
     assert near < 0.02 and far > near
 
 
@@ -141,7 +147,7 @@ def test_feedback_of_uncorrelated_inputs_changes_nothing():
 
 
 def test_importance_reduces_the_output_error():
-    """Scales minimise a weighted squared error, which helps with inputs of very unequal sizes."""
+    """Weighting squared errors by importance reduces the output error for unequal inputs."""
     g = torch.Generator().manual_seed(0)
     w, spread = torch.randn(64, 128, generator=g), torch.exp(1.5 * torch.randn(128, generator=g))
     x = torch.randn(500, 128, generator=g) * spread
@@ -167,7 +173,10 @@ def test_rows_of_a_text(trained):
     "sizes", [[3_000_000], [100] * 30_000, [50, 2_000_000, 0, 7, 900_000, 20_000]]
 )
 def test_only_a_sample_of_a_long_text_is_tokenised(sizes):
-    """Tokenising a gigabyte of text would take minutes, for the 32,768 tokens of a default run."""
+    """Only a sample of a long text is tokenised.
+
+    A default run uses 32,768 tokens, but tokenising a gigabyte of text would take minutes.
+    """
     tokenised = []
     tokenizer = type(
         "T",
@@ -187,7 +196,7 @@ def test_only_a_sample_of_a_long_text_is_tokenised(sizes):
         < sum(map(len, tokenised))
         < 1.5 * calibrate.CHARS * 4096 + calibrate.PIECE
     )
-    # The sample comes from everywhere in the text.
+    # The sample comes from all parts of the text.
     assert len(set("".join(tokenised))) > 0.2 * len(set("".join(texts)))
     assert calibrate._sample(texts[:1], 10**9) == texts[:1]
 

@@ -1,4 +1,4 @@
-"""Storage formats of cache rows: byte layout, error bounds, independence of rows, NaN."""
+"""Tests of the storage formats of cache rows: bytes, error bounds, independence of rows, NaN."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ from lamoe.backends import cache_codec
 from lamoe.model.config import ModelConfig
 
 LOW_BIT = ("int8", "6bit", "4bit")
-# Largest absolute error of very small numbers: half of the smallest step in the low-bit formats
-# (True), 0 in the others.
+# Largest absolute error of very small numbers, by whether the format is a low-bit format. In low-
+# bit formats it is half of the smallest step.
 FLOOR = {True: 2.0**-22, False: 0.0}
 WIDTHS = [
     (512, 64),
@@ -29,7 +29,7 @@ WIDTHS = [
 
 
 def parts(widths, rows=33, seed=0, scale=1.0):
-    """Return the two parts of rows with very different magnitudes and a few outliers."""
+    """Return both parts of random rows, with very different magnitudes and a few outliers."""
     g = torch.Generator().manual_seed(seed)
     out = []
     for w in widths:
@@ -79,7 +79,7 @@ def test_6bit_takes_at_most_six_bits_per_element(widths):
 
 
 def test_stated_sizes():
-    """README, plan and kernels rely on these sizes. Changing one changes the format."""
+    """Row sizes equal fixed numbers, because README, memory plan and kernels rely on them."""
     assert [cache_codec.row_bytes(name, (512, 64)) for name in cache_codec.FORMATS] == [
         2304,
         1152,
@@ -94,8 +94,8 @@ def test_stated_sizes():
         60,
         47,
     ]
-    assert cache_codec.part_bits("6bit", (512, 64)) == (5, 8)  # the rope key is the fine part
-    assert cache_codec.part_bits("6bit", (192, 192)) == (6, 5)  # without a rope key: the keys
+    assert cache_codec.part_bits("6bit", (512, 64)) == (5, 8)  # the rope key gets more bits
+    assert cache_codec.part_bits("6bit", (192, 192)) == (6, 5)  # without MLA the keys get more bits
     assert cache_codec.part_bits("6bit", (96, 32)) == (5, 7)  # 8 bits would exceed 6.0 per element
     assert (
         cache_codec.part_bits("4bit", (192, 192)) == (4, 4)
@@ -135,7 +135,7 @@ def test_error_bound(name, widths):
     st.integers(0, 10**6),
 )
 def test_error_bound_at_any_size(name, w0, w1, exponent, seed):
-    """Numbers below the smallest step may have an absolute error of 2^-22 in addition."""
+    """The relative error bound holds at any magnitude, plus an absolute error of up to 2^-22."""
     original = parts((w0, w1), rows=5, seed=seed, scale=2.0**exponent)
     decoded = cache_codec.decode(name, cache_codec.encode(name, original), (w0, w1), torch.float32)
     for x, y, bound in zip(original, decoded, cache_codec.max_error(name, (w0, w1))):
@@ -143,7 +143,7 @@ def test_error_bound_at_any_size(name, w0, w1, exponent, seed):
 
 
 def test_the_error_bound_is_tight():
-    """Some row reaches 90 % of the bound, so a coarser code would exceed it."""
+    """Some row reaches 90 % of the error bound, so a coarser code would exceed it."""
     x = torch.randn(20000, 16, generator=torch.Generator().manual_seed(0))
     for name in LOW_BIT:
         decoded = cache_codec.decode(
@@ -164,7 +164,7 @@ def test_groups_have_their_own_scale(name):
     )
     bits = cache_codec.part_bits(name, (2 * group, 2 * group))[0]
     step = 20 / (2 ** (bits - 1) - 1)
-    # A group with |x| <= 2 needs 2/16 of the step for 20; base and factor are rounded up.
+    # A group with |x| <= 2 needs 2/16 of the step for 20. Base and factor are rounded up.
     assert (y - x)[:, group:].abs().max() < 0.6 * step * 3 / 16
 
 
@@ -219,7 +219,7 @@ def test_a_row_does_not_depend_on_its_batch(name, widths):
 
 @pytest.mark.parametrize("name", cache_codec.FORMATS)
 def test_input_types_and_views(name):
-    """Inputs may be bfloat16, float64 or transposed views, and may have no rows."""
+    """`encode` accepts bfloat16, float64, transposed views, and inputs without rows."""
     a, b = (p.bfloat16() for p in parts((64, 16)))
     rows = cache_codec.encode(name, (a, b))
     assert torch.equal(rows, cache_codec.encode(name, (a.double(), b.float())))
@@ -288,7 +288,10 @@ def test_plain_layout():
 
 
 def test_golden_row():
-    """The bytes must never change, because saved prefixes contain them."""
+    """The bytes of a fixed row equal recorded ones.
+
+    They must not change: saved prefixes contain them.
+    """
     a = torch.arange(-8.0, 9.0)[None] / 4
     b = torch.tensor([[1.0, -0.5, 0.25]])
     assert {
@@ -307,7 +310,7 @@ GOLDEN = {
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("name", LOW_BIT)
 def test_a_part_with_a_bad_number_decodes_to_nan(name, bad):
-    """A NaN, an infinity or a huge number makes its part of its row NaN, and nothing else."""
+    """A NaN, infinite or huge element turns its part of its row into NaN, and nothing else."""
     a, b = parts((64, 16))
     good = cache_codec.encode(name, (a, b))
     a[3, 63] = bad
@@ -327,7 +330,7 @@ def test_plain_formats_store_nan_and_infinity(name):
 
 
 def test_largest_number():
-    """The largest step is 3840. Numbers up to that limit are stored, larger ones become NaN."""
+    """The largest step is 3840. Numbers that need a larger step become NaN."""
     x = torch.full((1, 16), 3840.0 * 7)
     assert torch.equal(
         cache_codec.decode(

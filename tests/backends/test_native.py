@@ -1,7 +1,7 @@
-"""The compiled kernels on every instruction set of this CPU: weight formats, linear, cache rows.
+"""Tests of the compiled kernels on every instruction set: weight formats, linear, cache rows.
 
-Other operations: test_native_ops.py. Whole models: test_native_model.py. Invalid arguments:
-test_native_hostile.py.
+test_native_ops.py tests other operations, test_native_model.py whole models, and
+test_native_hostile.py invalid arguments.
 """
 
 import re
@@ -18,15 +18,15 @@ from lamoe.backends.cpu.backend import codec_numbers
 pytestmark = pytest.mark.skipif(native.lib is None, reason="needs the compiled kernels")
 ISAS = native.lib.features().split(", ") if native.lib else []
 SIZES = [1, 3, 15, 16, 17, 63, 64, 65, 127]
-# The codebook of int4.
+# The INT4 codebook, stored + 64.
 LEVELS = torch.tensor([1, 12, 23, 32, 40, 48, 54, 60, 65, 71, 76, 82, 89, 97, 106, 120]) - 64
-EPS = 2.0**-24  # relative rounding error of float32
+EPS = 2.0**-24  # largest relative rounding error of float32
 isas = pytest.mark.parametrize("isa", ISAS)
 formats = pytest.mark.parametrize("fmt", native.FORMATS)
 
 
 def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
-    """Return normally distributed random numbers."""
+    """Return a tensor of normally distributed random numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
@@ -36,7 +36,7 @@ def blocks(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def rounded_inputs(fmt: str, x: torch.Tensor) -> torch.Tensor:
-    """Round inputs x [m, k] as `native.linear` does for weights in `fmt`; float64."""
+    """Round inputs x [m, k] as `native.linear` does for weights in format `fmt`. Return float64."""
     if fmt == "fp32":
         return x.double()
     if fmt == "bf16":
@@ -53,8 +53,8 @@ def product(
     """Multiply x by packed weights.
 
     Returns:
-        the kernel's product, the product of the same rounded numbers in float64, and the sums of
-        the absolute values of its terms.
+        the product by the kernel, the product of the same rounded numbers in float64, and the sum
+            of the absolute values of the terms of each result.
     """
     data, scale = native.pack(fmt, w)
     stored, inputs = native.unpack(fmt, data, *w.shape, scale).double(), rounded_inputs(fmt, x)
@@ -72,7 +72,9 @@ def product(
     "n, k", [(n, k) for n in (1, 15, 17, 65) for k in SIZES] + [(48, 1408), (3, 10944)]
 )
 def test_stored_weights_keep_the_error_bound_of_their_format(fmt, isa, n, k):
-    w = draw(n, k, seed=k) * torch.exp(2 * draw(n, 1, seed=n))  # rows of very different magnitude
+    w = draw(n, k, seed=k) * torch.exp(
+        2 * draw(n, 1, seed=n)
+    )  # rows with very different magnitudes
     data, scale = native.pack(fmt, w, isa=isa)
     assert len(data) == native.mat_bytes(fmt, n, k)
     error = blocks(native.unpack(fmt, data, n, k, scale, isa) - w, 16).abs()
@@ -109,7 +111,7 @@ def test_bits_per_weight_include_scales():
 @pytest.mark.parametrize("size", [1e-42, 1e-37, 1e-25, 1e-8, 1e8, 1e25, 1e37])
 @pytest.mark.parametrize("fmt", ["int8", "int4"])
 def test_relative_errors_do_not_depend_on_the_magnitude_of_weights(fmt, size):
-    """Huge and tiny weights do not overflow. Only denormal weights lose some precision."""
+    """Scaling all weights up or down keeps the relative error, except for denormal weights."""
     w = draw(16, 64) / draw(16, 64).abs().max() * size
     data, scale = native.pack(fmt, w)
     got = native.unpack(fmt, data, 16, 64, scale)
@@ -123,9 +125,9 @@ def test_relative_errors_do_not_depend_on_the_magnitude_of_weights(fmt, size):
 
 
 def test_int4_stores_codebook_values_exactly():
-    """Groups of codebook values, with scales of either sign that the format represents.
+    """Weights that are codebook values times representable group scales are stored exactly.
 
-    The largest weight makes the scale of the matrix 1.
+    Group scales have either sign. The largest weight is chosen so that the matrix scale is 1.
     """
     levels = LEVELS.float()
     w = torch.stack(
@@ -144,7 +146,7 @@ def test_int4_stores_codebook_values_exactly():
 
 
 def test_allocations_for_weights_may_have_huge_pages():
-    """The allocation is eligible for transparent huge pages if the system gives them on request."""
+    """Allocations for weights are eligible for huge pages if the system gives them on request."""
     switch, maps = Path("/sys/kernel/mm/transparent_hugepage/enabled"), Path("/proc/self/smaps")
     if not (switch.is_file() and maps.is_file()) or "[never]" in switch.read_text():
         pytest.skip("this system has no huge pages on request")
@@ -218,7 +220,7 @@ def test_linear_keeps_the_error_bound_relative_to_the_original_weights(fmt, weig
     w, x = draw(33, 1408), draw(7, 1408, seed=1)
     got, _, _ = product(fmt, w, x, isa)
     exact = x.double() @ w.double().t()
-    # int4 has a bound on squares only: about 6 % were measured for normally distributed weights.
+    # For INT4 only squared errors are bounded. Normally distributed weights gave about 6 %.
     if weights is None:
         return torch.testing.assert_close(
             ((got - exact).norm() / exact.norm()).item(), 0.064, atol=0.01, rtol=0
@@ -251,7 +253,10 @@ def test_a_row_does_not_depend_on_its_batch(fmt, isa):
 @pytest.mark.parametrize("fmt", ["int8", "int4"])
 @pytest.mark.parametrize("m", [16, 17, 22, 23, 31, 48, 192, 193, 199, 208, 215])
 def test_amx_tiles_give_the_bits_of_avx512(fmt, m):
-    """The row counts are near the kernel's blocks: 16, up to 192 at once, up to 6 without tiles."""
+    """AMX gives the same bits as AVX-512 for row counts around the block limits of the kernel.
+
+    A block has 16 rows, one call has up to 192 rows, and up to 6 remaining rows use no tiles.
+    """
     for n, k in [(130, 65), (17, 320)]:
         data, scale = native.pack(fmt, draw(n, k))
         x = draw(m, k, seed=m)
@@ -264,7 +269,7 @@ def test_amx_tiles_give_the_bits_of_avx512(fmt, m):
 @isas
 @formats
 def test_torch_matmuls_in_between_change_nothing(fmt, isa):
-    """torch configures AMX tile registers of the same thread with other shapes."""
+    """Kernel results do not change if torch uses AMX tiles of other shapes on the same thread."""
     data, scale = native.pack(fmt, draw(130, 320))
     x, other = draw(37, 320), draw(64, 64).bfloat16()
     want, product = native.linear(fmt, data, scale, 130, x, isa), other @ other
@@ -280,7 +285,7 @@ def test_bytes_outside_a_matrix_and_its_inputs_are_not_read(fmt, isa):
         data, scale = native.pack(fmt, draw(n, k))
         want = native.linear(fmt, data, scale, n, draw(5, k), isa)
         around = torch.full((len(data) + 8192,), 0xFF, dtype=torch.uint8)
-        for at in (4096, 4097):  # aligned to cache lines, and not
+        for at in (4096, 4097):  # once aligned to cache lines, once not
             around[at : at + len(data)] = data
             rows = torch.full((5 * k + 2048,), float("nan"))
             rows[1024 : 1024 + 5 * k] = draw(5, k).flatten()
@@ -318,7 +323,11 @@ def test_nan_and_infinity_affect_only_their_row(fmt, isa, bad):
 @formats
 @pytest.mark.parametrize("size", [1e-44, 1e-37, 1e-30, 1e-20, 1e20, 1e30])
 def test_inputs_of_any_size(fmt, isa, size):
-    """Inputs reach from denormals (zero for some instructions) to sizes beyond any activation."""
+    """`linear` is accurate for inputs of any magnitude.
+
+    The magnitudes reach from denormals, which some instructions treat as zero, to far beyond any
+    activation.
+    """
     w, x = draw(17, 65, scale=0.1), draw(3, 65, seed=1) * size
     data, scale = native.pack(fmt, w)
     want = x.double() @ native.unpack(fmt, data, 17, 65, scale).double().t()
@@ -333,9 +342,9 @@ def test_inputs_of_any_size(fmt, isa, size):
 @pytest.mark.parametrize("k", [64, 1408])
 @pytest.mark.parametrize("weights", [1e-6, 1.0, 50.0])
 def test_huge_inputs_never_give_a_wrong_finite_result(fmt, isa, k, weights):
-    """For inputs up to the largest float, every finite result is right.
+    """Every finite result is right, for inputs up to the largest float.
 
-    For inputs up to the limit that native.py documents, every result is finite.
+    Every result is finite for inputs up to the limit that native.py documents.
     """
     for w in (draw(17, k) * weights, torch.full((17, k), weights), -torch.full((17, k), weights)):
         data, scale = native.pack(fmt, w)
@@ -382,7 +391,7 @@ WIDTHS = [
 
 
 def rows_of(widths: tuple[int, int]) -> torch.Tensor:
-    """Return rows [N, w0 + w1] of normal, extreme and invalid numbers."""
+    """Return cache rows [N, w0 + w1] of normal, extreme and invalid numbers."""
     w = sum(widths)
     x = draw(24, w, seed=w) * torch.exp(draw(24, 1, seed=1))
     x[1], x[2], x[3], x[4] = 0, 1e-42, 3e38, -7e-6
@@ -409,7 +418,7 @@ def test_cache_rows_equal_those_of_cache_codec_bit_for_bit(name, widths, isa):
     x, numbers = rows_of(widths), codec_numbers(name, widths)
     want = cache_codec.encode(name, x.split(widths, 1))
     got = torch.from_numpy(native.lib.encode(numbers, x.numpy(), isa))
-    if name == "bf16":  # the bits of a NaN may differ
+    if name == "bf16":  # NaN may have different bits
         assert torch.equal(
             got.view(torch.bfloat16).float().nan_to_num(7),
             want.view(torch.bfloat16).float().nan_to_num(7),
@@ -435,7 +444,7 @@ def test_any_bytes_decode_as_in_cache_codec(name, isa):
         )
         got = torch.from_numpy(native.lib.decode(codec_numbers(name, widths), rows.numpy(), isa))
         want = torch.cat(cache_codec.decode(name, rows, widths, torch.float32), 1)
-        # A base from 0xF8 is NaN or infinity, so its values are not finite in either decoder.
+        # A base from 0xF8 on is NaN or infinity, so both decoders give values that are not finite.
         finite = want.isfinite()
         assert torch.equal(got[finite], want[finite]) and not got[~finite].isfinite().any()
 

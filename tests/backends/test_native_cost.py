@@ -1,4 +1,4 @@
-"""C++ and Python agree on the cost rule of attention and on the bound of its partial results."""
+"""Tests that C++ and Python agree on the cost rule of attention and the memory of its states."""
 
 import ast
 import random
@@ -44,7 +44,7 @@ def test_cheaper_form_equals_that_of_the_torch_ops():
 
 
 def test_a_single_token_is_always_absorbed():
-    assert cheaper_form(MLA, 1, 1) == "expand"  # counts multiply-adds only
+    assert cheaper_form(MLA, 1, 1) == "expand"  # this function counts multiply-adds only
     for c in (MLA, GQA):
         assert {lib.cheaper_form(settings(c), 1, rows) for rows in (1, 2, 100_000)} == {"absorb"}
 
@@ -54,7 +54,7 @@ def test_gqa_expands_above_48_queries_of_a_kv_head():
 
 
 def test_state_bound_is_that_of_one_block_of_lanes():
-    # One sequence of up to 128 rows has one chunk. Its 8 lanes fill half of a block.
+    # A sequence of up to 128 rows has one chunk. Its 8 lanes fill half of a block of 16 lanes.
     c = tiny.config("llama", num_attention_heads=8, num_key_value_heads=1)
     block = 4 * (32 + 16 * c.qk_head_dim)
     assert lib.max_state_bytes(settings(c), 128, 1, 1) == block + block // 4 + 4096
@@ -76,7 +76,7 @@ def test_impossible_lengths_are_refused(numbers):
 
 
 def test_stub_names_every_binding():
-    """If this fails, regenerate lamoe/_native.pyi: `cmake --build DIR --target stub`."""
+    """_native.pyi names every binding. `cmake --build DIR --target stub` regenerates the file."""
     stub = ast.parse((Path(lamoe.__file__).parent / "_native.pyi").read_text())
     found = {n.name: n for n in stub.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     public = {name for name in dir(lib) if not name.startswith("_")}

@@ -1,6 +1,6 @@
-"""The extension refuses invalid arguments and incomplete models, and supports concurrent callers.
+"""Tests of the extension with invalid arguments, incomplete models and concurrent callers.
 
-A crash in these tests ends the whole test run, so that it cannot go unnoticed.
+The tests run in the test process, so a crash ends the whole test run and cannot go unnoticed.
 """
 
 import threading
@@ -394,7 +394,10 @@ def test_invalid_steps_are_refused(model, changes):
     ],
 )
 def test_step_refuses_arrays_of_another_type_or_layout(model, changes):
-    """Cache rows that need a copy are refused too, because the step would write to the copy."""
+    """A step never copies an array of another type or layout.
+
+    A copy of the cache would receive the new rows instead of the cache itself.
+    """
     with pytest.raises(TypeError):
         step(model, **changes)
 

@@ -1,6 +1,6 @@
-"""The packed model gives the logits of the torch model.
+"""Tests that the packed model gives the logits of the torch model.
 
-This holds for every geometry, both forms of attention, any chunks and batches, and any number of
+They cover every geometry, both forms of attention, any chunks and batches, and any number of
 threads.
 """
 
@@ -67,7 +67,7 @@ GQA = tiny.config("llama", num_key_value_heads=2, max_position_embeddings=8192)
 
 
 def pack(c, weights: str | None = None, dtype=torch.float32, threads: int = 1, seed: int = 0):
-    """Return a random model in torch, and packed."""
+    """Return a random torch model and the same model packed."""
     m = tiny.model(c, seed, dtype)
     return m, CpuBackend.from_transformer(m, Formats(weights), threads)
 
@@ -82,9 +82,9 @@ def reference(m, ids: list[int]) -> torch.Tensor:
 
 
 def tolerance(m, ids: list[int], want: torch.Tensor) -> float:
-    """Return how much float32 logits may differ, relative to the largest logit.
+    """Return the largest allowed difference of float32 logits, relative to the largest logit.
 
-    This is 1e-5, or three times the error of torch's own float32 logits if that is more.
+    It is the larger of 1e-5 and three times the error of torch's own float32 logits.
     """
     exact = reference(tiny.model(m.config, dtype=torch.float32).double(), ids)
     return max(1e-5, 3 * distance(want, exact))
@@ -93,7 +93,7 @@ def tolerance(m, ids: list[int], want: torch.Tensor) -> float:
 # ---- float32 ----
 @pytest.mark.parametrize("name", CONFIGS)
 def test_float32_logits_equal_those_of_torch(name):
-    """The text runs in one chunk (expanded), token by token (absorbed), and in mixed chunks."""
+    """Logits agree in one chunk (expanded), token by token (absorbed) and in mixed chunks."""
     m, p = pack(CONFIGS[name])
     ids = text(m.config, 90)
     want = reference(m, ids)
@@ -106,7 +106,7 @@ def test_float32_logits_equal_those_of_torch(name):
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_random_chunks_in_random_batches(name, seed):
-    """Several sequences run in random chunks together. Each gets the logits that it gets alone."""
+    """Sequences that run together in random chunks get the logits that they get alone."""
     m, p = pack(CONFIGS[name])
     run, g = Run(p, page=4, pages=200, seed=seed), torch.Generator().manual_seed(seed)
     texts = {
@@ -139,7 +139,10 @@ def test_random_chunks_in_random_batches(name, seed):
     ],
 )
 def test_contexts_across_block_boundaries(c, length, cuts):
-    """Expanded blocks have 1,024 rows, softmax passes 256, partial results 128 and 512 rows."""
+    """Logits are right for contexts just below and above the block sizes of attention.
+
+    Expanded blocks have 1,024 rows, softmax passes 256, and chunks 128 or 512 rows.
+    """
     m, p = pack(c.replace(num_hidden_layers=2))
     ids = text(c, length)
     got, want = Run(p, pages=160).all(ids, cuts), reference(m, ids)
@@ -165,16 +168,16 @@ def test_decoding_long_and_short_contexts_in_one_batch():
     ids=["mla", "gqa", "mla 6bit"],
 )
 def test_partial_results_of_attention_keep_their_memory_limit(c, weights, format):
-    """A batch is split into calls whose partial results fit the limit. The logits do not change.
+    """A batch is split so that the attention states fit the limit. The logits do not change.
 
-    The memory is at most the limit or the need of one token of the longest sequence, whichever is
-    more.
+    One token of the longest sequence may need more memory than the limit. Then that memory is the
+    limit.
     """
     c = c.replace(num_hidden_layers=2)
     m, out, taken = pack(c, weights)[1], {}, {}
     kv, width = (1, c.kv_lora_rank) if c.is_mla else (2, c.qk_head_dim)
-    # Bytes of one token: one block of lanes for each KV head, in at most eight chunks. (130 and
-    # 1,100 rows have up to eight chunks, 2,061 rows have five.)
+    # Bytes of the states of one token: one block of lanes for each KV head, in at most eight
+    # chunks. (130 and 1,100 rows have up to eight chunks, 2,061 rows have five.)
     one = kv * 8 * 4 * (32 + 16 * width)
     texts = {str(n): text(c, n + 12, seed=n) for n in (5, 130, 1100, 2000, 2049)}
     for limit in (STATE_LIMIT, 1, 2 * one, 2**63):
@@ -231,9 +234,9 @@ def test_chosen_experts_equal_those_of_torch(name):
     ],
 )
 def test_logits_do_not_depend_on_threads_batch_or_pages(weights, name):
-    """The bits are equal with 1, 2, 3 and 5 threads, with other pages, and in a larger batch.
+    """Logits are bitwise equal with 1, 2, 3 and 5 threads, other pages, and a larger batch.
 
-    Unwritten cache rows hold NaN, so reading one would show.
+    Unwritten cache rows hold NaN, so reading one would change the logits.
     """
     c = CONFIGS[name]
     ids, others = text(c, 150), {str(i): text(c, 20 + 17 * i, seed=50 + i) for i in range(5)}
@@ -292,7 +295,10 @@ def test_a_sequence_with_nan_does_not_affect_others(weights):
 @pytest.mark.parametrize("name", ["odd", "lora-yarn-limited-1dense", "llama-gqa", "wide-latent"])
 @torch.no_grad()
 def test_torch_reads_the_cache_rows_of_the_kernels(name, format):
-    """Both backends continue from these rows, with one token (absorbed) or a chunk (expanded)."""
+    """torch and the kernels give equal logits when they continue from cache rows of the kernels.
+
+    They continue with one token (absorbed) or with a chunk (expanded).
+    """
     m, p = pack(CONFIGS[name])
     ids = text(m.config, 150)
     for n in (1, 90):
@@ -307,7 +313,7 @@ def test_torch_reads_the_cache_rows_of_the_kernels(name, format):
             cache, torch.arange(60, 60 + n), slots[-n:], [Group(slice(0, n), slots[None], None)]
         )
         want = m(torch.tensor([ids[60 : 60 + n]]), step)[0]
-        # A value between two codes may round either way.
+        # In a low-bit format, a value between two codes may round either way.
         assert distance(got, want) < (1e-5 if format == "fp32" else 2e-3)
         assert (written != cache.rows).float().mean() < (0.3 if format == "fp32" else 2e-3)
         assert torch.equal(written[:, slots[:60]], stored[:, slots[:60]])
@@ -327,9 +333,10 @@ def token_errors(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bfloat16_is_closer_to_float32_than_torch(name):
-    """The reference has the same weights in float32.
+    """Kernel logits in bfloat16 are closer to float32 than those of torch in bfloat16.
 
-    The median over tokens is not affected by a token that is routed to another expert.
+    The float32 reference has the same weights. The test compares the median error over tokens,
+    because a few tokens may be routed to other experts.
     """
     m, p = pack(CONFIGS[name], dtype=torch.bfloat16)
     ids = text(m.config, 90)
@@ -348,7 +355,7 @@ def test_bfloat16_is_closer_to_float32_than_torch(name):
 @pytest.mark.parametrize("weights, limit", [("int8", 0.1), ("int4", 0.18)])
 @pytest.mark.parametrize("name", ["odd", "plain-yarn-greedy-1dense", "llama-gqa", "wide-latent"])
 def test_quantised_weights_give_the_model_of_their_rounded_values(name, weights, limit):
-    """The reference is torch on the unpacked weights, so only the rounding of inputs differs."""
+    """Quantised logits equal those of torch on the unpacked weights, up to rounding of inputs."""
     m, p = pack(CONFIGS[name], weights)
     rounded = tiny.model(m.config, dtype=torch.float32)
     views = hf.views(m.config, dict(rounded.named_parameters()))
@@ -365,9 +372,9 @@ def test_quantised_weights_give_the_model_of_their_rounded_values(name, weights,
 
 
 def test_both_forms_read_the_same_rounded_weights():
-    """W^UK and W^UV are each stored twice, for the absorbed and the expanded form.
+    """The absorbed and the expanded form compute the same model.
 
-    Both forms compute the same model.
+    W^UK and W^UV are stored once for each form.
     """
     for weights, limit in (("bf16", 0.03), ("int8", 0.1), ("int4", 0.1)):
         _, p = pack(CONFIGS["wide-latent"], weights)
@@ -378,7 +385,11 @@ def test_both_forms_read_the_same_rounded_weights():
 
 @pytest.mark.parametrize("format", ["6bit", "4bit"])
 def test_integer_attention_loses_little_compared_to_the_cache_format(format):
-    """Single tokens read low-bit latents of width 512 as integers; a long chunk decodes them."""
+    """Integer attention adds little to the error of the cache format.
+
+    Single tokens read low-bit latents of width 512 as integers. A long chunk decodes them to
+    floats.
+    """
     _, p = pack(CONFIGS["latent-512"], "bf16")
     ids = text(p.config, 250)
     exact, expanded, integers = (
@@ -395,7 +406,7 @@ def test_integer_attention_loses_little_compared_to_the_cache_format(format):
 # ---- engine ----
 @pytest.mark.parametrize("name", STABLE)
 def test_greedy_tokens_in_bfloat16_equal_those_of_the_reference(name):
-    """Tokens are compared where the best logit leads by more than the bfloat16 tolerance."""
+    """Greedy tokens equal those of torch where the best logit leads by more than the tolerance."""
     m = tiny.model(CONFIGS[name].replace(max_position_embeddings=256), dtype=torch.bfloat16)
     prompts = [text(m.config, n, seed=n) for n in (1, 9, 40)]
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
@@ -410,13 +421,16 @@ def test_greedy_tokens_in_bfloat16_equal_those_of_the_reference(name):
                 clear += 1
                 assert token == other == int(logits.argmax())
             elif token != other:
-                break  # the contexts differ from here on
+                break  # a near tie was decided differently, so the contexts differ from here on
     assert clear >= 10
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_forced_instruction_sets_run_the_same_model(isa):
-    """Each runs in a process of its own, because LAMOE_ISA is read once."""
+    """Every instruction set computes the same model.
+
+    Each runs in its own process with LAMOE_ISA.
+    """
     program = (
         "import torch\nfrom native_run import Run, distance\nfrom test_native_model import "
         "CONFIGS, pack, reference, text\nfrom lamoe.backends.cpu import native\n"

@@ -1,6 +1,6 @@
-"""Compiled RMSNorm, RoPE, SwiGLU and attention on every instruction set, compared with ref.py.
+"""Tests of compiled RMSNorm, RoPE, SwiGLU and attention on every instruction set.
 
-The reference runs in float64. Sizes include odd ones, and memory that must not be read holds NaN.
+The reference is ref.py in float64. Sizes include odd ones. Memory that must not be read holds NaN.
 """
 
 import pytest
@@ -25,7 +25,7 @@ def test_rms_norm(isa, n, size):
     x[1], x[3] = NAN, 0
     x[5, n // 2] = float("inf")
     got, want = native_ops.rms_norm(x, w, 1e-6, isa), ref.rms_norm(x.double(), w.double(), 1e-6)
-    good = [0, 2, 3, 4, 6]  # bad numbers affect only their own row
+    good = [0, 2, 3, 4, 6]  # rows without NaN or infinity
     assert (
         ((got - want).abs() <= (n + 8) * EPS * want.abs() + 1e-37)[good].all()
         and not got[1].isfinite().any()
@@ -56,7 +56,7 @@ def test_rope(isa, interleaved, r):
 @pytest.mark.parametrize("f", [1, 15, 16, 17, 63, 64, 65, 130])
 def test_swiglu(fmt, isa, f):
     full = -(-f // 16) * 16
-    # The kernel's blocks have 192 rows.
+    # The kernel processes blocks of 192 rows.
     for m, d in [(1, 1), (3, 65), (13, 17), (25, 64), (200, 127)]:
         w13 = torch.zeros(2, full, d)
         w13[:, :f] = draw(2, f, d, seed=d)
@@ -96,7 +96,10 @@ def test_swiglu(fmt, isa, f):
 
 @isas
 def test_swiglu_of_extreme_gates(isa):
-    """Some gates make exp overflow. With a single input of 1, gate and up are the weights."""
+    """SwiGLU is right for gates that make exp overflow.
+
+    The only input is 1, so gate and up are the weights themselves.
+    """
 
     def silu(gates: torch.Tensor) -> torch.Tensor:
         w13 = torch.stack(
@@ -128,7 +131,7 @@ def test_swiglu_of_extreme_gates(isa):
         torch.ones(1),
         isa,
     )[0, :16]
-    # An overflown gate must not give 0, which would look like a result.
+    # A gate that overflows must not give 0, because 0 would look like a valid result.
     assert not beyond.isfinite().any()
 
 
@@ -137,7 +140,7 @@ def attended(rows, q, last, k0, v0, vw, scale):
     """Apply ref.attend in float64, for each query over the rows that it sees.
 
     Returns:
-        the outputs, and the same weighted sums of the absolute values.
+        the outputs, and the same weighted sums of absolute values (the scale of rounding errors).
     """
     k, v = rows[:, k0 : k0 + q.shape[1]].double(), rows[:, v0 : v0 + vw].double()
 
@@ -151,7 +154,7 @@ def attended(rows, q, last, k0, v0, vw, scale):
     )
 
 
-SHAPES = [  # lanes, key width, value width, rows, chunk
+SHAPES = [  # (lanes, key width, value width, rows, chunk)
     (1, 2, 1, 1, 64),
     (2, 6, 15, 3, 64),
     (3, 18, 17, 63, 64),
@@ -169,9 +172,10 @@ SHAPES = [  # lanes, key width, value width, rows, chunk
 @pytest.mark.parametrize("lanes, kw, vw, n, chunk", SHAPES)
 @pytest.mark.parametrize("sharp", [0.3, 30.0])
 def test_attention_in_lanes(isa, dtype, lanes, kw, vw, n, chunk, sharp):
-    """The rows have the layout of MLA (values are the first key columns) or MHA (separate columns).
+    """Attention in lanes equals ref.attend.
 
-    All other columns hold NaN.
+    Rows are laid out as in MLA (values are the first key columns) or MHA (separate columns). All
+    other columns hold NaN.
     """
     q, scale = draw(lanes, kw, seed=1).to(dtype).float(), sharp / kw**0.5
     last = torch.tensor(
@@ -203,7 +207,7 @@ def test_attention_in_lanes(isa, dtype, lanes, kw, vw, n, chunk, sharp):
 @isas
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_masked_rows_do_not_change_results(isa, dtype):
-    """There may be any number of masked rows, with huge scores or NaN keys.
+    """Any number of masked rows, with huge scores or NaN keys, does not change results.
 
     A NaN query affects only its own result.
     """
@@ -229,7 +233,10 @@ def test_masked_rows_do_not_change_results(isa, dtype):
 @isas
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_masked_rows_have_weight_zero(isa, dtype):
-    """If all visible values are zero the result is exactly zero. The widths of 32 use AMX tiles."""
+    """If all visible values are zero, the result is exactly zero.
+
+    Widths of 32 also test AMX tiles.
+    """
     rows = draw(5, 96).to(dtype)
     rows[:2, 32:] = 0
     got = native_ops.attend(
@@ -246,7 +253,8 @@ def integers(name: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     """Decode stored rows as attend_ints reads them.
 
     Returns:
-        integer latents [n, 512], the scale of each row [n, 1], and the rope keys [n, 64]; float64.
+        integer latents [n, 512], the scale of each row [n, 1] and rope keys [n, 64], all in
+        float64.
     """
     latent, key = cache_codec.decode(name, rows, WIDTHS, torch.float64)
     unit = cache_codec._from_e5m3(rows[:, 0]).double()[:, None] / 16
@@ -307,7 +315,7 @@ def test_attention_over_integers(isa, name, lanes, n, sharp):
     )
     got = native_ops.attend_ints(numbers, rows, q, last, sharp, 1 << 20, isa)
     want, quantum = attended_ints(name, rows, q, last, sharp, 127 if isa == "avx2" else 255)
-    # In float32 some softmax weights may round to the other neighbour.
+    # float32 rounding may move some softmax weights to the neighbouring 8-bit code.
     limit = 6 * quantum + 1e-3 * want.abs().amax(1, keepdim=True)
     assert ((got - want).abs() <= limit).all()
     assert (got - want).norm() < 0.01 * want.norm()
@@ -323,7 +331,10 @@ def test_attention_over_integers(isa, name, lanes, n, sharp):
 @isas
 @pytest.mark.parametrize("name", ["6bit", "4bit"])
 def test_a_row_with_all_the_weight_is_returned_exactly(isa, name):
-    """The queries select every row of a tile once."""
+    """A row with all the softmax weight is returned exactly.
+
+    Queries select each row of a tile once.
+    """
     rows = stored_rows(name, 64, 30 * torch.eye(64))
     whole, step, _ = integers(name, rows)
     for first in range(0, 64, 16):
@@ -345,9 +356,9 @@ def test_a_row_with_all_the_weight_is_returned_exactly(isa, name):
 @isas
 @pytest.mark.parametrize("name", ["6bit", "4bit"])
 def test_nan_in_integer_attention(isa, name):
-    """A masked NaN row changes nothing. A visible one, or an infinite query, makes the result NaN.
+    """A masked NaN row changes nothing. A visible NaN row or an infinite query gives NaN.
 
-    The rows are several chunks, whose results are combined.
+    The rows span several chunks, so combining the chunks is tested too.
     """
     rows, q, numbers = stored_rows(name, 200), draw(3, 576, seed=1), codec_numbers(name, WIDTHS)
     last = torch.tensor([130, 190, 130], dtype=torch.int32)
@@ -375,9 +386,10 @@ def test_nan_in_integer_attention(isa, name):
 
 @isas
 def test_carried_rounding_errors_do_not_reach_masked_rows(isa):
-    """The largest softmax weight may round to a little above 255 and is clamped.
+    """A carried rounding error does not give a masked row a nonzero weight.
 
-    The carried error is then above one half, and must not give the next, masked row a weight.
+    The largest softmax weight may be a little above 255. Clamping it leaves an error above one
+    half, which is carried over to the next row.
     """
     latent = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
     key, q = torch.zeros(3, 64), torch.zeros(1, 576)

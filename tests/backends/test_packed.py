@@ -1,6 +1,6 @@
-"""Packed models: equal tokens from folder and memory, bytes per class, writing, commands.
+"""Tests of packed models: equal tokens from folder and memory, bytes per class, writing, commands.
 
-Damaged and hostile files: test_packed_hostile.py.
+test_packed_hostile.py tests damaged and hostile files.
 """
 
 import json
@@ -57,14 +57,16 @@ def test_a_folder_gives_the_tokens_of_the_model_packed_in_memory(tmp_path, famil
     want = tokens(LLM(lamoe.load(model), weights=weights), family)
     assert len({tuple(t) for t in want}) == 3
     assert tokens(LLM(tmp_path / "packed"), family) == want
-    assert tokens(LLM(model, weights=weights), family) == want  # quantised while loading
+    assert (
+        tokens(LLM(model, weights=weights), family) == want
+    )  # the weights are quantised while loading
     if weights == "fp32":
         assert tokens(LLM(model, backend="torch"), family) == want
 
 
 @EVERY
 def test_logits_are_those_of_the_rounded_weights(tmp_path, family):
-    """The reference is torch on the unpacked weights, so only rounded activations differ."""
+    """Logits equal those of torch on the unpacked weights, up to rounded activations."""
     model = source(tmp_path / "model", family)
     pack(model, tmp_path / "packed", "int8")
     plain, run = lamoe.load(model), packed_file.load(tmp_path / "packed")
@@ -113,9 +115,9 @@ def test_tokens_do_not_depend_on_the_instruction_set(tmp_path, family, weights):
 @EVERY
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_every_class_is_quantised(family, weights):
-    """No class of weights, such as fused experts, silently stays at 16 bits.
+    """Every class of weights is quantised. None, such as fused experts, silently stays at 16 bits.
 
-    The weights of all classes add up to the model.
+    The bytes of all classes add up to the model.
     """
     c = FAMILIES[family]
     found = packed.weight_classes(c, Formats(weights), packed.packed_tensors(c, Formats(weights)))
@@ -145,7 +147,7 @@ def test_every_class_is_quantised(family, weights):
 
 
 def test_bits_per_weight_of_v2_lite():
-    """Widths of 2048, 1408 and 10944 need no padding, so the bits are exactly those stated."""
+    """V2-Lite has exactly the stated bits per weight, because its widths need no padding."""
     c = ModelConfig.preset("deepseek-v2-lite")
     for weights, bits in (("int4", 4.5), ("int8", 8.5)):
         found = packed.weight_classes(
@@ -177,7 +179,7 @@ def test_files_are_valid_aligned_safetensors(tmp_path, family, weights):
     for path in sorted((tmp_path / "packed").glob("*.safetensors")):
         start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
         header = json.loads(path.read_bytes()[8:start])
-        with safe_open(path, framework="pt") as f:  # the library reads the file
+        with safe_open(path, framework="pt") as f:  # the safetensors library can read the file
             for name in f.keys():
                 t = f.get_tensor(name)
                 seen[name] = t
@@ -201,7 +203,7 @@ def test_files_are_valid_aligned_safetensors(tmp_path, family, weights):
 
 
 def test_loaded_weights_are_mapped_pages_of_the_files(tmp_path):
-    """The mapped pages are clean and have no private copies, so several processes share them."""
+    """Loaded weights are memory-mapped. Pages have no private copies, so processes share them."""
     pack(source(tmp_path / "model", "lite widths"), tmp_path / "packed")
     llm = LLM(tmp_path / "packed")
     tokens(llm, "lite widths")
@@ -230,7 +232,7 @@ def test_an_interrupted_writer_continues(tmp_path):
             packed_file.load(target)
         assert len(pack(model, target)) == total
         assert contents(target) == whole
-        # Complete files were kept.
+        # Files that were complete before have not been written again.
         assert all((target / name).stat().st_mtime_ns == at for name, at in done.items())
 
 
@@ -330,7 +332,10 @@ def test_a_complete_file_that_was_damaged_later_is_refused(tmp_path):
 
 
 def test_a_writer_does_not_damage_a_file_that_another_one_just_finished(tmp_path, monkeypatch):
-    """The other writer finishes and renames the file after this one has opened it."""
+    """A writer does not damage a file that another writer has just finished.
+
+    The other writer finishes and renames the file after this writer has opened it.
+    """
     model, real = source(tmp_path / "model", "mla"), lock.try_lock
 
     def finish_other_writer_first(f):
@@ -439,7 +444,10 @@ def test_the_commands_take_a_packed_folder(trained, tmp_path, capsys):
 
 
 def test_loss_of_a_packed_model_equals_that_of_the_torch_model(trained):
-    """The packed model runs documents in chunks through the paged cache. Expert loads agree too."""
+    """Loss and expert loads of a packed model equal those of the torch model.
+
+    The packed model processes documents in chunks through the paged cache.
+    """
     from lamoe.train.data import heldout_rows, open_corpus
 
     corpus = open_corpus(trained / "data")
@@ -449,7 +457,7 @@ def test_loss_of_a_packed_model_equals_that_of_the_torch_model(trained):
         want = text_loss(TorchBackend(model), rows(), document_mask=mask)
         got = text_loss(CpuBackend.from_transformer(model), rows(), document_mask=mask)
         assert got.targets == want.targets and got.nats == pytest.approx(want.nats, rel=2e-4)
-        # The torch pass also counts the padding tokens of a row.
+        # The torch model also counts the experts of padding tokens.
         assert np.allclose(got.load, want.load, atol=0.05)
         int4 = CpuBackend.from_transformer(model, Formats("int4"))
         coarse = text_loss(int4, rows(), document_mask=mask)

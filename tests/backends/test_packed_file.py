@@ -1,6 +1,6 @@
-"""Packed folders whose writing was interrupted or happened twice at once.
+"""Tests of packed folders whose writer was interrupted or had a concurrent second writer.
 
-Layout and formats: test_packed.py. Damaged files: test_packed_hostile.py.
+test_packed.py tests layout and formats, test_packed_hostile.py damaged files.
 """
 
 import gc
@@ -25,14 +25,14 @@ SIZES = dict(
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    """Save a tiny model."""
+    """Save a tiny random model as a checkpoint folder."""
     lamoe.save(tiny.model(tiny.config(**SIZES), dtype=torch.bfloat16), tmp_path / "model")
     return tmp_path / "model"
 
 
 def test_a_writer_that_was_killed_while_writing_the_config(source, tmp_path, monkeypatch):
     list(packed_file.write(source, tmp_path / "whole", Formats("int4")))
-    for done in (0, 1, 3):  # tensors that an earlier call has written
+    for done in (0, 1, 3):  # number of tensors that an earlier call has written
         target = tmp_path / f"out{done}"
         for _, _ in zip(range(done), packed_file.write(source, target, Formats("int4"))):
             pass
@@ -51,9 +51,10 @@ def test_a_writer_that_was_killed_while_writing_the_config(source, tmp_path, mon
 def test_a_file_that_another_process_finished_meanwhile_is_not_truncated(
     source, tmp_path, monkeypatch
 ):
-    """The first process renames the file after the second one has opened it, before it locks it.
+    """A process does not truncate a file that another process has just finished.
 
-    The second process now has the finished file open.
+    The second process opens the file. Before it locks the file, the first process finishes and
+    renames it. So the second process has the finished file open.
     """
     target = tmp_path / "out"
     list(packed_file.write(source, tmp_path / "whole", Formats("int4")))
@@ -75,7 +76,10 @@ def test_a_file_that_another_process_finished_meanwhile_is_not_truncated(
 
 
 def test_a_calibrated_folder_continues_where_it_stopped(source, tmp_path):
-    """The model runs again from layer 0, and the missing files get the same moments."""
+    """An interrupted calibrated folder is completed with the same bytes.
+
+    Calibration runs the model again from layer 0, so the missing files get the same moments.
+    """
     config, ids = lamoe.checkpoints.read_config(source), torch.arange(128).reshape(4, 32) * 7 % 64
 
     def write(target: Path, calibrated: bool = True) -> list[int]:
@@ -124,18 +128,18 @@ def test_calibration_keeps_one_layer_in_memory(tmp_path):
             torch.arange(64).reshape(2, 32),
             torch.float32,
         ):
-            del part  # as options() does
+            del part  # options() drops its reference in the same way
     gc.enable()
     assert len(alive) > 20
 
 
 def test_one_huge_input_does_not_suppress_the_feedback_of_others():
-    """Real models have inputs that are a thousand times larger than the rest.
+    """One input that is a thousand times larger does not suppress the feedback of other inputs.
 
-    The correlations among the other inputs must still be used.
+    Real models have such inputs. The correlations among the other inputs must still be used.
     """
     g = torch.Generator().manual_seed(0)
-    # Strongly correlated inputs.
+    # The 64 inputs are mixtures of 4 random ones and a little noise, so they are correlated.
     x = torch.randn(512, 4, generator=g) @ torch.randn(4, 64, generator=g)
     x += 0.05 * torch.randn(512, 64, generator=g)
     plain = calibrate.solve(x.T @ x / len(x))[1]

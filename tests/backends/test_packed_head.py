@@ -1,4 +1,4 @@
-"""An output head in another format than the other linears: stored bytes, results, metadata."""
+"""Tests of an output head whose format differs from the other linears: bytes, results, metadata."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def tokens(llm: LLM, family: str) -> list[list[int]]:
 
 
 def change_config(folder: Path, **changes) -> None:
-    """Replace entries of the folder's quantization_config."""
+    """Replace entries of quantization_config in the config.json of a folder."""
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= changes
     (folder / "config.json").write_text(json.dumps(config))
@@ -84,7 +84,7 @@ def test_only_the_head_is_stored_in_its_format(tmp_path, family, weights, head):
     )
     want = tokens(LLM(tmp_path / "out"), family)
     assert len({tuple(t) for t in want}) == 3
-    # Quantised while loading.
+    # The weights are quantised while loading.
     for in_memory in (
         LLM(model, weights=weights, head=head),
         LLM(lamoe.load(model), weights=weights, head=head),
@@ -96,9 +96,10 @@ def test_only_the_head_is_stored_in_its_format(tmp_path, family, weights, head):
 @pytest.mark.parametrize("family", ["mla q_lora", "gqa tied", "odd widths"])
 @pytest.mark.parametrize("head", ["int8", "int4", "bf16"])
 def test_logits_keep_the_error_bound_of_the_head(tmp_path, family, head):
-    """Everything but the head is float32, so the error is that of the head alone (see native.py).
+    """The error of the logits stays within the bound of the head's format (see native.py).
 
-    The most likely token is the same wherever it leads by more than the bound.
+    Everything but the head is float32, so all of the error comes from the head. The most likely
+    token is the same wherever it leads by more than the bound.
     """
     model = source(tmp_path / "model", family)
     w, ids, k = head_of(model), tiny.ids(FAMILIES[family], 60, seed=3), FAMILIES[family].hidden_size
@@ -114,13 +115,13 @@ def test_logits_keep_the_error_bound_of_the_head(tmp_path, family, head):
         if head != "bf16"
         else states.abs() / 256
     )
-    # The second term allows for float32 sums in another order.
+    # The second term allows for float32 sums in a different order.
     bound = (input_error + 1e-4 * states.abs()) @ stored.abs().T
     assert ((got - want).abs() <= bound).all()
     best = want.topk(2).values
     sure = best[:, 0] - best[:, 1] > 2 * bound.amax(-1)
     assert sure.sum() >= 5 and torch.equal(got.argmax(-1)[sure], want.argmax(-1)[sure])
-    # The bound is tight enough to notice 4-bit rounding of the weights.
+    # The bound is tight enough to detect 4-bit rounding of the weights.
     assert head != "int4" or not ((got - states @ w.T).abs() <= bound).all()
 
 
@@ -256,7 +257,9 @@ def test_calibration_leaves_an_8_bit_head_alone(tmp_path, family):
     all_int4 = calibrated("all", "int4", None)
     assert walked == list(range(c.num_hidden_layers + 1))
     int8_head = calibrated("int8 head", "int4", "int8")
-    assert walked == list(range(c.num_hidden_layers))  # the head's moments were not needed
+    assert walked == list(
+        range(c.num_hidden_layers)
+    )  # calibration did not compute moments for the head
     assert {k for k in all_int4 if all_int4[k] != int8_head[k]} == {"head"}
     assert int8_head["head"] == native.pack("int8", head_of(model))[0].numpy().tobytes()
     head_only = calibrated("head only", "int8", "int4")

@@ -1,4 +1,4 @@
-"""Packed folders with damaged, hostile or unexpected files are refused."""
+"""Tests that packed folders with damaged, hostile or unexpected files are refused."""
 
 import json
 import re
@@ -33,9 +33,9 @@ def rewrite(path: Path, change) -> None:
 
 
 def _misalign(header, data):
-    """Move a small tensor to the front, which shifts all others by 4 bytes.
+    """Move a small tensor to the front, so that all other tensors begin 4 bytes later.
 
-    The file stays valid safetensors.
+    The result is still a valid safetensors file, but its tensors are no longer aligned.
     """
     for entry in header.values():
         entry["data_offsets"] = [x + 4 for x in entry["data_offsets"]]
@@ -100,12 +100,17 @@ def test_truncated_missing_and_swapped_files_are_refused(tmp_path):
 
 
 def test_files_that_the_config_does_not_name_are_refused(tmp_path):
-    """With files of more layers, or copies, it is unknown which are meant, so none is read."""
+    """A folder with files that the config does not name is refused.
+
+    With copies, or files of more layers, it is unclear which files belong to the model.
+    """
     pack(source(tmp_path / "model", "mla"), out := tmp_path / "out")
     packed_file.load(out)
     (out / "packed-00003.safetensors.bak").touch()
     (out / ".packed-00009.safetensors.part").touch()
-    packed_file.load(out)  # these are not names of packed files
+    packed_file.load(
+        out
+    )  # files with these names are ignored, because packed files have other names
     for name in ("packed-00004.safetensors", "packed-00001 (1).safetensors"):
         shutil.copy(out / "packed-00001.safetensors", out / name)
         with pytest.raises(
@@ -155,7 +160,7 @@ def test_other_and_impossible_configs_are_refused(tmp_path):
     assert "weights 'int3'" in load_error(quantization_config=q | {"weights": "int3"})
     assert "weights ['int4']" in load_error(quantization_config=q | {"weights": ["int4"]})
     assert "does not hold the tensors" in load_error(quantization_config=q | {"weights": "int8"})
-    # Sizes beyond the limits of the kernels are refused before anything is counted layer by layer.
+    # Sizes beyond the limits of the kernels are refused before any loop over the layers.
     limit = "layers is 1000000000; it must be from 1 to 65536"
     assert limit in load_error(num_hidden_layers=10**9)
     with pytest.raises(ValueError, match="incomplete"):

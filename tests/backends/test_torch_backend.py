@@ -1,4 +1,4 @@
-"""TorchBackend on the device LAMOE_TEST_DEVICE (default: the CPU), and the choice of a backend."""
+"""Tests of TorchBackend on LAMOE_TEST_DEVICE (default: cpu), and of the choice of a backend."""
 
 import pytest
 import torch
@@ -83,7 +83,10 @@ DENSE = {
 @pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("cache", ["fp32", "bf16", "6bit", "4bit"])
 def test_no_host_tensor_takes_part_in_a_forward_pass(name, cache):
-    """The pass runs on torch's meta device, with two decoding sequences and a prompt chunk."""
+    """A forward pass on the meta device uses no host tensor.
+
+    The pass has two decoding sequences and one prompt chunk. Meta tensors have shapes but no data.
+    """
     with torch.device("meta"):
         backend = TorchBackend(Transformer(DENSE[name]))
     paged = backend.new_cache(8, 4, cache)
@@ -106,7 +109,7 @@ def test_the_default_backend_of_a_model():
     model = tiny.model(tiny.HARD, dtype=torch.float32)
     assert backends.load(model).name == "cpu"
     assert backends.load(model, backend="torch").name == "torch"
-    assert backends.load(model.double()).name == "torch"  # the kernels have no float64
+    assert backends.load(model.double()).name == "torch"  # the kernels do not support float64
 
 
 def test_lamoe_backend_chooses_the_default(monkeypatch):
@@ -140,9 +143,11 @@ def test_invalid_backends_and_devices_are_refused(options, message):
         backends.load(tiny.model(tiny.HARD), formats, **options)
 
 
-def test_a_loaded_backend_stays_what_it_is(monkeypatch):
+def test_a_loaded_backend_keeps_its_device_and_formats(monkeypatch):
     backend = backends.load(tiny.model(tiny.HARD, dtype=torch.float32), backend="torch")
-    monkeypatch.setenv("LAMOE_BACKEND", "cpu")  # the default of models that are not loaded yet
+    monkeypatch.setenv(
+        "LAMOE_BACKEND", "cpu"
+    )  # this default applies only to models that are not loaded yet
     assert backends.load(backend, Formats("fp32"), device="cpu") is backend
     loaded = "was requested, but the model is already loaded on the torch backend in fp32"
     with pytest.raises(ValueError, match=f"weights='int8'.* {loaded}"):

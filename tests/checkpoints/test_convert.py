@@ -1,6 +1,6 @@
-"""Hugging Face folders: exact round trips, transformers as the other side, strict names.
+"""Tests of Hugging Face folders: exact round trips, exchange with transformers, strict names.
 
-test_hostile_folders.py has the damaged and hostile files.
+test_hostile_folders.py tests damaged and hostile files.
 """
 
 import json
@@ -73,13 +73,15 @@ CONFIGS = {
         **_SIZES, model_type="llama", num_key_value_heads=1, head_dim=12, tie_word_embeddings=True
     ),
 }
-IDS = torch.arange(2 * 40).reshape(2, 40) * 7 % 64  # longer than YaRN's original 32 positions
+IDS = (
+    torch.arange(2 * 40).reshape(2, 40) * 7 % 64
+)  # 40 tokens, more than the 32 original positions of YaRN
 
 
 def tiny(config: ModelConfig, seed=0) -> Transformer:
     """Return a model with random weights of unit scale, norms included.
 
-    So a swapped or forgotten tensor changes the logits.
+    With such weights, a swapped or missing tensor changes the logits.
     """
     model = Transformer(config).to(getattr(torch, config.torch_dtype)).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -147,7 +149,7 @@ def test_round_trip_is_exact(config, tmp_path, max_shard_bytes):
         )
 
 
-def test_table_tiles_every_parameter_once(config):
+def test_tensor_table_covers_every_parameter_once(config):
     model = Transformer(config)
     for p in model.parameters():
         p.data.zero_()
@@ -263,7 +265,7 @@ def test_lamoe_loads_what_transformers_saves(name, tmp_path):
 
 
 # ---- saving never destroys ----
-def test_extras_travel(folder, tmp_path):
+def test_extra_files_are_copied(folder, tmp_path):
     for name in hf.EXTRAS:
         (folder / name).write_text(f'{{"from": "{name}"}}')
     (folder / "modeling_evil.py").write_text("raise SystemExit")
@@ -287,14 +289,14 @@ def test_generation_config_has_the_special_ids(folder):
     }
 
 
-def test_overwriting_needs_a_word_and_replaces_everything(sharded):
+def test_overwriting_must_be_requested_and_replaces_everything(sharded):
     before = {p.name: p.read_bytes() for p in sharded.iterdir()}
     model = tiny(CONFIGS["v2"], seed=5)
     with pytest.raises(ValueError, match="is not empty .*overwrite=True"):
         checkpoints.save(model, sharded)
     assert {p.name: p.read_bytes() for p in sharded.iterdir()} == before
     checkpoints.save(model, sharded, overwrite=True, extras_from=sharded)
-    assert_same(model, checkpoints.load(sharded))  # no shard or index of the old model is left
+    assert_same(model, checkpoints.load(sharded))  # shards and index of the old model are gone
     assert [p.name for p in sharded.parent.iterdir()] == ["m"]
 
 
@@ -307,7 +309,7 @@ def test_overwriting_refuses_to_delete_other_things(folder):
 
 def test_a_full_disk_leaves_the_old_model(folder):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # The limit is enough for config.json, but not for the weights.
+    # The limit on file sizes allows config.json, but not the weights.
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
         with pytest.raises(OSError, match="model.safetensors could not be written"):
@@ -362,7 +364,7 @@ def test_unsavable_models_are_refused_before_anything_is_written(tmp_path):
 
 
 # ---- sources ----
-def test_sources_that_are_no_model(folder, tmp_path, monkeypatch):
+def test_sources_without_a_model_are_refused(folder, tmp_path, monkeypatch):
     for bad in (
         "no-such-folder",
         "/no/such/folder",
@@ -480,7 +482,7 @@ GATE = "model.layers.1.mlp.gate.weight"
         ),
     ],
 )
-def test_strict_tensors(folder, change, message):
+def test_tensors_that_do_not_match_the_config_are_refused(folder, change, message):
     edit(folder, change)
     with pytest.raises(ValueError, match=message):
         checkpoints.load(folder)

@@ -1,6 +1,6 @@
-"""GGUF files, written here with the gguf package in the layout of llama.cpp's converter.
+"""Tests of GGUF files. The tests write them with the gguf package, as llama.cpp's converter does.
 
-test_tokenizer.py has the real vocabularies.
+test_tokenizer.py tests the real vocabularies.
 """
 
 import builtins
@@ -57,9 +57,9 @@ def model_of(config: ModelConfig, seed: int = 0) -> Transformer:
 
 
 def interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder Q or K as the converter stores it.
+    """Reorder the rows of a Q or K matrix as the converter of llama.cpp stores them.
 
-    In each head, row j of the first half is followed by row j of the second.
+    In each head, row j of the first half is followed by row j of the second half.
     """
     half = rows.shape[0] // heads // 2
     order = [
@@ -175,7 +175,7 @@ IDS = torch.arange(2 * 40).reshape(2, 40) * 7 % 320
     [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": None}, {"head_dim": 24}],
     ids=str,
 )
-def test_float32_files_give_the_model_back(tmp_path, words, changes):
+def test_float32_files_give_the_same_model(tmp_path, words, changes):
     config = CONFIG.replace(**changes)
     model = model_of(config)
     write(
@@ -192,8 +192,8 @@ def test_float32_files_give_the_model_back(tmp_path, words, changes):
     assert found.config == config and torch.equal(found(IDS), model(IDS))
 
 
-def test_rotary_rows_against_a_model_that_turns_the_stored_pairs(tmp_path, words):
-    """The stored rows, unchanged, in a model whose rope rotates pairs (2k, 2k + 1)."""
+def test_rotary_row_order_against_a_model_with_interleaved_pairs(tmp_path, words):
+    """The stored rows give equal logits in a model whose rope rotates pairs (2k, 2k + 1)."""
     stored = write(tmp_path / "m.gguf", model_of(CONFIG), words)
     twin = Transformer(CONFIG.replace(model_type="deepseek_v2")).eval()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
@@ -236,7 +236,7 @@ def test_quantised_files_are_dequantised(tmp_path, words, kind, dtype, error):
     assert 0 < wrong < error
 
 
-def test_convert_writes_a_folder_that_speaks(tmp_path, words, capsys):
+def test_convert_writes_a_folder_with_model_and_tokenizer(tmp_path, words, capsys):
     model = model_of(CONFIG)
     write(tmp_path / "m.gguf", model, words)
     assert main(["convert", str(tmp_path / "m.gguf"), str(tmp_path / "out")]) == 0
@@ -268,7 +268,7 @@ def test_convert_writes_a_folder_that_speaks(tmp_path, words, capsys):
     assert "lamoe convert FILE.gguf FOLDER" in capsys.readouterr().err
 
 
-def test_a_tokenizer_from_elsewhere(tmp_path, words):
+def test_convert_with_a_tokenizer_from_another_folder(tmp_path, words):
     write(
         tmp_path / "m.gguf",
         model_of(CONFIG),
@@ -293,10 +293,10 @@ def test_a_tokenizer_from_elsewhere(tmp_path, words):
 
 # ---- scored pieces ----
 def joined(text: str, scores: dict[str, float]) -> list[str]:
-    """Apply the definition of SentencePiece's merging.
+    """Tokenise by the definition of SentencePiece's merging.
 
-    Of all neighbours whose concatenation is a piece, join the pair with the best score; of equals,
-    the leftmost.
+    Repeatedly join the neighbours whose concatenation is the piece with the best score. Of equal
+    scores, the leftmost pair is joined.
     """
     parts = list(text)
     while found := [
@@ -308,7 +308,7 @@ def joined(text: str, scores: dict[str, float]) -> list[str]:
 
 
 @pytest.mark.parametrize("blank", [True, False])
-def test_scored_pieces_join_best_first(tmp_path, blank):
+def test_scored_pieces_are_joined_best_first(tmp_path, blank):
     pieces = ["▁", "a", "b", "c", "ab", "bc", "abc", "▁a", "▁ab", "ca", "cab"]
     scores = {p: -float(i * 7 % 11) for i, p in enumerate(pieces)}
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
@@ -379,7 +379,7 @@ def test_scored_pieces_join_best_first(tmp_path, blank):
         ({"tokenizer.ggml.merges": None}, {}, "not complete"),
     ],
 )
-def test_what_does_not_fit_is_refused(tmp_path, words, facts, tensors, says):
+def test_unsupported_files_are_refused(tmp_path, words, facts, tensors, says):
     def change(f, t):
         for have, new in ((f, facts), (t, tensors)):
             have.update({k: v for k, v in new.items() if v is not None})
@@ -394,9 +394,9 @@ def test_what_does_not_fit_is_refused(tmp_path, words, facts, tensors, says):
 
 
 def test_broken_files_are_value_errors(tmp_path, words):
-    """The head of the file is truncated or changed.
+    """Reading a truncated or changed file gives a model or a ValueError that names the file.
 
-    The result is a model or a ValueError that names the file, never another error.
+    Only the head of the file is damaged. Other exceptions are never raised.
     """
     write(tmp_path / "good.gguf", model_of(CONFIG), words)
     good, bad = (tmp_path / "good.gguf").read_bytes(), tmp_path / "bad.gguf"
@@ -432,7 +432,7 @@ def test_broken_files_are_value_errors(tmp_path, words):
         ours.read(tmp_path / "none.gguf")
 
 
-def test_without_the_package_it_says_what_to_install(tmp_path, words, monkeypatch):
+def test_missing_gguf_package_error_says_what_to_install(tmp_path, words, monkeypatch):
     write(tmp_path / "m.gguf", model_of(CONFIG), words)
     real = builtins.__import__
     monkeypatch.setattr(

@@ -1,6 +1,7 @@
-"""The folder of a trained run loads in vLLM and SGLang.
+"""Tests that the folder of a trained run has what vLLM and SGLang need to load it.
 
-Tested without them, through transformers' Auto classes, which both use for config and tokenizer.
+Neither is installed here. The tests use transformers' Auto classes, which both use for config and
+tokenizer.
 """
 
 import json
@@ -34,7 +35,7 @@ def folder(trained):
     return checkpoint.latest(trained) / "model"
 
 
-def test_every_file_that_loaders_look_for_is_there_and_no_other(folder):
+def test_folder_has_exactly_the_files_that_loaders_need(folder):
     assert {p.name for p in folder.iterdir()} == {
         "config.json",
         "generation_config.json",
@@ -96,7 +97,7 @@ def test_the_tokenizer_and_the_chat_template(folder):
     assert list(ids if isinstance(ids, list) else ids["input_ids"]) == ours.apply_chat(TALK)
 
 
-def test_the_model_says_the_same(folder):
+def test_transformers_gives_the_same_logits_and_tokens(folder):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     ours, tok = lamoe.load(folder), Tokenizer.load(folder)
     ids = torch.tensor([tok.encode("the cat sat on the hill of", bos=True)])

@@ -1,6 +1,6 @@
-"""Hostile model folders: safetensors headers, indexes, pickles.
+"""Tests of hostile model folders: safetensors headers, indexes, pickles.
 
-Each test ends with success or with a ValueError that names the file.
+Loading such a folder either succeeds or raises a ValueError that names the file.
 """
 
 import json
@@ -72,7 +72,7 @@ def one(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
     }
 
 
-def test_a_right_file_passes(tmp_path):
+def test_a_valid_file_is_read(tmp_path):
     header = {
         "__metadata__": {"format": "pt"},
         "b": one(offsets=(8, 16)),
@@ -132,7 +132,7 @@ def test_a_right_file_passes(tmp_path):
         (b"", 0, "not valid JSON"),
     ],
 )
-def test_lying_headers(tmp_path, header, data, message):
+def test_wrong_headers_are_refused(tmp_path, header, data, message):
     path = raw(tmp_path / "x.safetensors", header, bytes(data))
     with pytest.raises(ValueError, match=message) as error:
         shards.read_header(path)
@@ -148,7 +148,7 @@ def test_lying_headers(tmp_path, header, data, message):
         (struct.pack("<Q", 2**63) + b"{}", "claims a header of 9,223,372,036,854,775,808 bytes"),
     ],
 )
-def test_lying_lengths(tmp_path, content, message):
+def test_wrong_header_lengths_are_refused(tmp_path, content, message):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         shards.read_header(tmp_path / "x.safetensors")
@@ -278,7 +278,7 @@ def test_malformed_index(sharded, content, message):
         checkpoints.load(sharded)
 
 
-def test_huge_index_and_config_are_refused_unread(sharded):
+def test_huge_index_and_config_are_refused_before_reading(sharded):
     for name in (shards.INDEX, "config.json"):
         with open(sharded / name, "r+b") as f:
             f.truncate(shards.MAX_JSON_BYTES + 1)

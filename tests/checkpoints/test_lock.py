@@ -1,4 +1,4 @@
-"""Locks between processes: held by one, refused to the others, gone with the process."""
+"""Tests of locks: one process holds a lock, others are refused, and it ends with its process."""
 
 import errno
 import subprocess

@@ -1,4 +1,4 @@
-"""The terminal chat: turns, prefix reuse, every command, Ctrl-C, and a real terminal."""
+"""Tests of the terminal chat: turns, prefix reuse, every command, Ctrl-C, and a real terminal."""
 
 import io
 import json
@@ -104,7 +104,7 @@ def test_turns_reuse_the_cached_conversation(llm, parts):
 
 
 def test_replies_stream(llm):
-    """Each piece of text is flushed at once."""
+    """A reply is streamed: each piece of text is flushed at once."""
     pieces = []
 
     class Out(io.StringIO):
@@ -136,7 +136,7 @@ def test_stopped_replies(llm):
 
 
 def test_a_long_prompt_can_be_stopped(parts):
-    """A long prompt takes many steps before the first token; `stopped` is checked in each."""
+    """A long prompt can be stopped in any of the many steps before its first token."""
     llm = LLM(*parts, cache="fp32", max_num_batched_tokens=64)
     c, asked = chat(llm), []
     c.say("x " * 120, lambda: asked.append(1) or len(asked) == 3)
@@ -396,7 +396,7 @@ def test_loading_for_another_model_keeps_the_text(llm, parts, tmp_path):
     ],
 )
 def test_files_other_than_conversations(llm, tmp_path, content, words):
-    """Other files are neither loaded nor overwritten."""
+    """/load and /save refuse files that are not conversations, and do not change them."""
     (tmp_path / "f").write_text(content)
     c = chat(llm)
     c.say("hi")
@@ -450,7 +450,7 @@ def test_ctrl_c_at_the_prompt(llm, monkeypatch):
     stop = KeyboardInterrupt()
     out, err = interactive(llm, [stop, "hi\n", stop, "/clear\n", stop, stop], monkeypatch)
     assert err.count("[Ctrl-C again or /quit leaves]") == 3 and "cleared" in err
-    with pytest.raises(KeyboardInterrupt):  # without a terminal Ctrl-C ends the program
+    with pytest.raises(KeyboardInterrupt):  # without a terminal, Ctrl-C ends the program
         run(
             llm,
             GREEDY,
@@ -489,7 +489,7 @@ def test_a_second_ctrl_c_ends_a_reply_that_hangs(llm, monkeypatch):
 
 
 def test_in_a_thread(llm, monkeypatch):
-    """A chat also runs in a thread, where signal handlers cannot be set."""
+    """A chat runs in a thread that is not the main thread, where signal handlers cannot be set."""
     got = []
     t = threading.Thread(
         target=lambda: got.append(interactive(llm, ["the cat\n", ""], monkeypatch))
@@ -517,7 +517,10 @@ class Child:
         self.seen, self.at = "", 0
 
     def until(self, *words):
-        """Wait until these words appear, in this order, in output that no earlier wait consumed."""
+        """Wait until these words appear in this order.
+
+        Output that an earlier wait consumed is skipped.
+        """
         for word in words:
             self._read(lambda: self.seen.find(word, self.at) >= 0, word)
             self.at = self.seen.find(word, self.at) + len(word)
@@ -553,7 +556,7 @@ class Child:
 
 @pytest.fixture
 def endless(parts, tmp_path):
-    """Save a model whose replies last long enough to be stopped; return its folder."""
+    """Save a model whose replies are long enough to be stopped. Return its folder."""
     from lamoe.checkpoints import save
 
     model, tok = parts
@@ -583,7 +586,7 @@ def test_in_a_real_terminal(endless, tmp_path):
     time.sleep(0.3)
     c.type("\x03")
     time.sleep(0.3)
-    c.type("\x7f")  # the next key, in case the machine was slow
+    c.type("\x7f")  # a key press, in case the signal came before readline waited for input
     c.until("[Ctrl-C again or /quit leaves]", "> ")
     c.type("\x04")
     assert c.end() == 0

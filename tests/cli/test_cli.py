@@ -1,4 +1,4 @@
-"""Every verb with its options, and its error messages."""
+"""Tests of every verb of the command line, with its options and error messages."""
 
 import io
 import json
@@ -110,7 +110,10 @@ def test_generate(trained, capsys, monkeypatch):
         )
         assert capsys.readouterr().out == first
     folder = checkpoint.latest(trained)
-    for name in (folder, folder / "model"):  # a checkpoint folder and a model folder
+    for name in (
+        folder,
+        folder / "model",
+    ):  # generate accepts a checkpoint folder and a model folder
         assert (
             run(
                 "generate",
@@ -169,7 +172,10 @@ def test_generate_options_arrive(trained, capsys):
 
 
 def test_generate_sizes_the_cache(trained, capsys):
-    """By default the cache fits prompt and output. Options make it larger or limit its memory."""
+    """The default context fits prompt and output, and the cache holds four of them.
+
+    Options change the context and limit the memory.
+    """
     made = []
 
     def out(*argv):
@@ -300,7 +306,7 @@ def test_evaluate_a_run(trained, tmp_path, capsys):
 
 
 def test_evaluate_reads_the_weights_once(trained, tmp_path):
-    """A second copy for the speed test would double the memory of a large model."""
+    """`lamoe evaluate` reads the weights once. A second copy would double the memory it needs."""
     (tmp_path / "text.txt").write_text("the cat sat on the mat.\n" * 4)
     with mock.patch.object(shards, "stream", wraps=shards.stream) as reads:
         assert run("evaluate", trained, "--data", tmp_path / "text.txt", "--seq-len", 16) == 0
@@ -367,7 +373,7 @@ def test_evaluate_needles(trained, tmp_path, capsys, monkeypatch):
     assert not (out / "report.md").exists()
     result = json.loads((out / "needle.json").read_text())
     assert np.shape(result["found"]) == (3, 2) and result["depths"] == [0, 0.5, 1]
-    # Nothing is written into a model folder.
+    # `evaluate` writes nothing into a model folder.
     assert run(*argv) == 0 and "wrote" not in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run(*argv, "--out", tmp_path / "other") == 0
@@ -511,7 +517,7 @@ def test_errors_are_one_line(capsys, monkeypatch):
 
 
 def test_as_a_program():
-    """Version, exit code and a closed pipe work without torch."""
+    """Without torch, `lamoe` prints its version, sets its exit code and accepts a closed pipe."""
     lamoe_cli = [sys.executable, "-m", "lamoe"]
     done = subprocess.run([*lamoe_cli, "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"lamoe {lamoe.__version__}\n", "")

@@ -1,4 +1,4 @@
-"""AsyncLLM: same tokens as the synchronous engine, concurrency, cancellation, errors, shutdown."""
+"""Tests of AsyncLLM: same tokens as LLM, concurrency, cancellation, errors, shutdown."""
 
 import asyncio
 

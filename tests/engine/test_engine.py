@@ -1,7 +1,7 @@
-"""generate.py and sampler.py against simple oracles.
+"""Tests of generate.py and sampler.py against simple oracles.
 
-Generation is compared with full forward passes, sampling with a plain Python definition, and stop
-strings with a search in the whole text.
+The oracles are full forward passes for generation, a plain Python definition for sampling, and a
+search in the whole text for stop strings.
 """
 
 import math
@@ -68,9 +68,9 @@ def test_greedy_equals_full_forward_passes(name, prompt):
 
 
 def test_greedy_in_bf16():
-    """The chosen token has the largest logit, or one that is equal within rounding.
+    """Every greedy token in bfloat16 has the largest logit of a full forward pass, up to rounding.
 
-    The absorbed form rounds differently from the full forward pass.
+    Decoding uses the absorbed form, which rounds differently from the full forward pass.
     """
     m, ids, same = model(dtype=torch.bfloat16), [3, 1, 4], 0
     with torch.no_grad():
@@ -158,12 +158,12 @@ def test_pieces_are_the_decoded_text(trained_model):
     ):
         pieces = list(generate(m, tok.encode("the ", bos=True), params, tok))
         assert "".join(p.text for p in pieces) == tok.decode([p.token_id for p in pieces])
-    # At temperature 5 some characters are incomplete.
+    # At temperature 5 the text contains some incomplete characters.
     assert "\ufffd" in "".join(p.text for p in pieces)
 
 
 def test_the_eos_token_of_the_tokenizer_ends_the_text(trained_model):
-    """A bias on the logits makes EOS likely; without it EOS would be rare."""
+    """The EOS token of the tokenizer ends the text. A bias on the logits makes EOS likely."""
     m, tok = trained_model
     biased = Transformer(m.config)
     biased.load_state_dict(m.state_dict())
@@ -183,9 +183,10 @@ def test_the_eos_token_of_the_tokenizer_ends_the_text(trained_model):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 9])
 def test_stop_strings_are_never_shown(trained_model, length):
-    """For many substrings of a greedy text as stop string, the output ends before the first match.
+    """The output ends before the first match of a stop string.
 
-    Matches may begin or end inside a token.
+    The stop strings are many substrings of a greedy text, so matches may begin or end inside a
+    token.
     """
     m, tok = trained_model
     prompt, params = (
@@ -232,7 +233,10 @@ class PieceTokenizer:
 
 
 def stopped(pieces, stop) -> tuple[str, bool]:
-    """Return the text that is shown of `pieces`, and whether a stop string ended it."""
+    """Feed `pieces` to the stop-string filter.
+
+    Return (shown text, whether a stop string ended it).
+    """
     text, shown = TextStream(PieceTokenizer(pieces), tuple(stop)), ""
     for i in range(len(pieces)):
         part, hit = text.add(i)
@@ -269,7 +273,7 @@ def test_stop_string_examples(pieces, stop, want):
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
 )
 def test_stop_strings_against_the_whole_text(pieces, stop):
-    """However the text is split into pieces, no stop string is shown and no other text is lost."""
+    """For any split into pieces, no stop string is shown and no other text is lost."""
     shown, hit = stopped(pieces, stop)
     text = "".join(pieces)
     assert (
@@ -278,8 +282,8 @@ def test_stop_strings_against_the_whole_text(pieces, stop):
         and not any(s in shown for s in stop)
     )
     if hit:
-        # The first stop string to become complete ends the text. If one piece completes several,
-        # it is the one that begins first.
+        # The text ends at the stop string that is complete first. If one piece completes several
+        # of them, it ends at the one that begins first.
         reach = next(
             n for n in range(len(pieces) + 1) if any(s in "".join(pieces[:n]) for s in stop)
         )
@@ -370,7 +374,7 @@ def test_temperature_zero_and_tiny():
         == 1
         == sample(logits * 1e6, SamplingParams(temperature=0.0, top_k=2, top_p=0.1))
     )
-    for t in (1e-4 / 30, 1e-20, 1e-40, 1e-300, 5e-324):  # these must not lead to inf / inf
+    for t in (1e-4 / 30, 1e-20, 1e-40, 1e-300, 5e-324):  # the sampler must not compute inf / inf
         assert sample(logits, SamplingParams(temperature=t)) == 1
     assert probabilities(logits * 1e30, SamplingParams(temperature=1e-10)).tolist() == [0, 1, 0, 0]
     assert (

@@ -1,6 +1,7 @@
-"""The kernels after fork(): a child has only the forking thread, so it starts new worker threads.
+"""Tests of the kernels after fork().
 
-Each test runs a program in a process of its own. The program must exit normally.
+A child process has only the thread that called fork(), so it must start new worker threads. Each
+test runs a program in its own process. The program must exit normally.
 """
 
 import os
@@ -45,7 +46,7 @@ torch.set_num_threads(1)
 
 
 def run_program(code: str) -> None:
-    """Run BEGIN + code in a process of its own; it must print "done" and exit with status 0."""
+    """Run BEGIN + code in its own process. Check that it prints "done" and exits with status 0."""
     tests = Path(__file__).parents[1]
     program = subprocess.Popen(
         [sys.executable, "-c", BEGIN + textwrap.dedent(code)],
@@ -59,7 +60,7 @@ def run_program(code: str) -> None:
     try:
         out, _ = program.communicate(timeout=120)
     except subprocess.TimeoutExpired:
-        os.killpg(program.pid, signal.SIGKILL)  # with its children
+        os.killpg(program.pid, signal.SIGKILL)  # kills the program and its children
         raise
     assert program.returncode == 0 and out.endswith("done\n"), out
 
@@ -107,7 +108,10 @@ def test_a_child_can_exit_or_free_the_model_without_using_it():
 
 
 def test_fork_while_another_thread_is_inside_the_kernels():
-    """The child gets copies of locks and counters in an arbitrary state, but not the threads."""
+    """A fork while another thread is inside the kernels leaves a usable child.
+
+    The child has copies of locks and counters in an arbitrary state, but not the threads.
+    """
     run_program("""
         packed = model(2)
         want, end = Run(packed).all(TEXT, [7]), False
@@ -147,7 +151,10 @@ def test_multiprocessing_with_fork():
 
 
 def test_an_async_engine_refuses_requests_in_the_child():
-    """The engine's thread holds the lock during the fork. The parent's engine continues to work."""
+    """In a child, an AsyncLLM of the parent refuses requests. In the parent it continues to work.
+
+    During the fork, the thread of the engine holds its lock.
+    """
     run_program("""
         import asyncio
         from lamoe.engine.async_llm import AsyncLLM, EngineDead

@@ -1,6 +1,6 @@
-"""Structured output: texts of a random model match their grammar, however the engine runs them.
+"""Tests of structured output: texts of a random model match their grammar under any schedule.
 
-test_grammar_limits.py has the limits and the errors.
+test_grammar_limits.py tests limits and errors.
 """
 
 import json
@@ -118,7 +118,7 @@ def test_any_schema(tok, schema, seed):
     if ended:
         check(schema, text)
     else:
-        assert len(text) > 500  # only a number with endless digits is cut off
+        assert len(text) > 500  # only a text with an endless number is cut off
 
 
 @given(schema=objects(SCALARS), seed=st.integers(0, 1000))
@@ -214,13 +214,13 @@ WORDS = ["the cat", "the c", "abba", "abbaab", "ab", "ü中", "ü中文!", "zzz"
 
 
 def allow_words(tok: Tokenizer, words: list[str], prompt: int, more=lambda logits, ids: logits):
-    """Make an `adjust` function for reforward that allows only the given words.
+    """Make an `adjust` function for `reforward` that allows only the given words.
 
     The function tries every token, and allows EOS after a whole word.
 
     Args:
         prompt: number of prompt tokens.
-        more: changes the logits before that.
+        more: changes the logits before the mask is applied.
     """
     allowed = [w.encode() for w in words]
 
@@ -251,7 +251,10 @@ def allow_words(tok: Tokenizer, words: list[str], prompt: int, more=lambda logit
     ids=str,
 )
 def test_the_same_tokens_as_an_oracle_that_tries_every_token(llm, tok, options):
-    """Greedy decoding agrees with the oracle, both in a mixed batch and in generate.py."""
+    """Greedy tokens equal those of an oracle that tries every token.
+
+    They are compared in a mixed batch of the engine and in generate.py.
+    """
     pattern = "|".join(map(re.escape, WORDS))
     for text in ("the", "ab ba", "ü"):
         prompt = tok.encode(text, bos=True)
@@ -295,7 +298,7 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def requests(tok) -> tuple[list, list[SamplingParams]]:
-    """Return prompts and parameters: seeded and greedy, three of four with a grammar."""
+    """Return prompts and sampling parameters, some greedy and some seeded, most with a grammar."""
     texts = [tok.encode(t, bos=True) for t in ("the cat", "abab baba ab", "ü", "abab " * 9)]
     common = dict(max_tokens=60, logit_bias=dict.fromkeys(tok.encode(" \n\r\t"), -5))
     return texts, [
@@ -312,7 +315,11 @@ def requests(tok) -> tuple[list, list[SamplingParams]]:
 
 
 def test_same_output_alone_batched_preempted_or_drafted(tok, requests):
-    """A matcher advances with sampled tokens only, not with drafts or recomputed tokens."""
+    """The output is the same alone, in a batch, after preemption and with drafts.
+
+    The matcher of a grammar must advance only with sampled tokens, not with drafts or recomputed
+    ones.
+    """
     texts, params = requests
     alone = [engine(tok, speculate=0).generate([t], p)[0] for t, p in zip(texts, params)]
     check(SCHEMA, alone[0].text)
@@ -365,7 +372,12 @@ def ends(llm: LLM, pattern: str, **options):
 
 def test_how_outputs_end(llm, tok):
     eos = {tok.eos_id: 100}
-    assert ends(llm, "a{3}") == ("aaa", "stop", 3, False)  # the text is complete without EOS
+    assert ends(llm, "a{3}") == (
+        "aaa",
+        "stop",
+        3,
+        False,
+    )  # a text that nothing can continue needs no EOS
     assert ends(llm, "b*", logit_bias=eos) == ("", "stop", 1, True)
     assert ends(llm, "b*", logit_bias=eos, min_tokens=5)[1:] == ("stop", 6, True)
     assert ends(llm, "b*", logit_bias=eos, ignore_eos=True)[1:] == ("length", 20, False)
@@ -373,7 +385,7 @@ def test_how_outputs_end(llm, tok):
     assert ends(llm, "b{3}", min_tokens=20) == ("bbb", "stop", 3, False)
     assert ends(llm, "zzzzzzz", max_tokens=3) == ("zzz", "length", 3, False)
     assert ends(llm, "zzzyzzz", stop=("y",)) == ("zzz", "stop", 4, False)
-    assert ends(llm, "", min_tokens=3)[:2] == ("", "stop")  # nothing but EOS fits
+    assert ends(llm, "", min_tokens=3)[:2] == ("", "stop")  # the empty pattern allows only EOS
     against_ab = dict.fromkeys(tok.encode("ab"), -100)
     assert ends(llm, "(ab|)", ignore_eos=True, logit_bias=against_ab)[:2] == ("ab", "stop")
     assert idle(llm)
@@ -415,7 +427,9 @@ def test_padded_vocabulary_rows_and_control_tokens_are_never_sampled(llm, tok):
     (o,) = llm.generate(["the cat"], params)
     assert len(o.token_ids) == 80 and not set(never) & set(o.token_ids)
     unrestricted = llm.generate(["the cat"], SamplingParams(**{**vars(params), "grammar": None}))[0]
-    assert set(unrestricted.token_ids) <= set(never)  # without the grammar only these are sampled
+    assert set(unrestricted.token_ids) <= set(
+        never
+    )  # without the grammar the model samples only these tokens
 
 
 def test_a_vocabulary_that_is_not_byte_level():

@@ -1,4 +1,4 @@
-"""Structured output: limits on grammars, hostile grammars, errors."""
+"""Tests of structured output: limits on grammars, hostile grammars, and errors."""
 
 import asyncio
 import gc
@@ -24,9 +24,10 @@ from tiny_grammar import ROWS, TEXT, engine, llm, tok  # noqa: F401 (llm and tok
 
 
 def test_a_grammar_that_exceeds_a_limit_fails_alone(llm):
-    """Nested repeats exhaust the lexer while the text grows.
+    """A grammar that exceeds a limit during generation fails only its own request.
 
-    The Grammar can be used again, because its next request starts with fresh lexer states.
+    Nested repeats exhaust the lexer while the text grows. The Grammar can be used again, because
+    its next request starts with fresh lexer states.
     """
     bomb, good = (
         Grammar.regex("((a{0,100}){0,100}){0,100}"),
@@ -208,9 +209,9 @@ def hostile() -> None:
 
 
 def test_hostile_grammars():
-    """Every case is refused or works, within limits on memory and CPU time.
+    """Every hostile grammar is refused or works, within limits on memory and CPU time.
 
-    Runs in a process of its own, because a long chain of rules can crash the library.
+    The test runs in its own process, because a long chain of rules can crash the library.
     """
     code = (
         "import resource, sys, threading; resource.setrlimit(resource.RLIMIT_CPU, (60, 60)); "

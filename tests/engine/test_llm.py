@@ -1,4 +1,4 @@
-"""The engine: equal outputs under any schedule, page accounting, refusals, cancelling."""
+"""Tests of the engine: equal outputs under any schedule, page accounting, refusals, cancelling."""
 
 import math
 
@@ -90,7 +90,7 @@ def test_on_a_prefix_hit(expected, budget):
 @pytest.mark.parametrize("budget", [16, 512])
 @pytest.mark.parametrize("speculate", [0, 8])
 def test_after_preemption(expected, budget, speculate):
-    """The cache holds one full context only, so sequences are preempted while they decode."""
+    """Preempted sequences give the same tokens. The cache holds only one full context."""
     family, out = expected
     one = llm(family)
     engine = llm(
@@ -108,7 +108,7 @@ def test_after_preemption(expected, budget, speculate):
 @EVERY
 @pytest.mark.parametrize("format", cache_codec.FORMATS)
 def test_unused_rows_are_never_read(family, format):
-    """Unused rows have all bits set, which is NaN in every format."""
+    """Unused cache rows do not change outputs. Here all their bits are set, which is NaN."""
     out = []
     for fill in (0, 0xFF):
         engine = llm(family, cache=format, max_num_batched_tokens=16)
@@ -125,7 +125,7 @@ def test_page_numbers_beyond_the_text_are_never_used():
 
 @EVERY
 def test_logprobs_do_not_depend_on_chunks_or_prefix_hits(family):
-    """Compare the log-probabilities of whole, chunked and cached prompts."""
+    """Log-probabilities are equal for whole, chunked and cached prompts."""
     found = []
     for budget, times in ((512, 1), (16, 1), (16, 2)):
         engine = llm(family, max_num_batched_tokens=budget)
@@ -141,7 +141,7 @@ def test_logprobs_do_not_depend_on_chunks_or_prefix_hits(family):
 
 # ---- shared pages ----
 def test_shared_pages_are_never_written():
-    """The bytes of a page do not change while it is published under one content hash."""
+    """The bytes of a page do not change while the page is published under a content hash."""
     engine = llm(cache_memory=llm().cache.nbytes // 3, max_num_batched_tokens=24)
     seen, checked = {}, 0
     base = prompts(30)[0]
@@ -173,7 +173,10 @@ def test_partial_pages_are_never_shared(length, shared):
 
 
 def test_pages_are_not_shared_after_a_different_beginning():
-    """The second page has the same tokens, but its rows depend on the first page too."""
+    """Pages with equal tokens are not shared if the tokens before them differ.
+
+    Cache rows depend on all earlier tokens, not only on those of their own page.
+    """
     engine, prompt = llm(), prompts(21)[0]
     other = [(prompt[0] + 1) % 64, *prompt[1:]]
     a, b = (engine.generate([p], greedy())[0] for p in (prompt, other))
@@ -235,7 +238,7 @@ def test_every_request_finishes_when_pages_run_out():
 @pytest.mark.parametrize("speculate", [0, 2])
 @pytest.mark.parametrize("prompt", [[7] * 250, list(range(60)), [1]])
 def test_a_full_context_ends_with_length(prompt, speculate):
-    """One of the texts is repetitive: its drafts would exceed the context."""
+    """A sequence that fills its context ends with "length", also where a draft would exceed it."""
     engine = llm(max_model_len=256, speculate=speculate, changes=dict(initializer_range=0.02))
     (o,) = engine.generate([prompt], greedy(10_000, logit_bias={7: 100}))
     assert o.finish_reason == "length" and len(prompt) + len(o.token_ids) == 256 and idle(engine)
@@ -327,9 +330,10 @@ def test_generate_takes_a_list_of_prompts():
 
 @EVERY
 def test_a_request_with_nan_logits_fails_alone(family):
-    """The embedding of one token is NaN. Only sequences with this token end with an error.
+    """A request whose logits become NaN ends with an error, and the others continue.
 
-    The token comes once in a prompt and once as the sampled token of a decoding sequence.
+    The embedding of one token is NaN. This token occurs once in a prompt and once as a sampled
+    token.
     """
     engine, texts = llm(family, max_num_batched_tokens=16), prompts(5, 20, 9, 33)
     clean = [[t if t != 63 else 1 for t in p] for p in texts]
@@ -349,7 +353,7 @@ def test_a_request_with_nan_logits_fails_alone(family):
             o.finish_reason == "length" and o.error is None for o in outputs
         )
         assert idle(engine)
-    # The bias makes the last request sample the poisoned token while it decodes.
+    # The bias makes the last request sample the token with the NaN embedding.
     params = [greedy(12, logit_bias={63: -100})] * 4 + [greedy(12, logit_bias={63: 100})]
     *good, bad = engine.generate([*clean, [3, 4]], params)
     assert (
@@ -360,7 +364,10 @@ def test_a_request_with_nan_logits_fails_alone(family):
 
 
 def test_a_request_whose_options_leave_no_token_does_not_affect_others():
-    """Its bias leaves only EOS, which min_tokens forbids."""
+    """A request that leaves no token to sample does not affect others.
+
+    Its bias allows only EOS, which min_tokens forbids.
+    """
     engine = llm(changes=dict(eos_token_id=5))
     odd = SamplingParams(
         max_tokens=4, min_tokens=4, seed=0, logit_bias=dict.fromkeys(range(64), -100.0) | {5: 100.0}
@@ -413,7 +420,7 @@ def test_leaving_a_stream_early():
         deltas.close()
         assert idle(engine)
     deltas = engine.stream(prompts(30)[0], greedy())
-    deltas.close()  # before the first step
+    deltas.close()  # the stream is closed before the first step
     assert idle(engine)
 
 
@@ -443,7 +450,10 @@ def test_stream_yields_the_tokens_of_generate():
 
 
 def test_two_streams_and_a_generate_at_once():
-    """Each iterator gets its own deltas, whichever of them runs the step."""
+    """Two streams and a `generate` call at once each get their own output.
+
+    Any of the three may run a step that produces tokens for the others.
+    """
     engine, (a, b, c) = llm(speculate=0), prompts(9, 14, 5)
     one, two = engine.stream(a, greedy()), engine.stream(b, greedy())
     got = [[next(one).token_id], [next(two).token_id]]
@@ -459,7 +469,7 @@ def test_two_streams_and_a_generate_at_once():
 @pytest.mark.parametrize("speculate", [0, 3])
 @pytest.mark.parametrize("seqs, budget", [(1, 1), (3, 3), (3, 7), (8, 64)])
 def test_budgets_are_kept(seqs, budget, speculate):
-    """`watch` checks both budgets after every plan."""
+    """No step exceeds its budget of tokens or sequences. `watch` checks both after every plan."""
     engine = llm(max_num_seqs=seqs, max_num_batched_tokens=budget, speculate=speculate)
     plans, _ = watch(engine)
     lengths = (30, 4, 11, 2, 25)

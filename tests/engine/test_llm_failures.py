@@ -1,4 +1,4 @@
-"""Errors inside a step end the sequences that they belong to, and nothing else.
+"""Tests that an error inside a step ends only the sequences that it belongs to.
 
 An error may belong to one sequence, to all sequences of a forward pass, or to the whole engine.
 """
@@ -32,16 +32,17 @@ INTERNAL = "an internal error ended it ({}); the log has the traceback"
 
 
 class Panic(BaseException):
-    """Like a panic of Rust code in Python, this is not an Exception."""
+    """A BaseException that is not an Exception, like a panic of Rust code in Python."""
 
 
 # ---- a forward pass fails ----
 @EVERY
 @native_too
 def test_a_sequence_that_makes_a_pass_fail_ends_alone(family, impl, caplog):
-    """One sequence gets a token id outside the vocabulary, so that the op refuses the whole pass.
+    """A sequence that makes a forward pass fail ends, and the others give their usual outputs.
 
-    The other sequences, in prefill and decoding, give the outputs that they give alone.
+    One sequence gets a token id outside the vocabulary, so that the op refuses the whole pass. The
+    other sequences are in prefill or decoding.
     """
     texts = prompts(5, 30, 9, 40)
     want = tokens(llm(family, backend=impl).generate(texts, greedy(12)))
@@ -74,7 +75,7 @@ def test_a_sequence_that_makes_a_pass_fail_ends_alone(family, impl, caplog):
     ids=lambda e: type(e).__name__,
 )
 def test_a_pass_that_always_fails_ends_only_its_sequences(error, monkeypatch):
-    """The running sequences end and return their pages.
+    """If every forward pass fails, the running sequences end and return their pages.
 
     Waiting and later requests get the outputs of a fresh engine, also with prefix hits.
     """
@@ -124,7 +125,7 @@ def test_a_pass_that_exceeds_memory_is_retried_one_sequence_at_a_time(monkeypatc
     outputs = engine.generate(texts, greedy(6))
     assert tokens(outputs) == want and max(sizes) == 3 and idle(engine)
     c = engine.model.config
-    # Each token is counted once, although the failed pass had it too.
+    # Expert counts include each token once, although the failed pass had processed it too.
     per_token = len(c.moe_layers) * c.num_experts_per_tok
     assert [int(o.experts.sum()) for o in outputs] == [per_token * (len(p) + 5) for p in texts]
 
@@ -157,7 +158,11 @@ assert tokens(engine.generate(texts, greedy(6))) == want
 
 @pytest.mark.skipif(native.lib is None, reason="needs the compiled kernels")
 def test_out_of_memory_inside_the_kernels_ends_only_the_long_sequence():
-    """The process cannot grow. A failed allocation must not change the recorded buffer size."""
+    """If the kernels run out of memory, only the long sequence ends.
+
+    The process is not allowed to grow. A failed allocation must not change the recorded buffer
+    size.
+    """
     tests = Path(__file__).parents[1]
     env = {
         "PATH": "",
@@ -183,9 +188,9 @@ def test_out_of_memory_inside_the_kernels_ends_only_the_long_sequence():
 @native_too
 @pytest.mark.parametrize("budget", [64, 8])
 def test_nan_rows_are_not_shared_through_the_prefix_cache(family, impl, budget):
-    """A NaN token can poison earlier rows too, because masked attention computes 0 x NaN.
+    """Cache rows with NaN are not shared with later requests that have the same prefix.
 
-    Later requests with the same prefix must not reuse these rows.
+    A NaN token can turn earlier rows into NaN too, because masked attention computes 0 x NaN.
     """
     engine, (text,) = (
         llm(family, backend=impl, max_num_batched_tokens=budget),
@@ -257,7 +262,7 @@ def test_keyboard_interrupt_and_system_exit_leave_the_engine(error, monkeypatch)
     )
     with pytest.raises(error):
         engine.generate(prompts(5), SamplingParams(seed=1))
-    assert idle(engine)  # the requests were cancelled
+    assert idle(engine)  # both requests have been cancelled
 
 
 # ---- the thread of AsyncLLM ----
@@ -317,7 +322,7 @@ def test_actions_after_one_that_ends_the_thread_are_refused(engine):
             raise Panic("in an action")
 
         engine._post(slow)
-        # While `slow` runs, two more actions are posted, so that the thread takes them together.
+        # Two more actions are posted while `slow` runs, so the thread takes both of them together.
         await begin.wait()
         engine._post(panic, refused.append)
         with pytest.raises(EngineDead, match="in an action"):

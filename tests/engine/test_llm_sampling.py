@@ -1,6 +1,6 @@
-"""Sampling options in the engine, compared with loops over full forward passes.
+"""Tests of sampling options in the engine, compared with loops over full forward passes.
 
-Seeds, penalties, bias, log-probabilities, EOS and stop strings.
+The options are seeds, penalties, bias, log-probabilities, EOS and stop strings.
 """
 
 import math
@@ -34,7 +34,9 @@ def test_equal_seeds_give_equal_tokens_alone_and_in_any_batch(speculate):
         )[:4]
         == alone[::-1]
     )
-    small = llm(cache_memory=llm().cache.nbytes // 4, speculate=speculate)  # with preemption
+    small = llm(
+        cache_memory=llm().cache.nbytes // 4, speculate=speculate
+    )  # so small that sequences are preempted
     assert tokens(small.generate(texts * 2, params * 2)) == alone * 2
     assert (
         engine.generate(
@@ -101,7 +103,10 @@ OPTIONS = {
 
 @pytest.mark.parametrize("rule", OPTIONS, ids=lambda f: f.__name__)
 def test_penalties_and_bias(rule):
-    """The engine, in a batch with a request without options, and generate.py give equal tokens."""
+    """Penalties and bias give equal tokens in the engine and in generate.py.
+
+    The batch of the engine also has a request without these options.
+    """
     engine, texts = llm(), prompts(5, 13)
     for prompt in texts:
         expected_, _ = reforward(
@@ -152,7 +157,7 @@ def test_more_logprobs_than_tokens():
 
 @pytest.mark.parametrize("min_tokens", [0, 1, 7])
 def test_eos_and_min_tokens(min_tokens):
-    """A bias makes EOS the most likely token. It comes as soon as min_tokens allows."""
+    """EOS ends the output as soon as min_tokens allows. A bias makes EOS the most likely token."""
     engine = llm(changes=dict(eos_token_id=9))
     for prompt in prompts(6, 19):
         free, _ = reforward(
@@ -177,7 +182,7 @@ def test_eos_and_min_tokens(min_tokens):
 
 @pytest.fixture(scope="module")
 def letters() -> tuple[LLM, SamplingParams, str]:
-    """Return an engine with a byte tokenizer, parameters that give letters only, and its text."""
+    """Return (engine with a byte tokenizer, parameters that allow letters only, generated text)."""
     tok = tokenizer.train(["a"], 256 + len(tokenizer.SPECIAL_TOKENS))
     engine = llm(vocabulary=tok.vocab_size, changes=dict(first_k_dense_replace=1))
     engine = LLM(engine.model, tok, cache="fp32", max_model_len=CONTEXT, page_size=4)
@@ -205,11 +210,13 @@ def letters() -> tuple[LLM, SamplingParams, str]:
 )
 @pytest.mark.parametrize("speculate", [0, 2])
 def test_stop_strings(letters, stops, speculate):
-    """The output ends before the stop string that is complete first. No piece shows part of it."""
+    """The output ends before the first complete stop string, and no piece shows part of it."""
     engine, params, whole = letters
     engine.scheduler.speculate = speculate
     stop = stops(whole)
-    end = min(i + len(s) for s in stop if (i := whole.find(s)) >= 0)  # of the first complete one
+    end = min(
+        i + len(s) for s in stop if (i := whole.find(s)) >= 0
+    )  # the end of the stop string that is complete first
     at = min(i for s in stop if (i := whole[:end].find(s)) >= 0)
     deltas = list(engine.stream("gad", SamplingParams(**{**vars(params), "stop": stop})))
     o = deltas[-1].output

@@ -1,4 +1,4 @@
-"""Prompt lookup: the proposed tokens, the draft length, and that drafts never change outputs."""
+"""Tests of prompt lookup: proposed tokens, draft lengths, and that drafts never change outputs."""
 
 import pytest
 
@@ -9,12 +9,17 @@ from tiny_engine import greedy, llm, prompts, tokens, watch
 
 def test_propose_returns_what_followed_the_latest_three_tokens_before():
     text = [1, 2, 3, 4, 5, 9, 1, 2, 3, 6, 7, 8, 0, 1, 2, 3]
-    assert Lookup().propose(text, 10) == [6, 7, 8, 0]  # the latest occurrence, four tokens at first
+    assert Lookup().propose(text, 10) == [
+        6,
+        7,
+        8,
+        0,
+    ]  # the tokens after the latest occurrence; the first draft has four tokens
     assert Lookup().propose(text, 2) == [6, 7]
     assert Lookup().propose(text[:9], 10) == [4, 5, 9, 1]
     for no_match in (text[:8], [1, 2], [1, 2, 3]):
         assert Lookup().propose(no_match, 10) == []
-    # Beyond the end of the text its repetition continues.
+    # A proposal that reaches the end of the text continues with its repetition.
     assert Lookup().propose([7] * 4, 10) == [7] * 4
     assert Lookup().propose([5, 6] * 3, 10) == [5, 6, 5, 6]
 
@@ -34,7 +39,7 @@ def test_accepted_drafts_grow_and_rejected_drafts_pause_longer_each_time():
         s.learn(s.length, s.length, at)
         assert s.length == want
     s.learn(12, 6, at)
-    assert s.length == 12  # half of the tokens accepted is enough
+    assert s.length == 12  # the draft grows if at least half of its tokens are accepted
     for want in (6, 3, 1, 0):
         s.learn(s.length, 0, at)
         assert s.length == want
@@ -79,7 +84,7 @@ def test_pace():
     p = Pace()
     assert p.cost(5) == 1.0
     p.saw(5, 3.0)
-    assert p.cost(5) == 1.0  # no plain step was recorded yet
+    assert p.cost(5) == 1.0  # without a recorded plain step, the cost is 1
     p.saw(1, 1.0)
     assert p.cost(5) == 3.0 and p.cost(4) == 1.0
     p.saw(5, 7.0)
@@ -92,9 +97,10 @@ def repeating(n: int) -> list[int]:
 
 @pytest.mark.parametrize("expensive", [False, True])
 def test_the_engine_stops_drafting_when_it_does_not_pay(expensive, monkeypatch):
-    """If passes over several tokens take 100 times as long as plain ones, drafts pause.
+    """Drafts pause if passes over several tokens take 100 times as long as plain passes.
 
-    All draft tokens are right here, and the output is that of plain decoding in both cases.
+    All draft tokens are right here. The output equals that of plain decoding, with slow passes and
+    without.
     """
     engine = llm(
         max_model_len=256, cache_memory=1 << 22, speculate=1, changes=dict(initializer_range=0.02)

@@ -1,4 +1,4 @@
-"""PagePool: ownership, sharing by content, and the order of eviction."""
+"""Tests of PagePool: ownership, sharing by content, and the order of eviction."""
 
 import pytest
 from hypothesis import given, settings
@@ -48,13 +48,15 @@ def test_unpublished_content_is_not_found():
 def test_a_shared_page_is_available_when_its_last_owner_returns_it():
     pool, (a,) = PagePool(1, 1), hashes(7)
     (page,) = full(pool, [a])
-    assert pool.share(a) == page and pool.share(a) == page  # three owners
+    assert pool.share(a) == page and pool.share(a) == page  # the page now has three owners
     for _ in range(2):
         pool.give_back([page])
         assert (pool.available, pool.owned) == (0, 1) and pool.take() is None
     pool.give_back([page])
     assert (pool.available, pool.owned) == (1, 0)
-    assert pool.take() == page and pool.share(a) is None  # the old content is gone
+    assert (
+        pool.take() == page and pool.share(a) is None
+    )  # taking the page has removed its old content
 
 
 def test_kept_pages_can_be_shared_again():
@@ -79,12 +81,12 @@ def test_the_least_recently_used_text_is_evicted_first():
     pages = [full(pool, t) for t in texts]
     for p in pages:
         pool.give_back(p)
-    pool.give_back([pool.share(texts[0][0])])  # now the most recently used
+    pool.give_back([pool.share(texts[0][0])])  # this text is now the most recently used one
     assert [pool.take() for _ in range(3)] == [pages[1][0], pages[2][0], pages[0][0]]
 
 
 def test_the_last_pages_of_a_text_are_evicted_first():
-    """A prefix is useful without its continuation, but a continuation needs its prefix."""
+    """The last pages of a text are evicted first, because they need the pages before them."""
     pool, text = PagePool(3, 1), hashes(1, 2, 3)
     pages = full(pool, text)
     pool.give_back(pages)
@@ -97,7 +99,7 @@ def test_the_last_pages_of_a_text_are_evicted_first():
 
 
 def test_two_pages_with_the_same_content():
-    """Two sequences compute the same page. The first is shared, the second becomes free again."""
+    """If two sequences compute the same page, the first is shared and the second becomes free."""
     pool, (a,) = PagePool(2, 1), hashes(7)
     one, two = full(pool, [a]) + full(pool, [a])
     assert pool.share(a) == one
@@ -199,7 +201,9 @@ def test_forgotten_pages_are_not_shared_and_become_free():
     contents = [content_hash(b"", [i, i]) for i in range(3)]
     for page, content in zip(pages[:2], contents):
         pool.publish(page, content)
-    assert pool.share(contents[0]) == pages[0]  # a second owner, which keeps the page
+    assert (
+        pool.share(contents[0]) == pages[0]
+    )  # the page has a second owner now, so it is not freed
     pool.forget(pages)
     assert [pool.share(c) for c in contents] == [None] * 3 and pool.owned == 3
     pool.give_back(pages)
@@ -212,5 +216,5 @@ def test_forgotten_pages_are_not_shared_and_become_free():
         and not pool._content_of
     )
     again = pool.take()
-    pool.publish(again, contents[0])  # the same content, computed again
+    pool.publish(again, contents[0])  # another page with the same content, computed again
     assert pool.share(contents[0]) == again

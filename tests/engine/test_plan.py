@@ -1,4 +1,4 @@
-"""The memory plan: its formulas match what is allocated, and refusals say what would fit."""
+"""Tests of the memory plan: formulas match what is allocated, and refusals say what would fit."""
 
 import importlib
 import os
@@ -96,11 +96,11 @@ def test_the_numbers_of_v2_lite():
     )
 
 
-# Bytes of one partial result: maximum, sum and latent of 16 lanes in float32.
+# Bytes of one attention state: maximum, sum and latent of 16 lanes in float32.
 LITE_STATE = 4 * (16 + 16 + 16 * 512)
 
 
-# With n tokens over S rows, the absorbed form is used if n < 2^17 S / (2^17 + 768 S).
+# n tokens of a sequence with S cached rows use the absorbed form if n < 2^17 S / (2^17 + 768 S).
 @pytest.mark.parametrize(
     "length, seqs, step, tokens, chunks",
     [
@@ -114,9 +114,9 @@ LITE_STATE = 4 * (16 + 16 + 16 * 512)
     ],
 )
 def test_partial_results_of_attention(length, seqs, step, tokens, chunks):
-    """One token of V2-Lite has 16 heads, which is one block of lanes.
+    """The memory for attention states of V2-Lite equals values computed by hand.
 
-    Each block has one partial result for each chunk of rows.
+    One token has 16 heads, which fill one block of lanes. A block has one state per chunk of rows.
     """
     size = tokens * chunks * LITE_STATE
     assert CpuBackend.state_bytes(LITE, length, seqs, step) == size * 5 // 4 + 4096
@@ -135,10 +135,10 @@ def test_partial_results_of_attention_are_bounded():
         > CpuBackend.state_bytes(big, 20_000, 1, 1)
         == 8 * 40 * LITE_STATE * 5 // 4 + 4096
     )
-    # One token has 64 blocks of 320 chunks.
+    # One token has 64 blocks of lanes, with one state for each of 320 chunks.
     wide = big.replace(num_attention_heads=1024)
     assert CpuBackend.state_bytes(wide, 163_840, 1, 1) == 64 * 320 * LITE_STATE * 5 // 4 + 4096
-    # 64 query heads share 8 KV heads: more than 48 / 8 tokens of a sequence are expanded.
+    # 64 query heads share 8 KV heads, so more than 48 / 8 new tokens use the expanded form.
     dense = ModelConfig.preset("deepseek-67b")
     assert (
         CpuBackend.state_bytes(dense, 4096, 2, 512)
@@ -147,7 +147,7 @@ def test_partial_results_of_attention_are_bounded():
 
 
 def test_the_plan_counts_partial_results():
-    """The check against free memory, refusals with their advice, and `describe` include them."""
+    """The plan counts attention states in its memory check, in its advice and in `describe`."""
     partial, page = CpuBackend.state_bytes(LITE, 1600, 3, 64), 16 * 31104
     plan = fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 100 * page + partial, states())
     assert (
@@ -164,7 +164,7 @@ def test_the_plan_counts_partial_results():
         "to 1584,",
     ):
         fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 100 * page + partial - 1, states())
-    # A shorter context has fewer chunks, so its partial results are smaller too.
+    # A shorter context has fewer chunks, so its attention states are smaller too.
     with pytest.raises(ValueError, match="max_model_len to 720,"):
         fit(
             LITE,
@@ -190,10 +190,11 @@ def test_the_plan_counts_partial_results():
     "c", [tiny.HARD, tiny.config("llama", num_key_value_heads=2, head_dim=10)], ids=["mla", "gqa"]
 )
 def test_partial_results_of_attention_are_what_is_allocated(c):
-    """Seven sequences with a shared prompt decode up to the end of their context.
+    """The planned attention states equal what the kernels allocate.
 
-    With 32 heads a token fills its blocks of 16 lanes, and the plan is exact to the byte. With 4
-    heads the plan is an upper bound.
+    Seven sequences with a shared prompt decode up to the end of their context. With 32 heads a
+    token fills its blocks of 16 lanes, and the plan is exact to the byte. With 4 heads it is an
+    upper bound.
     """
     for heads in (32, 4):
         m = tiny.model(
@@ -214,7 +215,10 @@ def test_partial_results_of_attention_are_what_is_allocated(c):
 
 
 def test_the_default_size_of_the_cache():
-    """Four contexts, but at most 1 GiB, at least one context, and at most the free memory."""
+    """The default cache holds four contexts, with limits.
+
+    It has at most 1 GiB but at least one context, and at most the free memory.
+    """
     page = 16 * 31104
     assert (
         lite(length=1600).pages == 400
@@ -256,7 +260,7 @@ def test_the_default_size_of_the_cache():
     ],
 )
 def test_refusals_offer_a_value_that_fits(options, message):
-    """The offered max_model_len works, and 16 tokens more do not."""
+    """A refusal offers the largest max_model_len that fits: 16 tokens more are refused again."""
     with pytest.raises(ValueError) as e:
         lite(**options)
     pattern = message if ".*" in message else re.escape(message)
@@ -295,7 +299,7 @@ def test_refused_before_the_weights_are_read(trained):
         assert prepare(folder, Formats("int4")).weight_bytes == int(4.5 / 8 * total)
         head = c.vocab_size * c.hidden_size / 2
         assert prepare(folder, Formats("int4", "int8")).weight_bytes == int(4.5 / 8 * total + head)
-    # After packing, the plan has the actual bytes of the weights.
+    # For packed weights, the plan counts their actual bytes.
     for weights in ("bf16", "int8", "int4") if native.available() else ():
         engine = LLM(folder, weights=weights)
         assert engine.plan().weights == engine.backend.weight_bytes()
@@ -361,7 +365,7 @@ def test_flags_of_chat(trained, capsys):
 
 
 def test_cache_memory_is_committed_when_it_is_written():
-    """An empty cache of 2 GB uses almost no memory; written rows use their own size."""
+    """Memory is committed when it is written: an empty cache of 2 GB uses almost none."""
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

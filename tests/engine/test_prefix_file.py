@@ -1,4 +1,4 @@
-"""Saved prefixes: equal tokens after loading one, and refusals of files that do not fit."""
+"""Tests of saved prefixes: equal tokens after loading, and refusals of files that do not fit."""
 
 import json
 import os
@@ -65,9 +65,11 @@ def test_same_tokens_after_loading(tmp_path, config, format, written, read):
 def test_saved_rows_are_the_bytes_of_the_cache(tmp_path, format):
     row = cache_codec.row_bytes(format, CONFIG.cache_row)
     one, two = llm(cache=format), llm(cache=format, page_size=5)
-    one.generate([[9] * 10, TEXT], GREEDY)  # the first prompt moves the pages of TEXT away from 0
+    one.generate(
+        [[9] * 10, TEXT], GREEDY
+    )  # the first prompt takes page 0, so TEXT begins on a later page
     assert one.save_cache(tmp_path / "c", TEXT) == 60
-    stored = load_file(tmp_path / "c")  # the library accepts the file
+    stored = load_file(tmp_path / "c")  # the safetensors library can read the file
     assert (
         stored["tokens"].tolist() == TEXT[:60]
         and stored["rows"].shape == (2, 60, row)
@@ -90,7 +92,7 @@ def test_saved_rows_are_the_bytes_of_the_cache(tmp_path, format):
 
 
 def test_the_rows_of_the_file_are_used(tmp_path):
-    """With zero rows in the file the output differs, so the rows were not computed again."""
+    """The rows of the file are used: if they are zero, the output differs."""
     file, _, out = saved(tmp_path / "c")
     stored = load_file(file)
     with safe_open(file, framework="pt") as f:
@@ -121,14 +123,17 @@ def test_only_cached_rows_are_saved(tmp_path):
 
 
 def test_loading_into_a_cache_in_use(tmp_path):
-    """Free pages are out of order, part of the text is cached, and another sequence is running."""
+    """A prefix can be loaded into a cache in use.
+
+    Free pages are out of order, part of the text is cached, and another sequence is running.
+    """
     file, n, out = saved(tmp_path / "c")
     two = llm(max_model_len=100, cache_memory=40 * 4 * 2 * 24 * 4)
     two.generate([[3] * 33, TEXT[:22], [4] * 17], GREEDY)
     [other] = two.add([6] * 20, SamplingParams(temperature=0.0, max_tokens=30))
     two.step()
     assert two.load_cache(file) == n == 60
-    assert two.load_cache(file) == n  # a second time changes nothing
+    assert two.load_cache(file) == n  # loading the file a second time changes nothing
     [again] = two.generate([TEXT], GREEDY)
     assert (again.token_ids, again.cached_tokens) == (out.token_ids, 60)
     two.cancel(other)
@@ -187,7 +192,10 @@ def test_digest():
 
 
 def test_digest_of_large_tensors_samples_all_of_them(monkeypatch):
-    """With small limits: a change inside a sampled block of any tensor changes the digest."""
+    """The digest of large tensors depends on sampled blocks of every tensor.
+
+    The test lowers the limits, so that small tensors are sampled too.
+    """
     monkeypatch.setattr(base_module, "_HASH_WHOLE_BYTES", 1024)
     monkeypatch.setattr(base_module, "_HASH_SAMPLES", 16)
     monkeypatch.setattr(base_module, "_HASH_SAMPLE_BYTES", 64)
@@ -197,7 +205,7 @@ def test_digest_of_large_tensors_samples_all_of_them(monkeypatch):
         with torch.no_grad():
             m.embed.weight.flatten()[at] += 1.0
         seen += [at] if digest(m) != base else []
-    # 16 blocks of 16 numbers are sampled, of 9,600 numbers.
+    # The digest samples 16 blocks of 16 numbers from 9,600 numbers.
     assert 2 <= len(seen) < 30 and seen[0] == 0 and seen[-1] == 9599
     for name, p in model().named_parameters():
         m = model()

@@ -1,6 +1,6 @@
-"""The scheduler without a model.
+"""Tests of the scheduler without a model.
 
-The tests record which text every cache row belongs to, and check every step with this record.
+They record which text every cache row belongs to, and check every step with this record.
 """
 
 import random
@@ -16,7 +16,7 @@ from lamoe.engine.scheduler import Scheduler
 
 
 class World:
-    """A scheduler, the rows that its steps would have written, and the checks after every step."""
+    """A scheduler, a record of the rows that its steps write, and checks of every step."""
 
     def __init__(
         self,
@@ -28,9 +28,9 @@ class World:
     ):
         self.pool = PagePool(pages, size)
         self.scheduler = Scheduler(self.pool, max_sequences, max_tokens, speculate)
-        self.rows: dict[int, tuple] = {}  # slot -> all tokens up to the one of this row
+        self.rows: dict[int, tuple] = {}  # slot -> all tokens of the text up to this row
         self.arrived: list[Sequence] = []
-        self.admitted: list[Sequence] = []  # in the order of their first step
+        self.admitted: list[Sequence] = []  # sequences in the order of their first step
         self.steps = 0
 
     def add(self, prompt, out: int = 3, n: int = 1) -> list[Sequence]:
@@ -99,11 +99,11 @@ class World:
             assert seq in s.running and seq.finish is None and 1 <= n <= seq.todo + len(seq.draft)
             assert len(seq.tokens) + len(seq.draft) <= seq.limit
             assert len(seq.pages) * size >= seq.computed + n
-            for i in range(seq.computed):  # it reads rows of its own text only
+            for i in range(seq.computed):  # a sequence reads only rows of its own text
                 assert self.rows[seq.pages[i // size] * size + i % size] == tuple(
                     seq.tokens[: i + 1]
                 )
-            # It writes only to pages that are neither shared nor published.
+            # A sequence writes only to pages that are neither shared nor published.
             for at in range(seq.computed // size, (seq.computed + n - 1) // size + 1):
                 page = seq.pages[at]
                 assert self.pool._owners[page] == 1 and page not in self.pool._content_of
@@ -155,7 +155,7 @@ class World:
 
 
 def next_token(tokens: list[int]) -> int:
-    """Return a next token, by a rule that often repeats itself, so that some drafts are right."""
+    """Return the next token by a rule that often repeats itself, so that some drafts are right."""
     return (tokens[-1] + len(tokens) // 7) % 3
 
 
@@ -178,7 +178,10 @@ REQUEST = st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 10), s
     st.lists(st.one_of(REQUEST, st.just("step"), st.just("step"), st.integers(0, 30)), max_size=40),
 )
 def test_any_stream_of_requests(size, max_sequences, spare_tokens, spare_pages, speculate, events):
-    """With shared prefixes, few pages and cancellations, all checks hold and all requests end."""
+    """For any stream of requests, all checks hold and all requests end.
+
+    Requests share prefixes, pages are few, and some requests are cancelled.
+    """
     world = World(
         -(-30 // size) + spare_pages, size, max_sequences, max_sequences + spare_tokens, speculate
     )
@@ -195,7 +198,7 @@ def test_any_stream_of_requests(size, max_sequences, spare_tokens, spare_pages, 
             world.add(text(30, seed)[:length], out, n)
     world.run()
     for seq in world.arrived:
-        if seq.finish == "length":  # preemption lost no token
+        if seq.finish == "length":  # preemption has lost no token
             expected = seq.tokens[: seq.prompt_len]
             while len(expected) < seq.limit:
                 expected.append(next_token(expected))
@@ -259,7 +262,7 @@ def test_different_prefixes_share_nothing():
 
 
 def test_pages_of_outputs_are_shared_too():
-    """The next turn of a conversation begins with the generated text."""
+    """Full pages of an output are shared, because the next turn of a chat begins with them."""
     world = World(20)
     (first,) = world.add(text(6), 7)
     world.run()
@@ -305,7 +308,10 @@ def test_the_youngest_sequence_is_preempted_and_resumes_first():
 
 
 def test_a_partly_computed_prompt_is_not_starved_by_small_requests():
-    """The prompt waits for pages of a decoding sequence, while small requests keep coming."""
+    """Small requests do not starve a partly computed prompt.
+
+    The prompt waits for pages of a decoding sequence, while small requests keep arriving.
+    """
     world = World(10, max_tokens=12)
     (a,) = world.add(text(16), 16)
     world.step(), world.step()
@@ -323,7 +329,7 @@ def test_a_partly_computed_prompt_is_not_starved_by_small_requests():
 
 
 def test_prompts_that_hold_all_pages_do_not_block_each_other():
-    """Partly computed prompts fill the cache and none fits, so the oldest continues."""
+    """If partly computed prompts fill the cache and none can continue, the oldest gets pages."""
     world = World(8, max_sequences=4, max_tokens=12)
     for i in range(4):
         world.add(text(28, i), 2)
@@ -339,7 +345,7 @@ def test_one_sequence_may_fill_the_whole_cache():
 
 @pytest.mark.parametrize("after", range(9))
 def test_cancelling_frees_pages_at_once(after):
-    """At every stage, from waiting to preempted, the other sequences finish normally."""
+    """Cancelling a sequence at any stage frees its pages, and other sequences finish normally."""
     world = World(9, max_sequences=3, max_tokens=6)
     seqs = [world.add(text(11, i), 8)[0] for i in range(4)]
     for _ in range(after):

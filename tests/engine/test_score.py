@@ -1,4 +1,4 @@
-"""Scoring and embedding of texts while the engine runs, expert counts, multi-prompt requests."""
+"""Tests of scoring and embedding in a running engine, expert counts and multi-prompt requests."""
 
 import asyncio
 
@@ -69,9 +69,9 @@ def test_mean_state_while_others_generate():
 
 
 def test_experts_are_counted_per_sequence():
-    """Each of three sequences in a batch counts the experts of its own tokens.
+    """Each sequence of a batch counts the experts of its own tokens.
 
-    The last sampled token is not counted, because the model never computes it.
+    The last sampled token is not counted, because the model never processes it.
     """
     engine = llm(count_experts=True, speculate=0)
     m, c = engine.model, engine.config
@@ -109,7 +109,7 @@ def test_several_prompts_as_one_request():
         found = {}
         async for index, delta in run:
             found.setdefault(index, []).append(delta)
-        with pytest.raises(ValueError, match="no tokens"):  # no request is queued
+        with pytest.raises(ValueError, match="no tokens"):  # no part of a refused request is queued
             await engine.open([(prompts(3)[0], GREEDY), ([], GREEDY)])
         assert not await engine.call(lambda llm: llm.busy)
         return found

@@ -1,7 +1,7 @@
-"""Compare every op of `fused` with its definition in `ref`.
+"""Tests that compare every op of `fused` with its definition in `ref`.
 
-In float64 values and all gradients agree to rounding. In float32 and bfloat16 `fused` is no further
-from float64 than `ref` is. Odd sizes and the memory that an op may use are tested too.
+In float64, values and all gradients agree up to rounding. In float32 and bfloat16, the error of
+`fused` is at most that of `ref`. Odd sizes and the memory that an op may use are tested too.
 """
 
 import pytest
@@ -24,7 +24,7 @@ def draw(*shape: int, seed: int = 0, dtype=F64) -> torch.Tensor:
 
 
 def run(op: str, impl: str, args: list, dtype) -> list[torch.Tensor]:
-    """Return [output, gradient of each float input], computed in `dtype`.
+    """Run an op in `dtype`. Return [output, gradient of each float input].
 
     Integer, bool and complex arguments are passed unchanged.
     """
@@ -43,7 +43,7 @@ def run(op: str, impl: str, args: list, dtype) -> list[torch.Tensor]:
 
 
 def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return the largest error relative to the largest value; NaN and infinity give infinity."""
+    """Return the largest error relative to the largest value, and infinity for NaN or infinity."""
     assert found.shape == exact.shape
     error = (
         (found.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)
@@ -86,7 +86,7 @@ def test_rms_norm(lead, d):
 
 
 def test_rms_norm_of_width_1():
-    """The output is only a sign and the gradient of x near zero: compare absolute errors."""
+    """RMSNorm of width 1 gives signs, and gradients near zero, so absolute errors are compared."""
     for dtype, limit in ((F64, 1e-14), (F32, 1e-6)):
         for a, b in zip(
             run("rms_norm", "fused", [draw(9, 1), draw(1), 1e-6], dtype),
@@ -159,8 +159,8 @@ def test_attend_with_segments(t, s):
     )
 
 
-def test_attend_every_token_its_own_document():
-    """Each token attends to itself alone, so the output is its value."""
+def test_attend_when_every_token_is_its_own_document():
+    """If every token is its own document, the output of a token is its value."""
     q, k, v = draw(1, 130, 2, 8), draw(1, 130, 2, 8, seed=1), draw(1, 130, 2, 5, seed=2)
     for impl in ("ref", "fused"):
         assert torch.allclose(
@@ -174,8 +174,8 @@ def test_attend_with_logits_that_overflow_without_a_maximum():
     check("attend", q, k, v, 1.0, bf16=2.0)
 
 
-def test_attend_recomputes_what_it_does_not_keep(monkeypatch):
-    """For long texts, attention recomputes its probabilities in the backward pass."""
+def test_attend_recomputes_probabilities_of_long_texts(monkeypatch):
+    """Gradients are right for long texts, where the backward pass recomputes the probabilities."""
     kept = run(
         "attend",
         "fused",
@@ -188,7 +188,7 @@ def test_attend_recomputes_what_it_does_not_keep(monkeypatch):
         assert torch.allclose(a, b, rtol=0, atol=1e-13)
 
 
-def test_attend_reads_nothing_of_the_future():
+def test_attend_ignores_later_positions():
     q, k, v = draw(1, 130, 2, 8), draw(1, 130, 2, 8, seed=1), draw(1, 130, 2, 8, seed=2)
     k[:, 100:], v[:, 100:] = 1e30, float("inf")
     for impl in ("ref", "fused"):
@@ -269,7 +269,7 @@ def test_experts(n, k, nobody):
 )
 @pytest.mark.parametrize("nobody", [0.0, 0.02])
 def test_experts_around_the_padding_threshold(n, nobody):
-    """With about 64 rows per expert, every remainder of the last block occurs."""
+    """Experts with about 64 rows are right for every size of the last, partial block."""
     check("experts", *expert_args(n, 2, 4, nobody=nobody))
 
 
@@ -285,12 +285,12 @@ def test_experts_when_one_takes_all_or_some_get_nothing(n):
         args[1] = expert.long()
         check("experts", *args)
     exact = run("experts", "fused", args[:1] + [torch.zeros(n, 2).long()] + args[2:], F64)
-    # An expert without tokens has a gradient of exactly zero.
+    # The gradient of an expert without tokens is exactly zero.
     assert exact[3].abs().sum() > 0 and exact[3][1:].abs().sum() == 0
 
 
 @pytest.mark.parametrize("n", [1, 130])
-def test_experts_of_nobody(n):
+def test_experts_when_all_assignments_are_dropped(n):
     """If all assignments are dropped, output and gradients are zero."""
     args = expert_args(n, 3, 8)
     args[1] = torch.full_like(args[1], 8)
@@ -299,7 +299,7 @@ def test_experts_of_nobody(n):
             assert tensor.abs().sum() == 0
 
 
-def test_experts_by_loops(impl):
+def test_experts_equal_loops(impl):
     x, expert, weight, w13, w2 = expert_args(65, 3, 8, nobody=0.2)
     out = kernels.experts(x, expert, weight, w13, w2)
     for n in range(65):
@@ -311,8 +311,8 @@ def test_experts_by_loops(impl):
         assert torch.allclose(out[n], row, rtol=0, atol=1e-12)
 
 
-def test_an_expert_of_nobody_is_never_read(impl):
-    """Weights of dropped assignments and unused experts are not read: they may be NaN."""
+def test_weights_of_unused_experts_are_not_read(impl):
+    """NaN in the weights of dropped assignments and of unused experts has no effect."""
     x, expert, weight, w13, w2 = expert_args(130, 3, 8, nobody=0.3)
     clean = kernels.experts(x, expert.masked_fill(expert == 2, 8), weight, w13, w2)
     expert = expert.masked_fill(expert == 2, 8)
@@ -330,7 +330,7 @@ def test_cross_entropy(n):
     check("cross_entropy", draw(n, 8), draw(37, 8, seed=1), targets, bf16=5e-2)
 
 
-def test_cross_entropy_is_torchs(impl):
+def test_cross_entropy_equals_that_of_torch(impl):
     h, head, targets = draw(70, 8), draw(37, 8, seed=1), torch.arange(70) % 37
     targets[::5] = -1
     assert torch.allclose(
@@ -351,10 +351,10 @@ def test_cross_entropy_ignores_every_negative_target(impl):
     assert torch.allclose(kernels.cross_entropy(h, head, some), kept, rtol=1e-14)
 
 
-def test_cross_entropy_of_nothing_is_finite_in_fused():
-    """If no position counts, loss and gradients are 0, so that a run does not stop.
+def test_cross_entropy_without_targets_is_zero_in_fused():
+    """If all targets are ignored, loss and gradients are 0, so that a run does not stop.
 
-    (torch's mean over an empty set is NaN.)
+    The mean of torch over an empty set would be NaN.
     """
     out = run(
         "cross_entropy", "fused", [draw(70, 8), draw(37, 8, seed=1), torch.full((70,), -1)], F64
@@ -362,7 +362,7 @@ def test_cross_entropy_of_nothing_is_finite_in_fused():
     assert all(t.abs().sum() == 0 for t in out)
 
 
-def test_cross_entropy_of_sure_predictions():
+def test_cross_entropy_of_confident_predictions():
     h, head = torch.eye(4, dtype=F64) * 1000, torch.eye(4, dtype=F64)
     for impl in ("ref", "fused"):
         loss, dh, dhead = run("cross_entropy", impl, [h, head, torch.tensor([0, 1, 3, 3])], F64)
@@ -400,7 +400,7 @@ def test_cross_entropy_never_holds_all_logits():
         largest(lambda: kernels.cross_entropy(h, head, targets, impl="fused").backward())
         <= n * vocabulary // 4
     )
-    # The reference op does hold all logits, and the probe notices them.
+    # The reference op holds all logits, and the recorder detects that.
     assert (
         largest(lambda: kernels.cross_entropy(h, head, targets, impl="ref").backward())
         >= n * vocabulary
@@ -415,7 +415,7 @@ def test_the_loss_of_a_model_never_holds_all_logits(monkeypatch):
 
 
 def test_attention_never_holds_more_than_the_batch_needs():
-    """Attention skips the blocks beyond the causal diagonal and never builds a [T, T] mask."""
+    """Attention skips blocks above the causal diagonal, and it never builds a [T, T] mask."""
     q = draw(1, 1024, 1, 4, dtype=F32)
     assert largest(lambda: kernels.attend(q, q, q, 0.5, impl="fused")) < 1024 * 1024 // 2
 
@@ -473,8 +473,8 @@ def test_inputs_are_never_written_to(impl):
     untouched("cross_entropy", draw(5, 3), draw(4, 3, seed=1), torch.tensor([0, 3, -1, 2, 1]))
 
 
-def test_gradients_are_the_same_the_second_time():
-    """Two backward passes over one graph agree, so no saved tensor is overwritten."""
+def test_second_backward_pass_gives_equal_gradients():
+    """Two backward passes over one graph agree, so that no saved tensor is overwritten."""
     for op, args in (
         (
             "attend",
@@ -508,7 +508,7 @@ def test_only_some_inputs_need_gradients():
     assert h.grad.abs().sum() > 0
 
 
-def test_every_op_has_a_definition_and_its_docstring():
+def test_every_fused_op_has_a_reference_and_its_docstring():
     ops = [
         name
         for name in dir(kernels)
@@ -553,7 +553,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("op", BROKEN)
-def test_comparison_turns_red(op, monkeypatch):
+def test_comparison_fails_for_broken_ops(op, monkeypatch):
     wrong, test = BROKEN[op]
     monkeypatch.setattr(fused, op, wrong)
     with pytest.raises(AssertionError):
@@ -570,7 +570,7 @@ class _HalfGradient(torch.autograd.Function):
         return dy / 2
 
 
-def test_comparison_sees_a_wrong_gradient(monkeypatch):
+def test_comparison_fails_for_a_wrong_gradient(monkeypatch):
     monkeypatch.setattr(fused, "swiglu", lambda x: ref.swiglu(_HalfGradient.apply(x)))
     with pytest.raises(AssertionError, match="tensor 1"):
         test_swiglu(3)

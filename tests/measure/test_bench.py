@@ -1,6 +1,6 @@
-"""`lamoe bench`: bytes per pass, options, and the comparison with llama.cpp.
+"""Tests of `lamoe bench`: bytes per pass, options, and the comparison with llama.cpp.
 
-Scripts stand in for llama.cpp's tools. They print output that was recorded from build b11434.
+Scripts replace llama.cpp's tools. They print output that was recorded from build b11434.
 """
 
 import json
@@ -103,7 +103,7 @@ def test_runs_are_interleaved_with_the_peer(tools):
     )
     model = f"-m {tools.model} -t 3"
     assert tools.calls() == [
-        # prefill and decode share one filled cache
+        # prefill and decode use the same filled cache
         f"llama-bench {model} -fa 1 -r 2 -d 100 -p 64 -n 32 -o jsonl --progress",
         f"llama-batched-bench {model} -fa on -npp 16 -ntg 16 -npl 4,4 -c 160 --output-format jsonl",
     ]
@@ -180,7 +180,7 @@ def test_bytes_of_a_pass_depend_on_the_form_of_attention(weights):
         read = len({(layer, int(e)) for layer, each in enumerate(chosen) for e in each.flatten()})
         if line.new == 1:  # absorbed
             attention = uk + uv
-        else:  # expanded; without quantisation W^UV has only one copy
+        else:  # expanded; without quantisation both forms read the same W^UV
             attention = copies + (0 if weights in ("int8", "int4") else uv)
         want = (
             rest
@@ -248,10 +248,10 @@ def test_the_command_line(tmp_path, capsys, tools):
 
 
 def test_random_weights_spread_tokens_over_all_experts():
-    """Routing must look like that of a trained model.
+    """Random weights spread tokens over all experts, as a trained model does.
 
-    Weights with a nonzero mean would send all tokens to the same few experts, so a batch would read
-    too few bytes.
+    Weights with a nonzero mean would send all tokens to the same few experts. Then a batch would
+    read too few bytes.
     """
     config = MLA.replace(
         hidden_size=1024,

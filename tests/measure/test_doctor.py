@@ -1,4 +1,4 @@
-"""`lamoe doctor`: its facts, its checks of the kernels, and the verdict and exit code."""
+"""Tests of `lamoe doctor`: its facts, its checks of the kernels, its verdict and exit code."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Bits per byte against a direct computation, and needle tests against greedy decoding."""
+"""Tests of bits per byte and of needle tests, against direct computations."""
 
 import math
 import random
@@ -42,7 +42,7 @@ def model(seed=0) -> Transformer:
 
 
 def test_against_a_direct_computation():
-    """Each target is predicted from the earlier tokens of its own document only."""
+    """The expected loss predicts each target from earlier tokens of its own document only."""
     m, nats, targets = model(), 0.0, 0
     with torch.no_grad():
         for ids, segments in rows():
@@ -84,7 +84,10 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary():
 
 
 def test_independent_of_the_batch_size():
-    """No token is dropped in an evaluation, and batches are weighted by their number of targets."""
+    """Bits per byte do not depend on the batch size.
+
+    An evaluation drops no tokens, and it weights batches by their number of targets.
+    """
     m = model()
     whole = text_loss(TorchBackend(m), rows(), batch=7)
     for batch in (1, 2, 3, 100):
@@ -104,7 +107,7 @@ def test_expert_load():
     "limit, taken", [(1, 1), (12, 1), (24, 2), (36, 3), (40, 3), (83, 4), (84, 7), (10**6, 7)]
 )
 def test_max_tokens_takes_rows_spread_evenly(limit, taken):
-    """The text has 7 rows of 12 positions."""
+    """max_tokens selects rows that are spread evenly over the 7 rows of the text."""
     m, step = model(), -(-84 // limit)
     result = text_loss(TorchBackend(m), rows(), max_tokens=limit)
     want = text_loss(TorchBackend(m), rows()[::step])
@@ -121,7 +124,7 @@ def test_nothing_to_evaluate_on(what, limit):
 
 
 def test_bits_per_byte_of_a_run(trained):
-    """The metrics of a run agree with an evaluation of its saved model on the held-out text."""
+    """Bits per byte in the metrics of a run equal those of its saved model on the held-out text."""
     import json
 
     corpus = open_corpus(trained / "data")
@@ -135,16 +138,16 @@ def test_bits_per_byte_of_a_run(trained):
     assert result.targets == len(corpus.heldout.tokens) - len(corpus.heldout)
 
 
-def test_shift():
+def test_targets_stay_inside_their_document():
     ids, segments = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[0, 0, 1, 1, 2]])
     assert next_token_targets(ids, segments).tolist() == [[6, -1, 8, -1]]
 
 
 # ---- needle in a haystack ----
 def own_continuation(m, wrong=()):
-    """Return a `make` whose answer is the model's own greedy continuation of a random prompt.
+    """Return a `make` function whose answers are greedy continuations of random prompts.
 
-    In the draws listed in `wrong`, one token of the answer is changed.
+    In the draws listed in `wrong`, one token of the answer is replaced.
     """
     count = iter(range(10**6))
 
@@ -161,8 +164,11 @@ def own_continuation(m, wrong=()):
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 1024])
-def test_a_needle_is_found_when_greedy_decoding_says_it(chunk, monkeypatch):
-    """Chunks may end anywhere, also inside the answer. Any wrong token of an answer is noticed."""
+def test_needle_results_agree_with_greedy_decoding(chunk, monkeypatch):
+    """A needle counts as found exactly if greedy decoding gives every token of the answer.
+
+    Prefill chunks may end anywhere, also inside the answer.
+    """
     monkeypatch.setattr(needle, "CHUNK", chunk)
     m = model()
     assert needle.needle(
@@ -175,7 +181,7 @@ def test_a_needle_is_found_when_greedy_decoding_says_it(chunk, monkeypatch):
     found = needle.needle(
         TorchBackend(m), own_continuation(m, wrong={0, 4, 8, 9}), [8, 30], [0.0, 0.5, 1.0], 3
     )
-    # Draws are numbered depth by depth for length 8, then for length 30.
+    # Draws are numbered by depth, first for length 8, then for length 30.
     assert found == pytest.approx(np.array([[2 / 3, 2 / 3], [2 / 3, 1], [2 / 3, 1]]))
 
 
@@ -209,7 +215,7 @@ def test_the_draws_of_a_cell_do_not_depend_on_other_cells():
         ([8], [1.5], 1, "depth is 1.5"),
     ],
 )
-def test_needle_refuses(lengths, depths, draws, what):
+def test_impossible_needle_tests_are_refused(lengths, depths, draws, what):
     with pytest.raises(ValueError, match=what):
         needle.needle(TorchBackend(model()), own_continuation(model()), lengths, depths, draws)
 

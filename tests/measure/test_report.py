@@ -1,4 +1,4 @@
-"""Reports: every figure against its definition, and the Markdown and PNG files."""
+"""Tests of reports: every figure against its definition, and the Markdown and PNG files."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def result(trained, spoken):
 
 
 def test_held_out_figures(trained, spoken, result):
-    """The model and the compressors see exactly the text of the held-out files."""
+    """Held-out figures of the model and of the compressors refer to the same held-out text."""
     texts = trained.parent / "texts"
     names = [
         json.loads(line)["name"]
@@ -119,7 +119,7 @@ def test_a_dense_model_on_any_text(spoken, tmp_path, heads, name):
 
 
 def test_texts_are_measured_exactly(spoken, tmp_path):
-    """Every token after BOS is a target exactly once, also in documents of several rows."""
+    """Every token after BOS is a target exactly once, also in documents longer than a row."""
     model, tok = spoken
     (tmp_path / "a.txt").write_text("the cat sat on the mat.\n")
     (tmp_path / "b.jsonl").write_text(
@@ -139,7 +139,7 @@ def test_texts_are_measured_exactly(spoken, tmp_path):
     assert b["tokens"] == len(tok.encode("the dog ran on the hill " * 40)) + len(tok.encode("x"))
     assert b["bytes"] == 24 * 40 + 1
     short = report.evaluate_texts(model, tok, sources[1:], 8)["heldout"][0]
-    # the same targets with less context
+    # shorter rows have the same targets with less context
     assert short["tokens"] == b["tokens"] and short["model"] != b["model"]
 
 
@@ -177,7 +177,7 @@ def test_a_context_of_a_few_tokens(spoken):
 
 
 def test_several_sources_and_layers(tmp_path):
-    """Expert loads are averages over sources, weighted by tokens. Layers keep their index."""
+    """Expert loads of several sources are averaged, weighted by tokens. Layers keep their index."""
     a, b = write_texts(tmp_path / "a"), write_texts(tmp_path / "b", 20, seed=1)
     train(
         raw_recipe(

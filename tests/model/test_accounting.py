@@ -1,6 +1,6 @@
-"""Costs against the paper's numbers and against the real model.
+"""Tests that computed costs equal the numbers of the paper and those of real models.
 
-The model gives its parameters, its counted matrix products and its allocated cache.
+A real model gives its parameters, its counted matrix products and its allocated cache.
 """
 
 import io
@@ -76,11 +76,11 @@ MODELS = {
         (MOE16, 16_375_728_128),
     ],
 )
-def test_published_totals(config, total):
+def test_parameter_totals_equal_published_ones(config, total):
     assert acc.parameters(config).total == total
 
 
-def test_published_parts():
+def test_parameters_of_parts_equal_published_ones():
     v2, lite = acc.parameters(V2), acc.parameters(LITE)
     assert (v2.attention_per_layer, v2.routed_expert, v2.moe_ffn_per_layer) == (
         149_227_520,
@@ -102,7 +102,7 @@ def test_published_parts():
         (MOE16, "2.409", "2.619", "2.829"),
     ],
 )
-def test_published_activated(config, body, with_head, with_both):
+def test_activated_parameters_equal_published_ones(config, body, with_head, with_both):
     p = acc.parameters(config)
     assert [f"{n / 1e9:.3f}" for n in (p.activated_body, p.activated, p.activated_all)] == [
         body,
@@ -112,14 +112,17 @@ def test_published_activated(config, body, with_head, with_both):
 
 
 def plain_twin(config, kv_heads):
-    """The same model with ordinary attention (MHA, GQA or MQA by `kv_heads`), equal value heads."""
+    """Return the config with ordinary attention instead of MLA, and value heads of the same width.
+
+    `kv_heads` selects MHA, GQA or MQA.
+    """
     mla = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     changes = {"model_type": "deepseek", **dict.fromkeys(mla)} if config.is_mla else {}
     return config.replace(**changes, head_dim=config.value_head_dim, num_key_value_heads=kv_heads)
 
 
 def test_table_9_small_mha():
-    """The paper's ablation, Lite with MHA: 15.79 B / 2.53 B parameters, 110,592 elements."""
+    """Lite with MHA (Table 9) has 15.79 B parameters, 2.53 B active, 110,592 cache elements."""
     mha = plain_twin(LITE, LITE.num_attention_heads)
     p = acc.parameters(mha)
     assert (round(p.total / 1e9, 2), round(p.activated / 1e9, 2)) == (15.79, 2.53)
@@ -156,7 +159,7 @@ def test_tied_embedding_is_stored_once_and_used_twice():
 
 # ---- FLOPs ----
 def counted(config, monkeypatch, run) -> int:
-    """Return the FLOPs that torch counts in the reference ops while run(model) runs."""
+    """Return the FLOPs of the reference ops during run(model), as counted by torch."""
     monkeypatch.setattr(kernels, "_DEFAULT", "ref")
     model = Transformer(config).init_weights(0)
     with FlopCounterMode(display=False) as counter:
@@ -192,7 +195,11 @@ def test_decode_flops_equal_the_counted_products(name, form, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mla", "gqa"])
 def test_forward_and_training_flops_equal_the_counted_products(name, monkeypatch):
-    """The reference op computes all T x T pairs; the formulas count the causal ones."""
+    """FLOPs of forward and training passes equal those that torch counts.
+
+    The reference op computes all T x T pairs of tokens, but the formulas count only causal pairs.
+    The test adds the difference.
+    """
     config, t = MODELS[name], 9
     ids = torch.arange(t)[None]
     ours = acc.forward_flops(config, t, form="expand")
@@ -224,7 +231,10 @@ def test_training_flops_of_the_benchmark_model():
 
 
 def test_mla_products_per_head_and_cached_token():
-    """Multiply-adds: expanding 131,072; attending 320 expanded, 1,088 absorbed (App. C)."""
+    """Multiply-adds per head of V2 equal those of Appendix C of the paper.
+
+    Expanding a cached token takes 131,072. Attending to it takes 320 expanded and 1,088 absorbed.
+    """
     per = 2 * V2.num_hidden_layers * V2.num_attention_heads
     step = {
         f: acc.decode_flops(V2, 101, f).total - acc.decode_flops(V2, 100, f).total
@@ -241,7 +251,7 @@ def test_prefill():
     assert whole.projections == sum(p.projections for p in parts) and whole.feed_forward == sum(
         p.feed_forward for p in parts
     )
-    assert whole.head == parts[0].head  # logits of one position
+    assert whole.head == parts[0].head  # a prefill computes logits of only one position
     assert whole.attention * 1_088 == sum(p.attention for p in parts) * 320
     assert (
         acc.prefill_flops(LITE, 512).total
@@ -278,7 +288,7 @@ def test_the_model_chooses_the_form_that_accounting_finds_cheaper(depth):
         lambda: acc.decode_bytes(V2, 0, 16, 16, 0),
     ],
 )
-def test_impossible_flop_questions(call):
+def test_impossible_flop_arguments_are_refused(call):
     with pytest.raises(ValueError, match="tokens is|depth is|form is|sequences is"):
         call()
 
@@ -318,7 +328,7 @@ def test_the_headline_needs_the_six_bit_cache(bits, saving):
 @pytest.mark.parametrize(
     "heads, groups", [(128, 8), (16, 8), (12, 6), (8, 4), (6, 3), (4, 2), (7, 1), (1, 1)]
 )
-def test_gqa_groups_always_group(heads, groups):
+def test_gqa_groups_of_unusual_head_counts(heads, groups):
     assert (
         acc.gqa_groups(GQA.replace(num_attention_heads=heads, num_key_value_heads=None, head_dim=8))
         == groups
@@ -334,7 +344,7 @@ def test_cache_bytes_are_what_the_cache_allocates(name):
 
 
 @pytest.mark.parametrize("config", [MLA, GQA])
-def test_twins_are_caches_of_models_that_exist(config):
+def test_twin_cache_sizes_equal_those_of_real_models(config):
     for name, groups in (("MHA", config.num_attention_heads), ("MQA", 1)):
         twin = plain_twin(config, groups)
         model = Transformer(twin).init_weights(0)
@@ -343,19 +353,22 @@ def test_twins_are_caches_of_models_that_exist(config):
         assert cache.nbytes == acc.cache_twins(config)[name] * 4 * 4
 
 
-def test_odd_value_heads_have_a_report_too():
+def test_report_of_value_heads_of_odd_width():
     assert acc.report(MLA.replace(v_head_dim=5))["cache"]["twins"]["MQA"] == 2 * 5 * 3
 
 
 @pytest.mark.parametrize("bits", [0, -1, 65, float("nan"), "8", True, None])
-def test_impossible_widths(bits):
+def test_impossible_bit_widths_are_refused(bits):
     with pytest.raises(ValueError, match="it must be a number above 0 and at most 64"):
         acc.stored_bytes(100, bits)
 
 
 # ---- memory ----
 def test_plan_of_the_paper_node():
-    """640 GB: 15.6 M cached tokens (FP8 weights, 6-bit cache); DeepSeek 67B: 1.30 M."""
+    """640 GB hold 15.6 M cached tokens of V2 and 1.30 M of DeepSeek 67B.
+
+    V2 has FP8 weights and a 6-bit cache, DeepSeek 67B 16 bits for both.
+    """
     v2, dense = acc.plan(V2, 8, 6, 640 * 10**9, 32_768), acc.plan(DENSE67, 16, 16, 640 * 10**9)
     assert v2.weight_bytes == 235_741_434_880 and v2.cache_bytes_per_token == 25_920
     assert (
@@ -376,7 +389,7 @@ def test_plan_of_the_paper_node():
     )
 
 
-def test_plan_to_the_last_byte():
+def test_plan_is_exact_to_the_byte():
     n = acc.parameters(MLA).total
     weights, row = (n * 9 + 15) // 16, 3 * 18 * 6 / 8  # 4.5 bits a weight
     for rows in (0, 1, 9, 10, 11):
@@ -388,7 +401,7 @@ def test_plan_to_the_last_byte():
             rows,
             rows // 10,
         )
-        if rows:  # with one byte less, one row less fits
+        if rows:  # with one byte less memory, one row less fits
             assert acc.plan(MLA, 4.5, 6, memory - 1, 10).cache_tokens == rows - 1
     with pytest.raises(ValueError, match="more than the"):
         acc.plan(MLA, 4.5, 6, weights - 1, 10)
@@ -475,7 +488,7 @@ def test_decode_bytes():
     p = acc.parameters(LITE)
     rest = p.activated - p.routed_active
     touched = (acc.decode_bytes(LITE, 0, 8, 6, sequences=16) - rest) / p.routed_experts * 64
-    assert round(touched) == 51  # 16 sequences touch 51 of 64 experts
+    assert round(touched) == 51  # a batch of 16 sequences reads 51 of 64 experts
     assert acc.decode_bytes(DENSE67, 0, 16, 16, sequences=9) == acc.decode_bytes(DENSE67, 0, 16, 16)
 
 
@@ -524,7 +537,7 @@ def test_render_fits_a_terminal_and_breaks_no_number(name):
     assert "…" not in text and f"{acc.parameters(MODELS[name]).total:,}" in text and name in text
 
 
-def test_render_says_what_the_paper_says():
+def test_render_shows_the_numbers_of_the_paper():
     text = drawn(V2, name="deepseek-v2", memory_bytes=640 * 10**9, weight_bits=8)
     for said in (
         "235,741,434,880",

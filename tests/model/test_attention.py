@@ -1,6 +1,6 @@
-"""MLA and Attention as modules: both forms agree, the cheaper one runs, segments and caches.
+"""Tests of the modules MLA and Attention: both forms agree, the cheaper one runs, segments, caches.
 
-test_oracles.py compares them with the paper and with transformers.
+test_oracles.py compares these modules with the paper and with transformers.
 """
 
 import pytest
@@ -58,7 +58,7 @@ def test_expand_equals_absorb_in_gradients(impl):
     ids=["mla", "mha", "gqa", "mqa"],
 )
 @pytest.mark.parametrize("sizes", [[1] * 9, [4, 5], [8, 1], [2, 3, 4]])
-def test_cache_changes_nothing(c, sizes, impl):
+def test_cached_outputs_equal_uncached_ones(c, sizes, impl):
     m = layer(c)
     x, freqs = inputs(m, 2, 9)
     for form in ("expand", "absorb", None) if c.is_mla else (None,):
@@ -108,7 +108,7 @@ def test_absorb_refuses_segments():
         m(x, freqs, segments=torch.zeros(1, 4, dtype=torch.long), form="absorb")
 
 
-def test_the_future_is_not_seen(impl):
+def test_outputs_do_not_depend_on_later_tokens(impl):
     for c in (tiny.HARD, tiny.config("llama")):
         m = layer(c)
         x, freqs = inputs(m, 1, 130)
@@ -130,7 +130,10 @@ def test_decode_absorbs_and_prefill_expands(c):
 
 
 def test_cheaper_form_counts_multiply_adds():
-    """Expanding a row: 131,072. Per query and row: 320 expanded, 1,088 absorbed (paper 2.1)."""
+    """The form with fewer multiply-adds is chosen (paper, section 2.1).
+
+    Expanding a row takes 131,072. A query and a row take 320 expanded and 1,088 absorbed.
+    """
     for t, s in ((1, 7), (16, 4096), (170, 4096), (171, 1 << 20), (5, 5)):
         expand, absorb = 131_072 * s + 320 * t * s, 131_072 * t + 1_088 * t * s
         assert cheaper_form(V2, t, s) == ("expand" if expand < absorb else "absorb")
@@ -141,7 +144,7 @@ def test_cheaper_form_counts_multiply_adds():
     )
 
 
-def test_the_picked_form_is_run(monkeypatch):
+def test_the_cheaper_form_is_run(monkeypatch):
     m, ran = layer(tiny.HARD), []
     for form in ("expand", "absorb"):
         inner = getattr(MLA, form)
@@ -160,7 +163,7 @@ def test_the_picked_form_is_run(monkeypatch):
     assert ran == [cheaper_form(c, 64, 64), cheaper_form(c, 1, 65)] == ["expand", "absorb"]
 
 
-def test_head_counts_are_the_only_difference():
+def test_gqa_equals_mha_with_repeated_kv_heads():
     """GQA equals MHA with repeated key and value rows."""
     gqa, mha = layer(tiny.config("llama", num_key_value_heads=2)), layer(tiny.config("llama"))
     assert isinstance(gqa, Attention)
@@ -212,7 +215,7 @@ def test_cache_errors_name_the_numbers():
     m(tiny.ids(m.config, 1, 3), cache)
     with pytest.raises(ValueError, match="5 tokens do not fit in a cache of 4"):
         m(tiny.ids(m.config, 1, 2), cache)
-    assert cache.length == 3  # a refused call does not count
+    assert cache.length == 3  # a refused call does not change the length
 
 
 def test_cache_refuses_another_number_of_sequences():

@@ -1,4 +1,4 @@
-"""The paged cache: its bytes, its slots, and the model on it compared with a contiguous cache."""
+"""Tests of the paged cache: its bytes, its slots, and equal results with a contiguous cache."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def rows_of(c, n: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("format, size", [("fp32", 4), ("bf16", 2)])
 def test_bytes_are_the_closed_form(name, format, size):
-    """The allocated bytes are a token's elements, rotary part included, times the width."""
+    """Allocated bytes equal tokens x layers x elements of a row (rotary part included) x width."""
     c = CONFIGS[name]
     cache = PagedCache(c, 5, 8, format)
     expected = 5 * 8 * accounting.cache_elements(c) * size
@@ -70,8 +70,8 @@ def test_formats_are_ordered_by_size():
 
 # ---- rows ----
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_is_written_is_read(name):
-    """Slots are scattered and read in any order, even twice; other slots stay unchanged."""
+def test_written_rows_are_read_back(name):
+    """Rows written to scattered slots are read back in any order, and other slots do not change."""
     c = CONFIGS[name]
     cache = PagedCache(c, 3, 4, "fp32")
     cache.rows.fill_(0xFF)
@@ -85,8 +85,8 @@ def test_what_is_written_is_read(name):
 
 
 @pytest.mark.parametrize("format", cache_codec.FORMATS)
-def test_a_row_is_stored_alike_whoever_stands_beside_it(format):
-    """The bytes of a row do not depend on other rows; else batching would change results."""
+def test_a_stored_row_does_not_depend_on_other_rows(format):
+    """The bytes of a row do not depend on other rows. Otherwise batching would change results."""
     c = V2_ROW
     parts, cache = rows_of(c, 33), PagedCache(c, 9, 16, written(format))
     cache.write(0, torch.arange(33), parts)
@@ -107,11 +107,11 @@ def test_refusals():
 
 # ---- the model over pages ----
 @pytest.mark.parametrize("name", CONFIGS)
-def test_pages_change_nothing(name, impl):
+def test_paged_decoding_equals_contiguous_decoding(name, impl):
     """Paged decoding equals decoding each sequence alone from a contiguous cache.
 
-    Two prompts are prefilled as two groups, then decoded as one padded group. Their slots lie
-    scattered among slots that hold NaN.
+    Two prompts are prefilled as two groups, then decoded as one padded group. Their slots are
+    scattered, and all other slots hold NaN.
     """
     c, m = CONFIGS[name], tiny.model(CONFIGS[name], dtype=torch.float32)
     cache = PagedCache(c, 8, 4, "fp32")
@@ -145,8 +145,8 @@ def test_pages_change_nothing(name, impl):
     torch.testing.assert_close(got, torch.cat([plain[0][1], plain[1][1]]), rtol=1e-4, atol=1e-4)
 
 
-def test_padding_matters():
-    """Without `first` the same decode is wrong, so the test above does test the mask."""
+def test_decoding_without_the_padding_mask_is_wrong():
+    """Decoding a padded group is wrong without the argument `first`, which masks the padding."""
     c, m = tiny.HARD, tiny.model(tiny.HARD, dtype=torch.float32)
     out = []
     for first in (torch.tensor([2]), None):

@@ -1,4 +1,4 @@
-"""ModelConfig: every field changes the model, is carried or is refused; every error is tested."""
+"""Tests of ModelConfig: the effect of every field, and every error message."""
 
 import dataclasses
 import json
@@ -109,7 +109,7 @@ FIELDS = [f.name for f in dataclasses.fields(ModelConfig)]
 
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("base, table", [(MOE, ON_MOE), (DENSE, ON_DENSE)], ids=["moe", "dense"])
-def test_every_field_acts_or_is_refused(base, table, field):
+def test_every_field_has_its_documented_effect(base, table, field):
     effect, change = table[field]
     change = change if isinstance(change, dict) else {field: change}
     assert change[field] != getattr(base, field)
@@ -129,7 +129,7 @@ def test_every_field_acts_or_is_refused(base, table, field):
     assert (effect == "carried") == (field in CARRIED)
 
 
-def test_the_tables_name_every_field():
+def test_effects_are_listed_for_every_field():
     assert set(ON_MOE) == set(ON_DENSE) == set(FIELDS)
     assert CARRIED == {f for f, (effect, _) in ON_MOE.items() if effect == "carried"}
 
@@ -145,21 +145,21 @@ def test_the_tables_name_every_field():
         ("mscale_all_dim", 0.1),
     ],
 )
-def test_every_yarn_parameter_acts(field, value):
+def test_every_yarn_parameter_changes_the_logits(field, value):
     assert value != getattr(YARN, field)
     changed = MOE.replace(rope_scaling=dataclasses.replace(YARN, **{field: value}))
     assert ModelConfig.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
-    # Position 0 would hide a wrong softmax scale.
+    # Position 0 is left out, because it does not depend on the softmax scale.
     assert (logits(changed) - logits(MOE))[:, 1:].abs().max() > 1e-3
 
 
-def test_the_yarn_test_knows_every_parameter():
+def test_the_yarn_test_covers_every_parameter():
     assert {f.name for f in dataclasses.fields(RopeScaling)} == {
-        test_every_yarn_parameter_acts.pytestmark[0].args[1][i][0] for i in range(6)
+        test_every_yarn_parameter_changes_the_logits.pytestmark[0].args[1][i][0] for i in range(6)
     }
 
 
-def test_the_position_limit_is_kept():
+def test_texts_beyond_the_position_limit_are_refused():
     """max_position_embeddings is carried, but a text beyond it is refused."""
     model = Transformer(DENSE.replace(max_position_embeddings=17)).init_weights(0)
     with pytest.raises(ValueError, match="18 positions .* max_position_embeddings 17"):
@@ -209,13 +209,13 @@ def test_moe_layers(layers, first, freq):
     assert len(DENSE.moe_layers) == 0
 
 
-def test_a_default_said_aloud_is_the_default():
+def test_explicit_defaults_equal_absent_fields():
     assert DENSE.replace(num_key_value_heads=4) == DENSE.replace(num_key_value_heads=None)
     assert DENSE.replace(head_dim=8) == DENSE and DENSE.replace(head_dim=16) != DENSE
     assert MOE.replace(num_key_value_heads=4) == MOE
 
 
-def test_a_config_is_a_value():
+def test_configs_are_frozen_and_hashable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         MOE.hidden_size = 3
     assert {MOE: 1}[MOE.replace()] == 1
@@ -525,7 +525,7 @@ def test_error(call, message):
         call()
 
 
-def test_did_you_mean_is_silent_without_a_neighbour():
+def test_no_suggestion_without_a_similar_name():
     assert (
         did_you_mean("zzz", FIELDS) == ""
         and did_you_mean(7, FIELDS) == ""

@@ -1,8 +1,8 @@
-"""The model on another device: same results as on the host, and no host tensor in the forward pass.
+"""Tests of the model on another device: results equal those of the host.
 
-LAMOE_TEST_DEVICE names the device (default: cpu). Where it is an accelerator, the tests compare it
-with the host. The last tests need none: tensors on torch's meta device have shapes but no data, and
-`NoMixedDevices` refuses every operation that would fail on an accelerator for a host argument.
+LAMOE_TEST_DEVICE names the device (default: cpu). If it is an accelerator, the tests compare it
+with the host. The last tests need no accelerator. They use torch's meta device, whose tensors have
+shapes but no data. `NoMixedDevices` refuses every operation that mixes them with host tensors.
 """
 
 import pytest
@@ -26,7 +26,7 @@ CONFIGS = {
 
 @pytest.fixture(params=CONFIGS)
 def pair(request):
-    """The same float32 model on the host and on DEVICE."""
+    """Return the same float32 model on the host and on DEVICE."""
     host = tiny.model(CONFIGS[request.param], dtype=torch.float32)
     return host, tiny.model(CONFIGS[request.param], dtype=torch.float32).to(DEVICE)
 
@@ -140,7 +140,10 @@ def test_no_host_tensor_takes_part(name, form, impl):
 
 @pytest.mark.parametrize("impl", ["ref", "fused"])
 def test_no_host_tensor_takes_part_in_training(impl, monkeypatch):
-    """The loss itself reads a value back from the device, so this stops at the hidden states."""
+    """A training pass uses no host tensor.
+
+    It ends at the hidden states, because the loss needs a value.
+    """
     monkeypatch.setattr(kernels, "_DEFAULT", impl)
     with torch.device("meta"):
         model = Transformer(DENSE["mla"])
@@ -151,14 +154,14 @@ def test_no_host_tensor_takes_part_in_training(impl, monkeypatch):
 
 
 def test_the_check_sees_a_host_table(monkeypatch):
-    """Mutation: rotary frequencies that stay on the host fail the test above."""
+    """NoMixedDevices detects rotary frequencies that stay on the host."""
     tiny.mutate(monkeypatch, rope.freqs, (".to(positions.device)", ""))
     with pytest.raises(RuntimeError, match="cpu.*meta"):
         forward_on_meta(DENSE["mla"], "expand")
 
 
 def test_the_check_sees_a_host_mask(monkeypatch):
-    """Mutation: an attention mask that stays on the host fails the test above."""
+    """NoMixedDevices detects an attention mask that stays on the host."""
     monkeypatch.setattr(kernels, "_DEFAULT", "ref")
     tiny.mutate(monkeypatch, kernels.ref.visible, ("device=device", "device='cpu'"))
     with pytest.raises(RuntimeError, match="cpu.*meta"):

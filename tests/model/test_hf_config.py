@@ -1,4 +1,4 @@
-"""Reading config.json: both spellings are understood, hostile files are refused."""
+"""Tests of reading config.json: both spellings are understood, hostile files are refused."""
 
 import dataclasses
 import json
@@ -85,7 +85,7 @@ _keys = st.sampled_from(
     rope=st.none() | _rope,
 )
 def test_any_json_is_read_or_refused(base, changes, rope):
-    """Any JSON gives a ValueError or a config that survives being written and read."""
+    """Any JSON value gives a ValueError, or a config that is equal after writing and reading it."""
     raw = {**base.to_dict(), **changes, **({} if rope is None else {"rope_scaling": rope})}
     try:
         config = ModelConfig.from_dict(raw)
@@ -97,7 +97,7 @@ def test_any_json_is_read_or_refused(base, changes, rope):
     assert accounting.parameters(config).total > 0
 
 
-def test_two_billion_layers_cost_nothing_to_look_at():
+def test_accounting_of_two_billion_layers_is_instant():
     config = MOE.replace(num_hidden_layers=MAX_INT)
     assert len(config.moe_layers) == MAX_INT - 1 and accounting.parameters(config).total > 2**31
 
@@ -146,8 +146,11 @@ def test_both_spellings_are_the_same_model():
     )
 
 
-def test_defaults_of_files_that_say_little():
-    """No dtype means float32; without mscale, cos and sin are scaled as for mscale = 1."""
+def test_defaults_of_absent_fields():
+    """Absent fields have documented defaults.
+
+    Without a dtype, the model is float32. Without mscale, cos and sin are scaled as for mscale = 1.
+    """
     raw = {k: v for k, v in MOE.to_dict().items() if k != "torch_dtype"}
     raw["rope_scaling"] = {"type": "yarn", "factor": 8, "original_max_position_embeddings": 64.0}
     config = ModelConfig.from_dict(raw)
@@ -159,8 +162,8 @@ def test_defaults_of_files_that_say_little():
     assert ModelConfig.from_dict({**raw, "eos_token_id": [2, 3]}).eos_token_id == 2
 
 
-# Fields with the same name in transformers 5. It keeps rope in rope_parameters, and dtype is an
-# object there.
+# Fields that have the same name in transformers 5. Missing here: rope settings, which are in
+# rope_parameters, and dtype, which is an object.
 SHARED = [
     "vocab_size",
     "hidden_size",
@@ -203,7 +206,7 @@ V2_ONLY = [
     ],
 )
 def test_transformers_reads_and_rewrites_what_lamoe_writes(config, tmp_path):
-    """transformers reads every field alike, and lamoe reads what transformers writes."""
+    """transformers reads the same fields from a config of lamoe, and lamoe reads it back."""
     transformers = pytest.importorskip("transformers", minversion="5.17")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -226,8 +229,11 @@ def test_transformers_reads_and_rewrites_what_lamoe_writes(config, tmp_path):
     assert ModelConfig.from_file(tmp_path / "again" / "config.json") == config
 
 
-def test_shapes_that_transformers_knows_otherwise_are_not_misread(tmp_path):
-    """transformers fills absent fields with its defaults, 64 experts and a latent of 512."""
+def test_models_unlike_transformers_defaults_are_not_misread(tmp_path):
+    """Models without experts or MLA are not misread after transformers has rewritten their config.
+
+    transformers fills absent fields with its defaults, such as 64 experts and a latent of 512.
+    """
     transformers = pytest.importorskip("transformers", minversion="5.17")
     dense_mla = MOE.replace(
         n_routed_experts=None,
@@ -253,7 +259,7 @@ def test_shapes_that_transformers_knows_otherwise_are_not_misread(tmp_path):
         transformers.AutoConfig.from_pretrained(tmp_path)
 
 
-def test_what_transformers_writes_by_itself(tmp_path):
+def test_configs_written_by_transformers_are_read(tmp_path):
     transformers = pytest.importorskip("transformers", minversion="5.17")
     v2 = transformers.DeepseekV2Config(
         num_experts_per_tok=6,
@@ -278,7 +284,7 @@ def test_what_transformers_writes_by_itself(tmp_path):
     assert [getattr(ours, n) for n in V2_ONLY if "group" not in n] == [
         getattr(v2, n) for n in V2_ONLY if "group" not in n
     ]
-    # transformers writes null for the groups.
+    # transformers writes null for the fields of group-limited routing.
     assert (ours.n_group, ours.topk_group, ours.rope_theta) == (
         1,
         1,
@@ -302,7 +308,7 @@ def test_what_transformers_writes_by_itself(tmp_path):
     ) == (8, 128, 1e6, None, "bfloat16")
 
 
-def test_config_json_names_the_class_that_others_look_for():
+def test_config_json_names_the_class_that_loaders_need():
     for config in PRESETS.values():
         out = config.to_dict()
         assert (
@@ -314,7 +320,7 @@ def test_config_json_names_the_class_that_others_look_for():
 
 
 def test_the_geometries_of_the_figures():
-    """The two geometries that docs/LOG.md and README name are in the repository."""
+    """The two model geometries that docs/LOG.md and README name are in the repository."""
     folder = Path(__file__).parents[2] / "benchmarks"
     tiny8, lite8 = (ModelConfig.from_file(folder / f"{name}.json") for name in ("tiny-8", "lite-8"))
     assert lite8 == ModelConfig.preset("deepseek-v2-lite").replace(num_hidden_layers=8)

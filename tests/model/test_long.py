@@ -1,6 +1,6 @@
-"""A YaRN model at 128K positions through the engine, its cache growing page by page.
+"""Tests of a YaRN model at 128K positions in the engine, with a cache that grows page by page.
 
-Slow (a minute or two): `make long`.
+The 128K test takes a minute or two and runs with `make long`.
 """
 
 import math
@@ -24,7 +24,7 @@ def last_logits(c, w, ids, at):
     w = {k.removeprefix("model.layers.0."): v for k, v in w.items()}
     n, r, v, heads = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.num_attention_heads
     x = w["model.embed_tokens.weight"]
-    # Normed embeddings of the whole vocabulary.
+    # Normalised embeddings of the whole vocabulary.
     normed = np.stack([naive.norm(row, w["input_layernorm.weight"], c.rms_norm_eps) for row in x])
     down = normed @ w["self_attn.kv_a_proj_with_mqa.weight"].T
     latent = np.stack(
@@ -124,7 +124,9 @@ def run(positions: int):
         want = last_logits(c, w, ids, len(prompt) - 1 + k)
         assert np.abs(got - want).max() < 1e-3
         without = last_logits(c.replace(rope_scaling=None), w, ids, len(prompt) - 1 + k)
-        assert np.abs(got - without).max() > 1e-2  # a wrong rotation would be noticed
+        assert (
+            np.abs(got - without).max() > 1e-2
+        )  # the rotation matters, so a wrong one would be noticed
     m.float()
     again = engine.generate([prompt], params)[0]
     assert (
@@ -132,7 +134,7 @@ def run(positions: int):
     )
 
 
-def test_the_check_itself_at_4k():
+def test_4k_positions():
     run(4096 + 2048)
 
 

@@ -1,4 +1,4 @@
-"""The whole model: caches, packed documents, loss, precision, initial weights, refused input.
+"""Tests of the whole model: caches, packed documents, loss, precision, initial weights, errors.
 
 test_oracles.py compares its numbers with the paper, transformers and frozen goldens.
 """
@@ -63,7 +63,7 @@ def test_dense_first_layers(first, freq, moe_layers):
     assert [i for i, b in enumerate(m.layers) if isinstance(b.ffn, MoE)] == moe_layers
     for i, b in enumerate(m.layers):
         if i not in moe_layers:
-            # Dense layers have another width than experts.
+            # Dense layers have a different width than experts.
             assert isinstance(b.ffn, MLP) and b.ffn.w2.in_features == m.config.intermediate_size
 
 
@@ -77,8 +77,8 @@ def test_a_tied_head_is_the_embedding():
 
 # ---- caches ----
 @pytest.mark.parametrize("form", ["expand", "absorb", None])
-def test_the_size_of_the_cache_changes_nothing(config, form, impl):
-    """The capacity of a buffer changes no number; unused rows hold NaN."""
+def test_logits_do_not_depend_on_the_cache_capacity(config, form, impl):
+    """Logits do not depend on the capacity of the cache. Unused rows hold NaN."""
     m = tiny.model(config)
     tokens = tiny.ids(config, 2, 9)
     out = []
@@ -118,7 +118,7 @@ def test_packed_documents_equal_separate_ones(config, impl):
 
 
 # ---- loss ----
-def test_loss_is_the_mean_over_what_counts(config, impl):
+def test_loss_is_the_mean_over_targets(config, impl):
     m = tiny.model(config)
     tokens = tiny.ids(config, 2, 12)
     targets = tokens.roll(-1, 1)
@@ -143,7 +143,10 @@ def test_training_pass_gives_every_parameter_a_gradient(config, impl):
 
 # ---- precision ----
 def test_bfloat16_is_finite_and_close(config, impl):
-    """All experts are chosen, so only rounding differs and no near tie can flip."""
+    """bfloat16 logits are finite and close to float32.
+
+    All experts are chosen, so rounding cannot change the routing.
+    """
     if config.is_moe:
         config = config.replace(
             num_experts_per_tok=8,
@@ -195,7 +198,7 @@ def test_initial_weights_have_the_std_of_the_config():
         if p.dim() == 1:
             assert torch.equal(p, torch.ones_like(p)), name
         else:
-            # The paper's value, also for gates and the embedding.
+            # 0.006 is the value of the paper, also for gates and the embedding.
             assert p.std().item() == pytest.approx(0.006, rel=0.1), name
             assert abs(p.mean().item()) < 0.006 * 5 / math.sqrt(p.numel()), name
     wide = Transformer(m.config.replace(initializer_range=0.02)).init_weights(0)
@@ -214,7 +217,7 @@ def test_a_seed_means_the_same_weights_in_every_dtype(config):
     )
 
 
-def test_an_untrained_model_knows_nothing():
+def test_untrained_loss_is_that_of_uniform_guessing():
     m = Transformer(tiny.HARD).init_weights(0)
     tokens = tiny.ids(tiny.HARD, 4, 16)
     assert m.loss(tokens, tokens.roll(-1, 1)).item() == pytest.approx(math.log(64), abs=0.01)
@@ -253,13 +256,13 @@ def test_too_many_positions_are_refused():
     assert cache.length == 8 and m(tiny.ids(c, 1, 2), cache).shape == (1, 2, 64)
 
 
-def test_int32_ids_are_fine():
+def test_int32_ids_are_accepted():
     m = tiny.model(tiny.HARD)
     tokens = tiny.ids(tiny.HARD, 1, 4)
     assert torch.equal(m(tokens), m(tokens.int()))
 
 
-def test_both_implementations_give_one_model(config):
+def test_both_op_implementations_give_the_same_model(config):
     m, tokens = tiny.model(config), tiny.ids(config, 2, 70)
     default, out = kernels._DEFAULT, {}
     try:

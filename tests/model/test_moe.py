@@ -1,4 +1,4 @@
-"""DeepSeekMoE as a module: experts compared with loops, dropping, and which weights get gradients.
+"""Tests of the module DeepSeekMoE: comparison with loops, token dropping, gradients.
 
 test_kernels.py tests the ops.
 """
@@ -47,8 +47,11 @@ def test_forward_equals_the_loops(name, b, t, impl):
         assert row == pytest.approx(naive.moe(CASES[name], weights, expected).tolist(), abs=1e-12)
 
 
-def test_two_shared_experts_are_one_wide_one():
-    """w13 holds the gate rows of both shared experts, then the up rows of both."""
+def test_two_shared_experts_equal_one_wide_expert():
+    """Two shared experts are stored as one expert of twice the width.
+
+    Its w13 holds the gate rows of both experts, then the up rows of both.
+    """
     c = tiny.config()
     moe, _ = moe_of(c)
     f, x = c.moe_intermediate_size, some_x(1, 5, 32)
@@ -67,8 +70,8 @@ def test_two_shared_experts_are_one_wide_one():
     assert torch.allclose(moe.shared(x), sum(each), rtol=0, atol=1e-13)
 
 
-def test_each_token_is_alone():
-    """A token's result does not depend on the other tokens of the batch."""
+def test_a_token_does_not_depend_on_other_tokens():
+    """The result of a token does not depend on the other tokens of the batch."""
     moe, _ = moe_of(CASES["limited"])
     x = some_x(4, 80, 32)
     whole = moe(x)
@@ -89,11 +92,11 @@ def test_a_dropped_token_keeps_its_shared_experts(impl):
     assert int(alone.sum()) >= 24 - 4 and int((~alone).sum()) >= 1
     assert (plain - shared).abs().amax(
         -1
-    ).min() > 1e-3  # without dropping, experts add to every token
+    ).min() > 1e-3  # without dropping, routed experts change every token
 
 
 def test_a_model_with_everything_dropped_is_its_residual_stream():
-    """Dropped tokens keep their residual: without shared experts the block adds nothing."""
+    """If all tokens are dropped and there are no shared experts, the MoE layer adds nothing."""
     c = tiny.config(**tiny.LIMITED, n_shared_experts=0)
     block = tiny.model(c).layers[1]
     x = some_x(2, 6, 32)
@@ -105,7 +108,7 @@ def test_a_model_with_everything_dropped_is_its_residual_stream():
     assert int(training.records[0].dropped) == 12 * 3 - 4 and int(kept.sum()) <= 4
 
 
-def test_dropped_assignments_train_nothing(impl):
+def test_dropped_assignments_give_no_gradient(impl):
     moe, _ = moe_of(CASES["greedy"])
     x = some_x(2, 24, 32)
     with torch.no_grad():
@@ -142,7 +145,7 @@ def test_the_gate_is_float32_in_a_bfloat16_model(monkeypatch):
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_lower_precision_stays_close(dtype, limit, impl):
-    """All experts are chosen, so that no near tie of the router can flip."""
+    """float32 and bfloat16 outputs are close to float64. All experts are chosen in any dtype."""
     c = CASES["all experts"]
     moe, low = tiny.model(c).layers[1].ffn, tiny.model(c, dtype=dtype).layers[1].ffn
     x = some_x(2, 33, 32)

@@ -1,7 +1,7 @@
-"""The model against three oracles: the paper as loops, transformers, and frozen goldens.
+"""Tests of the model against three oracles: the paper as loops, transformers, and frozen goldens.
 
-Then each oracle is shown to fail when a formula of the model is broken (a mutation). Comparisons
-start at position 1, because position 0 hides a wrong softmax scale.
+The last tests show that each oracle fails if a formula of the model is broken (a mutation).
+Comparisons start at position 1, because position 0 does not depend on the softmax scale.
 """
 
 import functools
@@ -47,9 +47,10 @@ ALL_CASES = {
 
 
 def by_every_path(m, tokens: torch.Tensor):
-    """Yield (name, logits) of one text computed in every way.
+    """Yield (name, logits) of one text for every way to compute it.
 
-    At once in each form, and through a cache in uneven chunks and token by token.
+    The text runs at once in each form of attention, and through a cache in uneven chunks and token
+    by token.
     """
     forms = ["expand", "absorb"] if m.config.is_mla else [None]
     with torch.no_grad():
@@ -66,9 +67,9 @@ def by_every_path(m, tokens: torch.Tensor):
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str = ""):
-    """Compare logits by their largest error relative to the largest value, and refuse NaN.
+    """Compare logits [B, T, ...] by the largest error relative to the largest value. NaN fails.
 
-    The token at position 0 of [B, T, ...] does not count.
+    Position 0 is not compared.
     """
     ours, theirs = ours[:, 1:].double(), theirs[:, 1:].double()
     assert ours.shape == theirs.shape
@@ -112,7 +113,7 @@ def test_far_positions_equal_the_paper(name, impl):
     "name", ["lora-yarn-limited-1dense", "plain-rope-greedy-1dense", "moe-v1", "llama-gqa"]
 )
 def test_gradient_is_the_slope_of_the_paper(name, impl):
-    """lamoe's gradient along a random direction is the central difference of naive.py's loss."""
+    """The gradient along a random direction equals the central difference of naive.py's loss."""
     m = tiny.model(ALL_CASES[name])
     tokens = tiny.ids(m.config, 1, 8)
     targets = tokens.roll(-1, 1)
@@ -206,7 +207,7 @@ def test_transformers_logits_gradients_and_greedy_tokens(name):
     ours = dict(m.named_parameters())
     for disk, parameter, where in checkpoints.hf.table(c):
         expected, found = gradient_of(theirs, disk), ours[parameter].grad[where]
-        # Relative to the stacked tensor, since an expert may have had one token only.
+        # The limit is relative to all experts, because a single expert may have had only one token.
         limit = 2e-4 * float(ours[parameter].grad.abs().max())
         assert float((found - expected).abs().max()) <= limit, f"gradient of {disk}"
 
@@ -235,7 +236,7 @@ def greedy_uncached(theirs, tokens: torch.Tensor, steps: int) -> torch.Tensor:
     "name", ["lora-yarn-limited-1dense", "plain-rope-greedy-1dense", "llama-gqa"]
 )
 def test_transformers_in_float64(name):
-    """The tolerance covers the norms and softmax that transformers computes in float32."""
+    """float64 logits equal those of transformers, which computes norms and softmax in float32."""
     c = _HF_CASES[name]
     m, theirs = tiny.model(c), theirs_of(c, torch.float64)
     tokens = tiny.ids(c, 2, 24)
@@ -286,7 +287,7 @@ def test_transformers_at_far_positions(name, form):
 
 @pytest.mark.parametrize("name", ["mla", "llama"])
 def test_transformers_over_4200_tokens(name):
-    """One pass beyond the original context of 4096; every position is compared."""
+    """Logits equal those of transformers at every position up to 4200, beyond the original 4096."""
     c = LONG[name]
     m, theirs = tiny.model(c, dtype=torch.float32), theirs_of(c)
     tokens = tiny.ids(c, 1, 4200)
@@ -333,7 +334,7 @@ def test_transformers_from_position_40000(name, form):
     assert_close(*from_position_40000(m, theirs_of(LONG[name]), form), 5e-5)
 
 
-def test_far_oracle_sees_a_position_off_by_one(monkeypatch):
+def test_far_oracle_fails_for_a_position_off_by_one(monkeypatch):
     tiny.mutate(
         monkeypatch,
         cache.KVCache.positions,
@@ -374,7 +375,7 @@ def against_golden(name: str, folder: Path):
 GOLDEN_NAMES = sorted(p.stem for p in GOLDENS.glob("*.safetensors"))
 
 
-def test_goldens_are_all_there_and_small():
+def test_all_goldens_exist_and_are_small():
     assert GOLDEN_NAMES == ["llama-gqa", "llama-mha-tied", "v2", "v2-lite", "v2-no-yarn"]
     assert sum(p.stat().st_size for p in GOLDENS.iterdir()) < 200_000
 
@@ -411,7 +412,7 @@ def test_golden_greedy_tokens_and_gradients(name, tmp_path, impl):
 
 
 def test_golden_run(impl):
-    """Ten losses and the first gradients are as recorded, with either set of ops."""
+    """Ten training losses and the first gradients equal recorded ones, with either set of ops."""
     expected, found = json.loads((GOLDENS / "run.json").read_text()), run.ten_steps()
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert found["gradient"] == pytest.approx(expected["gradient"], rel=1e-4)
@@ -526,7 +527,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("name", MUTATIONS)
 @pytest.mark.parametrize("oracle", ["naive", "transformers", "golden"])
-def test_oracle_turns_red(name, oracle, monkeypatch, tmp_path):
+def test_oracle_fails_for_every_mutation(name, oracle, monkeypatch, tmp_path):
     tiny.mutate(monkeypatch, *MUTATIONS[name])
     with pytest.raises(AssertionError, match="relative error"):
         if oracle == "golden":
@@ -541,7 +542,7 @@ def test_oracle_turns_red(name, oracle, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "name", ["YaRN softmax factor forgotten", "rope pairs halves instead of neighbours"]
 )
-def test_position_0_would_have_hidden_it(name, monkeypatch):
+def test_position_0_hides_a_wrong_softmax_scale(name, monkeypatch):
     m = tiny.model(tiny.HARD)
     tokens = tiny.ids(m.config, 1, 2)
     right = m(tokens)
@@ -551,7 +552,7 @@ def test_position_0_would_have_hidden_it(name, monkeypatch):
     assert (wrong[:, 1] - right[:, 1]).abs().max() > 1e-3
 
 
-def test_first_dense_layers_off_by_one_does_not_even_load(monkeypatch, tmp_path):
+def test_first_dense_layers_off_by_one_does_not_load(monkeypatch, tmp_path):
     checkpoints.save(tiny.model(tiny.HARD), tmp_path)
     tiny.mutate(
         monkeypatch, ModelConfig.is_moe_layer, ("layer >= self.first", "layer > self.first")
@@ -568,7 +569,7 @@ def test_first_dense_layers_off_by_one_does_not_even_load(monkeypatch, tmp_path)
         ("p_device).sum(1), (f_comm", "p_device).sum(1) * 2, (f_comm"),
     ],
 )
-def test_golden_run_turns_red(change, monkeypatch):
+def test_golden_run_fails_for_mutations(change, monkeypatch):
     tiny.mutate(monkeypatch, routing.balance_losses, change)
     assert run.ten_steps()["losses"] != pytest.approx(
         json.loads((GOLDENS / "run.json").read_text())["losses"], rel=1e-5

@@ -1,4 +1,4 @@
-"""Rotary embedding and YaRN: published constants, both pair layouts, independence of buffers."""
+"""Tests of rotary embedding and YaRN: published constants, both pair layouts, precision."""
 
 import math
 
@@ -15,7 +15,7 @@ PLAIN = V2.replace(rope_scaling=None)
 
 
 # ---- constants of the paper and of the released configs ----
-def test_mscale():
+def test_mscale_of_the_paper():
     # Paper 3.1.4: 0.0707 ln 40 + 1.
     assert rope.mscale(40, 0.707) == pytest.approx(1.2608037774, abs=1e-10)
     assert rope.mscale(40, 1.0) == pytest.approx(1.3688879454, abs=1e-10)
@@ -47,7 +47,7 @@ def test_every_preset_has_its_scale_tested():
     assert tested == set(PRESETS)
 
 
-def test_softmax_scale_without_yarn_and_its_square():
+def test_softmax_scale_with_and_without_yarn():
     plain = rope.softmax_scale(PLAIN)
     assert plain == pytest.approx(0.0721687836, abs=1e-10)
     assert rope.softmax_scale(V2) / plain == pytest.approx(1.5896261651, abs=1e-10)
@@ -62,7 +62,7 @@ def test_softmax_scale_without_yarn_and_its_square():
     )
 
 
-def test_amplitude():
+def test_amplitude_of_cos_and_sin():
     assert {rope.amplitude(c) for c in PRESETS.values()} == {1.0}
     assert rope.amplitude(
         V2.replace(rope_scaling=RopeScaling(mscale=1.0, mscale_all_dim=0.0))
@@ -75,7 +75,7 @@ def test_amplitude():
 
 def test_ramp_limits():
     assert rope.yarn_ramp_limits(V2.rope_scaling, 64, 10000.0) == (10, 23)
-    # Clamped: otherwise it would be negative.
+    # The lower limit is clamped to 0, because it would be negative otherwise.
     assert (
         rope.yarn_ramp_limits(RopeScaling(original_max_position_embeddings=1), 64, 10000.0)[0] == 0
     )
@@ -108,7 +108,10 @@ def test_freqs_are_the_angles_of_the_paper(c):
 
 @pytest.mark.parametrize("preset", ["deepseek-v2", "deepseek-v2.5", "deepseek-67b"])
 def test_float32_freqs_are_those_of_transformers_bit_for_bit(preset):
-    """Another order of rounding would change angles visibly at position 40,000."""
+    """float32 frequencies equal those of transformers bit for bit.
+
+    A different order of rounding would change angles noticeably at position 40,000.
+    """
     transformers = pytest.importorskip(
         "transformers",
         reason="THE ORACLE IS MISSING: rotary tables were NOT compared with transformers",
@@ -133,7 +136,7 @@ def test_float32_freqs_are_those_of_transformers_bit_for_bit(preset):
 
 
 def test_freqs_depend_on_the_position_alone():
-    """Neither the number of positions nor a dtype below float64 changes the frequencies."""
+    """Frequencies depend only on the position, not on the number of positions or the dtype."""
     many = rope.freqs(V2, torch.arange(5000))
     assert torch.equal(rope.freqs(V2, torch.tensor([4097])), many[4097:4098])
     assert torch.equal(rope.freqs(V2, torch.tensor([[4097, 3]])), many[[4097, 3]][None])

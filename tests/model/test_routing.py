@@ -1,4 +1,4 @@
-"""Routing: top-k, balance losses and token dropping against loops, and their effect on a gate."""
+"""Tests of routing: top-k, balance losses and token dropping against loops, effect on a gate."""
 
 import math
 import random
@@ -34,7 +34,10 @@ def test_v2_tokens_touch_at_most_three_devices_of_twenty_experts():
 
 
 def test_group_score_is_the_maximum():
-    """One strong expert beats two fair ones; DeepSeek-V3's sum would choose otherwise."""
+    """The score of a group is its maximum: one strong expert beats two medium ones.
+
+    The sum of two experts, as in DeepSeek-V3, would choose the other group.
+    """
     scores = torch.tensor([[0.30, 0.01, 0.20, 0.19, 0.14, 0.13, 0.02, 0.01]])
     _, expert = routing.choose(scores, LIMITED.replace(topk_group=1, num_experts_per_tok=2))
     assert expert.tolist() == [[0, 1]]
@@ -43,7 +46,7 @@ def test_group_score_is_the_maximum():
 
 
 def underflowing(n: int) -> torch.Tensor:
-    """Scores in which softmax gives all but one or two experts exactly 0 in float32."""
+    """Return scores where all but one or two experts are exactly 0 after a softmax in float32."""
     logits = torch.zeros(n, 8)
     for i in range(n):
         logits[i, i % 8] = 300.0
@@ -61,7 +64,7 @@ def test_groups_stay_closed_when_scores_underflow():
     assert touched(routing.choose(underflowing(64), LIMITED)[1]) <= 2
 
 
-def test_masking_with_zero_would_open_them(monkeypatch):
+def test_masking_with_zero_would_choose_excluded_groups(monkeypatch):
     tiny.mutate(monkeypatch, routing.choose, ('float("-inf")', "0.0"))
     assert touched(routing.choose(underflowing(64), LIMITED)[1]) > 2
 
@@ -79,7 +82,7 @@ def test_weights_are_plain_scores_times_the_factor():
         assert torch.equal(r.weight, r.scores.gather(1, r.expert) * c.routed_scaling_factor)
         assert (r.weight.sum(1) < c.routed_scaling_factor).all()  # not renormalised
         normed = routing.route(x, gate, c.replace(norm_topk_prob=True))
-        # Renormalised and scaled; the published code does only one of them.
+        # lamoe both renormalises and scales. The published code does only one of them.
         assert torch.allclose(normed.weight.sum(1), torch.full((20,), c.routed_scaling_factor))
         assert torch.equal(normed.expert, r.expert)
 
@@ -103,7 +106,7 @@ def test_gate_is_computed_in_at_least_float32(dtype, work):
 
 
 def test_near_ties_are_decided_in_float32():
-    """Two experts that bfloat16 logits cannot tell apart."""
+    """The gate distinguishes two experts whose logits are equal in bfloat16."""
     gate = torch.zeros(8, 32)
     gate[2, 0], gate[5, 0], gate[5, 1] = 8.0, 8.0, 2**-7
     c = GREEDY.replace(num_experts_per_tok=1)
@@ -114,7 +117,7 @@ def test_near_ties_are_decided_in_float32():
 
 # ---- balance losses ----
 def losses_by_loops(scores: list, expert: list, devices: int, most: int) -> list[float]:
-    """Compute eq. 23-31 word by word for one sequence: scores [T][E], expert [T][K]."""
+    """Compute eq. 23-31 literally for one sequence, from scores [T][E] and experts [T][K]."""
     t, e, k = len(scores), len(scores[0]), len(expert[0])
     per = e // devices
     f = [e / (k * t) * sum(1 for row in expert for j in row if j == i) for i in range(e)]
@@ -183,7 +186,7 @@ def test_uniform_routing_costs_exactly_alpha(c, devices):
     assert losses.tolist() == [1.0, 1.0, 1.0]
     training = Training(Balance(devices=devices))
     training.records += [routing.LayerRecord(losses, None, None, None)] * 2
-    # The default weights are those of the 236B run. The loss sums over both layers.
+    # The default coefficients are those of the 236B model. The loss sums over both layers.
     assert training.loss().item() == pytest.approx(2 * (0.003 + 0.05 + 0.02), rel=1e-7)
 
 
@@ -197,11 +200,15 @@ def test_losses_do_not_depend_on_batching():
             torch.stack([loss(p) for p in parts]).mean(0), whole, rtol=1e-13, atol=0
         )
     as_one = balance_losses(scores.flatten(0, 1)[None], expert.flatten(0, 1)[None], LIMITED, 4)
-    assert (as_one - whole).abs().max() > 1e-3  # each sequence is balanced by itself
+    assert (as_one - whole).abs().max() > 1e-3  # the loss balances every sequence separately
 
 
 def test_gradient_flows_through_the_mean_scores_only():
-    """The gradient of eq. 23 is f_i / (B T). The other two losses have f' or f'' of the device."""
+    """The gradient of the balance losses flows only through the mean scores.
+
+    The gradient of eq. 23 is f_i / (B T). The other two losses have the f' or f'' of the device
+    instead.
+    """
     b, t, devices = 2, 9, 4
     scores = random_scores(b, t, 8).requires_grad_()
     expert = routing.choose(scores.flatten(0, 1), LIMITED)[1].unflatten(0, (b, t))
@@ -218,7 +225,7 @@ def test_gradient_flows_through_the_mean_scores_only():
         assert torch.allclose(scores.grad[s], expected.expand(t, 8), rtol=1e-12, atol=0)
 
 
-def test_the_loss_reaches_gates_and_no_expert():
+def test_balance_losses_give_gradients_to_gates_only():
     m = tiny.model(LIMITED)
     training = Training(Balance(devices=4))
     m.hidden(tiny.ids(LIMITED, 2, 16), routing_hook=training)
@@ -267,7 +274,7 @@ def keep_by_loops(
         ]
         excess = len(mine) - budget
         loose = [p for p in mine if not protected[p[0]]]
-        # Drop the weakest first; of equal ones the later token.
+        # Drop the lowest affinity first. Of equal affinities, drop the later token first.
         loose.sort(key=lambda p: (affinity[p[0]][p[1]], -p[0], -p[1]))
         for t, j in loose[: max(excess, 0)]:
             keep[t][j] = False
@@ -283,7 +290,7 @@ def test_dropping_equals_the_loops(seed, devices, capacity):
     n, k, e = rng.choice([1, 3, 17, 40]), 3, 8
     expert = torch.tensor([rng.sample(range(e), k) for _ in range(n)])
     expert[: n // 2] = torch.tensor([0, 1, 2])  # overloads the first devices
-    # Few distinct values give ties.
+    # Few distinct affinities give many ties.
     affinity = torch.tensor(
         [[rng.choice([0.1, 0.2, 0.2, 0.3, rng.random()]) for _ in range(k)] for _ in range(n)]
     )
@@ -302,16 +309,16 @@ def test_budget_is_met_exactly():
     affinity = torch.arange(16.0).view(8, 2) / 16
     keep = keep_mask(affinity, expert, 8, 2, 1.0)
     assert keep[:6].sum() == 8 and keep[6:].all()
-    assert not keep[:2].any()  # the weakest four
+    assert not keep[:2].any()  # the four assignments with the lowest affinity are dropped
     assert keep_mask(affinity, expert, 8, 2, 1.5).all()  # 12 each
     assert keep_mask(affinity, expert, 8, 2, 0.9)[:6].sum() == 8  # 7.2 is rounded up
     ties = keep_mask(torch.full((8, 2), 0.5), expert, 8, 2, 1.0)
     assert ties[:4].all() and not ties[4:6].any()  # the later token is dropped
 
 
-def test_protected_tokens_stay_and_use_the_budget_up():
+def test_protected_tokens_are_kept_and_count_against_the_budget():
     expert, affinity = torch.zeros(10, 1, dtype=torch.long), torch.linspace(1, 0.1, 10)[:, None]
-    protected = torch.arange(10) >= 7  # the weakest three
+    protected = torch.arange(10) >= 7  # the three tokens with the lowest affinity
     keep = keep_mask(affinity, expert, 2, 2, 1.0, protected)
     assert keep.flatten().tolist() == [True] * 2 + [False] * 5 + [True] * 3
     # Protected assignments stay even over the budget.
@@ -357,12 +364,12 @@ def test_protected_sequences_of_a_model_are_never_dropped():
     assert torch.allclose(dropped[[1, 3]], plain[[1, 3]], rtol=0, atol=1e-12)
     for row in (0, 2):
         assert (dropped[row] - plain[row]).abs().max() > 1e-2
-    # Only the hook drops tokens: nothing is dropped without it, even in train mode.
+    # Only the training hook drops tokens. Train mode alone drops nothing.
     assert torch.equal(m.hidden(tokens), plain)
     assert torch.equal(m.train().hidden(tokens), plain)
 
 
-def test_loss_oracle_turns_red(monkeypatch):
+def test_loss_oracle_fails_for_mutations(monkeypatch):
     for change in (
         ("(e / (k * t))", "(e / t)"),
         ("unflatten(1, (devices, -1)).mean(-1)", "unflatten(1, (devices, -1)).sum(-1)"),
@@ -374,7 +381,7 @@ def test_loss_oracle_turns_red(monkeypatch):
             test_losses_equal_the_loops(LIMITED, 4, 2)
 
 
-def test_dropping_oracle_turns_red(monkeypatch):
+def test_dropping_oracle_fails_for_mutations(monkeypatch):
     for change in (
         ("descending=True, stable=True", "stable=True"),
         ("place < budget", "place <= budget"),

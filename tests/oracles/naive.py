@@ -58,7 +58,9 @@ def angles(c, position: int, width: int) -> list[float]:
         y = c.rope_scaling
         if y is not None:
 
-            def pair(turns):  # the pair that rotates this many times within the original context
+            def pair(
+                turns,
+            ):  # index of the pair that rotates `turns` times within the original context
                 return (
                     width
                     * math.log(y.original_max_position_embeddings / (turns * 2 * math.pi))
@@ -80,7 +82,7 @@ def yarn_m(c, weight: float) -> float:
 
 
 def rotate(c, x, position: int):
-    """Rotate pairs of elements: neighbours in V2, the two halves in llama and MoE-v1."""
+    """Rotate pairs of elements. V2 pairs neighbours, llama and MoE-v1 pair the two halves."""
     out, half = np.empty_like(x), len(x) // 2
     size = (
         1.0

@@ -1,4 +1,4 @@
-"""Malformed and malicious requests: bytes on the wire, JSON, and field values.
+"""Tests of malformed and malicious requests: bytes on the wire, JSON, and field values.
 
 No request may cause a 5xx status, stop the engine, or leave a cache page in use.
 """
@@ -33,7 +33,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def unharmed(server):
-    """After each test, the engine answers as before and all cache pages are free."""
+    """Check after each test that the engine answers as before and all cache pages are free."""
     want = answer(server)
     yield
     assert answer(server) == want
@@ -46,7 +46,7 @@ def answer(server) -> list:
 
 # ---- bytes ---------------------------------------------------------------------------------------
 def raw(server, data: bytes, more=(), wait=5.0) -> bytes:
-    """Send bytes on a new connection; return what arrives within `wait` seconds."""
+    """Send bytes on a new connection. Return all bytes that arrive within `wait` seconds."""
     received = b""
     with connect(server.url, timeout=wait) as sock:
         try:

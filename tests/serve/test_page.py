@@ -1,4 +1,4 @@
-"""The behaviour of the web page in headless Chromium.
+"""Tests of the behaviour of the web page in headless Chromium.
 
 Most tests use the fake server page_server.py. The last ones use the real server with a tiny random
 model. test_page_looks.py tests the appearance and the security of the page.
@@ -480,7 +480,9 @@ def test_page_with_the_real_server(tabs, real):
     done(page)
     expect(page.locator("#hits-reply")).not_to_contain_text("0 of ")  # the prompt was cached
     second = stored(page)[0]["messages"][1]["versions"][1]
-    assert second["content"] == first["content"]  # because of the seed
+    assert (
+        second["content"] == first["content"]
+    )  # the replies are equal because their seed is equal
     page.keyboard.press("Alt+n")
     page.keyboard.press("Alt+s")
     page.get_by_label("Tokens per reply", exact=True).fill("1000")

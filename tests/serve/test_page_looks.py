@@ -1,6 +1,6 @@
-"""The appearance and the security of the web page.
+"""Tests of the appearance and the security of the web page.
 
-Hostile text, phones, keyboard use, accessibility, themes, the live panel, and the page's files.
+They cover hostile text, phones, keyboard use, accessibility, themes, the live panel and the files.
 """
 
 import re
@@ -126,7 +126,7 @@ def test_html_in_messages_names_and_settings_is_inert(tabs, server):
 
 
 def test_trusted_types_refuse_html_from_text(tabs, server):
-    """A future bug that writes text as HTML is stopped by the browser."""
+    """The browser refuses text that is written as HTML, so a future bug cannot do it either."""
     page = tabs.open(server.url)
     error = page.evaluate("""() => {
       try { document.createElement('div').innerHTML = '<b>x</b>'; return null }
@@ -188,7 +188,7 @@ def test_shortcuts(page):
     page.keyboard.press("Alt+b")
     expect(page.locator("#side")).to_be_hidden()
     page.reload()
-    expect(page.locator("#side")).to_be_hidden()  # the choice is kept
+    expect(page.locator("#side")).to_be_hidden()  # the hidden side bar stays hidden
     page.keyboard.press("Alt+b")
     page.keyboard.press("Alt+p")
 
@@ -225,7 +225,7 @@ def test_view_follows_the_reply_until_the_user_scrolls_up(page, server):
     page.keyboard.press("PageUp")
     expect(page.locator("#latest")).to_be_visible()
     server.delay = 0.002
-    # regenerating scrolls to the end again; scrolling up during the reply stops that
+    # Regenerating scrolls to the end again. Scrolling up during the reply stops that.
     page.locator("#input").fill("x")
     page.keyboard.press("Alt+r")
     expect(reply(page)).to_contain_text("Paragraph 8")

@@ -1,6 +1,6 @@
-"""/v1/completions and /v1/chat/completions against the engine called directly.
+"""Tests of /v1/completions and /v1/chat/completions against direct calls of the engine.
 
-Every sampling field, streams that equal whole responses, refusals, and structured output.
+They cover every sampling field, streams, refusals, and structured output.
 """
 
 import itertools
@@ -141,7 +141,10 @@ def test_logprobs_equal_those_of_the_engine(server):
 
 
 def test_echo_with_logprobs_scores_the_prompt(server):
-    """The scores equal one forward pass of the model. Evaluation harnesses rely on this."""
+    """`echo` with `logprobs` returns prompt log-probabilities, which evaluation harnesses need.
+
+    They equal those of one forward pass of the model.
+    """
     ids = tok().encode(LONG, bos=True)
     with torch.no_grad():
         logp = model()(torch.tensor([ids]))[0].log_softmax(-1)
@@ -292,7 +295,10 @@ def test_tools_are_refused_without_a_tool_template(server):
 
 
 def test_model_without_some_features():
-    """The first model has no fill-in-the-middle tokens, the second no tokenizer and no experts."""
+    """Models without some features refuse the requests that need them.
+
+    The first model has no fill-in-the-middle tokens, the second no tokenizer and no experts.
+    """
     with Running(lambda: llm(tok=tok(fim=False))) as s:
         s.wait_ready()
         error = s.error(400, prompt="a", suffix="b")

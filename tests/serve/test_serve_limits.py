@@ -1,6 +1,6 @@
-"""The server under load and failure.
+"""Tests of the server under load and failure.
 
-Full queues, disconnecting clients, time limits, loading, shutdown, and failing forward passes.
+They cover full queues, disconnecting clients, time limits, loading, shutdown and failing passes.
 """
 
 import asyncio
@@ -81,7 +81,7 @@ def test_bodies_and_logprobs_in_memory_are_bounded(monkeypatch):
     with Running(paced, max_body_bytes=60_000, body_timeout=3) as server:
         server.wait_ready()
         slow = [connect(server.url, timeout=5) for _ in range(guard.MAX_HELD_BODIES + 3)]
-        for sock in slow:  # an incomplete body
+        for sock in slow:  # every one of these clients has sent an incomplete body
             sock.sendall(post_head(60_000) + b" " * 50_000)
         until(lambda: server.serving._app.held_bytes == len(slow) * 50_000)
         assert server.error(429, prompt="a" * 55_000)["code"] == "queue_full"
@@ -106,7 +106,9 @@ def test_client_disconnects_during_generation(stream):
         until(lambda: server.service.generated_tokens > 6)
         c.leave()
         until(server.idle, 1.0)
-        [id] = server.service._expert_loads  # also kept for requests that were cut short
+        [id] = (
+            server.service._expert_loads
+        )  # the server keeps expert loads also for requests that were cut short
         load = server.client.get(f"/lamoe/requests/{id}/experts").json()["load"]
         per_token = server.service.config.num_experts_per_tok
         assert sum(load[0]) >= server.service.generated_tokens * per_token / 2
@@ -175,7 +177,7 @@ def test_incomplete_body_times_out():
 
 
 def test_incomplete_headers_close_the_connection():
-    """This holds for a new connection and for one that has answered a request before."""
+    """A connection with incomplete headers is closed, also if it has served a request before."""
     with Running(paced, body_timeout=0.3) as server:
         server.wait_ready()
         for before in (b"", b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"):
@@ -369,7 +371,10 @@ def test_connection_limit_answers_503():
 
 def test_many_clients_at_once_free_all_pages():
     async def send(client, i: int) -> int:
-        """Send one request; every fifth gives up, and some are invalid. Return the status."""
+        """Send one request and return its status.
+
+        Every fifth request is cancelled, and some are invalid.
+        """
         body = {"prompt": "the cat", "max_tokens": 30, "ignore_eos": True, "seed": i}
         body["stream"] = i % 3 == 0
         if i % 5 == 4:

@@ -1,6 +1,6 @@
-"""lm-eval's unchanged local-completions adapter against the server.
+"""Tests of lm-eval's unchanged local-completions adapter against the server.
 
-Log-likelihoods equal those of the model itself; generation and a small task work.
+Log-likelihoods equal those of the model itself. Generation and a small task work.
 
 lm-eval installs about 45 packages in more than a minute, so it has its own extra:
 `make test-lm-eval`.
@@ -40,7 +40,10 @@ def server():
 
 @pytest.fixture(params=["huggingface", "auto"])
 def lm(server, request, tmp_path):
-    """The adapter, with a tokenizer from a folder, or ("auto") with the server's over HTTP."""
+    """Return the adapter.
+
+    Its tokenizer comes from a folder, or with "auto" from the server over HTTP.
+    """
     tok().save(tmp_path / "tokenizer")
     where = {"tokenizer": str(tmp_path / "tokenizer")} if request.param == "huggingface" else {}
     made = get_model("local-completions")(

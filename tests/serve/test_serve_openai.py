@@ -1,4 +1,4 @@
-"""The unchanged `openai` client, sync and async: requests, responses, streams and errors."""
+"""Tests with the unchanged `openai` client, sync and async: requests, streams and errors."""
 
 import asyncio
 
@@ -72,7 +72,9 @@ def test_chat_whole_and_streamed(client):
     ) as stream:
         joined = stream.get_final_completion().choices[0].message.content
         assert joined == text[: text.index(stop)]
-    reply = got.choices[0].message.model_dump()  # sent back with all its fields
+    reply = got.choices[
+        0
+    ].message.model_dump()  # the reply is sent back to the server with all its fields
     longer = [*messages, reply, {"role": "user", "content": "go on"}]
     again = client.chat.completions.create(model=NAME, messages=longer, max_tokens=2)
     assert again.choices[0].finish_reason
@@ -160,9 +162,10 @@ CALL_REPLY = (
 
 @pytest.fixture
 def ask(monkeypatch):
-    """A function that sends a chat with tools.
+    """Return a function that sends a chat with tools.
 
-    The model is random, so the sampler is replaced: it returns the tokens of `reply` one by one.
+    The model is random, so the test replaces the sampler. It returns the tokens of `reply` one by
+    one.
     """
     tokenizer, to_sample = tok(tools=True), []
     assert tokenizer.chat_template == TOOL_TEMPLATE

@@ -1,6 +1,6 @@
-"""`lamoe serve` as a real process over a trained run.
+"""Tests of `lamoe serve` as a real process over a trained run.
 
-Options, environment variables, log, signals and exit codes.
+They cover options, environment variables, log, signals and exit codes.
 """
 
 import argparse

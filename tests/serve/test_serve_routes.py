@@ -1,4 +1,4 @@
-"""The routes besides completions: embeddings, tokens, models, statistics, metrics, the page."""
+"""Tests of all other routes: embeddings, tokens, models, statistics, metrics, the page."""
 
 import base64
 import logging
@@ -91,7 +91,7 @@ def test_stats_during_and_after_a_request(server):
         cache = now["cache"]
         assert cache["used_bytes"] == cache["used_tokens"] * cache["bytes_per_token"]
     c = model().config
-    bytes_per_value = 4  # fp32
+    bytes_per_value = 4  # the cache is fp32
     want = c.num_hidden_layers * bytes_per_value * sum(c.cache_row)
     assert now["cache"]["bytes_per_token"] == want
     heads = c.num_attention_heads

@@ -1,4 +1,4 @@
-"""What a server protects: API keys, the Host header, content types, and secrets in the log."""
+"""Tests of the security of the server: API keys, Host header, content types, secrets in the log."""
 
 import hmac
 import json
@@ -72,7 +72,7 @@ def test_every_route_except_health_and_page_needs_the_key(locked):
 
 
 def test_keys_are_compared_in_constant_time(locked, monkeypatch):
-    """Every request compares the digests of both keys, whether or not one of them matches."""
+    """API keys are compared in constant time: every request compares the digests of both keys."""
     compare, compared = hmac.compare_digest, []
 
     def record(a: bytes, b: bytes) -> bool:

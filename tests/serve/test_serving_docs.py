@@ -1,4 +1,4 @@
-"""docs/SERVING.md agrees with the code: options, variables, error codes, metrics, examples.
+"""Tests that docs/SERVING.md agrees with the code: options, variables, codes, metrics, examples.
 
 `python tests/serve/test_serving_docs.py` writes the table of options.
 """

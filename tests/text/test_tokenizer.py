@@ -1,7 +1,7 @@
-"""The tokenizer: training, exact round trips, control tokens, chat templates, streaming, bad files.
+"""Tests of the tokenizer: training, round trips, control tokens, chat templates, streaming, files.
 
-Tests marked `network` use DeepSeek's real vocabularies (tests/fetch_v2_vocab.py). Without them they
-are skipped with a message that shows the command.
+Tests marked `network` use DeepSeek's real vocabularies (tests/fetch_v2_vocab.py). If these are
+missing, the tests are skipped with a message that shows the command to fetch them.
 """
 
 import json
@@ -25,7 +25,10 @@ TEXTS = [
     "class Tokenizer:\n    def encode(self, text):\n        pass\n",
     "어제 서울에서 日本語のテキスト Ελληνικά\n",
 ] * 4
-USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"  # as in DeepSeek-V3, not marked special
+USER, ASSISTANT = (
+    "<｜User｜>",
+    "<｜Assistant｜>",
+)  # as in DeepSeek-V3, these tokens are not marked special
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def v3_like():
 
 
 # ---- training ----
-def test_train_gives_the_size_asked_and_deepseeks_special_ids(tok):
+def test_train_gives_the_requested_size_and_deepseek_special_ids(tok):
     assert tok.vocab_size == 400 == tok.inner.get_vocab_size()
     assert [tok.inner.token_to_id(t) for t in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
     assert (tok.bos_id, tok.eos_id, tok.pad_id, tok.stop_ids, tok.add_bos) == (
@@ -131,7 +134,7 @@ def test_train_refuses(texts, size, says):
 @example("a  b   c\n\n\n   d\t\t e \r\n")
 @example("nul \0 and \x7f, \ufffd, \ufffe, \u2028")
 @example(f"{BOS}{EOS}<｜fim▁hole｜>")
-def test_text_round_trips_and_never_becomes_control(tok, text):
+def test_text_round_trips_without_control_tokens(tok, text):
     ids = tok.encode(text)
     assert tok.decode(ids) == text
     assert min(ids, default=5) >= 5  # 0..4 are the special tokens
@@ -182,7 +185,7 @@ def test_control_tokens_that_are_not_marked_special(v3_like):
     ids = v3_like.encode(text)
     assert v3_like.decode(ids) == text and not {user, think} & set(ids)
     assert [i for i in v3_like.encode(text, allow_special=True) if i >= 400] == [user, user, think]
-    # an added token that is not a control token is ordinary text
+    # An added token that is not a control token counts as ordinary text.
     assert v3_like.encode("öö") == [403] and v3_like.decode([403]) == "öö" != v3_like.inner.decode(
         [403]
     )
@@ -212,7 +215,7 @@ def test_stream_equals_decode_for_any_ids(v3_like, ids, skip):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(5, 399), max_size=30))
-def test_our_decode_equals_the_librarys_on_ordinary_tokens(tok, ids):
+def test_decode_equals_that_of_the_library_on_ordinary_tokens(tok, ids):
     assert tok.decode(ids) == tok.inner.decode(ids)
 
 
@@ -227,7 +230,9 @@ def test_stream_never_splits_a_character(tok):
     pieces, text = joined(tok, grin)
     assert pieces == ["", "", "", "😀"] and text == "😀"
     pieces, text = joined(tok, grin[:2])
-    assert pieces == ["", ""] and text == "\ufffd"  # only flush shows the incomplete character
+    assert (
+        pieces == ["", ""] and text == "\ufffd"
+    )  # `flush` shows the incomplete character, and `step` does not
 
 
 def test_stream_starts_anew_after_flush(tok):
@@ -344,7 +349,7 @@ def test_messages_cannot_forge_control_tokens(tok, v3_like, contents):
         ("<｜{{ m.content | trim }}", "  User｜>"),
     ],
 )
-def test_half_a_control_token_is_not_completed_by_the_template(v3_like, template, content):
+def test_template_text_does_not_complete_a_control_token(v3_like, template, content):
     tok = Tokenizer(
         v3_like.inner,
         bos=BOS,
@@ -368,7 +373,7 @@ def test_half_a_control_token_is_not_completed_by_the_template(v3_like, template
         max_size=4,
     )
 )
-def test_no_conversation_forges_a_turn(v3_like, contents):
+def test_random_conversations_cannot_forge_a_turn(v3_like, contents):
     ids = v3_like.apply_chat(
         [{"role": "user", "content": c} for c in contents], add_generation_prompt=False
     )
@@ -548,7 +553,7 @@ def test_what_real_templates_use_still_works(tok):
     )
 
 
-def test_a_long_conversation_is_not_taken_for_an_attack(tok):
+def test_a_long_conversation_stays_within_the_template_limits(tok):
     messages = [
         {"role": "user" if i % 2 == 0 else "assistant", "content": "word " * 2000}
         for i in range(300)
@@ -578,7 +583,7 @@ def test_save_and_load(tok, tmp_path):
         ) == tok.apply_chat(CONVERSATION)
 
 
-def test_transformers_reads_what_we_save(tok, tmp_path):
+def test_transformers_reads_saved_tokenizers(tok, tmp_path):
     transformers = pytest.importorskip("transformers")
     tok.save(tmp_path)
     # With clean-up, decoding would turn " ," into ",".
@@ -601,7 +606,7 @@ def test_transformers_reads_what_we_save(tok, tmp_path):
         ) == tok.apply_chat(CONVERSATION)
 
 
-def test_neighbours_of_tokenizer_json(tok, tmp_path):
+def test_files_beside_tokenizer_json(tok, tmp_path):
     tok.save(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     bare = Tokenizer.load(tmp_path)  # DeepSeek's names are recognised
@@ -637,7 +642,7 @@ def test_neighbours_of_tokenizer_json(tok, tmp_path):
     assert Tokenizer.load(tmp_path).render_chat([{"role": "user", "content": "x"}]) == "J"
 
 
-def test_truncation_and_padding_in_the_file_are_not_obeyed(tok, tmp_path):
+def test_truncation_and_padding_in_the_file_are_ignored(tok, tmp_path):
     tok.save(tmp_path)
     raw = json.loads((tmp_path / "tokenizer.json").read_text())
     raw["truncation"] = {
@@ -718,7 +723,7 @@ def test_missing_and_broken_files(tok, tmp_path):
         ("chat_template.jinja", b"\xff\xfe", "not UTF-8"),
     ],
 )
-def test_broken_neighbours(tok, tmp_path, name, content, says):
+def test_broken_files_beside_tokenizer_json(tok, tmp_path, name, content, says):
     tok.save(tmp_path)
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=re.escape(says)):
@@ -732,7 +737,7 @@ def test_files_beyond_the_limit_are_not_read(tok, tmp_path, monkeypatch):
         Tokenizer.load(tmp_path)
 
 
-def test_an_absurd_control_token_is_refused(tok):
+def test_a_huge_control_token_is_refused(tok):
     inner = tokenizers.Tokenizer.from_str(tok.inner.to_str())
     inner.add_tokens([AddedToken("<" + "x" * 5000, normalized=False)])
     with pytest.raises(ValueError, match="control token has 5001 characters"):

@@ -1,6 +1,6 @@
-"""Tool calls: rendered into chat templates that define them, and parsed from replies.
+"""Tests of tool calls: rendering them with chat templates, and parsing them from replies.
 
-Replies are streamed in arbitrary chunks and have arbitrary content.
+Replies have arbitrary content and are streamed in arbitrary chunks.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lamoe.text import chat_template
 from lamoe.text.tool_calls import DEEPSEEK, MAX_CALLS, TAGS, Splitter, form_of, parse
 
-# One template per form. The first does not read `tools`, as DeepSeek-V3's does not.
+# One template per form of tool calls. The first does not read `tools`, like that of DeepSeek-V3.
 DEEPSEEK_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
@@ -114,7 +114,7 @@ def test_rendering_is_that_of_transformers(template, tools):
 
 
 @pytest.mark.parametrize("template, form", [(DEEPSEEK_TEMPLATE, DEEPSEEK), (TAGS_TEMPLATE, TAGS)])
-def test_what_a_template_writes_is_read_back(template, form):
+def test_rendered_calls_are_parsed_back(template, form):
     text, mark = chat_template.render(template, CHAT[:2], bos_token="", eos_token="")
     assert form_of(template) is form
     content, calls = parse(form, text.replace(mark, ""))
@@ -126,7 +126,7 @@ def test_what_a_template_writes_is_read_back(template, form):
     )
 
 
-def test_tools_for_a_template_that_would_not_show_them():
+def test_tools_are_refused_if_the_template_ignores_them():
     with pytest.raises(ValueError, match="does not know tools"):
         chat_template.render(DEEPSEEK_TEMPLATE, CHAT, tools=TOOLS, bos_token="", eos_token="")
     with pytest.raises(ValueError, match="does not know tools"):
@@ -209,7 +209,7 @@ PIECES = st.one_of(
 
 @FORMS
 @given(calls=st.lists(CALL, min_size=1, max_size=4), ascii=st.booleans())
-def test_sound_calls_are_read(form, calls, ascii):
+def test_valid_calls_are_parsed(form, calls, ascii):
     text = "\n".join(
         written(form, name, json.dumps(arguments, ensure_ascii=ascii)) for name, arguments in calls
     )
@@ -221,8 +221,8 @@ def test_sound_calls_are_read(form, calls, ascii):
 
 @FORMS
 @given(pieces=st.lists(PIECES, max_size=12), cuts=st.lists(st.integers(0, 400), max_size=8))
-def test_a_stream_says_what_the_whole_says(form, pieces, cuts):
-    """Splitter gives what `parse` gives, for any division into chunks.
+def test_streamed_parts_equal_the_whole_reply(form, pieces, cuts):
+    """For any division into chunks, Splitter gives the same text and calls as `parse`.
 
     Text that was shown is never taken back. A reply without a valid call is unchanged.
     """
@@ -300,7 +300,7 @@ def test_the_forms_of_several_models():
     ],
     ids=lambda t: t[:40],
 )
-def test_what_is_not_sound_stays_text(inner):
+def test_invalid_calls_stay_text(inner):
     text = f"Look: <tool_call>{inner}</tool_call>"
     assert parse(TAGS, text) == (text, [])
     good = '<tool_call>{"name": "g", "arguments": {}}</tool_call>'
@@ -317,7 +317,7 @@ def test_a_call_inside_an_argument_is_an_argument():
     ) == [("echo", {"text": value})]
 
 
-def test_half_a_surrogate_pair_can_be_sent():
+def test_an_unpaired_surrogate_is_serialised():
     ((_, arguments),) = said(
         parse(TAGS, '<tool_call>{"name": "f", "arguments": {"a": "\\ud83d"}}</tool_call>')[1]
     )
@@ -325,8 +325,12 @@ def test_half_a_surrogate_pair_can_be_sent():
 
 
 @FORMS
-def test_time_grows_with_the_length_only(form):
-    """Replies of a megabyte in which a careless pattern would backtrack at every mark."""
+def test_parsing_time_is_linear_in_the_length(form):
+    """Parsing time is linear in the length of a reply.
+
+    The replies have a megabyte. A careless regular expression would backtrack at every mark in
+    them.
+    """
     heads = {
         DEEPSEEK: '<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": ',
         TAGS: '<tool_call>{"a": ',

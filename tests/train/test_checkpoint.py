@@ -1,6 +1,6 @@
-"""Checkpoints are complete or absent, and nothing is pickled.
+"""Tests that checkpoints are complete or absent, and that nothing is pickled.
 
-Saves are killed at every step and fail on full disks; files are damaged byte by byte.
+Saves are killed at every file operation and fail on full disks. Files are damaged byte by byte.
 """
 
 import errno
@@ -33,7 +33,7 @@ from lamoe.train.checkpoint import (
 
 
 def writer(step: int, size: int = 2000):
-    """Return a write function whose files hold the step number."""
+    """Return a write function for `save` whose files contain the step number."""
 
     def write(folder: Path):
         (folder / "tokenizer").mkdir()
@@ -116,9 +116,9 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 
 @pytest.mark.parametrize("second", [2, 1])  # a new step, and the same step again
 def test_killed_at_every_file_operation(tmp_path, monkeypatch, second):
-    """The process dies before its n-th file operation, for every n.
+    """A save that is killed at any file operation leaves the previous checkpoint loadable.
 
-    The checkpoint that was complete before must stay loadable.
+    The process dies before its n-th file operation, for every n.
     """
     # fsync matters for power cuts only, not for killed processes.
     monkeypatch.setattr(os, "fsync", lambda fd: None)
@@ -182,7 +182,7 @@ def test_kill_9_at_random_moments(tmp_path):
         os.kill(pid, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # no falling back to an older one
+            warnings.simplefilter("error")  # a warning would mean that an older checkpoint was used
             found = latest(tmp_path)
         step = verify(found)["step"]
         assert step >= last and is_step(found, step)
@@ -196,7 +196,7 @@ def test_kill_9_at_random_moments(tmp_path):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize("where", ["write", "fsync", "manifest", "rename", "folder"])
-def test_a_disk_that_says_no(tmp_path, monkeypatch, code, where):
+def test_disk_errors_keep_the_old_checkpoint(tmp_path, monkeypatch, code, where):
     save(tmp_path, 1, writer(1))
 
     def refuse(*args, **kw):
@@ -228,7 +228,7 @@ def test_a_disk_that_says_no(tmp_path, monkeypatch, code, where):
     assert names(tmp_path) == ["latest", "step-00000001"] and is_step(latest(tmp_path), 1)
 
 
-def test_any_failure_of_write_leaves_nothing_behind(tmp_path):
+def test_a_failing_write_function_leaves_no_files(tmp_path):
     for error in (KeyboardInterrupt(), RuntimeError("CUDA")):
 
         def write(folder):
@@ -248,7 +248,7 @@ def test_any_failure_of_write_leaves_nothing_behind(tmp_path):
         assert names(tmp_path) == []
 
 
-def test_a_file_in_the_way_of_the_run_folder(tmp_path):
+def test_a_file_at_the_path_of_the_run_folder(tmp_path):
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(OSError):
         save(tmp_path / "runs/tiny", 1, writer(1))
@@ -296,7 +296,7 @@ def test_every_flipped_byte_is_found(tmp_path):
     assert verify(path)["step"] == 1
 
 
-def test_latest_falls_back_loudly_and_never_to_nothing(tmp_path):
+def test_latest_falls_back_with_a_warning_or_fails(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step, writer(step), keep=0)
     (tmp_path / "step-00000003/model.bin").write_bytes(b"\x03" * 1999 + b"\x04")
@@ -313,7 +313,7 @@ def test_latest_falls_back_loudly_and_never_to_nothing(tmp_path):
         latest(tmp_path)
 
 
-def test_rests_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
+def test_only_leftovers_of_dead_processes_are_removed(tmp_path):
     child = _fork()
     if child == 0:
         os._exit(0)
@@ -395,7 +395,7 @@ def test_nested_state_comes_back_bit_for_bit(tmp_path):
     }
     save_tensors(tmp_path / "s.safetensors", state)
     got = load_tensors(tmp_path / "s.safetensors")
-    (tmp_path / "s.safetensors").unlink()  # the loaded tensors own their memory
+    (tmp_path / "s.safetensors").unlink()  # the loaded tensors do not need the file any more
     assert equal(state, got)
     got["state"][0]["m"].add_(1)
     # Each converted copy is freed at once, so the next one may get the same id().
@@ -439,7 +439,7 @@ def test_optimizer_resumes_bitwise(tmp_path):
     assert torch.equal(model.weight, again.weight) and torch.equal(model.bias, again.bias)
 
 
-def test_all_three_generators_go_on_where_they_were(tmp_path):
+def test_all_three_random_generators_resume(tmp_path):
     draw = lambda: (
         torch.rand(3).tolist(),
         np.random.normal(size=3).tolist(),
@@ -448,7 +448,7 @@ def test_all_three_generators_go_on_where_they_were(tmp_path):
         torch.randperm(9).tolist(),
     )
     before = rng_state()
-    # numpy and Python draw normal numbers in pairs: the spare one is part of the state.
+    # numpy and Python draw normal numbers in pairs, so the unused one is part of the state.
     (random.gauss(0, 1), np.random.normal())
     save_tensors(tmp_path / "r", rng_state())
     want = draw()

@@ -1,6 +1,6 @@
-"""Sources, held-out split, packing and sampling.
+"""Tests of sources, held-out split, packing and sampling.
 
-The tokenizer is a byte-level stand-in: id = byte, BOS 256, EOS 257.
+Instead of a tokenizer, the tests use bytes as ids, with BOS 256 and EOS 257.
 """
 
 import gzip
@@ -38,7 +38,7 @@ def pack(where, out, **changes):
 
 
 def write_folder(root: Path, count=40, seed=0) -> dict[str, str]:
-    """Write texts of 1 to 400 characters, some not ASCII, two levels deep: {name: text}."""
+    """Write texts of 1 to 400 characters, some not ASCII, two levels deep. Return {name: text}."""
     rng, texts = np.random.RandomState(seed), {}
     for i in range(count):
         body = "".join(rng.choice(list("abc \n\u00e9\u4e2d"), rng.randint(1, 400)))
@@ -96,8 +96,8 @@ def test_builtin_sources():
         "Emma Woodhouse, handsome, clever, and rich, with a comfortable home and happy "
         "disposition, seemed to unite some of the best"
     )
-    assert opening in emma.text  # in the package wrapped at 70 columns: paragraphs are joined
-    assert "\nThat affliction to soften and heal.--" in emma.text  # but verse is not
+    assert opening in emma.text  # the wrapped lines of a paragraph are joined
+    assert "\nThat affliction to soften and heal.--" in emma.text  # lines of verse are not joined
 
 
 def test_folder_is_sorted_and_every_omission_is_counted(tmp_path):
@@ -178,7 +178,7 @@ def test_broken_jsonl_names_file_and_line(tmp_path, content, complaint):
         list(read_documents([str(path)]))
 
 
-def test_sources_that_cannot_be_used(tmp_path, monkeypatch):
+def test_unusable_sources_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("bin.dat").write_bytes(b"a\0b")
@@ -268,8 +268,8 @@ def test_the_split_is_known_before_there_is_a_tokenizer(tmp_path):
         )
 
 
-def test_choose_heldout_takes_at_least_one_and_fills_the_share():
-    # None fits, so the smallest is taken.
+def test_choose_heldout_takes_at_least_one_document():
+    # No document fits into the share, so the smallest one is taken.
     assert choose_heldout([3, 1, 2], [50, 100, 40], 0.01) == [2]
     # The order is that of the hashes; documents that are too large are skipped.
     assert choose_heldout([3, 1, 2, 4], [10, 500, 10, 480], 0.02) == [2, 0]
@@ -358,7 +358,7 @@ def test_wide_vocabulary_uses_32_bits(tmp_path):
     )
 
 
-def test_reuse_only_of_exactly_the_same(tmp_path):
+def test_a_packed_corpus_is_reused_only_for_equal_inputs(tmp_path):
     write_folder(tmp_path / "texts")
     calls = []
 
@@ -392,7 +392,7 @@ def test_reuse_only_of_exactly_the_same(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_failed_packing_leaves_the_old_corpus_and_no_rest(tmp_path):
+def test_failed_packing_keeps_the_old_corpus_and_leaves_no_files(tmp_path):
     write_folder(tmp_path / "texts")
     old = pack([tmp_path / "texts"], tmp_path / "packed")
 
@@ -405,7 +405,7 @@ def test_failed_packing_leaves_the_old_corpus_and_no_rest(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["packed", "texts"]
 
 
-def test_a_folder_of_something_else_is_never_overwritten(tmp_path):
+def test_foreign_folders_are_never_overwritten(tmp_path):
     write_folder(tmp_path / "texts")
     for name, file in (("mine", "thesis.txt"), ("json", "meta.json")):
         (tmp_path / name).mkdir()
@@ -417,7 +417,7 @@ def test_a_folder_of_something_else_is_never_overwritten(tmp_path):
         open_corpus(tmp_path / "nowhere")
 
 
-def test_text_that_changes_between_the_two_readings_is_refused(tmp_path):
+def test_text_that_changes_during_packing_is_refused(tmp_path):
     write_folder(tmp_path / "texts")
 
     def meddle(texts):
@@ -446,7 +446,7 @@ def test_text_that_changes_between_the_two_readings_is_refused(tmp_path):
         ({"vocab_size": 1 << 33}, "vocab_size is"),
     ],
 )
-def test_settings_and_tokenizers_that_do_not_fit(tmp_path, changes, complaint):
+def test_settings_and_tokenizers_that_do_not_match_are_refused(tmp_path, changes, complaint):
     write_folder(tmp_path / "texts", 5)
     with pytest.raises(ValueError, match=complaint):
         pack([tmp_path / "texts"], tmp_path / "packed", **changes)
@@ -497,7 +497,7 @@ def test_rows_are_the_shuffled_stream_without_loss(corpus, seq_len):
 
 def test_an_epoch_has_every_document_once_in_its_own_order(corpus):
     total = len(corpus.train.tokens)
-    batches = Batches(corpus, total - 1, seed=0)  # one row is exactly one epoch
+    batches = Batches(corpus, total - 1, seed=0)  # each row is exactly one epoch
     (first, second), _ = batches.next_batch(2)
     assert batches.epoch == 2 and not np.array_equal(first, second)
     split = lambda row: Counter(
@@ -517,7 +517,9 @@ def test_resume_is_bitwise_anywhere(corpus):
         states.append(json.loads(json.dumps(running.state_dict())))
         running.next_batch(3)
     assert running.epoch > 2
-    for k, state in enumerate(states):  # mid-epoch, mid-document and across both ends of epochs
+    for k, state in enumerate(
+        states
+    ):  # states inside an epoch, inside a document, and across both ends of an epoch
         resumed = Batches(corpus, width - 1, seed=3)
         resumed.next_batch(1)
         resumed.load_state_dict(state)
@@ -539,7 +541,7 @@ def test_ranks_share_the_rows_and_may_change_in_number(corpus):
     np.testing.assert_array_equal(alone.next_batch(6)[0], whole[6:])
 
 
-def test_a_state_of_something_else_is_refused(corpus, tmp_path):
+def test_a_state_of_other_data_is_refused(corpus, tmp_path):
     write_folder(tmp_path / "other", seed=9)
     other = pack([tmp_path / "other"], tmp_path / "packed_other", holdout=0.1)
     state = Batches(corpus, 16).state_dict()
@@ -562,7 +564,10 @@ def test_a_state_of_something_else_is_refused(corpus, tmp_path):
 
 
 def test_batches_match_a_frozen_row(tmp_path):
-    """Another order of rows would silently change every resumed run."""
+    """The first batch equals a recorded one.
+
+    A different order would silently change resumed runs.
+    """
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": c * 3}) for c in "abcdefgh"))
     ids, segments = Batches(
         pack([tmp_path / "t.jsonl"], tmp_path / "p", holdout=0), 19, seed=7
@@ -584,7 +589,7 @@ def test_heldout_rows_predict_every_token_once(corpus, seq_len):
             and segments[0] == 0
         )
         inside = segments[1:] == segments[:-1]
-        assert not np.any(ids[1:][inside] == BOS)  # never across documents
+        assert not np.any(ids[1:][inside] == BOS)  # targets never cross documents
         targets.append(ids[1:][inside])
         rows += 1
     want = np.concatenate([corpus.heldout.document(i)[1:] for i in range(len(corpus.heldout))])

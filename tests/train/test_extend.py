@@ -1,4 +1,4 @@
-"""Runs that start from the weights of another run, e.g. to extend the context with YaRN."""
+"""Tests of runs that start from the weights of another run, for example to extend the context."""
 
 import json
 import shutil
@@ -36,8 +36,8 @@ def longer(texts, out, start, **changes) -> dict:
     )
 
 
-def test_it_goes_on_from_the_weights_with_another_rope(trained, texts, tmp_path):
-    """The loss of the first step is that of the old weights under the new config.
+def test_training_starts_from_the_old_weights_with_a_new_rope(trained, texts, tmp_path):
+    """The first loss is that of the old weights under the new config.
 
     With random weights it would be ln 300 = 5.7.
     """
@@ -59,7 +59,7 @@ def test_it_goes_on_from_the_weights_with_another_rope(trained, texts, tmp_path)
         assert torch.isfinite(new(torch.zeros(1, 200, dtype=torch.int64))).all()
 
 
-def test_a_model_folder_will_do_and_the_tokenizer_may_be_named(trained, texts, tmp_path):
+def test_start_from_a_model_folder_with_another_tokenizer(trained, texts, tmp_path):
     shutil.copytree(checkpoint.latest(trained) / "model", tmp_path / "model")
     a = train(longer(texts, tmp_path / "a", trained))
     b = train(longer(texts, tmp_path / "b", tmp_path / "model"))
@@ -73,7 +73,7 @@ def test_a_model_folder_will_do_and_the_tokenizer_may_be_named(trained, texts, t
     assert state(train(raw))["weights"] == state(a)["weights"]
 
 
-def test_resume_needs_the_start_no_more(trained, texts, tmp_path):
+def test_resume_does_not_need_the_starting_model(trained, texts, tmp_path):
     whole = train(longer(texts, tmp_path / "whole", trained))
     shutil.copytree(checkpoint.latest(trained) / "model", tmp_path / "model")
     raw = longer(texts, tmp_path / "run", tmp_path / "model")
@@ -94,7 +94,7 @@ def test_resume_needs_the_start_no_more(trained, texts, tmp_path):
         (dict(run=dict(init_from="/nowhere/at/all")), "there is no folder"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_written(
+def test_weights_that_do_not_fit_are_refused_before_writing(
     trained, texts, tmp_path, changes, what
 ):
     raw = longer(texts, tmp_path / "run", trained)
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_recipe_of_the_house_extends_the_demo_model():
+def test_shipped_recipe_extends_the_demo_model():
     """recipes/extend.toml extends the model of recipes/tiny.toml to 16 times its context."""
     tiny, extend = (Recipe.load(f"recipes/{name}.toml") for name in ("tiny", "extend"))
     assert (

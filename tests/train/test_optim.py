@@ -1,4 +1,4 @@
-"""Schedules against numbers computed by hand; AdamW on master weights against torch's."""
+"""Tests of schedules against numbers computed by hand, and of AdamW against that of torch."""
 
 import math
 
@@ -13,9 +13,10 @@ from lamoe.train.optim import Batch, MasterAdamW, Optim
 
 # ---- learning rate ----
 def test_lr_of_v2():
-    """Paper 3.1.2: 2K warm-up steps to 2.4e-4.
+    """The learning rate follows section 3.1.2 of the paper.
 
-    The rate is multiplied by 0.316 after 60 % and after 90 % of the tokens.
+    It rises to 2.4e-4 in 2K warm-up steps, and is multiplied by 0.316 after 60 % and 90 % of the
+    tokens.
     """
     o = Optim()
     assert o.lr_at(0, 0.0) == pytest.approx(1.2e-7)  # the first step has a rate above 0
@@ -25,7 +26,7 @@ def test_lr_of_v2():
     assert o.lr_at(90_000, 0.9) == o.lr_at(99_999, 1.0) == pytest.approx(2.396544e-5, rel=1e-12)
 
 
-def test_lr_by_hand():
+def test_lr_against_values_by_hand():
     o = Optim(lr=1.0, warmup_steps=4, decay_at=(0.5,), decay=0.1)
     assert [o.lr_at(step, step / 8) for step in range(8)] == pytest.approx(
         [0.25, 0.5, 0.75, 1.0, 0.1, 0.1, 0.1, 0.1]
@@ -61,13 +62,13 @@ def test_lr_by_hand():
         (dict(weight_decay=math.inf), "weight_decay"),
     ],
 )
-def test_optim_refuses(bad, words):
+def test_invalid_optim_settings_are_refused(bad, words):
     with pytest.raises(ValueError, match=words):
         Optim(**bad)
 
 
 # ---- batch ramp ----
-def test_ramp_by_hand():
+def test_ramp_against_values_by_hand():
     b = Batch(size=16, micro=4, ramp_from=4, ramp_steps=6)
     # The ramp 4, 6, 8, 10, 12, 14 is rounded to multiples of 4, half to even.
     assert [b.size_at(i) for i in range(9)] == [4, 8, 8, 8, 12, 16, 16, 16, 16]
@@ -77,7 +78,7 @@ def test_ramp_by_hand():
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_ramp_is_monotone_whole_and_adds_up(data):
+def test_ramp_sizes_are_monotone_and_add_up(data):
     micro, parts, steps = (data.draw(st.integers(1, n)) for n in (5, 12, 25))
     b = Batch(
         size=micro * parts,
@@ -105,7 +106,7 @@ def test_ramp_is_monotone_whole_and_adds_up(data):
         (dict(size=8.0), "batch.size"),
     ],
 )
-def test_batch_refuses(bad, words):
+def test_invalid_batch_settings_are_refused(bad, words):
     with pytest.raises(ValueError, match=words):
         Batch(**bad)
 
@@ -134,8 +135,8 @@ def batches(n, dtype=torch.float32):
     return [torch.randn(4, 8, generator=g).to(dtype) for _ in range(n)]
 
 
-def test_float32_is_torchs_adamw_bit_for_bit():
-    """Groups, betas, clipping and steps equal those of a plain torch program."""
+def test_float32_equals_adamw_of_torch_bit_for_bit():
+    """In float32, training equals a plain program with torch's AdamW and clipping bit for bit."""
     o, lrs = Optim(lr=0.1, clip=0.5), [0.1, 0.05, 0.02, 0.3]
     net, plain = Net(), Net()
     ours = MasterAdamW(net, o)
@@ -167,7 +168,10 @@ def test_float32_is_torchs_adamw_bit_for_bit():
 
 
 def test_decay_acts_on_matrices_only():
-    """With zero gradients a step only decays: w * (1 - lr * weight_decay)."""
+    """Weight decay acts on matrices only.
+
+    With zero gradients a step is w * (1 - lr * weight_decay).
+    """
     net = Net()
     ours = MasterAdamW(net, Optim(weight_decay=0.5))
     for p in net.parameters():
@@ -182,9 +186,9 @@ def test_decay_acts_on_matrices_only():
 
 
 def test_bf16_masters_keep_small_steps():
-    """Steps that are too small for bfloat16 add up in the masters.
+    """Updates that are too small for bfloat16 add up in the float32 master weights.
 
-    A step of 1e-3 on a weight of 1 is below half a bfloat16 step (2**-9).
+    An update of 1e-3 on a weight of 1 is below half of the spacing of bfloat16 (2**-9).
     """
     net = Net(torch.bfloat16)
     alone = net.gain.detach().clone()
@@ -195,7 +199,9 @@ def test_bf16_masters_keep_small_steps():
         ours.step(1e-3)
         alone -= torch.tensor(1e-3, dtype=torch.bfloat16)
     master = ours.masters[2]
-    assert torch.equal(alone, torch.ones_like(alone))  # what happens in bfloat16 without masters
+    assert torch.equal(
+        alone, torch.ones_like(alone)
+    )  # without master weights, the updates are lost
     assert master.dtype == torch.float32 and torch.allclose(
         master, torch.full((8,), 1 - 16e-3), atol=1e-5
     )
@@ -205,7 +211,7 @@ def test_bf16_masters_keep_small_steps():
 def test_bf16_gradients_add_up_in_float32():
     net = Net(torch.bfloat16)
     ours = MasterAdamW(net, Optim())
-    for value in (1.0, 2.0**-10, 2.0**-10):  # each would round to nothing in bfloat16
+    for value in (1.0, 2.0**-10, 2.0**-10):  # the small values would be lost in a bfloat16 sum
         net.gain.grad = torch.full_like(net.gain, value)
         ours.collect()
         assert net.gain.grad is None
@@ -231,7 +237,7 @@ def test_clip_is_exact():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_clip_says_so_when_not_finite(bad):
+def test_clip_reports_gradients_that_are_not_finite(bad):
     net = Net()
     ours = MasterAdamW(net, Optim())
     net.a.grad = torch.ones_like(net.a)

@@ -1,4 +1,4 @@
-"""Recipes: what TOML files and command lines mean, and how errors are reported."""
+"""Tests of recipes: the meaning of TOML files and command lines, and error messages."""
 
 import dataclasses
 from pathlib import Path
@@ -117,7 +117,7 @@ def test_override_spellings(tmp_path, words, section, key, value):
 TEXT = "[model]\npreset = 'tiny'\n[run]\nsteps = 3\nout = 'file'\n[optim]\nlr = 1e-3\n"
 
 
-def test_override_makes_a_missing_section(tmp_path):
+def test_override_creates_a_missing_section(tmp_path):
     assert load(tmp_path, TEXT, "--batch.size", "24", "--batch.micro", "4").batch.size == 24
 
 
@@ -218,7 +218,7 @@ def test_missing_file_names_neighbours(tmp_path):
 
 # ---- saved recipes ----
 @pytest.mark.parametrize("name", PRESETS)
-def test_to_dict_is_the_identity(name):
+def test_recipes_survive_a_round_trip_through_to_dict(name):
     raw = {
         "model": {"preset": name},
         "data": {"sources": ["a", "b"], "seq_len": 16},
@@ -230,10 +230,10 @@ def test_to_dict_is_the_identity(name):
     assert not [v for s in recipe.to_dict().values() for v in s.values() if isinstance(v, tuple)]
 
 
-def test_the_saved_config_tells_the_recipes_coefficient():
-    """The coefficient comes from the recipe, never from the model's config.
+def test_the_saved_config_has_the_coefficient_of_the_recipe():
+    """The saved config has the balance coefficient of the recipe, not that of the model's config.
 
-    Released configs say 0.001, but the paper trained with 0.003.
+    Released configs have 0.001, but the paper trained with 0.003.
     """
     assert Recipe.from_dict({"model": {"preset": "deepseek-v2"}}).model.aux_loss_alpha == 0.003
     assert Recipe.from_dict({**TINY, "balance": {"expert": 0.5}}).model.aux_loss_alpha == 0.5
@@ -249,6 +249,6 @@ def test_group_limited_models_balance_over_their_groups():
         Recipe.from_dict({**model, "balance": {"devices": 4}})
 
 
-def test_recipes_do_not_change():
+def test_recipes_are_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Recipe.from_dict(TINY).run.steps = 3

@@ -1,4 +1,4 @@
-"""A run folder belongs to one run, one process and one recipe; other files are not touched."""
+"""Tests that a run folder belongs to one run, process and recipe, and that other files are kept."""
 
 import pytest
 from test_train import signal_after, texts  # noqa: F401 (texts is a fixture)
@@ -16,7 +16,7 @@ def test_two_processes_do_not_share_a_run_folder(texts, tmp_path):
 
 
 @pytest.mark.parametrize("text", ['{"pasta": {}}', '["x"]', "not json", '{"model": 1, "run": {}}'])
-def test_a_recipe_of_something_else_is_left_alone(texts, tmp_path, text):
+def test_a_foreign_recipe_file_is_not_overwritten(texts, tmp_path, text):
     (tmp_path / "run" / "tokenizer").mkdir(parents=True)
     (tmp_path / "run" / "recipe.json").write_text(text)
     (tmp_path / "run" / "tokenizer" / "precious.txt").write_text("mine")
@@ -28,13 +28,13 @@ def test_a_recipe_of_something_else_is_left_alone(texts, tmp_path, text):
     ).read_text() == "mine"
 
 
-def test_a_missing_source_is_said_before_anything_is_written(texts, tmp_path):
+def test_a_missing_source_is_reported_before_writing(texts, tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         train(raw_recipe(texts, tmp_path / "run", data=dict(sources=[str(tmp_path / "nowhere")])))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_blew_up_goes_on_with_a_lower_rate(texts, tmp_path):
+def test_a_diverged_run_resumes_with_a_lower_learning_rate(texts, tmp_path):
     raw = raw_recipe(texts, tmp_path / "run", run=dict(steps=6, save_every=2))
     with signal_after(3):
         train(raw)

@@ -1,4 +1,4 @@
-"""The training run: it learns, resumes bitwise, and overwrites nothing."""
+"""Tests of a training run: it reduces the loss, resumes bitwise, and overwrites nothing."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def texts(tmp_path_factory):
 
 
 def same(a, b) -> bool:
-    """Whether two nested states are bitwise equal."""
+    """Return whether two nested states are bitwise equal."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
@@ -77,7 +77,7 @@ def signal_after(step: int, number=signal.SIGTERM):
 
 
 # ---- learning ----
-def test_it_learns(trained):
+def test_training_reduces_the_loss(trained):
     lines = metrics(trained)
     losses = [m["loss"] for m in lines if "loss" in m]
     assert len(losses) == 40 and losses[0] > 5.4 and np.mean(losses[-5:]) < 0.7 * losses[0]
@@ -89,7 +89,7 @@ def test_it_learns(trained):
     )
 
 
-def test_what_a_run_leaves(trained):
+def test_files_of_a_finished_run(trained):
     names = {p.name for p in trained.iterdir()}
     assert names == {
         ".lock",
@@ -181,10 +181,10 @@ def test_tensorboard_events(trained):
     assert [e.value for e in board.Scalars("loss")] == pytest.approx(losses, rel=1e-4)
 
 
-def test_masters_start_unrounded(texts, tmp_path):
-    """A seed gives the same initial weights in every dtype.
+def test_master_weights_start_unrounded(texts, tmp_path):
+    """The float32 master weights of a bfloat16 run start unrounded.
 
-    After a step with almost no learning rate the masters equal the float32 initialisation.
+    After a step with a tiny learning rate they equal the initial weights of a float32 run.
     """
     raw = raw_recipe(
         texts, tmp_path / "run", optim=dict(lr=1e-30), run=dict(steps=1, dtype="bfloat16")
@@ -234,10 +234,10 @@ def gradients(raw: dict) -> tuple[dict, list[torch.Tensor]]:
 
 
 def test_the_rate_follows_the_tokens_under_a_ramp(texts, tmp_path):
-    """The decay depends on tokens, not on steps.
+    """With a batch ramp, the decay of the learning rate depends on tokens, not on steps.
 
-    Batches have 2, 4, 4, 6, 8, 8 rows. 16 of 32 rows are used before step 5, which is below 0.6
-    although 4 of 6 steps are done; 24 of 32 are used before the last step.
+    Batches have 2, 4, 4, 6, 8, 8 rows. Before step 5, 16 of 32 rows are used, which is below 0.6
+    although 4 of 6 steps are done. Before the last step, 24 of 32 rows are used.
     """
     train(
         raw_recipe(
@@ -256,10 +256,11 @@ def test_the_rate_follows_the_tokens_under_a_ramp(texts, tmp_path):
 
 
 @pytest.mark.parametrize("mask", [True, False])
-def test_accumulation_is_one_big_batch(texts, tmp_path, mask):
-    """Micro-batches are weighted by their number of targets.
+def test_accumulated_micro_batches_equal_one_big_batch(texts, tmp_path, mask):
+    """Accumulating micro-batches equals one big batch.
 
-    That number differs between micro-batches: the first token of a document is not a target.
+    Micro-batches are weighted by their number of targets. This number varies, because the first
+    token of a document is not a target.
     """
     raws = [
         raw_recipe(
@@ -288,10 +289,11 @@ def test_accumulation_is_one_big_batch(texts, tmp_path, mask):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()) + 1e-7)
 
 
-def test_step_is_what_a_reader_would_write(texts, tmp_path):
-    """Loss and gradients of the first step equal those of a plain program.
+def test_a_step_equals_a_plain_torch_program(texts, tmp_path):
+    """Loss and gradients of the first step equal those of a plain torch program.
 
-    That program computes all rows at once: mean over the targets, plus the balance losses.
+    The program computes all rows at once. Its loss is the mean over the targets plus balance
+    losses.
     """
     raw = raw_recipe(
         texts, tmp_path / "run", balance=dict(capacity_factor=0.0), run=dict(steps=1, seed=3)
@@ -315,7 +317,7 @@ def test_step_is_what_a_reader_would_write(texts, tmp_path):
         assert torch.allclose(p.grad, g, rtol=1e-3, atol=1e-6)
 
 
-def test_document_mask_acts(texts, tmp_path):
+def test_the_document_mask_changes_the_loss(texts, tmp_path):
     losses = []
     for mask in (True, False):
         train(
@@ -328,9 +330,9 @@ def test_document_mask_acts(texts, tmp_path):
 
 
 def test_drop_rate(texts, tmp_path):
-    """No token is dropped without a capacity, and none of a protected sequence.
+    """Tokens are dropped only with a capacity factor, and never from a protected sequence.
 
-    With a router that always chooses the same experts, most assignments exceed the budget.
+    The router always chooses the same experts, so most assignments exceed the budget.
     """
 
     def run(name, **balance):
@@ -388,7 +390,7 @@ def test_peak_is_measured():
 
 
 # ---- resuming ----
-RESUMES = {  # recipes whose state differs when a run stops after step 5 of 9
+RESUMES = {  # recipes with different kinds of state to restore after step 5 of 9
     "fp32": {"run": dict(dtype="float32")},
     "bf16": {"run": dict(dtype="bfloat16")},
     "ramp and dropping": {
@@ -429,9 +431,10 @@ def test_resume_restores_the_random_generators(texts, tmp_path):
 
 
 def test_resume_from_a_periodic_checkpoint_forgets_later_metrics(texts, tmp_path):
-    """As after kill -9: the metrics are ahead of the newest checkpoint.
+    """A resumed run drops metrics of steps after its checkpoint.
 
-    The last line may also be incomplete.
+    After kill -9 the metrics are ahead of the newest checkpoint, and their last line may be
+    incomplete.
     """
     raw = raw_recipe(texts, tmp_path / "run", run=dict(steps=7, save_every=3, keep=0))
     whole = state(train(raw))
@@ -443,10 +446,10 @@ def test_resume_from_a_periodic_checkpoint_forgets_later_metrics(texts, tmp_path
     assert same(state(train(raw, resume=True)), whole) and metrics(tmp_path / "run") == lines
 
 
-def test_resume_needs_the_sources_no_more(tmp_path):
-    """A resumed run uses the text that was packed.
+def test_resume_does_not_need_the_sources(tmp_path):
+    """A resumed run uses the packed text.
 
-    Editing or deleting the source files must neither stop nor damage it.
+    So it continues unchanged after the source files have been edited or deleted.
     """
     texts = write_texts(tmp_path / "in")
     raw = raw_recipe(texts, tmp_path / "run", run=dict(steps=4))
@@ -511,7 +514,7 @@ def test_resume_with_another_recipe_is_refused(trained, tmp_path, changes, words
     assert contents(run) == before
 
 
-def test_what_does_not_matter_may_change_on_resume(texts, tmp_path):
+def test_settings_without_effect_on_training_may_change_on_resume(texts, tmp_path):
     with signal_after(1):
         train(raw_recipe(texts, tmp_path / "run", run=dict(steps=3)))
     shutil.move(tmp_path / "run", tmp_path / "moved")
@@ -538,7 +541,7 @@ def test_a_used_run_folder_is_refused(trained):
 
 
 @pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "metrics.jsonl", "data/mine.txt"])
-def test_somebody_elses_folder_is_refused(texts, tmp_path, name):
+def test_a_foreign_folder_is_refused(texts, tmp_path, name):
     file = tmp_path / "run" / name
     file.parent.mkdir(parents=True)
     file.write_text("mine")
@@ -556,8 +559,11 @@ def test_nothing_to_resume(texts, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_second_start_does_not_inherit_the_first_ones_vocabulary(texts, tmp_path):
-    """The first attempt saved nothing, so its tokenizer may belong to another recipe."""
+def test_a_restart_does_not_reuse_the_old_vocabulary(texts, tmp_path):
+    """A restart trains a new tokenizer if the first attempt has saved no checkpoint.
+
+    The tokenizer of the first attempt may belong to another recipe.
+    """
     with (
         mock.patch.object(loop, "prepare_corpus", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
@@ -622,7 +628,7 @@ def test_without_tensorboard(texts, tmp_path, monkeypatch, capsys):
     assert metrics(tmp_path / "run")[0]["step"] == 1
 
 
-def test_what_the_screen_says(texts, tmp_path, capsys, monkeypatch):
+def test_progress_output(texts, tmp_path, capsys, monkeypatch):
     train(raw_recipe(texts, tmp_path / "plain", run=dict(steps=3)), quiet=False)
     out = capsys.readouterr().out
     for words in (
@@ -654,9 +660,10 @@ def nan_at(call: int):
 
 
 def test_nan_loss_stops_before_the_weights_change(texts, tmp_path):
-    """The loss is nan in the first micro-batch of step 3 (counted from 0).
+    """A NaN loss stops training before the weights change.
 
-    That is the 7th call, with two micro-batches per step. The checkpoint of step 2 exists.
+    The loss is NaN in the first micro-batch of step 3 (counted from 0). With two micro-batches per
+    step this is the 7th call. The checkpoint of step 2 exists.
     """
     raw = raw_recipe(texts, tmp_path / "run", run=dict(steps=6, save_every=2))
     updates, original = [], MasterAdamW.step
@@ -681,10 +688,10 @@ def test_nan_loss_stops_before_the_weights_change(texts, tmp_path):
     assert train(raw, resume=True).name == "step-00000006"  # the folder can still be used
 
 
-def test_overflow_of_a_gradient_stops_too(texts, tmp_path):
-    """The loss is finite, a gradient is not, and no checkpoint exists.
+def test_an_infinite_gradient_stops_training(texts, tmp_path):
+    """A gradient that is not finite stops training, also if the loss is finite.
 
-    On the command line the exit code is 3.
+    No checkpoint exists yet. On the command line the exit code is 3.
     """
     raw = raw_recipe(texts, tmp_path / "run")
     original = MasterAdamW.collect
@@ -711,7 +718,7 @@ def test_overflow_of_a_gradient_stops_too(texts, tmp_path):
     ) is None
 
 
-def test_a_second_signal_ends_at_once(texts, tmp_path):
+def test_a_second_signal_ends_the_process_at_once(texts, tmp_path):
     before = signal.getsignal(signal.SIGINT)  # SIGINT is ignored under nohup
     with (
         signal_after(2, signal.SIGINT),
@@ -737,10 +744,10 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_children_that_are_stopped_and_killed(texts, tmp_path):
-    """Real processes get SIGTERM, SIGINT or SIGKILL; the resumed runs equal an undisturbed one.
+def test_real_processes_stopped_or_killed_resume_exactly(texts, tmp_path):
+    """Runs that are stopped by SIGTERM, SIGINT or SIGKILL resume to the same result as other runs.
 
-    All processes run at the same time, to save time.
+    Every run is a real process. All of them run at the same time, to save time.
     """
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
     raws = {
