@@ -18,18 +18,18 @@ from lamoe.engine.sampler import SamplingParams
 
 
 class EngineDead(RuntimeError):
-    """The engine's thread has ended, or is not in this process (a child of fork()).
+    """The engine's thread has ended, or this process is a child of fork() and does not have it.
 
-    If the thread ended with an error, that error is the `__cause__`. No more deltas will come.
+    If the thread ended with an error, this error is the `__cause__`. No more deltas will follow.
     """
 
 
 class Run:
     """An open request: `async for index, delta in run`.
 
-    `index` is the position of the sequence in the request, where the n samples of a prompt follow
-    each other. Whoever opens a run must call `close`, which frees the pages of unfinished
-    sequences.
+    `index` is the position of the sequence in the request. The n samples of a prompt have
+    consecutive positions. The code that opens a run must call `close`, which frees the pages of
+    unfinished sequences.
     """
 
     def __init__(self, engine: AsyncLLM, ids: list[int], queue: asyncio.Queue):
@@ -47,15 +47,15 @@ class Run:
             yield item.id - self.ids[0], item  # the ids of one request are consecutive
 
     def fail(self, error: Exception) -> None:
-        """Raise `error` in the reader after the deltas that are already queued."""
+        """Make the reader raise `error` after it has read the deltas that are already queued."""
         self._queue.put_nowait(error)
 
     def close(self, last: Callable[[LLM], None] = lambda llm: None) -> None:
         """Cancel the unfinished sequences.
 
         Args:
-            last: called in the engine's thread before the sequences are cancelled. It is not
-                called if all have finished. It must not raise.
+            last: function that the engine's thread calls before it cancels the sequences. It is not
+                called if all sequences have finished. It must not raise.
         """
         if not self._open:
             return
@@ -93,14 +93,14 @@ class AsyncLLM:
         """Queue several requests together.
 
         Raises:
-            ValueError: if one of them is invalid. Then none is queued.
+            ValueError: if a request is invalid. Then none is queued.
             EngineDead: if the engine has ended.
         """
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue = asyncio.Queue()
         for _, params in requests:
             if params.grammar is not None and self._llm.tokenizer is not None:
-                # In a worker thread, so that compiling blocks neither this loop nor the engine.
+                # Compile in a worker thread, so that neither this loop nor the engine waits.
                 await asyncio.to_thread(params.grammar.prepare, self._llm.tokenizer)
 
         def add(llm: LLM) -> list[int]:
@@ -123,7 +123,9 @@ class AsyncLLM:
     async def stream(
         self, prompt: str | list[int], params: SamplingParams = SamplingParams()
     ) -> AsyncIterator[Delta]:
-        """Yield the deltas of one request as they come. The n samples differ in `Delta.id`.
+        """Yield the deltas of one request as soon as they are generated.
+
+        `Delta.id` distinguishes the n samples.
 
         Raises:
             ValueError: if the request is invalid.
@@ -197,8 +199,8 @@ class AsyncLLM:
     def _post(
         self, action: Callable[[LLM], None], refuse: Callable[[Exception], None] | None = None
     ) -> None:
-        """Queue `action` for the engine's thread; call `refuse` if it can never run."""
-        if self._forked:  # do not touch the lock: the thread may have held it during fork()
+        """Queue `action` for the engine's thread, or call `refuse` if it can never run."""
+        if self._forked:  # the thread may have held the lock during fork(): do not touch it
             if refuse is not None:
                 refuse(self._dead_error())
             return
@@ -250,7 +252,10 @@ class AsyncLLM:
                 refuse(self._dead_error())
 
     def _serve_inbox(self) -> bool:
-        """Run the posted actions; wait for one if the LLM is idle. False if the engine closed."""
+        """Run the queued actions, and wait for one if the LLM is idle.
+
+        Returns False if the engine was closed.
+        """
         with self._wake:
             self._wake.wait_for(lambda: self._closed or self._inbox or self._llm.busy)
             if self._closed:
@@ -258,7 +263,8 @@ class AsyncLLM:
             ready = len(self._inbox)
         for _ in range(ready):
             self._inbox[0][0](self._llm)
-            # Remove an action after it ran: if it raises, `_run` refuses it and those after it.
+            # Remove an action only after it has run. If it raises, `_run` refuses this action and
+            # all later ones.
             self._inbox.popleft()
         return True
 

@@ -21,9 +21,10 @@ from lamoe.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Piece:
-    """The result of one step.
+    """The result of one step: a token and the text that can be shown after it.
 
-    text: may be empty, for half a character or the possible beginning of a stop string.
+    text: the new text. It is empty after half a character or the possible beginning of a stop
+        string.
     finish_reason: None until the last piece, then "stop" (EOS, a stop string, or a complete
         grammar) or "length" (max_tokens, or the model's context is full).
     """
@@ -40,16 +41,16 @@ def generate(
     tokenizer: Tokenizer | None = None,
     eos_ids: frozenset[int] = frozenset(),
 ) -> Iterator[Piece]:
-    """Continue a prompt.
+    """Continue a prompt and yield one Piece per token.
 
     Args:
-        prompt: token ids, BOS included where the model wants one.
-        tokenizer: gives the pieces text; needed for stop strings. Its stop ids end the output.
+        prompt: token ids, including BOS if the model uses it.
+        tokenizer: converts tokens to text. Stop strings need it. Its stop ids end the output.
         eos_ids: ids that end the output, instead of the tokenizer's.
 
     Raises:
-        ValueError: before anything runs, for an empty prompt, an id outside the vocabulary, or a
-            prompt that leaves no room in the context.
+        ValueError: if the prompt is empty, has an id outside the vocabulary, or fills the context.
+            This is checked before anything runs.
     """
     context = model.config.max_position_embeddings
     limit_name = "the model's context of"

@@ -1,6 +1,6 @@
-"""The engine: many requests at once over one paged cache.
+"""The engine, which runs many requests at once over one paged cache.
 
-`LLM(...).generate(prompts, params)` for programs; `add`, `step` and `cancel` for servers.
+Programs call `LLM(...).generate(prompts, params)`. Servers call `add`, `step` and `cancel`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ _INTERNAL_ERROR = "an internal error ended it ({}); the log has the traceback"
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step added to one sequence.
+    """The token and text that one step added to one sequence.
 
-    output: set on the last delta. logprobs: of this token, as in Output.
+    output: the finished sequence on its last delta, else None.
+    logprobs: log-probabilities of this token, in the form of Output.logprobs.
     """
 
     id: int
@@ -55,32 +56,37 @@ class LLM:
 
     Args:
         model: a Transformer, a Backend, or the folder (packed or not) or hub id of a model.
-        tokenizer: default: the one in the model's folder.
+        tokenizer: the tokenizer. By default, the one in the model's folder.
         cache: storage format of the cache: fp32 | bf16 | int8 | 6bit | 4bit.
-        cache_memory: bytes of cache; default: enough for four full contexts, at most 1 GiB.
-        max_model_len: longest sequence in tokens, prompt and output; default: the model's limit.
-        max_num_seqs: sequences that run at once.
-        max_num_batched_tokens: tokens of one step, which bounds how long a long prompt delays
-            sequences that are decoding.
-        page_size: tokens of a cache page.
+        cache_memory: size of the cache in bytes. The default is enough for four full contexts, but
+            at most 1 GiB unless one full context needs more.
+        max_model_len: longest sequence in tokens, prompt and output together. The default is the
+            model's limit.
+        max_num_seqs: largest number of sequences that run at once.
+        max_num_batched_tokens: largest number of tokens per step. It bounds how long a long prompt
+            delays sequences that are decoding.
+        page_size: number of tokens per cache page.
         speculate: while at most this many sequences run, n-gram drafts are checked several tokens
             at a time (lookup.py). Outputs do not change. 0 disables drafts.
-        dtype: of the computation, "float32" or "bfloat16"; default: the checkpoint's.
-        device: "auto" | "cpu" | "cuda" | "mps"; default: where the model is, else the CPU.
-        threads: CPU threads; 0 leaves torch's setting.
-        count_experts: count for every sequence which routed experts computed its tokens
-            (Output.experts, `experts`).
-        weights: quantise while loading: int8 | int4, or fp32 | bf16 in kernel layout. (`lamoe
-            quantize` does it once and writes a folder.)
+        dtype: dtype of the computation, "float32" or "bfloat16". The default is the checkpoint's.
+        device: "auto" | "cpu" | "cuda" | "mps". The default is the device of `model` if it is in
+            memory, else the CPU.
+        threads: number of CPU threads. 0 leaves torch's setting.
+        count_experts: whether to count, for every sequence, which routed experts computed its
+            tokens (Output.experts, `experts`).
+        weights: format to which the weights are converted while loading, int8 | int4 (quantised) or
+            fp32 | bf16. `lamoe quantize` does this once and writes a folder.
         head: the same for the output head alone.
-        backend: "cpu" (the compiled kernels) or "torch"; default: the compiled kernels where they
-            can run the model.
+        backend: "cpu" (the compiled kernels) or "torch". By default the compiled kernels run every
+            model that they support.
 
     Attributes:
-        model: the `model` argument. backend: what runs it. config: its architecture.
+        model: the `model` argument.
+        backend: the Backend that runs the model.
+        config: the architecture of the model.
 
     Raises:
-        ValueError: before any weight is read, if memory does not suffice (plan.py).
+        ValueError: if memory does not suffice (plan.py). This is checked before weights are read.
     """
 
     def __init__(
@@ -153,7 +159,7 @@ class LLM:
         self._texts: dict[int, TextStream] = {}
         # Deltas that `generate` and `stream` have not consumed yet, by sequence id.
         self._inboxes: dict[int, deque[Delta]] = {}
-        # Totals since the start. cached_tokens / prompt_tokens is the prefix hit rate.
+        # Totals since construction. cached_tokens / prompt_tokens is the prefix hit rate.
         self.prompt_tokens = self.cached_tokens = 0
         self.drafted = self.accepted = 0
         self._pace = Pace()
@@ -164,11 +170,14 @@ class LLM:
         prompts: list[str | list[int]],
         params: SamplingParams | list[SamplingParams] = SamplingParams(),
     ) -> list[Output]:
-        """Generate all outputs, in the order of the prompts; n samples of a prompt are neighbours.
+        """Generate the outputs of all prompts.
 
         Args:
             prompts: texts or lists of token ids.
-            params: for all prompts, or one for each.
+            params: sampling parameters for all prompts, or a list with one entry per prompt.
+
+        Returns:
+            The outputs in the order of the prompts. The n samples of a prompt are neighbours.
 
         Raises:
             ValueError: if one of the requests is invalid. Then nothing runs.
@@ -186,17 +195,17 @@ class LLM:
     def stream(
         self, prompt: str | list[int], params: SamplingParams = SamplingParams()
     ) -> Iterator[Delta]:
-        """Yield the deltas of one prompt as they come.
+        """Yield the deltas of one prompt as soon as they are generated.
 
-        The n samples are told apart by `Delta.id`. Leaving the loop early frees their pages.
+        `Delta.id` distinguishes the n samples. Leaving the loop early frees their cache pages.
         """
         return self._deltas(self._sequences(prompt, params))
 
     def _deltas(self, sequences: list[Sequence]) -> Iterator[Delta]:
         """Run sequences to their end.
 
-        Several of these iterators may be consumed alternately: each step puts every delta into the
-        inbox of the iterator that it belongs to.
+        Several of these iterators may be consumed alternately, because each step puts every delta
+        into the inbox of the iterator that it belongs to.
         """
         inbox: deque[Delta] = deque()
         left = len(sequences)
@@ -219,7 +228,7 @@ class LLM:
         """Queue a request and return the ids of its n sequences.
 
         Raises:
-            ValueError: if it can never run.
+            ValueError: if the request can never run.
         """
         return self.add_all([(prompt, params)])
 
@@ -237,10 +246,11 @@ class LLM:
     def experts(self, id: int) -> torch.Tensor | None:
         """Return how often each routed expert computed a token of an unfinished sequence.
 
-        Tokens of a prefix hit were not computed; those of a preempted sequence were computed twice.
+        Tokens of a prefix hit do not count, because they were not computed. Tokens of a preempted
+        sequence count twice, because they were computed twice.
 
         Returns:
-            int64 [MoE layers, E]; None for an unknown id, or without count_experts.
+            int64 [MoE layers, E]. None if the id is unknown or count_experts is off.
         """
         seq = self._find(id)
         return seq.experts if seq else None
@@ -262,22 +272,22 @@ class LLM:
         return next((seq for seq in unfinished if seq.id == id), None)
 
     def plan(self) -> Plan:
-        """Return the memory plan; `describe()` puts it into words."""
+        """Return the memory plan of this engine. Its `describe()` formats the plan as text."""
         return self._plan
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that attention computes in."""
+        """The dtype in which attention computes."""
         return self.backend.dtype
 
     @property
     def busy(self) -> bool:
-        """Whether a sequence runs or waits."""
+        """Whether at least one sequence is running or waiting."""
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
-        """Run one forward pass over what the scheduler chose, and return what it added.
+        """Run one forward pass over the tokens that the scheduler chose, and return the deltas.
 
         If the pass fails, the affected sequences finish with an error and the others continue. If
         `step` itself raises, the engine state is undefined: discard the engine.
@@ -299,8 +309,8 @@ class LLM:
     def _run(self, work: runner.Work) -> tuple[list[runner.Ready], list[Delta]]:
         """Run the scheduled work; return its results and the deltas of sequences that failed.
 
-        A failed pass counts as not run: its rows are treated as unwritten, and no other sequence
-        shares their pages. Each of its sequences is then retried alone. That finds the faulty
+        A failed pass counts as not run. Its rows are treated as unwritten, and no other sequence
+        shares their pages. Then each sequence of the pass is retried alone, which finds the faulty
         sequence and needs less memory.
         """
         try:
@@ -322,7 +332,7 @@ class LLM:
         return deltas
 
     def _accept(self, ready: runner.Ready) -> list[Delta]:
-        """Choose the next token, and further ones as long as each equals its draft token."""
+        """Choose the next token, and further tokens while each chosen token equals the draft."""
         seq, logits, checks = ready
         draft, seq.draft = seq.draft, []
         deltas = [self._advance(seq, logits[0], *checks[0])]
@@ -341,18 +351,21 @@ class LLM:
     def _advance(self, seq: Sequence, logits: torch.Tensor, total: float, argmax: int) -> Delta:
         """Choose the next token of a sequence.
 
-        Whatever goes wrong with it (numbers, sampling, grammar, text) ends this sequence alone.
+        An error in its logits, sampling, grammar or text ends this sequence alone.
 
         Args:
-            total: the sum of the logits; it is not finite if one of them is not.
+            logits: [vocabulary].
+            total: the sum of the logits. It is not finite if any logit is not finite.
+            argmax: index of the largest logit.
         """
         if not math.isfinite(total):
-            # Earlier rows may be bad too: a masked NaN has weight 0, and 0 x NaN is NaN.
+            # Rows before this one may contain NaN too. Even a masked NaN spreads, since its
+            # attention weight is 0 and 0 x NaN is NaN.
             self.pool.forget(seq.pages)
             return self._fail(seq, "the model's logits are not finite", internal=True)
         try:
             return self._choose(seq, logits, argmax)
-        except (ValueError, RuntimeError) as e:  # options or a grammar that leave no token
+        except (ValueError, RuntimeError) as e:  # options or grammar exclude every token
             return self._fail(seq, str(e), internal=False)
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -361,7 +374,7 @@ class LLM:
             return self._fail(seq, _INTERNAL_ERROR.format(type(e).__name__), internal=True)
 
     def _fail(self, seq: Sequence, error: str, internal: bool) -> Delta:
-        """End a sequence with an error; see Output.internal."""
+        """End a sequence with an error. `internal` is stored as Output.internal."""
         seq.error, seq.internal = error, internal
         return Delta(seq.id, None, "", self._finish(seq, "error", self._texts[seq.id].shown))
 
@@ -378,7 +391,11 @@ class LLM:
         return Delta(seq.id, token, piece, output, logprobs)
 
     def _sequences(self, prompt: str | list[int], params: SamplingParams) -> list[Sequence]:
-        """Make the n sequences of a request. ValueError if it can never run."""
+        """Make the n sequences of a request.
+
+        Raises:
+            ValueError: if the request can never run.
+        """
         tokenizer = self.tokenizer
         if isinstance(prompt, str):
             if tokenizer is None:
@@ -433,31 +450,33 @@ class LLM:
     def save_cache(self, file: str | Path, tokens: list[int]) -> int:
         """Save the cached rows of the beginning of `tokens` to a safetensors file.
 
-        Call it between two steps, not from another thread. See prefix_file.py.
+        Call this method between two steps, not from another thread. prefix_file.py documents the
+        file.
 
         Returns:
-            the number of tokens whose rows were saved.
+            The number of tokens whose rows were saved.
         """
         return prefix_file.save(file, tokens, self.backend, self.cache, self.pool)
 
     def load_cache(self, file: str | Path) -> int:
-        """Load a file of `save_cache`: prompts that begin with its tokens reuse its rows.
+        """Load a file of `save_cache`, so that prompts which begin with its tokens reuse its rows.
 
-        Call it between two steps, not from another thread.
+        Call this method between two steps, not from another thread.
 
         Returns:
-            the number of its tokens that are in the cache now.
+            The number of tokens of the file that are in the cache now.
 
         Raises:
-            ValueError: for another model or cache format, a damaged file, or one that does not fit.
+            ValueError: if the file is damaged, does not fit in the cache, or belongs to another
+                model or cache format.
         """
         return prefix_file.load(file, self.backend, self.cache, self.pool, self.max_model_len)
 
 
 def token_logprobs(logits: torch.Tensor, token: int, top: int) -> dict[int, float]:
-    """Return the natural log-probabilities of the `top` most likely tokens and of `token`.
+    """Return {token id: natural log-probability} of the `top` most likely tokens and of `token`.
 
-    The most likely come first.
+    The most likely tokens come first.
     """
     logp = logits.float().log_softmax(-1)
     ids = logp.topk(min(top, len(logp))).indices.tolist() if top else []

@@ -1,4 +1,4 @@
-"""From logits to the next token and its text: the one step that every way of generating shares."""
+"""Chooses the next token from logits and converts it to text, for every kind of generation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lamoe.text.tokenizer import Tokenizer
 
 
 class NextToken(NamedTuple):
-    """A chosen token and the text that became showable with it.
+    """A chosen token and the text that can be shown after it.
 
-    finish_reason: None, or why the sequence ends here: "stop" (EOS, a stop string or a complete
-        grammar) or "length" (max_tokens or a full context).
+    finish_reason: why the sequence ends with this token, "stop" (EOS, a stop string or a complete
+        grammar) or "length" (max_tokens or a full context). None if it continues.
     """
 
     token_id: int
@@ -33,11 +33,13 @@ def next_token(
     """Choose the next token of a sequence from its logits and append it to `seq.tokens`.
 
     Args:
-        logits: [vocabulary].
-        argmax: index of the largest logit, if known; saves a pass when sampling is greedy.
+        seq: the sequence.
+        logits: [vocabulary], the logits after its last token.
+        argmax: index of the largest logit, if known. It saves a pass over the logits when sampling
+            is greedy.
 
     Raises:
-        ValueError, RuntimeError: if options or grammar leave no token to choose.
+        ValueError, RuntimeError: if the options or the grammar exclude every token.
     """
     params = seq.params
     adjusted = params.adjust(logits, seq.tokens, seq.prompt_len, eos_ids)
@@ -75,7 +77,7 @@ class TextStream:
         self._stop, self._held, self.shown = stop, "", ""
 
     def add(self, token: int) -> tuple[str, bool]:
-        """Return the text to show after one more token, and whether a stop string is complete."""
+        """Add a token. Return the new text to show, and whether a stop string is complete."""
         if self._decoder is None:
             return "", False
         text = self._held + self._decoder.step(token)
@@ -83,7 +85,7 @@ class TextStream:
         if end is not None:
             self._held = ""
             return self._show(text[:end]), True
-        # Hold back the longest end of the text that some stop string begins with.
+        # Hold back the longest end of the text that could be the beginning of a stop string.
         held = max(
             (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
             default=0,
@@ -92,10 +94,10 @@ class TextStream:
         return self._show(text[: len(text) - held]), False
 
     def rest(self) -> str:
-        """At the end of the output, return the text that was held back.
+        """Return the text that was held back. Call it at the end of the output.
 
-        An incomplete last character is decoded too. If this completes a stop string, the text ends
-        before that string.
+        An incomplete last character is decoded too. If the text completes a stop string, it is cut
+        before this string.
         """
         text = self._held + (self._decoder.flush() if self._decoder else "")
         return self._show(text[: self._stop_begin(text)])

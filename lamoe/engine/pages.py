@@ -33,7 +33,7 @@ class PagePool:
 
     @property
     def owned(self) -> int:
-        """Number of pages with an owner."""
+        """Number of pages that at least one sequence owns."""
         return len(self._owners)
 
     def take(self) -> int | None:
@@ -52,7 +52,10 @@ class PagePool:
         return page
 
     def share(self, content: bytes) -> int | None:
-        """Add an owner to the full page with this content hash; None if there is no such page."""
+        """Add an owner to the full page with this content hash and return the page.
+
+        Returns None if no page has this content.
+        """
         page = self._page_of.get(content)
         if page is not None:
             self._kept.pop(page, None)
@@ -68,7 +71,7 @@ class PagePool:
             self._page_of[content], self._content_of[page] = page, content
 
     def forget(self, pages: list[int]) -> None:
-        """Withdraw owned pages from `share`, for example because their rows are invalid."""
+        """Exclude owned pages from `share`, for example because their rows are invalid."""
         for page in pages:
             content = self._content_of.pop(page, None)
             if content is not None:
@@ -92,9 +95,10 @@ class PagePool:
 def content_hash(before: bytes, tokens: list[int]) -> bytes:
     """Return the hash of a page: SHA-256 of the previous page's hash and the page's own tokens.
 
-    A cryptographic hash, because a collision would give one user's cache rows to another.
+    The hash is cryptographic, because a collision would give one user's cache rows to another user.
 
     Args:
-        before: hash of the previous page; b"" for the first.
+        before: hash of the previous page, or b"" for the first page.
+        tokens: token ids of the page.
     """
     return hashlib.sha256(before + array("q", tokens).tobytes()).digest()

@@ -1,4 +1,4 @@
-"""The memory plan: what weights, cache and attention take, decided before anything is allocated."""
+"""The memory plan: the bytes of weights, cache and attention, computed before any allocation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lamoe.model.config import ModelConfig
 
 # Default limit of the cache size, unless one full context needs more.
 DEFAULT_CACHE_BYTES = 1 << 30
-DEFAULT_CONTEXTS = 4  # default cache size, in full contexts
+DEFAULT_CONTEXTS = 4  # default cache size, in sequences of max_model_len tokens
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Plan:
     """Memory of a model and its cache, in bytes over all layers.
 
     format: storage format of the cache.
-    cache: bytes of `pages` pages.
-    bytes_per_token: one token's cache rows.
-    expanded_bytes_per_token: its full keys and values at 16 bits, which is what a program without
-        a latent cache stores.
-    max_model_len: longest sequence in tokens, prompt and output.
-    states: most bytes of attention's partial results (Backend.state_bytes).
+    cache: bytes of all `pages` pages.
+    bytes_per_token: bytes of the cache rows of one token.
+    expanded_bytes_per_token: bytes of the full keys and values of one token at 16 bits, which a
+        program without a latent cache stores.
+    max_model_len: longest sequence in tokens, prompt and output together.
+    states: upper bound on the bytes of attention's partial results (Backend.state_bytes).
     """
 
     format: str
@@ -43,12 +43,12 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the cache holds, of all sequences together."""
+        """Number of tokens that the cache holds, over all sequences."""
         return self.pages * self.page_size
 
     @property
     def sequences(self) -> int:
-        """Sequences of max_model_len tokens that the cache holds at once."""
+        """Number of sequences of max_model_len tokens that the cache holds at once."""
         return self.pages // math.ceil(self.max_model_len / self.page_size)
 
     def describe(self) -> str:
@@ -86,16 +86,16 @@ def fit(
     available: int | None = None,
     state_bytes: Callable[[int], int] = lambda max_model_len: 0,
 ) -> Plan:
-    """Size the cache.
+    """Choose the size of the cache and check that everything fits in memory.
 
     Args:
         weights: bytes of the weights.
         format: storage format of the cache.
-        cache_memory: bytes of the cache. None takes enough for four full contexts but at most
-            1 GiB, and in any case enough for one.
-        max_model_len: longest sequence in tokens; None takes the model's limit.
-        available: bytes that weights, cache and attention may take together; None if unknown.
-        state_bytes: from max_model_len to the bytes of attention's partial results.
+        cache_memory: bytes of the cache. None means enough for four full contexts but at most
+            1 GiB, and in any case enough for one full context.
+        max_model_len: longest sequence in tokens. None means the model's limit.
+        available: bytes that weights, cache and attention may take together. None if unknown.
+        state_bytes: function from max_model_len to the bytes of attention's partial results.
 
     Raises:
         ValueError: if the cache cannot hold one sequence of max_model_len, or memory cannot hold
@@ -153,7 +153,7 @@ def fit(
 
 
 def _fix(config: ModelConfig, smaller_cache_fits: bool, free: int, tokens: int) -> str:
-    """Say how to make a model fit. tokens: the longest context that would fit."""
+    """Return advice on how to make a model fit. `tokens` is the longest context that would fit."""
     if smaller_cache_fits:
         return f"lower cache_memory to at most {human_bytes(free)}"
     if tokens < 2:

@@ -47,7 +47,7 @@ def save(
     The write is atomic: an existing file stays until the new one is complete on the disk.
 
     Returns:
-        the number of tokens that were saved.
+        The number of tokens that were saved.
 
     Raises:
         ValueError: if no full page of the prefix is cached, or if `file` exists and is not a saved
@@ -88,10 +88,10 @@ def load(
     file is not loaded.
 
     Args:
-        max_tokens: longest sequence in tokens.
+        max_tokens: length of the longest sequence that the engine accepts, in tokens.
 
     Returns:
-        the number of tokens of the file that are in the cache now.
+        The number of tokens of the file that are in the cache now.
 
     Raises:
         ValueError: if the file is damaged, is not a saved cache, or was saved with another model
@@ -142,7 +142,7 @@ def _write(
     backend: Backend,
     cache: PagedCache,
 ) -> None:
-    """Write a safetensors file directly: the library would need a second copy of all rows."""
+    """Write a safetensors file without the library, which would need a second copy of all rows."""
     layers, _, row = cache.rows.shape
     n, ids = len(tokens), torch.tensor(tokens, dtype=torch.int64).numpy()
     header = {
@@ -167,13 +167,13 @@ def _write(
 def _read(
     file: Path, rows_offset: int, n: int, cache: PagedCache, pages: list[int], first: int
 ) -> None:
-    """Fill pages with rows of a file.
+    """Copy rows from a file into cache pages.
 
     Args:
-        rows_offset: byte of the file where the rows begin.
-        n: tokens of the file.
-        pages: the pages to fill.
-        first: the token of the file whose row comes first.
+        rows_offset: offset in the file where the rows begin, in bytes.
+        n: number of tokens in the file.
+        pages: the pages to fill, in order.
+        first: index of the token whose row is copied first.
     """
     row = cache.rows.shape[2]
     with open(file, "rb", buffering=0) as f:
@@ -181,14 +181,14 @@ def _read(
             for token, slot, count in _runs(pages, cache.page_size):
                 f.seek(rows_offset + (layer * n + first + token) * row)
                 part = rows[slot : slot + count]
-                on_host = part.cpu()  # the same memory if the cache is on the host
+                on_host = part.cpu()  # no copy if the cache is on the host
                 _read_into(f, memoryview(on_host.numpy()).cast("B"), file)
                 if on_host.data_ptr() != part.data_ptr():
                     part.copy_(on_host)
 
 
 def _read_into(f: IO[bytes], into: memoryview, file: Path) -> None:
-    """Fill `into` from a file, in several reads because one returns at most 2 GiB."""
+    """Fill `into` from a file. Several reads are needed, because one returns at most 2 GiB."""
     while into:
         count = f.readinto(into)  # type: ignore[attr-defined]
         if not count:
@@ -205,7 +205,7 @@ def _check(
     """Check that a file fits this model and cache.
 
     Returns:
-        its tokens, and the byte where its rows begin.
+        The tokens of the file, and the offset in bytes where its rows begin.
     """
     found, metadata = shards.read_header(file), _metadata(file)
     if metadata.get("kind") != KIND or set(found) != {"tokens", "rows"}:
@@ -243,7 +243,7 @@ def _check(
 
 
 def _check_origin(file: Path, metadata: dict[str, str], expected: dict[str, str]) -> None:
-    """Refuse a file that was saved with another model, dtype or cache format."""
+    """Raise ValueError if a file was saved with another model, dtype or cache format."""
     for key, name, fix in (
         ("format", "cache format", "load the model with cache={!r}, or save it again in this one"),
         (
@@ -290,7 +290,7 @@ def _tokens(file: Path) -> list[int]:
 
 
 def _page_hashes(tokens: list[int], page_size: int) -> Iterator[bytes]:
-    """Yield the content hashes of the full pages of a text."""
+    """Yield the content hash of each full page of a list of token ids, in order."""
     content = b""
     for end in range(page_size, len(tokens) + 1, page_size):
         content = content_hash(content, tokens[end - page_size : end])
@@ -298,10 +298,10 @@ def _page_hashes(tokens: list[int], page_size: int) -> Iterator[bytes]:
 
 
 def _runs(pages: list[int], page_size: int) -> Iterator[tuple[int, int, int]]:
-    """Group consecutive pages, to copy their rows at once.
+    """Group consecutive pages, so that their rows can be copied at once.
 
     Yields:
-        for each group: its first token, the cache slot of that token, the number of tokens.
+        (index of the first token, cache slot of this token, number of tokens) of each group.
     """
     at = 0
     while at < len(pages):

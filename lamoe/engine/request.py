@@ -1,4 +1,4 @@
-"""A request's sequence while it runs, its result, and the check of its prompt."""
+"""A sequence of a request while it runs, its result, and the check of its prompt."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Output:
     finish_reason: "stop" (EOS, a stop string, or a complete grammar), "length" (max_tokens or a
         full context), "abort" (cancelled) or "error".
     cached_tokens: prompt tokens that were found in the cache and not computed again.
-    logprobs: for each token {token id: natural log-probability}; None unless requested.
-    experts: see LLM.experts.
-    internal: whether an error is the model's or the engine's, rather than the request's own.
+    logprobs: {token id: natural log-probability} for each token. None unless requested.
+    experts: int64 [MoE layers, E], see LLM.experts. None unless the engine counts experts.
+    internal: True if the model or the engine caused the error, False if the request caused it.
     """
 
     token_ids: list[int]
@@ -40,15 +40,16 @@ class Output:
 class Sequence:
     """A sequence while it runs.
 
-    tokens: prompt and output.
-    limit: most tokens in all: prompt + max_tokens, or the context if that is less.
-    matcher: where the output stands in its grammar. It advances with sampled tokens only, so
+    tokens: token ids of the prompt and the output so far.
+    limit: largest number of tokens, which is prompt + max_tokens, or the context if that is less.
+    matcher: the state of the output in its grammar. It advances with sampled tokens only, so
         preemption does not affect it.
-    leader: a sequence with the same prompt that runs first, so that this one finds its pages.
+    leader: a sequence with the same prompt that runs first. This sequence then reuses its pages.
     computed: number of tokens whose rows are in the cache.
     cached: number of prompt tokens that were found in the cache.
-    pages: the pages of its rows. contents: content hashes of those that are full.
-    draft: tokens that the next forward pass checks after `tokens`.
+    pages: the cache pages that hold the rows.
+    contents: content hashes of the full pages.
+    draft: draft tokens that the next forward pass checks after `tokens`.
     """
 
     id: int
@@ -79,7 +80,7 @@ class Sequence:
 
     @property
     def todo(self) -> int:
-        """Tokens whose rows are not in the cache; 1 while decoding."""
+        """Number of tokens whose rows are not in the cache yet. It is 1 while decoding."""
         return len(self.tokens) - self.computed
 
 
@@ -94,11 +95,11 @@ def check_prompt(
     """Check that a prompt and its options can run.
 
     Args:
-        limit_name: how messages call max_model_len.
+        limit_name: the name of max_model_len in messages.
 
     Raises:
-        ValueError: for an empty prompt, an id outside the vocabulary, a prompt that leaves no room
-            in max_model_len, or options that need a tokenizer when there is none.
+        ValueError: if the prompt is empty, has an id outside the vocabulary, or is so long that no
+            output fits in max_model_len, or if options need a tokenizer but there is none.
     """
     vocab = config.vocab_size
     if not prompt:

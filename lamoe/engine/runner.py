@@ -17,8 +17,8 @@ Work = list[tuple[Sequence, int]]  # each sequence with the number of tokens to 
 class Ready(NamedTuple):
     """The result of one sequence whose last token was computed.
 
-    logits: [1 + draft length, vocabulary], after the last token and after each draft token.
-    checks: for each row of logits its sum (not finite if any logit is not) and its argmax.
+    logits: [1 + draft length, vocabulary], the logits after the last token and each draft token.
+    checks: (sum, argmax) of each row of logits. The sum is not finite if any logit is not finite.
     """
 
     sequence: Sequence
@@ -32,10 +32,12 @@ def run(
     """Compute the next tokens of each sequence, drafts included.
 
     Args:
-        count_experts: add the experts that computed them to each sequence's `experts`.
+        count_experts: whether to add the experts that computed the tokens to the counters
+            `Sequence.experts`.
 
     Returns:
-        one result for each sequence whose last token was among the computed ones.
+        One result for each sequence whose last token was computed. Sequences in the middle of
+        their prompt have none.
     """
     ordered = _ordered(work)
     batch, ready = build_batch(ordered, cache.page_size)
@@ -57,7 +59,7 @@ def build_batch(ordered: Work, page_size: int) -> tuple[Batch, list[Sequence]]:
     """Lay the tokens of all sequences side by side.
 
     Returns:
-        the batch, and the sequences that its output rows belong to (1 + draft length rows each).
+        The batch, and the sequences with output rows. Each of these has 1 + draft length rows.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -85,7 +87,7 @@ def build_batch(ordered: Work, page_size: int) -> tuple[Batch, list[Sequence]]:
 
 
 def _ordered(work: Work) -> Work:
-    """Put decoding sequences first, shortest first, so that neighbours attend together."""
+    """Put decoding sequences first, sorted by length, so that similar ones attend in one group."""
     decoding = sorted(((s, n) for s, n in work if n == 1), key=lambda item: item[0].computed)
     return decoding + [(s, n) for s, n in work if n > 1]
 
@@ -94,7 +96,7 @@ def _checks(logits: torch.Tensor) -> list[tuple[float, int]]:
     if logits.device.type != "cpu":
         rows = torch.stack([logits.sum(-1), logits.argmax(-1).to(logits.dtype)], -1)
         return [(total, int(best)) for total, best in rows.tolist()]
-    # numpy, because torch would wake its own threads, which compete with those of the kernels.
+    # Use numpy: torch would wake its own threads, which compete with those of the kernels.
     plain = logits.numpy()
     return list(zip(plain.sum(-1).tolist(), plain.argmax(-1).tolist()))
 

@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, top-k, top-p, min-p, with a seed of its own per request."""
+"""Samples a token from logits: temperature, top-k, top-p and min-p, with one seed per request."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ class SamplingParams:
     Penalties and bias act first, then temperature, top_k, top_p and min_p.
 
     Attributes:
-        temperature: 0 is greedy.
-        top_k: 0 disables it.
-        seed: None draws from torch's global generator. Sample i of a seeded request uses seed + i.
-        stop: texts that end the output and are not part of it.
-        n: samples of one prompt.
-        presence_penalty: subtracted from the logits of tokens that are in the output.
-        frequency_penalty: the same, once per occurrence.
-        repetition_penalty: divides positive and multiplies negative logits of tokens that are in
-            prompt or output.
+        temperature: divisor of the logits. 0 means greedy decoding.
+        top_k: number of most likely tokens to sample from. 0 means all.
+        seed: seed of sampling. None draws from torch's global generator. Sample i of a seeded
+            request uses seed + i.
+        stop: texts that end the output. The output does not include them.
+        n: number of samples per prompt.
+        presence_penalty: number that is subtracted once from the logits of tokens in the output.
+        frequency_penalty: number that is subtracted once per occurrence of a token in the output.
+        repetition_penalty: factor that divides positive and multiplies negative logits of tokens
+            in the prompt or the output.
         logit_bias: {token id: number added to its logit}.
-        logprobs: how many of the most likely tokens to report beside the chosen one, from the
-            distribution before temperature and filters.
+        logprobs: number of most likely tokens to report beside the chosen one, with
+            log-probabilities from before temperature and filters.
         grammar: the grammar that the output must match. Tokens that do not fit are masked after
-            penalties and bias. The output ends ("stop") when it is complete, even before
-            min_tokens.
-        skip_special: omit special tokens from the text.
+            penalties and bias. The output ends with "stop" when the grammar is complete, even
+            before min_tokens.
+        skip_special: whether to omit special tokens from the text.
     """
 
     temperature: float = 1.0
@@ -117,7 +118,7 @@ class SamplingParams:
         )
 
     def generator(self, sample: int = 0) -> torch.Generator | None:
-        """Return the generator of one of the n samples; None for torch's global one."""
+        """Return the random generator of sample number `sample`, or None for torch's global one."""
         return None if self.seed is None else torch.Generator().manual_seed(self.seed + sample)
 
     def adjust(
@@ -151,7 +152,7 @@ def probabilities(logits: torch.Tensor, p: SamplingParams) -> torch.Tensor:
 
     Args:
         logits: [vocabulary].
-        p: with a temperature above 0.
+        p: sampling parameters with a temperature above 0.
     """
     logits = logits.float()
     temperature = max(p.temperature, torch.finfo(torch.float32).tiny)
@@ -161,7 +162,7 @@ def probabilities(logits: torch.Tensor, p: SamplingParams) -> torch.Tensor:
     if p.top_p < 1:
         ordered, order = logits.sort(descending=True, stable=True)
         mass = ordered.softmax(0)
-        # Exclude tokens if the more likely ones already reach top_p. The first token always stays.
+        # Exclude a token if the more likely tokens already reach top_p. The first always stays.
         beyond = mass.cumsum(0) - mass >= p.top_p
         logits = logits.index_fill(0, order[beyond], float("-inf"))
     probs = logits.softmax(0)
@@ -174,7 +175,7 @@ def probabilities(logits: torch.Tensor, p: SamplingParams) -> torch.Tensor:
 def sample(
     logits: torch.Tensor, p: SamplingParams, generator: torch.Generator | None = None
 ) -> int:
-    """Draw one token id from logits [vocabulary]."""
+    """Draw one token id from logits [vocabulary], or take the argmax at temperature 0."""
     if p.temperature == 0:
         return int(logits.argmax())
     return int(torch.multinomial(probabilities(logits, p), 1, generator=generator))

@@ -1,9 +1,9 @@
 """Choose the tokens that the next step computes.
 
-Decoding sequences come first, then prompts in chunks, within a budget of tokens and pages. When
-pages run out, the youngest running sequence is preempted: it returns its pages and waits. Its
-tokens are computed again later, unless their pages are still kept. A sequence that needs more
-pages than exist never reaches the scheduler: the engine refuses it.
+Decoding sequences come first, then chunks of prompts, within a budget of tokens and pages. If pages
+run out, the youngest running sequence is preempted. It returns its pages and waits, and its tokens
+are computed again later unless their pages are still kept. The engine refuses sequences that need
+more pages than exist, so they never reach the scheduler.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ class Scheduler:
         """Create a scheduler.
 
         Args:
-            max_sequences: sequences that run at once.
-            max_tokens: tokens of one step.
-            speculate: make drafts while at most this many sequences run. With more sequences,
+            pool: the pages of the cache.
+            max_sequences: largest number of sequences that run at once.
+            max_tokens: largest number of tokens per step.
+            speculate: drafts are made while at most this many sequences run. With more sequences,
                 batching alone uses the hardware well.
         """
         self.pool, self.max_sequences = pool, max_sequences
@@ -43,12 +44,13 @@ class Scheduler:
         """Choose the work of one step and take the pages that it needs.
 
         Returns:
-            each chosen sequence with its number of tokens (draft included), decoding ones first.
+            (sequence, its number of tokens including the draft) for each chosen sequence, decoding
+            sequences first.
         """
         budget, decode, prefill = self.max_tokens, [], []
         for seq in [s for s in self.running if s.todo == 1]:
             if seq not in self.running:
-                continue  # an older sequence has just preempted it
+                continue  # in this loop, an older sequence has preempted `seq`
             seq.draft = self._draft(seq)
             if seq.draft and self._take_pages(seq, 1 + len(seq.draft)):
                 decode.append((seq, 1 + len(seq.draft)))
@@ -63,7 +65,7 @@ class Scheduler:
                 prefill.append((seq, n))
                 budget -= n
             elif n > 0:
-                budget = 0  # later sequences must not take the pages that this one waits for
+                budget = 0  # later sequences must not take the pages that `seq` waits for
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             next_seq = self._next_waiting()
             if next_seq is None:
@@ -86,7 +88,10 @@ class Scheduler:
         return decode + prefill
 
     def computed(self, seq: Sequence, n: int) -> None:
-        """Record that the cache has the rows of the next n tokens; publish pages now full."""
+        """Record that the cache has the rows of the next n tokens of a sequence.
+
+        Pages that are full now are published for sharing.
+        """
         seq.computed += n
         size = self.pool.page_size
         while (len(seq.contents) + 1) * size <= seq.computed:
@@ -119,7 +124,10 @@ class Scheduler:
         return None
 
     def _share_prefix(self, seq: Sequence) -> None:
-        """Share cached pages of the prefix of seq. Its last token is always left to compute."""
+        """Let `seq` share cached pages of its prefix.
+
+        The last token is never taken from the cache, because its logits must be computed.
+        """
         size, before = self.pool.page_size, b""
         while (len(seq.pages) + 1) * size < len(seq.tokens):
             at = len(seq.pages) * size
@@ -134,7 +142,10 @@ class Scheduler:
             seq.cached = seq.computed
 
     def _take_pages(self, seq: Sequence, n: int) -> bool:
-        """Take pages for n more tokens of seq, without preemption. False if too few are left."""
+        """Take pages for n more tokens of `seq`, without preemption.
+
+        Returns False if too few pages are available.
+        """
         missing = -(-(seq.computed + n) // self.pool.page_size) - len(seq.pages)
         if missing > self.pool.available:
             return False
@@ -142,9 +153,9 @@ class Scheduler:
         return True
 
     def _take_pages_or_preempt(self, seq: Sequence, n: int) -> bool:
-        """Take pages for n more tokens of seq, preempting the youngest sequences if needed.
+        """Take pages for n more tokens of `seq`, preempting the youngest sequences if needed.
 
-        False if seq itself was preempted.
+        Returns False if `seq` itself was preempted.
         """
         while not self._take_pages(seq, n):
             victim = self.running.pop()

@@ -1,7 +1,7 @@
-"""What a model says about a given text: log-probabilities of its tokens, and its mean state.
+"""Scores of a given text: the log-probabilities of its tokens, and its mean hidden state.
 
-These are forward passes over a cache of their own, in chunks between the engine's steps, so that a
-long text delays others no longer than a long prompt does.
+The forward passes use a cache of their own and run in chunks between the engine's steps. A long
+text therefore delays other requests no longer than a long prompt does.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from lamoe.engine.llm import LLM, token_logprobs
 async def prompt_logprobs(
     engine: AsyncLLM, ids: list[int], top: int
 ) -> list[dict[int, float] | None]:
-    """Return {token id: natural log-probability given the tokens before it} for each token.
+    """Return {token id: natural log-probability} for each position of a text.
 
-    Each dict holds the token itself and the `top` most likely ones. The first token has None.
+    The dict of a position holds its actual token and the `top` most likely ones, given the tokens
+    before. The first position has None, because no token precedes it.
     """
     found: list[dict[int, float] | None] = [None]
     results = None
 
     @torch.inference_mode()
     def score_chunk(llm: LLM) -> bool:
-        """Score the next chunk; False when there is none."""
+        """Score the next chunk. Return False if no chunk is left."""
         nonlocal results
         results = results or llm.backend.run_sequence(ids[:-1], llm.scheduler.max_tokens)
         result = next(results, None)
@@ -43,7 +44,7 @@ async def mean_state(engine: AsyncLLM, ids: list[int]) -> list[float]:
 
     @torch.inference_mode()
     def add_chunk(llm: LLM) -> bool:
-        """Add the states of the next chunk; False when there is none."""
+        """Add the states of the next chunk. Return False if no chunk is left."""
         nonlocal total, results
         results = results or llm.backend.run_sequence(ids, llm.scheduler.max_tokens, head=False)
         result = next(results, None)

@@ -1,4 +1,4 @@
-"""Bits per byte and perplexity on held-out text, and which experts a model uses there."""
+"""Bits per byte and perplexity of a model on held-out text, and the load of its experts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lamoe.backends.base import Backend
 class TextLoss:
     """Next-token loss over a text.
 
-    nats: summed cross-entropy of `targets` tokens.
-    load: [MoE layers, E], the share of assignments that each routed expert got.
+    nats: summed cross-entropy of all `targets` predicted tokens, in nats.
+    load: [MoE layers, E], the fraction of each layer's assignments that each routed expert got.
     """
 
     nats: float
@@ -37,7 +37,7 @@ class TextLoss:
         """Return the loss in bits per byte of text, which is comparable between tokenizers.
 
         Args:
-            text_bytes: UTF-8 bytes of exactly the text that the rows came from.
+            text_bytes: size in UTF-8 bytes of exactly the text that the rows contain.
         """
         return self.nats / math.log(2) / text_bytes
 
@@ -54,12 +54,12 @@ def text_loss(
     Args:
         rows: (ids, segments), integer [T + 1] each. A token is a target if its predecessor is in
             the same segment.
-        batch: rows of one forward pass.
-        max_tokens: evaluate about this many tokens at most, in rows spread evenly.
-        document_mask: whether a token sees only its own segment; see Backend.rows_loss.
+        batch: number of rows per forward pass.
+        max_tokens: limit on the evaluated tokens, about. Rows are taken evenly from the text.
+        document_mask: whether a token attends only to its own segment, see Backend.rows_loss.
 
     Raises:
-        ValueError: if there is no target.
+        ValueError: if no token is a target.
     """
     nats, num_targets, load = 0.0, 0, np.zeros((0, 0))
     if max_tokens is not None:
