@@ -38,10 +38,8 @@ from lamoe.train.optim import MasterAdamW, Optim
 
 KEYS, WORDS = 32, 32  # token ids: 0 is the question mark, then KEYS keys, then WORDS words
 FIRST_WORD = 1 + KEYS
-LENGTH, LONG = (
-    256,
-    4,
-)  # row length in training; rows of the context extension are LONG times as long
+# LENGTH is the row length in training. The context extension uses rows LONG times as long.
+LENGTH, LONG = 256, 4
 DISTRACTORS = 7  # other keys in a test haystack
 
 
@@ -108,9 +106,8 @@ def fit(model: Transformer, o: Optim, steps: int, length_at, batch_tokens: int, 
     masters = [p.detach().clone() for p in model.parameters()]
     work = copy(model).to(torch.bfloat16)
     optimizer = MasterAdamW(work, o)
-    torch._foreach_copy_(
-        optimizer.masters, masters
-    )  # write the float32 masters back, not rounded to bfloat16
+    # Write the float32 masters back, not rounded to bfloat16.
+    torch._foreach_copy_(optimizer.masters, masters)
     for step in range(steps):
         length = length_at(loss)
         ids, targets = (

@@ -137,9 +137,8 @@ def main() -> None:
     names = [n for n in CONTESTANTS if not (args.no_compile and n == "compile")]
     flags = [f"--{k}={getattr(args, k)}" for k in ("rounds", "steps", "batch", "seq", "threads")]
     workers, warm = {}, {}
-    for name in (
-        names
-    ):  # candidates start one after the other, so that they do not compete while warming up
+    # Candidates start one after the other, so that they do not compete while warming up.
+    for name in names:
         workers[name] = subprocess.Popen(
             [sys.executable, __file__, f"--worker={name}", *flags],
             stdin=subprocess.PIPE,

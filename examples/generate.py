@@ -17,9 +17,8 @@ prompt = "class Node:"
 params = lamoe.SamplingParams(temperature=0.7, top_p=0.95, max_tokens=64, seed=1)
 
 print(prompt, end="", flush=True)
-for delta in llm.stream(
-    prompt, params
-):  # one delta per token; leaving the loop cancels the request
+# The stream gives one delta per token. Leaving the loop cancels the request.
+for delta in llm.stream(prompt, params):
     print(delta.text, end="", flush=True)
 print()
 

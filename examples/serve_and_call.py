@@ -17,9 +17,8 @@ folder = sys.argv[1] if sys.argv[1:] else newest or sys.exit("no run yet: give a
 port = sys.argv[2] if sys.argv[2:] else "8123"
 
 command = [sys.executable, "-m", "lamoe", "serve", str(folder), "--port", port]
-server = subprocess.Popen(
-    command, stderr=subprocess.DEVNULL
-)  # the log goes to stderr as JSON lines
+# The log goes to stderr as JSON lines.
+server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
 try:
     url = f"http://127.0.0.1:{port}"
     while server.poll() is None:  # /health answers 503 while the model loads

@@ -10,8 +10,8 @@ from lamoe.backends import cache_codec
 from lamoe.model.config import ModelConfig
 
 LOW_BIT = ("int8", "6bit", "4bit")
-# Largest absolute error of very small numbers, by whether the format is a low-bit format. In low-
-# bit formats it is half of the smallest step.
+# Largest absolute error of very small numbers. It is half of the smallest step in the
+# low-bit formats (True), and 0 in the other formats (False).
 FLOOR = {True: 2.0**-22, False: 0.0}
 WIDTHS = [
     (512, 64),

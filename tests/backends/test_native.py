@@ -72,9 +72,8 @@ def product(
     "n, k", [(n, k) for n in (1, 15, 17, 65) for k in SIZES] + [(48, 1408), (3, 10944)]
 )
 def test_stored_weights_keep_the_error_bound_of_their_format(fmt, isa, n, k):
-    w = draw(n, k, seed=k) * torch.exp(
-        2 * draw(n, 1, seed=n)
-    )  # rows with very different magnitudes
+    # The magnitudes of rows differ widely.
+    w = draw(n, k, seed=k) * torch.exp(2 * draw(n, 1, seed=n))
     data, scale = native.pack(fmt, w, isa=isa)
     assert len(data) == native.mat_bytes(fmt, n, k)
     error = blocks(native.unpack(fmt, data, n, k, scale, isa) - w, 16).abs()

@@ -57,9 +57,8 @@ def test_a_folder_gives_the_tokens_of_the_model_packed_in_memory(tmp_path, famil
     want = tokens(LLM(lamoe.load(model), weights=weights), family)
     assert len({tuple(t) for t in want}) == 3
     assert tokens(LLM(tmp_path / "packed"), family) == want
-    assert (
-        tokens(LLM(model, weights=weights), family) == want
-    )  # the weights are quantised while loading
+    # The weights are quantised while loading.
+    assert tokens(LLM(model, weights=weights), family) == want
     if weights == "fp32":
         assert tokens(LLM(model, backend="torch"), family) == want
 

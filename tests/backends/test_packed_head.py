@@ -257,9 +257,8 @@ def test_calibration_leaves_an_8_bit_head_alone(tmp_path, family):
     all_int4 = calibrated("all", "int4", None)
     assert walked == list(range(c.num_hidden_layers + 1))
     int8_head = calibrated("int8 head", "int4", "int8")
-    assert walked == list(
-        range(c.num_hidden_layers)
-    )  # calibration did not compute moments for the head
+    # Calibration did not compute moments for the head.
+    assert walked == list(range(c.num_hidden_layers))
     assert {k for k in all_int4 if all_int4[k] != int8_head[k]} == {"head"}
     assert int8_head["head"] == native.pack("int8", head_of(model))[0].numpy().tobytes()
     head_only = calibrated("head only", "int8", "int4")

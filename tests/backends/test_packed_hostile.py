@@ -108,9 +108,8 @@ def test_files_that_the_config_does_not_name_are_refused(tmp_path):
     packed_file.load(out)
     (out / "packed-00003.safetensors.bak").touch()
     (out / ".packed-00009.safetensors.part").touch()
-    packed_file.load(
-        out
-    )  # files with these names are ignored, because packed files have other names
+    # Files with these names are ignored, because packed files have other names.
+    packed_file.load(out)
     for name in ("packed-00004.safetensors", "packed-00001 (1).safetensors"):
         shutil.copy(out / "packed-00001.safetensors", out / name)
         with pytest.raises(

@@ -145,9 +145,8 @@ def test_invalid_backends_and_devices_are_refused(options, message):
 
 def test_a_loaded_backend_keeps_its_device_and_formats(monkeypatch):
     backend = backends.load(tiny.model(tiny.HARD, dtype=torch.float32), backend="torch")
-    monkeypatch.setenv(
-        "LAMOE_BACKEND", "cpu"
-    )  # this default applies only to models that are not loaded yet
+    # This default applies only to models that are not loaded yet.
+    monkeypatch.setenv("LAMOE_BACKEND", "cpu")
     assert backends.load(backend, Formats("fp32"), device="cpu") is backend
     loaded = "was requested, but the model is already loaded on the torch backend in fp32"
     with pytest.raises(ValueError, match=f"weights='int8'.* {loaded}"):

@@ -71,10 +71,8 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path, fails):
 
 
 def test_leftovers_of_dead_processes_are_removed(tmp_path):
-    host, dead = (
-        socket.gethostname(),
-        2**22 + 1,
-    )  # this number exceeds the largest process id of Linux
+    # This number exceeds the largest process id of Linux.
+    host, dead = socket.gethostname(), 2**22 + 1
     gone = [f".m.tmp-{host}-{dead}.3", f".m.old.tmp-{host}-{dead}", f".m.tmp-{host}-{os.getpid()}"]
     kept = [f".m.tmp-elsewhere-{dead}.3", f".n.tmp-{host}-{dead}", f".m.tmp-{host}-1.0"]
     for name in (*gone, *kept):

@@ -73,9 +73,8 @@ CONFIGS = {
         **_SIZES, model_type="llama", num_key_value_heads=1, head_dim=12, tie_word_embeddings=True
     ),
 }
-IDS = (
-    torch.arange(2 * 40).reshape(2, 40) * 7 % 64
-)  # 40 tokens, more than the 32 original positions of YaRN
+# 40 tokens, more than the 32 original positions of YaRN.
+IDS = torch.arange(2 * 40).reshape(2, 40) * 7 % 64
 
 
 def tiny(config: ModelConfig, seed=0) -> Transformer:

@@ -110,10 +110,8 @@ def test_generate(trained, capsys, monkeypatch):
         )
         assert capsys.readouterr().out == first
     folder = checkpoint.latest(trained)
-    for name in (
-        folder,
-        folder / "model",
-    ):  # generate accepts a checkpoint folder and a model folder
+    # `generate` accepts a checkpoint folder and a model folder.
+    for name in (folder, folder / "model"):
         assert (
             run(
                 "generate",

@@ -372,12 +372,8 @@ def ends(llm: LLM, pattern: str, **options):
 
 def test_how_outputs_end(llm, tok):
     eos = {tok.eos_id: 100}
-    assert ends(llm, "a{3}") == (
-        "aaa",
-        "stop",
-        3,
-        False,
-    )  # a text that nothing can continue needs no EOS
+    # A text that nothing can continue needs no EOS.
+    assert ends(llm, "a{3}") == ("aaa", "stop", 3, False)
     assert ends(llm, "b*", logit_bias=eos) == ("", "stop", 1, True)
     assert ends(llm, "b*", logit_bias=eos, min_tokens=5)[1:] == ("stop", 6, True)
     assert ends(llm, "b*", logit_bias=eos, ignore_eos=True)[1:] == ("length", 20, False)
@@ -427,9 +423,8 @@ def test_padded_vocabulary_rows_and_control_tokens_are_never_sampled(llm, tok):
     (o,) = llm.generate(["the cat"], params)
     assert len(o.token_ids) == 80 and not set(never) & set(o.token_ids)
     unrestricted = llm.generate(["the cat"], SamplingParams(**{**vars(params), "grammar": None}))[0]
-    assert set(unrestricted.token_ids) <= set(
-        never
-    )  # without the grammar the model samples only these tokens
+    # Without the grammar the model samples only these tokens.
+    assert set(unrestricted.token_ids) <= set(never)
 
 
 def test_a_vocabulary_that_is_not_byte_level():

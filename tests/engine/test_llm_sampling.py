@@ -34,9 +34,8 @@ def test_equal_seeds_give_equal_tokens_alone_and_in_any_batch(speculate):
         )[:4]
         == alone[::-1]
     )
-    small = llm(
-        cache_memory=llm().cache.nbytes // 4, speculate=speculate
-    )  # so small that sequences are preempted
+    # This cache is so small that sequences are preempted.
+    small = llm(cache_memory=llm().cache.nbytes // 4, speculate=speculate)
     assert tokens(small.generate(texts * 2, params * 2)) == alone * 2
     assert (
         engine.generate(
@@ -214,9 +213,8 @@ def test_stop_strings(letters, stops, speculate):
     engine, params, whole = letters
     engine.scheduler.speculate = speculate
     stop = stops(whole)
-    end = min(
-        i + len(s) for s in stop if (i := whole.find(s)) >= 0
-    )  # the end of the stop string that is complete first
+    # Position after the stop string that is complete first.
+    end = min(i + len(s) for s in stop if (i := whole.find(s)) >= 0)
     at = min(i for s in stop if (i := whole[:end].find(s)) >= 0)
     deltas = list(engine.stream("gad", SamplingParams(**{**vars(params), "stop": stop})))
     o = deltas[-1].output

@@ -54,9 +54,8 @@ def test_a_shared_page_is_available_when_its_last_owner_returns_it():
         assert (pool.available, pool.owned) == (0, 1) and pool.take() is None
     pool.give_back([page])
     assert (pool.available, pool.owned) == (1, 0)
-    assert (
-        pool.take() == page and pool.share(a) is None
-    )  # taking the page has removed its old content
+    # Taking the page has removed its old content.
+    assert pool.take() == page and pool.share(a) is None
 
 
 def test_kept_pages_can_be_shared_again():
@@ -201,9 +200,8 @@ def test_forgotten_pages_are_not_shared_and_become_free():
     contents = [content_hash(b"", [i, i]) for i in range(3)]
     for page, content in zip(pages[:2], contents):
         pool.publish(page, content)
-    assert (
-        pool.share(contents[0]) == pages[0]
-    )  # the page has a second owner now, so it is not freed
+    # The page has a second owner now, so it is not freed.
+    assert pool.share(contents[0]) == pages[0]
     pool.forget(pages)
     assert [pool.share(c) for c in contents] == [None] * 3 and pool.owned == 3
     pool.give_back(pages)

@@ -65,9 +65,8 @@ def test_same_tokens_after_loading(tmp_path, config, format, written, read):
 def test_saved_rows_are_the_bytes_of_the_cache(tmp_path, format):
     row = cache_codec.row_bytes(format, CONFIG.cache_row)
     one, two = llm(cache=format), llm(cache=format, page_size=5)
-    one.generate(
-        [[9] * 10, TEXT], GREEDY
-    )  # the first prompt takes page 0, so TEXT begins on a later page
+    # The first prompt takes page 0, so TEXT begins on a later page.
+    one.generate([[9] * 10, TEXT], GREEDY)
     assert one.save_cache(tmp_path / "c", TEXT) == 60
     stored = load_file(tmp_path / "c")  # the safetensors library can read the file
     assert (

@@ -124,9 +124,8 @@ def run(positions: int):
         want = last_logits(c, w, ids, len(prompt) - 1 + k)
         assert np.abs(got - want).max() < 1e-3
         without = last_logits(c.replace(rope_scaling=None), w, ids, len(prompt) - 1 + k)
-        assert (
-            np.abs(got - without).max() > 1e-2
-        )  # the rotation matters, so a wrong one would be noticed
+        # The rotation matters, so a wrong one would be noticed.
+        assert np.abs(got - without).max() > 1e-2
     m.float()
     again = engine.generate([prompt], params)[0]
     assert (

@@ -57,10 +57,8 @@ def angles(c, position: int, width: int) -> list[float]:
         theta = c.rope_theta ** (-2 * i / width)
         y = c.rope_scaling
         if y is not None:
-
-            def pair(
-                turns,
-            ):  # index of the pair that rotates `turns` times within the original context
+            # Index of the pair that rotates `turns` times within the original context.
+            def pair(turns):
                 return (
                     width
                     * math.log(y.original_max_position_embeddings / (turns * 2 * math.pi))

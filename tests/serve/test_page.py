@@ -480,9 +480,8 @@ def test_page_with_the_real_server(tabs, real):
     done(page)
     expect(page.locator("#hits-reply")).not_to_contain_text("0 of ")  # the prompt was cached
     second = stored(page)[0]["messages"][1]["versions"][1]
-    assert (
-        second["content"] == first["content"]
-    )  # the replies are equal because their seed is equal
+    # The replies are equal because their seed is equal.
+    assert second["content"] == first["content"]
     page.keyboard.press("Alt+n")
     page.keyboard.press("Alt+s")
     page.get_by_label("Tokens per reply", exact=True).fill("1000")

@@ -106,9 +106,8 @@ def test_client_disconnects_during_generation(stream):
         until(lambda: server.service.generated_tokens > 6)
         c.leave()
         until(server.idle, 1.0)
-        [id] = (
-            server.service._expert_loads
-        )  # the server keeps expert loads also for requests that were cut short
+        # The server keeps expert loads also for requests that were cut short.
+        [id] = server.service._expert_loads
         load = server.client.get(f"/lamoe/requests/{id}/experts").json()["load"]
         per_token = server.service.config.num_experts_per_tok
         assert sum(load[0]) >= server.service.generated_tokens * per_token / 2

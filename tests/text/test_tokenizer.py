@@ -25,10 +25,8 @@ TEXTS = [
     "class Tokenizer:\n    def encode(self, text):\n        pass\n",
     "어제 서울에서 日本語のテキスト Ελληνικά\n",
 ] * 4
-USER, ASSISTANT = (
-    "<｜User｜>",
-    "<｜Assistant｜>",
-)  # as in DeepSeek-V3, these tokens are not marked special
+# As in DeepSeek-V3, these tokens are not marked special.
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 
 
 @pytest.fixture(scope="module")
@@ -230,9 +228,8 @@ def test_stream_never_splits_a_character(tok):
     pieces, text = joined(tok, grin)
     assert pieces == ["", "", "", "😀"] and text == "😀"
     pieces, text = joined(tok, grin[:2])
-    assert (
-        pieces == ["", ""] and text == "\ufffd"
-    )  # `flush` shows the incomplete character, and `step` does not
+    # `flush` shows the incomplete character, and `step` does not.
+    assert pieces == ["", ""] and text == "\ufffd"
 
 
 def test_stream_starts_anew_after_flush(tok):

@@ -517,9 +517,8 @@ def test_resume_is_bitwise_anywhere(corpus):
         states.append(json.loads(json.dumps(running.state_dict())))
         running.next_batch(3)
     assert running.epoch > 2
-    for k, state in enumerate(
-        states
-    ):  # states inside an epoch, inside a document, and across both ends of an epoch
+    # States inside an epoch, inside a document, and across both ends of an epoch.
+    for k, state in enumerate(states):
         resumed = Batches(corpus, width - 1, seed=3)
         resumed.next_batch(1)
         resumed.load_state_dict(state)

@@ -199,9 +199,8 @@ def test_bf16_masters_keep_small_steps():
         ours.step(1e-3)
         alone -= torch.tensor(1e-3, dtype=torch.bfloat16)
     master = ours.masters[2]
-    assert torch.equal(
-        alone, torch.ones_like(alone)
-    )  # without master weights, the updates are lost
+    # Without master weights, the updates are lost.
+    assert torch.equal(alone, torch.ones_like(alone))
     assert master.dtype == torch.float32 and torch.allclose(
         master, torch.full((8,), 1 - 16e-3), atol=1e-5
     )
