@@ -7,7 +7,7 @@ The prompts ask for code editing and for summaries. The third kind, "sampled", d
 1 from the same prompts. There the text so far says little about the next token, so drafts must
 switch themselves off.
 
-Two engines over the same weights run interleaved, prompt by prompt. Figures are medians; ratios are
+Two engines over the same weights run interleaved, prompt by prompt. Figures are medians. Ratios are
 taken between the two runs of one prompt. Time runs from the first token to the last, so the prompt
 does not count. "same output" is the share of outputs that equal those without drafts token for
 token. It must be 100 % in float32. In bfloat16 a pass over several tokens may round a near tie the

@@ -4,11 +4,11 @@
                                 [--lengths 64,128,256,512,1024,2048,4096] [--threads 1]
 
 The task is a needle in a haystack. The haystack is random words. The needle is a key followed by
-its value, which is a word like any other; further keys with other values are distractors. The
+its value, which is a word like any other. Further keys with other values are distractors. The
 question at the end is a mark and the key, and the answer is the value.
 
 Two layers suffice. The first attends to the previous token and so learns which value follows which
-key; it needs the fast pairs of the rotary embedding. The second searches the whole haystack for the
+key. It needs the fast pairs of the rotary embedding. The second searches the whole haystack for the
 key. As two thirds of each head are rotary, it also uses the slow pairs, as models do whose heads
 are fully rotary. So it fails beyond the training length of 256 tokens.
 

@@ -237,7 +237,7 @@ def overhead(
 ) -> dict[str, float]:
     """Measure milliseconds per token at batch 16, over HTTP and from the engine directly.
 
-    The rounds are interleaved; the results are medians.
+    The rounds are interleaved. The results are medians.
     """
     llm = LLM(folder, threads=threads, max_num_seqs=SEATS, count_experts=True)
     prompts = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(BATCH)]

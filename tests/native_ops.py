@@ -1,6 +1,6 @@
 """Single operations of the compiled kernels (`lamoe._native_test`) as functions of torch tensors.
 
-Builds by hand and editable installs have this module; wheels do not.
+Builds by hand and editable installs have this module. Wheels do not.
 """
 
 import torch

@@ -79,7 +79,7 @@ class Run:
 
 
 def distance(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Return the largest difference relative to the largest |logit|; inf if `got` is not finite."""
+    """Return the largest difference relative to the largest |logit|, or inf if not finite."""
     if not got.isfinite().all():
         return float("inf")
     return float((got.double() - want.double()).abs().max() / want.double().abs().max())

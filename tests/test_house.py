@@ -94,7 +94,7 @@ def test_the_check_sees_an_import_that_goes_up():
     ]
     assert "lamoe.kernels" in imports(
         "lamoe.model.transformer"
-    ) and "lamoe.model.config" in imports("lamoe.model.rope")  # and `imports` does find imports
+    ) and "lamoe.model.config" in imports("lamoe.model.rope")  # `imports` does find imports
 
 
 def test_no_import_circles():
@@ -192,7 +192,7 @@ FORBIDDEN = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "s
 
 
 def runs_foreign_code(node: ast.AST) -> str | None:
-    """Name what could execute code from a foreign file; None if the node is harmless."""
+    """Name what could execute code from a foreign file. Return None for a harmless node."""
     names = (
         [a.name for a in node.names] + [getattr(node, "module", None) or ""]
         if isinstance(node, (ast.Import, ast.ImportFrom))

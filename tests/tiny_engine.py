@@ -104,7 +104,7 @@ def tokens(outputs) -> list[list[int]]:
 
 
 def drain(engine: LLM, limit: int = 500) -> dict:
-    """Step until the engine is idle, at most `limit` times; return {id: output}."""
+    """Step until the engine is idle, at most `limit` times. Return {id: output}."""
     done = {}
     for _ in range(limit):
         if not engine.busy:

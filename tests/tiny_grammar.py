@@ -9,7 +9,7 @@ from lamoe.text.tokenizer import Tokenizer
 from oracles import tiny
 from tiny_engine import FAMILIES
 
-ROWS = 400  # logits of the model; the vocabulary is smaller, as in DeepSeek-V2
+ROWS = 400  # rows of logits; the vocabulary is smaller, as in DeepSeek-V2
 TEXT = [
     '{"name": "abc", "n": [1, 22, 333], "ok": true, "no": null}',
     "abab baba ab ba abba the cat ü 中文 the cat",
@@ -31,7 +31,7 @@ def llm(tok) -> LLM:
 
 
 def engine(tok: Tokenizer, **options) -> LLM:
-    """Make an engine over a tiny model with a tokenizer; `options` are those of LLM."""
+    """Make an engine over a tiny model with a tokenizer. `options` are those of LLM."""
     c = FAMILIES["mla"].replace(max_position_embeddings=512, vocab_size=ROWS)
     return LLM(
         tiny.model(c, dtype=torch.float32),

@@ -43,7 +43,7 @@ def source(folder: Path, family: str, seed: int = 0) -> Path:
 def pack(
     source: Path, target: Path, weights: str = "int4", head: str | None = None, **options
 ) -> list:
-    """Pack a model folder; return its PackedTensors."""
+    """Pack a model folder. Return its PackedTensors."""
     formats = Formats(weights, head)
     return [tensor for tensor, _ in packed_file.write(source, target, formats, **options)]
 

@@ -100,7 +100,7 @@ def state(folder: Path) -> dict:
 
 
 def write_toml(path: Path, raw: dict) -> Path:
-    """Write a recipe; strings, numbers, lists and booleans are the same in JSON and TOML."""
+    """Write a recipe as TOML. Strings, numbers, lists and booleans have the same form in JSON."""
     path.write_text(
         "".join(
             f"[{s}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items())

@@ -120,7 +120,7 @@ class Running:
         self.serving.loop.call_soon_threadsafe(self.serving.signal)
 
     def stop(self) -> int:
-        """Stop the server; cut off requests that take longer than a second. Return the code."""
+        """Stop the server and return its exit code. Requests are cut off after a second."""
         if self._thread.is_alive():
             self.signal()
             self._thread.join(1)
@@ -187,7 +187,7 @@ class Running:
 
 
 def until(condition, seconds: float = 20.0):
-    """Wait until `condition()` is true; fail after `seconds`."""
+    """Wait until `condition()` is true. Fail after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "the condition did not become true in time"

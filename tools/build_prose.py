@@ -5,7 +5,7 @@
 The Debian package is an R library. Its novels are string vectors in R's binary serialisation, one
 string per hard-wrapped line of about 70 columns. This script reads them without R, joins the lines
 of each paragraph, and writes a reproducible archive (times, owners and order are fixed). The result
-is committed; nothing in lamoe needs this script or the package.
+is committed. Nothing in lamoe needs this script or the package.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def reflow(lines: list[str]) -> str:
 def join_lines(lines: list[str]) -> str:
     """Join the lines of one paragraph.
 
-    In verse and addresses every line starts with a capital; any other line marks prose.
+    In verse and addresses every line starts with a capital. Any other line marks prose.
     """
     is_prose = any(line[:1].islower() for line in lines[1:])
     out = lines[0]

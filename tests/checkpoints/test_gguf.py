@@ -93,7 +93,7 @@ def words() -> tokenizers.Tokenizer:
 def write(
     path, model: Transformer, words: tokenizers.Tokenizer, kind: str = "F32", change=None
 ) -> dict[str, np.ndarray]:
-    """Write a GGUF file of `model`; return its tensors as stored, dequantised.
+    """Write a GGUF file of `model`. Return its tensors as stored, dequantised.
 
     Args:
         change: called with facts and tensors before writing, to damage them.

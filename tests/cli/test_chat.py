@@ -335,7 +335,7 @@ def test_save_and_load(llm, parts, tmp_path):
     assert c.failures == other.failures == 0
 
     c.command("/clear")
-    c.command(f"/save {file}")  # replaces both files
+    c.command(f"/save {file}")  # replaces both files of a saved chat
     system = parts[1].apply_chat(c.messages, add_generation_prompt=False)
     assert (
         load_file(tmp_path / "a talk.json.cache.safetensors")["tokens"].tolist()

@@ -69,7 +69,8 @@ def test_leaving_a_stream_and_cancelling_a_task_free_the_pages(engine):
             await task
         await until(engine, lambda llm: not llm.busy and llm.pool.owned == 0)
         assert not engine._readers
-        return await engine.generate([1, 2, 3], GREEDY)  # the engine still works
+        # The engine still works after the cancellation.
+        return await engine.generate([1, 2, 3], GREEDY)
 
     assert len(run(main())[0].token_ids) == 12
 

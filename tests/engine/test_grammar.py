@@ -360,7 +360,7 @@ def test_samples_of_one_request_have_separate_matchers(llm, tok, requests):
 
 # ---- end of the output ----
 def ends(llm: LLM, pattern: str, **options):
-    """Generate under a pattern; return (text, finish reason, tokens, whether the last is EOS)."""
+    """Generate under a pattern. Return (text, finish reason, tokens, whether the last is EOS)."""
     (o,) = llm.generate(
         ["ab"],
         SamplingParams(

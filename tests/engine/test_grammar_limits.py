@@ -185,7 +185,7 @@ def nested(depth: int) -> dict:
 
 
 def hostile() -> None:
-    """Compile every case and sample up to 80 tokens under it; print the result or the error.
+    """Compile every case and sample up to 80 tokens under it. Print the result or the error.
 
     Runs in a thread with a normal stack, like that of the engine.
     """

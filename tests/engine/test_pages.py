@@ -141,9 +141,9 @@ def test_against_a_model_of_the_pool(n, operations):
     """After every operation the pool agrees with a simple model of it."""
     pool = PagePool(n, 1)
     owners: dict[int, int] = {}  # page -> number of owners
-    kept: list[int] = []  # least recently used first
+    kept: list[int] = []  # pages, least recently used first
     content: dict[int, bytes] = {}  # page -> published hash
-    held: list[int] = []  # one entry per ownership
+    held: list[int] = []  # pages, once per owner that holds them
     for operation, k in operations:
         if operation == "take":
             free = set(range(n)) - set(owners) - set(kept)

@@ -41,7 +41,7 @@ def llm(m=None, **options) -> LLM:
 
 
 def saved(path, tokens=TEXT, **options):
-    """Save a prefix to `path`; return (path, number of tokens saved, output without loading it)."""
+    """Save a prefix to `path`. Return (path, number of tokens saved, output without loading it)."""
     one = llm(**options)
     [out] = one.generate([tokens], GREEDY)
     return path, one.save_cache(path, tokens), out
@@ -242,7 +242,7 @@ def test_a_file_of_another_model_or_format_is_refused(tmp_path, options, words):
 
 # ---- hostile files ----
 def rewrite(file, meta=None, **tensors):
-    """Replace metadata and tensors of a saved prefix; None removes a tensor."""
+    """Replace metadata and tensors of a saved prefix. None removes a tensor."""
     stored = load_file(file)
     with safe_open(file, framework="pt") as f:
         meta = {**f.metadata(), **(meta or {})}

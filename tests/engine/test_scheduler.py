@@ -268,7 +268,7 @@ def test_pages_of_outputs_are_shared_too():
     world.run()
     (second,) = world.add(first.tokens + text(3, 1), 1)
     world.run()
-    # The last of 13 tokens has no row; the other 12 fill three pages.
+    # The last of 13 tokens has no row. The other 12 fill three pages.
     assert len(first.tokens) == 13 and second.cached == 12
 
 

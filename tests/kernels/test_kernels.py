@@ -112,7 +112,7 @@ def test_rope(t, r, batch, interleaved):
     angle = draw(batch, t, r // 2, seed=2) * 100
     freqs = torch.polar(torch.full_like(angle, 1.3), angle)
     check("rope", draw(2, t, 3, r), freqs, interleaved)
-    check("rope", draw(2, t, 3, r), freqs[:1], interleaved)  # one table for all sequences
+    check("rope", draw(2, t, 3, r), freqs[:1], interleaved)  # all sequences share one table
 
 
 @pytest.mark.parametrize("f", SIZES)

@@ -56,7 +56,7 @@ def test_output_of_both_tools_is_parsed():
 def tools(tmp_path, monkeypatch):
     """Return `write(name, stdout, stderr, code)`, which puts a script of that name on PATH.
 
-    `write.calls()` lists the commands that were run; `write.model` is a GGUF file.
+    `write.calls()` lists the commands that were run. `write.model` is a GGUF file.
     """
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "m.gguf").write_bytes(b"GGUF")

@@ -260,7 +260,7 @@ def test_text_needles(trained):
         .split("question, ")[1]
         .split()[0]
     )
-    prompt, answer = make(shortest, 0.5, random.Random(3))  # needle and question only
+    prompt, answer = make(shortest, 0.5, random.Random(3))  # has only needle and question
     assert len(prompt) + len(answer) == shortest and tok.decode(prompt).count("secret number") == 2
     with pytest.raises(ValueError, match="haystack has no text"):
         needle.text_needle(tok, ["", "  \n "])

@@ -391,7 +391,7 @@ def test_plan_of_the_paper_node():
 
 def test_plan_is_exact_to_the_byte():
     n = acc.parameters(MLA).total
-    weights, row = (n * 9 + 15) // 16, 3 * 18 * 6 / 8  # 4.5 bits a weight
+    weights, row = (n * 9 + 15) // 16, 3 * 18 * 6 / 8  # 4.5 bits per weight
     for rows in (0, 1, 9, 10, 11):
         memory = weights + int(-(-rows * row // 1))
         fit = acc.plan(MLA, 4.5, 6, memory + 100, 10, reserve_bytes=100)
@@ -513,7 +513,7 @@ def test_report_is_json_and_agrees_with_the_functions(name):
 
 def test_report_options():
     assert acc.report(V2)["plan"] is None and acc.report(V2)["memory"]["weight_bits"] == 16
-    assert acc.report(SMALL)["memory"]["weight_bits"] == 32  # its torch_dtype is float32
+    assert acc.report(SMALL)["memory"]["weight_bits"] == 32  # the torch_dtype of SMALL is float32
     assert acc.report(V2, context=1)["flops"]["decode"][-1]["depth"] == 0
     for bad in ({"sequence": 5000}, {"context": 5000}):
         with pytest.raises(

@@ -76,7 +76,7 @@ ON_MOE = {
 }
 ON_DENSE = {
     **ON_MOE,
-    "model_type": ("logits", "deepseek_v2"),  # its rotary pairs are interleaved
+    "model_type": ("logits", "deepseek_v2"),  # deepseek_v2 interleaves rotary pairs
     "num_key_value_heads": ("counts", 1),
     "head_dim": ("counts", 16),
     "hidden_size": ("counts", 48),

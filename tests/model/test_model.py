@@ -158,7 +158,7 @@ def test_bfloat16_is_finite_and_close(config, impl):
     exact, low = tiny.model(config), tiny.model(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for p, q in zip(exact.parameters(), low.parameters()):
-            p.copy_(q)  # the same rounded weights
+            p.copy_(q)  # both models have the same rounded weights
     tokens = tiny.ids(config, 2, 40)
     a, b = exact(tokens), low(tokens)
     assert b.dtype == torch.float32 and b.isfinite().all()

@@ -168,7 +168,7 @@ def theirs_of(c: ModelConfig, dtype: torch.dtype = torch.float32):
 
 
 def gradient_of(theirs, disk: str) -> torch.Tensor:
-    """Return transformers' gradient of the tensor `disk`; experts are stacked in memory."""
+    """Return transformers' gradient of the tensor named `disk`, whose experts may be stacked."""
     parameters = dict(theirs.named_parameters())
     if disk in parameters:
         return parameters[disk].grad

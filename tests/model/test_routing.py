@@ -80,7 +80,7 @@ def test_weights_are_plain_scores_times_the_factor():
         r = routing.route(x, gate, c)
         assert torch.allclose(r.scores, (x @ gate.t()).softmax(-1), atol=1e-6)
         assert torch.equal(r.weight, r.scores.gather(1, r.expert) * c.routed_scaling_factor)
-        assert (r.weight.sum(1) < c.routed_scaling_factor).all()  # not renormalised
+        assert (r.weight.sum(1) < c.routed_scaling_factor).all()  # the weights are not renormalised
         normed = routing.route(x, gate, c.replace(norm_topk_prob=True))
         # lamoe both renormalises and scales. The published code does only one of them.
         assert torch.allclose(normed.weight.sum(1), torch.full((20,), c.routed_scaling_factor))
@@ -151,7 +151,7 @@ def test_losses_equal_the_loops(c, devices, most):
 
 
 def uniform(c: ModelConfig, t: int, devices: int):
-    """Return equal scores, and experts with equal loads; each token reaches `reach` devices."""
+    """Return equal scores and experts with equal loads. Each token reaches `reach` devices."""
     e, k = c.n_routed_experts, c.num_experts_per_tok
     per, most = e // devices, routing.reach(c, devices)
     share = k // most
@@ -304,14 +304,15 @@ def test_dropping_equals_the_loops(seed, devices, capacity):
 
 
 def test_budget_is_met_exactly():
-    # Device 0 has 12 assignments, device 1 has 4; the average is 8.
+    # Device 0 has 12 assignments and device 1 has 4. The average is 8.
     expert = torch.tensor([[0, 1]] * 6 + [[4, 5]] * 2)
     affinity = torch.arange(16.0).view(8, 2) / 16
     keep = keep_mask(affinity, expert, 8, 2, 1.0)
     assert keep[:6].sum() == 8 and keep[6:].all()
     assert not keep[:2].any()  # the four assignments with the lowest affinity are dropped
-    assert keep_mask(affinity, expert, 8, 2, 1.5).all()  # 12 each
-    assert keep_mask(affinity, expert, 8, 2, 0.9)[:6].sum() == 8  # 7.2 is rounded up
+    assert keep_mask(affinity, expert, 8, 2, 1.5).all()  # each device may take 12
+    # A budget of 7.2 is rounded up to 8.
+    assert keep_mask(affinity, expert, 8, 2, 0.9)[:6].sum() == 8
     ties = keep_mask(torch.full((8, 2), 0.5), expert, 8, 2, 1.0)
     assert ties[:4].all() and not ties[4:6].any()  # the later token is dropped
 
@@ -343,7 +344,8 @@ def test_the_training_hook_drops_after_counting():
         after.weight[~dropped], r.weight[~dropped]
     )
     assert torch.equal(after.expert[~dropped], r.expert[~dropped])
-    assert torch.equal(record.load, r.expert.flatten().bincount(minlength=8))  # before dropping
+    # The load counts dropped tokens too.
+    assert torch.equal(record.load, r.expert.flatten().bincount(minlength=8))
     undropped = trained_route(x, gate, LIMITED, 2)
     assert torch.equal(record.losses, undropped[2].losses) and int(undropped[2].dropped) == 0
     assert torch.equal(undropped[1].expert, r.expert)
@@ -397,7 +399,7 @@ def test_dropping_oracle_fails_for_mutations(monkeypatch):
 
 # ---- effect of the losses on a gate ----
 def imbalance_after_training(weight: float) -> float:
-    """Train a gate that prefers two experts for 60 steps; return max load / mean load."""
+    """Train a gate that prefers two experts for 60 steps. Return max load / mean load."""
     c = GREEDY.replace(num_experts_per_tok=2)
     generator = torch.Generator().manual_seed(0)
     # The inputs share a direction, which makes the bias of the gate effective.

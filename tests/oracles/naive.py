@@ -2,7 +2,7 @@
 
 It loops over tokens, heads, keys and experts in float64 numpy, for one sequence, without cache or
 batching. It shares nothing with lamoe except the tensor names on disk. Equation numbers refer to
-arXiv 2405.04434; YaRN is section 3.1.4 there and arXiv 2309.00071.
+arXiv 2405.04434. YaRN is section 3.1.4 there and arXiv 2309.00071.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def latent_attention(c, w, h, positions):
     scale = 1 / math.sqrt(nope + rot)
     if c.rope_scaling is not None:
         scale *= yarn_m(c, c.rope_scaling.mscale_all_dim) ** 2
-    keys, values, out = [], [], []  # [token][head]
+    keys, values, out = [], [], []  # lists indexed [token][head]
     for x, position in zip(h, positions):
         down = w["self_attn.kv_a_proj_with_mqa.weight"] @ x
         latent = norm(down[: c.kv_lora_rank], w["self_attn.kv_a_layernorm.weight"], 1e-6)  # eq. 41
@@ -136,7 +136,7 @@ def latent_attention(c, w, h, positions):
 
 
 def plain_attention(c, w, h, positions):
-    """Compute multi-head attention; several query heads may share one key / value head."""
+    """Compute multi-head attention. Several query heads may share one key / value head."""
     groups = c.num_key_value_heads or c.num_attention_heads
     width = c.head_dim or c.hidden_size // c.num_attention_heads
     keys, values, out = [], [], []

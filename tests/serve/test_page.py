@@ -29,7 +29,7 @@ def test_reply_streams_in_as_markdown(page, server):
     send(page, "tell me about the cache", wait=False)
     expect(reply(page)).to_have_attribute("aria-busy", "true")
     expect(reply(page)).to_contain_text("latent vector")
-    assert "the paper" not in reply(page).inner_text()  # still streaming
+    assert "the paper" not in reply(page).inner_text()  # the reply is still incomplete
     expect(page.locator("#stop")).to_be_visible()
     server.delay = 0
     done(page)
@@ -478,7 +478,8 @@ def test_page_with_the_real_server(tabs, real):
     assert first["usage"]["completion_tokens"] == 24 and first["content"]
     page.keyboard.press("Alt+r")
     done(page)
-    expect(page.locator("#hits-reply")).not_to_contain_text("0 of ")  # the prompt was cached
+    # The prompt was found in the cache.
+    expect(page.locator("#hits-reply")).not_to_contain_text("0 of ")
     second = stored(page)[0]["messages"][1]["versions"][1]
     # The replies are equal because their seed is equal.
     assert second["content"] == first["content"]

@@ -90,7 +90,7 @@ def test_seed_gives_the_same_tokens_alone_and_in_a_batch(server):
     together = server.complete(["a dog", "the cat", "rain"], seed=11, max_tokens=12)["choices"]
     assert together[1]["text"] == alone and [c["index"] for c in together] == [0, 1, 2]
     assert server.complete(seed=12, max_tokens=12)["choices"][0]["text"] != alone
-    negative = server.complete(seed=11 - 2**63, max_tokens=3)  # equals seed 11 modulo 2**63
+    negative = server.complete(seed=11 - 2**63, max_tokens=3)  # this seed equals 11 modulo 2**63
     assert negative["choices"] == server.complete(seed=11, max_tokens=3)["choices"]
 
 

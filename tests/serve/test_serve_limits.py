@@ -273,7 +273,7 @@ def test_failed_engine_ends_the_server(monkeypatch):
 
 # ---- failures ------------------------------------------------------------------------------------
 def test_non_finite_logits_fail_only_their_own_request(monkeypatch):
-    """The logits of one sequence become NaN in a batch; the other sequences do not change."""
+    """If the logits of one sequence become NaN, the other sequences of the batch do not change."""
     with Running(lambda: paced(speculate=0)) as server:
         server.wait_ready()
         good = dict(prompt=["the cat", "a dog"], seed=2, max_tokens=40, ignore_eos=True)

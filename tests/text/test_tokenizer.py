@@ -150,12 +150,12 @@ def test_encode_options(tok):
     assert tok.encode(f"hi{EOS}hi", allow_special=True) == [*plain, 1, *plain]
     assert tok.encode(BOS + BOS, bos=True, allow_special=True) == [0, 0, 0]
     assert tok.encode("") == [] and tok.encode_batch([]) == []
-    assert tok.encode("hi") == plain  # allow_special changes no state
+    assert tok.encode("hi") == plain  # `allow_special` does not change the tokenizer
     assert (
         tok.decode([0, *plain, 1]) == "hi"
         and tok.decode([0, *plain, 1], skip_special=False) == f"{BOS}hi{EOS}"
     )
-    assert tok.decode([399, 400, 5000]) == tok.decode([399])  # padding rows of the model
+    assert tok.decode([399, 400, 5000]) == tok.decode([399])  # ids of padding rows are skipped
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_stream_starts_anew_after_flush(tok):
 def byte_fallback():
     """Return a vocabulary like SentencePiece's.
 
-    Words use U+2581 for the space; missing characters are spelt as <0xNN>.
+    Words use U+2581 for the space. Missing characters are spelt as <0xNN>.
     """
     vocab = {"<unk>": 0, "▁": 1, "a": 2, "b": 3, "▁a": 4} | {
         f"<0x{b:02X}>": 5 + b for b in range(256)

@@ -191,7 +191,7 @@ def test_kill_9_at_random_moments(tmp_path):
         last = step
     assert last > 3
     save(tmp_path, last + 1, writer(last + 1), keep=2)
-    assert len(names(tmp_path)) == 3  # latest, two checkpoints, no temporaries
+    assert len(names(tmp_path)) == 3  # only `latest` and two checkpoints
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])

@@ -271,7 +271,7 @@ def test_the_split_is_known_before_there_is_a_tokenizer(tmp_path):
 def test_choose_heldout_takes_at_least_one_document():
     # No document fits into the share, so the smallest one is taken.
     assert choose_heldout([3, 1, 2], [50, 100, 40], 0.01) == [2]
-    # The order is that of the hashes; documents that are too large are skipped.
+    # The order is that of the hashes. Documents that are too large are skipped.
     assert choose_heldout([3, 1, 2, 4], [10, 500, 10, 480], 0.02) == [2, 0]
     assert len(choose_heldout([5, 5], [7, 7], 0.5)) == 1
 

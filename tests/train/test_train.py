@@ -411,7 +411,7 @@ def test_resume_is_bitwise(texts, tmp_path, name):
         assert train(stopped).name == "step-00000005"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handlers are restored
     epoch = metrics(tmp_path / "stopped")[-1]["epoch"]
-    torch.manual_seed(999)  # as in another process
+    torch.manual_seed(999)  # another process has another state
     resumed = train(stopped, resume=True)
     assert resumed.name == whole.name and same(state(resumed), state(whole))
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
