@@ -9,8 +9,8 @@ A packed corpus is a folder (packing.py writes it):
     heldout.jsonl                       name and size of every held-out document
     meta.json                           settings, counts and hashes
 
-It does not depend on a sequence length. Rows come as ids and segments, where a segment is the part
-of a document inside the row. Both splits obey one rule: position j is a target if and only if
+A corpus does not depend on a sequence length. Rows consist of ids and segments, where a segment is
+the part of a document inside the row. In both splits, position j is a target if and only if
 segments[j] == segments[j - 1], and a token attends only to tokens of its own segment. This module
 needs neither a model nor torch.
 """
@@ -30,7 +30,7 @@ from lamoe.model.config import did_you_mean
 from lamoe.train.packing import FORMAT, Encode, Progress, pack
 from lamoe.train.sources import check_sources, stamp
 
-EPOCH_LIMIT = 1 << 32  # numpy seeds the shuffles with 32-bit words: seed and epoch
+EPOCH_LIMIT = 1 << 32  # limit on seed and epoch, because numpy takes both as 32-bit words
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Split:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Number of tokens of each document, BOS and EOS included: int64 [documents]."""
+        """Number of tokens of each document, BOS and EOS included, int64 [documents]."""
         return np.diff(self.starts, append=len(self.tokens))
 
     def document(self, i: int) -> np.ndarray:
@@ -78,13 +78,13 @@ class PackedCorpus:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the tokens and the split: equal if and only if they are equal."""
+        """Hash of the tokens and the split. Two corpora with equal hashes have equal rows."""
         return self.meta["fingerprint"]
 
     def heldout_bytes(self, source: str | None = None) -> int:
-        """Return the UTF-8 bytes of the held-out text, of one source or of all.
+        """Return the size of the held-out text in UTF-8 bytes, the divisor for bits per byte.
 
-        This is the divisor for bits per byte.
+        `source` selects one source. None means all.
         """
         return int(self.heldout.sizes[self._of(source)].sum())
 
@@ -97,7 +97,7 @@ class PackedCorpus:
             yield self.heldout.document(int(i))[1:-1]
 
     def describe(self) -> str:
-        """Return one line per source: what was read, packed, held out and skipped."""
+        """Return a text with the counts of each source: read, packed, held out and skipped."""
         return "\n".join(_describe(s) for s in self.meta["sources"])
 
     def _of(self, source: str | None) -> np.ndarray:
@@ -128,22 +128,22 @@ def prepare(
 ) -> PackedCorpus:
     """Tokenise and pack `sources` into the folder `out_dir`.
 
-    If the folder already holds this corpus, it is opened and nothing is written. It counts as the
-    same if the names, sizes and modification times of the source files, the tokenizer's hash and
-    the settings are the same. Memory: a few MB plus the largest document, and some 200 bytes per
-    document.
+    If the folder already holds this corpus, the corpus is opened and nothing is written. It counts
+    as the same if the names, sizes and modification times of the source files, the tokenizer's hash
+    and the settings are the same. Packing needs a few MB of memory, the size of the largest
+    document, and about 200 bytes per document.
 
     Args:
         sources: see train/sources.py.
-        encode_batch: texts -> ids without BOS and EOS.
-        tokenizer_hash: changes whenever `encode_batch` would give other ids.
+        encode_batch: function from texts to their token ids without BOS and EOS.
+        tokenizer_hash: a text that differs whenever `encode_batch` would return other ids.
         holdout: fraction of every source's bytes to hold out, 0 to 0.5. Whole documents are held
             out, at least one per source, chosen by a hash of seed and name. Of a source with a
             single document the last part is held out, cut between two paragraphs.
         progress: see packing.Progress.
 
     Raises:
-        ValueError: a setting or a source is wrong, or `out_dir` holds something else.
+        ValueError: if a setting or a source is invalid, or `out_dir` holds something else.
     """
     folder = Path(out_dir)
     _check_settings(bos_id, eos_id, vocab_size, holdout, seed)
@@ -173,7 +173,7 @@ def open_corpus(folder: str | Path) -> PackedCorpus:
     """Open a packed corpus.
 
     Raises:
-        ValueError: a file is missing or has the wrong size. The contents are not hashed again.
+        ValueError: if a file is missing or has the wrong size. Contents are not hashed again.
     """
     folder = Path(folder)
     meta = _existing(folder)
@@ -213,7 +213,7 @@ def _existing(folder: Path) -> dict | None:
     """Return meta.json of a packed corpus, or None if `folder` is missing or empty.
 
     Raises:
-        ValueError: the folder holds something else, which must not be overwritten.
+        ValueError: if the folder holds something else, which must not be overwritten.
     """
     path = folder / "meta.json"
     if not path.is_file():
@@ -272,16 +272,16 @@ def _describe(tally: dict) -> str:
 class Batches:
     """Endless sampler of training rows of seq_len + 1 tokens, shuffled and resumable.
 
-    The documents of each epoch are shuffled and concatenated; the epochs follow each other in one
-    stream, which is cut into rows. Rows are always full: a document continues in the next row, also
-    across epochs, so each epoch uses every token exactly once.
+    The documents of each epoch are shuffled and concatenated. The epochs follow each other in one
+    stream, which is cut into rows. Rows are always full, because a document continues in the next
+    row, also across epochs. So each epoch uses every token exactly once.
 
     Rows are then shuffled within windows of about one epoch. Otherwise the rows of a batch would be
     consecutive, often parts of one document.
 
-    Any row can be computed from its number, so the number of rows taken is the whole state. Rank r
-    of n takes rows r, r + n, ...: together the ranks take what one process would take with a batch
-    n times as large.
+    Any row can be computed from its index, so the number of rows taken is the whole state. Rank r
+    of n takes the rows r, r + n, and so on. Together the ranks take the rows that one process would
+    take with a batch n times as large.
     """
 
     def __init__(
@@ -293,7 +293,7 @@ class Batches:
             raise ValueError(f"rank is {rank} of {world}; it must be from 0 to world - 1")
         self.corpus, self.seq_len, self.seed = corpus, seq_len, seed
         self.rank, self.world = rank, world
-        self.rows = 0  # taken so far by all ranks together
+        self.rows = 0  # number of rows taken so far, by all ranks together
         self._lengths = corpus.train.lengths
         self._window_rows = max(1, len(corpus.train.tokens) // (seq_len + 1))
         # epoch -> _epoch_order(epoch); two are kept, because a window may span two epochs
@@ -302,7 +302,7 @@ class Batches:
 
     @property
     def epoch(self) -> float:
-        """Passes over the training text so far, as a fraction."""
+        """Number of passes over the training text so far. It may be fractional."""
         return self.rows * (self.seq_len + 1) / len(self.corpus.train.tokens)
 
     def next_batch(self, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -322,7 +322,7 @@ class Batches:
         return ids, segments
 
     def state_dict(self) -> dict:
-        """Return the state for resuming: plain numbers and strings, the same on every rank."""
+        """Return the state for resuming, a dict of numbers and strings, equal on all ranks."""
         return {
             "rows": self.rows,
             "seq_len": self.seq_len,
@@ -334,7 +334,7 @@ class Batches:
         """Resume from `state`. The number of ranks may differ.
 
         Raises:
-            ValueError: corpus, seq_len or seed differ, which would give other rows.
+            ValueError: if corpus, seq_len or seed differ, because the rows would differ too.
         """
         mine = self.state_dict()
         if set(state) != set(mine):
@@ -361,7 +361,7 @@ class Batches:
         self.rows = state["rows"]
 
     def _shuffled(self, row: int) -> int:
-        """Return the row of the stream that the shuffle puts at position `row`."""
+        """Return the index in the stream of the row that the shuffle puts at position `row`."""
         window, place = divmod(row, self._window_rows)
         if self._row_order is None or self._row_order[0] != window:
             rng = np.random.RandomState([self.seed, 1, window])
@@ -369,7 +369,7 @@ class Batches:
         return window * self._window_rows + int(self._row_order[1][place])
 
     def _fill(self, row: int, ids: np.ndarray, segments: np.ndarray) -> None:
-        """Write row number `row` of the stream to ids and segments, both [seq_len + 1]."""
+        """Write the row with index `row` of the stream to ids and segments, both [seq_len + 1]."""
         width, filled, segment = self.seq_len + 1, 0, 0
         while filled < width:
             epoch, offset = divmod(row * width + filled, len(self.corpus.train.tokens))

@@ -1,7 +1,7 @@
 """The training run: from raw text to a saved model, in one function (`train`).
 
-A checkpoint holds everything that a run needs to resume. run_folder.py says which files a run
-writes and who may write them; metrics.py logs; checkpoint.py saves.
+A checkpoint holds everything that a run needs to resume. run_folder.py lists the files of a run and
+locks its folder. metrics.py logs, and checkpoint.py saves and loads checkpoints.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from lamoe.train.run_folder import prepare_corpus, prepare_tokenizer
 
 
 class Stopped(RuntimeError):
-    """Training ended because loss or gradients are not finite.
+    """Raised if training ends because the loss or the gradients are not finite.
 
-    The message says what happened, what was saved and how to resume.
+    The message describes what happened, what was saved and how to resume.
     """
 
 
@@ -48,8 +48,9 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
         quiet: print nothing.
 
     Raises:
-        ValueError: the run folder cannot be used, or a resume changes the recipe.
-        Stopped: the loss or the gradient norm is not finite.
+        ValueError: if the run folder cannot be used, or the recipe differs from that of the run to
+            resume.
+        Stopped: if the loss or the gradient norm is not finite.
     """
     run = Path(recipe.run.out)
     with run_folder.locked(run), open_screen(recipe, quiet) as screen:
@@ -60,7 +61,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
         # 1. Text -> tokens
         tokenizer = prepare_tokenizer(recipe, run / "tokenizer", screen.note)
         if last is not None and (run / "data" / "meta.json").exists():
-            # Resume with the packed text, even if its sources have changed or are gone.
+            # Resume with the packed text, even if its source files have changed or are gone.
             corpus = data.open_corpus(run / "data")
         else:
             corpus = prepare_corpus(recipe, tokenizer, run / "data", screen.note)
@@ -143,7 +144,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
                 if _is_due(step, recipe.run.save_every):
                     last, saved_step = save(), step
 
-            # 4. The end, planned or not
+            # 4. The end, after the last step or after a signal
             if stop.signal_name and step < recipe.run.steps:
                 last = save()
                 screen.note(
@@ -161,7 +162,10 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
 
 # ---- the steps of `train` ------------------------------------------------------------------------
 def _build_model(recipe: Recipe, config: ModelConfig, fresh: bool, note) -> Transformer:
-    """Build the float32 model, with random weights or, in a fresh run, those of run.init_from."""
+    """Build the float32 model. A fresh run loads the weights of run.init_from if it is set.
+
+    Otherwise the weights are random. A resumed run replaces them with those of its checkpoint.
+    """
     model = Transformer(config)
     if not recipe.run.init_from:
         model.init_weights(recipe.run.seed)
@@ -173,7 +177,7 @@ def _build_model(recipe: Recipe, config: ModelConfig, fresh: bool, note) -> Tran
 
 
 def _build_optimizer(recipe: Recipe, model: Transformer) -> MasterAdamW:
-    """Build the optimizer; for a bfloat16 run, convert the model in place."""
+    """Build the optimizer. For a bfloat16 run, also convert the model in place."""
     if recipe.run.dtype == "float32":
         return MasterAdamW(model, recipe.optim)
     unrounded = [p.detach().clone() for p in model.parameters()]
@@ -183,7 +187,7 @@ def _build_optimizer(recipe: Recipe, model: Transformer) -> MasterAdamW:
 
 
 def _restore(last: Path, optimizer: MasterAdamW, batches: data.Batches) -> int:
-    """Load optimizer, sampler and random state of a checkpoint; return its step."""
+    """Load the optimizer, sampler and random state of a checkpoint. Return its step."""
     state = checkpoint.load_tensors(last / "state.safetensors")
     optimizer.load_state_dict(state["optimizer"])
     batches.load_state_dict(state["data"])
@@ -195,10 +199,10 @@ class MicroBatch(NamedTuple):
     """The result of one forward and backward pass.
 
     Attributes:
-        share: targets of this micro-batch over targets of the whole batch.
-        cross_entropy: mean over its targets, nats.
-        balance: weighted balance loss, scaled by micro-batch size over batch size.
-        records: what the router of each MoE layer did.
+        share: number of targets of this micro-batch divided by that of the whole batch.
+        cross_entropy: mean over the targets of this micro-batch, in nats.
+        balance: weighted balance loss, multiplied by micro-batch size / batch size.
+        records: routing statistics of each MoE layer.
     """
 
     share: float
@@ -217,11 +221,11 @@ def _accumulate_gradients(
 ) -> list[MicroBatch]:
     """Run forward and backward over the micro-batches of one step.
 
-    The gradients in `optimizer` are then those of the mean loss over all targets of the batch.
+    Afterwards, `optimizer` holds the gradients of the mean loss over all targets of the batch.
 
     Args:
-        ids: [B, T + 1] int64.
-        segments: [B, T + 1], documents within each row.
+        ids: [B, T + 1] int64 token ids.
+        segments: [B, T + 1], the number of each token's document within its row.
     """
     size, micro = len(ids), recipe.batch.micro
     targets = next_token_targets(ids, segments)
@@ -242,9 +246,9 @@ def _accumulate_gradients(
 
 
 def _draw_protected(size: int, recipe: Recipe, step: int) -> torch.Tensor:
-    """Draw the sequences whose tokens are never dropped in this step: bool [size].
+    """Draw the sequences whose tokens are never dropped in this step, as bool [size].
 
-    The draw depends on seed and step alone, so a resumed run draws the same.
+    The draw depends only on the seed and the step, so a resumed run draws the same sequences.
     """
     generator = torch.Generator().manual_seed(recipe.run.seed * 1_000_003 + step)
     return torch.rand(size, generator=generator) < recipe.balance.keep_share
@@ -274,10 +278,11 @@ def evaluate(
     """Measure the loss on held-out text.
 
     Args:
-        max_tokens: evaluate on about that many tokens; None: on all held-out text.
+        max_tokens: approximate number of tokens to evaluate. None means all held-out text.
 
     Returns:
-        heldout_bits_per_token, heldout_perplexity and, on all text, heldout_bits_per_byte.
+        A dict with heldout_bits_per_token and heldout_perplexity. An evaluation of all held-out
+        text adds heldout_bits_per_byte.
     """
     rows = data.heldout_rows(corpus, recipe.data.seq_len)
     backend = TorchBackend(model)
@@ -293,7 +298,7 @@ def measure_peak(dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> floa
 
     The result is the denominator of MFU (model FLOPs utilisation). Takes well under a second.
     """
-    # A separate generator: in a resumed run the global one must keep its restored state.
+    # Use a separate generator: in a resumed run the global one must keep its restored state.
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator).to(dtype) for _ in range(2))
     a @ b
@@ -311,7 +316,7 @@ class _StopRequest:
 
 @contextmanager
 def _stop_signals() -> Iterator[_StopRequest]:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop; a second one ends the program."""
+    """Turn the first Ctrl-C or SIGTERM into a request to stop. A second one ends the program."""
     stop, previous = _StopRequest(), {}
 
     def handler(number, frame):

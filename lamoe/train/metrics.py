@@ -1,4 +1,4 @@
-"""What a training run reports: metrics.jsonl, TensorBoard and the terminal."""
+"""Reports the metrics of a training run to metrics.jsonl, TensorBoard and the terminal."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class MetricsLog:
 
     Args:
         run: the run folder.
-        step: the step that the run starts or resumes from.
+        step: the step from which the run starts or resumes.
     """
 
     def __init__(self, run: Path, step: int, screen: Screen):
         self.file, self.screen = run / "metrics.jsonl", screen
         if self.file.exists():
-            # A resumed run repeats the steps after its checkpoint.
+            # Keep only lines up to the checkpoint, because a resumed run repeats all later steps.
             lines = self.file.read_text(encoding="utf-8").splitlines()
             kept = [line + "\n" for line in lines if step and _step_of_line(line) <= step]
             atomic.write_text(self.file, "".join(kept))
@@ -44,10 +44,12 @@ class MetricsLog:
             )
 
     def step(self, step: int, recipe: Recipe, records: list[list[LayerRecord]], **values) -> None:
-        """Show one step; write it if it is the first, the last or a multiple of run.log_every.
+        """Show the metrics of one step.
+
+        They are also written if the step is the first, the last or a multiple of run.log_every.
 
         Args:
-            records: per micro-batch, what the router of each MoE layer did.
+            records: [micro-batch][MoE layer], the routing statistics of each layer.
             values: metrics of the whole step, over all its micro-batches.
         """
         self.screen.step(step, values)
@@ -82,7 +84,10 @@ class MetricsLog:
 
 
 def _step_of_line(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite if a killed process wrote half a line."""
+    """Return the step of a line of metrics.jsonl, or infinity if the line is incomplete.
+
+    A killed process may leave half a line.
+    """
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -90,18 +95,19 @@ def _step_of_line(line: str) -> float:
 
 
 def router_metrics(records: list[list[LayerRecord]], devices: int) -> dict:
-    """Summarise what the routers did in one step, over all its micro-batches.
+    """Summarise the routing statistics of one step, over all its micro-batches.
 
     Args:
-        records: [micro-batch][MoE layer].
+        records: [micro-batch][MoE layer], the routing statistics of each layer.
+        devices: number of virtual devices.
 
     Returns:
-        Empty for a model without MoE layers. Otherwise:
-        expert_load: [layer][expert], share of assignments, before dropping.
+        A dict of metrics, empty for a model without MoE layers:
+        expert_load: [layer][expert], fraction of a layer's assignments, before dropping.
         balance_expert, balance_device, balance_communication: unweighted losses, mean over layers.
-        load_max_over_mean: mean over layers.
-        router_entropy: mean entropy of a token's scores, nats.
-        drop_rate: dropped assignments over all assignments.
+        load_max_over_mean: largest load over mean load of an expert, mean over layers.
+        router_entropy: entropy of a token's router scores in nats, mean over tokens and layers.
+        drop_rate: number of dropped assignments divided by that of all assignments.
     """
     if not records or not records[0]:
         return {}
@@ -124,7 +130,7 @@ def router_metrics(records: list[list[LayerRecord]], devices: int) -> dict:
 
 
 class Screen:
-    """Show progress: a bar on a terminal, plain lines elsewhere, nothing when quiet."""
+    """Shows progress as a bar on a terminal and as plain lines elsewhere. Quiet shows nothing."""
 
     def __init__(self, recipe: Recipe, quiet: bool, bar=None, task=None):
         self.recipe, self.quiet, self.bar, self.task = recipe, quiet, bar, task
@@ -158,7 +164,7 @@ class Screen:
 
 @contextmanager
 def open_screen(recipe: Recipe, quiet: bool) -> Iterator[Screen]:
-    """Yield the Screen of a run: with a progress bar if standard error is a terminal."""
+    """Yield the Screen of a run. It has a progress bar if standard error is a terminal."""
     if quiet or not sys.stderr.isatty():
         yield Screen(recipe, quiet)
         return

@@ -1,4 +1,4 @@
-"""AdamW on float32 master weights, the learning-rate schedule of DeepSeek-V2, the batch-size ramp.
+"""AdamW with float32 master weights, DeepSeek-V2's learning-rate schedule and batch-size ramp.
 
 The model computes in its own dtype (bfloat16 or float32). The optimizer keeps a float32 master of
 every bfloat16 weight, sums the gradients of micro-batches in float32, and copies the rounded
@@ -21,11 +21,12 @@ class Optim:
 
     Attributes:
         lr: peak learning rate.
-        warmup_steps: steps of the linear warm-up from 0.
-        decay_at: fractions of all training tokens; after each, the rate is multiplied by `decay`.
-        eps: of AdamW; the paper does not give it.
-        weight_decay: applies to matrices only, not to norm weights.
-        clip: largest global gradient norm.
+        warmup_steps: number of steps of the linear warm-up from 0.
+        decay_at: fractions of all training tokens. After each of them, the learning rate is
+            multiplied by `decay`.
+        eps: AdamW's epsilon. The paper does not state it.
+        weight_decay: AdamW's weight decay. It applies to matrices only, not to norm weights.
+        clip: largest global gradient norm. Larger gradients are scaled down to it.
     """
 
     lr: float = 2.4e-4
@@ -59,15 +60,15 @@ class Optim:
             0 < s <= 1 for s in self.decay_at
         ):
             raise ValueError(
-                f"optim.decay_at is {list(self.decay_at)}; it must be rising shares of the "
-                "training, each above 0 and at most 1"
+                f"optim.decay_at is {list(self.decay_at)}; it must be increasing fractions of the "
+                "training tokens, each above 0 and at most 1"
             )
 
     def lr_at(self, step: int, share: float) -> float:
         """Return the learning rate of a step.
 
         Args:
-            step: counted from 0.
+            step: index of the step, counted from 0.
             share: fraction of all training tokens used before this step.
         """
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
@@ -82,10 +83,10 @@ class Batch:
     gives the ends of its ramp (2304 and 9216) and the length (225B tokens), but not the shape.
 
     Attributes:
-        size: sequences of one optimizer step.
-        micro: sequences of one forward and backward pass.
-        ramp_from: size of the first step; 0: no ramp.
-        ramp_steps: steps until the full size.
+        size: number of sequences per optimizer step.
+        micro: number of sequences per forward and backward pass.
+        ramp_from: number of sequences in the first step. 0 means no ramp.
+        ramp_steps: number of steps until the full size.
     """
 
     size: int = 8
@@ -110,12 +111,12 @@ class Batch:
             or self.ramp_steps < 0
         ):
             raise ValueError(
-                f"batch.ramp_from {self.ramp_from} and batch.ramp_steps {self.ramp_steps} go "
-                f"together, with ramp_from at most batch.size {self.size}"
+                f"batch.ramp_from is {self.ramp_from} and batch.ramp_steps {self.ramp_steps}; set "
+                f"both or neither, with ramp_from at most batch.size {self.size}"
             )
 
     def size_at(self, step: int) -> int:
-        """Return the number of sequences in a step (counted from 0)."""
+        """Return the number of sequences in step `step`, counted from 0."""
         if step >= self.ramp_steps:
             return self.size
         size = self.ramp_from + (self.size - self.ramp_from) * step / self.ramp_steps
@@ -134,7 +135,7 @@ class MasterAdamW:
 
     Attributes:
         params: the model's parameters.
-        masters: one float32 tensor per parameter; a float32 parameter is its own master.
+        masters: one float32 tensor per parameter. A float32 parameter is its own master.
     """
 
     def __init__(self, model: nn.Module, optim: Optim):
@@ -155,7 +156,7 @@ class MasterAdamW:
         self.max_norm = optim.clip
 
     def collect(self) -> None:
-        """Add the gradients of one micro-batch to those of the masters, in float32."""
+        """Add the model's gradients of one micro-batch to the masters' gradients, in float32."""
         for param, master in zip(self.params, self.masters):
             if param.grad is None:  # no token of this micro-batch used the weight
                 continue
@@ -187,18 +188,18 @@ class MasterAdamW:
         self._copy_to_model()
 
     def _copy_to_model(self) -> None:
-        """Round the masters to the parameters that have another dtype."""
+        """Copy the masters to the parameters, rounded where the parameter has another dtype."""
         pairs = [(p, m) for p, m in zip(self.params, self.masters) if p.dtype != m.dtype]
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
 
     def state_dict(self) -> dict:
-        """Return master weights and AdamW state, not copied."""
+        """Return the master weights and AdamW's state. The tensors are not copied."""
         return {"masters": self.masters, "adamw": self.adamw.state_dict()["state"]}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Load a `state_dict` and copy the masters to the model."""
+        """Load the result of `state_dict` and copy the masters to the model."""
         torch._foreach_copy_(self.masters, state["masters"])
         self._copy_to_model()
         self.adamw.load_state_dict(

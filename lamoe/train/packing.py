@@ -18,13 +18,14 @@ import numpy as np
 from lamoe.train.sources import Document, Plan, plan_split
 
 FORMAT = "lamoe packed corpus 1"
-# Long documents (a novel, a forum dump) go to the tokenizer in pieces of at most this many
-# characters, cut after a line end.
+# Long documents (a novel, a forum dump) are tokenised in pieces of at most this many characters,
+# which end after a line end.
 PIECE = 1 << 18
-# Characters per call of encode_batch: bounds memory and keeps the tokenizer's threads busy.
+# Number of characters per call of encode_batch. It bounds memory and keeps the tokenizer's threads
+# busy.
 BATCH = 1 << 22
 
-# Called with bytes done, bytes in all (None while unknown) and the name of the activity.
+# Callback with the arguments bytes done, bytes in all (None while unknown), name of the activity.
 Progress = Callable[[int, int | None, str], None]
 Encode = Callable[[list[str]], list[list[int]]]
 
@@ -32,11 +33,13 @@ Encode = Callable[[list[str]], list[list[int]]]
 def pack(folder: Path, key: dict, encode_batch: Encode, progress: Progress) -> None:
     """Tokenise the sources and write all files of a corpus into the empty `folder`.
 
-    The sources are read twice: once to plan the split, once to tokenise.
+    The sources are read twice, first to plan the split and then to tokenise.
 
     Args:
-        key: what the corpus depends on, see data.prepare.
-        encode_batch: texts -> ids without BOS and EOS.
+        folder: the folder to fill.
+        key: the settings that determine the corpus, see data.prepare.
+        encode_batch: function from texts to their token ids without BOS and EOS.
+        progress: callback for progress, see Progress.
     """
     plan = plan_split(key["sources"], key["holdout"], key["seed"], progress)
     dtype = np.dtype("<u2" if key["vocab_size"] <= 1 << 16 else "<u4")
@@ -76,9 +79,11 @@ class _Piece:
     """A part of one document.
 
     Attributes:
-        source: number of the source.
-        name, size: of the whole document; size in UTF-8 bytes.
-        first, last: whether the document begins or ends with this piece.
+        source: index of the source.
+        name: name of the whole document.
+        size: size of the whole document in UTF-8 bytes.
+        first: whether the document begins with this piece.
+        last: whether the document ends with this piece.
     """
 
     text: str
@@ -116,10 +121,10 @@ def _batches(plan: Plan) -> Iterator[list[_Piece]]:
 
 
 def _encode(encode_batch: Encode, batch: list[_Piece], key: dict) -> Iterator[np.ndarray]:
-    """Yield the ids of each piece, checked.
+    """Yield the token ids of each piece after checking them.
 
-    Without the checks an id beyond the vocabulary would be truncated to 16 bits, and a BOS inside a
-    text would split the document, both without an error.
+    Without the checks, an id beyond the vocabulary would be truncated to 16 bits, and a BOS inside
+    a text would split the document. Neither would raise an error.
     """
     rows = encode_batch([piece.text for piece in batch])
     if len(rows) != len(batch):
@@ -143,7 +148,7 @@ def _encode(encode_batch: Encode, batch: list[_Piece], key: dict) -> Iterator[np
 
 # ---- files and counts ----------------------------------------------------------------------------
 class _SplitWriter:
-    """Append tokens to the file of one split. Only the index stays in memory."""
+    """Appends tokens to the file of one split. Only the index stays in memory."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, bos_id: int, eos_id: int):
         self.folder, self.name, self.dtype = folder, name, dtype
@@ -163,7 +168,7 @@ class _SplitWriter:
         self.tokens += len(ids)
 
     def close(self) -> dict:
-        """Write the index; return the entry of the split in meta.json."""
+        """Write the index file and return the entry of the split in meta.json."""
         self.file.close()
         index = np.array(self.index, np.int64).reshape(-1, 3)
         np.save(self.folder / f"{self.name}.index.npy", index)
@@ -177,7 +182,7 @@ class _SplitWriter:
 
 
 def _new_tally(source: str, counts) -> dict[str, Any]:
-    """Start the entry of a source in meta.json, from what the first reading counted."""
+    """Make the entry of a source in meta.json, with the counts of the first reading."""
     return {
         "source": source,
         "documents": counts.documents,

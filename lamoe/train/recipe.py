@@ -25,11 +25,11 @@ class Data:
 
     Attributes:
         sources: "stdlib", "austen", files, folders, globs or .jsonl files (see train/sources.py).
-        tokenizer: a folder or tokenizer.json. Empty: that of run.init_from if set, otherwise a new
-            byte-level BPE of model.vocab_size tokens.
-        seq_len: tokens per row.
+        tokenizer: a folder or tokenizer.json. If empty, the tokenizer of run.init_from is used. If
+            that is empty too, a new byte-level BPE of model.vocab_size tokens is trained.
+        seq_len: number of tokens per row.
         holdout: fraction of every source's bytes that is held out for evaluation.
-        document_mask: a token attends only to tokens of its own document.
+        document_mask: whether a token attends only to tokens of its own document.
     """
 
     sources: tuple[str, ...] = ("stdlib", "austen")
@@ -46,8 +46,8 @@ class Data:
             raise ValueError("data.sources is empty; name at least one source, for example stdlib")
         if not 0 <= self.holdout <= 0.5:
             raise ValueError(
-                f"data.holdout is {self.holdout}; it is the share of the text held out for "
-                "evaluation, 0 to 0.5"
+                f"data.holdout is {self.holdout}; it is the fraction of the text held out for "
+                "evaluation, so it must be from 0 to 0.5"
             )
 
 
@@ -58,13 +58,14 @@ class Run:
     Attributes:
         out: the run folder.
         init_from: a run folder, model folder or hub id that gives the initial weights and, unless
-            data.tokenizer is set, the tokenizer. Empty: random weights.
-        dtype: of the computation; master weights are float32.
-        threads: of torch; 0: torch's default.
-        eval_every: steps between evaluations; 0: evaluate at the end only.
-        eval_tokens: size of those evaluations. The last one uses all held-out text.
-        save_every: steps between checkpoints; 0: save at the end and on Ctrl-C or SIGTERM only.
-        keep: number of checkpoints to keep; 0 keeps all.
+            data.tokenizer is set, the tokenizer. If empty, the initial weights are random.
+        dtype: dtype of the computation. Master weights are float32.
+        threads: number of torch's threads. 0 means torch's default.
+        eval_every: number of steps between evaluations. 0 evaluates at the end only.
+        eval_tokens: number of tokens per evaluation. The last evaluation uses all held-out text.
+        save_every: number of steps between checkpoints. 0 saves only at the end and on Ctrl-C or
+            SIGTERM.
+        keep: number of checkpoints to keep. 0 keeps all.
     """
 
     out: str = "runs/model"
@@ -116,7 +117,7 @@ class Recipe:
         check_types(self.balance, "balance.")
         self.balance.check(self.model)
         if self.model.is_moe:
-            # so that config.json of the saved model states the coefficient used in training
+            # Set aux_loss_alpha, so that the saved config.json has the value used in training.
             object.__setattr__(
                 self, "model", self.model.replace(aux_loss_alpha=float(self.balance.expert))
             )
@@ -128,7 +129,11 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Recipe:
-        """Build a recipe from {section: {key: value}}. ValueError names what is wrong."""
+        """Build a recipe from {section: {key: value}}.
+
+        Raises:
+            ValueError: if a section, key or value is invalid. The message names it.
+        """
         sections = {f.name: f for f in dataclasses.fields(cls)}
         for name, value in raw.items():
             if name not in sections:
@@ -150,12 +155,14 @@ class Recipe:
         """Read a recipe from a TOML file.
 
         Args:
+            path: the TOML file.
             overrides: words `--section.key value` or `--section.key=value` that replace lines of
-                the file. Values are TOML; quotes may be left out. A list may be written with
-                commas.
+                the file. Values are TOML, but quotes may be left out, and lists may be written
+                with commas.
 
         Raises:
-            ValueError: names an unknown section or key and suggests the one that was meant.
+            ValueError: if a section, key or value is invalid. For an unknown name, the message
+                suggests a similar known one.
         """
         path = Path(path)
         if not path.is_file():
@@ -182,7 +189,7 @@ class Recipe:
             raise ValueError(f"{path}: {e}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as recipe.json holds them. `from_dict` is the inverse."""
+        """Return {section: {key: value}} as stored in recipe.json. `from_dict` is the inverse."""
         out = dataclasses.asdict(self)
         out["model"] = {k: v for k, v in out["model"].items() if v is not None}
         for section in out.values():
@@ -191,7 +198,10 @@ class Recipe:
 
 
 def _section(kind, name: str, raw: dict[str, Any]):
-    """Build the dataclass `kind` of a section, with comma-separated text split into lists."""
+    """Build the dataclass `kind` from the keys of section `name`.
+
+    Comma-separated text becomes a list where the field is a list.
+    """
     known = [f.name for f in dataclasses.fields(kind)]
     for key in raw:
         if key not in known:
@@ -226,7 +236,7 @@ def _model(raw: dict[str, Any]) -> ModelConfig:
             raise ValueError(f"unknown key model.{key}{did_you_mean(key, known)}")
     if preset is None and not raw:
         raise ValueError(
-            "the recipe says no model; give model.preset, for example tiny, "
+            "the recipe describes no model; set model.preset, for example to tiny, "
             "or the fields of a config"
         )
     return ModelConfig(**raw) if preset is None else ModelConfig.preset(preset).replace(**raw)
@@ -249,7 +259,7 @@ def _parse(overrides: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _value(text: str) -> Any:
-    """Parse a TOML value; text that is not TOML is taken as a string."""
+    """Parse a TOML value. Text that is not valid TOML is returned as a string."""
     try:
         return tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:

@@ -1,4 +1,4 @@
-"""The folder of a training run: its lock, its recipe, and what is prepared in it once.
+"""The folder of a training run: its lock, its recipe, its tokenizer and its packed text.
 
 recipe.json        the recipe, checked when the run is resumed
 tokenizer/         tokenizer.json and tokenizer_config.json
@@ -35,7 +35,7 @@ from lamoe.train.sources import plan_split, stamp
 Note = Callable[[str], None]  # shows one line to the user
 
 RECIPE, METRICS = "recipe.json", "metrics.jsonl"
-# A vocabulary is learnt from a sample of about this many bytes of the training text.
+# A new tokenizer is trained on a sample of about this many bytes of the training text.
 TOKENIZER_BYTES = 24 << 20
 
 # Keys that may change on resume.
@@ -48,15 +48,17 @@ _FREE = (
     "run.save_every",
     "run.keep",
 )
-# Keys that may change on resume with a note: changing them cures a run whose loss diverged.
+# Keys that may change on resume, with a note to the user. Changing them may rescue a run whose loss
+# has diverged.
 _NOTED = ("optim.lr", "optim.warmup_steps", "optim.clip")
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Make the run folder and lock it, so that one process at a time trains in it.
+    """Make the run folder and lock it, so that only one process at a time trains in it.
 
-    If the block raises ValueError (the folder is refused), what this call made is removed.
+    If the block raises ValueError because it refuses the folder, everything that this call has made
+    is removed.
     """
     made_folder, made_lock = not run.exists(), not (run / ".lock").exists()
     run.mkdir(parents=True, exist_ok=True)
@@ -79,10 +81,10 @@ def claim(run: Path, recipe: Recipe, resume: bool, note: Note = print) -> Path |
     """Check that `recipe` may train in the folder `run`, then write recipe.json.
 
     Returns:
-        The checkpoint to resume from; None for a fresh start.
+        The checkpoint to resume from, or None for a fresh start.
 
     Raises:
-        ValueError: the folder holds another run or other files, or there is nothing to resume.
+        ValueError: if the folder holds another run or other files, or no checkpoint to resume.
     """
     saved = run / RECIPE
     previous = _read_recipe(saved) if saved.exists() else None
@@ -105,7 +107,7 @@ def claim(run: Path, recipe: Recipe, resume: bool, note: Note = print) -> Path |
         if recipe.run.init_from:
             start_folder(recipe)
         if not resume and previous is not None:
-            # An attempt that saved no checkpoint, perhaps with another recipe.
+            # Remove the tokenizer of an earlier attempt without checkpoint: its recipe may differ.
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 (run / "tokenizer" / name).unlink(missing_ok=True)
     for name in (RECIPE, METRICS):
@@ -116,7 +118,11 @@ def claim(run: Path, recipe: Recipe, resume: bool, note: Note = print) -> Path |
 
 
 def _read_recipe(file: Path) -> dict[str, dict[str, Any]]:
-    """Read the recipe.json of a run. ValueError if the file is something else."""
+    """Read the recipe.json of a run.
+
+    Raises:
+        ValueError: if the file is not the recipe of a run.
+    """
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         known = {f.name for f in dataclasses.fields(Recipe)}
@@ -136,7 +142,10 @@ def _read_recipe(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _check_changes(run: Path, before: dict, now: dict, note: Note) -> None:
-    """Compare a run's recipe with the one to resume with; allow, note or refuse each change."""
+    """Compare the recipe of a run with the recipe to resume it with.
+
+    Each change is allowed, allowed with a note to the user, or refused with ValueError.
+    """
     noted, refused = [], []
     for section in now:
         old, new = before.get(section, {}), now[section]
@@ -169,13 +178,17 @@ def _refuse_foreign_files(run: Path) -> None:
 
 
 # ---- the weights to start from -------------------------------------------------------------------
-# Fields that may differ from the model a run starts with: the weights do not depend on them
-# (context extension with YaRN changes rope_scaling).
+# Fields of the config that may differ from those of run.init_from, because the shapes of the
+# weights do not depend on them. For example, context extension with YaRN changes rope_scaling.
 _NOT_IN_WEIGHTS = CARRIED | {"rope_scaling", "rope_theta", "torch_dtype", "initializer_range"}
 
 
 def start_folder(recipe: Recipe) -> Path:
-    """Return the model folder of run.init_from. ValueError if its config does not fit."""
+    """Return the model folder of run.init_from.
+
+    Raises:
+        ValueError: if the config of this model does not fit the recipe.
+    """
     folder = _model_folder(recipe.run.init_from)
     stored, wanted = dataclasses.asdict(hf.read_config(folder)), dataclasses.asdict(recipe.model)
     differences = [
@@ -198,13 +211,13 @@ def _model_folder(name: str) -> Path:
 
 # ---- tokenizer and packed text -------------------------------------------------------------------
 def prepare_tokenizer(recipe: Recipe, folder: Path, note: Note = print) -> Tokenizer:
-    """Return the run's tokenizer; on the first call load or train it and save it in `folder`.
+    """Return the tokenizer of a run. The first call loads or trains it and saves it in `folder`.
 
-    The first of these applies: data.tokenizer, the tokenizer of run.init_from, or a new one of
-    model.vocab_size tokens, trained on a sample of the training text.
+    It is the one of data.tokenizer if set, else the one of run.init_from if set. Otherwise a new
+    tokenizer of model.vocab_size tokens is trained on a sample of the training text.
 
     Raises:
-        ValueError: the vocabulary is larger than model.vocab_size, or lacks BOS or EOS.
+        ValueError: if the vocabulary is larger than model.vocab_size, or lacks BOS or EOS.
     """
     exists = (folder / "tokenizer.json").exists()
     if exists:
@@ -221,7 +234,7 @@ def prepare_tokenizer(recipe: Recipe, folder: Path, note: Note = print) -> Token
         )
     if tokenizer.bos_id is None or tokenizer.eos_id is None:
         raise ValueError(
-            f"the tokenizer of {recipe.data.tokenizer} names no BOS or EOS token; both are needed "
+            f"the tokenizer of {recipe.data.tokenizer} has no BOS or EOS token; both are needed "
             "to mark where documents begin and end"
         )
     if not exists:
@@ -232,7 +245,7 @@ def prepare_tokenizer(recipe: Recipe, folder: Path, note: Note = print) -> Token
 def _sample_training_text(recipe: Recipe) -> Iterator[str]:
     """Yield a random sample of the training split, TOKENIZER_BYTES in all.
 
-    The unit is a piece of a document, because a source may be one large file.
+    The sample consists of pieces of documents, because a source may be one large file.
     """
     plan = plan_split(
         list(recipe.data.sources),
@@ -252,7 +265,10 @@ def _sample_training_text(recipe: Recipe) -> Iterator[str]:
 def prepare_corpus(
     recipe: Recipe, tokenizer: Tokenizer, folder: Path, note: Note = print
 ) -> data.PackedCorpus:
-    """Tokenise and pack the recipe's sources into `folder`, or open it if it holds exactly them."""
+    """Tokenise and pack the recipe's sources into `folder`, and open the corpus.
+
+    If `folder` already holds exactly this corpus, it is only opened.
+    """
     note(f"packing {', '.join(recipe.data.sources)}")
     digest = hashlib.sha256(tokenizer.inner.to_str().encode()).hexdigest()
     return data.prepare(
@@ -271,7 +287,7 @@ def prepare_corpus(
 def save_bad_batch(
     run: Path, step: int, ids: torch.Tensor, segments: torch.Tensor, loss: float, norm: float
 ) -> Path:
-    """Save the batch whose loss or gradient norm is not finite; return the file."""
+    """Save a batch whose loss or gradient norm is not finite, and return the path of the file."""
     file = run / f"bad-batch-{step}.safetensors"
     content = {"ids": ids, "segments": segments, "loss": loss, "grad_norm": norm}
     checkpoint.save_tensors(file, content)

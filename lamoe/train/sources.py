@@ -1,4 +1,4 @@
-"""Read training text from its sources and choose what is held out.
+"""Read training text from its sources and choose the held-out part.
 
 A source is one of:
 - "stdlib": the Python standard library of this machine;
@@ -40,17 +40,18 @@ _JSONL = re.compile(r"(?P<path>.*\.jsonl(?:\.gz|\.xz)?)(?::(?P<field>[^:/\\]+))?
 _PACKERS = (".gz", ".xz")
 _UNSUPPORTED_PACKERS = (".zst", ".bz2", ".zip", ".7z", ".tar", ".tgz", ".parquet")
 _DAMAGED = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, tarfile.TarError)
-# Bytes checked for zeros before the rest of a file is read: a folder may hold a disk image.
+# Number of bytes that are checked for zeros before the rest of a file is read, because a folder may
+# hold a binary file such as a disk image.
 _SNIFF_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text.
+    """One text of a source.
 
     Attributes:
-        name: unique within the source; for a folder, the path inside it.
-        size: UTF-8 bytes of the text.
+        name: unique name within the source. In a folder, the path relative to the folder.
+        size: size of the text in UTF-8 bytes.
     """
 
     source: str
@@ -61,11 +62,11 @@ class Document:
 
 @dataclass
 class Counts:
-    """What was read from one source.
+    """Counts of the documents that were read from one source.
 
     Attributes:
-        bytes: UTF-8 bytes of all documents.
-        skipped: number of skipped files, folders and documents by reason.
+        bytes: total size of all documents in UTF-8 bytes.
+        skipped: {reason: number of files, folders and documents skipped for it}.
     """
 
     documents: int = 0
@@ -84,10 +85,10 @@ class Entry:
     """One file of a source.
 
     Attributes:
-        read: yields (document name, text) of the file.
+        read: function that yields (document name, text) of each document in the file.
         field: the field of a .jsonl file that holds the text.
-        named: the user named this file itself. If it is unusable, that is an error; a file found in
-            a folder is skipped.
+        named: whether the user named this file itself. An unusable file is then an error. An
+            unusable file in a folder is skipped.
     """
 
     path: Path
@@ -106,14 +107,15 @@ def read_documents(
 ) -> Iterator[Document]:
     """Yield every document of `sources`, in the order given and sorted by name within a source.
 
-    A text that occurs several times is yielded once. Memory: the largest document, and about 120
-    bytes per document to recognise duplicates.
+    A text that occurs several times is yielded once. The function keeps one document in memory, and
+    about 120 bytes per document to recognise duplicates.
 
     Args:
-        counts: receives one `Counts` per source.
+        sources: the sources, see the module docstring.
+        counts: dict that receives one `Counts` per source.
 
     Raises:
-        ValueError: a source does not exist or has no text, or a line of JSON is invalid.
+        ValueError: if a source does not exist or has no text, or a line of JSON is invalid.
     """
     counts = {} if counts is None else counts
     seen: set[bytes] = set()
@@ -152,7 +154,11 @@ def read_documents(
 
 
 def check_sources(sources: list[str]) -> list[str]:
-    """Return `sources` as a list. ValueError unless they are one or more distinct names."""
+    """Return `sources` as a list.
+
+    Raises:
+        ValueError: if they are not one or more distinct names.
+    """
     if isinstance(sources, (str, bytes)) or not sources:
         raise ValueError(
             f"sources must be a list with at least one of {', '.join(BUILT_IN)}, a file, folder, "
@@ -182,7 +188,10 @@ def stamp(sources: list[str]) -> str:
 
 # ---- from a source to its files ------------------------------------------------------------------
 def list_entries(source: str, skipped: Counter[str]) -> list[Entry]:
-    """List the files of one source in a fixed order; count in `skipped` what is not listed."""
+    """List the files of one source in a fixed order.
+
+    Files and folders that are not listed are counted in `skipped`, by reason.
+    """
     if source == "stdlib":
         return _stdlib_entries(skipped)
     if source == "austen":
@@ -219,8 +228,8 @@ def _folder_entries(
 ) -> list[Entry]:
     """List all regular files below `folder`, sorted by path.
 
-    Hidden files, caches and folders named in `prune` are skipped, and linked folders too: links may
-    form a loop.
+    Hidden files, caches and folders whose name is in `prune` are skipped. So are linked folders,
+    because links may form a loop.
     """
     prune |= {"__pycache__"}
     found = []
@@ -265,7 +274,7 @@ def _glob_entries(pattern: str, source: str, skipped: Counter[str]) -> list[Entr
 def _stdlib_entries(skipped: Counter[str]) -> list[Entry]:
     """List the modules of the standard library and pydoc's reference topics.
 
-    Left out are tests, installed packages and the build settings of this Python.
+    Tests, installed packages and the build settings of this Python are left out.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     leave_out = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
@@ -312,7 +321,7 @@ def _read_jsonl(entry: Entry) -> Iterator[tuple[str, str]]:
 
 
 def _text_field(line: bytes, field: str, where: str) -> str:
-    """Return the text in one line of a .jsonl file; errors begin with `where`."""
+    """Return the text in one line of a .jsonl file. Error messages begin with `where`."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:  # also UnicodeDecodeError and JSONDecodeError
@@ -355,8 +364,8 @@ def _read_archive(entry: Entry) -> Iterator[tuple[str, str]]:
 def _read_module(entry: Entry) -> Iterator[tuple[str, str]]:
     """Read a module of the standard library, except generated character tables.
 
-    The tables are nearly equal to each other. With some of them in each split, the held-out loss
-    would be too low.
+    The tables are nearly equal to each other. If both splits had some, the held-out loss would be
+    too low.
     """
     for name, text in _read_text(entry):
         if name.startswith("encodings/") and "Mapping Codec" in text[:400]:
@@ -377,7 +386,7 @@ def _open(path: Path) -> gzip.GzipFile | lzma.LZMAFile | io.BufferedReader:
 
 
 def _decompressed(entry: Entry, read: Callable[[], bytes]) -> bytes:
-    """Call `read`; a decompression error becomes a ValueError that names the file."""
+    """Return read(). A decompression error becomes a ValueError that names the file."""
     try:
         return read()
     except _DAMAGED as e:
@@ -414,9 +423,9 @@ class Plan:
     """The split into training and held-out text, decided in a first reading of all text.
 
     Attributes:
-        heldout: numbers, in reading order, of the documents that are held out whole.
-        cuts: document number -> character where the held-out part of this document begins.
-        digest: hash of all text, to check that a second reading finds the same.
+        heldout: indices, in reading order, of the documents that are held out as a whole.
+        cuts: {index of a document: index of the character where its held-out part begins}.
+        digest: hash of all text, to check that a second reading finds the same text.
     """
 
     counts: dict[str, Counts]
@@ -425,7 +434,7 @@ class Plan:
     digest: str
 
     def parts(self, number: int, doc: Document) -> list[tuple[str, str, str]]:
-        """Return (split, name, text) of a document: one entry, or two if it is cut."""
+        """Return the parts (split, name, text) of a document: one part, or two if it is cut."""
         if (cut := self.cuts.get(number)) is not None:
             return [
                 ("train", f"{doc.name}#head", doc.text[:cut]),
@@ -437,7 +446,7 @@ class Plan:
         """Read all text again and yield (number, document).
 
         Raises:
-            ValueError: at the end, if the text has changed since the first reading.
+            ValueError: if the text has changed since the first reading. It is raised at the end.
         """
         text_hash = hashlib.blake2b(digest_size=16)
         for number, doc in enumerate(read_documents(list(self.counts))):
@@ -453,7 +462,7 @@ class Plan:
 def plan_split(
     sources: list[str], holdout: float, seed: int, progress: Callable[[int, int | None, str], None]
 ) -> Plan:
-    """Read all text once and decide for every source what is held out.
+    """Read all text once and choose the held-out part of every source.
 
     Only a hash and a size per document stay in memory.
 
@@ -493,10 +502,10 @@ def plan_split(
 
 
 def choose_heldout(hashes: Sequence[int], sizes: Sequence[int], holdout: float) -> list[int]:
-    """Return the numbers of the documents to hold out: at least one, never all.
+    """Return the indices of the documents to hold out, at least one but never all.
 
-    Documents are tried in the order of their hashes; each is taken if it still fits into the
-    fraction `holdout` of all bytes. If none fits, the smallest is taken.
+    Documents are tried in the order of their hashes. A document is taken if it still fits into the
+    fraction `holdout` of all bytes. If none fits, the smallest document is taken.
     """
     bytes_left, chosen = holdout * sum(sizes), []
     for i in sorted(range(len(sizes)), key=lambda i: (hashes[i], i)):
@@ -517,10 +526,10 @@ def _feed(text_hash, doc: Document) -> None:
 
 
 def _cut_point(text: str, holdout: float) -> int | None:
-    """Return the character where the last fraction `holdout` of a text begins.
+    """Return the index of the character where the last fraction `holdout` of a text begins.
 
-    That is after the blank line nearest to the exact place or, without one, after the nearest line
-    end. None if no cut leaves text on both sides.
+    The cut is after the blank line nearest to the exact place. Without blank lines, it is after the
+    nearest line end. The result is None if no cut leaves text on both sides.
     """
     target, first = int(len(text) * (1 - holdout)), len(text) - len(text.lstrip())
     last = len(text.rstrip())

@@ -174,8 +174,8 @@ def test_override_refused(tmp_path, words, message):
     "text, message",
     [
         ("[model\n", "is not valid TOML"),
-        ("", "says no model; give model.preset"),
-        ("[model]\n", "says no model"),
+        ("", "describes no model; set model.preset"),
+        ("[model]\n", "describes no model"),
         ("model = 3\n", "model must be a section"),
         (
             "[model]\npreset='tiny'\n[model.rope_scaling]\nfactr = 2.0\n",
