@@ -78,7 +78,7 @@ def test_6bit_takes_at_most_six_bits_per_element(widths):
     assert cache_codec.bits_per_element("6bit", widths) <= 6.0
 
 
-def test_stated_sizes():
+def test_row_sizes_equal_stated_ones():
     """Row sizes equal fixed numbers, because README, memory plan and kernels rely on them."""
     assert [cache_codec.row_bytes(name, (512, 64)) for name in cache_codec.FORMATS] == [
         2304,

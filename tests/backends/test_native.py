@@ -267,7 +267,7 @@ def test_amx_tiles_give_the_bits_of_avx512(fmt, m):
 
 @isas
 @formats
-def test_torch_matmuls_in_between_change_nothing(fmt, isa):
+def test_torch_matmuls_on_the_same_thread_do_not_change_results(fmt, isa):
     """Kernel results do not change if torch uses AMX tiles of other shapes on the same thread."""
     data, scale = native.pack(fmt, draw(130, 320))
     x, other = draw(37, 320), draw(64, 64).bfloat16()

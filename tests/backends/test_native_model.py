@@ -167,7 +167,7 @@ def test_decoding_long_and_short_contexts_in_one_batch():
     [(MLA, "fp32", "fp32"), (GQA, "fp32", "fp32"), (MLA, "bf16", "6bit")],
     ids=["mla", "gqa", "mla 6bit"],
 )
-def test_partial_results_of_attention_keep_their_memory_limit(c, weights, format):
+def test_attention_states_keep_their_memory_limit(c, weights, format):
     """A batch is split so that the attention states fit the limit. The logits do not change.
 
     One token of the longest sequence may need more memory than the limit. Then that memory is the

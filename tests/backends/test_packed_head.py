@@ -269,7 +269,7 @@ def test_calibration_leaves_an_8_bit_head_alone(tmp_path, family):
     )
 
 
-def test_the_commands(trained, tmp_path, capsys):
+def test_commands_on_a_folder_with_its_own_head_format(trained, tmp_path, capsys):
     texts = write_texts(tmp_path / "texts", files=6, seed=3)
     run = lambda *argv: cli.main([str(a) for a in argv])
     for target, words in (

@@ -163,7 +163,7 @@ def test_a_full_context(llm):
     assert c.say("hi") is not None
 
 
-def test_why_a_reply_was_cut(llm):
+def test_notes_say_why_a_reply_was_cut(llm):
     c = chat(llm, SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
     c.say("the mat")
     assert c.err.getvalue() == "[cut at --max-tokens 3]\n"

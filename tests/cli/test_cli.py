@@ -149,7 +149,7 @@ def test_generate(trained, capsys, monkeypatch):
     assert capsys.readouterr().out == "the " + first[4 : 4 + first[4:].index(stop)] + "\n"
 
 
-def test_generate_options_arrive(trained, capsys):
+def test_generate_passes_options_to_the_engine(trained, capsys):
     def out(*argv):
         assert (
             run("generate", "--model", trained, "--prompt", "the ", "--max-tokens", 15, *argv) == 0

@@ -38,7 +38,7 @@ def expected(request) -> tuple[str, list[list[int]]]:
 
 
 @pytest.mark.parametrize("speculate", [0, 8])
-def test_alone(expected, speculate):
+def test_tokens_of_a_single_request(expected, speculate):
     family, out = expected
     engine = llm(family, speculate=speculate)
     for prompt, o in zip(prompts(*LENGTHS), out):
@@ -47,7 +47,7 @@ def test_alone(expected, speculate):
 
 
 @pytest.mark.parametrize("speculate", [0, 8])
-def test_in_a_batch(expected, speculate):
+def test_tokens_of_a_batch(expected, speculate):
     family, out = expected
     engine = llm(family, speculate=speculate)
     plans, _ = watch(engine)
@@ -55,7 +55,7 @@ def test_in_a_batch(expected, speculate):
     assert max(len(p) for p in plans) == len(LENGTHS) and idle(engine)
 
 
-def test_prompt_chunks_mixed_with_decoding(expected):
+def test_tokens_with_prompt_chunks_mixed_with_decoding(expected):
     family, out = expected
     engine = llm(family, max_num_batched_tokens=16, speculate=0)
     plans, _ = watch(engine)
@@ -66,7 +66,7 @@ def test_prompt_chunks_mixed_with_decoding(expected):
     ), "no step mixed a prompt chunk with decoding"
 
 
-def test_requests_that_join_a_running_batch(expected):
+def test_tokens_of_requests_that_join_a_running_batch(expected):
     family, out = expected
     engine, done, ids = llm(family), {}, []
     for prompt in prompts(*LENGTHS):
@@ -77,7 +77,7 @@ def test_requests_that_join_a_running_batch(expected):
 
 
 @pytest.mark.parametrize("budget", [16, 512])
-def test_on_a_prefix_hit(expected, budget):
+def test_tokens_on_a_prefix_hit(expected, budget):
     family, out = expected
     engine = llm(family, max_num_batched_tokens=budget, cache_memory=1 << 22)
     first = engine.generate(prompts(*LENGTHS), greedy())
@@ -89,7 +89,7 @@ def test_on_a_prefix_hit(expected, budget):
 
 @pytest.mark.parametrize("budget", [16, 512])
 @pytest.mark.parametrize("speculate", [0, 8])
-def test_after_preemption(expected, budget, speculate):
+def test_tokens_after_preemption(expected, budget, speculate):
     """Preempted sequences give the same tokens. The cache holds only one full context."""
     family, out = expected
     one = llm(family)

@@ -69,7 +69,7 @@ def test_the_plan_matches_what_is_allocated(format):
     assert p.expanded_bytes_per_token == 2 * accounting.expanded_elements(c)
 
 
-def test_the_numbers_of_v2_lite():
+def test_plan_of_v2_lite_in_numbers():
     p = lite(length=32768, cache_memory=4 * 10**9)
     assert (p.bytes_per_token, p.expanded_bytes_per_token) == (31104, 276480)
     assert p.tokens == 4 * 10**9 // (31104 * 16) * 16 and p.sequences == 3
@@ -113,7 +113,7 @@ LITE_STATE = 4 * (16 + 16 + 16 * 512)
         (4096, 1, 512, 163, 8),
     ],
 )
-def test_partial_results_of_attention(length, seqs, step, tokens, chunks):
+def test_memory_of_attention_states_of_v2_lite(length, seqs, step, tokens, chunks):
     """The memory for attention states of V2-Lite equals values computed by hand.
 
     One token has 16 heads, which fill one block of lanes. A block has one state per chunk of rows.
@@ -122,7 +122,7 @@ def test_partial_results_of_attention(length, seqs, step, tokens, chunks):
     assert CpuBackend.state_bytes(LITE, length, seqs, step) == size * 5 // 4 + 4096
 
 
-def test_partial_results_of_attention_are_bounded():
+def test_memory_of_attention_states_is_bounded():
     assert (
         CpuBackend.state_bytes(LITE, 163_840, 64, 512)
         == CpuBackend.state_bytes(LITE, 32_768, 64, 512)
@@ -146,7 +146,7 @@ def test_partial_results_of_attention_are_bounded():
     )
 
 
-def test_the_plan_counts_partial_results():
+def test_the_plan_counts_attention_states():
     """The plan counts attention states in its memory check, in its advice and in `describe`."""
     partial, page = CpuBackend.state_bytes(LITE, 1600, 3, 64), 16 * 31104
     plan = fit(LITE, LITE_16, "bf16", None, 1600, 3, 16, LITE_16 + 100 * page + partial, states())
@@ -189,7 +189,7 @@ def test_the_plan_counts_partial_results():
 @pytest.mark.parametrize(
     "c", [tiny.HARD, tiny.config("llama", num_key_value_heads=2, head_dim=10)], ids=["mla", "gqa"]
 )
-def test_partial_results_of_attention_are_what_is_allocated(c):
+def test_planned_attention_states_equal_the_allocated_ones(c):
     """The planned attention states equal what the kernels allocate.
 
     Seven sequences with a shared prompt decode up to the end of their context. With 32 heads a
@@ -271,7 +271,7 @@ def test_refusals_offer_a_value_that_fits(options, message):
             lite(**{**options, "length": int(offer[1]) + 16})
 
 
-def test_refused_before_the_weights_are_read(trained):
+def test_plans_are_refused_before_the_weights_are_read(trained):
     folder = checkpoint.latest(trained) / "model"
     with (
         mock.patch.object(backends_load, "available_memory", return_value=10_000),

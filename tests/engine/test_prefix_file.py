@@ -175,7 +175,7 @@ def digest(m) -> str:
 
 
 # ---- model digest and other metadata ----
-def test_digest():
+def test_digest_depends_on_config_and_weights():
     base = model()
     assert (
         digest(base)

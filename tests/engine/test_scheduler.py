@@ -287,7 +287,7 @@ def test_samples_of_a_prompt_wait_for_its_pages():
 
 
 @pytest.mark.parametrize("when", ["waiting", "prefill", "decoding"])
-def test_samples_go_on_when_their_leader_is_cancelled(when):
+def test_samples_continue_when_their_first_sample_is_cancelled(when):
     world = World(20, max_tokens=8)
     leader, *others = world.add(text(18), 4, n=3)
     for _ in range({"waiting": 0, "prefill": 1, "decoding": 4}[when]):

@@ -41,7 +41,7 @@ def model(seed=0) -> Transformer:
     return Transformer(CONFIG.replace(initializer_range=0.3)).init_weights(seed).eval()
 
 
-def test_against_a_direct_computation():
+def test_bits_per_byte_equal_a_direct_computation():
     """The expected loss predicts each target from earlier tokens of its own document only."""
     m, nats, targets = model(), 0.0, 0
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary():
     assert text_loss(TorchBackend(m), rows()).perplexity == pytest.approx(300, rel=1e-5)
 
 
-def test_independent_of_the_batch_size():
+def test_bits_per_byte_do_not_depend_on_the_batch_size():
     """Bits per byte do not depend on the batch size.
 
     An evaluation drops no tokens, and it weights batches by their number of targets.

@@ -121,7 +121,7 @@ def plain_twin(config, kv_heads):
     return config.replace(**changes, head_dim=config.value_head_dim, num_key_value_heads=kv_heads)
 
 
-def test_table_9_small_mha():
+def test_mha_twin_of_lite_equals_table_9():
     """Lite with MHA (Table 9) has 15.79 B parameters, 2.53 B active, 110,592 cache elements."""
     mha = plain_twin(LITE, LITE.num_attention_heads)
     p = acc.parameters(mha)
@@ -321,7 +321,7 @@ def test_cache_constants():
 
 
 @pytest.mark.parametrize("bits, saving", [(6, 0.9334), (8, 0.9112), (16, 0.8224)])
-def test_the_headline_needs_the_six_bit_cache(bits, saving):
+def test_the_published_cache_reduction_needs_the_six_bit_cache(bits, saving):
     assert round(acc.cache_saving(V2, bits, DENSE67, 16), 4) == saving
 
 
@@ -409,7 +409,7 @@ def test_plan_is_exact_to_the_byte():
         acc.plan(MLA, 4.5, 6, weights + 99, 10, reserve_bytes=100)
 
 
-def test_plan_refuses_with_numbers():
+def test_refusals_of_the_plan_name_the_numbers():
     with pytest.raises(
         ValueError,
         match=r"235,741,434,880 parameters at 16 bits are 471.5 GB, more than the 24.00 GB of "

@@ -99,7 +99,7 @@ def test_a_stored_row_does_not_depend_on_other_rows(format):
         assert (out[0] - part).norm() <= close * part.norm()
 
 
-def test_refusals():
+def test_invalid_page_counts_are_refused():
     for pages, size in ((0, 16), (3, 0), (-1, 16)):
         with pytest.raises(ValueError, match=f"asked for {pages} of {size}"):
             PagedCache(tiny.HARD, pages, size)

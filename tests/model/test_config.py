@@ -520,7 +520,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("call, message", ERRORS, ids=[message[:60] for _, message in ERRORS])
-def test_error(call, message):
+def test_every_config_error_has_its_message(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 

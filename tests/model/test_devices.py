@@ -153,14 +153,14 @@ def test_no_host_tensor_takes_part_in_training(impl, monkeypatch):
     assert all(p.grad is not None for n, p in model.named_parameters() if n != "head.weight")
 
 
-def test_the_check_sees_a_host_table(monkeypatch):
+def test_no_mixed_devices_detects_a_host_table(monkeypatch):
     """NoMixedDevices detects rotary frequencies that stay on the host."""
     tiny.mutate(monkeypatch, rope.freqs, (".to(positions.device)", ""))
     with pytest.raises(RuntimeError, match="cpu.*meta"):
         forward_on_meta(DENSE["mla"], "expand")
 
 
-def test_the_check_sees_a_host_mask(monkeypatch):
+def test_no_mixed_devices_detects_a_host_mask(monkeypatch):
     """NoMixedDevices detects an attention mask that stays on the host."""
     monkeypatch.setattr(kernels, "_DEFAULT", "ref")
     tiny.mutate(monkeypatch, kernels.ref.visible, ("device=device", "device='cpu'"))

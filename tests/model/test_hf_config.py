@@ -319,7 +319,7 @@ def test_config_json_names_the_class_that_loaders_need():
         assert ("n_group" in out) == config.is_moe and ("q_lora_rank" in out) == config.is_mla
 
 
-def test_the_geometries_of_the_figures():
+def test_model_geometries_of_the_figures_exist():
     """The two model geometries that docs/LOG.md and README name are in the repository."""
     folder = Path(__file__).parents[2] / "benchmarks"
     tiny8, lite8 = (ModelConfig.from_file(folder / f"{name}.json") for name in ("tiny-8", "lite-8"))

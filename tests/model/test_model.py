@@ -37,7 +37,7 @@ def config(request):
 
 # ---- structure ----
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_have_the_parameters_that_accounting_says(name):
+def test_preset_models_have_the_parameters_of_accounting(name):
     c = PRESETS[name]
     with torch.device("meta"):
         m = Transformer(c)

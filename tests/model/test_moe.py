@@ -144,7 +144,7 @@ def test_the_gate_is_float32_in_a_bfloat16_model(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_lower_precision_stays_close(dtype, limit, impl):
+def test_lower_precision_is_close_to_float64(dtype, limit, impl):
     """float32 and bfloat16 outputs are close to float64. All experts are chosen in any dtype."""
     c = CASES["all experts"]
     moe, low = tiny.model(c).layers[1].ffn, tiny.model(c, dtype=dtype).layers[1].ffn

@@ -112,7 +112,7 @@ def test_far_positions_equal_the_paper(name, impl):
 @pytest.mark.parametrize(
     "name", ["lora-yarn-limited-1dense", "plain-rope-greedy-1dense", "moe-v1", "llama-gqa"]
 )
-def test_gradient_is_the_slope_of_the_paper(name, impl):
+def test_gradients_equal_central_differences_of_the_paper(name, impl):
     """The gradient along a random direction equals the central difference of naive.py's loss."""
     m = tiny.model(ALL_CASES[name])
     tokens = tiny.ids(m.config, 1, 8)
@@ -194,7 +194,7 @@ _HF_CASES = {**tiny.V2_CASES, **{f"llama-{k}": c for k, c in tiny.LLAMA_CASES.it
 
 
 @pytest.mark.parametrize("name", _HF_CASES)
-def test_transformers_logits_gradients_and_greedy_tokens(name):
+def test_logits_gradients_and_greedy_tokens_equal_those_of_transformers(name):
     c = _HF_CASES[name]
     m, theirs = tiny.model(c, dtype=torch.float32), theirs_of(c)
     tokens = tiny.ids(c, 2, 24)
@@ -235,7 +235,7 @@ def greedy_uncached(theirs, tokens: torch.Tensor, steps: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     "name", ["lora-yarn-limited-1dense", "plain-rope-greedy-1dense", "llama-gqa"]
 )
-def test_transformers_in_float64(name):
+def test_float64_logits_equal_those_of_transformers(name):
     """float64 logits equal those of transformers, which computes norms and softmax in float32."""
     c = _HF_CASES[name]
     m, theirs = tiny.model(c), theirs_of(c, torch.float64)
@@ -272,7 +272,7 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 @pytest.mark.parametrize("form", ["expand", "absorb"])
-def test_transformers_at_far_positions(name, form):
+def test_logits_at_far_positions_equal_those_of_transformers(name, form):
     c = LONG[name]
     if form == "absorb" and not c.is_mla:
         form = None
@@ -286,7 +286,7 @@ def test_transformers_at_far_positions(name, form):
 
 
 @pytest.mark.parametrize("name", ["mla", "llama"])
-def test_transformers_over_4200_tokens(name):
+def test_logits_over_4200_tokens_equal_those_of_transformers(name):
     """Logits equal those of transformers at every position up to 4200, beyond the original 4096."""
     c = LONG[name]
     m, theirs = tiny.model(c, dtype=torch.float32), theirs_of(c)
@@ -329,7 +329,7 @@ def from_position_40000(m, theirs, form: str | None):
 @pytest.mark.parametrize(
     "name, form", [("mla", "expand"), ("mla", "absorb"), ("mla-no-yarn", "absorb"), ("llama", None)]
 )
-def test_transformers_from_position_40000(name, form):
+def test_logits_from_position_40000_equal_those_of_transformers(name, form):
     m = tiny.model(LONG[name], dtype=torch.float32)
     assert_close(*from_position_40000(m, theirs_of(LONG[name]), form), 5e-5)
 

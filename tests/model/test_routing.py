@@ -60,7 +60,7 @@ def touched(expert: torch.Tensor) -> int:
     return max(len(set(row)) for row in (expert // 2).tolist())
 
 
-def test_groups_stay_closed_when_scores_underflow():
+def test_groups_stay_excluded_when_scores_underflow():
     assert touched(routing.choose(underflowing(64), LIMITED)[1]) <= 2
 
 

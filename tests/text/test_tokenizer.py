@@ -232,7 +232,7 @@ def test_stream_never_splits_a_character(tok):
     assert pieces == ["", ""] and text == "\ufffd"
 
 
-def test_stream_starts_anew_after_flush(tok):
+def test_stream_restarts_after_flush(tok):
     s = tok.stream(skip_special=False)
     s.step(tok.encode("日")[0])
     s.flush()
@@ -411,7 +411,7 @@ def test_messages_that_are_refused(tok, messages, says):
         tok.apply_chat(messages)
 
 
-def test_tools_reach_a_template_that_knows_them(tok):
+def test_tools_are_passed_to_a_template_that_reads_them(tok):
     template = (
         "{% if tools %}{{ tools | tojson }}{% endif %}"
         "{% for m in messages %}{% if m.role == 'tool' %}T{% endif %}{{ m.content }}{% endfor %}"

@@ -143,7 +143,7 @@ def test_tools_are_refused_if_the_template_ignores_them():
         chat_template.render("{% tools", CHAT[:1], tools=TOOLS)
 
 
-def test_forms():
+def test_each_form_of_tool_calls_is_parsed():
     assert (
         form_of(None) is None is form_of("{{ messages }}")
         and form_of("{{ tools }}[TOOL_CALLS]") is None

@@ -72,7 +72,7 @@ def _fork() -> int:
         return os.fork()
 
 
-def test_save_verify_latest(tmp_path):
+def test_saved_checkpoints_verify_and_latest_finds_them(tmp_path):
     run = tmp_path / "runs/tiny"
     assert latest(run) is None
     path = save(run, 123, writer(123))

@@ -506,7 +506,7 @@ def test_an_epoch_has_every_document_once_in_its_own_order(corpus):
     assert split(first) == split(second) == Counter(t.encode() for t in texts_of(corpus.train))
 
 
-def test_resume_is_bitwise_anywhere(corpus):
+def test_sampling_resumes_exactly_from_any_state(corpus):
     width = 50
     per_epoch = len(corpus.train.tokens) / width
     reference = Batches(corpus, width - 1, seed=3)

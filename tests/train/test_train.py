@@ -355,7 +355,7 @@ def test_drop_rate(texts, tmp_path):
         )
 
 
-def test_metrics_are_of_all_micro_batches():
+def test_metrics_cover_all_micro_batches():
     def record(load, dropped, entropy, losses):
         return routing.LayerRecord(
             torch.tensor(losses), torch.tensor(load), torch.tensor(dropped), torch.tensor(entropy)
