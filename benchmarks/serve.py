@@ -150,7 +150,7 @@ class Server:
             raise
 
 
-# ---- a client that uses little CPU time, which the server needs ----
+# ---- client that uses little CPU time ----
 async def ask(
     port: int,
     method: str,

@@ -232,7 +232,7 @@ def stated_bits(run: CpuBackend) -> float:
     )
 
 
-# ---- measuring ----
+# ---- measurement ----
 @torch.inference_mode()
 def predict(model, ids: torch.Tensor, batch: int = 4):
     """Yield log-probabilities of the next token, a few rows at a time: [rows, T, vocabulary]."""

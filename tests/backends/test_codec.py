@@ -236,7 +236,7 @@ def test_input_types_and_views(name):
     )[1].shape == (0, 16)
 
 
-# ---- the documented layout, in an independent decoder ----
+# ---- documented layout, read by an independent decoder ----
 def read_block(data: bytes, w: int, n: int, group: int) -> tuple[np.ndarray, int]:
     """Decode a block element by element, following the docstring of cache_codec.py.
 

@@ -223,7 +223,7 @@ def test_chosen_experts_equal_those_of_torch(name):
     assert torch.equal(torch.cat([a, b], 1).long(), torch.stack(chosen.layers))
 
 
-# ---- bit for bit ----
+# ---- bitwise equal logits ----
 @pytest.mark.parametrize(
     "weights, name",
     [

@@ -48,7 +48,7 @@ def tokens(llm: LLM, family: str) -> list[list[int]]:
     return [o.token_ids for o in llm.generate(prompts(family), GREEDY)]
 
 
-# ---- equal to the model in memory ----
+# ---- equality with the model in memory ----
 @EVERY
 @WEIGHTS
 def test_a_folder_gives_the_tokens_of_the_model_packed_in_memory(tmp_path, family, weights):

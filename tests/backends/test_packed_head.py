@@ -161,7 +161,7 @@ def test_bench_on_random_weights():
     assert runs[1].run(line, experts=True).shape == (len(c.moe_layers), 1, c.num_experts_per_tok)
 
 
-# ---- the format in the config of a folder ----
+# ---- head format in the config of a folder ----
 def test_an_interrupted_folder_continues_with_its_own_head_format_only(tmp_path):
     model = source(tmp_path / "model", "mla")
     for started, others in (("int8", (None, "int4", "bf16")), (None, ("int8",))):

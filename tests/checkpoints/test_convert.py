@@ -119,7 +119,7 @@ def sharded(tmp_path) -> Path:
     return tmp_path / "m"
 
 
-# ---- lamoe to lamoe ----
+# ---- round trips through lamoe ----
 @pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 11_000])
 def test_round_trip_is_exact(config, tmp_path, max_shard_bytes):
     model = tiny(config)
@@ -216,7 +216,7 @@ def test_loading_holds_one_tensor_beside_the_model(folder, monkeypatch):
     assert len(order) == len(hf.table(CONFIGS["v2-lite"])) and max(order) <= 1
 
 
-# ---- transformers on the other side ----
+# ---- exchange with transformers ----
 @pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 30_000])
 @pytest.mark.parametrize("name", ["v2-lite", "v2", "v2-dense", "llama-gqa", "llama-mqa-tied"])
 def test_transformers_loads_what_lamoe_saves(name, tmp_path, max_shard_bytes):
@@ -263,7 +263,7 @@ def test_lamoe_loads_what_transformers_saves(name, tmp_path):
         assert_close_logits(ours(IDS), theirs(IDS).logits)
 
 
-# ---- saving never destroys ----
+# ---- safe saving ----
 def test_extra_files_are_copied(folder, tmp_path):
     for name in hf.EXTRAS:
         (folder / name).write_text(f'{{"from": "{name}"}}')

@@ -596,7 +596,7 @@ def test_in_a_real_terminal(endless, tmp_path):
     }
 
 
-# ---- the verb ----
+# ---- command-line options ----
 def test_options_of_the_verb(trained, capsys, monkeypatch):
     def out(*argv, text="hi\n"):
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))

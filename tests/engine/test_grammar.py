@@ -209,7 +209,7 @@ def eval_sum(text: str) -> int:
     return value
 
 
-# ---- against an oracle ----
+# ---- comparison with an oracle ----
 WORDS = ["the cat", "the c", "abba", "abbaab", "ab", "ü中", "ü中文!", "zzz"]
 
 

@@ -23,7 +23,7 @@ from tiny_engine import (
     watch,
 )
 
-# ---- the same tokens ----
+# ---- equal tokens under any schedule ----
 LENGTHS = (1, 3, 4, 5, 17, 40, 64)
 
 

@@ -35,7 +35,7 @@ class Panic(BaseException):
     """A BaseException that is not an Exception, like a panic of Rust code in Python."""
 
 
-# ---- a forward pass fails ----
+# ---- failures of a forward pass ----
 @EVERY
 @native_too
 def test_a_sequence_that_makes_a_pass_fail_ends_alone(family, impl, caplog):
@@ -205,7 +205,7 @@ def test_nan_rows_are_not_shared_through_the_prefix_cache(family, impl, budget):
     assert tokens(outputs) == tokens(want) and idle(engine)
 
 
-# ---- one sequence fails ----
+# ---- failures of one sequence ----
 @pytest.mark.parametrize(
     "error, message, internal",
     [
@@ -265,7 +265,7 @@ def test_keyboard_interrupt_and_system_exit_leave_the_engine(error, monkeypatch)
     assert idle(engine)  # both requests have been cancelled
 
 
-# ---- the thread of AsyncLLM ----
+# ---- thread of AsyncLLM ----
 def run(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, 60))
 

@@ -205,7 +205,7 @@ def test_any_stream_of_requests(size, max_sequences, spare_tokens, spare_pages, 
             assert seq.tokens == expected
 
 
-# ---- one rule at a time ----
+# ---- single scheduling rules ----
 def test_decoding_comes_first_and_a_long_prompt_comes_in_chunks():
     world = World(40, max_tokens=8)
     (a,) = world.add(text(3), 20)

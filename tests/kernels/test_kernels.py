@@ -420,7 +420,7 @@ def test_attention_never_holds_more_than_the_batch_needs():
     assert largest(lambda: kernels.attend(q, q, q, 0.5, impl="fused")) < 1024 * 1024 // 2
 
 
-# ---- gradients by finite differences, and the switch between implementations ----
+# ---- finite differences, and the choice of implementations ----
 def gradcheck(op: str, *args):
     args = [a.requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
     assert torch.autograd.gradcheck(getattr(fused, op), args, atol=1e-7, rtol=1e-5)

@@ -149,7 +149,7 @@ def test_the_error_quotes_a_tool_that_fails(tools):
         llama_cpp.Peer(tools.model, 1).measure([line], print)
 
 
-# ---- lamoe ----
+# ---- measurements of lamoe ----
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "int4"])
 def test_bytes_of_a_pass_depend_on_the_form_of_attention(weights):
     run = timing.Bench(random_model(MLA, Formats(weights), 1), "bf16", 100)

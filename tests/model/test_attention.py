@@ -120,7 +120,7 @@ def test_outputs_do_not_depend_on_later_tokens(impl):
         )
 
 
-# ---- which form ----
+# ---- choice of the form of attention ----
 @pytest.mark.parametrize("c", [V2, LITE], ids=["v2", "lite"])
 def test_decode_absorbs_and_prefill_expands(c):
     for cached in (1, 10, 1000, 128_000):

@@ -105,7 +105,7 @@ def test_invalid_page_counts_are_refused():
             PagedCache(tiny.HARD, pages, size)
 
 
-# ---- the model over pages ----
+# ---- model with a paged cache ----
 @pytest.mark.parametrize("name", CONFIGS)
 def test_paged_decoding_equals_contiguous_decoding(name, impl):
     """Paged decoding equals decoding each sequence alone from a contiguous cache.

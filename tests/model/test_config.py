@@ -32,7 +32,7 @@ def numbers(config: ModelConfig) -> dict:
     return {k: report[k] for k in ("parameters", "flops", "cache", "memory")}
 
 
-# ---- every field changes the model, is carried, or is refused ----
+# ---- effect of every field ----
 # {field: (effect, change)}. The effect of changing the field of the base model is "counts" (the
 # accounting), "logits" (with equal weights), "carried" (config.json only) or "refused". The change
 # is a new value, or a dict when other fields must change too.
@@ -241,7 +241,7 @@ def test_presets():
     )
 
 
-# ---- errors, each once ----
+# ---- error messages ----
 def moe(**change):
     return lambda: MOE.replace(**change)
 

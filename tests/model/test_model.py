@@ -223,7 +223,7 @@ def test_untrained_loss_is_that_of_uniform_guessing():
     assert m.loss(tokens, tokens.roll(-1, 1)).item() == pytest.approx(math.log(64), abs=0.01)
 
 
-# ---- refused input ----
+# ---- invalid input ----
 @pytest.mark.parametrize(
     "bad, message",
     [

@@ -77,7 +77,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, wha
     assert error <= tolerance, f"{what}: relative error {error:.1e} > {tolerance:.0e}"
 
 
-# ---- the paper as loops ----
+# ---- oracle: the paper as loops ----
 def against_naive(m, tokens: torch.Tensor):
     w = tiny.weights(m)
     theirs = torch.tensor(np.stack([naive.logits(m.config, w, row) for row in tokens.tolist()]))
@@ -419,7 +419,7 @@ def test_golden_run(impl):
     assert found["losses"][-1] < 0.7 * found["losses"][0]
 
 
-# ---- mutations: every oracle fails when a formula is broken ----
+# ---- mutations that every oracle must detect ----
 MUTATIONS = {
     "YaRN softmax factor forgotten": (rope.softmax_scale, ("** 2", "** 0")),
     "YaRN softmax factor not squared": (rope.softmax_scale, ("** 2", "** 1")),

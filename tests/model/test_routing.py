@@ -258,7 +258,7 @@ def test_impossible_balance_is_refused(change):
     Balance(devices=2).check(GREEDY)
 
 
-# ---- dropping ----
+# ---- token dropping ----
 def keep_by_loops(
     affinity, expert, n_experts, devices, capacity_factor, protected
 ) -> list[list[bool]]:

@@ -23,7 +23,7 @@ from page_server import WINDOW
 from tiny_run import BODY, MLA, MOE, trained  # noqa: F401 (trained is a fixture)
 
 
-# ---- sending messages ----------------------------------------------------------------------------
+# ---- messages ------------------------------------------------------------------------------------
 def test_reply_streams_in_as_markdown(page, server):
     server.delay = 0.02
     send(page, "tell me about the cache", wait=False)

@@ -76,7 +76,7 @@ def signal_after(step: int, number=signal.SIGTERM):
     return mock.patch.object(MasterAdamW, "step", wrapped)
 
 
-# ---- learning ----
+# ---- training result ----
 def test_training_reduces_the_loss(trained):
     lines = metrics(trained)
     losses = [m["loss"] for m in lines if "loss" in m]
@@ -219,7 +219,7 @@ def test_golden_losses(texts, tmp_path):
     )
 
 
-# ---- one step ----
+# ---- loss and gradients of one step ----
 def gradients(raw: dict) -> tuple[dict, list[torch.Tensor]]:
     """Return the first line of the metrics and the unclipped gradients of the first step."""
     found, original = [], MasterAdamW.clip
@@ -389,7 +389,7 @@ def test_peak_is_measured():
     assert torch.equal(before, torch.get_rng_state())  # a resumed run depends on this generator
 
 
-# ---- resuming ----
+# ---- resumed runs ----
 RESUMES = {  # recipes with different kinds of state to restore after step 5 of 9
     "fp32": {"run": dict(dtype="float32")},
     "bf16": {"run": dict(dtype="bfloat16")},
@@ -527,7 +527,7 @@ def test_settings_without_effect_on_training_may_change_on_resume(texts, tmp_pat
     assert [p.name for p in (tmp_path / "moved").glob("step-*")] == ["step-00000003"]
 
 
-# ---- nothing is overwritten ----
+# ---- existing files ----
 def test_a_used_run_folder_is_refused(trained):
     before = contents(trained)
     for raw in (raw_recipe(trained.parent / "texts", trained), raw_recipe("elsewhere", trained)):
