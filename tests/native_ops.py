@@ -75,7 +75,7 @@ def attend(
         v0: first column of the values.
         vw: width of the values.
         scale: factor of the scores.
-        chunk: rows of a partial result.
+        chunk: cache rows per attention state.
         isa: instruction set, "" for the one in use.
 
     Returns:
@@ -97,8 +97,8 @@ def attend_ints(
 ) -> torch.Tensor:
     """Attend with up to 16 queries to stored low-bit rows as integers (absorbed MLA).
 
-    The latent is read as signed bytes with one step size per row, queries have 8 bits, softmax
-    weights 8 bits in each tile of 64 rows. The rope key is bfloat16.
+    The latent is read as signed bytes with one step size per row. Queries, and the softmax weights
+    of each tile of 64 rows, are rounded to 8 bits. The rope key is bfloat16.
 
     Args:
         codec: packed.codec_numbers of the cache format.
@@ -106,7 +106,7 @@ def attend_ints(
         q: float32 [L, latent + rope].
         last: int32 [L]; query i sees rows 0 .. last[i].
         scale: factor of the scores.
-        chunk: rows of a partial result, a multiple of 64.
+        chunk: cache rows per attention state, a multiple of 64.
         isa: instruction set, "" for the one in use.
 
     Returns:

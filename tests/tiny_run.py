@@ -57,7 +57,8 @@ def raw_recipe(texts: Path, out: Path, **changes) -> dict:
     """Return the argument of Recipe.from_dict.
 
     Args:
-        changes: section=dict(key=value), merged in; a model= with a model_type replaces the model.
+        changes: sections as dicts, merged into the recipe. A `model` with a model_type replaces the
+            whole section.
     """
     raw = {
         "model": {**BODY, **MLA, **MOE},

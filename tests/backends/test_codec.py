@@ -44,7 +44,7 @@ def largest(x):
 
 # ---- sizes ----
 def test_six_bits_give_the_933_percent_of_the_paper():
-    """DeepSeek-V2's 6-bit cache is 93.3 % smaller than DeepSeek 67B's 16-bit GQA cache.
+    """The 6-bit cache of DeepSeek-V2 is 93.3 % smaller than the 16-bit GQA cache of DeepSeek 67B.
 
     Source: paper, sections 2.1.4 and 3.2.3 (6 bits per element on average).
     """

@@ -432,7 +432,7 @@ def test_a_step_without_output_rows(model):
 
 
 def test_concurrent_callers(model):
-    """Threads that share a model, each with its own cache, compute the same results as alone."""
+    """Threads that share a model, each with its own cache, get the results of one thread."""
     texts = {i: tiny.ids(model.config, 40, seed=i).tolist() for i in range(4)}
     want = {i: Run(model).all(ids, [7]) for i, ids in texts.items()}
     got, errors = {}, []

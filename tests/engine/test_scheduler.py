@@ -16,7 +16,7 @@ from lamoe.engine.scheduler import Scheduler
 
 
 class World:
-    """A scheduler, a record of the rows that its steps write, and checks of every step."""
+    """A scheduler with a record of the rows that its steps write. It checks every step."""
 
     def __init__(
         self,

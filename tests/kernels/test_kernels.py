@@ -34,7 +34,7 @@ def run(op: str, impl: str, args: list, dtype) -> list[torch.Tensor]:
     args = [cast(a.detach().clone()) if torch.is_tensor(a) else a for a in args]
     if op == "rope":  # the table is float32 unless the model is float64
         args[1] = args[1].to(torch.complex128 if dtype == F64 else torch.complex64)
-    if op == "experts":  # router weights are float32 too
+    if op == "experts":  # routing weights are at least float32
         args[2] = args[2].detach().to(torch.promote_types(dtype, F32)).requires_grad_()
     out = getattr(kernels, op)(*args, impl=impl)
     push = draw(*out.shape, seed=7).to(out.dtype)

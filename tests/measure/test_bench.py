@@ -103,7 +103,7 @@ def test_runs_are_interleaved_with_the_peer(tools):
     )
     model = f"-m {tools.model} -t 3"
     assert tools.calls() == [
-        # prefill and decode use the same filled cache
+        # one run measures prefill and decode after the same filled cache
         f"llama-bench {model} -fa 1 -r 2 -d 100 -p 64 -n 32 -o jsonl --progress",
         f"llama-batched-bench {model} -fa on -npp 16 -ntg 16 -npl 4,4 -c 160 --output-format jsonl",
     ]

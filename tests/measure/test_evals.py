@@ -42,7 +42,10 @@ def model(seed=0) -> Transformer:
 
 
 def test_bits_per_byte_equal_a_direct_computation():
-    """The expected loss predicts each target from earlier tokens of its own document only."""
+    """Bits per byte equal those of a loop over the targets.
+
+    The loop predicts each target from earlier tokens of its own document only.
+    """
     m, nats, targets = model(), 0.0, 0
     with torch.no_grad():
         for ids, segments in rows():

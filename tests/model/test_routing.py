@@ -404,7 +404,7 @@ def imbalance_after_training(weight: float) -> float:
     generator = torch.Generator().manual_seed(0)
     # The inputs share a direction, which makes the bias of the gate effective.
     x = torch.randn(4, 32, 32, generator=generator) + 1.0
-    # The task also favours the two experts a little.
+    # The task loss also favours the two experts a little.
     cost = torch.tensor([0.0, 0.0] + [0.02] * 6)
     gate = torch.randn(8, 32, generator=generator) * 0.05
     gate[:2] += 0.15

@@ -475,7 +475,7 @@ def test_rows_are_the_shuffled_stream_without_loss(corpus, seq_len):
     rows = 3 * window
     want, docs = stream(corpus, 5, 2 + rows * (seq_len + 1) // len(corpus.train.tokens))
     ids, segments = Batches(corpus, seq_len, seed=5).next_batch(rows)
-    # undo the shuffle: position i of window w has row w * window + deal[w][i]
+    # Undo the shuffle. Position i of window w has row w * window + deal[w][i].
     dealt = np.concatenate(
         [w * window + np.random.RandomState([5, 1, w]).permutation(window) for w in range(3)]
     )

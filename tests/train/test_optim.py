@@ -247,7 +247,7 @@ def test_clip_reports_gradients_that_are_not_finite(bad):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_round_trip(dtype):
-    """Three steps, saving, loading and three more steps equal six steps in a row, bit for bit."""
+    """Six steps with saving and loading after the third equal six steps in a row, bit for bit."""
 
     def go(net, ours, xs):
         for x in xs:

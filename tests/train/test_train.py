@@ -344,7 +344,8 @@ def test_drop_rate(texts, tmp_path):
     original = routing.route
 
     def biased(x, gate, config):
-        r = original(x, gate, config)  # all tokens to experts 0 and 1, on one of four devices
+        # Experts 0 and 1, which are on one of four devices, get all tokens.
+        r = original(x, gate, config)
         return routing.Route(
             r.scores, torch.tensor([0, 1]).expand_as(r.expert).contiguous(), r.weight
         )
@@ -745,7 +746,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def test_real_processes_stopped_or_killed_resume_exactly(texts, tmp_path):
-    """Runs that are stopped by SIGTERM, SIGINT or SIGKILL resume to the same result as other runs.
+    """Runs that SIGTERM, SIGINT or SIGKILL stops resume to the result of an uninterrupted run.
 
     Every run is a real process. All of them run at the same time, to save time.
     """
