@@ -1,8 +1,8 @@
 """Write-then-rename: a file or folder appears under its name complete, or not at all.
 
 The content is written under a temporary name in the same folder, flushed to the disk and then
-renamed. A process that is killed at any moment leaves the old content or the new one. It may also
-leave a hidden temporary, whose name says which process made it (see `remove_leftovers`).
+renamed. If the process is killed at any moment, either the old or the new content remains. A hidden
+temporary file may remain too, whose name identifies its process (see `remove_leftovers`).
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def replace_file(path: str | Path, mode: str = "wb", temporary: Path | None = No
     If the block raises, the temporary file is removed and `path` stays as it was.
 
     Args:
-        path: the final name. A symbolic link there is replaced, not followed.
+        path: the final name. A symbolic link of this name is replaced, not followed.
         mode: "wb", or "w" for UTF-8 text.
         temporary: a fixed temporary name in the same folder, overwritten if it exists.
-            By default the name is new in every call.
+            By default, the name is new in every call.
 
     Raises:
-        OSError: the file could not be written; the message names `path`.
+        OSError: if the file could not be written. The message names `path`.
     """
     path = Path(path)
     if temporary is None:
@@ -90,12 +90,12 @@ def replace_folder(
     If the block raises, the temporary folder is removed and `target` stays as it was.
 
     Args:
-        target: the final name; its parent folder must exist.
-        label: the beginning of the temporary name; default: the name of `target`.
-        aside: the name of the old folder while the new one moves in; default: a temporary name.
+        target: the final name. Its parent folder must exist.
+        label: the beginning of the temporary name. By default, the name of `target`.
+        aside: the name of the old folder during the replacement. By default, a temporary name.
 
     Raises:
-        OSError: the folder could not be written; the message names the file or folder.
+        OSError: if the folder could not be written. The message names the file or folder.
     """
     target = Path(target)
     label = label or target.name
@@ -116,7 +116,8 @@ def _swap(new: Path, target: Path, label: str, aside: Path) -> None:
     """Rename `new` to `target`.
 
     A rename cannot replace a folder that holds files. The old folder is therefore renamed to
-    `aside` first, and deleted when the new one is in place. If that fails it is renamed back.
+    `aside` first, and deleted when the new one is in place. If the second rename fails, the old
+    folder gets its name back.
     """
     replaces = target.exists()
     if replaces:
@@ -135,7 +136,7 @@ def _swap(new: Path, target: Path, label: str, aside: Path) -> None:
 
 
 def remove_folder(folder: Path, label: str) -> None:
-    """Rename `folder` to a temporary name, then delete it: it never looks half deleted."""
+    """Delete a folder, after a rename to a temporary name so that it never looks half deleted."""
     doomed = folder.with_name(temporary_name(f"{label}.old"))
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
@@ -143,15 +144,15 @@ def remove_folder(folder: Path, label: str) -> None:
 
 # ---- temporary names -----------------------------------------------------------------------------
 def temporary_name(label: str) -> str:
-    """Return a hidden name, new in every call, with the names of machine and process."""
+    """Return a hidden file name that is new in every call and names the machine and process."""
     return f".{label}.tmp-{socket.gethostname()}-{os.getpid()}.{next(_counter)}"
 
 
 def remove_leftovers(folder: Path, label: str) -> None:
     """Remove temporaries of `label` that processes on this machine left when they were killed.
 
-    Those with the id of this process are removed too: the id may have belonged to an earlier
-    process. So call this only while this process itself writes nothing under `label`.
+    Temporaries with the id of this process are removed too, because an earlier process may have had
+    this id. So call this function only while this process writes nothing under `label`.
     """
     host = re.escape(socket.gethostname())
     pattern = re.compile(rf"\.{re.escape(label)}(?:\.old)?\.tmp-{host}-(\d+)(?:\.\d+)?")

@@ -23,7 +23,7 @@ from lamoe.checkpoints.shards import few
 from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
 
-# Metadata `llama.<key>` -> field of ModelConfig.
+# {key of the metadata `llama.<key>`: field of ModelConfig}.
 _FIELDS = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -43,7 +43,8 @@ _NEEDED = (
     "attention.head_count",
     "attention.layer_norm_rms_epsilon",
 )
-# Metadata without a field in ModelConfig: each function returns the values that lamoe supports.
+# Metadata keys without a field in ModelConfig. The function of a key returns the values that lamoe
+# supports.
 _ALLOWED = {
     "expert_count": lambda c: (0,),
     "expert_used_count": lambda c: (0,),
@@ -68,7 +69,7 @@ _NAMES = {
 }
 
 
-# What the parser of the gguf package raises for a damaged or hostile file.
+# Exceptions that the parser of the gguf package raises for a damaged or hostile file.
 _PARSER_ERRORS = (
     ValueError,
     KeyError,
@@ -84,8 +85,8 @@ class File(NamedTuple):
     """A GGUF file whose metadata has been read.
 
     Attributes:
-        metadata: strings, numbers and lists of them, by key.
-        tensors: tensor records of the gguf package, by name.
+        metadata: {key: value}. Values are strings, numbers and lists of them.
+        tensors: {tensor name: tensor record of the gguf package}.
     """
 
     path: Path
@@ -97,7 +98,7 @@ def read(path: str | Path) -> File:
     """Read the metadata and the list of tensors of a GGUF file. No tensor data is read.
 
     Raises:
-        ValueError: the file is missing, is not a complete GGUF file, or is one of several parts.
+        ValueError: if the file is missing, is not a complete GGUF file, or is one of several parts.
     """
     path = Path(path)
     if not path.is_file():
@@ -139,7 +140,7 @@ def config_of(file: File) -> ModelConfig:
     torch_dtype is bfloat16 unless all matrices are stored as float32 or all as float16.
 
     Raises:
-        ValueError: the metadata is incomplete, or needs something that lamoe lacks.
+        ValueError: if the metadata is incomplete, or needs a feature that lamoe lacks.
     """
     if (found := file.metadata.get("general.architecture")) != "llama":
         raise ValueError(
@@ -189,10 +190,12 @@ def load(file: File, dtype: torch.dtype | str | None = None) -> Transformer:
     """Load and dequantise the model, in eval mode, one tensor at a time.
 
     Args:
-        dtype: of all parameters; None: the config's torch_dtype. float32 keeps every value exactly.
+        file: the GGUF file, from `read`.
+        dtype: dtype of all parameters. None means the config's torch_dtype. float32 keeps every
+            value exactly.
 
     Raises:
-        ValueError: the tensors are not exactly those of the config.
+        ValueError: if the tensors are not exactly those of the config.
     """
     config = config_of(file)
     places = _places(file, config)
@@ -225,7 +228,7 @@ def _places(file: File, config: ModelConfig) -> dict[str, hf.Entry]:
     """Map every tensor name of the file to its entry of hf.table.
 
     Raises:
-        ValueError: the file holds other tensors than its architecture needs.
+        ValueError: if the file does not hold exactly the tensors that its architecture needs.
     """
     if config.num_hidden_layers > len(file.tensors):
         raise ValueError(
@@ -252,7 +255,7 @@ def _places(file: File, config: ModelConfig) -> dict[str, hf.Entry]:
 
 
 def _dequantise(file: File, name: str) -> torch.Tensor:
-    """Return a tensor as float32."""
+    """Return the tensor `name` of a GGUF file, dequantised to float32."""
     import gguf
 
     found = file.tensors[name]
@@ -287,9 +290,10 @@ def to_folder(
     """Convert a GGUF file to a Hugging Face folder with tokenizer, chat template and stop tokens.
 
     Args:
-        dtype: see `load`.
-        tokenizer: a folder to take the tokenizer files from instead of the GGUF file.
-        options: passed to hf.save.
+        dtype: dtype of the parameters, see `load`.
+        tokenizer: a folder with tokenizer files. If given, they are used instead of those of the
+            GGUF file.
+        options: keyword arguments of hf.save.
 
     Raises:
         ValueError: see `read`, `load`, hf.save and gguf_tokenizer.write.

@@ -1,8 +1,8 @@
 """Convert the vocabulary of a GGUF file to tokenizer.json and its companion files.
 
-A GGUF file only names the rule that splits text before merging (`tokenizer.ggml.pre`). The rules
-are written out below. An unknown name is refused: a similar rule would give slightly wrong ids,
-which would look like a weak model.
+A GGUF file contains only the name of the rule that splits text before merging
+(`tokenizer.ggml.pre`). This module defines the rules. An unknown name is refused, because a similar
+rule would give slightly wrong ids, and the model would merely seem weak.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LETTERS = (
     "\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
 _CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
-# %s: how many digits stay together
+# %s is replaced by the number of digits that stay together
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -49,7 +49,7 @@ _DIGITS_GPT2 = [
     pre_tokenizers.Digits(individual_digits=True),
     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
 ]
-# tokenizer.ggml.pre -> pre-tokenizers, applied in order
+# {value of tokenizer.ggml.pre: its pre-tokenizers in the order of application}
 SPLITS: dict[str, list[Any]] = {
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)],
     "smollm": _DIGITS_GPT2,
@@ -67,7 +67,7 @@ SPLITS: dict[str, list[Any]] = {
     ),
     "deepseek-coder": _split("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, digits=True),
 }
-# Rules whose models use BOS by default, i.e. if the file has no add_bos_token.
+# Rules of models that use BOS by default, that is, if the file has no add_bos_token.
 _BEGINS_WITH_BOS = ("llama-bpe",)
 
 
@@ -76,12 +76,13 @@ def write(metadata: Mapping[str, Any], folder: Path, source: str) -> None:
     """Write tokenizer.json, tokenizer_config.json and generation_config.json to `folder`.
 
     Args:
-        metadata: of a GGUF file, see gguf.File.
-        source: the name of the file, for error messages.
+        metadata: the metadata of a GGUF file, see gguf.File.
+        folder: the folder to write to.
+        source: the name of the GGUF file, for error messages.
 
     Raises:
-        ValueError: the file has no vocabulary, one of an unknown kind, or one that contradicts
-            itself.
+        ValueError: if the file has no vocabulary, or its vocabulary is of an unknown kind or
+            inconsistent.
     """
     own = {
         k.removeprefix("tokenizer.ggml."): v
@@ -128,7 +129,7 @@ def _read_vocabulary(own: Mapping[str, Any], source: str) -> tuple[list[str], li
 def _build(
     own: Mapping[str, Any], tokens: list[str], types: list[int], source: str
 ) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """Build the tokenizer; return it and the texts of its bos, eos and pad tokens."""
+    """Build the tokenizer. Return it together with the texts of its bos, eos and pad tokens."""
     kind, vocab = own.get("model"), {t: i for i, t in enumerate(tokens)}
     try:
         if kind == "gpt2":
@@ -221,8 +222,8 @@ def _sentencepiece(
 ) -> tokenizers.Tokenizer:
     """Build a BPE tokenizer from the scored pieces of SentencePiece ("llama").
 
-    SentencePiece joins two neighbouring pieces if the result is a piece, best score first. The
-    equivalent list of merges has every cut of a piece into two pieces, ordered by score.
+    SentencePiece joins two neighbouring pieces if the result is a piece too, best score first. The
+    equivalent list of merges has every way to cut a piece into two pieces, ordered by score.
     """
     scores, merges = own["scores"], []
     for piece, token_id in vocab.items():

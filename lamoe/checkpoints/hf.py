@@ -1,12 +1,12 @@
 """Load and save Hugging Face model folders, one tensor at a time.
 
-One table of names serves both directions. In the folder every expert has its own gate_proj, up_proj
-and down_proj. In memory the rows of gate and up form one matrix (w13) and experts are stacked. So
-each entry of the table maps a stored tensor to a slice of a parameter: loading copies into the
-slice, saving writes it out. Rotary rows are never permuted, because the model follows the layout of
-its family.
+One table of names serves both directions. In the folder, every expert has its own gate_proj,
+up_proj and down_proj. In memory, the rows of gate and up form one matrix (w13), and experts are
+stacked. So each entry of the table maps a stored tensor to a slice of a parameter. Loading copies
+into the slice, and saving writes the slice out. Rotary rows are never permuted, because the model
+follows the layout of its family.
 
-Nothing in a model folder is executed: only config.json and safetensors files are read, `auto_map`
+Nothing in a model folder is executed. Only config.json and safetensors files are read. `auto_map`
 and *.py are ignored, and pickles are refused (shards.py).
 """
 
@@ -33,7 +33,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# Buffers in old checkpoints that follow from the config.
+# Buffers in old checkpoints that are ignored, because the config determines their values.
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 # Files that `save` copies from `extras_from` without reading them.
 EXTRAS = (
@@ -132,7 +132,7 @@ def views(config: ModelConfig, parameters: Mapping[str, torch.Tensor]) -> dict[s
     """Return a view of `parameters` for every stored tensor, by its stored name.
 
     Raises:
-        ValueError: the parameters are not those of this config.
+        ValueError: if the parameters are not exactly those of this config.
     """
     entries = table(config)
     known = {e.parameter for e in entries}
@@ -156,12 +156,13 @@ def load(
 
     Args:
         source: a Hugging Face model folder or a hub id (`owner/name`).
-        dtype: of all parameters; None: the config's torch_dtype. Tensors stored in another float
-            type are cast.
+        dtype: dtype of all parameters. None means the config's torch_dtype. Tensors stored in
+            another float type are cast.
 
     Raises:
-        ValueError: the config needs something that lamoe lacks; a tensor is missing, extra, of the
-            wrong shape or not a plain float; or a file breaks the format (see shards.scan).
+        ValueError: if the config needs a feature that lamoe lacks, if a tensor is missing, extra,
+            of the wrong shape or not a plain float, or if a file breaks the format (see
+            shards.scan).
     """
     folder = resolve(source)
     config = read_config(folder)
@@ -199,7 +200,7 @@ def resolve(source: str | Path) -> Path:
     HF_HUB_OFFLINE=1 they must be there already. HF_TOKEN gives access to gated models.
 
     Raises:
-        ValueError: `source` is neither a folder nor a model on the hub.
+        ValueError: if `source` is neither a folder nor a model on the hub.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -239,7 +240,8 @@ def read_config(folder: str | Path) -> ModelConfig:
     """Read config.json of a model folder.
 
     Raises:
-        ValueError: there is none, or it needs something that lamoe lacks.
+        ValueError: if the folder has no config.json, or the config needs a feature that lamoe
+            lacks.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -288,7 +290,7 @@ def _check(
     """Compare the stored tensors with those of the config, from the headers alone.
 
     Args:
-        want: for every stored name, a tensor of the right shape.
+        want: {stored name: tensor of the expected shape}.
 
     Returns:
         The stored lm_head of a model with tied embeddings, if there is one.
@@ -340,7 +342,7 @@ def check_tensors(folder: Path, config: ModelConfig, found: dict[str, Found]) ->
     """Check that the stored tensors are those of the config, from the headers alone.
 
     Raises:
-        ValueError: a tensor is missing, extra, of the wrong shape or not a plain float.
+        ValueError: if a tensor is missing, extra, of the wrong shape or not a plain float.
     """
     model = _meta_model(config, folder, len(found))
     _check(folder, config, found, views(config, dict(model.named_parameters())))
@@ -375,14 +377,14 @@ def save(
     parameters.
 
     Args:
-        max_shard_bytes: split the weights into files of at most that size.
-        extras_from: a folder to copy tokenizer, chat template and generation config from.
-        overwrite: replace an existing model folder as a whole.
+        max_shard_bytes: largest size of one weight file, in bytes.
+        extras_from: a folder from which tokenizer, chat template and generation config are copied.
+        overwrite: whether to replace an existing model folder as a whole.
 
     Raises:
-        ValueError: the folder exists and `overwrite` is False, or it holds other files than a
-            model; or the model cannot be saved in this form.
-        OSError: writing failed; an existing folder is unchanged.
+        ValueError: if the folder exists and `overwrite` is False, if it holds files that do not
+            belong to a model, or if the model cannot be saved in this form.
+        OSError: if writing failed. An existing folder is then unchanged.
     """
     if (
         isinstance(max_shard_bytes, bool)

@@ -1,8 +1,8 @@
 """Advisory locks on open files, so that two processes do not write the same folder.
 
-POSIX systems use flock; Windows locks one byte far behind the end of the file, because its locks
-also keep others from reading the locked bytes. Closing the file releases the lock, and so does the
-end of the process.
+POSIX systems use flock. Windows locks one byte far beyond the end of the file, because its locks
+also keep other processes from reading the locked bytes. The lock is released when the file is
+closed or the process ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if sys.platform == "win32":
         file.seek(_LOCKED_BYTE)
         try:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except PermissionError as error:  # what Windows raises if another process has the lock
+        except PermissionError as error:  # raised on Windows if another process has the lock
             raise BlockingIOError(*error.args) from None
         finally:
             file.seek(position)
@@ -36,8 +36,8 @@ def try_lock(file: IO) -> bool:
     """Lock an open, writable file without waiting.
 
     Returns:
-        False if another process holds the lock. True if this process has it now, and also where
-        the file system has no locks: then nothing protects the file.
+        False if another process holds the lock, else True. On a file system without locks the
+        result is True too, although nothing protects the file.
     """
     try:
         _lock(file)

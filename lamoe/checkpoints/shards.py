@@ -24,8 +24,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# Headers and index files larger than this are refused unread. DeepSeek-V2 needs about a quarter of
-# it, and JSON of this size parses in a second.
+# Headers and index files with more bytes are refused unread. DeepSeek-V2 needs about a quarter of
+# this limit, and JSON of this size parses in a second.
 MAX_JSON_BYTES = 16 * 2**20
 MAX_DIMS = 8
 ITEM_BYTES = {
@@ -55,8 +55,8 @@ class Found(NamedTuple):
     """A tensor in a checked file.
 
     Attributes:
-        dtype: as safetensors spells it, e.g. "BF16".
-        begin: offset of the data in bytes, from the end of the header.
+        dtype: name of the dtype in safetensors, for example "BF16".
+        begin: offset of the data from the end of the header, in bytes.
     """
 
     path: Path
@@ -72,8 +72,8 @@ def scan(folder: Path) -> dict[str, Found]:
     The tensors are in model.safetensors, or in the shards that model.safetensors.index.json names.
 
     Raises:
-        ValueError: the folder has neither or both, its weights are pickles, or a file breaks the
-            format.
+        ValueError: if the folder has neither or both of these files, its weights are pickles, or a
+            file breaks the format.
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() and index.is_file():
@@ -96,7 +96,7 @@ def _scan_index(index: Path) -> dict[str, Found]:
         if not path.is_file():
             count = list(placed.values()).count(shard)
             raise ValueError(
-                f"{index} places {count} tensors in {shard}, which is not there; download it again"
+                f"{index} places {count} tensors in {shard}, but this file does not exist; download it again"
             )
         header = read_header(path)
         absent = [name for name, where in placed.items() if where == shard and name not in header]
@@ -143,7 +143,7 @@ def read_header(path: Path) -> dict[str, Found]:
     """Read and check the header of one safetensors file; return its tensors by name.
 
     Raises:
-        ValueError: the file breaks the format; the message says where.
+        ValueError: if the file breaks the format. The message says where.
     """
     with open(path, "rb") as f:
         size = os.fstat(f.fileno()).st_size
@@ -184,7 +184,7 @@ def _parse(raw: bytes, where: str) -> dict:
         out = {}
         for name, value in pairs:
             if name in out:
-                raise ValueError(f"the name {name!r} is there twice")
+                raise ValueError(f"the name {name!r} occurs twice")
             out[name] = value
         return out
 
@@ -200,7 +200,10 @@ def _parse(raw: bytes, where: str) -> dict:
 
 
 def _check_entry(path: Path, name: str, entry) -> tuple[int, int]:
-    """Check that dtype, shape and byte range of a header entry agree; return the range."""
+    """Check that dtype, shape and byte range of a header entry agree.
+
+    Returns the range (begin, end) in bytes.
+    """
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(
             f"{path}: the entry of {name!r} must have exactly dtype, shape and data_offsets, "
@@ -233,7 +236,7 @@ def _check_entry(path: Path, name: str, entry) -> tuple[int, int]:
 
 
 def _are_counts(values) -> bool:
-    """Whether `values` is a list of integers from 0 to 2**63 - 1; bools do not count as such."""
+    """Return whether `values` is a list of integers from 0 to 2**63 - 1. Bools do not count."""
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 
@@ -318,8 +321,9 @@ def write(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: in
     The files are not flushed to the disk; atomic.replace_folder does that.
 
     Args:
-        tensors: views are written without a copy.
-        max_shard_bytes: largest data size of a shard; a larger tensor gets a shard of its own.
+        tensors: {name: tensor}. Views are written without a copy.
+        folder: the empty folder.
+        max_shard_bytes: largest size of the data in a shard. A larger tensor gets its own shard.
     """
     # Imported late, because the import reads the HF_* variables.
     from huggingface_hub import split_state_dict_into_shards_factory

@@ -1,9 +1,9 @@
-"""Checkpoints of a training run: each folder is complete, or it is not there.
+"""Checkpoints of a training run. A checkpoint folder is complete, or it does not exist.
 
 A run folder holds `step-00000123/` folders. Each has a manifest.json with the sizes and sha256
-hashes of its files. The text file `latest` names the checkpoint saved last, for people and scripts
-(links do not survive every file system, archive or copy). The function `latest` does not trust it:
-it reads the manifests. One process at a time writes to a run folder. Nothing is pickled.
+hashes of its files. The text file `latest` names the checkpoint saved last, for people and scripts.
+(A link would not survive every file system, archive or copy.) The function `latest` does not trust
+this file and reads the manifests. One process at a time writes to a run folder. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -48,15 +48,18 @@ def step_of(path: str | Path) -> int:
 def save(run_dir: str | Path, step: int, write: Callable[[Path], None], keep: int = 3) -> Path:
     """Write a checkpoint and return its folder.
 
-    If saving fails or the process is killed, at any moment, earlier checkpoints stay complete.
-    Old checkpoints are removed only after the new one is in place.
+    If saving fails or the process is killed at any moment, earlier checkpoints stay complete. Old
+    checkpoints are removed only after the new one is in place.
 
     Args:
-        write: called with an empty folder; puts the files there. It need not flush them.
-        keep: number of checkpoints to keep, counted from the last saved; 0 keeps all.
+        run_dir: the run folder.
+        step: number of finished steps.
+        write: function that writes the files into the empty folder that it gets. It need not flush
+            them.
+        keep: number of checkpoints to keep, the last saved ones. 0 keeps all.
 
     Raises:
-        OSError: the checkpoint could not be saved; the message says which one is still there.
+        OSError: if the checkpoint could not be saved. The message names the last complete one.
     """
     run_dir = Path(run_dir)
     if step < 0 or keep < 0:
@@ -90,12 +93,12 @@ def save(run_dir: str | Path, step: int, write: Callable[[Path], None], keep: in
 
 
 def latest(run_dir: str | Path) -> Path | None:
-    """Return the last saved checkpoint whose hashes match; None if the run has no checkpoint.
+    """Return the last saved checkpoint whose hashes match, or None if the run has no checkpoint.
 
     Damaged checkpoints are skipped with a warning.
 
     Raises:
-        ValueError: all checkpoints are damaged. Starting from scratch must not happen silently.
+        ValueError: if all checkpoints are damaged, because a run must not silently start again.
     """
     run_dir = Path(run_dir)
     problems = []
@@ -117,7 +120,11 @@ def latest(run_dir: str | Path) -> Path | None:
 
 
 def model_of_run(run_dir: str | Path) -> Path:
-    """Return the model folder of a run's last checkpoint. ValueError if it has none yet."""
+    """Return the model folder of a run's last checkpoint.
+
+    Raises:
+        ValueError: if the run has no checkpoint yet.
+    """
     last = latest(run_dir)
     if last is None:
         raise ValueError(
@@ -131,7 +138,7 @@ def verify(path: str | Path) -> dict:
     """Compare every file of a checkpoint with the manifest and return the manifest.
 
     Raises:
-        ValueError: a file is missing or its size or hash differs; the message names it.
+        ValueError: if a file is missing, or its size or hash differs. The message names the file.
     """
     path = Path(path)
     manifest = _read_manifest(path)
@@ -177,10 +184,10 @@ def _complete(run_dir: Path) -> list[tuple[Path, dict]]:
 
 
 def _write_manifest(folder: Path, step: int, sequence: int) -> None:
-    """Hash all files of a checkpoint.
+    """Hash all files of a checkpoint and write its manifest.
 
-    `sequence` orders the saves of a run. Step numbers cannot: a run that resumes from an older
-    checkpoint repeats steps.
+    `sequence` orders the saves of a run. Step numbers cannot, because a run that resumes from an
+    older checkpoint repeats steps.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -248,8 +255,8 @@ def save_tensors(path: str | Path, state: Any) -> None:
             tensors), None, bool, int, float and str. An optimizer's state_dict, for example.
 
     Raises:
-        ValueError: `state` holds something else; the message says where.
-        OSError: the file could not be written.
+        ValueError: if `state` holds a value of another type. The message says where.
+        OSError: if the file could not be written.
     """
     tensors: dict[str, torch.Tensor] = {}
     names: dict[int, str] = {}
@@ -269,7 +276,7 @@ def save_tensors(path: str | Path, state: Any) -> None:
 
 
 def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> Any:
-    """Read what `save_tensors` wrote, bit for bit.
+    """Read a file of `save_tensors` and return the same state, bit for bit.
 
     The tensors own their memory, so the file may be removed afterwards.
     """
@@ -289,9 +296,10 @@ def _pack(value: Any, where: str, tensors: dict[str, torch.Tensor], names: dict[
     """Convert `value` to JSON: a container becomes {its type: items}, a tensor {"tensor": name}.
 
     Args:
-        where: the place of `value` in the state, used as the tensor's name and in errors.
-        tensors: receives the tensors by name; a tensor that occurs twice is stored once.
-        names: id of each tensor or array seen -> its name.
+        value: a part of the state.
+        where: the place of `value` in the state. It serves as the tensor's name and in messages.
+        tensors: dict that receives {name: tensor}. A tensor that occurs twice is stored once.
+        names: {id of a tensor or array that was seen: its name}.
     """
     identity = id(value)  # taken before an array is converted: ids of temporaries are reused
     if isinstance(value, np.ndarray):
@@ -364,8 +372,8 @@ def set_rng_state(state: dict) -> None:
     """Restore what `rng_state` returned.
 
     Raises:
-        ValueError: this machine has another number of CUDA devices. Their random numbers would
-            differ from those of the saved run.
+        ValueError: if this machine has another number of CUDA devices, because random numbers would
+            then differ from those of the saved run.
     """
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if len(state["cuda"]) != devices:

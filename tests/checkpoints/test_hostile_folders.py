@@ -123,7 +123,7 @@ def test_a_valid_file_is_read(tmp_path):
             8,
             "__metadata__ must map strings to strings",
         ),
-        (b'{"a": {"dtype": "F32"}, "a": 1}', 8, "'a' is there twice"),
+        (b'{"a": {"dtype": "F32"}, "a": 1}', 8, "'a' occurs twice"),
         (b'{"a": ' + b"9" * 5000 + b"}", 8, "not valid JSON"),
         (b"[1, 2]", 8, "must be a JSON object, found list"),
         (b"{", 8, "not valid JSON"),
@@ -269,7 +269,7 @@ def test_tensor_the_index_does_not_list(sharded):
         ('{"weight_map": {}}', "no weight_map"),
         ("[]", "must be a JSON object"),
         ("{", "not valid JSON"),
-        ('{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}', "'a' is there twice"),
+        ('{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}', "'a' occurs twice"),
     ],
 )
 def test_malformed_index(sharded, content, message):
