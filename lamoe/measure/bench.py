@@ -27,10 +27,10 @@ Make = Callable[[int], Backend]
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured.
+    """The prefills and decode steps that a benchmark measures.
 
     Attributes:
-        prefills: (prompt length, cached tokens before it), in tokens.
+        prefills: pairs (prompt length, cached tokens before the prompt), in tokens.
         depths: context lengths at which one token is decoded.
         batches: numbers of sequences that decode together.
     """
@@ -40,7 +40,10 @@ class Workload:
     batches: list[int]
 
     def within(self, limit: int) -> tuple[Workload, list[str]]:
-        """Return what fits into `limit` positions, and the flags of the measurements left out."""
+        """Return the part of the workload that fits into `limit` positions.
+
+        Also return the flags of the measurements that were left out.
+        """
         depths = [d for d in self.depths if d < limit]
         prefills = [(n, d) for n, d in self.prefills if n + d <= limit]
         left_out = [f"--depth {d}" for d in self.depths if d not in depths]
@@ -49,7 +52,7 @@ class Workload:
 
     @property
     def slots(self) -> int:
-        """Return how many tokens the cache must hold."""
+        """Return the number of tokens that the cache must hold for this workload."""
         prefill = [n + d for n, d in self.prefills]
         decode = [d + 1 for d in self.depths]
         return max([1, *prefill, *decode, *(32 * b for b in self.batches)])
@@ -114,13 +117,13 @@ def run(
     """Make the model and measure the workload.
 
     Args:
-        name: what the result calls the model.
-        make: makes the model for a number of threads.
-        peer_model: GGUF file for interleaved runs of llama.cpp; None measures lamoe only.
+        name: name of the model in the result.
+        make: function that makes the model for a number of threads.
+        peer_model: GGUF file for interleaved runs of llama.cpp. None measures lamoe only.
 
     Raises:
-        ValueError: An option is out of range, the compiled kernels are missing, or the peer is not
-            usable.
+        ValueError: if an option is out of range, the compiled kernels are missing, or llama.cpp
+            cannot be run.
     """
     _check(rounds, threads, work.batches)
     if threads:
@@ -179,7 +182,7 @@ def _check(rounds: int, threads: int, batches: list[int]) -> None:
 
 
 def _probe_buffer(model: Backend) -> torch.Tensor:
-    """Return a buffer far larger than the CPU caches: the largest weight, or a new one."""
+    """Return a buffer far larger than the CPU caches, either the largest weight or a new one."""
     largest = max(model.tensors().values(), key=lambda t: t.numel())
     if largest.numel() > _PROBE_BYTES // 2:
         return largest
@@ -187,12 +190,12 @@ def _probe_buffer(model: Backend) -> torch.Tensor:
 
 
 def progress(text: str) -> None:
-    """Print what is measured now on stderr."""
+    """Print the name of the current measurement on stderr."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def peak_rss() -> int:
-    """Return the peak memory of this process in bytes, or 0 where the system does not tell."""
+    """Return the peak memory of this process in bytes, or 0 if the system does not report it."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

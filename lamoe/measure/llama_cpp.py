@@ -1,4 +1,4 @@
-"""llama.cpp as the peer of `lamoe bench`: its own benchmark tools, run interleaved with ours."""
+"""Measures llama.cpp for `lamoe bench --peer`, with its own tools in interleaved runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Peer:
     """llama.cpp's benchmark tools on a GGUF file.
 
     Raises:
-        ValueError: A tool is not on PATH, or the file does not exist.
+        ValueError: if a tool is not on PATH, or the file does not exist.
     """
 
     def __init__(self, model: str, threads: int):
@@ -41,7 +41,8 @@ class Peer:
     def command(self, lines: list[Line]) -> list[str]:
         """Return the command for all lines of one depth, or for one line of several sequences.
 
-        llama-bench must fill its cache up to the depth first; one command does that only once.
+        llama-bench first fills its cache up to the depth. One command for all lines does this only
+        once.
         """
         first = lines[0]
         base = ["-m", self.model, "-t", str(self.threads), "-fa"]
@@ -65,7 +66,7 @@ class Peer:
         """Run the command of these lines and add its tokens/s to each of them.
 
         Raises:
-            ValueError: The command failed; the message quotes the end of its output.
+            ValueError: if the command failed. The message quotes the end of its output.
         """
         command = self.command(lines)
         code, printed, errors = _run(command, say)
@@ -79,7 +80,7 @@ class Peer:
 
 
 def _run(command: list[str], say: Say) -> tuple[int, str, list[str]]:
-    """Run a command; return (exit code, standard output, last lines of standard error)."""
+    """Run a command and return (exit code, standard output, last lines of standard error)."""
     with (
         tempfile.TemporaryFile("w+") as out,
         subprocess.Popen(
@@ -98,7 +99,7 @@ def _run(command: list[str], say: Say) -> tuple[int, str, list[str]]:
 
 
 def _follow(stream: IO[str], say: Say) -> list[str]:
-    """Pass progress lines on to `say`; return the last ten lines."""
+    """Pass progress lines on to `say` and return the last ten lines."""
     last = [""]
     for text in stream:
         last = [*last[-9:], text.strip()]

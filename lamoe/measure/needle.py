@@ -1,4 +1,4 @@
-"""The needle-in-a-haystack test: does a model find one sentence anywhere in a long text?"""
+"""The needle-in-a-haystack test, which measures if a model finds one sentence in a long text."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def needle(
         make: make(length, depth, random) returns the token ids of a haystack that ends with the
             question, and the token ids of the answer. Together they have at most `length` tokens.
             The needle lies at `depth`: 0 is the start of the haystack, 1 its end.
-        draws: needles per depth and length. Each one depends only on (seed, length, depth, number
-            of the draw).
-        note: called with a line of progress after each length.
+        draws: number of needles per depth and length. Each needle depends only on (seed, length,
+            depth, index of the draw).
+        note: function that is called with a line of progress after each length.
 
     Returns:
-        [depths, lengths]: the share of draws whose answer was exact.
+        [depths, lengths], the fraction of draws whose answer was exact.
 
     Raises:
-        ValueError: A length is beyond the model's limit, or a depth is outside 0 to 1.
+        ValueError: if a length is beyond the model's limit, or a depth is outside 0 to 1.
     """
     _check(backend.config.max_position_embeddings, lengths, depths, draws)
     found = np.zeros((len(depths), len(lengths)))
@@ -84,7 +84,7 @@ def _check(limit: int, lengths: list[int], depths: list[float], draws: int) -> N
 def _answers(backend: Backend, prompt: list[int], answer: list[int]) -> bool:
     """Return whether greedy decoding of `prompt` gives `answer`.
 
-    One pass over both is enough: each answer token must be the most likely one at its position.
+    One pass over both is enough, because each answer token must be the most likely at its position.
     """
     likely: list[int] = []
     for output, _ in backend.run_sequence(prompt + answer[:-1], CHUNK, last=len(answer)):
@@ -100,7 +100,7 @@ def text_needle(tok: Tokenizer, texts: Iterable[str]) -> Needle:
     starts at a random one and wraps around.
 
     Raises:
-        ValueError: The texts have no sentences.
+        ValueError: if the texts have no sentences.
     """
     sentences = [
         s for text in texts for s in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if s
@@ -141,7 +141,10 @@ def _sentences(tok: Tokenizer, city: str, number: str) -> tuple[list[int], list[
 
 
 def _hay(sentences: list[list[int]], first: int, size: int) -> list[list[int]]:
-    """Return consecutive sentences with `size` tokens in total; the last one is cut."""
+    """Return consecutive sentences from number `first` on, with `size` tokens in total.
+
+    The last sentence is cut to fit.
+    """
     hay: list[list[int]] = []
     while size > 0:
         hay.append(sentences[(first + len(hay)) % len(sentences)][:size])

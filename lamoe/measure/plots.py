@@ -1,4 +1,4 @@
-"""Measurements as PNG files. They need matplotlib (the extra lamoe[train])."""
+"""Plots measurements as PNG files. This needs matplotlib (the extra lamoe[train])."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Reports about a model: bits per byte of text, expert load, cache size, speed, needle tests.
 
-Results are dictionaries that tables.py and plots.py show and that `write` stores in a folder. Bits
-per byte are compared with gzip, xz and a uniform code; the cache is compared with that of MHA, GQA
-and MQA.
+Results are dictionaries. tables.py and plots.py show them, and `write` stores them in a folder.
+Bits per byte are compared with gzip, xz and a uniform code. The cache size is compared with that of
+MHA, GQA and MQA.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def evaluate_texts(
     """Evaluate a model on texts (train/sources.py defines the sources).
 
     Args:
-        seq_len: context length in tokens; default 1024, or the model's limit if that is smaller.
+        seq_len: context length in tokens. The default is 1024, or the model's limit if it is less.
         speed_model: the model of the speed test; None means `backend`.
     """
     limit = backend.config.max_position_embeddings
@@ -97,7 +97,7 @@ def evaluate_texts(
 
 
 def trained_at(run: Path) -> int | None:
-    """Return the context length that a run was trained at; None if `run` is not a run folder."""
+    """Return the context length of a training run in tokens, or None if `run` is not its folder."""
     return _recipe(run)["data"]["seq_len"] if (run / "recipe.json").exists() else None
 
 
@@ -203,7 +203,10 @@ def _speed(
 
 
 def _training(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's loss curves and the medians of its metrics; empty if no step was logged."""
+    """Return the loss curves of a run and the medians of its metrics.
+
+    The result is empty if no step was logged.
+    """
     text = (run / "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     steps = [m for m in lines if "loss" in m]

@@ -1,4 +1,4 @@
-"""Measurements as Markdown tables and as JSON."""
+"""Formats measurements as Markdown tables and as JSON."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Timed forward passes at chosen context lengths and batch sizes, and the limits of the machine.
 
-Every figure is a median over several passes. The limits are measured in the same run, because
-shared machines change their speed by the minute: compare shares and ratios, not seconds.
+Every figure is a median over several passes. The limits are measured in the same run, because the
+speed of a shared machine changes by the minute. Compare shares and ratios, not seconds.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Line:
     """One measurement: passes that compute `new` tokens of each sequence at context length `depth`.
 
     Attributes:
-        flops: FLOPs that one pass needs; a multiply-add counts as 2.
-        bytes: bytes that one pass reads; set by `measure`.
+        flops: FLOPs that one pass needs. A multiply-add counts as 2.
+        bytes: bytes that one pass reads. `measure` sets this number.
         seconds: duration of each pass.
         peer: tokens/s of llama.cpp in each of its runs.
         read: bytes read per second, probed before, between and after the interleaved runs.
@@ -79,12 +79,12 @@ class Line:
 
     @property
     def rate(self) -> float:
-        """Tokens per second."""
+        """Speed in tokens per second, from the median duration."""
         return self.tokens / self.median
 
     @property
     def peer_rate(self) -> float:
-        """Tokens per second of the peer (median)."""
+        """Median speed of the peer in tokens per second."""
         return statistics.median(self.peer)
 
     @property
@@ -106,7 +106,7 @@ class Bench:
         if format in ("fp32", "bf16"):
             rows.view(torch.float32 if format == "fp32" else torch.bfloat16).normal_()
         else:
-            # Bytes below 64: some of them are scales, and the cached values must stay moderate.
+            # Use bytes below 64. Some of them are scales, and cached values must stay moderate.
             rows.copy_(torch.randint(0, 64, rows.shape, dtype=torch.uint8))
         self.pages = torch.arange(self.cache.pages, dtype=torch.int32)
 

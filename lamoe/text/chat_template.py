@@ -2,15 +2,15 @@
 
 Templates come with model folders and messages come from users. Neither is trusted.
 
-Templates run in jinja2's immutable sandbox: no private attributes, no changes to arguments, no
+Templates run in jinja2's immutable sandbox, without private attributes, changes to arguments, or a
 loader. Only known filters and string methods are allowed. Every loop iteration, call and string
 operation uses up a budget, and there is a time limit. This stops runaway templates and memory
-bombs. It is not a proof against a determined attacker.
+bombs, but may not stop a determined attacker.
 
 Messages may hold the text of a control token, such as an end-of-turn token. `render` inserts a mark
-into each of them, a noncharacter that occurs nowhere else. So an unbroken control token in the
-result was written by the template. The caller removes the marks after it has converted the control
-tokens to ids. Messages without such text reach the template unchanged.
+into each such text, which is a noncharacter that occurs nowhere else. Every control token without a
+mark in the result therefore comes from the template. The caller removes the marks after it has
+converted the control tokens to ids. Messages without such text reach the template unchanged.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def render(
         mark: the character that was used.
 
     Raises:
-        ValueError: the template does not support these messages, does not parse, raises an error,
-            does something the sandbox forbids, or exceeds its budget.
+        ValueError: if the template does not support these messages, does not parse, raises an
+            error, does something that the sandbox forbids, or exceeds its budget.
     """
     if len(source) > MAX_TEMPLATE_CHARS:
         raise ValueError(
@@ -232,7 +232,7 @@ def beginnings_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
         None if there are no tokens.
 
     Raises:
-        ValueError: a token is longer than MAX_CONTROL_CHARS.
+        ValueError: if a token is longer than MAX_CONTROL_CHARS.
     """
     tokens = frozenset(tokens)
     if (longest := max(map(len, tokens), default=0)) > MAX_CONTROL_CHARS:
@@ -243,7 +243,7 @@ def beginnings_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
 
 
 class _Shield:
-    """Insert the mark into every control token in the strings of a nested value.
+    """Inserts the mark into every control token in the strings of a nested value.
 
     A string that begins or ends with part of a control token gets a mark there too, because the
     template may write the rest of the token next to it.
@@ -335,7 +335,11 @@ class _ChatSandbox(ImmutableSandboxedEnvironment):
         return self.from_string(tree)
 
     def _pay(self, work: int) -> None:
-        """Take `work` from the budget; SecurityError if it is used up or the time is over."""
+        """Take `work` from the budget.
+
+        Raises:
+            SecurityError: if the budget is used up or the time limit has passed.
+        """
         self._work -= work
         if self._work < 0:
             raise SecurityError("more work or text than a conversation of this size needs")

@@ -1,7 +1,8 @@
 """Convert text to token ids and back, render chats, decode streams, train a vocabulary.
 
-The `tokenizers` library does the BPE. tokenizer.json is always read as it is. Choosing a tokenizer
-class by the model's name, as AutoTokenizer does, has lost the spaces in DeepSeek's text before.
+The `tokenizers` library does the BPE. This module always uses tokenizer.json as it is. In contrast,
+AutoTokenizer chooses a tokenizer class by the model's name, which once lost the spaces in
+DeepSeek's text.
 
 Control tokens follow one policy. A control token is an added token that is marked special or looks
 like markup: it begins with "<" or contains the full-width bar. The flag alone is not enough:
@@ -64,11 +65,11 @@ class Tokenizer:
     """A vocabulary with stop tokens and a chat template. Make one with `Tokenizer.load` or `train`.
 
     Attributes:
-        vocab_size: the largest id + 1. A model needs at least so many embedding rows; released
+        vocab_size: the largest id + 1. A model needs at least this many embedding rows. Released
             models have more (V2: 102,400 rows for 100,015 tokens). Ids beyond the vocabulary decode
-            to nothing.
-        bos_id, eos_id, pad_id: int or None.
-        stop_ids: EOS and the ids that generation_config.json adds.
+            to the empty text.
+        bos_id, eos_id, pad_id: token ids, or None if the vocabulary has no such token.
+        stop_ids: ids that end a reply, which are EOS and those in generation_config.json.
         add_bos: whether prompts of this model begin with BOS.
         max_length: model_max_length of tokenizer_config.json, or None.
     """
@@ -132,8 +133,8 @@ class Tokenizer:
             path: the folder, or the tokenizer.json in it.
 
         Raises:
-            FileNotFoundError: there is no tokenizer.json.
-            ValueError: a file is invalid, or names a token that the vocabulary lacks.
+            FileNotFoundError: if there is no tokenizer.json.
+            ValueError: if a file is invalid, or names a token that the vocabulary lacks.
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
@@ -200,18 +201,20 @@ class Tokenizer:
         """Return the ids of `text`.
 
         Args:
-            bos: begin with BOS.
-            allow_special: convert the text of a control token to its id, not to plain text.
+            text: the text to encode.
+            bos: whether to begin with BOS.
+            allow_special: whether the text of a control token becomes its id. If False, it is
+                encoded as plain text.
 
         Raises:
-            ValueError: `text` is not a str or holds a lone surrogate, or there is no BOS.
+            ValueError: if `text` is not a str or holds a lone surrogate, or there is no BOS token.
         """
         return self.encode_batch([text], bos=bos, allow_special=allow_special)[0]
 
     def encode_batch(
         self, texts: Sequence[str], *, bos: bool = False, allow_special: bool = False
     ) -> list[list[int]]:
-        """Return the ids of every text, see `encode`. Uses all cores."""
+        """Return the ids of every text, encoded on all cores. See `encode`."""
         if isinstance(texts, str):
             raise ValueError("encode_batch takes a list of texts, found one str; use encode")
         if bos and self.bos_id is None:
@@ -238,7 +241,7 @@ class Tokenizer:
                 for t in texts
             ]
         for text, ids in zip(texts, out):
-            # Happens only if the normalizer rewrites text into a control token.
+            # A control id can occur here only if the normalizer rewrites text into a control token.
             if not self._control_ids.isdisjoint(ids):
                 token = self.inner.id_to_token(next(i for i in ids if i in self._control_ids))
                 raise ValueError(
@@ -279,10 +282,10 @@ class Tokenizer:
 
         Args:
             ids: integers, or a 1-D array or tensor.
-            skip_special: leave out tokens marked special.
+            skip_special: whether to leave out tokens that are marked special.
 
         Raises:
-            ValueError: an id is negative or not an integer.
+            ValueError: if an id is negative or not an integer.
         """
         ids = [_check_id(i) for i in ids]
         if not self._byte_level:
@@ -291,7 +294,7 @@ class Tokenizer:
         return b"".join(self._bytes(i) for i in ids if i not in skipped).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of one token; of a special token, those of its name.
+        """Return the bytes of one token. The bytes of a special token are those of its name.
 
         For vocabularies that are not byte-level, these are the bytes of the token decoded alone.
         """
@@ -318,7 +321,11 @@ class Tokenizer:
         return StreamDecoder(self, skip_special=skip_special)
 
     def bytes_per_token(self, text: str) -> float:
-        """Return the compression of `text`: UTF-8 bytes per token. ValueError if it is empty."""
+        """Return the compression of `text` in UTF-8 bytes per token.
+
+        Raises:
+            ValueError: if the text is empty.
+        """
         ids = self.encode(text)
         if not ids:
             raise ValueError("bytes_per_token needs a text that is not empty")
@@ -332,10 +339,10 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """Return the conversation as text, for people to read. Errors: see `apply_chat`.
+        """Return the conversation as text, for people to read. Errors are those of `apply_chat`.
 
-        To get ids, use `apply_chat`: in this text, a control token written by the template and the
-        same text in a message look alike.
+        Use `apply_chat` to get ids. In this text, a control token that the template wrote looks
+        like the same text in a message.
         """
         text, mark = self._render(messages, add_generation_prompt, tools)
         return text.replace(mark, "")
@@ -354,12 +361,12 @@ class Tokenizer:
 
         Args:
             messages: {"role": "system", "user", "assistant" or "tool", "content": str}.
-            add_generation_prompt: end with the beginning of the assistant's turn.
+            add_generation_prompt: whether to end with the beginning of the assistant's turn.
             tools: descriptions of functions, for templates that use them.
 
         Raises:
-            ValueError: a role is unknown, a content is not a str, the template does not know tools,
-                or it fails (see chat_template.render).
+            ValueError: if a role is unknown, a content is not a str, the template does not know
+                tools, or the template fails (see chat_template.render).
         """
         return self._encode_with_controls(*self._render(messages, add_generation_prompt, tools))
 
@@ -378,7 +385,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decode ids that arrive one by one: call `step` for each id, then `flush`.
+    """Decodes ids that arrive one by one. Call `step` for each id, then `flush`.
 
     The joined results equal `decode` of all ids, for any ids. Byte-level vocabularies use the
     incremental UTF-8 decoder of the standard library, which needs constant time per token. The
@@ -397,7 +404,7 @@ class StreamDecoder:
         self._pending: list[int] = []
 
     def step(self, token_id: int) -> str:
-        """Return the new text; "" while a character is incomplete."""
+        """Add an id and return the new text, or "" while a character is incomplete."""
         token_id = _check_id(token_id)
         token = self._inner.id_to_token(token_id)
         if token is None or token_id in self._skipped:
@@ -435,11 +442,12 @@ def train(
         texts: strings.
         vocab_size: number of tokens, including special tokens and the 256 bytes. The vocabulary is
             smaller if the texts have no more pairs to merge.
-        special_tokens: get the ids 0, 1, ... The first is BOS, the second EOS and padding.
+        special_tokens: texts of the tokens with the ids 0, 1, ... The first is BOS, the second EOS
+            and padding.
 
     Raises:
-        ValueError: `vocab_size` is below 256 plus the special tokens, there is no text, or an item
-            is not a str.
+        ValueError: if `vocab_size` is below 256 plus the special tokens, there is no text, or an
+            item is not a str.
     """
     least = 256 + len(special_tokens)
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < least:

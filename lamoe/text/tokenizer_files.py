@@ -13,7 +13,11 @@ _MAX_SIDE_FILE_BYTES = 16 << 20
 
 
 def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
-    """Read a tokenizer.json. ValueError if it is invalid or larger than MAX_FILE_BYTES."""
+    """Read a tokenizer.json.
+
+    Raises:
+        ValueError: if the file is invalid or larger than MAX_FILE_BYTES.
+    """
     if (size := file.stat().st_size) > MAX_FILE_BYTES:
         raise ValueError(
             f"{file} has {size} bytes; a tokenizer.json above {MAX_FILE_BYTES} is not read"
@@ -39,7 +43,7 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read the object in a JSON file; {} if the file does not exist."""
+    """Return the object in a JSON file, or {} if the file does not exist."""
     if not file.is_file():
         return {}
     try:

@@ -1,9 +1,9 @@
 """Find tool calls in the replies of a model.
 
-Chat templates teach two forms: DeepSeek's with its control tokens, and JSON between <tool_call>
-tags. Replies are untrusted text. A call is valid if its name is plain and its arguments are a JSON
-object; everything else stays text, so nothing is lost. Parsing is linear in the length of the
-reply. Nothing here runs or looks up a tool.
+Chat templates use two forms of calls: DeepSeek's with its control tokens, and JSON between
+<tool_call> tags. Replies are untrusted text. A call is valid if its name is plain and its arguments
+are a JSON object. Everything else stays text, so nothing is lost. Parsing takes time linear in the
+length of the reply. Nothing here runs or looks up a tool.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-# At most so many places in a reply are parsed as calls; the rest stays text.
+# Largest number of places in a reply that are parsed as calls. Everything after them stays text.
 MAX_CALLS = 128
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
 
@@ -26,9 +26,10 @@ class Form:
 
     Attributes:
         marks: texts that may begin a call.
-        head: matches a call up to its JSON; its group, if any, is the name of the tool. For
+        head: matches a call up to its JSON. Its group, if any, is the name of the tool. For
             DeepSeek it includes the token that begins the list of calls.
-        foot: matches what must follow the JSON: the end of the call, or the end of the reply.
+        foot: matches the text that must follow the JSON, which is the end of the call or of the
+            reply.
     """
 
     marks: tuple[str, ...]
@@ -52,7 +53,7 @@ TAGS = Form(
 
 
 def form_of(template: str | None) -> Form | None:
-    """Return the form of tool calls in a chat template; None if it has none or another form."""
+    """Return the form of tool calls in a chat template, or None if it has no known form."""
     if template is None or not re.search(r"\btools?\b", template):
         return None
     return (
@@ -89,10 +90,10 @@ def parse(form: Form, text: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 class Splitter:
-    """Split a streamed reply into text and tool calls.
+    """Splits a streamed reply into text and tool calls.
 
-    `add` returns the text that can be shown, `end` the rest and the calls. Together they give what
-    `parse` gives for the whole reply, for any division into chunks.
+    `add` returns the text that can be shown, and `end` returns the remaining text and the calls.
+    For any division into chunks, the joined result equals that of `parse` for the whole reply.
     """
 
     def __init__(self, form: Form):
@@ -101,7 +102,7 @@ class Splitter:
         self._from_mark: list[str] = []  # everything from the first mark on
 
     def add(self, text: str) -> str:
-        """Add a chunk; return the new text that is certainly not part of a call."""
+        """Add a chunk and return the new text that is certainly not part of a call."""
         if self._from_mark:
             self._from_mark.append(text)
             return ""
@@ -126,7 +127,7 @@ class Splitter:
 
 
 def _parse_call(form: Form, text: str, head: re.Match[str]) -> tuple[str, str, int] | None:
-    """Return name, arguments and end of the call that begins with `head`; None if invalid."""
+    """Return (name, arguments, end) of the call that begins with `head`, or None if invalid."""
     if not text.startswith("{", head.end()):
         return None
     try:

@@ -231,7 +231,7 @@ def test_index_may_name_only_files_of_its_folder(sharded, name):
 def test_missing_shard(sharded):
     next(sharded.glob("model-00002-*")).unlink()
     with pytest.raises(
-        ValueError, match=r"places \d+ tensors in model-00002-.* which is not there"
+        ValueError, match=r"places \d+ tensors in model-00002-.* but this file does not exist"
     ):
         checkpoints.load(sharded)
 
