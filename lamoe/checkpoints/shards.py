@@ -96,7 +96,8 @@ def _scan_index(index: Path) -> dict[str, Found]:
         if not path.is_file():
             count = list(placed.values()).count(shard)
             raise ValueError(
-                f"{index} places {count} tensors in {shard}, but this file does not exist; download it again"
+                f"{index} places {count} tensors in {shard}, but this file does not exist; "
+                "download it again"
             )
         header = read_header(path)
         absent = [name for name, where in placed.items() if where == shard and name not in header]

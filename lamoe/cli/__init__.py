@@ -1,5 +1,5 @@
-"""The command line. parser.py holds every option; each verb is a function in train, generate,
-measure or convert that calls the Python API."""
+"""The command line. parser.py defines every option. Each verb is a function in train.py,
+generate.py, measure.py or convert.py that calls the Python API."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     args.overrides = overrides
     try:
         code = args.run(args) or 0
-        sys.stdout.flush()  # notice a closed pipe here, not while the interpreter shuts down
+        sys.stdout.flush()  # raise the error of a closed pipe here, not at exit
         return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,8 +3,8 @@
 All turns run on one LLM. Its prefix cache holds the conversation so far, so each turn computes only
 the new tokens.
 
-Replies go to `out`. Notices and the output of commands go to `err`, so a pipe gets the replies
-alone. Without a terminal, each line of standard input is one message.
+Replies are written to `out`. Notices and the output of commands are written to `err`, so that a
+pipe gets the replies alone. Without a terminal, each line of standard input is one message.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ _VISIBLE = (
 class Chat:
     """A conversation and the commands that act on it.
 
-    `messages` holds {"role", "content"} dictionaries; a system text comes first if there is one. A
-    turn or command that fails prints why on `err`, adds one to `failures` and leaves the
+    `messages` holds {"role", "content"} dictionaries. A system text, if any, comes first. A turn or
+    command that fails prints the reason on `err`, adds one to `failures` and leaves the
     conversation unchanged.
     """
 
@@ -74,7 +74,7 @@ class Chat:
     def say(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Output | None:
         """Run one turn: stream the reply to `text` until it ends or `stopped()` is true.
 
-        Of a stopped reply, the part that was shown stays in the conversation. If nothing was
+        If the reply is stopped, the part that was shown stays in the conversation. If nothing was
         shown, the message is removed from the conversation.
 
         Returns:
@@ -171,14 +171,14 @@ class Chat:
         self.note(HELP)
 
     def quit(self) -> None:
-        """Do nothing: `command` reports that the chat should end."""
+        """Do nothing, because `command` itself reports that the chat should end."""
 
     def clear(self) -> None:
         self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
         self.note("[the conversation is cleared]")
 
     def system(self, text: str) -> None:
-        """Show the system text if `text` is empty, else set it; '""' removes it."""
+        """Show the system text if `text` is empty, else set it. The text '""' removes it."""
         has_system = bool(self.messages) and self.messages[0]["role"] == "system"
         now = self.messages[0]["content"] if has_system else None
         if not text:
@@ -216,7 +216,7 @@ class Chat:
     def load(self, file: str) -> None:
         """Replace the conversation with a saved one.
 
-        Cached rows of another model are ignored with a notice; the text is then computed again.
+        Cached rows of another model are ignored with a notice, and the text is computed again.
         """
         path = Path(file).expanduser()
         self.messages, rows = _read(path), _cache_file(path)
@@ -376,7 +376,11 @@ def _cache_file(path: Path) -> Path:
 
 
 def _read(path: Path) -> list[dict[str, str]]:
-    """Read the messages of a saved conversation. ValueError if the file is anything else."""
+    """Read the messages of a saved conversation.
+
+    Raises:
+        ValueError: if the file is not a saved conversation.
+    """
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(
             f"{path} has {path.stat().st_size:,} bytes; a conversation may have at most "

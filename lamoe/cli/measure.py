@@ -141,7 +141,7 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Describe the machine and check the kernels; exit code 1 if something is wrong."""
+    """Describe the machine and check the kernels. The exit code is 1 if something is wrong."""
     from lamoe.measure import doctor
 
     found = doctor.examine()

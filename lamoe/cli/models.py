@@ -1,4 +1,4 @@
-"""What a model name on the command line refers to."""
+"""Resolves model names on the command line to folders, configs and presets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def newest_run(folder: str = "runs") -> str:
 
 
 def is_config(name: str) -> bool:
-    """Return whether `name` is a preset or a config.json, that is, a model without weights."""
+    """Return whether `name` is a preset or a config.json, which are models without weights."""
     return name in PRESETS or name.endswith(".json")
 
 

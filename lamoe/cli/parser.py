@@ -25,7 +25,7 @@ Run = Callable[[argparse.Namespace], int]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of all verbs. Parsed arguments carry the verb's function as `run`."""
+    """Build the parser of all verbs. In parsed arguments, `run` is the function of the verb."""
     parser = argparse.ArgumentParser(
         "lamoe",
         description="DeepSeek-V2 (latent attention + mixture of experts) as software.",
@@ -415,7 +415,10 @@ def _add_json(p: argparse.ArgumentParser) -> None:
 
 # ---- option values -------------------------------------------------------------------------------
 def _prompts(text: str) -> list[tuple[int, int]]:
-    """Parse '512,512@4096' to [(512, 0), (512, 4096)]: (new tokens, cached tokens before them)."""
+    """Parse '512,512@4096' to [(512, 0), (512, 4096)].
+
+    Each pair is (new tokens, cached tokens before them).
+    """
     try:
         found = [
             (int(n), int(d or 0))

@@ -33,17 +33,17 @@ from lamoe.text.tokenizer import Tokenizer
 MAX_CHARS = {"JSON schema": 64 << 10, "regular expression": 4 << 10, "Lark grammar": 32 << 10}
 # Deepest nesting of objects and lists in a schema.
 MAX_DEPTH = 64
-# Most properties of one object. Any subset of the optional properties may occur, so each of them
-# adds a branch to the same row of the parser.
+# Largest number of properties of one object. Any subset of the optional properties may occur, so
+# each property adds a branch to the same row of the parser.
 MAX_PROPERTIES = 500
 # Largest n of x{n} in a regular expression.
 MAX_REPEAT = 10_000
-# Most repeats and alternatives of a regular expression or Lark grammar. For thousands of `a?` in a
-# row the work grows with the square of their number.
+# Largest number of repeats and alternatives in a regular expression or Lark grammar. For thousands
+# of `a?` in a row, the work grows with the square of their number.
 MAX_BRANCHES = 2000
 # Largest multipleOf, without trailing zeros. The parser needs a state for every remainder.
 MAX_MULTIPLE = 10_000
-# Seconds that `prepare` waits. A compiler that runs longer is ended by the limits below.
+# Number of seconds that `prepare` waits. The limits below end a compiler that runs longer.
 MAX_SECONDS = 5.0
 # Bytes of address space for the compiler's stack. Only the used part becomes memory.
 _STACK = 256 << 20
@@ -78,9 +78,9 @@ _Result = TypeVar("_Result")
 class Grammar:
     """The language that an output must belong to.
 
-    Make one with `json_object`, `json_schema`, `regex` or `lark`, which check it. A Grammar does
-    not depend on a vocabulary; `prepare` compiles it for one and keeps the result. So one Grammar
-    may serve many requests, with one tokenizer at a time.
+    Make a Grammar with `json_object`, `json_schema`, `regex` or `lark`, which check the text. A
+    Grammar does not depend on a vocabulary. `prepare` compiles it for a vocabulary and keeps the
+    result. So one Grammar may serve many requests, with one tokenizer at a time.
 
     kind: "JSON schema", "regular expression" or "Lark grammar".
     text: the grammar as the caller gave it.
@@ -129,8 +129,8 @@ class Grammar:
         with re.ASCII, `.` is any character except a line end, and \d, \w, \s match ASCII only.
 
         Raises:
-            ValueError: for an invalid pattern, look-around, back references, or one beyond the
-                limits of this module.
+            ValueError: if the pattern is invalid, uses look-around or back references, or exceeds
+                the limits of this module.
         """
         _check_length("regular expression", pattern)
         _check_repeats("regular expression", pattern)
@@ -153,7 +153,7 @@ class Grammar:
         schema.
 
         Raises:
-            ValueError: for a grammar that does not parse or is beyond the limits of this module.
+            ValueError: if the grammar does not parse or exceeds the limits of this module.
         """
         _check_length("Lark grammar", text)
         _check_repeats("Lark grammar", text)
@@ -276,7 +276,7 @@ class Matcher:
         return out
 
     def accept(self, token: int) -> None:
-        """Advance by one token that `mask` allowed.
+        """Advance the state by one token, which `mask` must have allowed.
 
         Raises:
             ValueError: if the grammar exceeds the limit of work per token.

@@ -319,7 +319,7 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/lamoe/stats", responses=error_responses() | {200: {"model": wire.Stats}})
 async def stats(request: Request) -> Response:
-    """Return the state of the engine: cache, sequences, speed, prefix hits and drafts."""
+    """Return the state of the engine, with cache, sequences, speed, prefix hits and drafts."""
     return json_response(await _service(request).stats())
 
 
@@ -330,7 +330,7 @@ async def stats(request: Request) -> Response:
 async def experts(id: str, request: Request) -> Response:
     """Return how many tokens of a request each routed expert has computed so far.
 
-    The request is running or has finished recently; `id` is its x-request-id.
+    `id` is the x-request-id of a request that is running or has finished recently.
     """
     return json_response(await _service(request).experts(id))
 

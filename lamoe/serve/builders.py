@@ -31,7 +31,7 @@ TokenLogprobs = dict[int, float]  # log-probabilities of a token and its top alt
 
 
 def token_text(tokenizer: Tokenizer | None, id: int) -> str:
-    """Write a single token as OpenAI does.
+    """Return the text of a single token in OpenAI's notation.
 
     Returns:
         The text of the token, or "bytes:\\xe2\\x82" if it is only a part of a character.
@@ -224,7 +224,7 @@ class ChatBuilder:
         }
 
     async def prepare(self) -> None:
-        """Do nothing: a chat echoes no prompt."""
+        """Do nothing, because a chat response does not echo the prompt."""
 
     def choice(self, index: int, output: Output) -> dict[str, Any]:
         """Build the finished choice of one sequence."""

@@ -92,7 +92,7 @@ async def chat(service: Service, body: ChatRequest, id: str, log_fields: dict[st
 
 
 def _tool_form(service: Service, body: ChatRequest) -> tool_calls.Form | None:
-    """Find how the model writes tool calls; None if the request does not use tools."""
+    """Return the form in which the model writes tool calls, or None if no tools are requested."""
     if body.tools is None:
         if body.tool_choice is not None or body.parallel_tool_calls is not None:
             raise invalid_value("tool_choice and parallel_tool_calls need tools", "tools")

@@ -96,10 +96,10 @@ def json_response(
 
 
 def from_validation(errors: Sequence[Any]) -> ApiError:
-    """Convert pydantic's list of validation errors to one error about the first of them.
+    """Convert pydantic's list of validation errors to one error, about the first of them.
 
-    Wrong values come before unknown fields: an unknown field often follows from a wrong value
-    elsewhere, such as a wrong variant of a union.
+    Errors about wrong values are preferred to those about unknown fields. An unknown field is often
+    the consequence of a wrong value elsewhere, such as a wrong variant of a union.
     """
     error = min(errors, key=lambda e: e["type"] == "extra_forbidden")
     # pydantic adds "body" and the names of union variants to the path; they are not fields
@@ -121,7 +121,7 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
 
 
 def _quoted(value: Any) -> str:
-    """Write a value of a request in at most 80 characters."""
+    """Format a value of a request for a message, in at most 80 characters."""
     try:
         text = json.dumps(value) if not isinstance(value, bytes) else repr(value)
     except (TypeError, ValueError, RecursionError):

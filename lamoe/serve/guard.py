@@ -20,7 +20,7 @@ from lamoe.serve.settings import Settings
 
 log = logging.getLogger("lamoe.serve")
 
-MAX_HELD_BODIES = 16  # memory limit for request bodies, in bodies of the largest allowed size
+MAX_HELD_BODIES = 16  # limit on memory for request bodies, in bodies of the largest size
 CLIENT_DISCONNECTED = 499  # status in logs and metrics when no response was sent
 INTERNAL_ERROR = ApiError(
     500,
@@ -37,14 +37,14 @@ POLLED_ROUTES = ("/health", "/metrics", "/lamoe/stats", "/lamoe/requests/{id}/ex
 
 
 def is_open(method: str, path: str) -> bool:
-    """Tell whether a route needs no key: the health check, and the page, which holds no data."""
+    """Return whether a route needs no key. These are the health check and the static page."""
     return method in ("GET", "HEAD") and (
         path in ("/health", "/", "/favicon.ico") or path.startswith("/page/")
     )
 
 
 class Guard:
-    """ASGI middleware; one instance handles all requests of a server.
+    """ASGI middleware. One instance handles all requests of a server.
 
     It adds two entries to `scope["state"]`: `id`, which is also the x-request-id of the response,
     and `log`, a dict of fields that routes may add to the request's log line.
@@ -136,7 +136,7 @@ class Guard:
 
 
 class _Call:
-    """One request: limits what is received and records what is sent."""
+    """State of one request. It limits the received body and records the sent response."""
 
     def __init__(self, guard: Guard, scope, receive, send):
         self.guard, self.scope, self._receive, self._send = guard, scope, receive, send
@@ -151,7 +151,7 @@ class _Call:
         self.disconnected = False
 
     async def receive(self):
-        """ASGI receive, with the time and size limits of request bodies."""
+        """Receive an ASGI message, within the time and size limits of request bodies."""
         if self.body_complete:
             message = await self._receive()
         else:
@@ -192,7 +192,7 @@ class _Call:
             )
 
     async def send(self, message) -> None:
-        """ASGI send, with our headers added."""
+        """Send an ASGI message, with the server's own headers added to the response."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             own_headers = [

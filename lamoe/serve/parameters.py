@@ -13,7 +13,7 @@ from lamoe.serve.prompts import need_tokenizer
 from lamoe.serve.service import Service
 from lamoe.serve.wire import Sampling
 
-MAX_LOGPROBS = 1 << 22  # limit per request: all of them stay in memory until its end
+MAX_LOGPROBS = 1 << 22  # limit per request, because they stay in memory until its end
 
 
 async def sampling_params(
@@ -74,7 +74,9 @@ async def sampling_params(
 
 
 async def compile_grammar(service: Service, body: Sampling) -> Grammar | None:
-    """Compile what response_format, regex or grammar ask for; None if they ask for nothing.
+    """Compile the grammar of the field response_format, regex or grammar.
+
+    Returns None if the request restricts nothing.
 
     Raises:
         ApiError: 400 if the grammar is invalid or exceeds a limit.

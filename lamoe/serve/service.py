@@ -28,7 +28,7 @@ from lamoe.serve.metrics import Metrics
 from lamoe.serve.settings import Settings
 from lamoe.text.tokenizer import Tokenizer
 
-MAX_KEPT_LOADS = 256  # finished requests whose expert loads are kept
+MAX_KEPT_LOADS = 256  # number of finished requests whose expert loads are kept
 SPEED_WINDOW_S = 5.0  # period over which tokens_per_s is measured
 
 
@@ -42,8 +42,8 @@ class Service:
         state: "loading", "ok", "draining" or "failed".
         admitted: sequences that were admitted and have not ended.
         requests: requests that were admitted and have not ended.
-        scoring: held while a text is scored outside the paged cache. Each such text has a cache
-            of its own, so one at a time limits the memory.
+        scoring: lock that is held while a text is scored outside the paged cache. Each such text
+            has a cache of its own, so memory is limited by scoring one text at a time.
     """
 
     config: ModelConfig
@@ -70,7 +70,7 @@ class Service:
         self._expert_loads: OrderedDict[str, torch.Tensor | None] = OrderedDict()
 
     def begin(self, llm: LLM) -> None:
-        """Answer requests with a loaded model."""
+        """Start to answer requests with a loaded model."""
         self.engine, self.tokenizer = AsyncLLM(llm), llm.tokenizer
         self.config, self.max_model_len = llm.config, llm.max_model_len
         if self.tokenizer is not None:
@@ -248,7 +248,7 @@ class Service:
         return {"layers": layers, "experts": num_experts, "load": load.tolist()}
 
     def keep_load(self, id: str, load: torch.Tensor | None) -> None:
-        """Keep the expert load of a finished request; drop the oldest ones."""
+        """Keep the expert load of a finished request, and drop those of the oldest requests."""
         self._expert_loads[id] = load
         while len(self._expert_loads) > MAX_KEPT_LOADS:
             self._expert_loads.popitem(last=False)
@@ -288,7 +288,7 @@ class Job:
         self._timer = loop.call_later(timeout, run.fail, timed_out(timeout))
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """Yield (index of the sequence, what a step added to it).
+        """Yield (index of the sequence, its next delta) for all sequences of the request.
 
         Raises:
             ApiError: if a sequence fails, the request times out, or the engine ends.
@@ -395,7 +395,7 @@ def _sum(loads: list[torch.Tensor | None]) -> torch.Tensor | None:
 def _engine_stats(llm: LLM) -> dict[str, Any]:
     cache, pool = llm.cache, llm.pool
     page_bytes = cache.nbytes // cache.pages
-    # bytes per token if the model cached the keys and values of other attention forms in bf16
+    # bytes per token of the same model with other kinds of attention, cached in bf16
     other_attention = {
         name[:3].lower(): 2 * values
         for name, values in accounting.cache_twins(llm.config).items()
