@@ -141,7 +141,7 @@ def views(config: ModelConfig, parameters: Mapping[str, torch.Tensor]) -> dict[s
         raise ValueError(
             "the model does not have exactly the parameters of its config: unexpected "
             f"{few(unknown) or 'none'}, absent {few(absent) or 'none'}. A quantised, wrapped or "
-            "sharded model has no Hugging Face form; use the model it was made from"
+            "sharded model cannot be saved in Hugging Face format; use the original model"
         )
     views = {e.disk: parameters[e.parameter][e.where] for e in entries}
     assert sum(v.numel() for v in views.values()) == sum(p.numel() for p in parameters.values())

@@ -21,7 +21,8 @@ def evaluate(args: argparse.Namespace) -> int:
         )
     if args.needle and args.seq_len is not None:
         raise ValueError(
-            "--seq-len goes with text; the needle test takes its lengths from --needle"
+            "--seq-len has no effect on the needle test, which takes its lengths from --needle; "
+            "omit --seq-len"
         )
     run = Path(args.model)
     result = _evaluate(args, run)

@@ -257,7 +257,7 @@ def _check_origin(file: Path, metadata: dict[str, str], expected: dict[str, str]
         if metadata.get(key) != expected[key]:
             found = str(metadata.get(key))
             raise ValueError(
-                f"{file} has the {name} {found[:80]!r}, this one has {expected[key]!r}; "
+                f"{file} has the {name} {found[:80]!r}, but this engine uses {expected[key]!r}; "
                 f"{fix.format(found[:20])}"
             )
 

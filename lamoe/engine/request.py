@@ -115,8 +115,8 @@ def check_prompt(
         if max_model_len < context:
             more = f", or raise max_model_len (the model takes {context})"
         raise ValueError(
-            f"the prompt has {len(prompt)} tokens and leaves no room in {limit_name} "
-            f"{max_model_len}; shorten it{more}"
+            f"the prompt has {len(prompt)} tokens, but with at least one output token it must fit "
+            f"in {limit_name} {max_model_len}; shorten it{more}"
         )
     if params.stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer")

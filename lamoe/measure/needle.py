@@ -71,7 +71,7 @@ def _check(limit: int, lengths: list[int], depths: list[float], draws: int) -> N
         )
     if bad := [n for n in lengths if not 2 <= n <= limit]:
         raise ValueError(
-            f"a haystack of {bad[0]} tokens was asked for; it must have from 2 to the model's "
+            f"a haystack of {bad[0]} tokens is not possible; it must have from 2 to the model's "
             f"max_position_embeddings {limit}"
         )
     if bad_depths := [d for d in depths if not 0 <= d <= 1]:
@@ -116,8 +116,8 @@ def text_needle(tok: Tokenizer, texts: Iterable[str]) -> Needle:
         space = length - len(begin) - len(hidden) - len(question) - len(answer)
         if space < 0:
             raise ValueError(
-                f"a haystack of {length} tokens has no room for the needle and the question, "
-                f"{length - space} tokens; use longer haystacks"
+                f"a haystack of {length} tokens is too short for the needle and the question, "
+                f"which have {length - space} tokens; use longer haystacks"
             )
         hay = _hay(encoded, draw.randrange(len(encoded)), space)
         cut = _nearest_gap(hay, depth * space)

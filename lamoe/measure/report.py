@@ -252,7 +252,7 @@ def evaluate_needle(
     """
     if depths < 2:
         raise ValueError(
-            f"{depths} depths were asked for; at least 2 are needed, the beginning and the end"
+            f"the number of depths is {depths}; it must be at least 2, the beginning and the end"
         )
     make = needle.text_needle(tok, (document.text for document in read_documents(sources)))
     at = [i / (depths - 1) for i in range(depths)]

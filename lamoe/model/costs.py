@@ -387,8 +387,8 @@ def plan(
     _check_count("memory_bytes", memory_bytes, 1)
     if context > limit:
         raise ValueError(
-            f"a context of {context:,} tokens was asked for, but the model's "
-            f"max_position_embeddings is {limit:,}; ask for less"
+            f"context is {context:,} tokens, but the model's max_position_embeddings is "
+            f"{limit:,}; choose a smaller context"
         )
     weights = math.ceil(stored_bytes(parameters(config).total, weight_bits))
     free = memory_bytes - reserve_bytes - weights

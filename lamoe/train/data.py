@@ -313,7 +313,7 @@ class Batches:
             segments: int32 [n, seq_len + 1], the documents within each row, numbered from 0.
         """
         if n < 1:
-            raise ValueError(f"a batch of {n} rows was asked for; it must be at least 1")
+            raise ValueError(f"the batch has {n} rows; it must have at least 1")
         ids = np.empty((n, self.seq_len + 1), np.int64)
         segments = np.empty((n, self.seq_len + 1), np.int32)
         for i in range(n):

@@ -210,7 +210,7 @@ def test_generate_sizes_the_cache(trained, capsys):
     # With a context of 8 tokens, the output ends early (finish_reason "length").
     assert whole.startswith(out("--cache", "fp32", "--max-model-len", 8).rstrip("\n"))
     assert (
-        "leaves no room in max_model_len 2; shorten it, or raise max_model_len (the model takes 64)"
+        "it must fit in max_model_len 2; shorten it, or raise max_model_len (the model takes 64)"
         in refused(
             capsys, "generate", "--model", trained, "--prompt", "the cat", "--max-model-len", 2
         )
@@ -242,7 +242,7 @@ def test_generate_refuses(trained, tmp_path, capsys):
     assert "stop string is empty" in refused(
         capsys, "generate", "--model", trained, "--prompt", "x", "--stop", ""
     )
-    assert "leaves no room in max_model_len 64; shorten it" in refused(
+    assert "it must fit in max_model_len 64; shorten it" in refused(
         capsys, "generate", "--model", trained, "--prompt", "zq " * 100
     )
     (tmp_path / "run").mkdir()
@@ -386,11 +386,11 @@ def test_evaluate_needles(trained, tmp_path, capsys, monkeypatch):
     assert "haystack of 257 tokens" in refused(
         capsys, *argv[:3], "257", "--data", tmp_path / "hay.txt"
     )
-    assert "no room for the needle" in refused(
+    assert "too short for the needle" in refused(
         capsys, *argv[:3], "16", "--data", tmp_path / "hay.txt"
     )
-    assert "--seq-len goes with text" in refused(capsys, *argv, "--seq-len", 16)
-    assert "1 depths were asked for" in refused(capsys, *argv[:3], "100", "--needle-depths", 1)
+    assert "--seq-len has no effect on the needle test" in refused(capsys, *argv, "--seq-len", 16)
+    assert "the number of depths is 1" in refused(capsys, *argv[:3], "100", "--needle-depths", 1)
     with pytest.raises(SystemExit):
         run("evaluate", trained, "--needle", "many")
     assert "not a list of lengths" in capsys.readouterr().err

@@ -136,8 +136,12 @@ def test_finish_reasons():
     "prompt, words",
     [
         ([], "the prompt has no tokens"),
-        ([1] * 64, "the prompt has 64 tokens and leaves no room in the model's context of 64"),
-        ([1] * 1000, "1000 tokens .* context of 64"),
+        (
+            [1] * 64,
+            "the prompt has 64 tokens, but with at least one output token it must "
+            "fit in the model's context of 64",
+        ),
+        ([1] * 1000, "1000 tokens, .* context of 64"),
         ([300], "token ids from 0 to 299; found 300"),
         ([5, -1], "found -1"),
     ],

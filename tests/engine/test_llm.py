@@ -249,7 +249,7 @@ def test_a_prompt_that_is_too_long_is_refused_with_both_numbers():
     for n in (CONTEXT, CONTEXT + 1, 500):
         with pytest.raises(
             ValueError,
-            match=f"the prompt has {n} tokens .* max_model_len {CONTEXT}; shorten it, or raise "
+            match=f"the prompt has {n} tokens, .* max_model_len {CONTEXT}; shorten it, or raise "
             "max_model_len .* 256",
         ):
             engine.add([1] * n, greedy())

@@ -218,15 +218,16 @@ def test_digest_of_large_tensors_samples_all_of_them(monkeypatch):
     [
         (
             dict(m=model(seed=2)),
-            "has the model digest '[0-9a-f]{64}', this one has '[0-9a-f]{64}'; use the model it "
-            "was saved with",
+            "has the model digest '[0-9a-f]{64}', but this engine uses '[0-9a-f]{64}'; use "
+            "the model it was saved with",
         ),
         (
             dict(cache="bf16"),
-            "has the cache format 'fp32', this one has 'bf16'; load the model with cache='fp32'",
+            "has the cache format 'fp32', but this engine uses 'bf16'; load the model with "
+            "cache='fp32'",
         ),
-        (dict(m=model(GQA)), "has the row widths '16 8', this one has '16 16'"),
-        (dict(m=model().bfloat16()), "has the dtype 'float32', this one has 'bfloat16'"),
+        (dict(m=model(GQA)), "has the row widths '16 8', but this engine uses '16 16'"),
+        (dict(m=model().bfloat16()), "has the dtype 'float32', but this engine uses 'bfloat16'"),
         (dict(m=model(CONFIG.replace(num_hidden_layers=3))), "model digest"),
     ],
 )

@@ -255,7 +255,8 @@ def test_text_needles(trained):
         before = at
     with pytest.raises(
         ValueError,
-        match="a haystack of 20 tokens has no room for the needle and the question, [0-9]+ tokens",
+        match="a haystack of 20 tokens is too short for the needle and the question, "
+        "which have [0-9]+ tokens",
     ):
         make(20, 0.5, random.Random(3))
     shortest = int(

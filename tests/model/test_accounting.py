@@ -423,7 +423,7 @@ def test_refusals_of_the_plan_name_the_numbers():
     ):
         acc.plan(LITE, 16, 6, 24 * 10**9)
     with pytest.raises(
-        ValueError, match=r"context of 163,841 tokens .* max_position_embeddings is 163,840"
+        ValueError, match=r"context is 163,841 tokens.* max_position_embeddings is 163,840"
     ):
         acc.plan(LITE, 4.5, 6, 24 * 10**9, 163_841)
     for bad in (

@@ -258,7 +258,7 @@ def write(
         )
     folder, target = hf.resolve(source), Path(target)
     if is_packed(folder):
-        raise ValueError(f"{folder} is a packed model already; quantize the model it was made from")
+        raise ValueError(f"{folder} is a packed model already; quantize its original instead")
     config = hf.read_config(folder)
     read, element = reader(folder, config), packed.element_format(formats)
     plan = files(config, formats)
