@@ -36,8 +36,7 @@
 //     bfloats<Q>(w)                          bytes 16 Q .. 16 Q + 15 as floats
 //     btranspose(w)                          the sixteen words as a 4 x 4 matrix, transposed
 //     bquads(rows, stride, out)              four rows transposed by btranspose -> the four bytes
-//     of
-//                                            each column side by side, as vectors
+//                                            of each column side by side, as vectors
 //                                            [4 vectors][16 columns][4 rows]
 //   Quantised weights
 //     vscales(p)                             sixteen group scales (scale_value) as floats

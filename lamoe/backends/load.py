@@ -212,9 +212,8 @@ def _prepare_packed_folder(
         )
     if not _kernels_usable(backend):
         raise ValueError(
-            f"{folder} is packed for the compiled kernels, which are not installed (or "
-            "LAMOE_BACKEND or LAMOE_IMPL switches them off); install lamoe with a C++ compiler, or "
-            "use the model that it was packed from"
+            f"{folder} is packed for the compiled kernels, {_why_unusable()}, or use the model "
+            "that it was packed from"
         )
     if backend == "torch":
         _refuse_other_backend(str(stored.weights))
@@ -285,9 +284,7 @@ def choose(
     if backend == "torch" or not _kernels_usable(backend):
         if quantised or backend == "cpu":
             raise ValueError(
-                "the compiled kernels, which quantised weights need, are not installed (or "
-                "LAMOE_BACKEND, LAMOE_IMPL or backend='torch' switches them off); install lamoe "
-                "with a C++ compiler"
+                f"quantised weights and backend='cpu' need the compiled kernels, {_why_unusable()}"
             )
         native.announce()
         return "torch"
@@ -299,6 +296,15 @@ def choose(
 def _kernels_usable(backend: str | None) -> bool:
     """Whether the compiled kernels may run. backend="cpu" overrides the environment."""
     return native.available() or (backend == "cpu" and native.lib is not None)
+
+
+def _why_unusable() -> str:
+    """Return why the compiled kernels do not run and what to do, as a relative clause."""
+    if native.lib is None:
+        return f"which are not installed ({native.missing()}); install lamoe with a C++ compiler"
+    if why := native.why_switched_off():
+        return f"which do not run because {why}; unset it"
+    return "which backend='torch' excludes; omit it"
 
 
 def why_torch(config: ModelConfig, dtype: torch.dtype) -> str | None:

@@ -223,7 +223,7 @@ def test_invalid_head_formats_are_refused(tmp_path):
     ):
         LLM(tmp_path / "out", head="int4")
     assert LLM(tmp_path / "out", head="int8").backend.head == "int8"
-    with pytest.raises(ValueError, match="which quantised weights need"):
+    with pytest.raises(ValueError, match="which backend='torch' excludes"):
         LLM(model, head="int8", backend="torch")
     for head, why in (
         ("int3", "says head 'int3'"),
