@@ -52,7 +52,7 @@ def yarn_ramp_limits(y: RopeScaling, dim: int, theta: float) -> tuple[int, int]:
     """
 
     def pair_with(rotations: float) -> float:
-        """Return the fractional index of the pair that rotates this often in the original context."""
+        """Return the fractional index of the pair that rotates so often in the original context."""
         period = y.original_max_position_embeddings / (rotations * 2 * math.pi)
         return dim * math.log(period) / (2 * math.log(theta))
 
