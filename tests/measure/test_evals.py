@@ -261,7 +261,7 @@ def test_text_needles(trained):
         make(20, 0.5, random.Random(3))
     shortest = int(
         str(pytest.raises(ValueError, make, 20, 0.5, random.Random(3)).value)
-        .split("question, ")[1]
+        .split("which have ")[1]
         .split()[0]
     )
     prompt, answer = make(shortest, 0.5, random.Random(3))  # has only needle and question
