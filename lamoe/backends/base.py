@@ -93,6 +93,19 @@ class RowsLoss(NamedTuple):
     load: np.ndarray
 
 
+def next_token_targets(ids: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+    """Return the target of each token, which is the next token of its row.
+
+    Args:
+        ids: [B, T + 1] token ids.
+        segments: [B, T + 1] segment numbers.
+
+    Returns:
+        [B, T]. A target is -1 (ignored) where the next token begins another segment.
+    """
+    return ids[:, 1:].masked_fill(segments[:, 1:] != segments[:, :-1], -1)
+
+
 class Backend(ABC):
     """A loaded model that computes batches.
 

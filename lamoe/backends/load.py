@@ -25,7 +25,6 @@ from lamoe.model.transformer import Transformer
 
 BACKENDS: dict[str, type[Backend]] = {"torch": TorchBackend, "cpu": CpuBackend}
 DEVICES = ("auto", "cpu", "cuda", "mps")
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 @dataclass(frozen=True)
@@ -246,8 +245,7 @@ def _prepare_folder(
             read = packed_file.reader(folder, config)
             return CpuBackend.from_tensors(config, formats, read, threads)
         model = hf.load(folder, dtype)
-        actual = choose(config, model.embed.weight.dtype, formats, device, backend)
-        if actual == "cpu":
+        if chosen == "cpu":
             return CpuBackend.from_transformer(model, formats, threads)
         return TorchBackend(model.to(device).eval())
 

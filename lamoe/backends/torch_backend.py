@@ -7,7 +7,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from lamoe.backends.base import Backend, Batch, ForwardResult, RowsLoss
+from lamoe.backends.base import Backend, Batch, ForwardResult, RowsLoss, next_token_targets
 from lamoe.backends.paged_cache import Group, PagedCache, Step
 from lamoe.model import rope, routing
 from lamoe.model.config import ModelConfig
@@ -97,19 +97,6 @@ def sequence_slots(pages: torch.Tensor, length: int, page_size: int) -> torch.Te
     """
     used = pages[: -(-length // page_size)].long()
     return (used[:, None] * page_size + torch.arange(page_size)).flatten()[:length]
-
-
-def next_token_targets(ids: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-    """Return the target of each token, which is the next token of its row.
-
-    Args:
-        ids: [B, T + 1] token ids.
-        segments: [B, T + 1] segment numbers.
-
-    Returns:
-        [B, T]. A target is -1 (ignored) where the next token begins another segment.
-    """
-    return ids[:, 1:].masked_fill(segments[:, 1:] != segments[:, :-1], -1)
 
 
 def _groups(counts: list[int], slots: list[torch.Tensor]) -> list[Group]:

@@ -121,9 +121,10 @@ class LLM:
             )
         if threads:
             torch.set_num_threads(threads)
+        formats = Formats(weights, head, cache)
         prepared = backends.prepare(
             model,
-            Formats(weights, head, cache),
+            formats,
             dtype=dtype,
             device=device,
             backend=backend,
@@ -132,7 +133,7 @@ class LLM:
         self._plan = fit(
             prepared.config,
             prepared.weight_bytes,
-            cache,
+            formats.cache,
             cache_memory,
             max_model_len,
             max_num_seqs,
@@ -149,7 +150,7 @@ class LLM:
         self.backend, self.config = prepared.load(), prepared.config
         self._plan = replace(self._plan, weights=self.backend.weight_bytes())
         self.max_model_len = self._plan.max_model_len
-        self.cache = self.backend.new_cache(self._plan.pages, page_size, cache)
+        self.cache = self.backend.new_cache(self._plan.pages, page_size, formats.cache)
         self.pool = PagePool(self.cache.pages, page_size)
         self.scheduler = Scheduler(self.pool, max_num_seqs, max_num_batched_tokens, speculate)
         eos_id = self.config.eos_token_id
@@ -379,14 +380,11 @@ class LLM:
         return Delta(seq.id, None, "", self._finish(seq, "error", self._texts[seq.id].shown))
 
     def _choose(self, seq: Sequence, logits: torch.Tensor, argmax: int) -> Delta:
-        text, num_logprobs = self._texts[seq.id], seq.params.logprobs
+        text = self._texts[seq.id]
         if logits.device.type != "cpu" and not seq.params.is_plain_greedy:
             logits = logits.cpu()  # sampling, penalties and grammars work on the host
         token, piece, reason = next_token(seq, text, logits, self.eos_ids, argmax)
-        logprobs = None
-        if num_logprobs is not None:
-            logprobs = token_logprobs(logits, token, num_logprobs)
-            seq.logprobs.append(logprobs)
+        logprobs = None if seq.params.logprobs is None else seq.logprobs[-1]
         output = self._finish(seq, reason, text.shown) if reason else None
         return Delta(seq.id, token, piece, output, logprobs)
 
@@ -471,13 +469,3 @@ class LLM:
                 model or cache format.
         """
         return prefix_file.load(file, self.backend, self.cache, self.pool, self.max_model_len)
-
-
-def token_logprobs(logits: torch.Tensor, token: int, top: int) -> dict[int, float]:
-    """Return {token id: natural log-probability} of the `top` most likely tokens and of `token`.
-
-    The most likely tokens come first.
-    """
-    logp = logits.float().log_softmax(-1)
-    ids = logp.topk(min(top, len(logp))).indices.tolist() if top else []
-    return {i: float(logp[i]) for i in dict.fromkeys([*ids, token])}

@@ -32,6 +32,8 @@ def next_token(
 ) -> NextToken:
     """Choose the next token of a sequence from its logits and append it to `seq.tokens`.
 
+    Its log-probabilities are appended to `seq.logprobs` if the request asks for them.
+
     Args:
         seq: the sequence.
         logits: [vocabulary], the logits after its last token.
@@ -51,6 +53,8 @@ def next_token(
         token = sample(adjusted, params, seq.generator)
     if seq.matcher:
         seq.matcher.accept(token)
+    if params.logprobs is not None:
+        seq.logprobs.append(token_logprobs(logits, token, params.logprobs))
     seq.tokens.append(token)
     if token in eos_ids and not params.ignore_eos:
         return NextToken(token, text.rest(), "stop")
@@ -61,6 +65,16 @@ def next_token(
     if complete or len(seq.tokens) >= seq.limit:
         return NextToken(token, piece + text.rest(), "stop" if complete else "length")
     return NextToken(token, piece, None)
+
+
+def token_logprobs(logits: torch.Tensor, token: int, top: int) -> dict[int, float]:
+    """Return {token id: natural log-probability} of the `top` most likely tokens and of `token`.
+
+    The most likely tokens come first.
+    """
+    logp = logits.float().log_softmax(-1)
+    ids = logp.topk(min(top, len(logp))).indices.tolist() if top else []
+    return {i: float(logp[i]) for i in dict.fromkeys([*ids, token])}
 
 
 class TextStream:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from lamoe.engine.async_llm import AsyncLLM
-from lamoe.engine.llm import LLM, token_logprobs
+from lamoe.engine.llm import LLM
+from lamoe.engine.next_token import token_logprobs
 
 
 async def prompt_logprobs(

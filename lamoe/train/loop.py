@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from lamoe.backends.torch_backend import TorchBackend, next_token_targets
+from lamoe.backends.base import next_token_targets
+from lamoe.backends.torch_backend import TorchBackend
 from lamoe.checkpoints import hf
 from lamoe.engine.text_loss import text_loss
 from lamoe.model import accounting

@@ -235,8 +235,7 @@ def test_an_error_of_one_sequence_ends_it_alone(
     if where == "text":
         engine._texts[second].add = broken
     else:
-        module = "next_token" if where == "sample" else "llm"
-        monkeypatch.setattr(f"lamoe.engine.{module}.{where}", broken)
+        monkeypatch.setattr(f"lamoe.engine.next_token.{where}", broken)
     ends |= drain(engine)
     bad = ends.pop(second)
     assert (bad.finish_reason, bad.error, bad.internal) == (
@@ -244,6 +243,7 @@ def test_an_error_of_one_sequence_ends_it_alone(
         message,
         internal,
     ) and bad.token_ids[:3] == want[1][:3]
+    assert len(bad.logprobs) == len(bad.token_ids)
     assert (
         tokens(ends[i] for i in (first, third)) == [want[0], want[2]]
         and idle(engine)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from lamoe.backends.torch_backend import TorchBackend, next_token_targets
+from lamoe.backends.base import next_token_targets
+from lamoe.backends.torch_backend import TorchBackend
 from lamoe.checkpoints import hf
 from lamoe.engine.generate import generate
 from lamoe.engine.sampler import SamplingParams

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from lamoe.backends import cache_codec
-from lamoe.backends.base import Backend, Batch, Formats, ForwardResult, RowsLoss
+from lamoe.backends.base import Backend, Batch, Formats, ForwardResult, RowsLoss, next_token_targets
 from lamoe.backends.cpu import native, packed
 from lamoe.backends.paged_cache import PagedCache
-from lamoe.backends.torch_backend import next_token_targets
 from lamoe.checkpoints import hf
 from lamoe.model import rope
 from lamoe.model.config import ModelConfig
