@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lamoe
-from devices import DEVICE, NoMixedDevices
+from devices import DENSE, DEVICE, NoMixedDevices
 from lamoe import backends
 from lamoe.backends.base import Batch, Formats
 from lamoe.backends.cpu import native
@@ -65,19 +65,6 @@ def test_text_loss_on_a_device():
     found = text_loss(backends.load(model, device=DEVICE, backend="torch"), rows)
     assert found.targets == host.targets == 4 * 31
     assert found.nats == pytest.approx(host.nats, rel=1e-5)
-
-
-DENSE = {
-    "mla": tiny.config(
-        n_routed_experts=None,
-        moe_intermediate_size=None,
-        num_experts_per_tok=None,
-        n_shared_experts=0,
-        first_k_dense_replace=0,
-        q_lora_rank=24,
-    ),
-    "gqa": CONFIGS["gqa"],
-}
 
 
 @pytest.mark.parametrize("name", DENSE)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lamoe
-from devices import DEVICE, NoMixedDevices
+from devices import DENSE, DEVICE, NoMixedDevices
 from lamoe import kernels
 from lamoe.model import rope
 from lamoe.model.cache import KVCache
@@ -104,20 +104,6 @@ def test_a_seed_means_the_same_weights_on_every_device():
 
 
 # ---- without an accelerator ----
-DENSE = {
-    "mla": tiny.config(
-        n_routed_experts=None,
-        moe_intermediate_size=None,
-        num_experts_per_tok=None,
-        n_shared_experts=0,
-        first_k_dense_replace=0,
-        q_lora_rank=24,
-        rope_scaling=tiny.YARN,
-    ),
-    "gqa": CONFIGS["gqa"],
-}
-
-
 def forward_on_meta(config, form: str) -> torch.Tensor:
     """Run forward passes with and without a cache on the meta device, and return the logits."""
     with torch.device("meta"):
