@@ -132,7 +132,8 @@ def test_decode_absorbs_and_prefill_expands(c):
 def test_cheaper_form_counts_multiply_adds():
     """The form with fewer multiply-adds is chosen (paper, section 2.1).
 
-    Expanding a row takes 131,072. A query and a row take 320 expanded and 1,088 absorbed.
+    Expanding a row takes 131,072 multiply-adds per head. A query and a row then take 320, against
+    1,088 in the absorbed form.
     """
     for t, s in ((1, 7), (16, 4096), (170, 4096), (171, 1 << 20), (5, 5)):
         expand, absorb = 131_072 * s + 320 * t * s, 131_072 * t + 1_088 * t * s
