@@ -246,11 +246,6 @@ def read_config(folder: str | Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
-    if path.stat().st_size > shards.MAX_JSON_BYTES:
-        raise ValueError(
-            f"{path} has {path.stat().st_size:,} bytes; a config of more than "
-            f"{shards.MAX_JSON_BYTES:,} bytes is refused"
-        )
     return ModelConfig.from_file(path)
 
 

@@ -20,13 +20,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lamoe.text import json_file
+from lamoe.text.json_file import parse_object, read_json
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# Headers and index files with more bytes are refused unread. DeepSeek-V2 needs about a quarter of
-# this limit, and JSON of this size parses in a second.
-MAX_JSON_BYTES = 16 * 2**20
+# Headers with more bytes are refused unread. DeepSeek-V2 needs about a quarter of this limit, and
+# JSON of this size parses in a second.
+MAX_JSON_BYTES = json_file.MAX_BYTES
 MAX_DIMS = 8
 ITEM_BYTES = {
     "F64": 8,
@@ -118,12 +121,7 @@ def _scan_index(index: Path) -> dict[str, Found]:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    size = index.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(
-            f"{index} has {size:,} bytes; an index of more than {MAX_JSON_BYTES:,} bytes is refused"
-        )
-    placed = _parse(index.read_bytes(), str(index)).get("weight_map")
+    placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise ValueError(
             f"{index} has no weight_map object that says which shard holds which tensor"
@@ -166,7 +164,7 @@ def read_header(path: Path) -> dict[str, Found]:
                 "it is truncated or not safetensors"
             )
         raw = f.read(length)
-    header = _parse(raw, f"the header of {path}")
+    header = parse_object(raw, f"the header of {path}")
     meta = header.pop("__metadata__", {})
     if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
         raise ValueError(f"{path}: __metadata__ must map strings to strings")
@@ -176,28 +174,6 @@ def read_header(path: Path) -> dict[str, Found]:
         name: Found(path, header[name]["dtype"], tuple(header[name]["shape"]), begin)
         for name, (begin, _) in spans.items()
     }
-
-
-def _parse(raw: bytes, where: str) -> dict:
-    """Parse a JSON object in which every name occurs once."""
-
-    def unique(pairs):
-        out = {}
-        for name, value in pairs:
-            if name in out:
-                raise ValueError(f"the name {name!r} occurs twice")
-            out[name] = value
-        return out
-
-    try:
-        out = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except RecursionError:
-        raise ValueError(f"{where} is JSON nested too deeply") from None
-    except ValueError as e:  # not UTF-8, not JSON, a number with too many digits, a name twice
-        raise ValueError(f"{where} is not valid JSON of unique names: {e}") from None
-    if not isinstance(out, dict):
-        raise ValueError(f"{where} must be a JSON object, found {type(out).__name__}")
-    return out
 
 
 def _check_entry(path: Path, name: str, entry) -> tuple[int, int]:

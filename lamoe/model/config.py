@@ -10,7 +10,6 @@ hf_config.py reads config.json, and presets.py lists the presets.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from lamoe.model.field_checks import (
     refuse_unknown,
 )
 from lamoe.model.hf_config import FAMILIES, check_family, read_fields
+from lamoe.text.json_file import read_json
 
 __all__ = [
     "CARRIED",
@@ -454,13 +454,9 @@ class ModelConfig:
         Raises:
             ValueError: if the file is not a valid config. The message begins with the path.
         """
-        path = Path(path)
+        raw = read_json(path)
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise ValueError(f"{path} is not valid JSON: {e}") from None
-        except RecursionError:
-            raise ValueError(f"{path} is nested too deeply to be a model config") from None
+            return cls.from_dict(raw)
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+
+from lamoe.text import json_file
 
 MAX_FILE_BYTES = 256 << 20  # the largest known tokenizer.json has about 40 MB
 _MAX_SIDE_FILE_BYTES = 16 << 20
@@ -44,15 +45,7 @@ def read_text(file: Path) -> str:
 
 def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or {} if the file does not exist."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(read_text(file))
-    except (json.JSONDecodeError, RecursionError) as e:
-        raise ValueError(f"{file} is not valid JSON: {e}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, found {type(content).__name__}")
-    return content
+    return json_file.read_json(file, _MAX_SIDE_FILE_BYTES) if file.is_file() else {}
 
 
 def read_template(folder: Path, config: dict[str, Any]) -> str | None:

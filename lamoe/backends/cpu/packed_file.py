@@ -37,6 +37,7 @@ from lamoe.backends.cpu.packed import PackedTensor, Read, Weigh
 from lamoe.checkpoints import atomic, hf, lock, shards
 from lamoe.model import accounting
 from lamoe.model.config import ModelConfig
+from lamoe.text.json_file import read_json
 
 METHOD, VERSION = "lamoe", 1
 _CONFIG_PART = ".config.json.part"
@@ -52,11 +53,11 @@ def is_packed(folder: str | Path) -> bool:
 def _quantization(folder: Path) -> dict:
     """Return the `quantization_config` of a folder's config.json, or {} if it has none."""
     path = folder / "config.json"
-    if not path.is_file() or path.stat().st_size > shards.MAX_JSON_BYTES:
+    if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_bytes()).get("quantization_config")
-    except (ValueError, AttributeError, RecursionError):
+        found = read_json(path).get("quantization_config")
+    except ValueError:
         return {}
     return {"head": found.get("weights")} | found if isinstance(found, dict) else {}
 
@@ -85,7 +86,7 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, Formats]:
                 f"{folder}/config.json says {key} {quantization.get(key)!r}; "
                 f"known: {', '.join(native.FORMATS)}"
             )
-    plain = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    plain = read_json(folder / "config.json")
     plain.pop("quantization_config")
     try:
         config = ModelConfig.from_dict(plain)
