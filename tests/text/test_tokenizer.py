@@ -709,7 +709,7 @@ def test_missing_and_broken_files(tok, tmp_path):
     "name, content, says",
     [
         ("tokenizer_config.json", "{", "not valid JSON"),
-        ("tokenizer_config.json", "[]", "must hold a JSON object"),
+        ("tokenizer_config.json", "[]", "must be a JSON object"),
         ("tokenizer_config.json", "[" * 50_000, "not valid JSON"),
         ("tokenizer_config.json", '{"eos_token": "<nope>"}', "'<nope>' is not in the vocabulary"),
         ("tokenizer_config.json", '{"bos_token": 7}', "bos_token must be a str"),
