@@ -25,6 +25,8 @@ class PagePool:
         self._kept: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._page_of: dict[bytes, int] = {}
         self._content_of: dict[int, bytes] = {}
+        # Content hashes that sequences of every cache salt may share: the pages of saved prefixes.
+        self.public: set[bytes] = set()
 
     @property
     def available(self) -> int:
@@ -92,13 +94,23 @@ class PagePool:
                     self._free.append(page)
 
 
+def first_hash(cache_salt: str) -> bytes:
+    """Return the hash that a chain of pages begins with.
+
+    Sequences with different salts have different chains, so they share no pages.
+    """
+    if not cache_salt:
+        return b""
+    return hashlib.sha256(cache_salt.encode("utf-8", "surrogatepass")).digest()
+
+
 def content_hash(before: bytes, tokens: list[int]) -> bytes:
     """Return the hash of a page: SHA-256 of the previous page's hash and the page's own tokens.
 
     The hash is cryptographic, because a collision would give one user's cache rows to another user.
 
     Args:
-        before: hash of the previous page, or b"" for the first page.
+        before: hash of the previous page, or `first_hash` for the first page.
         tokens: token ids of the page.
     """
     return hashlib.sha256(before + array("q", tokens).tobytes()).digest()

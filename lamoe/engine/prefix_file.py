@@ -44,6 +44,8 @@ def save(
 ) -> int:
     """Write the rows of the longest prefix of `tokens` whose full pages are in the cache.
 
+    Only pages of sequences without a cache salt, or of another saved prefix, are found.
+
     The write is atomic: an existing file stays until the new one is complete on the disk.
 
     Returns:
@@ -84,6 +86,8 @@ def load(
 ) -> int:
     """Load a saved prefix into kept pages, so that later prompts with this prefix reuse its rows.
 
+    Prompts of every cache salt reuse them, because the file belongs to the owner of the engine.
+
     The least recently used kept pages are evicted if necessary. An incomplete last page of the
     file is not loaded.
 
@@ -120,6 +124,7 @@ def load(
         _read(file, rows_offset, len(tokens), cache, new, first=len(shared) * pool.page_size)
         for page, content in zip(new, contents[len(shared) :]):
             pool.publish(page, content)
+        pool.public.update(contents)
     finally:
         pool.give_back(shared + new)  # published pages are kept, others become free
     return len(contents) * pool.page_size

@@ -34,6 +34,8 @@ class SamplingParams:
             penalties and bias. The output ends with "stop" when the grammar is complete, even
             before min_tokens.
         skip_special: whether to omit special tokens from the text.
+        cache_salt: sequences share cached prefixes only with sequences of the same salt. Otherwise
+            `Output.cached_tokens` would tell one user what another has sent.
     """
 
     temperature: float = 1.0
@@ -53,6 +55,7 @@ class SamplingParams:
     logprobs: int | None = None
     grammar: Grammar | None = None
     skip_special: bool = True
+    cache_salt: str = ""
 
     def __post_init__(self):
         if isinstance(self.stop, (str, list)):

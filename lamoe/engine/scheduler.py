@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from lamoe.engine.pages import PagePool, content_hash
+from lamoe.engine.pages import PagePool, content_hash, first_hash
 from lamoe.engine.request import Sequence
 
 
@@ -96,7 +96,7 @@ class Scheduler:
         size = self.pool.page_size
         while (len(seq.contents) + 1) * size <= seq.computed:
             at = len(seq.contents)
-            before = seq.contents[-1] if seq.contents else b""
+            before = seq.contents[-1] if seq.contents else first_hash(seq.params.cache_salt)
             seq.contents.append(content_hash(before, seq.tokens[at * size : (at + 1) * size]))
             self.pool.publish(seq.pages[at], seq.contents[-1])
 
@@ -128,15 +128,21 @@ class Scheduler:
 
         The last token is never taken from the cache, because its logits must be computed.
         """
-        size, before = self.pool.page_size, b""
+        size, salt = self.pool.page_size, seq.params.cache_salt
+        own, public = first_hash(salt), first_hash("")
         while (len(seq.pages) + 1) * size < len(seq.tokens):
             at = len(seq.pages) * size
-            before = content_hash(before, seq.tokens[at : at + size])
-            page = self.pool.share(before)
+            tokens = seq.tokens[at : at + size]
+            own = content_hash(own, tokens)
+            page = self.pool.share(own)
+            if salt and self.pool.public:
+                public = content_hash(public, tokens)
+                if page is None and public in self.pool.public:
+                    page = self.pool.share(public)
             if page is None:
                 break
             seq.pages.append(page)
-            seq.contents.append(before)
+            seq.contents.append(own)
         seq.computed = len(seq.pages) * size
         if not seq.preemptions:
             seq.cached = seq.computed

@@ -146,7 +146,10 @@ def _service(request: Request) -> Service:
 )
 async def create_completion(body: wire.CompletionRequest, request: Request) -> Response:
     """Continue one or several prompts."""
-    return await completions.complete(_service(request), body, request.state.id, request.state.log)
+    state = request.state
+    return await completions.complete(
+        _service(request), body, state.id, state.log, state.cache_salt
+    )
 
 
 @router.post(
@@ -155,7 +158,8 @@ async def create_completion(body: wire.CompletionRequest, request: Request) -> R
 )
 async def create_chat_completion(body: wire.ChatRequest, request: Request) -> Response:
     """Continue a conversation with the assistant's reply."""
-    return await completions.chat(_service(request), body, request.state.id, request.state.log)
+    state = request.state
+    return await completions.chat(_service(request), body, state.id, state.log, state.cache_salt)
 
 
 @router.post("/v1/embeddings", responses=POST_ERRORS | {200: {"model": wire.Embeddings}})

@@ -25,7 +25,7 @@ Builder = CompletionBuilder | ChatBuilder
 
 
 async def complete(
-    service: Service, body: CompletionRequest, id: str, log_fields: dict[str, Any]
+    service: Service, body: CompletionRequest, id: str, log_fields: dict[str, Any], cache_salt: str
 ) -> Reply:
     """Answer a /v1/completions request.
 
@@ -34,6 +34,7 @@ async def complete(
         body: the request.
         id: the request id.
         log_fields: fields of the request's log line; this function adds to them.
+        cache_salt: salt of the client's cached prefixes, see Guard.cache_salt.
     """
     service.ready()
     service.check_model(body.model)
@@ -47,7 +48,9 @@ async def complete(
             "unsupported",
             "best_of",
         )
-    params = await sampling_params(service, body, max(max_tokens, 1), body.logprobs)
+    params = await sampling_params(
+        service, body, max(max_tokens, 1), body.logprobs, cache_salt=cache_salt
+    )
     prompts = await tokenize_prompts(service, body.prompt)
     if body.suffix is not None:
         prompts = [await fill_in_prompt(service, p, body.suffix, body.echo) for p in prompts]
@@ -65,7 +68,9 @@ async def complete(
     return _reply(service, builder, job, body, log_fields)
 
 
-async def chat(service: Service, body: ChatRequest, id: str, log_fields: dict[str, Any]) -> Reply:
+async def chat(
+    service: Service, body: ChatRequest, id: str, log_fields: dict[str, Any], cache_salt: str
+) -> Reply:
     """Answer a /v1/chat/completions request. The arguments are those of `complete`."""
     service.ready()
     service.check_model(body.model)
@@ -85,6 +90,7 @@ async def chat(service: Service, body: ChatRequest, id: str, log_fields: dict[st
         max_tokens=body.max_completion_tokens or body.max_tokens or service.max_model_len,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         skip_special=tool_form is None,  # special tokens mark the tool calls
+        cache_salt=cache_salt,
     )
     check_logprobs(service, [ids], params, echo=False)
     job = await service.start(id, [(ids, params)])

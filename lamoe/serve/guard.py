@@ -46,8 +46,8 @@ def is_open(method: str, path: str) -> bool:
 class Guard:
     """ASGI middleware. One instance handles all requests of a server.
 
-    It adds two entries to `scope["state"]`: `id`, which is also the x-request-id of the response,
-    and `log`, a dict of fields that routes may add to the request's log line.
+    It adds entries to `scope["state"]`: `id`, which is also the x-request-id of the response,
+    `log`, a dict of fields that routes may add to the request's log line, and `cache_salt`.
     """
 
     def __init__(self, app, settings: Settings, metrics: Metrics):
@@ -126,6 +126,13 @@ class Guard:
         if not length.isdigit() or len(length) > 18 or int(length) > limit:
             raise _body_too_large(limit)
 
+    def cache_salt(self, scope) -> str:
+        """Return the salt that keeps cached prefixes of different keys apart, or "" for none."""
+        if len(set(self.key_digests)) < 2 or self.settings.prefix_cache_scope == "server":
+            return ""
+        _, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        return hashlib.sha256(key.strip()).hexdigest()
+
     def has_valid_key(self, authorization: bytes) -> bool:
         """Check an Authorization header in constant time, so that the duration reveals nothing."""
         scheme, _, key = authorization.partition(b" ")
@@ -142,7 +149,12 @@ class _Call:
         self.guard, self.scope, self._receive, self._send = guard, scope, receive, send
         self.id = f"{ID_PREFIXES.get(scope['path'], 'req')}-{uuid.uuid4().hex}"
         self.log_fields: dict[str, Any] = {}
-        scope["state"] = {**scope.get("state", {}), "id": self.id, "log": self.log_fields}
+        scope["state"] = {
+            **scope.get("state", {}),
+            "id": self.id,
+            "log": self.log_fields,
+            "cache_salt": guard.cache_salt(scope),
+        }
         self.started = time.perf_counter()
         self.body_deadline = time.monotonic() + guard.settings.body_timeout
         self.status = 0  # HTTP status; 0 before the response begins

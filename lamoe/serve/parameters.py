@@ -22,6 +22,7 @@ async def sampling_params(
     max_tokens: int,
     logprobs: int | None,
     skip_special: bool = True,
+    cache_salt: str = "",
 ) -> SamplingParams:
     """Convert the sampling fields of a request.
 
@@ -31,6 +32,7 @@ async def sampling_params(
         max_tokens: the limit on generated tokens.
         logprobs: number of top log-probabilities per token, or None for none.
         skip_special: leave special tokens out of the text.
+        cache_salt: the salt of the client's key. The request's own salt is added to it.
 
     Raises:
         ApiError: 400 if a value or the grammar is invalid.
@@ -65,6 +67,7 @@ async def sampling_params(
             logprobs=logprobs,
             stop=tuple(stop),
             skip_special=skip_special,
+            cache_salt=f"{cache_salt}/{body.cache_salt}" if body.cache_salt else cache_salt,
             **{name: value for name, value in optional.items() if value is not None},
         )
     except ValueError as e:

@@ -74,6 +74,11 @@ class Settings:
         "process list, so prefer --api-key-file or the variable",
     )
     api_key_file: str | None = _option(None, "file with one API key per line; each key is valid")
+    prefix_cache_scope: str = _option(
+        "key",
+        "which requests may reuse the cached prompt beginnings of others: key (only those with the "
+        "same API key) or server (all); with one key or none there is no difference",
+    )
     served_model_name: str | None = _option(
         None, "name of the model in the API; default: the name of its folder"
     )
@@ -167,6 +172,10 @@ class Settings:
                 )
         if self.log_level not in LOG_LEVELS:
             raise ValueError(f"--log-level is {self.log_level!r}; known: {', '.join(LOG_LEVELS)}")
+        if self.prefix_cache_scope not in ("key", "server"):
+            raise ValueError(
+                f"--prefix-cache-scope is {self.prefix_cache_scope!r}; known: key, server"
+            )
         if self.dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"--dtype is {self.dtype!r}; known: float32, bfloat16")
         if self.seed is not None and not 0 <= self.seed < 2**63:

@@ -2,7 +2,7 @@
 
 Requests: the part of OpenAI's API that this server supports. Unknown fields are refused, so no
 field is accepted and then ignored. Extensions have the names that other servers use: top_k, min_p,
-repetition_penalty, min_tokens, ignore_eos, regex, grammar.
+repetition_penalty, min_tokens, ignore_eos, regex, grammar, cache_salt.
 
 Responses: these models only describe them for /openapi.json. The responses themselves are plain
 dicts.
@@ -85,6 +85,9 @@ class Sampling(Wire):
     )
     grammar: Annotated[str, StringConstraints(max_length=1 << 18)] | None = Field(
         None, description="the output follows this Lark grammar"
+    )
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
+        None, description="reuse cached prompt beginnings only of requests with the same salt"
     )
     user: Name | None = Field(None, description="written to the log line of the request")
 

@@ -9,6 +9,8 @@ import pytest
 from lamoe.serve import guard
 from lamoe.serve.app import router
 from lamoe.serve.logs import JsonLines
+from lamoe.serve.metrics import Metrics
+from lamoe.serve.settings import Settings
 from tiny_server import Running, paced, until
 
 KEY, OTHER = "sk-0123456789abcdef", "sk-second"
@@ -150,3 +152,45 @@ def test_foreign_page_cannot_use_a_server_on_loopback():
             server.client.get("/page/x.js", headers={"host": h}).status_code
             for h in ("box.lan:80", "other.lan", "localhost")
         ] == [404, 404, 403]
+
+
+# ---- cached prefixes -----------------------------------------------------------------------------
+LONG = "the cat sat on the mat. " * 8
+
+
+def cached_tokens(server, key: str, **body) -> int:
+    r = server.client.post(
+        "/v1/completions",
+        json={"prompt": LONG, "max_tokens": 1, **body},
+        headers={"authorization": f"Bearer {key}"},
+    )
+    return r.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_one_key_cannot_test_guesses_of_what_another_key_has_sent(locked):
+    assert cached_tokens(locked, KEY) == 0
+    assert cached_tokens(locked, OTHER) == 0
+    assert cached_tokens(locked, KEY) > 0
+    assert cached_tokens(locked, OTHER) > 0
+
+
+def test_cache_salt_separates_the_users_of_one_key(locked):
+    assert cached_tokens(locked, KEY, cache_salt="user 1") == 0
+    assert cached_tokens(locked, KEY, cache_salt="user 2") == 0
+    assert cached_tokens(locked, OTHER, cache_salt="user 2") == 0
+    assert cached_tokens(locked, KEY, cache_salt="user 2") > 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "scope", "salted"),
+    [((KEY, OTHER), "key", True), ((KEY, OTHER), "server", False), ((KEY, KEY), "key", False)],
+)
+def test_salts_of_keys(tmp_path, keys, scope, salted):
+    """Keys are kept apart only if there are several, and the operator does not share the cache."""
+    (tmp_path / "keys").write_text("\n".join(keys))
+    settings = Settings(api_key_file=str(tmp_path / "keys"), prefix_cache_scope=scope)
+    own = guard.Guard(None, settings, Metrics())
+    scopes = [{"headers": [(b"authorization", f"Bearer {key}".encode())]} for key in (KEY, OTHER)]
+    first, second = map(own.cache_salt, scopes)
+    assert (first != second) == salted == bool(first)
+    assert KEY not in first

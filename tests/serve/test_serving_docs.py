@@ -63,9 +63,11 @@ def test_every_variable_of_the_table_changes_its_setting():
         field = next(
             f for f in dataclasses.fields(Settings) if f.name == flag[2:].replace("-", "_")
         )
-        value = {"LAMOE_DTYPE": "float32", "LAMOE_LOG_LEVEL": "debug"}.get(
-            variable, sample[field.metadata["kind"]]
-        )
+        value = {
+            "LAMOE_DTYPE": "float32",
+            "LAMOE_LOG_LEVEL": "debug",
+            "LAMOE_PREFIX_CACHE_SCOPE": "server",
+        }.get(variable, sample[field.metadata["kind"]])
         chosen = settings.from_options(argparse.Namespace(), {variable: value})
         assert getattr(chosen, field.name) != field.default, variable
         assert getattr(
