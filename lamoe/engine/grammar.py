@@ -134,7 +134,7 @@ class Grammar:
         """
         _check_length("regular expression", pattern)
         _check_repeats("regular expression", pattern)
-        if re.search(r"(?<!\\)(\\\\)*\\\Z", pattern):
+        if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
             raise ValueError(
                 "the regular expression ends with a backslash that escapes nothing; for a "
                 "backslash write two"
@@ -161,9 +161,9 @@ class Grammar:
             ("%llguidance", "the limits are the server's"),
             ("temperature", "give it with the other sampling options"),
         ):
-            if re.search(rf"{word}\s*[={{]", text):
+            if re.search(rf"{word}\s*+[={{]", text):
                 raise ValueError(f"a Lark grammar cannot set {word}; {instead}")
-        for at in (m.end() for m in re.finditer(r"%json\s*", text)):
+        for at in (m.end() for m in re.finditer(r"%json\s*+", text)):
             try:
                 _check_schema(json.JSONDecoder().raw_decode(text, at)[0])
             except (json.JSONDecodeError, RecursionError) as e:
@@ -307,10 +307,10 @@ def _check_length(kind: str, text: Any) -> None:
 
 def _check_repeats(kind: str, pattern: str) -> None:
     """Refuse large repeat counts (x{n}, x{n,m}, Lark's x~n..m) and too many branches."""
-    bounds = re.finditer(
-        r"\{\s*(\d{0,30})\s*,?\s*(\d{0,30})\s*\}|~\s*(\d{1,30})(?:\s*\.\.\s*(\d{1,30}))?", pattern
-    )
-    largest = max((int(n) for m in bounds for n in m.groups() if n), default=0)
+    # All quantifiers are possessive, because this text comes from clients: it cannot backtrack.
+    bounds = re.finditer(r"\{[\s\d,]*+\}|~\s*+\d++(?:\s*+\.\.\s*+\d++)?", pattern)
+    numbers = (n.lstrip("0")[:31] for m in bounds for n in re.findall(r"\d++", m[0]))
+    largest = max((int(n) for n in numbers if n), default=0)
     if largest > MAX_REPEAT:
         raise ValueError(
             f"the {kind} repeats something {largest} times; at most {MAX_REPEAT}. Leave the bound "
@@ -350,14 +350,15 @@ def _check_schema(schema: Any) -> None:
             _check_object(value)
             # The least common multiple, because an allOf may apply several values to one number.
             multiple = math.lcm(multiple, _remainders(value.get("multipleOf")))
+            if multiple > MAX_MULTIPLE:
+                raise ValueError(
+                    "the values of multipleOf in the JSON schema have a common multiple of "
+                    f"{multiple} (trailing zeros not counted); at most {MAX_MULTIPLE}; use "
+                    "rounder numbers"
+                )
             stack += ((v, depth + 1) for v in value.values())
         elif isinstance(value, (list, tuple)):
             stack += ((v, depth + 1) for v in value)
-    if multiple > MAX_MULTIPLE:
-        raise ValueError(
-            "the values of multipleOf in the JSON schema have a common multiple of "
-            f"{multiple} (trailing zeros not counted); at most {MAX_MULTIPLE}; use rounder numbers"
-        )
 
 
 def _check_object(value: dict) -> None:
