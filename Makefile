@@ -16,7 +16,7 @@ ISAS   := $(shell awk -F'[ ()]+' '/^ *lamoe_isa/ {sub(/^ */, ""); print $$2}' CM
 SOURCE := pyproject.toml constraints.txt tools/install.py CMakeLists.txt $(CPP_FILES)
 
 .PHONY: help demo test lint format test-lm-eval wheel-check long needle bench bench-serve \
-        asan tsan clean
+        clients fuzz asan tsan clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z -]+:.*##' Makefile | sed 's/:.*##/:/'
@@ -63,6 +63,12 @@ needle: $(DEV)  ## train a small retrieval model, extend its context with YaRN, 
 
 bench: $(DEV)  ## training speed of lamoe and transformers, alternating
 	$(BIN)/python benchmarks/train.py
+
+clients: $(DEV)  ## try the server with the clients that people use (Python and npm) on SmolLM2
+	$(BIN)/python tests/clients/run.py
+
+fuzz: $(DEV)  ## send 3,000 mutated requests to a server
+	$(BIN)/python benchmarks/fuzz.py
 
 bench-serve: $(DEV)  ## two minutes of load on the server, hostile clients included; HTTP overhead
 	$(BIN)/python benchmarks/serve.py
