@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lamoe.model import presets
+from lamoe.model.config_keys import check_facts
 from lamoe.model.field_checks import (
     check_at_least,
     check_types,
@@ -421,7 +422,7 @@ class ModelConfig:
         Raises:
             ValueError: if a field name is unknown or a value is invalid.
         """
-        refuse_unknown(changes, _field_names(ModelConfig), "ModelConfig")
+        refuse_unknown(changes, _field_types(ModelConfig), "ModelConfig")
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -444,8 +445,10 @@ class ModelConfig:
         Raises:
             ValueError: if a key is unknown or lamoe does not implement its value.
         """
-        fields = read_fields(raw, _field_names(ModelConfig), _field_names(RopeScaling))
-        return _from_fields(fields)
+        fields, facts = read_fields(raw, _field_types(ModelConfig), _field_types(RopeScaling))
+        config = _from_fields(fields)
+        check_facts(config, facts)
+        return config
 
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:
@@ -520,8 +523,8 @@ _WRITTEN_AS_NULL = (
 )
 
 
-def _field_names(cls: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls)]
+def _field_types(cls: type) -> dict[str, str]:
+    return {f.name: str(f.type) for f in dataclasses.fields(cls)}
 
 
 def _from_fields(fields: dict[str, Any]) -> ModelConfig:

@@ -9,9 +9,12 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ", did you mean 'X'?" when a known name is close to `name`, else an empty string."""
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return ", did you mean 'X'?" when a known name is close to `name`, else an empty string.
+
+    `cutoff` is the least similarity, from 0 to 1.
+    """
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
     return f", did you mean {close[0]!r}?" if close else ""
 
 

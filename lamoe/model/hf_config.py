@@ -1,16 +1,18 @@
 """Reads the content of a Hugging Face config.json strictly, as fields of ModelConfig.
 
-Each key either becomes a field, or is known to be irrelevant (_FOREIGN), or is accepted only at
-values that change nothing (_ONLY). Any other key is refused by name. The module reads the older
-spelling of config.json and that of transformers 5 (dtype, rope_parameters).
+Each key either becomes a field, or states a fact that the finished config must agree with, or
+changes nothing (config_keys.py decides). Any other key is refused by name. The module reads the
+older spelling of config.json and that of transformers 5 (dtype, rope_parameters), and values as
+tools write them: 4096.0 for a count, "1e-06" for a number, "torch.bfloat16" for a dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from lamoe.model.field_checks import refuse_unknown
+from lamoe.model.config_keys import asks_for_nothing, note_once, shorten, sort_keys, unknown_key
 
 # model_type -> the class name that other programs look for in config.json
 FAMILIES = {
@@ -19,15 +21,6 @@ FAMILIES = {
     "llama": "LlamaForCausalLM",
 }
 
-# Keys that only other programs use. Their values are neither checked nor kept.
-_FOREIGN = frozenset(
-    """
-    _attn_implementation _commit_hash _name_or_path architectures attn_implementation auto_map
-    chunk_size_feed_forward id2label is_decoder is_encoder_decoder label2id model_type_name
-    output_attentions output_hidden_states output_router_logits problem_type qk_head_dim return_dict
-    router_aux_loss_coef transformers_version use_cache
-    """.split()
-)
 # Keys that a config must have. They have no default, because a guess would give another model.
 _REQUIRED = (
     "vocab_size",
@@ -36,69 +29,150 @@ _REQUIRED = (
     "num_attention_heads",
     "intermediate_size",
 )
-# {key: values that lamoe implements}. Any other value of these keys would change the model, so it
-# is refused.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0, 0.0, None),
-    "hidden_act": ("silu",),
-    "scoring_func": ("softmax",),
-    "ep_size": (1, None),
-    "pretraining_tp": (1, None),
-    "num_nextn_predict_layers": (0, None),
-    "quantization_config": (None,),
-    "sliding_window": (None,),
-    "rope_interleave": (True, None),
-    "partial_rotary_factor": (1.0, 1, None),
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# The fields that only a mixture of experts has. In a dense config, 0 means that they are absent.
+_EXPERT_COUNTS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts")
+_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    "fp64": "float64",
+    "double": "float64",
 }
 
 
 def read_fields(
-    raw: dict[str, Any], known: Collection[str], known_yarn: Collection[str]
-) -> dict[str, Any]:
+    raw: dict[str, Any], types: Mapping[str, str], yarn_types: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Convert the content of a config.json to fields of ModelConfig.
 
     Args:
         raw: the parsed file. It is not changed.
-        known: names of ModelConfig's fields.
-        known_yarn: names of RopeScaling's fields.
+        types: {field of ModelConfig: its annotation}.
+        yarn_types: {field of RopeScaling: its annotation}.
 
     Returns:
-        {field: value}. "rope_scaling", when present, is a dict of RopeScaling's fields.
+        ({field: value}, facts). "rope_scaling", when present, is a dict of RopeScaling's fields.
+        The finished config must agree with the facts, see config_keys.check_facts.
 
     Raises:
-        ValueError: if a key is unknown, missing or contradicts another one, or if lamoe does not
-            implement its value.
+        ValueError: if a key is missing, may change the model or contradicts another one, or if
+            lamoe does not implement its value.
     """
     if not isinstance(raw, dict):
         raise ValueError(f"a model config must be a JSON object, found {type(raw).__name__}")
-    raw = {k: v for k, v in raw.items() if k not in _FOREIGN}
     if raw.get("model_type") is None:
         raise ValueError(f"the config has no model_type; known: {', '.join(FAMILIES)}")
     check_family(raw["model_type"])
-    for key, allowed in _ONLY.items():
-        if key in raw and (found := raw.pop(key)) not in allowed:
-            raise ValueError(
-                f"{key} is {found!r}, which lamoe does not implement; "
-                f"supported: {' or '.join(map(repr, allowed))}"
-            )
-    _merge(raw, "torch_dtype", raw.pop("dtype", None))
-    _read_rope(raw, known_yarn)
     raw = {k: v for k, v in raw.items() if v is not None}  # public configs write null for "unset"
+    for name in ("quantization_config", "quantization"):
+        refuse_quantised(name, raw.pop(name, None))
+    if raw.get("use_sliding_window") is False:
+        raw.pop("sliding_window", None)  # a window that is switched off
+    dtype = _dtype("dtype", raw.pop("dtype", None))
+    raw["torch_dtype"] = _dtype("torch_dtype", raw.get("torch_dtype"))
+    _merge(raw, "torch_dtype", dtype)
+    _read_rope(raw, yarn_types)
+    raw = {k: v for k, v in raw.items() if v is not None}
     if isinstance(raw.get("eos_token_id"), list) and raw["eos_token_id"]:
         raw["eos_token_id"] = raw["eos_token_id"][0]  # generation_config.json has all stop ids
-    refuse_unknown(raw, known, "config.json")
+    facts = sort_keys({k: v for k, v in raw.items() if k not in types}, types, "config.json")
+    raw = {k: coerce(k, v, types[k]) for k, v in raw.items() if k in types}
     missing = [k for k in _REQUIRED if k not in raw]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}, for which there is no default")
+    _drop_impossible_ids(raw)
+    if raw.get("n_routed_experts", 0) == 0:
+        raw = {k: v for k, v in raw.items() if v != 0 or k not in _EXPERT_COUNTS}
     if "kv_lora_rank" in raw and raw.get("head_dim") == raw.get("qk_rope_head_dim"):
         raw.pop("head_dim", None)  # for MLA, transformers 5 writes the rotary width here
     all_dense = raw.get("first_k_dense_replace") == raw["num_hidden_layers"]
     if all_dense and "n_routed_experts" not in raw:
         del raw["first_k_dense_replace"]  # in dense models, to_dict writes it for transformers
     raw.setdefault("torch_dtype", "float32")
-    return raw
+    return raw, facts
+
+
+def refuse_quantised(name: str, found: Any) -> None:
+    """Raise ValueError if `found`, the value of quantization_config, says that weights are packed.
+
+    Tools leave the object behind with all its switches off. This is accepted.
+    """
+    if found is None or found == {}:
+        return
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} must be an object, found {shorten(found)}")
+    switches = {k: v for k, v in found.items() if re.fullmatch(r"_?load_in_\dbit", k)}
+    if switches and not any(switches.values()):
+        return
+    if asks_for_nothing(name, found):
+        return
+    method = found.get("quant_method") or ("MLX" if "group_size" in found else "unnamed")
+    raise ValueError(
+        f"{name} is {shorten(found)}: the weights are quantised (method {method}), which lamoe "
+        "does not implement in Hugging Face folders; get the original, unquantised model, and "
+        "pack it with `lamoe quantize` if it has to be small"
+    )
+
+
+def _dtype(key: str, value: Any) -> Any:
+    """Return the plain name of a dtype, or None for "auto" and other ways to leave it open."""
+    if not isinstance(value, str):
+        return value
+    name = value.strip().lower().removeprefix("torch.")
+    return None if name in ("", "auto", "none", "null") else _DTYPES.get(name, name)
+
+
+def coerce(name: str, value: Any, kind: str) -> Any:
+    """Return `value` in the type of a field, if it says such a value in another spelling.
+
+    4096.0 is the int 4096, "1e-06" is a number, 0 and "false" are False. [7] is the int 7. A value
+    that fits no type of the field is returned as it is, for check_types to refuse.
+    """
+    options = [k.strip() for k in kind.split("|")]
+    if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], (list, dict)):
+        value = value[0]
+    if isinstance(value, str) and "str" not in options:
+        value = _number(value)
+    if "bool" in options and value in (0, 1):
+        return bool(value)
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    if is_whole and "int" in options and "float" not in options:
+        return int(value)
+    return value
+
+
+def _number(text: str) -> Any:
+    """Return the number or truth value that a text says, or the text."""
+    text = text.strip()
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if re.fullmatch(r"[+-]?\d{1,30}", text, re.ASCII):
+        return int(text)
+    decimal = r"[+-]?(\d{1,30}\.?|\d{0,30}\.\d{1,30})(e[+-]?\d{1,3})?"
+    return float(text) if re.fullmatch(decimal, text, re.ASCII | re.IGNORECASE) else text
+
+
+def _drop_impossible_ids(raw: dict[str, Any]) -> None:
+    """Remove token ids outside the vocabulary, in place, and say so.
+
+    The first llama conversions wrote -1 for "none", and a pad token is often added without a row.
+    Such a token never occurs, so the model computes the same without it.
+    """
+    vocab = raw["vocab_size"]
+    for name in _IDS:
+        value = raw.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not isinstance(vocab, int):
+            continue
+        if not 0 <= value < vocab and vocab > 0:
+            del raw[name]
+            if value != -1:
+                note_once(
+                    f"config.json: {name} is {value}, outside the vocabulary of {vocab} tokens; "
+                    "it is taken as none"
+                )
 
 
 def check_family(model_type: Any) -> None:
@@ -122,7 +196,7 @@ def _merge(raw: dict[str, Any], key: str, value: Any) -> None:
     raw[key] = value
 
 
-def _read_rope(raw: dict[str, Any], known: Collection[str]) -> None:
+def _read_rope(raw: dict[str, Any], known: Mapping[str, str]) -> None:
     """Convert rope_parameters and rope_scaling in `raw`, in place.
 
     Afterwards raw["rope_theta"] is a number and raw["rope_scaling"] has RopeScaling's fields.
@@ -132,23 +206,63 @@ def _read_rope(raw: dict[str, Any], known: Collection[str]) -> None:
         part = raw.pop(key, None)
         if part is not None and not isinstance(part, dict):
             raise ValueError(f"{key} must be an object, found {part!r}")
-        for name, value in (part or {}).items():
+        for name, value in _one_rope(part or {}).items():
             _merge(rope, name, value)
     _merge(raw, "rope_theta", rope.pop("rope_theta", None))
-    _merge(rope, "rope_type", rope.pop("type", None))
-    kind = rope.pop("rope_type", "default")
-    if kind not in ("default", "yarn"):
+    kind = rope.pop("rope_type", None)
+    if kind not in (None, "default", "yarn"):
         raise ValueError(f"rope_scaling type {kind!r} is not supported; known: yarn (or none)")
-    if kind == "default":
-        if rope:
+    original = raw.get("original_max_position_embeddings")
+    if kind == "yarn":
+        _merge(rope, "original_max_position_embeddings", original)
+    raw.pop("original_max_position_embeddings", None)  # without scaling, nothing uses it
+    for key, neutral in _ROPE_NEUTRAL.items():
+        if rope.get(key) in neutral:
+            del rope[key]
+    if kind != "yarn":
+        asks = [k for k, v in rope.items() if not asks_for_nothing(k, v)]
+        if set(asks) - {"original_max_position_embeddings"}:
             raise ValueError(
-                f"rope_scaling has {', '.join(rope)} but no type; say type yarn, or leave it out"
+                f"rope_scaling has {', '.join(rope)} but "
+                f"{'no type' if kind is None else f'the type {kind}'}; say type yarn, or leave "
+                f"{'it' if len(rope) == 1 else 'them'} out"
             )
         return
-    refuse_unknown(rope, known, "rope_scaling")
+    for key in rope:
+        if key not in known and key not in _YARN_NOTES:
+            raise ValueError(unknown_key(key, rope[key], known, "rope_scaling"))
+    rope = {k: coerce(k, v, known[k]) for k, v in rope.items() if k in known}
     missing = [k for k in ("factor", "original_max_position_embeddings") if k not in rope]
     if missing:
         raise ValueError(f"rope_scaling of type yarn needs {' and '.join(missing)}")
     # Defaults of the published code: without mscale_all_dim the softmax scale has no YaRN factor.
     # Without mscale, the factor on cos and sin is that of mscale = 1.
     raw["rope_scaling"] = {"mscale": 1.0, "mscale_all_dim": 0.0, **rope}
+
+
+def _one_rope(part: dict[str, Any]) -> dict[str, Any]:
+    """Return rope_scaling or rope_parameters without nulls, with its type under rope_type.
+
+    Scaling by a factor of 1 is none.
+    """
+    part = {k: v for k, v in part.items() if v is not None}
+    if set(part) == {"full_attention"} and isinstance(part["full_attention"], dict):
+        # transformers 5 may have one object for each kind of layer
+        part = {k: v for k, v in part["full_attention"].items() if v is not None}
+    _merge(part, "rope_type", part.pop("type", None))
+    kind = part.get("rope_type")
+    if isinstance(kind, str) and kind.lower() in ("", "none", "null", "default"):
+        part["rope_type"] = "default"
+    if kind in ("linear", "dynamic") and coerce("factor", part.get("factor"), "float") == 1:
+        part["rope_type"] = "default"
+        del part["factor"]
+    return part
+
+
+# Values in rope_scaling that say what lamoe does in any case, and notes without effect.
+_ROPE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "partial_rotary_factor": (1,),
+    "truncate": (True,),
+    "factor_type": ("none",),
+}
+_YARN_NOTES = frozenset({"finetuned"})

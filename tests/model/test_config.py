@@ -467,19 +467,19 @@ ERRORS = [
     (read(hidden_size=None), r"the config lacks hidden_size"),
     (
         read(n_routed_expert=4),
-        r"unknown key 'n_routed_expert' in config.json, did you mean 'n_routed_experts'\?",
+        r"unknown key 'n_routed_expert' in config.json: it is 4, which may change the model, did "
+        r"you mean 'n_routed_experts'\?; if it does not, remove the key",
     ),
-    (read(window=4), r"unknown key 'window' in config.json$"),
+    (read(window=4), r"unknown key 'window' in config.json: it is 4, which may change"),
     (
         read(hidden_act="gelu"),
         r"hidden_act is 'gelu', which lamoe does not implement; supported: 'silu'",
     ),
     (read(attention_bias=True), r"attention_bias is True, which lamoe does not implement"),
-    (read(attention_dropout=0.1), r"attention_dropout is 0.1, which"),
     (read(scoring_func="sigmoid"), r"scoring_func is 'sigmoid', which"),
     (
         read(quantization_config={"quant_method": "fp8"}),
-        r"quantization_config is .*fp8.*, which lamoe does not implement; supported: None",
+        r"quantization_config is .*fp8.*: the weights are quantised .*get the original",
     ),
     (read(num_nextn_predict_layers=1), r"num_nextn_predict_layers is 1, which"),
     (read(sliding_window=4096), r"sliding_window is 4096, which"),
@@ -508,10 +508,10 @@ ERRORS = [
         yarn(type=None),
         r"rope_scaling has factor, original_max_position_embeddings but no type; say type yarn",
     ),
-    (yarn(factr=1), r"unknown key 'factr' in rope_scaling, did you mean 'factor'\?"),
+    (yarn(factr=1), r"unknown key 'factr' in rope_scaling: it is 1, .*, did you mean 'factor'\?"),
     (yarn(attention_factor=1.3), r"unknown key 'attention_factor' in rope_scaling"),
     (yarn(factor=None), r"rope_scaling of type yarn needs factor$"),
-    (yarn(factor="4"), r"rope_scaling.factor must be a finite number, found '4'"),
+    (yarn(factor="4x"), r"rope_scaling.factor must be a finite number, found '4x'"),
     (
         yarn(original_max_position_embeddings=math.inf),
         r"original_max_position_embeddings must be a finite number, found inf",
