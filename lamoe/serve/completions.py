@@ -53,7 +53,13 @@ async def complete(
     )
     prompts = await tokenize_prompts(service, body.prompt)
     if body.suffix is not None:
-        prompts = [await fill_in_prompt(service, p, body.suffix, body.echo) for p in prompts]
+        texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        prompts = [
+            await fill_in_prompt(
+                service, p, body.suffix, body.echo, t if isinstance(t, str) else None
+            )
+            for p, t in zip(prompts, texts)
+        ]
     check_logprobs(service, prompts, params, bool(body.echo))
     builder = CompletionBuilder(service, id, body, prompts, params)
     if max_tokens == 0:

@@ -94,12 +94,19 @@ async def tokenize_prompts(
 
 
 async def fill_in_prompt(
-    service: Service, prefix: list[int], suffix: str, echo: bool | None
+    service: Service, prefix: list[int], suffix: str, echo: bool | None, text: str | None = None
 ) -> list[int]:
-    """Build the prompt that asks the model for the text between a prefix and a suffix."""
+    """Build the prompt that asks the model for the text between a prefix and a suffix.
+
+    Args:
+        service: the server's state.
+        prefix: the prompt before the gap.
+        suffix: the text after the gap.
+        echo: the request's `echo`.
+        text: the text that `prefix` was made of, if it came as text.
+    """
     tokenizer = need_tokenizer(service, "suffix")
-    begin, hole, end = (tokenizer.inner.token_to_id(token) for token in FILL_IN_TOKENS)
-    if begin is None or hole is None or end is None:
+    if not tokenizer.control_tokens.issuperset(FILL_IN_TOKENS):
         raise ApiError(
             400,
             "suffix needs a tokenizer with fill-in-the-middle tokens, and this model's has none",
@@ -109,9 +116,10 @@ async def fill_in_prompt(
     if echo:
         raise invalid_value("echo and suffix cannot be used together", "echo")
     check_text(service, [suffix], "suffix")
-    suffix_ids = await in_thread("suffix", tokenizer.encode, suffix)
     num_bos = 1 if prefix[0] == tokenizer.bos_id else 0  # BOS stays in front
-    ids = [*prefix[:num_bos], begin, *prefix[num_bos:], hole, *suffix_ids, end]
+    before = prefix[num_bos:] if text is None else text
+    ids = await in_thread("suffix", tokenizer.encode_fill_in, before, suffix, FILL_IN_TOKENS)
+    ids = [*prefix[:num_bos], *ids]
     check_length(service, ids, "suffix")
     return ids
 

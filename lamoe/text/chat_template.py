@@ -92,7 +92,7 @@ def render(
             f"more than {MAX_TEMPLATE_CHARS} is refused"
         )
     _check_messages(messages, tools, source)
-    mark = _free_mark([source, *control_tokens, *variables.values()], [messages, tools])
+    mark = free_mark([source, *control_tokens, *variables.values(), messages, tools])
     shield = _Shield(control_tokens, mark)
     shielded = [{k: v if k == "role" else shield(v) for k, v in m.items()} for m in messages]
     env = _ChatSandbox(BASE_WORK + WORK_PER_CHAR * _num_chars([messages, tools]))
@@ -191,10 +191,10 @@ def _num_chars(value: Any) -> int:
     return sum(len(s) + 1 for s in _strings(value))
 
 
-def _free_mark(fixed: Sequence[Any], messages: Any) -> str:
-    """Return the first noncharacter that occurs in none of the strings."""
+def free_mark(values: Sequence[Any]) -> str:
+    """Return the first noncharacter that occurs in none of the strings in nested values."""
     free = dict.fromkeys(_NONCHARACTERS)
-    for text in (*_strings(fixed), *_strings(messages)):
+    for text in _strings(values):
         for char in [c for c in free if c in text]:
             del free[char]
     if not free:
@@ -250,7 +250,7 @@ class _Shield:
     """
 
     def __init__(self, control_tokens: Sequence[str], mark: str):
-        tokens = {t for t in control_tokens if len(t) > 1}
+        tokens = set(control_tokens)
         self._mark, self._whole = mark, beginnings_of(tokens)
         self._heads = {t[:k] for t in tokens for k in range(1, len(t))}
         self._tails = {t[k:] for t in tokens for k in range(1, len(t))}

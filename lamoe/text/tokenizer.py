@@ -14,6 +14,7 @@ for what the template wrote, never for the content of a message.
 from __future__ import annotations
 
 import codecs
+import functools
 import itertools
 import json
 import operator
@@ -26,7 +27,8 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from lamoe.text import tokenizer_files as files
-from lamoe.text.chat_template import V2_TEMPLATE, beginnings_of, render
+from lamoe.text.chat_template import V2_TEMPLATE, free_mark, render
+from lamoe.text.control_tokens import Encoder
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 SPECIAL_TOKENS = (BOS, EOS, "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>")
@@ -59,6 +61,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells missing characters
 
 
 class Tokenizer:
@@ -71,6 +74,7 @@ class Tokenizer:
         bos_id, eos_id, pad_id: token ids, or None if the vocabulary has no such token.
         stop_ids: ids that end a reply, which are EOS and those in generation_config.json.
         add_bos: whether prompts of this model begin with BOS.
+        control_tokens: the texts of the control tokens.
         max_length: model_max_length of tokenizer_config.json, or None.
     """
 
@@ -88,7 +92,6 @@ class Tokenizer:
     ):
         inner.no_truncation()  # tokenizer.json may ask for either; both change the ids silently
         inner.no_padding()
-        inner.encode_special_tokens = True  # which means: treat their text like any other text
         self.inner = inner
         self._byte_level = isinstance(inner.decoder, decoders.ByteLevel)
         vocab = inner.get_vocab(with_added_tokens=True)
@@ -108,18 +111,12 @@ class Tokenizer:
         added = inner.get_added_tokens_decoder()
         self._added = {i: t.content for i, t in added.items()}
         self._skipped = frozenset(i for i, t in added.items() if t.special)
-        # A token of one character cannot be told from that character, so it is not a control token.
         self._control = {
-            t.content: i
-            for i, t in added.items()
-            if len(t.content) > 1 and (t.special or _is_markup(t.content))
+            t.content: i for i, t in added.items() if t.special or _is_markup(t.content)
         }
+        self.control_tokens = frozenset(self._control)
         self._control_ids = frozenset(self._control.values())
-        self._control_re = beginnings_of(self._control)
-        # encode_special_tokens covers only tokens marked special; _plain handles the others.
-        self._unmarked_re = beginnings_of(
-            t.content for t in added.values() if t.content in self._control and not t.special
-        )
+        self._encoder = Encoder(inner, self._control)
 
     # ---- reading and writing ---------------------------------------------------------------------
     @classmethod
@@ -150,6 +147,7 @@ class Tokenizer:
         }
         generation = files.read_json(folder / "generation_config.json")
         try:
+            files.add_tokens(inner, folder, names)
             ids = {
                 k: files.id_list(
                     generation.get(f"{k}_token_id"), f"generation_config.json: {k}_token_id"
@@ -223,56 +221,31 @@ class Tokenizer:
         for n, text in enumerate(texts):
             _check_text(text, f"text {n}" if len(texts) > 1 else "text")
         head = [self.bos_id] if bos else []
-        if allow_special and self._control_re:
-            return [head + self._encode_with_controls(text) for text in texts]
-        return [head + ids for ids in self._plain(texts)]
+        encode = self._encoder.with_controls if allow_special else self._encoder.plain
+        return [head + ids for ids in encode(texts)]
 
-    def _plain(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of texts in which nothing counts as a control token."""
-        if self._unmarked_re is None or not any(self._unmarked_re.search(t) for t in texts):
-            out = [e.ids for e in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
-        else:
-            out = [
-                [
-                    i
-                    for e in self.inner.encode_batch_fast(self._cut(t), add_special_tokens=False)
-                    for i in e.ids
-                ]
-                for t in texts
-            ]
-        for text, ids in zip(texts, out):
-            # A control id can occur here only if the normalizer rewrites text into a control token.
-            if not self._control_ids.isdisjoint(ids):
-                token = self.inner.id_to_token(next(i for i in ids if i in self._control_ids))
-                raise ValueError(
-                    f"a text of {len(text)} characters is normalised into the control token "
-                    f"{token!r}; remove that part"
-                )
-        return out
-
-    def _cut(self, text: str) -> list[str]:
-        """Cut the text inside every unmarked control token, so that the tokenizer finds none."""
-        assert self._unmarked_re is not None
-        cuts = [0, *(m.start() + 1 for m in self._unmarked_re.finditer(text)), len(text)]
-        return [text[a:b] for a, b in itertools.pairwise(cuts)]
-
-    def _encode_with_controls(self, text: str, mark: str = "") -> list[int]:
-        """Return the ids of a text whose control tokens count.
+    def encode_fill_in(
+        self, prefix: str | Sequence[int], suffix: str, tokens: tuple[str, str, str]
+    ) -> list[int]:
+        """Return the ids of a prompt that asks for the text between a prefix and a suffix.
 
         Args:
-            mark: a character to remove from the plain text between control tokens.
+            prefix: a text, or ids without BOS.
+            suffix: the text after the gap.
+            tokens: the control tokens before the prefix, between the two, and after the suffix.
+
+        Raises:
+            ValueError: see `encode`; also if the texts use all 32 noncharacters.
         """
-
-        def plain(part: str) -> list[int]:
-            return self._plain([part.replace(mark, "") if mark else part])[0]
-
-        ids: list[int] = []
-        start = 0
-        while m := self._control_re.search(text, start) if self._control_re else None:
-            ids += plain(text[start : m.start()])
-            ids.append(self._control[m[1]])
-            start = m.start() + len(m[1])
-        return ids + plain(text[start:])
+        begin, hole, end = tokens
+        for text in (prefix, suffix) if isinstance(prefix, str) else (suffix,):
+            _check_text(text, "text")
+        if isinstance(prefix, str):
+            mark = free_mark([*self._control, prefix, suffix])
+            return self._encoder.between(["", prefix, suffix, ""], tokens, mark)
+        mark = free_mark([*self._control, suffix])
+        rest = self._encoder.between(["", suffix, ""], (hole, end), mark)
+        return [self._control[begin], *prefix, *rest]
 
     # ---- ids to text -----------------------------------------------------------------------------
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -296,11 +269,25 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token. The bytes of a special token are those of its name.
 
-        For vocabularies that are not byte-level, these are the bytes of the token decoded alone.
+        For vocabularies that are not byte-level, these are the bytes of the token within a text: a
+        blank at its beginning is kept.
         """
-        if self._byte_level:
-            return self._bytes(_check_id(token_id))
-        return self.decode([token_id], skip_special=False).encode("utf-8")
+        token_id = _check_id(token_id)
+        if self._byte_level or token_id in self._added:
+            return self._bytes(token_id)
+        if byte := _BYTE_TOKEN.fullmatch(self.inner.id_to_token(token_id) or ""):
+            return bytes.fromhex(byte[1])
+        before, shown = self._neighbour
+        return self.inner.decode([before, token_id], skip_special_tokens=False)[shown:].encode()
+
+    @functools.cached_property
+    def _neighbour(self) -> tuple[int, int]:
+        """Return an ordinary token and the length of its text, to decode other tokens after it."""
+        ordinary = (i for i in range(self.vocab_size) if i not in self._added)
+        for i in itertools.islice(ordinary, 10_000):
+            if (text := self.decode([i])) and text.isalnum():
+                return i, len(text)
+        return 0, len(self.decode([0], skip_special=False))
 
     def _bytes(self, token_id: int) -> bytes:
         """Return the bytes of a token of a byte-level vocabulary.
@@ -368,7 +355,7 @@ class Tokenizer:
             ValueError: if a role is unknown, a content is not a str, the template does not know
                 tools, or the template fails (see chat_template.render).
         """
-        return self._encode_with_controls(*self._render(messages, add_generation_prompt, tools))
+        return self._encoder.marked(*self._render(messages, add_generation_prompt, tools))
 
     def _render(self, messages, add_generation_prompt, tools) -> tuple[str, str]:
         text, mark = render(
@@ -413,7 +400,7 @@ class StreamDecoder:
             return self._utf8.decode(self._tokenizer._bytes(token_id))
         self._pending.append(token_id)
         # The next byte can change the text of a whole run of byte tokens, so wait for its end.
-        return "" if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else self._decode_pending()
+        return "" if _BYTE_TOKEN.fullmatch(token) else self._decode_pending()
 
     def flush(self) -> str:
         """Return the rest of the text and reset the decoder.
@@ -507,7 +494,7 @@ def train(
 
 # ---- checks --------------------------------------------------------------------------------------
 def _is_markup(content: str) -> bool:
-    return content.startswith("<") or "｜" in content
+    return len(content) > 1 and (content.startswith("<") or "｜" in content)
 
 
 def _check_text(text: Any, what: str) -> None:

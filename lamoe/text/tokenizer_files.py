@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import AddedToken
 
 from lamoe.text import json_file
 
@@ -23,8 +25,9 @@ def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
         raise ValueError(
             f"{file} has {size} bytes; a tokenizer.json above {MAX_FILE_BYTES} is not read"
         )
+    text = json_file.decode(file.read_bytes(), str(file))
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_str(text)
     except BaseException as e:  # a Rust panic is a BaseException, but not an Exception
         if isinstance(e, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
@@ -38,7 +41,7 @@ def read_text(file: Path) -> str:
     if (size := file.stat().st_size) > _MAX_SIDE_FILE_BYTES:
         raise ValueError(f"{file} has {size} bytes; more than {_MAX_SIDE_FILE_BYTES} is not read")
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(f"{file} is not UTF-8 text: {e}") from None
 
@@ -68,6 +71,72 @@ def read_template(folder: Path, config: dict[str, Any]) -> str | None:
             f"found {type(template).__name__}"
         )
     return template
+
+
+def add_tokens(inner: tokenizers.Tokenizer, folder: Path, config: dict[str, Any]) -> None:
+    """Apply what the files beside tokenizer.json say about added tokens, as transformers does.
+
+    They can change the flags of added tokens, and turn tokens of the vocabulary into added ones.
+    A token that they would append to the vocabulary must get the id that they name.
+
+    Args:
+        inner: the tokenizer, which is changed.
+        folder: the folder of the files.
+        config: the content of tokenizer_config.json and special_tokens_map.json.
+    """
+    known = {t.content for t in inner.get_added_tokens_decoder().values()}
+    named = {k: v for k, v in config.items() if k.endswith("_token") and v}
+    named = {k: v for k, v in named.items() if isinstance(v, (str, dict))}
+    special = {token_text(v, k) for k, v in named.items()}
+    listed, ids = config.get("added_tokens_decoder"), {}
+    if listed is None:
+        names = read_json(folder / "added_tokens.json")
+        listed = {i: {"content": t, "special": t in special} for t, i in names.items()}
+        listed = {i: t for i, t in listed.items() if t["content"] not in known}
+    if not isinstance(listed, dict):
+        raise ValueError(
+            f"added_tokens_decoder must be an object of tokens by id, found {type(listed).__name__}"
+        )
+    for i, value in listed.items():
+        if not re.fullmatch("[0-9]{1,9}", str(i)):
+            raise ValueError(f"the id of an added token must be a number, found {str(i)[:40]!r}")
+        token = _added_token(value, f"added token {i}", special=False)
+        token.special = token.special or token.content in special
+        ids[int(i)] = token
+    inner.add_tokens([ids[i] for i in sorted(ids)])
+    for i, token in ids.items():
+        if token.content not in known and inner.token_to_id(token.content) != i:
+            raise ValueError(
+                f"the added token {token.content!r} has id {i}, but behind the vocabulary of "
+                f"tokenizer.json it gets id {inner.token_to_id(token.content)}; "
+                "save the tokenizer again with transformers"
+            )
+    known |= {t.content for t in ids.values()}
+    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if not isinstance(more, (list, dict)):
+        raise ValueError(
+            f"extra_special_tokens must be a list of tokens, found {type(more).__name__}"
+        )
+    more = [*named.values(), *(more.values() if isinstance(more, dict) else more)]
+    tokens = [_added_token(value, "a special token", special=True) for value in more]
+    # A token that the vocabulary lacks gets no id: the model has no weights for it.
+    inner.add_tokens(
+        [t for t in tokens if t.content not in known and inner.token_to_id(t.content) is not None]
+    )
+
+
+def _added_token(value: Any, key: str, special: bool) -> AddedToken:
+    """Return a token that is given as text or as an object with flags."""
+    flags = {} if not isinstance(value, dict) else value
+    text = token_text(value, key)
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    flags = {"special": special} | {k: flags[k] for k in names if flags.get(k) is not None}
+    if text is None or not all(isinstance(v, bool) for v in flags.values()):
+        raise ValueError(
+            f"{key} must be a str, or an object with content and flags that are true or false; "
+            f"found {str(value)[:80]}"
+        )
+    return AddedToken(text, **{"normalized": not flags["special"]} | flags)
 
 
 def token_text(value: Any, key: str) -> str | None:

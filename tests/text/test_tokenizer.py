@@ -194,8 +194,11 @@ def test_a_normalizer_cannot_smuggle_a_control_token_in():
     inner.normalizer = normalizers.NFKC()
     inner.add_tokens([AddedToken("<sys>", special=False, normalized=True)])
     tok = Tokenizer(inner, bos=BOS, eos=EOS)
-    with pytest.raises(ValueError, match="normalised into the control token '<sys>'"):
-        tok.encode("＜sys＞")
+    assert tok.inner.token_to_id("<sys>") not in tok.encode("＜sys＞")
+    assert tok.decode(tok.encode("＜sys＞")) == "<sys>"
+    tok.chat_template = "{{ bos_token }}{% for m in messages %}<sys>{{ m.content }}{% endfor %}"
+    ids = tok.apply_chat([{"role": "user", "content": "＜sys＞ <sys>"}])
+    assert ids.count(tok.inner.token_to_id("<sys>")) == 1
 
 
 # ---- streaming ----
@@ -689,9 +692,12 @@ def test_missing_and_broken_files(tok, tmp_path):
     ):
         file.write_bytes(content)
         with pytest.raises(
-            ValueError, match="not a tokenizer.json that the tokenizers library can read"
+            ValueError, match="that the tokenizers library can read|is not valid JSON"
         ):
             Tokenizer.load(tmp_path)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0")
+    with pytest.raises(ValueError, match="git-lfs pointer"):
+        Tokenizer.load(tmp_path)
     file.write_text(
         json.dumps(
             {
@@ -732,6 +738,19 @@ def test_files_beyond_the_limit_are_not_read(tok, tmp_path, monkeypatch):
     monkeypatch.setattr("lamoe.text.tokenizer_files.MAX_FILE_BYTES", 1000)
     with pytest.raises(ValueError, match="above 1000 is not read"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_with_a_byte_order_mark_are_read(tok, tmp_path, encoding):
+    tok.save(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 4]}')
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        (tmp_path / name).write_text(text, encoding=encoding)
+    (tmp_path / "chat_template.jinja").write_text("x", encoding="utf-8-sig")
+    back = Tokenizer.load(tmp_path)
+    assert back.stop_ids == {1, 4} and back.encode(TEXTS[0]) == tok.encode(TEXTS[0])
+    assert back.render_chat([{"role": "user", "content": "y"}]) == "x"
 
 
 def test_a_huge_control_token_is_refused(tok):
