@@ -740,19 +740,6 @@ def test_files_beyond_the_limit_are_not_read(tok, tmp_path, monkeypatch):
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_files_with_a_byte_order_mark_are_read(tok, tmp_path, encoding):
-    tok.save(tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 4]}')
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        text = (tmp_path / name).read_text(encoding="utf-8")
-        (tmp_path / name).write_text(text, encoding=encoding)
-    (tmp_path / "chat_template.jinja").write_text("x", encoding="utf-8-sig")
-    back = Tokenizer.load(tmp_path)
-    assert back.stop_ids == {1, 4} and back.encode(TEXTS[0]) == tok.encode(TEXTS[0])
-    assert back.render_chat([{"role": "user", "content": "y"}]) == "x"
-
-
 def test_a_huge_control_token_is_refused(tok):
     inner = tokenizers.Tokenizer.from_str(tok.inner.to_str())
     inner.add_tokens([AddedToken("<" + "x" * 5000, normalized=False)])
