@@ -1,26 +1,34 @@
 """Convert GGUF files of the llama architecture, in any quantisation, to Hugging Face folders.
 
-The `gguf` package (extra `gguf`) reads and dequantises the file. This module maps metadata to a
-ModelConfig and tensor names to parameters. Rows of Q and K are reordered: GGUF stores them for
-rotary pairs (2k, 2k + 1), Hugging Face for pairs (k, k + R/2).
+gguf_file.py reads the file. This module maps metadata to a ModelConfig and tensor names to
+parameters. Rows of Q and K are reordered: GGUF stores them for rotary pairs (2k, 2k + 1), Hugging
+Face for pairs (k, k + R/2).
 
-Unknown tensors and unknown metadata of the architecture are refused by name, because ignoring them
-would give another model.
+Unknown tensors, and metadata of the architecture that may change the model, are refused by name.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 
-from lamoe.checkpoints import gguf_tokenizer, hf
+from lamoe.checkpoints import gguf_file, gguf_tokenizer, hf
+from lamoe.checkpoints.gguf_file import File
 from lamoe.checkpoints.shards import few
+from lamoe.model import hf_config
 from lamoe.model.config import ModelConfig
+from lamoe.model.config_keys import (
+    asks_for_nothing,
+    is_arithmetic,
+    is_bookkeeping,
+    is_one_of,
+    shorten,
+)
 from lamoe.model.transformer import Transformer
 
 # {key of the metadata `llama.<key>`: field of ModelConfig}.
@@ -43,16 +51,29 @@ _NEEDED = (
     "attention.head_count",
     "attention.layer_norm_rms_epsilon",
 )
-# Metadata keys without a field in ModelConfig. The function of a key returns the values that lamoe
-# supports.
-_ALLOWED = {
-    "expert_count": lambda c: (0,),
-    "expert_used_count": lambda c: (0,),
-    "rope.scaling.type": lambda c: ("none",),
-    "rope.dimension_count": lambda c: (c.qk_head_dim,),
+# {key of the metadata `llama.<key>`: the values that agree with a config}. Programs write 0 for a
+# factor that is absent.
+_FACTS: dict[str, Callable[[ModelConfig], tuple[Any, ...]]] = {
+    "attention.causal": lambda c: (True,),
+    "attention.layer_norm_epsilon": lambda c: (c.rms_norm_eps,),
+    "attention.scale": lambda c: (0, c.qk_head_dim**-0.5),
     "attention.value_length": lambda c: (c.value_head_dim,),
+    "embedding_length_out": lambda c: (0, c.hidden_size),
+    "leading_dense_block_count": lambda c: (0, c.num_hidden_layers),
+    "pooling_type": lambda c: (0,),
+    "rope.dimension_count": lambda c: (c.qk_head_dim,),
+    "tensor_data_layout": lambda c: ("meta ai original pth",),
+    "use_parallel_residual": lambda c: (False,),
     "vocab_size": lambda c: (c.vocab_size,),
+    **dict.fromkeys(
+        "embedding_scale expert_weights_scale logit_scale residual_scale rope.freq_scale"
+        " rope.scale rope.scale_linear rope.scaling.alpha rope.scaling.attn_factor"
+        " rope.scaling.factor rope.scaling.yarn_attn_factor".split(),
+        lambda c: (1, 0),
+    ),
 }
+# Facts about a scaling of rotary embeddings, which is itself refused.
+_UNUSED = frozenset({"rope.scaling.original_context_length", "rope.scaling.finetuned"})
 _NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -69,69 +90,19 @@ _NAMES = {
 }
 
 
-# Exceptions that the parser of the gguf package raises for a damaged or hostile file.
-_PARSER_ERRORS = (
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-    RecursionError,
-)
-
-
-class File(NamedTuple):
-    """A GGUF file whose metadata has been read.
-
-    Attributes:
-        metadata: {key: value}. Values are strings, numbers and lists of them.
-        tensors: {tensor name: tensor record of the gguf package}.
-    """
-
-    path: Path
-    metadata: dict[str, Any]
-    tensors: dict[str, Any]
-
-
 def read(path: str | Path) -> File:
     """Read the metadata and the list of tensors of a GGUF file. No tensor data is read.
 
     Raises:
         ValueError: if the file is missing, is not a complete GGUF file, or is one of several parts.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    try:
-        import gguf
-    except ImportError as e:
+    file = gguf_file.read(path)
+    if (parts := file.metadata.get("split.count", 1)) != 1:
         raise ValueError(
-            f"reading GGUF files needs a package that is not installed ({e.name}); "
-            "pip install 'lamoe[gguf]'"
-        ) from None
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata = {key: _plain(field.contents()) for key, field in reader.fields.items()}
-        tensors = {t.name: t for t in reader.tensors}
-    except _PARSER_ERRORS as e:
-        raise ValueError(
-            f"{path} is not a complete GGUF file: {type(e).__name__}: {e}; download it again"
-        ) from None
-    if (parts := metadata.get("split.count", 1)) != 1:
-        raise ValueError(
-            f"{path} is one of {parts} parts; join them first (llama-gguf-split --merge)"
+            f"{file.path} is one of {shorten(parts)} parts; join them first (llama-gguf-split "
+            "--merge)"
         )
-    return File(path, metadata, tensors)
-
-
-def _plain(value: Any) -> Any:
-    """Convert a float32 number to the float of its shortest spelling: 1e-05, not 9.99999974e-06."""
-    return (
-        float(str(np.float32(value)))
-        if isinstance(value, float) and np.float32(value) == value
-        else value
-    )
+    return file
 
 
 def config_of(file: File) -> ModelConfig:
@@ -142,14 +113,11 @@ def config_of(file: File) -> ModelConfig:
     Raises:
         ValueError: if the metadata is incomplete, or needs a feature that lamoe lacks.
     """
-    if (found := file.metadata.get("general.architecture")) != "llama":
-        raise ValueError(
-            f"{file.path} has the architecture {found!r}; of GGUF files lamoe reads llama only, "
-            "the rest from Hugging Face folders"
-        )
+    _check_kind(file)
     llama = {
         k.removeprefix("llama."): v for k, v in file.metadata.items() if k.startswith("llama.")
     }
+    llama = {k: _one_for_all_layers(v, llama.get("block_count")) for k, v in llama.items()}
     if missing := [n for n in _NEEDED if n not in llama]:
         raise ValueError(
             f"{file.path} does not say {', '.join('llama.' + n for n in missing)}; "
@@ -160,30 +128,80 @@ def config_of(file: File) -> ModelConfig:
             f"{file.path} has no tensor token_embd.weight; "
             "it holds a vocabulary or a part of a model"
         )
-    stored = {t.tensor_type.name for t in file.tensors.values() if len(t.shape) > 1}
-    ids = {
+    if uneven := [k for k in _FIELDS if isinstance(llama.get(k), list)]:
+        raise ValueError(
+            f"{file.path}: llama.{uneven[0]} is {shorten(llama[uneven[0]])}; lamoe implements only "
+            "one value for all layers"
+        )
+    stored = {t.kind.name for t in file.tensors.values() if len(t.shape) > 1}
+    fields = {_FIELDS[k]: v for k, v in llama.items() if k in _FIELDS}
+    fields |= {
         f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{key}_token_id")
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
+    fields["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     try:
+        hf_config.drop_impossible_ids(fields, "the metadata")
         config = ModelConfig(
             model_type="llama",
-            vocab_size=int(file.tensors["token_embd.weight"].shape[-1]),
             tie_word_embeddings="output.weight" not in file.tensors,
             torch_dtype={("F32",): "float32", ("F16",): "float16"}.get(tuple(stored), "bfloat16"),
-            **ids,
-            **{_FIELDS[k]: v for k, v in llama.items() if k in _FIELDS},
+            **fields,
         )
+        _check_facts(config, {k: v for k, v in llama.items() if k not in _FIELDS})
     except ValueError as e:
         raise ValueError(f"{file.path}: {e}") from None
-    for key, value in llama.items():
-        allowed = _ALLOWED[key](config) if key in _ALLOWED else ()
-        if key not in _FIELDS and value not in allowed:
-            raise ValueError(
-                f"{file.path}: llama.{key} is {value!r}, which lamoe does not implement"
-                + (f"; supported: {allowed[0]!r}" if allowed else "")
-            )
     return config
+
+
+def _check_kind(file: File) -> None:
+    """Raise ValueError unless the file is a whole model of the llama architecture."""
+    kind = file.metadata.get("general.type", "model")
+    found = file.metadata.get("general.architecture")
+    if kind == "adapter":
+        raise ValueError(
+            f"{file.path} is a LoRA adapter and not a model; merge it into its base model first "
+            "(llama-export-lora), or merge the adapter's folder with peft and convert that"
+        )
+    if kind == "mmproj" or found == "clip":
+        raise ValueError(
+            f"{file.path} is the image projector of a multimodal model; give the file of the "
+            "language model"
+        )
+    if found != "llama":
+        raise ValueError(
+            f"{file.path} has the architecture {shorten(found)}; of GGUF files lamoe reads llama "
+            "only, the rest from Hugging Face folders"
+        )
+    if kind in ("vocab", "imatrix") or not file.tensors:
+        raise ValueError(
+            f"{file.path} holds a vocabulary or statistics, but no weights; give the file of a "
+            "model"
+        )
+
+
+def _one_for_all_layers(value: Any, num_layers: Any) -> Any:
+    """Return the value of a list that has the same entry for each layer, else the value itself."""
+    if isinstance(value, list) and value and len(value) == num_layers:
+        return value[0] if all(v == value[0] for v in value) else value
+    return value
+
+
+def _check_facts(config: ModelConfig, llama: dict[str, Any]) -> None:
+    """Raise ValueError for metadata that contradicts the config, or may change the model."""
+    for key, value in llama.items():
+        unscaled = value == "linear" and llama.get("rope.scaling.factor") == 1
+        if key in _UNUSED or (key == "rope.scaling.type" and unscaled):
+            continue
+        allowed = _FACTS[key](config) if key in _FACTS else ()
+        group, _, name = key.rpartition(".")
+        is_note = is_bookkeeping(name) and not is_arithmetic(group)
+        harmless = is_note or asks_for_nothing(key, value)
+        if not (is_one_of(value, allowed) if allowed else harmless):
+            raise ValueError(
+                f"llama.{key} is {shorten(value)}, which lamoe does not implement"
+                + (f"; supported: {' or '.join(map(repr, allowed))}" if allowed else "")
+            )
 
 
 def load(file: File, dtype: torch.dtype | str | None = None) -> Transformer:
@@ -206,7 +224,7 @@ def load(file: File, dtype: torch.dtype | str | None = None) -> Transformer:
         raise ValueError(f"{file.path} asks for a model that cannot be built: {e}") from None
     expected = hf.views(config, dict(model.named_parameters()))
     for name, entry in places.items():  # checked before the parameters are allocated
-        found, want = file.tensors[name].shape[::-1].tolist(), list(expected[entry.disk].shape)
+        found, want = list(file.tensors[name].shape), list(expected[entry.disk].shape)
         if found != want:
             raise ValueError(f"{file.path}: {name} is {found}, not {want} as the metadata says")
     dtype = config.torch_dtype if dtype is None else dtype
@@ -214,7 +232,7 @@ def load(file: File, dtype: torch.dtype | str | None = None) -> Transformer:
         dtype = hf.DTYPES[dtype]
     parameters = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
     for name, entry in places.items():
-        tensor = _dequantise(file, name)
+        tensor = torch.from_numpy(file.read(name))
         if name.endswith("attn_q.weight"):
             tensor = _half_split(tensor, config.num_attention_heads)
         elif name.endswith("attn_k.weight"):
@@ -252,22 +270,6 @@ def _places(file: File, config: ModelConfig) -> dict[str, hf.Entry]:
             f"{few(extra)}"
         )
     return places
-
-
-def _dequantise(file: File, name: str) -> torch.Tensor:
-    """Return the tensor `name` of a GGUF file, dequantised to float32."""
-    import gguf
-
-    found = file.tensors[name]
-    try:
-        values = gguf.quants.dequantize(found.data, found.tensor_type)
-    except NotImplementedError:
-        raise ValueError(
-            f"{file.path}: {name} is stored as {found.tensor_type.name}, "
-            "which the gguf package cannot dequantise"
-        ) from None
-    # np.array copies: for unquantised tensors the package returns a view of the mapped file.
-    return torch.from_numpy(np.array(values, dtype=np.float32))
 
 
 def _half_split(rows: torch.Tensor, heads: int) -> torch.Tensor:

@@ -67,6 +67,12 @@ SPLITS: dict[str, list[Any]] = {
     ),
     "deepseek-coder": _split("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, digits=True),
 }
+# Other names of the same rules, with the same defaults.
+_SAME_RULE = {
+    **dict.fromkeys("llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2".split(), "llama-bpe"),
+    **dict.fromkeys("deepseek-r1-qwen kormo".split(), "qwen2"),
+    **dict.fromkeys("phi-2 jina-es jina-de jina-v2-es jina-v2-de".split(), "gpt-2"),
+}
 # Rules of models that use BOS by default, that is, if the file has no add_bos_token.
 _BEGINS_WITH_BOS = ("llama-bpe",)
 
@@ -89,6 +95,10 @@ def write(metadata: Mapping[str, Any], folder: Path, source: str) -> None:
         for k, v in metadata.items()
         if k.startswith("tokenizer.ggml.")
     }
+    if isinstance(own.get("pre"), str):
+        own["pre"] = _SAME_RULE.get(own["pre"], own["pre"])
+    # An id outside the vocabulary means none, as -1 does.
+    own = {k: v for k, v in own.items() if not (k.endswith("_token_id") and _is_outside(v, own))}
     tokens, types = _read_vocabulary(own, source)
     inner, named = _build(own, tokens, types, source)
     _add_special_tokens(inner, own, tokens, types)
@@ -108,6 +118,13 @@ def write(metadata: Mapping[str, Any], folder: Path, source: str) -> None:
 
 
 _INSTEAD = "name a folder that has the model's own tokenizer.json (--tokenizer)"
+
+
+def _is_outside(token_id: Any, own: Mapping[str, Any]) -> bool:
+    tokens = own.get("tokens")
+    if not isinstance(token_id, int) or not isinstance(tokens, list):
+        return False
+    return not 0 <= token_id < len(tokens)
 
 
 def _read_vocabulary(own: Mapping[str, Any], source: str) -> tuple[list[str], list[int]]:

@@ -83,7 +83,7 @@ def read_fields(
     missing = [k for k in _REQUIRED if k not in raw]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}, for which there is no default")
-    _drop_impossible_ids(raw)
+    drop_impossible_ids(raw)
     if raw.get("n_routed_experts", 0) == 0:
         raw = {k: v for k, v in raw.items() if v != 0 or k not in _EXPERT_COUNTS}
     if "kv_lora_rank" in raw and raw.get("head_dim") == raw.get("qk_rope_head_dim"):
@@ -155,7 +155,7 @@ def _number(text: str) -> Any:
     return float(text) if re.fullmatch(decimal, text, re.ASCII | re.IGNORECASE) else text
 
 
-def _drop_impossible_ids(raw: dict[str, Any]) -> None:
+def drop_impossible_ids(raw: dict[str, Any], where: str = "config.json") -> None:
     """Remove token ids outside the vocabulary, in place, and say so.
 
     The first llama conversions wrote -1 for "none", and a pad token is often added without a row.
@@ -170,7 +170,7 @@ def _drop_impossible_ids(raw: dict[str, Any]) -> None:
             del raw[name]
             if value != -1:
                 note_once(
-                    f"config.json: {name} is {value}, outside the vocabulary of {vocab} tokens; "
+                    f"{where}: {name} is {value}, outside the vocabulary of {vocab} tokens; "
                     "it is taken as none"
                 )
 

@@ -291,6 +291,19 @@ def test_convert_with_a_tokenizer_from_another_folder(tmp_path, words):
     )
 
 
+@pytest.mark.parametrize("pre", ["llama3", "llama-v3", "pixtral"])
+def test_other_names_of_a_splitting_rule(tmp_path, words, pre):
+    tokenizers = []
+    for name in ("llama-bpe", pre):
+        facts = {"tokenizer.ggml.pre": name, "tokenizer.ggml.padding_token_id": 2**32 - 1}
+        path, out = tmp_path / f"{name}.gguf", tmp_path / f"out-{name}"
+        write(path, model_of(CONFIG), words, change=lambda f, t, facts=facts: f.update(facts))
+        ours.to_folder(path, out)
+        tokenizers.append((out / "tokenizer.json").read_bytes())
+        assert Tokenizer.load(out).pad_id is None
+    assert tokenizers[0] == tokenizers[1]
+
+
 # ---- scored pieces ----
 def joined(text: str, scores: dict[str, float]) -> list[str]:
     """Tokenise by the definition of SentencePiece's merging.
@@ -367,7 +380,22 @@ def test_scored_pieces_are_joined_best_first(tmp_path, blank):
             "cannot be built",
         ),
         ({}, {"token_embd.weight": np.ones(64, np.float32)}, "m.gguf"),
-        ({"llama.attention.head_count_kv": [2, 2]}, {}, "must be int"),
+        ({"llama.attention.head_count_kv": [2, 4]}, {}, "head_count_kv is [2, 4]; lamoe"),
+        ({"llama.attention.head_count_kv": [2, 2, 2]}, {}, "one value for all layers"),
+        ({"llama.tensor_data_layout": "reference"}, {}, "tensor_data_layout is 'reference'"),
+        ({"llama.attention.causal": False}, {}, "attention.causal is False"),
+        ({"llama.rope.scaling.factor": 2.0}, {}, "rope.scaling.factor is 2.0"),
+        ({"llama.rope.scale_linear": 0.5}, {}, "rope.scale_linear is 0.5"),
+        ({"llama.attention.scale": 0.5}, {}, "attention.scale is 0.5"),
+        ({"llama.attention.clamp_kqv": 8.0}, {}, "attention.clamp_kqv is 8.0"),
+        ({"llama.attention.sliding_window": 16}, {}, "attention.sliding_window is 16"),
+        ({"llama.final_logit_softcapping": 30.0}, {}, "final_logit_softcapping is 30.0"),
+        ({"llama.logit_scale": 0.5}, {}, "logit_scale is 0.5"),
+        ({"llama.attention.layer_norm_epsilon": 0.5}, {}, "layer_norm_epsilon is 0.5"),
+        ({"general.type": "adapter"}, {}, "LoRA adapter and not a model; merge it"),
+        ({"general.type": "mmproj"}, {}, "the image projector of a multimodal model"),
+        ({"general.architecture": "clip"}, {}, "the image projector"),
+        ({"general.type": "vocab"}, {}, "holds a vocabulary"),
         ({}, {"rope_freqs.weight": np.ones(8, np.float32)}, "'rope_freqs.weight'"),
         ({}, {"blk.0.attn_q.bias": np.ones(64, np.float32)}, "1 tensors are not known"),
         ({}, {"token_embd.weight": None}, "no tensor token_embd.weight"),

@@ -20,7 +20,7 @@ from lamoe.model.config import FAMILIES, MAX_INT, PRESETS, ModelConfig, RopeScal
         (b"", "is not valid JSON"),
         (b"{", "is not valid JSON"),
         (b"\xff\xfe{}", "is not valid JSON"),
-        (b"\xef\xbb\xbf{}", "is not valid JSON"),
+        (b"\xef\xbb\xbf{}", "no model_type"),
         (b"[]", "must be a JSON object, found list"),
         (b"null", "found NoneType"),
         (b'"llama"', "found str"),
