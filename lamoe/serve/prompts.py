@@ -6,12 +6,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from pydantic_core import from_json
-
 from lamoe.serve.errors import ApiError, invalid_value
 from lamoe.serve.service import Service
 from lamoe.serve.wire import Message, Tool
-from lamoe.text import tool_calls
 from lamoe.text.tokenizer import Tokenizer
 
 FILL_IN_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
@@ -137,11 +134,10 @@ async def chat_prompt(
     """
     tokenizer = need_tokenizer(service, "chat")
     check_text(service, [_text_of(message) or "" for message in messages], "messages")
-    parse_arguments = tool_calls.form_of(tokenizer.chat_template) is tool_calls.TAGS
     return await in_thread(
         "messages",
         tokenizer.apply_chat,
-        [_template_message(message, parse_arguments) for message in messages],
+        [_template_message(message) for message in messages],
         add_generation_prompt=generate,
         tools=None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools],
     )
@@ -153,14 +149,8 @@ def _text_of(message: Message) -> str | None:
     return message.content
 
 
-def _template_message(message: Message, parse_arguments: bool) -> dict[str, Any]:
-    """Convert a message to the dict that chat templates expect.
-
-    Args:
-        message: a message of the request.
-        parse_arguments: give the arguments of tool calls as objects instead of JSON text, for
-            templates that write JSON themselves.
-    """
+def _template_message(message: Message) -> dict[str, Any]:
+    """Convert a message to the dict that chat templates expect."""
     if message.content is None and not message.tool_calls:
         raise invalid_value(f"a message of the {message.role} has no content", "messages")
     if message.tool_calls and message.role != "assistant":
@@ -176,16 +166,5 @@ def _template_message(message: Message, parse_arguments: bool) -> dict[str, Any]
     if message.tool_call_id is not None:
         result["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
-        calls = [call.model_dump() for call in message.tool_calls]
-        if parse_arguments:
-            for call in calls:
-                call["function"]["arguments"] = _parse_json(call["function"]["arguments"])
-        result["tool_calls"] = calls
+        result["tool_calls"] = [call.model_dump() for call in message.tool_calls]
     return result
-
-
-def _parse_json(arguments: str) -> Any:
-    try:
-        return from_json(arguments, allow_inf_nan=False)
-    except ValueError:
-        raise invalid_value("the arguments of a tool call are not JSON", "messages") from None

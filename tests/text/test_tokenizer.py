@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from fetch_v2_vocab import VOCABULARIES, build, v2_files, v3_files, vectors
-from lamoe.text import chat_template
 from lamoe.text.tokenizer import BOS, EOS, SPECIAL_TOKENS, Tokenizer, train
 
 TEXTS = [
@@ -421,111 +420,17 @@ def test_tools_are_passed_to_a_template_that_reads_them(tok):
     )
     with_tools = Tokenizer(tok.inner, bos=BOS, eos=EOS, chat_template=template)
     messages = [
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]},
         {"role": "tool", "content": "<b>"},
     ]
     tools = [{"name": f"f{EOS}", "n": 1}]
     assert (
         with_tools.render_chat(messages, tools=tools)
-        == json.dumps(tools, ensure_ascii=False) + "NoneT<b>"
+        == json.dumps(tools, ensure_ascii=False) + "T<b>"
     )
     assert 1 not in with_tools.apply_chat(messages, tools=tools)
     with pytest.raises(ValueError, match="does not know tools"):
         tok.apply_chat(messages[1:], tools=tools)
-
-
-GROW = (
-    "{% set ns = namespace(s='aa') %}"
-    "{% for i in range(99) %}{% set ns.s = STEP %}{% endfor %}{{ ns.s }}"
-)
-
-
-@pytest.mark.parametrize(
-    "template, says",
-    [
-        ("{{ ''.__class__.__mro__ }}", "sandbox forbids"),
-        ("{{ messages.append(1) }}", "sandbox forbids"),
-        ("{{ dict.mro() }}", "sandbox forbids"),
-        ("{{ messages[0].pop('role') }}", "sandbox forbids"),
-        ("{{ namespace.__init__.__globals__ }}", "sandbox forbids"),
-        ("{{ messages | attr('__class__') }}", "No filter named 'attr'"),
-        ("{{ messages | map('attr', 'x') | list }}", "No filter named 'attr'"),
-        ("{{ raise_exception('roles must alternate') }}", "failed: roles must alternate"),
-        ("{{ nope.x }}", "'nope' is undefined"),
-        ("{% if %}", "does not parse"),
-        ("{% include 'x' %}", "no loader"),
-        ("{{ lipsum() }}", "'lipsum' is undefined"),
-        ("{{" + "(" * 9999, "too deeply"),
-        ("{% for i in range(10**9) %}x{% endfor %}", "sandbox forbids"),
-        ("{% for i in range(1000000000) %}x{% endfor %}", "Range too big"),
-        (
-            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-            "more work",
-        ),
-        ("{{ 'a' * 1000000000 }}", "* on str and int"),
-        ("{{ [1] * 1000000000 }}", "* on list and int"),
-        ("{{ '%999999999d' % 1 }}", "% on str and int"),
-        ("{{ strftime_now('%1000000000d') }}", "without widths"),
-        ("{{ strftime_now('%-_09Y' ) }}", "without widths"),
-        ("{{ 'a' | center(999999999) }}", "No filter named 'center'"),
-        ("{{ 'a'.ljust(999999999) }}", "'ljust'"),
-        ("{{ '{:>999999999}'.format(1) }}", "'format'"),
-        ("{{ 'a' | indent(999999999) }}", "No filter named 'indent'"),
-        ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(0) }}", "too deeply"),
-        ("x" * 300_000, "262144 is refused"),
-        (
-            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ "
-            "f(18) }}",
-            "more work",
-        ),
-        (
-            "{% set x = messages[0].content.replace('i', '"
-            + "i" * 3000
-            + "').replace('i', '"
-            + "i" * 3000
-            + "') %}",
-            "more work",
-        ),
-        (
-            "{% set x = messages[0].content | replace('i', '"
-            + "i" * 3000
-            + "') | replace('i', '"
-            + "i" * 3000
-            + "') %}",
-            "more work",
-        ),
-        *(
-            (GROW.replace("STEP", step), "more work")
-            for step in (
-                "ns.s ~ ns.s",
-                "ns.s + ns.s",
-                "ns.s.replace('a', 'aa')",
-                "ns.s | replace('a', 'aa')",
-                "[ns.s, ns.s] | join",
-                "''.join([ns.s, ns.s])",
-            )
-        ),
-        (GROW.replace("STEP", "[ns.s, ns.s]"), "more"),
-    ],
-)
-def test_hostile_templates(tok, monkeypatch, template, says):
-    # The budget must stop a template first, also on a busy machine.
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 1.0 if says == "more" else 30.0)
-    monkeypatch.setattr(chat_template, "BASE_WORK", 2_000_000)
-    with pytest.raises(ValueError, match=re.escape(says)):
-        Tokenizer(tok.inner, bos=BOS, eos=EOS, chat_template=template).apply_chat(
-            [{"role": "user", "content": "hi"}]
-        )
-
-
-def test_the_deadline_stops_a_template(tok, monkeypatch):
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.05)
-    monkeypatch.setattr(chat_template, "BASE_WORK", 10**12)
-    slow = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(ValueError, match="more than 0.05 seconds"):
-        Tokenizer(tok.inner, bos=BOS, eos=EOS, chat_template=slow).apply_chat(
-            [{"role": "user", "content": "hi"}]
-        )
 
 
 def test_what_real_templates_use_still_works(tok):
