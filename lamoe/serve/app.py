@@ -7,26 +7,32 @@
 from __future__ import annotations
 
 import base64
+import difflib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
-from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, Response
 
 from lamoe import __version__
 from lamoe.engine.async_llm import AsyncLLM, EngineDead
 from lamoe.engine.score import mean_state
-from lamoe.serve import completions, wire
+from lamoe.serve import bodies, completions, wire
 from lamoe.serve.builders import token_text
-from lamoe.serve.errors import ApiError, from_validation, invalid_value, json_response
+from lamoe.serve.errors import ApiError, invalid_value, json_response
 from lamoe.serve.guard import INTERNAL_ERROR, Guard
-from lamoe.serve.prompts import chat_prompt, in_thread, need_tokenizer, tokenize_prompts
+from lamoe.serve.prompts import (
+    chat_prompt,
+    check_text,
+    encode_texts,
+    in_thread,
+    need_tokenizer,
+    tokenize_prompts,
+)
 from lamoe.serve.reply import Reply
 from lamoe.serve.service import Service, engine_ended
 
@@ -51,8 +57,7 @@ PAGE_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
-# Limits of the JSON of a request. Only attacks exceed them.
-MAX_DEPTH, MAX_KEYS = 64, 4096
+INLINE_BYTES = 1 << 16  # larger bodies are parsed in a thread
 
 STATUS_DESCRIPTIONS = {
     400: "a part of the request is not valid",
@@ -88,52 +93,36 @@ EVENTS = {
 router = APIRouter()
 
 
-class _JsonRequest(Request):
-    """A request whose body must be strict JSON: no NaN, no lone surrogates, bounded nesting."""
-
-    async def json(self) -> Any:
-        try:
-            value = from_json(await self.body(), allow_inf_nan=False)
-        except ValueError as e:
-            message = f"the body is not valid JSON: {str(e)[:200]}"
-            raise ApiError(400, message, "invalid_json") from None
-        _check_shape(value)
-        return value
-
-
 class _Route(APIRoute):
-    """A route that reads its body as strict JSON."""
+    """A route that reads its body with `bodies.parse`.
+
+    FastAPI only documents the body; it would convert the JSON twice, in the event loop.
+    """
 
     def get_route_handler(self):
-        handler = super().get_route_handler()
+        if self.body_field is None:
+            return super().get_route_handler()
+        model: Any = self.body_field.field_info.annotation
+        endpoint = self.endpoint
 
         async def handle(request: Request) -> Response:
-            return await handler(_JsonRequest(request.scope, request.receive))
+            body = await _read(request, model)
+            return await endpoint(body, request)
 
         return handle
 
 
+async def _read(request: Request, model: type[bodies.Model]) -> bodies.Model:
+    try:
+        raw = b"".join([chunk async for chunk in request.stream()])
+        if len(raw) <= INLINE_BYTES:
+            return bodies.parse(raw, model)
+        return await _service(request).text_work.run(bodies.parse, raw, model)
+    finally:
+        request.state.release_body()
+
+
 router.route_class = _Route
-
-
-def _check_shape(value: Any) -> None:
-    """Raise a 400 error for JSON that exceeds MAX_DEPTH, or MAX_KEYS in one object."""
-    level, depth = [value], 0  # the dicts and lists at one depth
-    while level:
-        depth += 1
-        if depth > MAX_DEPTH:
-            message = f"the body nests deeper than {MAX_DEPTH} levels"
-            raise ApiError(400, message, "invalid_json")
-        children: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                if len(item) > MAX_KEYS:
-                    message = f"an object of the body has {len(item)} keys; the limit is {MAX_KEYS}"
-                    raise ApiError(400, message, "invalid_json")
-                children += item.values()
-            elif isinstance(item, list):
-                children += item
-        level = [child for child in children if isinstance(child, (dict, list))]
 
 
 def _service(request: Request) -> Service:
@@ -219,8 +208,13 @@ async def tokenize(body: wire.TokenizeRequest, request: Request) -> Response:
         ids = await chat_prompt(service, body.messages, body.tools, body.add_generation_prompt)
     else:
         bos = tokenizer.add_bos and body.add_special_tokens
-        ids = await in_thread("prompt", tokenizer.encode, body.prompt, bos=bos)
-    strings = [token_text(tokenizer, t) for t in ids] if body.return_token_strs else None
+        check_text(service, [body.prompt], "prompt")
+        [ids] = await in_thread(
+            service, "prompt", encode_texts, service, [body.prompt], "prompt", bos
+        )
+    strings = None
+    if body.return_token_strs:
+        strings = await in_thread(service, None, lambda: [token_text(tokenizer, t) for t in ids])
     return json_response(
         {
             "count": len(ids),
@@ -238,7 +232,15 @@ async def detokenize(body: wire.DetokenizeRequest, request: Request) -> Response
     service.ready()
     service.check_model(body.model)
     tokenizer = need_tokenizer(service, "detokenize")
-    text = await in_thread("tokens", tokenizer.decode, body.tokens, skip_special=False)
+    if len(body.tokens) > service.max_model_len:
+        raise ApiError(
+            400,
+            f"{len(body.tokens)} tokens are more than the context of this server, "
+            f"{service.max_model_len}; send fewer at a time",
+            "context_length_exceeded",
+            "tokens",
+        )
+    text = await in_thread(service, "tokens", tokenizer.decode, body.tokens, skip_special=False)
     return json_response({"prompt": text})
 
 
@@ -378,33 +380,59 @@ def build(service: Service) -> Guard:
         version=__version__,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         description=f"DeepSeek-V2 models over the API that OpenAI defined. {key_note}",
     )
     app.state.service = service
     app.include_router(router)
-    app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
-    return Guard(app, service.settings, service.metrics)
+    return Guard(app, service.settings, service.metrics, check_route)
 
 
-async def _validation_error(request: Request, e: Exception) -> Response:
-    assert isinstance(e, RequestValidationError)
-    return from_validation(e.errors()).response()
+def check_route(method: str, path: str) -> None:
+    """Raise a 404 error if there is no such path, or a 405 error if it has no such method."""
+    methods = {m for r in _routes() if r.path_regex.match(path) for m in r.methods}
+    if path == "/openapi.json":
+        methods = {"GET"}
+    if not methods:
+        raise ApiError(404, f"there is no route {path[:100]}{_hint(path)}", "not_found")
+    if method not in methods:
+        allowed = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+        raise ApiError(
+            405,
+            f"{path[:100]} does not support the method {method[:20]}; it supports {allowed}",
+            "method_not_allowed",
+            headers={"Allow": allowed},
+        )
+
+
+def _routes() -> list[APIRoute]:
+    return [route for route in router.routes if isinstance(route, APIRoute)]
+
+
+def _hint(path: str) -> str:
+    """Return how to correct an unknown path, as the end of a message."""
+    known = [route.path for route in _routes()]
+    for right in sorted((p for p in known if p.startswith("/v1/")), key=len, reverse=True):
+        end = right.removeprefix("/v1")
+        if path.endswith(end) and path.count(end) > 1:
+            return f"; the base URL must end with /v1, without {end}"
+        if path.endswith(end) and "/v1/v1/" in path:
+            return f"; the base URL has /v1 twice, send to {right}"
+        if path.endswith(end):
+            return f"; the API is under /v1, send to {right}"
+    if path.startswith("/models/"):
+        return f"; the API is under /v1, send to /v1{path[:100]}"
+    close = difflib.get_close_matches(path[:100], known, 1, 0.75)
+    return f"; did you mean {close[0]}?" if close else "; /openapi.json lists all routes"
 
 
 async def _http_error(request: Request, e: Exception) -> Response:
     assert isinstance(e, HTTPException)
-    if isinstance(e, ApiError):
-        return e.response()
-    if e.status_code == 404:
-        error = ApiError(404, "there is no such route", "not_found", headers=e.headers)
-    elif e.status_code == 405:
-        message = "this route does not support that method"
-        error = ApiError(405, message, "method_not_allowed", headers=e.headers)
-    else:
-        error = ApiError(e.status_code, str(e.detail), headers=e.headers)
-    return error.response()
+    if not isinstance(e, ApiError):
+        e = ApiError(e.status_code, str(e.detail), headers=e.headers)
+    return e.response()
 
 
 async def _unexpected_error(request: Request, e: Exception) -> Response:

@@ -96,7 +96,7 @@ class CompletionBuilder:
                 "index": i,
                 "text": self._prompt_text(i),
                 "finish_reason": "length",
-                "logprobs": self._logprobs(ids, self._prompt_logprobs(i), index=0),
+                "logprobs": self._logprobs(ids, self._prompt_logprobs(i), index=i),
             }
             for i, ids in enumerate(self.prompts)
         ]

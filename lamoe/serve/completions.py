@@ -12,7 +12,7 @@ from lamoe.serve.parameters import check_logprobs, sampling_params
 from lamoe.serve.prompts import (
     chat_prompt,
     check_length,
-    fill_in_prompt,
+    fill_in_prompts,
     need_tokenizer,
     tokenize_prompts,
 )
@@ -54,12 +54,7 @@ async def complete(
     prompts = await tokenize_prompts(service, body.prompt)
     if body.suffix is not None:
         texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-        prompts = [
-            await fill_in_prompt(
-                service, p, body.suffix, body.echo, t if isinstance(t, str) else None
-            )
-            for p, t in zip(prompts, texts)
-        ]
+        prompts = await fill_in_prompts(service, prompts, texts, body.suffix, body.echo)
     check_logprobs(service, prompts, params, bool(body.echo))
     builder = CompletionBuilder(service, id, body, prompts, params)
     if max_tokens == 0:

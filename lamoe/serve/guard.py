@@ -10,18 +10,25 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import re
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
+from starlette.responses import Response
+
+from lamoe.serve import bodies
 from lamoe.serve.errors import ApiError
 from lamoe.serve.metrics import Metrics
 from lamoe.serve.settings import Settings
 
 log = logging.getLogger("lamoe.serve")
 
-MAX_HELD_BODIES = 16  # limit on memory for request bodies, in bodies of the largest size
+MAX_HELD_BODIES = 8  # limit on memory for request bodies, in bodies of the largest size
+SMALL_BODY = 1 << 16  # smaller bodies are always accepted; connections limit their number
 CLIENT_DISCONNECTED = 499  # status in logs and metrics when no response was sent
+PREFLIGHT_SECONDS = 600  # how long a browser may remember the answer to a preflight
 INTERNAL_ERROR = ApiError(
     500,
     "the server failed at this request; its log says more under this request's id",
@@ -47,14 +54,31 @@ class Guard:
     """ASGI middleware. One instance handles all requests of a server.
 
     It adds entries to `scope["state"]`: `id`, which is also the x-request-id of the response,
-    `log`, a dict of fields that routes may add to the request's log line, and `cache_salt`.
+    `log`, a dict of fields that routes may add to the request's log line, `cache_salt`, and
+    `release_body`, to be called when the body is no longer in memory.
+
+    The application sees every path without a trailing slash and without empty parts, and GET
+    instead of HEAD. uvicorn leaves the body out of the response to HEAD.
+
+    Args:
+        app: the ASGI application.
+        settings: the options of the server.
+        metrics: counts responses.
+        check_route: called with (method, path); raises the 404 and 405 errors.
     """
 
-    def __init__(self, app, settings: Settings, metrics: Metrics):
+    def __init__(
+        self,
+        app,
+        settings: Settings,
+        metrics: Metrics,
+        check_route: Callable[[str, str], None] = lambda method, path: None,
+    ):
         self.app, self.settings, self.metrics = app, settings, metrics
+        self.check_route = check_route
         self.held_bytes = 0  # total size of the bodies of running requests
         self.max_held_bytes = MAX_HELD_BODIES * settings.max_body_bytes
-        self.hosts = settings.host_names()
+        self.hosts, self.origins = settings.host_names(), settings.origins()
         self.key_digests = [hashlib.sha256(k.encode()).digest() for k in settings.api_keys()]
 
     async def __call__(self, scope, receive, send) -> None:
@@ -63,8 +87,15 @@ class Guard:
         if scope["type"] != "http":
             return None
         call = _Call(self, scope, receive, send)
+        scope = call.scope
         try:
+            self.check_headers(scope)
+            if (preflight := self.preflight(scope)) is not None:
+                await preflight(scope, call.receive, call.send)
+                return
             self.check(scope)
+            if scope["method"] == "POST":
+                call.inflater = bodies.inflater(scope["headers"], self.settings.max_body_bytes)
             await self.app(scope, call.receive, call.send)
         except ApiError as e:
             await call.fail(e)
@@ -76,11 +107,11 @@ class Guard:
         finally:
             call.finish()
 
-    def check(self, scope) -> None:
-        """Check everything that can be checked before the body is read.
+    def check_headers(self, scope) -> None:
+        """Check the size of the headers and the Host header.
 
         Raises:
-            ApiError: 401, 403, 413, 415 or 431.
+            ApiError: 403 or 431.
         """
         headers = scope["headers"]
         size = sum(len(name) + len(value) + 4 for name, value in headers)
@@ -92,15 +123,23 @@ class Guard:
                 f"the headers have {size} bytes; the limit is {limit} (--max-header-bytes)",
                 "headers_too_large",
             )
-        fields: dict[bytes, bytes] = dict(headers)
-        if self.hosts is not None and _host_name(fields.get(b"host", b"")) not in self.hosts:
+        if self.hosts is not None and _host_name(dict(headers).get(b"host", b"")) not in self.hosts:
             raise ApiError(
                 403,
                 "this server does not answer to the name in the Host header; use 127.0.0.1 or "
                 "localhost, or start it with --allowed-hosts",
                 "host_not_allowed",
             )
-        needs_key = self.key_digests and not is_open(scope["method"], scope["path"])
+
+    def check(self, scope) -> None:
+        """Check everything else that can be checked before the body is read.
+
+        Raises:
+            ApiError: 401, 404, 405, 413 or 415.
+        """
+        method, path = scope["method"], scope["path"]
+        fields: dict[bytes, bytes] = dict(scope["headers"])
+        needs_key = self.key_digests and not is_open(method, path)
         if needs_key and not self.has_valid_key(fields.get(b"authorization", b"")):
             raise ApiError(
                 401,
@@ -108,24 +147,66 @@ class Guard:
                 "invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        if scope["method"] in ("POST", "PUT", "PATCH"):
-            self._check_body_headers(fields)
+        self.check_route(method, path)
+        if method == "POST":
+            bodies.check_content_type(scope["headers"])
+            length = fields.get(b"content-length", b"0")
+            limit = self.settings.max_body_bytes
+            if not length.isdigit() or len(length) > 18 or int(length) > limit:
+                raise _body_too_large(limit)
 
-    def _check_body_headers(self, fields: dict[bytes, bytes]) -> None:
-        # This also protects against other web pages: a browser sends this content type to a
-        # foreign server only after a CORS preflight, which no route here answers.
-        content_type = fields.get(b"content-type", b"").split(b";")[0].strip().lower()
-        if content_type != b"application/json":
+    # ---- CORS ------------------------------------------------------------------------------------
+    def preflight(self, scope) -> Response | None:
+        """Answer a browser's question whether a page may send a request, or return None.
+
+        Such a question carries no key.
+
+        Raises:
+            ApiError: 403 if the page's origin is not allowed.
+        """
+        fields: dict[bytes, bytes] = dict(scope["headers"])
+        origin = fields.get(b"origin")
+        if (
+            scope["method"] != "OPTIONS"
+            or origin is None
+            or b"access-control-request-method" not in fields
+        ):
+            return None
+        if not self.allows(origin):
+            shown = origin[:100].decode("latin-1")
             raise ApiError(
-                415,
-                "send JSON, with the header Content-Type: application/json",
-                "unsupported_media_type",
+                403,
+                f"pages of {shown!r} may not call this server; its operator can allow them with "
+                "--allowed-origins",
+                "origin_not_allowed",
             )
-        length = fields.get(b"content-length", b"0")
-        limit = self.settings.max_body_bytes
-        if not length.isdigit() or len(length) > 18 or int(length) > limit:
-            raise _body_too_large(limit)
+        headers = {
+            "Access-Control-Allow-Methods": "GET, HEAD, POST",
+            "Access-Control-Max-Age": str(PREFLIGHT_SECONDS),
+        }
+        if requested := fields.get(b"access-control-request-headers"):
+            headers["Access-Control-Allow-Headers"] = requested.decode("latin-1")
+        if fields.get(b"access-control-request-private-network") == b"true":
+            headers["Access-Control-Allow-Private-Network"] = "true"
+        return Response(None, 204, headers)
 
+    def cors_headers(self, origin: bytes | None) -> list[tuple[bytes, bytes]]:
+        """Return the headers that let a page of an allowed origin read the response."""
+        if not self.origins:
+            return []
+        headers = [(b"vary", b"Origin")]
+        if origin is not None and self.allows(origin):
+            headers += [
+                (b"access-control-allow-origin", origin),
+                (b"access-control-expose-headers", b"x-request-id, retry-after"),
+            ]
+        return headers
+
+    def allows(self, origin: bytes) -> bool:
+        """Return whether pages of an origin may call this server."""
+        return b"*" in self.origins or origin.lower() in self.origins
+
+    # ---- keys ------------------------------------------------------------------------------------
     def cache_salt(self, scope) -> str:
         """Return the salt that keeps cached prefixes of different keys apart, or "" for none."""
         if len(set(self.key_digests)) < 2 or self.settings.prefix_cache_scope == "server":
@@ -146,19 +227,30 @@ class _Call:
     """State of one request. It limits the received body and records the sent response."""
 
     def __init__(self, guard: Guard, scope, receive, send):
-        self.guard, self.scope, self._receive, self._send = guard, scope, receive, send
-        self.id = f"{ID_PREFIXES.get(scope['path'], 'req')}-{uuid.uuid4().hex}"
+        self.guard, self._receive, self._send = guard, receive, send
+        self.method, path = scope["method"], _plain_path(scope["path"])
+        self.id = f"{ID_PREFIXES.get(path, 'req')}-{uuid.uuid4().hex}"
         self.log_fields: dict[str, Any] = {}
-        scope["state"] = {
-            **scope.get("state", {}),
-            "id": self.id,
-            "log": self.log_fields,
-            "cache_salt": guard.cache_salt(scope),
+        # A copy, because uvicorn must still see HEAD.
+        self.scope = {
+            **scope,
+            "method": "GET" if self.method == "HEAD" else self.method,
+            "path": path,
+            "state": {
+                **scope.get("state", {}),
+                "id": self.id,
+                "log": self.log_fields,
+                "cache_salt": guard.cache_salt(scope),
+                "release_body": self.release_body,
+            },
         }
+        self.inflater: bodies.Inflater | None = None
+        self.origin = dict(scope["headers"]).get(b"origin")
         self.started = time.perf_counter()
         self.body_deadline = time.monotonic() + guard.settings.body_timeout
         self.status = 0  # HTTP status; 0 before the response begins
         self.body_bytes = 0
+        self.held_bytes = 0  # those of its body that are in memory
         self.body_complete = False
         self.disconnected = False
 
@@ -170,7 +262,7 @@ class _Call:
             message = await self._receive_body()
         self.disconnected |= message["type"] == "http.disconnect"
         if message["type"] == "http.request":
-            self._count_body(message)
+            message = self._count_body(message)
         return message
 
     async def _receive_body(self):
@@ -186,30 +278,46 @@ class _Call:
                 headers={"Connection": "close"},
             ) from None
 
-    def _count_body(self, message) -> None:
-        size = len(message.get("body", b""))
-        self.body_bytes += size
-        self.guard.held_bytes += size
+    def _count_body(self, message):
+        body = message.get("body", b"")
         self.body_complete = not message.get("more_body", False)
+        size = len(body)
+        if self.inflater is not None:
+            body = self.inflater.feed(body, self.body_complete)
+            message = {**message, "body": body}
+            size = max(size, len(body))
+        self.body_bytes += size
         limit = self.guard.settings.max_body_bytes
         if self.body_bytes > limit:
             raise _body_too_large(limit)
-        if self.guard.held_bytes > self.guard.max_held_bytes:
-            self.guard.metrics.rejected.inc()
-            raise ApiError(
-                429,
-                "too many large requests at once; try again later",
-                "queue_full",
-                headers={"Retry-After": "2", "Connection": "close"},
-            )
+        if self.body_bytes > SMALL_BODY:
+            held = self.body_bytes - self.held_bytes
+            if self.guard.held_bytes + held > self.guard.max_held_bytes:
+                self.guard.metrics.rejected.inc()
+                raise ApiError(
+                    429,
+                    "too many large requests at once; try again later",
+                    "queue_full",
+                    headers={"Retry-After": "2", "Connection": "close"},
+                )
+            self.guard.held_bytes += held
+            self.held_bytes += held
+        return message
+
+    def release_body(self) -> None:
+        """Note that the body is no longer in memory."""
+        self.guard.held_bytes -= self.held_bytes
+        self.held_bytes = 0
 
     async def send(self, message) -> None:
         """Send an ASGI message, with the server's own headers added to the response."""
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            if not self.disconnected:
+                self.status = message["status"]
             own_headers = [
                 (b"x-request-id", self.id.encode()),
                 (b"x-content-type-options", b"nosniff"),
+                *self.guard.cors_headers(self.origin),
             ]
             message = {**message, "headers": [*message.get("headers", ()), *own_headers]}
         is_last = message["type"] == "http.response.body" and not message.get("more_body")
@@ -241,14 +349,14 @@ class _Call:
 
     def finish(self) -> None:
         """Release the body's bytes, count the response and log the request."""
-        self.guard.held_bytes -= self.body_bytes
+        self.release_body()
         seconds = time.perf_counter() - self.started
         route = getattr(self.scope.get("route"), "path", "other")
         status = self.status or CLIENT_DISCONNECTED
         self.guard.metrics.answered(route, status, seconds)
         fields = {
             "id": self.id,
-            "method": self.scope["method"],
+            "method": self.method,
             "path": self.scope["path"][:200],
             "status": status,
             "ms": round(seconds * 1e3, 1),
@@ -257,6 +365,11 @@ class _Call:
         }
         quiet = route in POLLED_ROUTES and self.status < 400
         log.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields})
+
+
+def _plain_path(path: str) -> str:
+    """Return a path without empty parts: `/v1//models/` is `/v1/models`."""
+    return re.sub("/+", "/", path).rstrip("/") or "/"
 
 
 def _body_too_large(limit: int) -> ApiError:

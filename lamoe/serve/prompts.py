@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from lamoe.serve.errors import ApiError, invalid_value
@@ -12,13 +11,24 @@ from lamoe.serve.wire import Message, Tool
 from lamoe.text.tokenizer import Tokenizer
 
 FILL_IN_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
+PIECE_CHARS = 1 << 14  # longer texts are counted in pieces first, see `check_num_tokens`
+MAX_CONTEXTS = (
+    2  # texts with more tokens than this many contexts are refused while they are counted
+)
+MAX_PROMPT_TOKENS = 1 << 20  # of all prompts of one request together
 Result = TypeVar("Result")
 
 
-async def in_thread(param: str | None, work: Callable[..., Result], *args, **options) -> Result:
-    """Run text work outside the event loop. A ValueError becomes a 400 error about `param`."""
+async def in_thread(
+    service: Service, param: str | None, work: Callable[..., Result], *args, **options
+) -> Result:
+    """Run text work in a thread of the server. A ValueError becomes a 400 error about `param`.
+
+    Raises:
+        ApiError: 400, or 429 if too much text work is waiting.
+    """
     try:
-        return await asyncio.to_thread(work, *args, **options)
+        return await service.text_work.run(work, *args, **options)
     except ValueError as e:
         raise invalid_value(str(e), param) from None
 
@@ -53,8 +63,14 @@ def check_length(service: Service, ids: list[int], param: str) -> None:
 
 
 def check_text(service: Service, texts: list[str], param: str) -> None:
-    """Raise a 400 error for a text that cannot fit in the context, without tokenizing it."""
-    size = max(len(text.encode("utf-8", "replace")) for text in texts)
+    """Raise a 400 error for a prompt that cannot fit in the context, without tokenizing it.
+
+    Args:
+        service: the server's state.
+        texts: the parts of one prompt.
+        param: the field that holds them.
+    """
+    size = sum(len(text.encode("utf-8", "replace")) for text in texts)
     if size > service.max_text_bytes:
         raise ApiError(
             400,
@@ -64,6 +80,51 @@ def check_text(service: Service, texts: list[str], param: str) -> None:
             "context_length_exceeded",
             param,
         )
+
+
+def check_num_tokens(service: Service, text: str, param: str) -> None:
+    """Raise a 400 error for a text that has far more tokens than the context.
+
+    The tokenizer needs hundreds of bytes for each token that it finds. So a long text is first
+    tokenized in pieces, which only counts: the tokens at the cuts may differ.
+    """
+    assert service.tokenizer is not None
+    limit, found = MAX_CONTEXTS * service.max_model_len, 0
+    starts = range(0, len(text), PIECE_CHARS)
+    for start in starts if len(starts) > 1 else ():
+        found += len(service.tokenizer.encode(text[start : start + PIECE_CHARS]))
+        if found > limit:
+            raise ApiError(
+                400,
+                f"the prompt has more than {limit} tokens, and the context of this server is "
+                f"{service.max_model_len}, output included; shorten it",
+                "context_length_exceeded",
+                param,
+            )
+
+
+def encode_texts(service: Service, texts: list[str], param: str, bos: bool) -> list[list[int]]:
+    """Tokenize texts. Call this in a thread, see `in_thread`.
+
+    Raises:
+        ApiError: 400 if a text, or all of them together, have too many tokens.
+    """
+    tokenizer = need_tokenizer(service, f"a text as {param}")
+    ids: list[list[int]] = []
+    found = 0
+    for text in texts:
+        check_num_tokens(service, text, param)
+        ids.append(tokenizer.encode(text, bos=bos))
+        found += len(ids[-1])
+        if found > max(MAX_PROMPT_TOKENS, service.max_model_len * MAX_CONTEXTS):
+            raise ApiError(
+                400,
+                f"the prompts have more than {MAX_PROMPT_TOKENS} tokens together; "
+                "send fewer at a time",
+                "too_many_tokens",
+                param,
+            )
+    return ids
 
 
 async def tokenize_prompts(
@@ -83,24 +144,31 @@ async def tokenize_prompts(
         )
     if isinstance(items[0], str):
         tokenizer = need_tokenizer(service, f"a text as {param}")
-        check_text(service, items, param)
-        items = await in_thread(param, tokenizer.encode_batch, items, bos=tokenizer.add_bos)
+        for text in items:
+            check_text(service, [text], param)
+        items = await in_thread(
+            service, param, encode_texts, service, items, param, tokenizer.add_bos
+        )
     for ids in items:
         check_length(service, ids, param)
     return items
 
 
-async def fill_in_prompt(
-    service: Service, prefix: list[int], suffix: str, echo: bool | None, text: str | None = None
-) -> list[int]:
-    """Build the prompt that asks the model for the text between a prefix and a suffix.
+async def fill_in_prompts(
+    service: Service,
+    prefixes: list[list[int]],
+    texts: Sequence[Any],
+    suffix: str,
+    echo: bool | None,
+) -> list[list[int]]:
+    """Build the prompts that ask the model for the text between each prefix and a suffix.
 
     Args:
         service: the server's state.
-        prefix: the prompt before the gap.
+        prefixes: the prompts before the gap.
+        texts: for each prefix the text that it was made of, or anything else if it came as ids.
         suffix: the text after the gap.
         echo: the request's `echo`.
-        text: the text that `prefix` was made of, if it came as text.
     """
     tokenizer = need_tokenizer(service, "suffix")
     if not tokenizer.control_tokens.issuperset(FILL_IN_TOKENS):
@@ -113,12 +181,19 @@ async def fill_in_prompt(
     if echo:
         raise invalid_value("echo and suffix cannot be used together", "echo")
     check_text(service, [suffix], "suffix")
-    num_bos = 1 if prefix[0] == tokenizer.bos_id else 0  # BOS stays in front
-    before = prefix[num_bos:] if text is None else text
-    ids = await in_thread("suffix", tokenizer.encode_fill_in, before, suffix, FILL_IN_TOKENS)
-    ids = [*prefix[:num_bos], *ids]
-    check_length(service, ids, "suffix")
-    return ids
+
+    def fill_in() -> list[list[int]]:
+        check_num_tokens(service, suffix, "suffix")
+        prompts = []
+        for prefix, text in zip(prefixes, texts):
+            num_bos = 1 if prefix[0] == tokenizer.bos_id else 0  # BOS stays in front
+            before = text if isinstance(text, str) else prefix[num_bos:]
+            ids = tokenizer.encode_fill_in(before, suffix, FILL_IN_TOKENS)
+            prompts.append([*prefix[:num_bos], *ids])
+            check_length(service, prompts[-1], "suffix")
+        return prompts
+
+    return await in_thread(service, "suffix", fill_in)
 
 
 async def chat_prompt(
@@ -133,14 +208,28 @@ async def chat_prompt(
         generate: end the prompt where the assistant's reply begins.
     """
     tokenizer = need_tokenizer(service, "chat")
-    check_text(service, [_text_of(message) or "" for message in messages], "messages")
-    return await in_thread(
-        "messages",
-        tokenizer.apply_chat,
-        [_template_message(message) for message in messages],
-        add_generation_prompt=generate,
-        tools=None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools],
-    )
+
+    def render() -> list[int]:
+        check_text(service, _texts(messages, tools), "messages")
+        return tokenizer.apply_chat(
+            [_template_message(message) for message in messages],
+            add_generation_prompt=generate,
+            tools=None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools],
+            check=lambda text: check_num_tokens(service, text, "messages"),
+        )
+
+    return await in_thread(service, "messages", render)
+
+
+def _texts(messages: list[Message], tools: list[Tool] | None) -> list[str]:
+    """Return all parts of a conversation whose length the client chooses freely."""
+    calls = [call for message in messages for call in message.tool_calls or ()]
+    return [
+        *(_text_of(message) or "" for message in messages),
+        *(message.name or "" for message in messages),
+        *(call.model_dump_json() for call in calls),
+        *(tool.model_dump_json() for tool in tools or ()),
+    ]
 
 
 def _text_of(message: Message) -> str | None:

@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,7 +29,10 @@ from lamoe.serve.settings import Settings
 from lamoe.text.tokenizer import Tokenizer
 
 MAX_KEPT_LOADS = 256  # number of finished requests whose expert loads are kept
+NUM_THREADS = 2  # for work on texts, and as many for grammars
 SPEED_WINDOW_S = 5.0  # period over which tokens_per_s is measured
+
+Result = TypeVar("Result")
 
 
 class Service:
@@ -64,8 +67,8 @@ class Service:
         self.mean_seconds = 1.0  # moving average of the duration of a request
         self.scoring = asyncio.Lock()
         # Compiling a grammar may take seconds, so it must not use the threads for text work.
-        self._compilers = ThreadPoolExecutor(2, "lamoe-compile")
-        self._num_compiling = 0
+        self.text_work = WorkQueue("texts", settings.max_queued_requests, self.metrics)
+        self._grammar_work = WorkQueue("grammars", settings.max_queued_requests, self.metrics)
         self._recent_tokens: deque[list[float]] = deque()  # [time, number of tokens]
         self._expert_loads: OrderedDict[str, torch.Tensor | None] = OrderedDict()
 
@@ -148,19 +151,7 @@ class Service:
         Raises:
             ApiError: 429 if too many compilations are waiting.
         """
-        if self._num_compiling > self.settings.max_queued_requests:
-            self.metrics.rejected.inc()
-            raise ApiError(
-                429,
-                f"{self._num_compiling} grammars are waiting to be compiled; try again later",
-                "queue_full",
-                headers={"Retry-After": "5"},
-            )
-        self._num_compiling += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._compilers, work)
-        finally:
-            self._num_compiling -= 1
+        return await self._grammar_work.run(work)
 
     async def start(self, id: str, prompts: list[tuple[list[int], SamplingParams]]) -> Job:
         """Queue prompts (token ids) of one request with their sampling parameters.
@@ -199,12 +190,16 @@ class Service:
             self._recent_tokens[-1][1] += 1
         else:
             self._recent_tokens.append([now, 1])
+            self._forget_tokens(now)
+
+    def _forget_tokens(self, now: float) -> None:
+        while self._recent_tokens and now - self._recent_tokens[0][0] > SPEED_WINDOW_S:
+            self._recent_tokens.popleft()
 
     def tokens_per_s(self) -> float:
         """Measure the rate of generated tokens over the last few seconds."""
         now, recent = time.monotonic(), self._recent_tokens
-        while recent and now - recent[0][0] > SPEED_WINDOW_S:
-            recent.popleft()
+        self._forget_tokens(now)
         if not recent:
             return 0.0
         return sum(num_tokens for _, num_tokens in recent) / max(now - recent[0][0], 0.5)
@@ -252,6 +247,51 @@ class Service:
         self._expert_loads[id] = load
         while len(self._expert_loads) > MAX_KEPT_LOADS:
             self._expert_loads.popitem(last=False)
+
+
+class WorkQueue:
+    """Two threads for one kind of work outside the event loop, with a bounded queue.
+
+    Args:
+        what: what the work is done on, for names and messages.
+        max_waiting: maximum number of calls that wait for a thread.
+        metrics: counts refused calls.
+    """
+
+    def __init__(self, what: str, max_waiting: int, metrics: Metrics):
+        self.what, self.max_waiting, self.metrics = what, max_waiting, metrics
+        self.pending = 0  # calls that wait or run, also if their client has left
+        self._threads = ThreadPoolExecutor(NUM_THREADS, f"lamoe-{what}")
+
+    async def run(self, work: Callable[..., Result], *args, **options) -> Result:
+        """Call `work` in a thread.
+
+        Raises:
+            ApiError: 429 if too many calls are waiting.
+        """
+        if self.pending >= self.max_waiting + NUM_THREADS:
+            self.metrics.rejected.inc()
+            raise ApiError(
+                429,
+                f"{self.pending} {self.what} are being worked on or wait, the limit is "
+                f"{self.max_waiting + NUM_THREADS} (--max-queued-requests + {NUM_THREADS}); "
+                "try again later",
+                "queue_full",
+                headers={"Retry-After": "2"},
+            )
+        self.pending += 1
+        loop = asyncio.get_running_loop()
+
+        def ended(_) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop has been closed
+                loop.call_soon_threadsafe(self._ended)
+
+        future = self._threads.submit(work, *args, **options)
+        future.add_done_callback(ended)
+        return await asyncio.wrap_future(future)
+
+    def _ended(self) -> None:
+        self.pending -= 1
 
 
 class Job:

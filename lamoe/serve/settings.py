@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,12 @@ class Settings:
         "the loopback names when listening on loopback without a key (a defence against DNS "
         "rebinding by web pages), else any",
     )
+    allowed_origins: str | None = _option(
+        None,
+        "comma-separated origins of web pages that may call this server from a browser, for "
+        "example https://chat.example.org; * allows any and needs a key. Default: only the "
+        "server's own page",
+    )
     log_level: str = _option(
         "info", f"level of the JSON log lines on standard error: {', '.join(LOG_LEVELS)}"
     )
@@ -170,6 +177,12 @@ class Settings:
                 raise ValueError(
                     f"{_flag(name)} is {value}; it must be a number of seconds from 0 to 1e7"
                 )
+        if "*" in (self.allowed_origins or "") and not (self.api_key or self.api_key_file):
+            raise ValueError(
+                "--allowed-origins * lets every web page use the server; set --api-key-file, or "
+                "name the origins"
+            )
+        self.origins()
         if self.log_level not in LOG_LEVELS:
             raise ValueError(f"--log-level is {self.log_level!r}; known: {', '.join(LOG_LEVELS)}")
         if self.prefix_cache_scope not in ("key", "server"):
@@ -212,6 +225,21 @@ class Settings:
             names = {h.strip().lower() for h in self.allowed_hosts.split(",") if h.strip()}
             return None if "*" in names else frozenset(names)
         return frozenset(LOOPBACK) if self.host in LOOPBACK and not self.api_keys() else None
+
+    def origins(self) -> frozenset[bytes]:
+        """Return the origins of --allowed-origins as they appear in the Origin header.
+
+        Raises:
+            ValueError: if one of them is not an origin.
+        """
+        names = [n.strip().lower() for n in (self.allowed_origins or "").split(",") if n.strip()]
+        for name in names:
+            if name != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[!-.0-~]+/?", name):
+                raise ValueError(
+                    f"--allowed-origins: {name!r} is not an origin; write scheme, host and port, "
+                    "for example http://localhost:3000"
+                )
+        return frozenset(name.removesuffix("/").encode() for name in names)
 
 
 def _flag(name: str) -> str:

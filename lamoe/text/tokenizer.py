@@ -19,7 +19,7 @@ import itertools
 import json
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +340,7 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        check: Callable[[str], object] = lambda text: None,
     ) -> list[int]:
         """Return the ids of a conversation.
 
@@ -350,12 +351,15 @@ class Tokenizer:
             messages: {"role": "system", "user", "assistant" or "tool", "content": str}.
             add_generation_prompt: whether to end with the beginning of the assistant's turn.
             tools: descriptions of functions, for templates that use them.
+            check: called with the rendered text before it is tokenized; may raise.
 
         Raises:
             ValueError: if a role is unknown, a content is not a str, the template does not know
                 tools, or the template fails (see chat_template.render).
         """
-        return self._encoder.marked(*self._render(messages, add_generation_prompt, tools))
+        text, mark = self._render(messages, add_generation_prompt, tools)
+        check(text)
+        return self._encoder.marked(text, mark)
 
     def _render(self, messages, add_generation_prompt, tools) -> tuple[str, str]:
         text, mark = render(

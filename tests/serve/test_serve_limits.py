@@ -78,15 +78,16 @@ def test_limits_of_one_request():
 
 
 def test_bodies_and_logprobs_in_memory_are_bounded(monkeypatch):
-    with Running(paced, max_body_bytes=60_000, body_timeout=3) as server:
+    with Running(paced, max_body_bytes=200_000, body_timeout=3) as server:
         server.wait_ready()
-        slow = [connect(server.url, timeout=5) for _ in range(guard.MAX_HELD_BODIES + 3)]
+        slow = [connect(server.url, timeout=5) for _ in range(guard.MAX_HELD_BODIES + 2)]
         for sock in slow:  # every one of these clients has sent an incomplete body
-            sock.sendall(post_head(60_000) + b" " * 50_000)
-        until(lambda: server.serving._app.held_bytes == len(slow) * 50_000)
-        assert server.error(429, prompt="a" * 55_000)["code"] == "queue_full"
+            sock.sendall(post_head(160_000) + b" " * 150_000)
+        until(lambda: server.serving._app.held_bytes == len(slow) * 150_000)
+        assert server.error(429, prompt="a" * 150_000)["code"] == "queue_full"
+        assert server.complete(max_tokens=1)  # small bodies are not affected
         assert server.client.get("/health").status_code == 200
-        assert server.serving._app.held_bytes < (guard.MAX_HELD_BODIES + 1) * 60_000
+        assert server.serving._app.held_bytes <= guard.MAX_HELD_BODIES * 200_000
         for sock in slow:
             sock.close()
         until(lambda: server.serving._app.held_bytes == 0)

@@ -223,6 +223,8 @@ def test_every_flag_has_an_environment_variable():
         "body_timeout": "2",
         "shutdown_timeout": "0",
         "allowed_hosts": "a,b",
+        "prefix_cache_scope": "server",
+        "allowed_origins": "https://a.example",
         "log_level": "debug",
     }
     assert set(values) == set(Settings.__dataclass_fields__)

@@ -66,6 +66,7 @@ def test_every_variable_of_the_table_changes_its_setting():
         value = {
             "LAMOE_DTYPE": "float32",
             "LAMOE_LOG_LEVEL": "debug",
+            "LAMOE_ALLOWED_ORIGINS": "http://localhost:3000",
             "LAMOE_PREFIX_CACHE_SCOPE": "server",
         }.get(variable, sample[field.metadata["kind"]])
         chosen = settings.from_options(argparse.Namespace(), {variable: value})
