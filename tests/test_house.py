@@ -17,6 +17,7 @@ PACKAGE = ROOT / "lamoe"
 # Levels of packages. A package may import its own modules and those of packages with a smaller
 # level.
 LEVEL = {
+    "os_errors": 0,  # a module
     "kernels": 0,
     "text": 0,
     "model": 1,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from lamoe.checkpoints import atomic, shards
 from lamoe.checkpoints.shards import Found, few
@@ -257,6 +258,20 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     return dtype
 
 
+class _NoInit(TorchFunctionMode):
+    """A context in which the functions of torch.nn.init leave their tensor as it is.
+
+    On the meta device there is nothing to initialise. The call would import torch's compiler, which
+    takes seconds and needs a writable folder for temporary files.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def _meta_model(config: ModelConfig, folder: Path, num_tensors: int) -> Transformer:
     """Build the model on the meta device.
 
@@ -273,7 +288,7 @@ def _meta_model(config: ModelConfig, folder: Path, num_tensors: int) -> Transfor
                 f"{num_tensors:,} tensors; they do not belong together"
             )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInit():
             return Transformer(config)
     except RuntimeError as e:  # raised by torch if the bytes of a tensor overflow 64 bits
         raise ValueError(f"{folder}/config.json asks for a model that cannot be built: {e}") from e

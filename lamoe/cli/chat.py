@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import TextIO
 
 from lamoe.checkpoints import atomic
+from lamoe.cli.text_input import check
 from lamoe.engine.llm import LLM
 from lamoe.engine.prefix_file import is_cache
 from lamoe.engine.request import Output
 from lamoe.engine.sampler import SamplingParams
 from lamoe.model.accounting import human_bytes
 from lamoe.model.config import did_you_mean
+from lamoe.os_errors import check_output, explain
 
 HELP = """/help           this list
 /clear          forget the conversation; the system text stays
@@ -84,10 +86,10 @@ class Chat:
         try:
             output = self._reply(turn, stopped)
         except ValueError as e:
-            self._fail(str(e))
+            self.fail(str(e))
             return None
         if output.finish_reason == "error":
-            self._fail(f"the reply failed: {output.error}; the message is discarded")
+            self.fail(f"the reply failed: {output.error}; the message is discarded")
             return None
         reply = output.text.strip()  # the chat template adds whitespace around messages
         if output.finish_reason == "abort":
@@ -151,19 +153,19 @@ class Chat:
         name, _, rest = line.strip().partition(" ")
         rest = rest.strip()
         if name not in COMMANDS:
-            self._fail(
+            self.fail(
                 f"unknown command {name!r}{did_you_mean(name, COMMANDS) or ';'} /help lists the "
                 "commands; write // for a message that begins with /"
             )
         elif name in ("/save", "/load") and not rest:
-            self._fail(f"{name} needs a file, for example {name} talk.json")
+            self.fail(f"{name} needs a file, for example {name} talk.json")
         elif name in ("/help", "/clear", "/quit") and rest:
-            self._fail(f"{name} takes nothing after it, found {rest[:40]!r}")
+            self.fail(f"{name} takes nothing after it, found {rest[:40]!r}")
         else:
             try:
                 getattr(self, name[1:])(*[rest] if name in ("/system", "/save", "/load") else ())
             except (ValueError, OSError) as e:
-                self._fail(str(e))
+                self.fail(explain(e) if isinstance(e, OSError) else str(e))
             return name == "/quit"
         return False
 
@@ -191,7 +193,7 @@ class Chat:
 
     def save(self, file: str) -> None:
         """Write the conversation to `file` (JSON) and its cached rows to a file next to it."""
-        path = Path(file).expanduser()
+        path = check_output("/save", file, "file")
         if path.exists():
             _read(path)  # refuse to overwrite anything but a conversation
         rows = _cache_file(path)
@@ -234,7 +236,8 @@ class Chat:
         text = text.translate(_VISIBLE) if self.err.isatty() else text
         print(f"\x1b[2m{text}\x1b[0m" if self.dim else text, file=self.err, flush=True)
 
-    def _fail(self, text: str) -> None:
+    def fail(self, text: str) -> None:
+        """Print the reason why a turn or command failed, and count it."""
         self.failures += 1
         self.note(text)
 
@@ -290,6 +293,11 @@ def run(
 
 def _handle(chat: Chat, line: str, terminal: bool) -> bool:
     """Run one message or command. Returns True if the chat should end."""
+    try:
+        line = check(line, "the message")
+    except ValueError as e:
+        chat.fail(str(e))
+        return False
     with _Interrupt(terminal) as interrupt:
         if line.startswith("/") and not line.startswith("//"):
             return chat.command(line)

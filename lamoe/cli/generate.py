@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lamoe.cli.models import find_model, newest_run
+from lamoe.cli.text_input import check
 from lamoe.serve import settings
 
 
@@ -20,9 +21,13 @@ def generate(args: argparse.Namespace) -> int:
     from lamoe.text.tokenizer import Tokenizer
 
     params = _sampling_params(args)
-    folder = resolve(find_model(args.model))
+    name = _named_model(args)
+    if name is None:
+        raise ValueError("no model is named; write lamoe generate MODEL --prompt TEXT")
+    folder = resolve(find_model(name))
     tok = Tokenizer.load(folder)
     prompt = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
+    prompt = check(prompt, "the prompt").removeprefix("\ufeff")
     ids = tok.encode(prompt, bos=tok.add_bos)
     if args.max_model_len is None:
         limit = packed_file.any_config(folder).max_position_embeddings
@@ -30,13 +35,20 @@ def generate(args: argparse.Namespace) -> int:
     llm = LLM(folder, tok, max_num_seqs=1, **_engine_options(args))
     deltas = llm.stream(ids, params)
     print(prompt, end="", flush=True)
-    error = None
+    output = None
     for delta in deltas:
         print(delta.text, end="", flush=True)
-        error = delta.output.error if delta.output else None
+        output = delta.output or output
     print()
-    if error:
-        raise RuntimeError(error)
+    if output and output.error:
+        raise RuntimeError(output.error)
+    num_tokens = len(output.token_ids) if output else 0
+    if output and output.finish_reason == "length" and num_tokens < args.max_tokens:
+        print(
+            f"lamoe generate: the context of {llm.max_model_len} tokens is full after {num_tokens} "
+            f"of --max-tokens {args.max_tokens}",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -46,17 +58,16 @@ def chat(args: argparse.Namespace) -> int:
     from lamoe.engine.llm import LLM
 
     params = _sampling_params(args)
+    system = None if args.system is None else check(args.system, "--system")
     options = _engine_options(args)
     llm = LLM(find_model(args.model), max_num_seqs=args.max_num_seqs, **options)
-    return terminal.run(llm, params, args.system, name=args.model)
+    return terminal.run(llm, params, system, name=args.model)
 
 
 def serve(args: argparse.Namespace) -> int:
     """Serve one model over HTTP until a signal stops the process."""
     chosen = settings.from_options(args)
-    if args.name and args.model and args.name != args.model:
-        raise ValueError(f"two models are named, {args.name} and --model {args.model}; name one")
-    name = args.name or args.model or os.environ.get("LAMOE_MODEL") or newest_run()
+    name = _named_model(args) or os.environ.get("LAMOE_MODEL") or newest_run()
     try:
         from lamoe.serve import run
     except ImportError as e:
@@ -65,6 +76,13 @@ def serve(args: argparse.Namespace) -> int:
         ) from None
     shown = Path(os.path.abspath(name)).name if Path(name).exists() else name
     return run.run(find_model(name), shown, chosen)
+
+
+def _named_model(args: argparse.Namespace) -> str | None:
+    """Return the model that the command line names, as MODEL or as --model."""
+    if args.name and args.model and args.name != args.model:
+        raise ValueError(f"two models are named, {args.name} and --model {args.model}; name one")
+    return args.name or args.model
 
 
 def _sampling_params(args: argparse.Namespace):
@@ -77,7 +95,7 @@ def _sampling_params(args: argparse.Namespace):
         args.min_p,
         args.seed,
         args.max_tokens,
-        tuple(args.stop),
+        tuple(check(text, "--stop") for text in args.stop),
     )
 
 

@@ -11,12 +11,13 @@ from collections.abc import Callable
 
 from lamoe import __version__
 from lamoe.cli import convert, generate, measure, train
+from lamoe.cli.arguments import Parser, counts, lengths, prompts, whole_number
 from lamoe.model.config import PRESETS
 from lamoe.serve import settings
 from lamoe.serve.settings import parse_bytes
 
 MODEL = "run folder, model folder or Hugging Face hub id"
-TEXT_SOURCE = "file, folder, glob or .jsonl"
+TEXT_SOURCE = "file, folder or glob of text or .jsonl"
 # Help of the options that `lamoe serve` has too; all verbs use the same words.
 _SHARED = {f.name: f.metadata["help"] for f in dataclasses.fields(settings.Settings)}
 WEIGHT_FORMATS = ("fp32", "bf16", "int8", "int4")
@@ -24,9 +25,14 @@ DTYPES = ("float32", "bfloat16")
 Run = Callable[[argparse.Namespace], int]
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Build the parser of all verbs. In parsed arguments, `run` is the function of the verb."""
-    parser = argparse.ArgumentParser(
+    return _build()[0]
+
+
+def _build() -> tuple[Parser, dict[str, Parser]]:
+    """Return (parser of all verbs, {verb: its parser})."""
+    parser = Parser(
         "lamoe",
         description="DeepSeek-V2 (latent attention + mixture of experts) as software.",
         allow_abbrev=False,
@@ -46,7 +52,23 @@ def build_parser() -> argparse.ArgumentParser:
         _add_convert,
     ):
         add(verbs)
-    return parser
+    return parser, verbs.choices
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse a command line. Overrides of the recipe are in `overrides`.
+
+    Raises:
+        SystemExit: for --help, and with exit code 2 for arguments that are wrong.
+    """
+    words, overrides = split_overrides(argv)
+    Parser.words = words
+    parser, verbs = _build()
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        verbs[args.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides = overrides
+    return args
 
 
 def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
@@ -66,13 +88,13 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
             rest.append(word)
             continue
         overrides.append(word)
-        if "=" not in word and words:
+        if "=" not in word and words and not words[0].startswith("--"):
             overrides.append(words.pop(0))
     return rest, overrides
 
 
 # ---- verbs ---------------------------------------------------------------------------------------
-def _verb(verbs, name: str, run: Run, help: str) -> argparse.ArgumentParser:
+def _verb(verbs, name: str, run: Run, help: str) -> Parser:
     parser = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
     parser.set_defaults(run=run)
     return parser
@@ -85,6 +107,7 @@ def _add_train(verbs) -> None:
         train.train,
         "train a model from a recipe; --section.key VALUE overrides one entry of the recipe",
     )
+    p.more_help, p.more_options = train.recipe_help, train.recipe_option
     p.add_argument("recipe", help="TOML file, for example recipes/tiny.toml")
     p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     p.add_argument("--quiet", action="store_true", help="print no progress")
@@ -93,7 +116,8 @@ def _add_train(verbs) -> None:
 
 def _add_generate(verbs) -> None:
     p = _verb(verbs, "generate", generate.generate, "continue a prompt and stream the output")
-    p.add_argument("--model", required=True, help=MODEL)
+    p.add_argument("name", nargs="?", metavar="MODEL", help=MODEL)
+    p.add_argument("--model", help="the same as MODEL")
     p.add_argument("--prompt", help="text to continue; '-' or omitted: read standard input")
     _add_cache_size(p, "what the prompt and --max-tokens need", "four full contexts, at most 1 GiB")
     _add_sampling(p, max_tokens=128, what="output")
@@ -112,7 +136,7 @@ def _add_chat(verbs) -> None:
     _add_cache_size(p, "the model's context length", "four full contexts, at most 1 GiB")
     p.add_argument(
         "--max-num-seqs",
-        type=int,
+        type=whole_number,
         default=1,
         metavar="N",
         help=_shared("max_num_seqs", "1, enough for a chat"),
@@ -154,10 +178,10 @@ def _add_evaluate(verbs) -> None:
         help=f"text to evaluate on: {TEXT_SOURCE}; repeatable "
         "(default: the held-out text of the run)",
     )
-    p.add_argument("--seq-len", type=int, help="context length in tokens, with --data")
+    p.add_argument("--seq-len", type=whole_number, help="context length in tokens, with --data")
     p.add_argument(
         "--needle",
-        type=_lengths,
+        type=lengths,
         metavar="LENGTHS",
         help="run the needle-in-a-haystack test instead, at these haystack lengths in tokens, for "
         "example 512,1024,2048. --data is the haystack (default: austen). Writes needle.md, "
@@ -165,14 +189,14 @@ def _add_evaluate(verbs) -> None:
     )
     p.add_argument(
         "--needle-depths",
-        type=int,
+        type=whole_number,
         default=5,
         metavar="N",
         help="number of needle positions, evenly spaced from start to end (default: 5)",
     )
     p.add_argument(
         "--needle-draws",
-        type=int,
+        type=whole_number,
         default=8,
         metavar="N",
         help="needles per position and length (default: 8)",
@@ -205,7 +229,7 @@ def _add_quantize(verbs) -> None:
     )
     p.add_argument(
         "--calibrate-tokens",
-        type=int,
+        type=whole_number,
         default=32768,
         help="tokens of that text to use, spread evenly over it (default: 32768)",
     )
@@ -220,7 +244,7 @@ def _add_info(verbs) -> None:
         "show parameters, FLOPs, cache bytes and memory of a model, from its config alone",
     )
     p.add_argument("model", help=f"preset ({', '.join(PRESETS)}), config.json, {MODEL}")
-    p.add_argument("--context", type=int, help="cached tokens that the figures are for")
+    p.add_argument("--context", type=whole_number, help="cached tokens that the figures are for")
     p.add_argument(
         "--weight-bits",
         type=float,
@@ -251,7 +275,7 @@ def _add_bench(verbs) -> None:
     _add_cache(p)
     p.add_argument(
         "--prefill",
-        type=_prompts,
+        type=prompts,
         default="512,2048,512@4096",
         metavar="N,N@D",
         help="prompt lengths in tokens; N@D: with D cached tokens before them "
@@ -259,20 +283,20 @@ def _add_bench(verbs) -> None:
     )
     p.add_argument(
         "--depth",
-        type=_counts,
+        type=counts,
         default="0,4096,16384",
         metavar="N,N",
         help="context lengths at which one token is decoded (default: %(default)s)",
     )
     p.add_argument(
         "--batch",
-        type=_counts,
+        type=counts,
         default="4,16,32",
         metavar="N,N",
         help="numbers of sequences that decode together (default: %(default)s)",
     )
     p.add_argument(
-        "--rounds", type=int, default=3, help="repetitions; medians are shown (default: 3)"
+        "--rounds", type=whole_number, default=3, help="repetitions; medians are shown (default: 3)"
     )
     p.add_argument(
         "--peer",
@@ -353,7 +377,9 @@ def _add_cache(p: argparse.ArgumentParser) -> None:
 
 def _add_cache_size(p: argparse.ArgumentParser, length: str, memory: str) -> None:
     _add_cache(p)
-    p.add_argument("--max-model-len", type=int, metavar="N", help=_shared("max_model_len", length))
+    p.add_argument(
+        "--max-model-len", type=whole_number, metavar="N", help=_shared("max_model_len", length)
+    )
     p.add_argument(
         "--kv-cache-memory",
         type=parse_bytes,
@@ -363,7 +389,7 @@ def _add_cache_size(p: argparse.ArgumentParser, length: str, memory: str) -> Non
 
 
 def _add_threads(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--threads", type=int, default=0, metavar="N", help=_shared("threads"))
+    p.add_argument("--threads", type=whole_number, default=0, metavar="N", help=_shared("threads"))
 
 
 def _add_device(p: argparse.ArgumentParser) -> None:
@@ -380,7 +406,7 @@ def _add_execution(p: argparse.ArgumentParser) -> None:
 def _add_sampling(p: argparse.ArgumentParser, max_tokens: int, what: str) -> None:
     p.add_argument(
         "--max-tokens",
-        type=int,
+        type=whole_number,
         default=max_tokens,
         help=f"longest {what}, in tokens (default: {max_tokens})",
     )
@@ -395,7 +421,7 @@ def _add_sampling(p: argparse.ArgumentParser, max_tokens: int, what: str) -> Non
         "(default: 0.95)",
     )
     p.add_argument(
-        "--top-k", type=int, default=0, help="sample from the K most likely tokens; 0: all"
+        "--top-k", type=whole_number, default=0, help="sample from the K most likely tokens; 0: all"
     )
     p.add_argument(
         "--min-p",
@@ -403,7 +429,7 @@ def _add_sampling(p: argparse.ArgumentParser, max_tokens: int, what: str) -> Non
         default=0.0,
         help="drop tokens less likely than this share of the most likely one (default: 0)",
     )
-    p.add_argument("--seed", type=int, help="sampling seed (default: a random one)")
+    p.add_argument("--seed", type=whole_number, help="sampling seed (default: a random one)")
     p.add_argument(
         "--stop", action="append", default=[], help=f"text that ends the {what}; repeatable"
     )
@@ -411,47 +437,3 @@ def _add_sampling(p: argparse.ArgumentParser, max_tokens: int, what: str) -> Non
 
 def _add_json(p: argparse.ArgumentParser) -> None:
     p.add_argument("--json", action="store_true", help="print JSON instead of text")
-
-
-# ---- option values -------------------------------------------------------------------------------
-def _prompts(text: str) -> list[tuple[int, int]]:
-    """Parse '512,512@4096' to [(512, 0), (512, 4096)].
-
-    Each pair is (new tokens, cached tokens before them).
-    """
-    try:
-        found = [
-            (int(n), int(d or 0))
-            for n, _, d in (x.partition("@") for x in text.split(",") if x.strip())
-        ]
-    except ValueError:
-        found = [(-1, 0)]
-    if any(n < 2 or d < 0 for n, d in found):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of prompts of at least 2 tokens; "
-            "write it like 512,2048,512@4096"
-        )
-    return found
-
-
-def _counts(text: str) -> list[int]:
-    """Parse '16,32' to [16, 32], and an empty text to []."""
-    try:
-        found = [int(x) for x in text.split(",") if x.strip()]
-    except ValueError:
-        found = [-1]
-    if any(x < 0 for x in found):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of whole numbers; write it like 512,2048"
-        )
-    return found
-
-
-def _lengths(text: str) -> list[int]:
-    """Parse '512,1024' to [512, 1024]."""
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of lengths; write it like 512,1024,2048"
-        ) from None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
+import textwrap
+from typing import Any
 
 STOPPED_BY_GUARD, STOPPED_BY_SIGNAL = 3, 130
 
@@ -22,3 +25,39 @@ def train(args: argparse.Namespace) -> int:
         return STOPPED_BY_GUARD
     finished = checkpoint.step_of(last) == recipe.run.steps
     return 0 if finished else STOPPED_BY_SIGNAL
+
+
+def recipe_help() -> str:
+    """Return the part of the help that lists all keys of a recipe with their defaults."""
+    lines = ["", "keys of a recipe with their defaults (--section.key VALUE):"]
+    for section, keys in _recipe_keys().items():
+        words = [f"{key}={_shown(default)}" for key, default in keys.items()]
+        text = f"  [{section}] {' '.join(word.replace(' ', chr(160)) for word in words)}"
+        lines += textwrap.wrap(text, 100, subsequent_indent="      ", break_on_hyphens=False)
+    return "\n".join(lines).replace(chr(160), " ") + "\n"
+
+
+def recipe_option(option: str) -> str:
+    """Return a hint which key of the recipe an unknown option may mean, or an empty text."""
+    name = option[2:].replace("-", "_")
+    found = [section for section, keys in _recipe_keys().items() if name in keys]
+    return f", did you mean --{found[0]}.{name}?" if found else ""
+
+
+def _recipe_keys() -> dict[str, dict[str, Any]]:
+    """Return {section: {key: default}} of a recipe."""
+    from lamoe.model.config import ModelConfig
+    from lamoe.train.recipe import SECTIONS
+
+    model = {"preset": "", **_defaults(ModelConfig)}
+    return {"model": model} | {name: _defaults(kind) for name, kind in SECTIONS.items()}
+
+
+def _defaults(kind) -> dict[str, Any]:
+    return {f.name: f.default for f in dataclasses.fields(kind)}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

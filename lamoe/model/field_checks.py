@@ -9,13 +9,35 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6, prefix: str = "") -> str:
     """Return ", did you mean 'X'?" when a known name is close to `name`, else an empty string.
 
-    `cutoff` is the least similarity, from 0 to 1.
+    Args:
+        cutoff: the least similarity, from 0 to 1. Upper and lower case are the same.
+        prefix: text before the known name, for example the "--" of options.
     """
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
-    return f", did you mean {close[0]!r}?" if close else ""
+    by_lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=cutoff)
+    return f", did you mean {prefix + by_lower[close[0]]!r}?" if close else ""
+
+
+def parse_int(text: str) -> int:
+    """Convert text such as '512', '1_000' or '1e3' to a whole number.
+
+    Raises:
+        ValueError: if the text is no whole number.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value.is_integer() or abs(value) > 2**53:
+        raise ValueError(f"{text!r} is not a whole number; write it like 1000 or 1e3")
+    return int(value)
 
 
 def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:

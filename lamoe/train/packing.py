@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lamoe.train.sources import Document, Plan, plan_split
+from lamoe.train.holdout import Plan, plan_split
+from lamoe.train.sources import Document
 
 FORMAT = "lamoe packed corpus 1"
 # Long documents (a novel, a forum dump) are tokenised in pieces of at most this many characters,

@@ -8,13 +8,16 @@ Data and Run here, Optim and Batch in optim.py, Balance in model/routing.py. On 
 from __future__ import annotations
 
 import dataclasses
+import glob
+import os
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lamoe.model.config import ModelConfig, RopeScaling, check_types, did_you_mean
+from lamoe.model.field_checks import parse_int
 from lamoe.model.routing import Balance
 from lamoe.train.optim import Batch, Optim
 
@@ -144,9 +147,7 @@ class Recipe:
             if not isinstance(value, dict):
                 raise ValueError(f"{name} must be a section with keys, found {value!r}")
         parts: dict[str, Any] = {"model": _model(dict(raw.get("model", {})))}
-        for name, kind in dict(
-            data=Data, optim=Optim, batch=Batch, balance=Balance, run=Run
-        ).items():
+        for name, kind in SECTIONS.items():
             parts[name] = _section(kind, name, raw.get(name, {}))
         return cls(**parts)
 
@@ -157,8 +158,8 @@ class Recipe:
         Args:
             path: the TOML file.
             overrides: words `--section.key value` or `--section.key=value` that replace lines of
-                the file. Values are TOML, but quotes may be left out, and lists may be written
-                with commas.
+                the file. The type of the field decides what a value means: text is taken as it
+                stands, and lists may be written as TOML or with commas.
 
         Raises:
             ValueError: if a section, key or value is invalid. For an unknown name, the message
@@ -178,12 +179,13 @@ class Recipe:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
             raise ValueError(f"{path} is not valid TOML: {e}") from None
         try:
-            for section, key, value in _parse(overrides):
-                if not isinstance(raw.setdefault(section, {}), dict):
-                    raise ValueError(
-                        f"{section} must be a section with keys, found {raw[section]!r}"
-                    )
-                raw[section][key] = value
+            for (*sections, key), word in _parse(overrides):
+                inner = raw
+                for section in sections:
+                    inner = inner.setdefault(section, {})
+                    if not isinstance(inner, dict):
+                        raise ValueError(f"{section} must be a section with keys, found {inner!r}")
+                inner[key] = word
             return cls.from_dict(raw)
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
@@ -197,43 +199,49 @@ class Recipe:
         return out
 
 
+SECTIONS = {"data": Data, "optim": Optim, "batch": Batch, "balance": Balance, "run": Run}
+
+
 def _section(kind, name: str, raw: dict[str, Any]):
     """Build the dataclass `kind` from the keys of section `name`.
 
-    Comma-separated text becomes a list where the field is a list.
+    Values are converted to the types of the fields where nothing is lost, see `_converted`.
     """
-    known = [f.name for f in dataclasses.fields(kind)]
+    types = {f.name: str(f.type) for f in dataclasses.fields(kind)}
     for key in raw:
-        if key not in known:
+        if key not in types:
+            raise ValueError(f"unknown key {name}.{key}{_hint(name, key, types)}")
+    values = {key: _converted(value, types[key]) for key, value in raw.items()}
+    for key, value in values.items():
+        if types[key] == "str" and not isinstance(value, str):
+            shown = f"{value}".lower() if isinstance(value, bool) else value
             raise ValueError(
-                f"unknown key {name}.{key}{did_you_mean(key, known)}; known: {', '.join(known)}"
+                f'{name}.{key} must be str, found {shown}; write it in quotes: {key} = "{shown}"'
             )
-    lists = {
-        f.name: str(f.type) for f in dataclasses.fields(kind) if str(f.type).startswith("tuple")
-    }
-    fixed = {}
-    for key, value in raw.items():
-        if key in lists:
-            if isinstance(value, str):
-                words = [word.strip() for word in value.split(",")]
-                value = words if "str" in lists[key] else [_value(word) for word in words]
-            value = tuple(value) if isinstance(value, list) else (value,)
-        fixed[key] = value
-    return kind(**fixed)
+    return kind(**values)
+
+
+def _hint(section: str, key: str, known: Iterable[str]) -> str:
+    """Suggest the key of this name in another section, or a similar key of this section."""
+    for other, kind in {"model": ModelConfig, **SECTIONS}.items():
+        if other != section and key in {f.name for f in dataclasses.fields(kind)}:
+            return f", did you mean {other}.{key}?"
+    return f"{did_you_mean(key, known)}; known: {', '.join(known)}"
 
 
 def _model(raw: dict[str, Any]) -> ModelConfig:
-    preset = raw.pop("preset", None)
+    preset = _converted(raw.pop("preset", None), "str")
     if isinstance(raw.get("rope_scaling"), dict):
         raw["rope_scaling"] = _section(
             RopeScaling,
             "model.rope_scaling",
             {k: v for k, v in raw["rope_scaling"].items() if k not in ("type", "rope_type")},
         )
-    known = ["preset", *(f.name for f in dataclasses.fields(ModelConfig))]
-    for key in raw:
-        if key not in known:
-            raise ValueError(f"unknown key model.{key}{did_you_mean(key, known)}")
+    types = {f.name: str(f.type) for f in dataclasses.fields(ModelConfig)}
+    for key, value in raw.items():
+        if key not in types:
+            raise ValueError(f"unknown key model.{key}{_hint('model', key, ['preset', *types])}")
+        raw[key] = _converted(value, types[key])
     if preset is None and not raw:
         raise ValueError(
             "the recipe describes no model; set model.preset, for example to tiny, "
@@ -242,8 +250,87 @@ def _model(raw: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**raw) if preset is None else ModelConfig.preset(preset).replace(**raw)
 
 
-def _parse(overrides: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
-    """Yield (section, key, value) of every override."""
+# ---- values --------------------------------------------------------------------------------------
+class _Word(str):
+    """A value from the command line. The type of its field decides what it means."""
+
+
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def _converted(value: Any, kind: str) -> Any:
+    """Convert a value to the type of its field where nothing is lost, else return it as it is.
+
+    Args:
+        value: a value of a TOML file, or a `_Word`.
+        kind: the annotation of the field, for example "int | None".
+    """
+    if "tuple" in kind:
+        items = _items(value, kind) if isinstance(value, str) else value
+        items = items if isinstance(items, list) else [items]
+        return tuple(_converted(item, "str" if "str" in kind else "float") for item in items)
+    if isinstance(value, _Word):
+        return _typed(value, kind)
+    if "int" in kind and isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+        return int(value)
+    return value
+
+
+def _typed(word: _Word, kind: str) -> Any:
+    """Convert a word of the command line. Words that do not fit are returned as they are."""
+    lower = word.strip().lower()
+    if "None" in kind and lower in ("none", "null"):
+        return None
+    if "bool" in kind and lower in _TRUE + _FALSE:
+        return lower in _TRUE
+    for name, convert in (("int", parse_int), ("float", float)):
+        if name in kind:
+            try:
+                return convert(word)
+            except ValueError:
+                pass
+    return _unquoted(word) if "str" in kind else _toml(word)
+
+
+def _items(text: str, kind: str) -> Any:
+    """Split the text of a list: a TOML list, or words between commas.
+
+    Names of existing files may hold commas, so the longest run of words that exists is one item.
+    """
+    text_type = type(text)
+    if text.startswith(("[", '"', "'")) and (items := _toml(text)) is not text:
+        return items
+    words, items = text.split(","), []
+    while words:
+        taken = 1
+        if "str" in kind:
+            taken = max(n for n in range(1, len(words) + 1) if n == 1 or _exists(words[:n]))
+        items.append(text_type(",".join(words[:taken]).strip()))
+        words = words[taken:]
+    return items
+
+
+def _exists(words: list[str]) -> bool:
+    path = os.path.expanduser(",".join(words).strip())
+    return os.path.exists(path) or (glob.has_magic(path) and bool(glob.glob(path)))
+
+
+def _unquoted(text: str) -> str:
+    """Return the content of a quoted TOML string, and other text as it stands."""
+    value = _toml(text) if text.startswith(('"', "'")) else text
+    return str(value if isinstance(value, str) else text)
+
+
+def _toml(text: str) -> Any:
+    """Parse a TOML value. Text that is not valid TOML is returned as it is."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _parse(overrides: Sequence[str]) -> Iterator[tuple[list[str], _Word]]:
+    """Yield (section and keys, value) of every override."""
     words = list(overrides)
     while words:
         word = words.pop(0)
@@ -251,16 +338,9 @@ def _parse(overrides: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
             raise ValueError(f"cannot read {word!r}; overrides look like --optim.lr 3e-4")
         name, equals, text = word[2:].partition("=")
         if not equals:
-            if not words:
-                raise ValueError(f"--{name} needs a value")
+            if not words or words[0].startswith("--"):
+                raise ValueError(
+                    f"--{name} needs a value; write --{name}=VALUE for a value that begins with --"
+                )
             text = words.pop(0)
-        section, _, key = name.partition(".")
-        yield section, key.replace("-", "_"), _value(text)
-
-
-def _value(text: str) -> Any:
-    """Parse a TOML value. Text that is not valid TOML is returned as a string."""
-    try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
+        yield name.replace("-", "_").split("."), _Word(text)

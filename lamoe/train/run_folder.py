@@ -28,9 +28,10 @@ from lamoe.model.config import CARRIED
 from lamoe.text import tokenizer as tokenizers
 from lamoe.text.tokenizer import Tokenizer
 from lamoe.train import checkpoint, data
+from lamoe.train.holdout import plan_split
 from lamoe.train.packing import PIECE
 from lamoe.train.recipe import Recipe
-from lamoe.train.sources import plan_split, stamp
+from lamoe.train.sources import stamp
 
 Note = Callable[[str], None]  # shows one line to the user
 

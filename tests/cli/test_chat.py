@@ -260,9 +260,9 @@ def test_a_missing_chat_template_is_announced(parts):
         ("/load  ", "/load needs a file"),
         ("/quit now", "/quit takes nothing after it, found 'now'"),
         ("/clear all", "/clear takes nothing"),
-        ("/load none.json", "No such file"),
-        ("/load .", "directory"),
-        ("/save no/where/x.json", "No such file"),
+        ("/load none.json", "none.json does not exist"),
+        ("/load .", ". is a folder; name a file"),
+        ("/save no/where/x.json", "the folder no/where does not exist; make it first"),
     ],
 )
 def test_wrong_commands(llm, line, words, tmp_path, monkeypatch):

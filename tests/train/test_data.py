@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lamoe.train import packing, sources
+from lamoe.train import holdout, packing
 from lamoe.train.data import Batches, heldout_rows, open_corpus, prepare
-from lamoe.train.sources import choose_heldout, read_documents
+from lamoe.train.holdout import choose_heldout
+from lamoe.train.sources import read_documents
 
 BOS, EOS, VOCAB = 256, 257, 258
 
@@ -167,7 +168,7 @@ def test_files_globs_and_compression(tmp_path):
         (b'{"text": "ok"}\n["x"]', r"line 2: expected an object"),
         (b'{"text": 7}', r"line 1: field 'text' must be text, found int"),
         (b'{"text": "\\ud800"}', r"line 1: .*surrogate"),
-        (b'{"text": "ok"}\n\xff\xfe', r"line 2: not valid JSON"),
+        (b'{"text": "ok"}\n\xff\xfe', r"line 2: not UTF-8 \(byte FF at position 0"),
         (b"[" * 100_000, r"line 1: not valid JSON"),
     ],
 )
@@ -194,8 +195,8 @@ def test_unusable_sources_are_refused(tmp_path, monkeypatch):
         (["*.nothing"], "matches no file"),
         (["empty"], "gives no text.*no files"),
         (["bin.dat"], "binary, not UTF-8"),
-        (["latin.txt"], r"another encoding \(byte 3\)"),
-        (["pack.tar.zst"], "unpack .zst files first"),
+        (["latin.txt"], r"another encoding, not UTF-8 text \(byte E9 at position 3\)"),
+        (["pack.tar.zst"], "an archive.*unpack it first"),
         (["cut.txt.gz"], "damaged"),
         (["cut.txt.xz"], "damaged"),
         (["notgz.txt.gz"], "damaged"),
@@ -258,7 +259,7 @@ def test_the_split_is_known_before_there_is_a_tokenizer(tmp_path):
     both = [tmp_path / "a", tmp_path / "book.txt"]
     for seed in (0, 1):
         corpus = pack(both, tmp_path / f"p{seed}", holdout=0.1, seed=seed)
-        plan = sources.plan_split([str(s) for s in both], 0.1, seed, lambda *progress: None)
+        plan = holdout.plan_split([str(s) for s in both], 0.1, seed, lambda *progress: None)
         parts = [part for number, doc in plan.documents() for part in plan.parts(number, doc)]
         assert Counter(text for split, _, text in parts if split == "train") == texts_of(
             corpus.train

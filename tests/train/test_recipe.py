@@ -107,11 +107,59 @@ def test_a_model_from_its_fields(tmp_path):
         (("--model.num_hidden_layers", "2"), "model", "num_hidden_layers", 2),
         (("--model.preset", "small"), "model", "vocab_size", PRESETS["small"].vocab_size),
         (("--run.steps", "5", "--run.steps", "6"), "run", "steps", 6),
+        # The type of the field decides what a value means.
+        (("--run.out", "2026-11-28"), "run", "out", "2026-11-28"),
+        (("--run.out", "7"), "run", "out", "7"),
+        (("--run.out", "true"), "run", "out", "true"),
+        (("--run.out=~/a=b c",), "run", "out", "~/a=b c"),
+        (("--run.out", "'2026'"), "run", "out", "2026"),
+        (("--run.out", "it's"), "run", "out", "it's"),
+        (("--run.out", "[x]"), "run", "out", "[x]"),
+        (("--run.out=--x",), "run", "out", "--x"),
+        (("--data.tokenizer", "none"), "data", "tokenizer", "none"),
+        (("--data.sources", "2024"), "data", "sources", ("2024",)),
+        (("--data.sources", "2024,1e3,true"), "data", "sources", ("2024", "1e3", "true")),
+        (("--data.sources", "'a,b'"), "data", "sources", ("a,b",)),
+        (("--run.steps", "1e3"), "run", "steps", 1000),
+        (("--run.steps", "1000.0"), "run", "steps", 1000),
+        (("--run.seed", "0x10"), "run", "seed", 16),
+        (("--optim.lr", ".5"), "optim", "lr", 0.5),
+        (("--optim.decay_at", ".5,1"), "optim", "decay_at", (0.5, 1.0)),
+        (("--data.document_mask", "True"), "data", "document_mask", True),
+        (("--data.document_mask", "1"), "data", "document_mask", True),
+        (("--data.document_mask", "yes"), "data", "document_mask", True),
+        (("--data.document_mask", "FALSE"), "data", "document_mask", False),
+        (("--data.document_mask", "0"), "data", "document_mask", False),
+        (("--model.bos_token_id", "none"), "model", "bos_token_id", None),
+        (("--model.bos_token_id", "3"), "model", "bos_token_id", 3),
     ],
 )
 def test_override_spellings(tmp_path, words, section, key, value):
     found = getattr(getattr(load(tmp_path, TEXT, *words), section), key)
     assert found == value and type(found) is type(value)
+
+
+def test_an_existing_file_wins_over_a_comma(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text(name)
+    sources = lambda text: load(tmp_path, TEXT, "--data.sources", text).data.sources
+    assert sources("a,b.txt") == ("a,b.txt",)
+    assert sources("c.txt,a,b.txt, austen") == ("c.txt", "a,b.txt", "austen")
+    assert sources("a,b*") == ("a,b*",)
+    assert sources("austen,b.txt") == ("austen", "b.txt")
+    assert load(tmp_path, TEXT + "[data]\nsources = 'a,b.txt'\n").data.sources == ("a,b.txt",)
+
+
+def test_nested_sections_of_the_model(tmp_path):
+    scaled = TEXT.replace("[run]", "[model.rope_scaling]\nfactor = 8.0\n[run]")
+    found = load(tmp_path, scaled, "--model.rope_scaling.factor", "4").model.rope_scaling
+    assert (found.factor, type(found.factor)) == (4.0, float)
+
+
+def test_numbers_in_the_file_without_loss(tmp_path):
+    run = load(tmp_path, "[model]\npreset = 'tiny'\n[run]\nsteps = 1e3\n").run
+    assert (run.steps, type(run.steps)) == (1000, int)
 
 
 TEXT = "[model]\npreset = 'tiny'\n[run]\nsteps = 3\nout = 'file'\n[optim]\nlr = 1e-3\n"
@@ -134,7 +182,11 @@ def test_override_creates_a_missing_section(tmp_path):
         (("--optimm.lr", "1"), r"unknown section \[optimm\] in the recipe, did you mean 'optim'\?"),
         (("--run.steps", "1.5"), "run.steps must be int, found 1.5"),
         (("--run.steps", "true"), "run.steps must be int, found True"),
-        (("--data.document_mask", "1"), "data.document_mask must be bool"),
+        (("--data.document_mask", "2"), "data.document_mask must be bool"),
+        (("--run.steps", "1e400"), "run.steps must be int"),
+        (("--run.out", "--resume"), "--run.out needs a value; write --run.out=VALUE"),
+        (("--optim.steps", "5"), "unknown key optim.steps, did you mean run.steps?"),
+        (("--model.rope_scaling.factr", "4"), "rope_scaling.factr, did you mean 'factor'"),
         (("--data.sources", "[1]"), "data.sources must be tuple"),
         (("--data.sources", "[]"), "data.sources is empty"),
         (("--optim.decay_at", "0.5,x"), "optim.decay_at must be tuple"),
@@ -189,7 +241,10 @@ def test_override_refused(tmp_path, words, message):
             "[model]\npreset='tiny'\n[run]\nstepps=1\n",
             "unknown key run.stepps, did you mean 'steps'",
         ),
-        ("[model]\npreset='tiny'\n[run]\nout=2024-01-01\n", "run.out must be str"),
+        (
+            "[model]\npreset='tiny'\n[run]\nout=2024-01-01\n",
+            'run.out must be str, found 2024-01-01; write it in quotes: out = "2024-01-01"',
+        ),
         ("[model]\npreset='tiny'\n[optim]\nlr=[1.0]\n", r"optim.lr must be float, found \[1.0\]"),
     ],
 )
