@@ -67,6 +67,7 @@ _JSON = {
     "coerce_one_of": False,
     "lenient": False,
 }
+_ONE_LINE = {**_JSON, "whitespace_pattern": "[ ]"}
 # Disables fast-forwarding of text that the grammar forces. For a pattern like (ab{10000}c){10000}
 # fast-forwarding takes seconds and gigabytes.
 _TAIL = '\n%llguidance {"no_forcing": true}\n'
@@ -171,6 +172,29 @@ class Grammar:
                     f"%json in the Lark grammar is not followed by a JSON schema: {e}"
                 ) from None
         return cls._checked("Lark grammar", text, lambda lib: text)
+
+    @classmethod
+    def with_schemas(cls, rules: str, schemas: dict[str, dict[str, Any]]) -> Grammar:
+        """Make a grammar from trusted Lark rules, which use JSON schemas of a client.
+
+        JSON is written on one line.
+
+        Args:
+            rules: Lark text. Outputs match its `start` rule.
+            schemas: {name of a rule: schema of the JSON text that it matches}.
+
+        Raises:
+            ValueError: see `json_schema`.
+        """
+        for schema in schemas.values():
+            _check_schema(schema)
+        text = json.dumps(schemas, allow_nan=False, separators=(",", ":"))
+        _check_length("JSON schema", text)
+        lines = (
+            f"{name}: %json {json.dumps({**schema, 'x-guidance': _ONE_LINE})}"
+            for name, schema in schemas.items()
+        )
+        return cls._checked("JSON schema", text, lambda lib: "\n".join([rules, *lines]))
 
     @classmethod
     def _checked(cls, kind: str, text: str, convert: Callable[[Any], str]) -> Grammar:
@@ -290,6 +314,12 @@ class Matcher:
             # new one.
             self._grammar._ready.clear()
             raise ValueError(_sentence(self._grammar.kind, self._inner.get_error()))
+
+
+def special_tokens(tokenizer: Tokenizer) -> frozenset[str]:
+    """Return the texts of tokens that a grammar matches as `<name>` only, not as text."""
+    ids = tokenizer._control_ids if tokenizer._byte_level else tokenizer._skipped
+    return frozenset(tokenizer._added[i] for i in ids if i in tokenizer._added)
 
 
 # ---- limits --------------------------------------------------------------------------------------

@@ -22,8 +22,10 @@ from lamoe.engine.sampler import SamplingParams
 from lamoe.engine.score import prompt_logprobs
 from lamoe.serve.prompts import need_tokenizer
 from lamoe.serve.service import Service, engine_ended, usage
+from lamoe.serve.tools import ToolUse
 from lamoe.serve.wire import ChatRequest, CompletionRequest
 from lamoe.text import tool_calls
+from lamoe.text.forced_calls import ForcedStream
 from lamoe.text.tokenizer import Tokenizer
 
 MIN_LOGPROB = -9999.0  # OpenAI's value for the logarithm of zero
@@ -202,17 +204,16 @@ class ChatBuilder:
         service: the server's state.
         id: the request id.
         body: the request.
-        tool_form: how this model writes tool calls, or None if the request has no tools.
+        use: how the request uses tools.
     """
 
-    def __init__(
-        self, service: Service, id: str, body: ChatRequest, tool_form: tool_calls.Form | None
-    ):
-        self.service, self.id, self.body, self.tool_form = service, id, body, tool_form
+    def __init__(self, service: Service, id: str, body: ChatRequest, use: ToolUse):
+        self.service, self.id, self.body, self.use = service, id, body, use
         self.tokenizer = need_tokenizer(service, "chat")
         self.created = int(time.time())
         self._begun: set[int] = set()  # indices of choices that have streamed some text
         self._splitters: dict[int, tool_calls.Splitter] = {}  # by choice index
+        self._forced: dict[int, ForcedStream] = {}  # by choice index
 
     def envelope(self, streaming: bool = False) -> dict[str, Any]:
         """Return the fields of a response object besides its choices."""
@@ -230,8 +231,11 @@ class ChatBuilder:
         """Build the finished choice of one sequence."""
         text = output.text
         calls: list[dict[str, Any]] = []
-        if self.tool_form:
-            text, calls = tool_calls.parse(self.tool_form, text)
+        if self.use.forced:
+            calls = [tool_calls.new_call(*call) for call in self.use.forced.parse(text)]
+            text = ""
+        elif self.use.form:
+            text, calls = tool_calls.parse(self.use.form, text)
         text, calls = text.lstrip(), self._allowed(calls)
         content = text or None if calls else text
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
@@ -244,7 +248,7 @@ class ChatBuilder:
         return {
             "index": index,
             "message": message,
-            "finish_reason": "tool_calls" if calls else output.finish_reason,
+            "finish_reason": self._reason(output, bool(calls)),
             "logprobs": logprobs,
         }
 
@@ -253,8 +257,11 @@ class ChatBuilder:
         return [_chat_delta(index, {"role": "assistant", "content": ""})]
 
     def delta_choices(self, index: int, delta: Delta) -> list[dict[str, Any]]:
-        """Build the choices for one step. Tool calls are sent complete, at the end."""
-        text, calls = self._split_calls(index, delta)
+        """Build the choices for one step. Calls beside text are sent complete, at the end."""
+        if self.use.forced:
+            text, calls = "", self._forced_calls(index, delta)
+        else:
+            text, calls = self._split_calls(index, delta)
         if index not in self._begun:
             text = text.lstrip()
             if text:
@@ -267,25 +274,39 @@ class ChatBuilder:
         if text or logprobs:
             choices.append(_chat_delta(index, {"content": text}, logprobs=logprobs))
         if calls:
-            indexed = [{"index": i, **call} for i, call in enumerate(calls)]
-            choices.append(_chat_delta(index, {"tool_calls": indexed}))
+            choices.append(_chat_delta(index, {"tool_calls": calls}))
         if delta.output:
-            reason = "tool_calls" if calls else delta.output.finish_reason
-            choices.append(_chat_delta(index, {}, reason))
+            choices.append(_chat_delta(index, {}, self._reason(delta.output, bool(calls))))
         return choices
+
+    def _reason(self, output: Output, calls: bool) -> str | None:
+        """Return finish_reason. As in OpenAI's API, it is "stop" after a call of a named function.
+
+        "length" says that the arguments of a forced call are incomplete.
+        """
+        if self.use.forced:
+            whole = output.finish_reason == "stop" and not self.use.named
+            return "tool_calls" if whole else output.finish_reason
+        return "tool_calls" if calls else output.finish_reason
+
+    def _forced_calls(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        """Return the changes of forced calls."""
+        stream = self._forced.setdefault(index, ForcedStream(self.use.forced))
+        return [*stream.add(delta.text), *(stream.end() if delta.output else [])]
 
     def _split_calls(self, index: int, delta: Delta) -> tuple[str, list[dict]]:
         """Separate the text of a step from tool calls, which are complete at the last step."""
-        if self.tool_form is None:
+        if self.use.form is None:
             return delta.text, []
         if index not in self._splitters:
-            self._splitters[index] = tool_calls.Splitter(self.tool_form)
+            self._splitters[index] = tool_calls.Splitter(self.use.form)
         splitter = self._splitters[index]
         text = splitter.add(delta.text)
         if delta.output is None:
             return text, []
         rest, calls = splitter.end()
-        return text + rest, self._allowed(calls)
+        indexed = [{"index": i, **call} for i, call in enumerate(self._allowed(calls))]
+        return text + rest, indexed
 
     def _allowed(self, calls: list[dict]) -> list[dict]:
         return calls[:1] if self.body.parallel_tool_calls is False else calls

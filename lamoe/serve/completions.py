@@ -8,18 +8,18 @@ from typing import Any
 
 from lamoe.serve.builders import ChatBuilder, CompletionBuilder
 from lamoe.serve.errors import ApiError, invalid_value
+from lamoe.serve.fields import MAX_TOKENS
 from lamoe.serve.parameters import check_logprobs, sampling_params
 from lamoe.serve.prompts import (
     chat_prompt,
     check_length,
     fill_in_prompts,
-    need_tokenizer,
     tokenize_prompts,
 )
 from lamoe.serve.reply import Reply
 from lamoe.serve.service import Job, Service
+from lamoe.serve.tools import forced_grammar, tool_use
 from lamoe.serve.wire import ChatRequest, CompletionRequest, Sampling
-from lamoe.text import tool_calls
 
 Builder = CompletionBuilder | ChatBuilder
 
@@ -75,47 +75,28 @@ async def chat(
     """Answer a /v1/chat/completions request. The arguments are those of `complete`."""
     service.ready()
     service.check_model(body.model)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise invalid_value("top_logprobs needs logprobs: true", "top_logprobs")
-    limits = {body.max_tokens, body.max_completion_tokens} - {None}
+    limits = {body.max_tokens, body.max_completion_tokens} - {None, MAX_TOKENS}
     if len(limits) > 1:
         raise invalid_value(
             "max_tokens and max_completion_tokens differ; give one of them", "max_tokens"
         )
-    tool_form = _tool_form(service, body)
-    ids = await chat_prompt(service, body.messages, body.tools if tool_form else None)
+    use = tool_use(service, body)
+    ids = await chat_prompt(service, body.messages, use.tools, forced=use.forced)
     check_length(service, ids, "messages")
     params = await sampling_params(
         service,
-        body,
-        max_tokens=body.max_completion_tokens or body.max_tokens or service.max_model_len,
+        body if use.forced is None else body.model_copy(update={"stop": None}),
+        max_tokens=min(limits | {service.max_model_len}),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        skip_special=tool_form is None,  # special tokens mark the tool calls
+        skip_special=use.form is None and use.forced is None,  # special tokens mark the tool calls
         cache_salt=cache_salt,
+        grammar=await forced_grammar(service, body, use.forced) if use.forced else None,
     )
     check_logprobs(service, [ids], params, echo=False)
     job = await service.start(id, [(ids, params)])
-    return _reply(service, ChatBuilder(service, id, body, tool_form), job, body, log_fields)
-
-
-def _tool_form(service: Service, body: ChatRequest) -> tool_calls.Form | None:
-    """Return the form in which the model writes tool calls, or None if no tools are requested."""
-    if body.tools is None:
-        if body.tool_choice is not None or body.parallel_tool_calls is not None:
-            raise invalid_value("tool_choice and parallel_tool_calls need tools", "tools")
-        return None
-    if body.tool_choice == "none":
-        return None
-    form = tool_calls.form_of(need_tokenizer(service, "chat").chat_template)
-    if form is None:
-        raise ApiError(
-            400,
-            "tools are given, but this model's chat template defines no tool calls, or writes "
-            "them in a form that this server does not know; leave them out",
-            "unsupported",
-            "tools",
-        )
-    return form
+    return _reply(service, ChatBuilder(service, id, body, use), job, body, log_fields)
 
 
 def _reply(
@@ -158,7 +139,9 @@ async def _whole(builder: Builder, job: Job) -> dict[str, Any]:
 
 
 async def _events(builder: Builder, job: Job, body: Sampling) -> AsyncIterator[dict[str, Any]]:
-    wants_usage = body.stream_options is not None and body.stream_options.include_usage
+    wants_usage = (body.stream_options is not None and body.stream_options.include_usage) or (
+        body.usage is not None and body.usage.include
+    )
     envelope = builder.envelope(streaming=True) | ({"usage": None} if wants_usage else {})
     await builder.prepare()
     for index in range(job.sequences):

@@ -20,6 +20,7 @@ ERROR_TYPES = {
     503: "overloaded_error",
 }
 MAX_MESSAGE = 1000  # characters; limits messages that quote the request
+BRANCH = "branch:"  # begins the names of union branches in the request models
 
 
 class ApiError(HTTPException):
@@ -99,28 +100,55 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     """Convert pydantic's list of validation errors to one error, about the first of them.
 
     Errors about wrong values are preferred to those about unknown fields. An unknown field is often
-    the consequence of a wrong value elsewhere, such as a wrong variant of a union.
+    the consequence of a wrong value elsewhere, such as a wrong type of a tool.
     """
     error = min(errors, key=lambda e: e["type"] == "extra_forbidden")
-    # pydantic adds "body" and the names of union variants to the path; they are not fields
-    path = [
-        str(part)
-        for part in error["loc"]
-        if part != "body" and not str(part).startswith(("function-", "list[", "union"))
-    ]
-    param = ".".join(path[:6])[:100] or None
+    kind, context = error["type"], error.get("ctx", {})
+    param = _field_name([*error["loc"], *([context["field"]] if "field" in context else [])])
     more = f" ({len(errors) - 1} more problems in this request)" if len(errors) > 1 else ""
-    if error["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         message = f"unknown field {param!r}: this server does not support it; leave it out{more}"
         return ApiError(400, message[:MAX_MESSAGE], "unknown_field", param)
-    if error["type"] == "missing" and param is None:
+    if kind == "missing" and param is None:
         return ApiError(400, "the request has no body; send a JSON object", "invalid_json")
-    found = "" if error["type"] == "missing" else f", found {_quoted(error.get('input'))}"
-    message = f"{param or 'the body'}: {error['msg']}{found}{more}"
-    return invalid_value(message[:MAX_MESSAGE], param)
+    message = _MESSAGES[kind].format(**context) if kind in _MESSAGES else error["msg"]
+    if kind not in _WITHOUT_VALUE:
+        message += f", found {quoted(error.get('input'))}"
+    colon = "" if message.startswith(("is ", "has ", "must ")) else ":"
+    message = f"{param or 'the body'}{colon} {message}{more}"[:MAX_MESSAGE]
+    if kind == "unsupported":
+        return ApiError(400, message, "unsupported", param)
+    return invalid_value(message, param)
 
 
-def _quoted(value: Any) -> str:
+# Messages of pydantic that speak of Python, in the words of the API.
+_MESSAGES = {
+    "missing": "is required",
+    "too_short": "is empty; give at least {min_length}",
+    "too_long": "has {actual_length} entries; at most {max_length} are allowed",
+    "string_too_short": "is empty; give at least {min_length} character",
+    "string_too_long": "is longer than the limit of {max_length} characters; shorten it",
+    "model_type": "must be an object",
+    "dict_type": "must be an object",
+    "list_type": "must be a list",
+    "string_type": "must be a text",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+}
+_WITHOUT_VALUE = {"missing", "too_short", "too_long", "string_too_short", "unsupported"}
+
+
+def _field_name(path: Sequence[Any]) -> str | None:
+    """Write a path as clients know it, such as messages[0].content[1].text."""
+    # pydantic adds "body", and the names of union branches; they are not fields
+    parts = [p for p in path if p != "body" and not str(p).startswith(BRANCH)]
+    name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts[:10])
+    return name.removeprefix(".")[:100] or None
+
+
+def quoted(value: Any) -> str:
     """Format a value of a request for a message, in at most 80 characters."""
     try:
         text = json.dumps(value) if not isinstance(value, bytes) else repr(value)

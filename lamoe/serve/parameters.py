@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ async def sampling_params(
     logprobs: int | None,
     skip_special: bool = True,
     cache_salt: str = "",
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """Convert the sampling fields of a request.
 
@@ -33,21 +35,24 @@ async def sampling_params(
         logprobs: number of top log-probabilities per token, or None for none.
         skip_special: leave special tokens out of the text.
         cache_salt: the salt of the client's key. The request's own salt is added to it.
+        grammar: a grammar that is ready; None compiles the grammar of the request.
 
     Raises:
         ApiError: 400 if a value or the grammar is invalid.
     """
-    if body.stream_options is not None and not body.stream:
+    if body.stream_options is not None and body.stream_options.include_usage and not body.stream:
         raise invalid_value(
             "stream_options is for stream: true only; leave it out, or set stream", "stream_options"
         )
-    grammar = await compile_grammar(service, body)
+    if grammar is None:
+        grammar = await compile_grammar(service, body)
     # Fields that are absent here get the defaults of SamplingParams.
     optional: dict[str, Any] = {
-        "temperature": body.temperature,
-        "top_p": body.top_p,
+        # top_p 0 leaves only the most likely token
+        "temperature": 0.0 if body.top_p == 0 else body.temperature,
+        "top_p": body.top_p or None,
         "min_p": body.min_p,
-        "seed": service.settings.seed if body.seed is None else body.seed % 2**63,
+        "seed": service.settings.seed if body.seed in (None, -1) else body.seed % 2**63,
         "min_tokens": body.min_tokens,
         "ignore_eos": body.ignore_eos,
         "n": body.n,
@@ -60,12 +65,11 @@ async def sampling_params(
         optional["top_k"] = max(body.top_k, 0)
     if body.logit_bias is not None:
         optional["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     try:
         return SamplingParams(
             max_tokens=max_tokens,
             logprobs=logprobs,
-            stop=tuple(stop),
+            stop=tuple(body.stop or ()),
             skip_special=skip_special,
             cache_salt=f"{cache_salt}/{body.cache_salt}" if body.cache_salt else cache_salt,
             **{name: value for name, value in optional.items() if value is not None},
@@ -77,20 +81,14 @@ async def sampling_params(
 
 
 async def compile_grammar(service: Service, body: Sampling) -> Grammar | None:
-    """Compile the grammar of the field response_format, regex or grammar.
+    """Compile the grammar that a field of the request asks for, see `grammar_makers`.
 
     Returns None if the request restricts nothing.
 
     Raises:
         ApiError: 400 if the grammar is invalid or exceeds a limit.
     """
-    form = body.response_format
-    if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
-        raise invalid_value(
-            "response_format: the field json_schema belongs to type json_schema only",
-            "response_format",
-        )
-    makers = _grammar_makers(body)
+    makers = grammar_makers(body)
     if not makers:
         return None
     fields = list(makers)
@@ -98,6 +96,15 @@ async def compile_grammar(service: Service, body: Sampling) -> Grammar | None:
         message = f"{' and '.join(fields)} are given; an output can follow only one of them"
         raise invalid_value(message, fields[1])
     [(field, make)] = makers.items()
+    return await prepare_grammar(service, make, field)
+
+
+async def prepare_grammar(service: Service, make: Callable[[], Grammar], field: str) -> Grammar:
+    """Make a grammar and compile it, in a thread. `field` names it in errors.
+
+    Raises:
+        ApiError: 400 if the grammar is invalid or exceeds a limit.
+    """
     tokenizer = need_tokenizer(service, field)
 
     def make_and_compile() -> Grammar:
@@ -111,19 +118,55 @@ async def compile_grammar(service: Service, body: Sampling) -> Grammar | None:
         raise ApiError(400, f"{field}: {e}", "invalid_grammar", field) from None
 
 
-def _grammar_makers(body: Sampling) -> dict[str, Callable[[], Grammar]]:
+def grammar_makers(body: Sampling) -> dict[str, Callable[[], Grammar]]:
     """Map each field that asks for a grammar to a function that makes the grammar."""
     makers: dict[str, Callable[[], Grammar]] = {}
+
+    def add(field: str, make: Callable[[Any], Grammar], value: Any) -> None:
+        if value is not None:
+            makers[field] = partial(make, value)
+
     form = body.response_format
-    if form is not None and form.json_schema is not None:
-        makers["response_format"] = partial(Grammar.json_schema, form.json_schema.json_schema)
-    elif form is not None and form.type == "json_object":
-        makers["response_format"] = Grammar.json_object
-    if body.regex is not None:
-        makers["regex"] = partial(Grammar.regex, body.regex)
-    if body.grammar is not None:
-        makers["grammar"] = partial(Grammar.lark, body.grammar)
+    if form is not None:
+        add("response_format", Grammar.json_schema, form.schema_object)
+        if form.type == "json_object" and form.schema_object is None:
+            makers["response_format"] = Grammar.json_object
+    add("regex", Grammar.regex, body.regex)
+    add("grammar", _lark, body.grammar)
+    add("json_schema", Grammar.json_schema, body.json_schema)
+    add("guided_json", Grammar.json_schema, body.guided_json)
+    add("guided_regex", Grammar.regex, body.guided_regex)
+    add("guided_choice", _one_of, body.guided_choice)
+    add("guided_grammar", _lark, body.guided_grammar)
+    if body.format == "json":
+        makers["format"] = Grammar.json_object
+    else:
+        add("format", Grammar.json_schema, body.format)
+    if (several := body.structured_outputs) is not None:
+        add("structured_outputs.json", Grammar.json_schema, several.json_)
+        add("structured_outputs.regex", Grammar.regex, several.regex)
+        add("structured_outputs.choice", _one_of, several.choice)
+        add("structured_outputs.grammar", _lark, several.grammar)
+        if several.json_object:
+            makers["structured_outputs.json_object"] = Grammar.json_object
     return makers
+
+
+def _one_of(texts: list[str]) -> Grammar:
+    """Make the grammar of a choice between texts."""
+    return Grammar.lark("start: " + " | ".join(json.dumps(t, ensure_ascii=False) for t in texts))
+
+
+def _lark(text: str) -> Grammar:
+    try:
+        return Grammar.lark(text)
+    except ValueError as e:
+        if "::=" not in text:
+            raise
+        raise ValueError(
+            f"{e}; this looks like GBNF or EBNF, and grammars are written in Lark here: "
+            'start: "yes" | "no"'
+        ) from None
 
 
 def check_logprobs(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from lamoe.serve.errors import ApiError, invalid_value
 from lamoe.serve.service import Service
 from lamoe.serve.wire import Message, Tool
+from lamoe.text.chat_template import V2_TEMPLATE, reads_tools
+from lamoe.text.forced_calls import ForcedCalls
 from lamoe.text.tokenizer import Tokenizer
 
 FILL_IN_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
@@ -197,7 +200,11 @@ async def fill_in_prompts(
 
 
 async def chat_prompt(
-    service: Service, messages: list[Message], tools: list[Tool] | None, generate: bool = True
+    service: Service,
+    messages: list[Message],
+    tools: list[Tool] | None,
+    generate: bool = True,
+    forced: ForcedCalls | None = None,
 ) -> list[int]:
     """Convert a conversation to token ids with the model's chat template.
 
@@ -206,19 +213,44 @@ async def chat_prompt(
         messages: the conversation.
         tools: the tools that the template describes to the model.
         generate: end the prompt where the assistant's reply begins.
+        forced: calls that the reply must consist of. Their beginning ends the prompt, and if the
+            template does not read tools, the first message describes them.
     """
     tokenizer = need_tokenizer(service, "chat")
 
     def render() -> list[int]:
         check_text(service, _texts(messages, tools), "messages")
-        return tokenizer.apply_chat(
-            [_template_message(message) for message in messages],
+        shown = [_template_message(message) for message in messages]
+        functions = None if tools is None else [t.model_dump(exclude_none=True) for t in tools]
+        if functions and forced and not reads_tools(tokenizer.chat_template or V2_TEMPLATE):
+            parts = [_description(functions), shown[0]["content"]]
+            shown[0]["content"] = "\n\n".join(part for part in parts if part)
+            functions = None
+        ids = tokenizer.apply_chat(
+            shown,
             add_generation_prompt=generate,
-            tools=None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools],
+            tools=functions,
             check=lambda text: check_num_tokens(service, text, "messages"),
         )
+        if forced is None:
+            return ids
+        # A text that ends in the middle of a line goes on with a space.
+        space = " " if tokenizer.decode(ids[-1:])[-1:].strip() else ""
+        return ids + tokenizer.encode(space + forced.head, allow_special=True)
 
     return await in_thread(service, "messages", render)
+
+
+def _description(functions: list[dict[str, Any]]) -> str:
+    """Describe functions to a model whose template does not read tools."""
+    lines = [json.dumps(function["function"], ensure_ascii=False) for function in functions]
+    return "\n".join(
+        [
+            "These functions exist:",
+            *lines,
+            'A call of a function is written as {"name": its name, "arguments": an object}.',
+        ]
+    )
 
 
 def _texts(messages: list[Message], tools: list[Tool] | None) -> list[str]:
@@ -235,12 +267,12 @@ def _texts(messages: list[Message], tools: list[Tool] | None) -> list[str]:
 def _text_of(message: Message) -> str | None:
     if isinstance(message.content, list):
         return "".join(part.text for part in message.content)
-    return message.content
+    return message.refusal if message.content is None else message.content
 
 
 def _template_message(message: Message) -> dict[str, Any]:
     """Convert a message to the dict that chat templates expect."""
-    if message.content is None and not message.tool_calls:
+    if _text_of(message) is None and not message.tool_calls:
         raise invalid_value(f"a message of the {message.role} has no content", "messages")
     if message.tool_calls and message.role != "assistant":
         raise invalid_value(

@@ -1,8 +1,9 @@
 """The shapes of requests and responses.
 
-Requests: the part of OpenAI's API that this server supports. Unknown fields are refused, so no
-field is accepted and then ignored. Extensions have the names that other servers use: top_k, min_p,
-repetition_penalty, min_tokens, ignore_eos, regex, grammar, cache_salt.
+Requests: the part of OpenAI's API that this server supports. `neutral.py` lists further fields that
+may be present if they ask for nothing. All others are refused, so no field is accepted and then
+ignored. Extensions have the names that other servers use: top_k, min_p, repetition_penalty,
+min_tokens, ignore_eos, regex, grammar, structured_outputs, cache_salt.
 
 Responses: these models only describe them for /openapi.json. The responses themselves are plain
 dicts.
@@ -10,43 +11,113 @@ dicts.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-MAX_TOKENS = 1 << 31
-Text = Annotated[str, StringConstraints(max_length=8 << 20)]
-Name = Annotated[str, StringConstraints(max_length=256)]
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-# fail_fast: report the first wrong element of a list, not each of a million
-Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
-Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-TokenLists = Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-
-
-class Wire(BaseModel):
-    """Base of all request models: exact types, no unknown fields, no NaN."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+from lamoe.serve import neutral
+from lamoe.serve.fields import (
+    LIST,
+    MAX_TOKENS,
+    OBJECT,
+    TEXT,
+    Choice,
+    Int,
+    Lark,
+    LogprobsCount,
+    LogprobsFlag,
+    MaxTokens,
+    MaxTokensOrNone,
+    Name,
+    NumLogprobs,
+    Prompt,
+    Regex,
+    Schema,
+    Stop,
+    Text,
+    TokenIds,
+    Wire,
+    names,
+    select,
+)
 
 
 class StreamOptions(Wire):
-    include_usage: bool = False
+    others: ClassVar[neutral.Table] = neutral.STREAM_OPTIONS
+
+    include_usage: bool | None = None
 
 
+# ---- structured output ---------------------------------------------------------------------------
 class JsonSchema(Wire):
-    name: Name = "answer"
+    name: Name | None = None
     description: Text | None = None
-    json_schema: dict[str, Any] = Field(alias="schema")
+    json_schema: Schema = Field(validation_alias=AliasChoices("schema", "schema_"))
     strict: bool | None = None
 
 
 class ResponseFormat(Wire):
-    """The form of the output. A schema is always enforced, whatever its `strict` says."""
+    """The form of the output. A schema is always enforced, whatever its `strict` says.
+
+    The schema may also stand beside `type`, where llama.cpp and OpenAI's Responses API have it.
+    """
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    beside_type: Schema | None = Field(None, alias="schema")
+    name: Name | None = None
+    description: Text | None = None
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_place(self) -> ResponseFormat:
+        given = [s for s in (self.json_schema, self.beside_type) if s is not None]
+        if len(given) > 1:
+            wrong = "has two schemas; give response_format.json_schema.schema only"
+        elif self.type == "json_schema" and not given:
+            wrong = "has type json_schema but no schema; give response_format.json_schema.schema"
+        elif (self.type == "text" and given) or (self.type == "json_object" and self.json_schema):
+            wrong = f"has type {self.type}, but a schema belongs to type json_schema"
+        else:
+            return self
+        raise PydanticCustomError("wrong_value", wrong)
+
+    @property
+    def schema_object(self) -> dict[str, Any] | None:
+        """The schema, or None if there is none."""
+        return self.json_schema.json_schema if self.json_schema else self.beside_type
+
+
+class StructuredOutputs(Wire):
+    """vLLM's field for structured output. Exactly one of its fields must be set."""
+
+    others: ClassVar[neutral.Table] = neutral.STRUCTURED
+
+    json_: Schema | None = Field(None, alias="json")
+    regex: Regex | None = None
+    choice: Choice | None = None
+    grammar: Lark | None = None
+    json_object: bool | None = None
+
+
+class UsageOptions(Wire):
+    include: bool | None = None
+
+
+Format = Annotated[
+    Annotated[Literal["json"], TEXT] | Annotated[Schema, OBJECT],
+    select('must be "json" or a JSON schema'),
+]
 
 
 class Sampling(Wire):
@@ -55,14 +126,16 @@ class Sampling(Wire):
     model: Name | None = Field(
         None, description="name of the served model; optional, because there is only one"
     )
-    n: int | None = Field(None, ge=1, le=128)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    n: Annotated[Int, Field(ge=1, le=128)] | None = None
+    seed: Int | None = Field(None, description="taken modulo 2**63; -1 draws a seed")
+    stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=100, description="default 1; 0 is greedy")
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=1 << 31, description="0 or -1 switches it off")
+    top_p: float | None = Field(None, ge=0, le=1, description="0 is greedy")
+    top_k: Annotated[Int, Field(ge=-1, le=1 << 31)] | None = Field(
+        None, description="0 or -1 switches it off"
+    )
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -77,14 +150,21 @@ class Sampling(Wire):
         ]
         | None
     ) = None
-    min_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    min_tokens: Annotated[Int, Field(ge=0, le=MAX_TOKENS)] | None = None
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
-    regex: Annotated[str, StringConstraints(max_length=1 << 16)] | None = Field(
-        None, description="the output matches this regular expression"
-    )
-    grammar: Annotated[str, StringConstraints(max_length=1 << 18)] | None = Field(
-        None, description="the output follows this Lark grammar"
+    regex: Regex | None = Field(None, description="the output matches this regular expression")
+    grammar: Lark | None = Field(None, description="the output follows this Lark grammar")
+    structured_outputs: StructuredOutputs | None = None
+    # other places where servers take a schema or grammar
+    json_schema: Schema | None = Field(None, description="llama.cpp's place of a schema")
+    guided_json: Schema | None = None
+    guided_regex: Regex | None = None
+    guided_choice: Choice | None = None
+    guided_grammar: Lark | None = None
+    format: Format | None = Field(None, description='Ollama\'s field: "json" or a schema')
+    usage: UsageOptions | None = Field(
+        None, description="OpenRouter's field; include adds the usage to a stream"
     )
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
         None, description="reuse cached prompt beginnings only of requests with the same salt"
@@ -93,9 +173,9 @@ class Sampling(Wire):
 
 
 class CompletionRequest(Sampling):
-    prompt: Text | Texts | Tokens | TokenLists
-    max_tokens: int | None = Field(
-        None, ge=0, le=MAX_TOKENS, description="default 16; 0 is allowed only with echo"
+    prompt: Prompt
+    max_tokens: MaxTokensOrNone | None = Field(
+        None, description="default 16; -1 is no limit; 0 is allowed only with echo"
     )
     suffix: Text | None = Field(
         None,
@@ -103,39 +183,75 @@ class CompletionRequest(Sampling):
         "fill-in-the-middle tokens",
     )
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=20)
-    best_of: int | None = Field(
-        None, ge=1, le=128, description="must equal n; further samples are not supported"
+    logprobs: LogprobsCount | None = None
+    best_of: Annotated[Int, Field(ge=1, le=128)] | None = Field(
+        None, description="must equal n; further samples are not supported"
     )
 
 
+# ---- messages and tools --------------------------------------------------------------------------
 class Part(Wire):
-    type: Literal["text"]
+    """A part of a message. Only text is supported."""
+
+    others: ClassVar[neutral.Table] = neutral.PART
+
+    type: Literal["text", "refusal", "input_text", "output_text"]
     text: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_only(cls, data: Any) -> Any:
+        kind = data.get("type") if isinstance(data, dict) else None
+        if kind == "refusal":
+            return {"text" if name == "refusal" else name: v for name, v in data.items()}
+        if isinstance(kind, str) and kind in neutral.PARTS:
+            raise PydanticCustomError(
+                "unsupported",
+                "this server reads text only; leave parts of type {field} out",
+                {"field": kind},
+            )
+        return data
+
+
+def _arguments(value: Any) -> Any:
+    """Return the arguments of a tool call as JSON text. Clients also send objects."""
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    return "{}" if isinstance(value, str) and not value.strip() else value
 
 
 class FunctionCall(Wire):
+    others: ClassVar[neutral.Table] = neutral.FUNCTION_CALL
+
     name: Name
-    arguments: Text
+    arguments: Annotated[
+        Text, BeforeValidator(_arguments), WithJsonSchema({"type": ["string", "object"]})
+    ] = "{}"
 
 
 class ToolCall(Wire):
+    others: ClassVar[neutral.Table] = neutral.TOOL_CALL
+
     id: Name
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
+Content = Annotated[
+    Annotated[Text, TEXT] | Annotated[list[Part], LIST], select("must be a text or a list of parts")
+]
+
+
 class Message(Wire):
+    others: ClassVar[neutral.Table] = neutral.MESSAGE
+    kept: ClassVar[frozenset[str]] = frozenset({"content"})
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] | None = None
+    content: Content | None = None
     name: Name | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
     tool_call_id: Name | None = None
-    # Clients send replies back as they got them, so the null fields of replies are accepted.
-    refusal: None = None
-    annotations: None = None
-    audio: None = None
-    function_call: None = None
+    refusal: Text | None = Field(None, description="of an earlier reply; used if content is null")
 
 
 class Function(Wire):
@@ -146,28 +262,73 @@ class Function(Wire):
 
 
 class Tool(Wire):
+    others: ClassVar[neutral.Table] = neutral.TOOL
+
     type: Literal["function"]
     function: Function
 
 
+class FunctionName(Wire):
+    name: Name
+
+
+class NamedTool(Wire):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(Wire):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=128)]
+
+
+class ChosenTool(Wire):
+    """The forms of tool_choice that name functions."""
+
+    type: Literal["function", "allowed_tools"]
+    function: FunctionName | None = None
+    allowed_tools: AllowedTools | None = None
+
+    @model_validator(mode="after")
+    def _check_form(self) -> ChosenTool:
+        fields = {"function": self.function, "allowed_tools": self.allowed_tools}
+        if [name for name, value in fields.items() if value is not None] != [self.type]:
+            raise PydanticCustomError(
+                "wrong_value",
+                "must have the field {t}, and no other, for type {t}",
+                {"t": self.type},
+            )
+        return self
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["auto", "none", "required"], TEXT] | Annotated[ChosenTool, OBJECT],
+    select('must be "auto", "none", "required" or {"type": "function", "function": {"name": ...}}'),
+]
+Tools = Annotated[list[Tool], Field(min_length=1, max_length=128)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
+
+
 class ChatRequest(Sampling):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
-    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    max_completion_tokens: int | None = Field(
-        None, ge=1, le=MAX_TOKENS, description="default: the rest of the context"
+    messages: Messages
+    max_tokens: MaxTokens | None = Field(None, description="older name of max_completion_tokens")
+    max_completion_tokens: MaxTokens | None = Field(
+        None, description="default, or with -1: the rest of the context"
     )
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    logprobs: LogprobsFlag | None = None
+    top_logprobs: NumLogprobs | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = Field(
-        None, description="false: return only the first call of a reply"
+        None,
+        description="false: return only the first call of a reply; true with a required call: "
+        "there may be several",
     )
 
 
 class EmbeddingRequest(Wire):
     model: Name | None = None
-    input: Text | Texts | Tokens | TokenLists
+    input: Prompt
     encoding_format: Literal["float", "base64"] | None = None
     user: Name | None = None
 
@@ -175,10 +336,12 @@ class EmbeddingRequest(Wire):
 class TokenizeRequest(Wire):
     """Either prompt or messages must be set."""
 
+    kept: ClassVar[frozenset[str]] = frozenset({"prompt"})
+
     model: Name | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool = Field(
         True, description="put BOS before a prompt if the model uses it"
     )
@@ -190,7 +353,36 @@ class TokenizeRequest(Wire):
 
 class DetokenizeRequest(Wire):
     model: Name | None = None
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    tokens: TokenIds
+
+
+REQUESTS: dict[type[Wire], str] = {
+    CompletionRequest: "/v1/completions",
+    ChatRequest: "/v1/chat/completions",
+    EmbeddingRequest: "/v1/embeddings",
+    TokenizeRequest: "/tokenize",
+    DetokenizeRequest: "/detokenize",
+}
+# Values of other routes' fields that say what this route does anyway.
+_ELSEWHERE: dict[type[Wire], neutral.Table] = {
+    CompletionRequest: {"add_special_tokens": (True,), "add_generation_prompt": (True,)},
+    ChatRequest: {"best_of": (1,), "add_special_tokens": (), "add_generation_prompt": (True,)},
+    EmbeddingRequest: {"add_special_tokens": (True,), "n": (1,)},
+}
+
+
+def _fields_elsewhere(request: type[Wire]) -> dict[str, tuple]:
+    """Return the fields of other routes, so that errors name the route."""
+    values = _ELSEWHERE.get(request, {})
+    return {
+        name: (f"it is a field of {route}", *values.get(name, ()))
+        for other, route in reversed(REQUESTS.items())
+        for name in names(other)[1] - names(request)[1]
+    }
+
+
+for _request in REQUESTS:
+    _request.others = {**neutral.REQUEST, **_fields_elsewhere(_request)}
 
 
 # ---- responses ---------------------------------------------------------------------------------

@@ -138,16 +138,18 @@ def _check_messages(messages: Any, tools: Any, source: str) -> None:
             )
 
 
-def _check_tools(tools: Any, source: str) -> None:
-    """Check `tools`, and that the template reads them.
+def reads_tools(source: str) -> bool:
+    """Return whether a template reads `tools`, or does not parse.
 
     A template may write earlier tool calls without reading `tools` (DeepSeek-V3's does). The model
     would then never see the tools.
     """
     names = _names(source)
-    if (
-        names is not None and "tools" not in names
-    ):  # `render` reports a template that does not parse
+    return names is None or "tools" in names  # `render` reports a template that does not parse
+
+
+def _check_tools(tools: Any, source: str) -> None:
+    if not reads_tools(source):
         raise ValueError(
             "tools were given, but this model's chat template does not know tools; leave them out"
         )

@@ -17,6 +17,8 @@ from typing import Any
 
 # Largest number of places in a reply that are parsed as calls. Everything after them stays text.
 MAX_CALLS = 128
+# Arguments of a call without any. More text must follow: a reply that is cut here is no call.
+_NOTHING = re.compile(r'(?:null|"")?(?=\s*+[`<])')
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
 
 
@@ -61,6 +63,15 @@ def form_of(template: str | None) -> Form | None:
     )
 
 
+def new_call(name: str, arguments: str) -> dict[str, Any]:
+    """Make a call as in OpenAI's API, with a new id."""
+    return {
+        "id": f"call_{uuid.uuid4().hex[:24]}",
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
 def parse(form: Form, text: str) -> tuple[str, list[dict[str, Any]]]:
     """Split a reply into text and tool calls.
 
@@ -76,13 +87,7 @@ def parse(form: Form, text: str) -> tuple[str, list[dict[str, Any]]]:
         if found is not None:
             plain.append(text[end : head.start()])
             name, arguments, end = found
-            calls.append(
-                {
-                    "id": f"call_{uuid.uuid4().hex[:24]}",
-                    "type": "function",
-                    "function": {"name": name, "arguments": arguments},
-                }
-            )
+            calls.append(new_call(name, arguments))
     if not calls:
         return text, []
     later = [s.strip() for s in (*plain[1:], text[end:])]
@@ -128,11 +133,14 @@ class Splitter:
 
 def _parse_call(form: Form, text: str, head: re.Match[str]) -> tuple[str, str, int] | None:
     """Return (name, arguments, end) of the call that begins with `head`, or None if invalid."""
-    if not text.startswith("{", head.end()):
-        return None
-    try:
-        value, end = _JSON.raw_decode(text, head.end())
-    except (ValueError, RecursionError):
+    if text.startswith("{", head.end()):
+        try:
+            value, end = _JSON.raw_decode(text, head.end())
+        except (ValueError, RecursionError):
+            return None
+    elif head.lastindex and (nothing := _NOTHING.match(text, head.end())):
+        value, end = {}, nothing.end()
+    else:
         return None
     foot = form.foot.match(text, end)
     if foot is None:
@@ -140,7 +148,9 @@ def _parse_call(form: Form, text: str, head: re.Match[str]) -> tuple[str, str, i
     if head.lastindex:
         name, arguments = head[head.lastindex].strip(), value
     else:
-        name, arguments = value.get("name"), value.get("arguments", {})
+        name, arguments = value.get("name"), value.get("arguments")
+        if arguments is None or arguments == "":
+            arguments = {}
         if isinstance(arguments, str):  # some models encode the arguments twice
             try:
                 arguments = json.loads(arguments, parse_constant=_refuse)

@@ -1,0 +1,130 @@
+"""Decides from the fields tools and tool_choice what the model is shown and how it must answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from lamoe.engine.grammar import Grammar, special_tokens
+from lamoe.serve.errors import ApiError, invalid_value
+from lamoe.serve.parameters import grammar_makers, prepare_grammar
+from lamoe.serve.prompts import need_tokenizer
+from lamoe.serve.service import Service
+from lamoe.serve.wire import ChatRequest, ChosenTool, Function, NamedTool, Tool
+from lamoe.text import tool_calls
+from lamoe.text.forced_calls import ForcedCalls, spelling_of
+
+NO_PROPERTIES = {"type": "object", "properties": {}, "additionalProperties": False}
+# Keys of a schema that do not restrict the properties of an object.
+_NOTES = frozenset("type properties required title description $schema $comment $defs".split())
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """How a request uses tools.
+
+    Attributes:
+        tools: the tools that the model is shown, or None for none.
+        form: how the model writes calls, if it may answer with text or calls.
+        forced: what the reply must be, if it must consist of calls.
+        named: whether tool_choice names the function.
+    """
+
+    tools: list[Tool] | None = None
+    form: tool_calls.Form | None = None
+    forced: ForcedCalls | None = None
+    named: bool = False
+
+
+def tool_use(service: Service, body: ChatRequest) -> ToolUse:
+    """Read the fields about tools.
+
+    Raises:
+        ApiError: 400 if they contradict each other, or the model's template cannot do it.
+    """
+    choice, allowed, named = body.tool_choice or "auto", body.tools, False
+    if allowed is None:
+        if choice not in ("auto", "none"):
+            raise invalid_value("tool_choice asks for a call, but there are no tools", "tools")
+        return ToolUse()
+    if isinstance(choice, ChosenTool):
+        if choice.allowed_tools is not None:
+            allowed = _select(allowed, choice.allowed_tools.tools)
+            choice = choice.allowed_tools.mode
+        else:
+            assert choice.function is not None
+            allowed = _select(allowed, [NamedTool(type="function", function=choice.function)])
+            choice, named = "required", True
+    if choice == "none":
+        return ToolUse()
+    template = need_tokenizer(service, "chat").chat_template
+    if choice == "required":
+        if fields := list(grammar_makers(body)):
+            raise invalid_value(
+                f"tool_choice asks for a call, and {fields[0]} for another output; an output can "
+                "follow only one of them",
+                "tool_choice",
+            )
+        names = tuple(dict.fromkeys(tool.function.name for tool in allowed))
+        several = not named and body.parallel_tool_calls is True
+        forced = ForcedCalls(spelling_of(template), names, several)
+        return ToolUse(body.tools if named else allowed, forced=forced, named=named)
+    form = tool_calls.form_of(template)
+    if form is None:
+        raise ApiError(
+            400,
+            "tools are given, but this model's chat template defines no tool calls, or writes "
+            "them in a form that this server does not know; leave them out, or set tool_choice to "
+            "required or to a function",
+            "unsupported",
+            "tools",
+        )
+    return ToolUse(allowed, form)
+
+
+def _select(tools: list[Tool], named: list[NamedTool]) -> list[Tool]:
+    by_name = {tool.function.name: tool for tool in tools}
+    names = list(dict.fromkeys(tool.function.name for tool in named))
+    for name in names:
+        if name not in by_name:
+            raise invalid_value(
+                f"tool_choice names {name!r}; the functions of tools are "
+                f"{', '.join(map(repr, list(by_name)[:20]))}",
+                "tool_choice",
+            )
+    return [by_name[name] for name in names]
+
+
+async def forced_grammar(service: Service, body: ChatRequest, forced: ForcedCalls) -> Grammar:
+    """Compile the grammar of a reply that must consist of calls.
+
+    Raises:
+        ApiError: 400 if the parameters of a function cannot be enforced.
+    """
+    tokenizer = need_tokenizer(service, "tool_choice")
+    functions = {tool.function.name: (i, tool.function) for i, tool in enumerate(body.tools or [])}
+    schemas = {}
+    for rule, name in enumerate(forced.names):
+        i, function = functions[name]
+        schema = _parameters(function, f"tools[{i}].function.parameters")
+        schemas[f"arguments{rule}"] = schema
+    make = partial(Grammar.with_schemas, forced.rules(special_tokens(tokenizer)), schemas)
+    field = f"tools[{functions[forced.names[0]][0]}].function.parameters"
+    return await prepare_grammar(service, make, field if len(schemas) == 1 else "tools")
+
+
+def _parameters(function: Function, field: str) -> dict[str, Any]:
+    """Return a schema of the arguments, which are always an object.
+
+    Functions take no arguments that they do not declare, so further properties need an explicit
+    additionalProperties.
+    """
+    schema = function.parameters or NO_PROPERTIES
+    kind = schema.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise invalid_value(
+            f"{field}: has type {kind!r}; the arguments of a function are an object", field
+        )
+    closed = {"additionalProperties": False} if set(schema) <= _NOTES else {}
+    return {**schema, "type": "object", **closed}
