@@ -8,6 +8,7 @@ rule would give slightly wrong ids, and the model would merely seem weak.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,15 @@ SPLITS: dict[str, list[Any]] = {
 # Other names of the same rules, with the same defaults.
 _SAME_RULE = {
     **dict.fromkeys("llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2".split(), "llama-bpe"),
-    **dict.fromkeys("deepseek-r1-qwen kormo".split(), "qwen2"),
-    **dict.fromkeys("phi-2 jina-es jina-de jina-v2-es jina-v2-de".split(), "gpt-2"),
+    **dict.fromkeys("deepseek-r1-qwen kormo megrez".split(), "qwen2"),
+    **dict.fromkeys("phi-2 jina-es jina-de jina-v2-es jina-v2-de a.x-4.0 mellum".split(), "gpt-2"),
 }
 # Rules of models that use BOS by default, that is, if the file has no add_bos_token.
 _BEGINS_WITH_BOS = ("llama-bpe",)
+_TOKEN_IDS = tuple(f"{n}_token_id" for n in ("bos", "eos", "padding", "eot", "eom"))
+# Texts of control tokens that end a reply in every model that has them. Files of models with two
+# such tokens often name only one.
+_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|end_of_text|>")
 
 
 # ---- the files -----------------------------------------------------------------------------------
@@ -101,7 +106,7 @@ def write(metadata: Mapping[str, Any], folder: Path, source: str) -> None:
     own = {k: v for k, v in own.items() if not (k.endswith("_token_id") and _is_outside(v, own))}
     tokens, types = _read_vocabulary(own, source)
     inner, named = _build(own, tokens, types, source)
-    _add_special_tokens(inner, own, tokens, types)
+    _add_special_tokens(inner, own, tokens, types, str(metadata.get("general.name", "")))
     begins = "bos" in named and bool(
         own.get("add_bos_token", own["model"] == "llama" or own.get("pre") in _BEGINS_WITH_BOS)
     )
@@ -113,7 +118,7 @@ def write(metadata: Mapping[str, Any], folder: Path, source: str) -> None:
         )
     inner.save(str(folder / "tokenizer.json"), pretty=False)
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(metadata, named, begins))
-    if ids := _generation_config(own):
+    if ids := _generation_config(own, tokens, types):
         _write_json(folder / "generation_config.json", ids)
 
 
@@ -157,6 +162,11 @@ def _build(
             raise ValueError(
                 f"a vocabulary of kind {kind!r} is not known; known: gpt2, llama; {_INSTEAD}"
             )
+        for key in _TOKEN_IDS:
+            if key in own and not (type(own[key]) is int and 0 <= own[key] < len(tokens)):
+                raise ValueError(
+                    f"{key} is {own[key]!r}, which is no id of its {len(tokens)} tokens; {_INSTEAD}"
+                )
         keys = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id"}
         named = {name: tokens[own[key]] for name, key in keys.items() if key in own}
     except (KeyError, IndexError, TypeError) as e:
@@ -169,13 +179,27 @@ def _build(
 
 
 def _add_special_tokens(
-    inner: tokenizers.Tokenizer, own: Mapping[str, Any], tokens: list[str], types: list[int]
+    inner: tokenizers.Tokenizer,
+    own: Mapping[str, Any],
+    tokens: list[str],
+    types: list[int],
+    model_name: str,
 ) -> None:
-    special = {own.get(f"{n}_token_id") for n in ("bos", "eos", "padding", "eot", "eom")}
+    special = {own.get(key) for key in _TOKEN_IDS}
+    # A GGUF file has no lstrip or rstrip. Only Phi-3's tokens are known to swallow blanks.
+    is_phi3 = re.search("phi-?3", model_name, re.IGNORECASE) is not None
+    added = []
     for i, (token, kind) in enumerate(zip(tokens, types)):
         if kind in (_CONTROL, _USER, _UNKNOWN) and token != f"[PAD{i}]":
-            is_special = kind != _USER or i in special
-            inner.add_tokens([AddedToken(token, special=is_special, normalized=False)])
+            added.append(
+                AddedToken(
+                    token,
+                    special=kind != _USER or i in special,
+                    rstrip=is_phi3 and token not in ("<unk>", "<s>", "<|endoftext|>"),
+                    normalized=False,
+                )
+            )
+    inner.add_tokens(added)
 
 
 def _tokenizer_config(
@@ -193,11 +217,16 @@ def _tokenizer_config(
     return config
 
 
-def _generation_config(own: Mapping[str, Any]) -> dict[str, Any]:
+def _generation_config(
+    own: Mapping[str, Any], tokens: list[str], types: list[int]
+) -> dict[str, Any]:
     """Return the ids of BOS and padding, and of all tokens that end a reply."""
     keys = {"bos": "bos_token_id", "pad": "padding_token_id"}
     ids: dict[str, Any] = {f"{name}_token_id": own[key] for name, key in keys.items() if key in own}
     stops = [own[f"{n}_token_id"] for n in ("eos", "eot", "eom") if f"{n}_token_id" in own]
+    stops += [
+        i for i, (t, kind) in enumerate(zip(tokens, types)) if t in _ENDS and kind == _CONTROL
+    ]
     if stops:
         ids["eos_token_id"] = list(dict.fromkeys(stops))
     return ids
@@ -211,10 +240,10 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def _byte_level(own: Mapping[str, Any], vocab: dict[str, int]) -> tokenizers.Tokenizer:
     """Build a byte-level BPE tokenizer ("gpt2")."""
     pre = own.get("pre")
-    if pre not in SPLITS:
+    if not isinstance(pre, str) or pre not in SPLITS:
+        known = ", ".join([*SPLITS, *_SAME_RULE])
         raise ValueError(
-            f"it splits text as {pre!r}, which is not known here; known: {', '.join(SPLITS)}; "
-            f"{_INSTEAD}"
+            f"it splits text as {pre!r}, which is not known here; known: {known}; {_INSTEAD}"
         )
     # "left right"; the left part may itself begin with a space
     merges = [(m[:cut], m[cut + 1 :]) for m in own["merges"] for cut in [m.index(" ", 1)]]

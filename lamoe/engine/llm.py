@@ -153,8 +153,7 @@ class LLM:
         self.cache = self.backend.new_cache(self._plan.pages, page_size, formats.cache)
         self.pool = PagePool(self.cache.pages, page_size)
         self.scheduler = Scheduler(self.pool, max_num_seqs, max_num_batched_tokens, speculate)
-        eos_id = self.config.eos_token_id
-        self.eos_ids = tokenizer.stop_ids if tokenizer else frozenset({eos_id} - {None})
+        self.eos_ids = tokenizer.stop_ids if tokenizer else self.config.eos_token_ids
         self.count_experts = count_experts and self.config.is_moe
         self._ids = count()
         self._texts: dict[int, TextStream] = {}

@@ -159,7 +159,7 @@ class ModelConfig:
     aux_loss_alpha: float = 0.0
     seq_aux: bool = True
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
 
     # ---- derived sizes ---------------------------------------------------------------------------
@@ -229,6 +229,12 @@ class ModelConfig:
         first = -(-self.first_k_dense_replace // self.moe_layer_freq) * self.moe_layer_freq
         return range(first, self.num_hidden_layers if self.is_moe else first, self.moe_layer_freq)
 
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Ids that end a text."""
+        ids = self.eos_token_id
+        return frozenset(ids if isinstance(ids, tuple) else () if ids is None else (ids,))
+
     # ---- validation ------------------------------------------------------------------------------
     def __post_init__(self) -> None:
         check_types(self)
@@ -276,11 +282,12 @@ class ModelConfig:
                 f"torch_dtype is {self.torch_dtype!r}; known: float32, bfloat16, float16, float64"
             )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < self.vocab_size:
-                raise ValueError(
-                    f"{name} is {value}, outside the vocabulary of {self.vocab_size} tokens"
-                )
+            ids = getattr(self, name)
+            for value in ids if isinstance(ids, tuple) else (ids,):
+                if value is not None and not 0 <= value < self.vocab_size:
+                    raise ValueError(
+                        f"{name} is {value}, outside the vocabulary of {self.vocab_size} tokens"
+                    )
         if self.aux_loss_alpha < 0:
             raise ValueError(f"aux_loss_alpha is {self.aux_loss_alpha}; it must be at least 0")
 

@@ -76,8 +76,6 @@ def read_fields(
     _merge(raw, "torch_dtype", dtype)
     _read_rope(raw, yarn_types)
     raw = {k: v for k, v in raw.items() if v is not None}
-    if isinstance(raw.get("eos_token_id"), list) and raw["eos_token_id"]:
-        raw["eos_token_id"] = raw["eos_token_id"][0]  # generation_config.json has all stop ids
     facts = sort_keys({k: v for k, v in raw.items() if k not in types}, types, "config.json")
     raw = {k: coerce(k, v, types[k]) for k, v in raw.items() if k in types}
     missing = [k for k in _REQUIRED if k not in raw]
@@ -134,6 +132,8 @@ def coerce(name: str, value: Any, kind: str) -> Any:
     options = [k.strip() for k in kind.split("|")]
     if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], (list, dict)):
         value = value[0]
+    if isinstance(value, list) and "tuple[int, ...]" in options:
+        return tuple(value) or None
     if isinstance(value, str) and "str" not in options:
         value = _number(value)
     if "bool" in options and value in (0, 1):
@@ -163,12 +163,13 @@ def drop_impossible_ids(raw: dict[str, Any], where: str = "config.json") -> None
     """
     vocab = raw["vocab_size"]
     for name in _IDS:
-        value = raw.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or not isinstance(vocab, int):
+        ids = raw.get(name) if isinstance(raw.get(name), tuple) else (raw.get(name),)
+        if not all(type(i) is int for i in (*ids, vocab)) or vocab <= 0:
             continue
-        if not 0 <= value < vocab and vocab > 0:
-            del raw[name]
-            if value != -1:
+        kept = tuple(i for i in ids if 0 <= i < vocab)
+        raw[name] = kept[0] if len(kept) == 1 else kept or None
+        for value in ids:
+            if value not in kept and value != -1:
                 note_once(
                     f"{where}: {name} is {value}, outside the vocabulary of {vocab} tokens; "
                     "it is taken as none"

@@ -72,7 +72,7 @@ class Tokenizer:
             models have more (V2: 102,400 rows for 100,015 tokens). Ids beyond the vocabulary decode
             to the empty text.
         bos_id, eos_id, pad_id: token ids, or None if the vocabulary has no such token.
-        stop_ids: ids that end a reply, which are EOS and those in generation_config.json.
+        stop_ids: ids that end a reply: EOS and those in generation_config.json or config.json.
         add_bos: whether prompts of this model begin with BOS.
         control_tokens: the texts of the control tokens.
         max_length: model_max_length of tokenizer_config.json, or None.
@@ -124,7 +124,8 @@ class Tokenizer:
         """Read the tokenizer of a model folder.
 
         Besides tokenizer.json it reads, if they exist, tokenizer_config.json,
-        special_tokens_map.json, generation_config.json and chat_template.jinja.
+        special_tokens_map.json, added_tokens.json, generation_config.json and chat_template.jinja.
+        If generation_config.json names no EOS, the ids in config.json end a reply.
 
         Args:
             path: the folder, or the tokenizer.json in it.
@@ -145,15 +146,9 @@ class Tokenizer:
             **files.read_json(folder / "special_tokens_map.json"),
             **{k: v for k, v in config.items() if v is not None},
         }
-        generation = files.read_json(folder / "generation_config.json")
         try:
             files.add_tokens(inner, folder, names)
-            ids = {
-                k: files.id_list(
-                    generation.get(f"{k}_token_id"), f"generation_config.json: {k}_token_id"
-                )
-                for k in ("bos", "eos", "pad")
-            }
+            ids = files.generation_ids(folder)
             named = {
                 k: files.token_text(names.get(f"{k}_token"), f"{k}_token")
                 or files.first_token(inner, ids[k])

@@ -148,12 +148,30 @@ def token_text(value: Any, key: str) -> str | None:
     return value or None
 
 
-def id_list(value: Any, key: str) -> list[int]:
-    """Return token ids that are given as one id, a list or None."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in values):
-        raise ValueError(f"{key} must be a token id or a list of them, found {value!r}")
-    return values
+def generation_ids(folder: Path) -> dict[str, list[int]]:
+    """Return the ids in generation_config.json by the names bos, eos and pad.
+
+    If it has no EOS, those are the ids in config.json. An id below 0 means none.
+    """
+    content = read_json(folder / "generation_config.json")
+    found = {}
+    for name in ("bos", "eos", "pad"):
+        key = f"{name}_token_id"
+        value = content.get(key)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in values):
+            raise ValueError(
+                f"generation_config.json: {key} must be a token id or a list of them, "
+                f"found {value!r}"
+            )
+        found[name] = [i for i in values if i >= 0]
+        if len(found[name]) > 1 and name != "eos":
+            raise ValueError(f"generation_config.json: {key} must be one id, found {value!r}")
+    if not found["eos"]:
+        value = read_json(folder / "config.json").get("eos_token_id")
+        values = value if isinstance(value, list) else [value]
+        found["eos"] = [i for i in values if type(i) is int and 0 <= i < 1 << 32]
+    return found
 
 
 def first_token(inner: tokenizers.Tokenizer, ids: list[int]) -> str | None:

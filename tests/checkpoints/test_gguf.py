@@ -403,7 +403,7 @@ def test_scored_pieces_are_joined_best_first(tmp_path, blank):
         ({"tokenizer.ggml.model": "bert"}, {}, "kind 'bert'"),
         ({"tokenizer.ggml.merges": ["q qqq"]}, {}, "do not belong"),
         ({"tokenizer.ggml.merges": ["qq"]}, {}, "m.gguf: "),
-        ({"tokenizer.ggml.bos_token_id": 319}, {}, "not complete"),
+        ({"tokenizer.ggml.bos_token_id": 319}, {}, "bos_token_id is 319, which is no id"),
         ({"tokenizer.ggml.merges": None}, {}, "not complete"),
     ],
 )

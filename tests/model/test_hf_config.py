@@ -159,7 +159,18 @@ def test_defaults_of_absent_fields():
         factor=8.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=0.0
     )
     assert isinstance(config.rope_scaling.original_max_position_embeddings, int)
-    assert ModelConfig.from_dict({**raw, "eos_token_id": [2, 3]}).eos_token_id == 2
+
+
+def test_lists_of_token_ids():
+    raw = MOE.to_dict()
+    config = ModelConfig.from_dict({**raw, "eos_token_id": [2, 3], "pad_token_id": [4]})
+    assert config.eos_token_ids == {2, 3} and config.pad_token_id == 4
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert ModelConfig.from_dict({**raw, "eos_token_id": [2, 10**6]}).eos_token_ids == {2}
+    assert ModelConfig.from_dict({**raw, "eos_token_id": []}).eos_token_ids == frozenset()
+    for name in ("bos_token_id", "pad_token_id"):
+        with pytest.raises(ValueError, match=rf"{name} must be int \| None, found \[2, 3\]"):
+            ModelConfig.from_dict({**raw, name: [2, 3]})
 
 
 # Fields that have the same name in transformers 5. Missing here: rope settings, which are in

@@ -627,7 +627,7 @@ def test_missing_and_broken_files(tok, tmp_path):
         ("tokenizer_config.json", '{"chat_template": 7}', "chat_template must be"),
         ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', "one named default"),
         ("generation_config.json", '{"eos_token_id": "1"}', "must be a token id"),
-        ("generation_config.json", '{"eos_token_id": [1, -1]}', "must be a token id"),
+        ("generation_config.json", '{"eos_token_id": [1, "2"]}', "must be a token id"),
         ("chat_template.jinja", b"\xff\xfe", "not UTF-8"),
     ],
 )

@@ -1,5 +1,7 @@
 """Tests of the files of a tokenizer: encodings, lists of ids, damaged files."""
 
+import json
+
 import pytest
 
 from lamoe.text.tokenizer import Tokenizer, train
@@ -23,3 +25,32 @@ def test_files_with_a_byte_order_mark_are_read(tok, tmp_path, encoding):
     back = Tokenizer.load(tmp_path)
     assert back.stop_ids == {1, 4} and back.encode(TEXT) == tok.encode(TEXT)
     assert back.render_chat([{"role": "user", "content": "y"}]) == "x"
+
+
+@pytest.mark.parametrize(
+    "files, stops",
+    [
+        ({"config.json": {"eos_token_id": [1, 3, 4]}}, {1, 3, 4}),
+        ({"config.json": {"eos_token_id": 3}}, {1, 3}),
+        ({"config.json": {"eos_token_id": [3]}, "generation_config.json": {}}, {1, 3}),
+        (
+            {"config.json": {"eos_token_id": 3}, "generation_config.json": {"eos_token_id": [4]}},
+            {1, 4},
+        ),
+        ({"generation_config.json": {"eos_token_id": [1, -1], "pad_token_id": [2]}}, {1}),
+        ({"config.json": {"eos_token_id": {"a": 1}}}, {1}),
+    ],
+)
+def test_every_listed_eos_id_ends_a_reply(tok, tmp_path, files, stops):
+    tok.save(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert Tokenizer.load(tmp_path).stop_ids == stops
+
+
+@pytest.mark.parametrize("name", ["bos", "pad"])
+def test_several_ids_where_one_is_meant_are_refused(tok, tmp_path, name):
+    tok.save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(f'{{"{name}_token_id": [1, 2]}}')
+    with pytest.raises(ValueError, match=f"{name}_token_id must be one id, found .1, 2."):
+        Tokenizer.load(tmp_path)
