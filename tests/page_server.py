@@ -24,9 +24,9 @@ from pathlib import Path
 
 PAGE = Path(__file__).resolve().parent.parent / "lamoe" / "serve" / "page"
 CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-    "connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; worker-src 'self'; style-src 'self'; "
+    "img-src 'self' data:; connect-src 'self'; font-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
 )
 TYPES = {
     ".html": "text/html; charset=utf-8",

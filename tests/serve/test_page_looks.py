@@ -61,14 +61,14 @@ VECTORS = [
 ]
 RENDER = """async (vectors) => {
   const { Prose } = await import('/page/markdown.js');
-  return vectors.map(v => {
+  return Promise.all(vectors.map(async v => {
     const el = document.createElement('div');
     document.body.append(el);
-    new Prose(el).update(v);
+    await new Prose(el).update(v);
     const attributes = node => [...node.attributes].map(a => [a.name, a.value]);
     const nodes = [...el.querySelectorAll('*')].map(node => [node.nodeName, attributes(node)]);
     return { text: el.innerText, nodes };
-  });
+  }));
 }"""
 
 
@@ -95,14 +95,45 @@ def test_streamed_markdown_equals_whole_markdown(page):
       const { Prose } = await import('/page/markdown.js');
       const [grown, whole] = [document.createElement('div'), document.createElement('div')];
       const prose = new Prose(grown);
-      for (let i = 1; i < text.length; i += 3) prose.update(text.slice(0, i));
-      prose.update(text);
-      new Prose(whole).update(text);
+      for (let i = 1; i < text.length; i += 3) await prose.update(text.slice(0, i));
+      await prose.update(text);
+      await new Prose(whole).update(text);
       return [grown.innerHTML === whole.innerHTML, whole.children.length];
     }""",
         text,
     )
     assert same == [True, 15]
+
+
+# Each takes marked or highlight.js minutes.
+SLOW_TEXTS = {
+    "a long word in code": "```ini\n" + "a" * 49_000,
+    "an address": "a." * 200_000 + "@",
+    "emphasis": "a_" * 200_000,
+    "quotes": ">" * 100_000,
+    "rows": "- a\n" * 30_000,
+}
+WATCH = """async (text) => {
+  const { Prose, limits } = await import('/page/markdown.js');
+  limits.workerMs = 300;
+  const [slow, next] = [document.createElement('div'), document.createElement('div')];
+  let [longest, last] = [0, performance.now()];
+  const timer = setInterval(() => {
+    const now = performance.now();
+    [longest, last] = [Math.max(longest, now - last), now];
+  }, 10);
+  await Promise.all([new Prose(slow).update(text), new Prose(next).update('**b**')]);
+  clearInterval(timer);
+  return { longest, length: slow.textContent.length, next: next.innerHTML };
+}"""
+
+
+@pytest.mark.parametrize("text", SLOW_TEXTS.values(), ids=SLOW_TEXTS)
+def test_text_that_takes_minutes_does_not_block_the_page(page, text):
+    out = page.evaluate(WATCH, text)
+    assert out["longest"] < 5000  # milliseconds; a busy machine may stall for a second
+    assert out["length"] >= len(text) / 5
+    assert "<strong>b</strong>" in out["next"]
 
 
 def test_html_in_messages_names_and_settings_is_inert(tabs, server):
@@ -221,7 +252,10 @@ def test_tab_order(page):
 def test_view_follows_the_reply_until_the_user_scrolls_up(page, server):
     send(page, "long")
     box = page.locator("#scroll")
-    assert box.evaluate("e => e.scrollHeight - e.scrollTop - e.clientHeight") < 2
+    expect(reply(page).locator(".prose")).to_contain_text("Paragraph 29")
+    expect(page.locator("#latest")).to_be_hidden()
+    at_end = "(e) => e.scrollHeight - e.scrollTop - e.clientHeight < 2"
+    page.wait_for_function(at_end, arg=box.element_handle())
     page.keyboard.press("PageUp")
     expect(page.locator("#latest")).to_be_visible()
     server.delay = 0.002

@@ -85,16 +85,22 @@ function follow() {
   $("latest").hidden = isPinned || !current.messages.length;
 }
 
+let lastTop = 0;
 $("scroll").addEventListener("scroll", () => {
   const { scrollHeight, scrollTop, clientHeight } = $("scroll");
-  isPinned = scrollHeight - scrollTop - clientHeight < 30;
+  const isAtEnd = scrollHeight - scrollTop - clientHeight < 30;
+  // The text may have grown since `follow`. Only scrolling up means that the reader has left.
+  isPinned = isAtEnd || (isPinned && scrollTop >= lastTop);
+  lastTop = scrollTop;
   $("latest").hidden = isPinned || !current.messages.length;
 });
 $("latest").addEventListener("click", () => {
   isPinned = true;
   follow();
 });
-new ResizeObserver(follow).observe($("scroll"));
+const resized = new ResizeObserver(follow);
+resized.observe($("scroll"));
+resized.observe($("messages")); // formatted text arrives later than the message
 
 // ---- generating ---------------------------------------------------------------------------------
 /** Mark a conversation as used now, and store it. */

@@ -1,19 +1,17 @@
-// Shows the Markdown of a model as elements that cannot run code or load anything.
+// Shows the Markdown of a model as elements that cannot run code, load anything or block the page.
 //
-// There are two defences, each sufficient alone. marked writes HTML in the text as text, so that a
-// reader sees what the model wrote. DOMPurify accepts only a short list of tags and attributes. The
-// page's Content-Security-Policy is a third one.
+// There are two defences against HTML, each sufficient alone. marked writes HTML in the text as
+// text, so that a reader sees what the model wrote. DOMPurify accepts only a short list of tags and
+// attributes. The page's Content-Security-Policy is a third one.
+//
+// Against texts that take very long, marked and highlight.js run in a worker with a time limit
+// (markdown-worker.js), and the page inserts the blocks in slices of time.
 //
 // Formulas are not rendered, and images become links.
-//
-// The vendor files come from the npm packages marked 18.2.1 (lib/marked.esm.js), dompurify 3.4.18
-// (dist/purify.es.mjs) and @highlightjs/cdn-assets 11.12.0 (es/highlight.min.js), without the line
-// that names a source map.
 
-import { Marked } from "./vendor-marked.js";
 import DOMPurify from "./vendor-purify.js";
-import hljs from "./vendor-highlight.js";
 import { copy, h, icon } from "./dom.js";
+import { LINK } from "./links.js";
 
 const TAGS =
   "p br strong em del code pre span a ul ol li blockquote h2 h3 h4 h5 h6 hr " +
@@ -27,46 +25,10 @@ const PURIFY_OPTIONS = {
 };
 // the last alternative: highlight.js writes class names such as "hljs-title function_"
 const CLASSES = /^(hljs|hljs-[\w-]+|language-[\w+#.-]+|[a-z]+_)$/;
-const LINK = /^(https?:\/\/|mailto:)/i;
-const MAX_HIGHLIGHTED = 50000; // characters of a code block; longer ones would block the page
-
-const escape = (text) => text.replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
-
-function highlight(code, language) {
-  if (!language || code.length > MAX_HIGHLIGHTED || !hljs.getLanguage(language)) {
-    return escape(code);
-  }
-  return hljs.highlight(code, { language, ignoreIllegals: true }).value;
-}
-
-function anchor(href, inner) {
-  return LINK.test(href) ? `<a href="${escape(href)}">${inner}</a>` : inner;
-}
-
-const marked = new Marked({
-  gfm: true,
-  breaks: true,
-  renderer: {
-    html({ text, block }) {
-      if (!block) return escape(text);
-      return `<p>${escape(text.trimEnd()).replaceAll("\n", "<br>")}</p>`;
-    },
-    heading({ tokens, depth }) {
-      const level = Math.min(depth + 1, 6); // the h1 is the title of the page
-      return `<h${level}>${this.parser.parseInline(tokens)}</h${level}>`;
-    },
-    code({ text, lang }) {
-      const language = (lang ?? "").match(/^[\w+#.-]+/)?.[0].toLowerCase() ?? "";
-      const code = highlight(text, language);
-      return `<pre><code class="hljs language-${language || "text"}">${code}</code></pre>`;
-    },
-    link({ href, tokens }) {
-      return anchor(href, this.parser.parseInline(tokens));
-    },
-    image: ({ href, text }) => anchor(href, escape(text || href)),
-    checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
-  },
-});
+export const limits = {
+  workerMs: 4000, // for one version of a text
+  sliceMs: 30, // of the page's time, before it may do something else
+};
 
 DOMPurify.addHook("uponSanitizeAttribute", (node, data) => {
   if (data.attrName === "class") {
@@ -81,6 +43,62 @@ DOMPurify.addHook("afterSanitizeAttributes", (node) => {
   node.setAttribute("rel", "noopener noreferrer");
 });
 
+// ---- the worker ---------------------------------------------------------------------------------
+// The page refuses script addresses that are plain strings. This policy makes only one address.
+const WORKER_URL = new URL("markdown-worker.js", import.meta.url).href;
+const policy = self.trustedTypes?.createPolicy("worker", { createScriptURL: () => WORKER_URL });
+
+let worker = null;
+let isReady = false; // loading the worker does not count towards the limit
+let job = null; // the job that the worker has, with its timer
+const jobs = []; // jobs that wait
+
+/** Let the worker parse a text. Resolves to its answer, or to null after the limit. */
+function parse(request) {
+  return new Promise((resolve) => {
+    jobs.push({ request, resolve });
+    nextJob();
+  });
+}
+
+function nextJob() {
+  if (!worker) startWorker();
+  if (!isReady || job || !jobs.length) return;
+  job = jobs.shift();
+  job.timer = setTimeout(stopWorker, limits.workerMs);
+  worker.postMessage(job.request);
+}
+
+function startWorker() {
+  worker = new Worker(policy?.createScriptURL("") ?? WORKER_URL, { type: "module" });
+  worker.onmessage = ({ data }) => {
+    if (isReady) endJob(data);
+    isReady = true;
+    nextJob();
+  };
+  worker.onerror = () => {
+    // It could not be loaded. Without it, texts are shown without formatting.
+    if (!isReady && !job) job = jobs.shift();
+    stopWorker();
+  };
+}
+
+function stopWorker() {
+  worker.terminate();
+  worker = null;
+  isReady = false;
+  if (job) endJob(null);
+}
+
+function endJob(answer) {
+  const { resolve, timer } = job;
+  clearTimeout(timer);
+  job = null;
+  resolve(answer);
+  if (jobs.length) nextJob();
+}
+
+// ---- elements -----------------------------------------------------------------------------------
 /** Add a header with a copy button to code; make wide code and tables scrollable by keyboard. */
 function addControls(fragment) {
   for (const pre of fragment.querySelectorAll("pre")) {
@@ -110,49 +128,72 @@ function addControls(fragment) {
   }
 }
 
-/** Make the element of one block (a top-level token of marked). */
-function blockElement(token, links) {
-  const tokens = Object.assign([token], { links });
+/** Make the element of one block from its HTML, or from its source if there is no HTML. */
+function blockElement(source, html) {
   const element = h("div", { class: "block" });
-  element.append(DOMPurify.sanitize(marked.parser(tokens), PURIFY_OPTIONS));
-  addControls(element);
+  if (html === null) {
+    element.append(h("p", { class: "plain" }, source));
+  } else {
+    element.append(DOMPurify.sanitize(html, PURIFY_OPTIONS));
+    addControls(element);
+  }
   return element;
 }
+
+const nextTask = () => new Promise((resolve) => setTimeout(resolve));
+let numTexts = 0;
 
 /** Shows a growing Markdown text in an element. Only blocks that changed are made again. */
 export class Prose {
   #element;
-  #blocks = []; // {raw, element}
-  #links = "{}";
+  #id = numTexts++;
+  #next = null; // the latest text that is not shown yet
+  #shown = null; // promise that the latest text is shown
+  #format = "highlighted"; // or "formatted", or "plain" for texts that take too long
 
   constructor(element) {
     this.#element = element;
   }
 
+  /** Show a text. Resolves when this text, or a later one, is shown. */
   update(source) {
-    try {
-      this.#showBlocks(marked.lexer(source));
-    } catch {
-      // nesting too deep for the parser: show the text as it is
-      this.#blocks = [];
-      this.#element.replaceChildren(h("p", { class: "plain" }, source));
-    }
+    this.#next = source;
+    this.#shown ??= this.#showLatest();
+    return this.#shown;
   }
 
-  #showBlocks(tokens) {
-    // A definition "[a]: https://..." further down turns an earlier "[a]" into a link.
-    const links = JSON.stringify(tokens.links);
-    const linksChanged = links !== this.#links;
-    this.#links = links;
-    const blocks = tokens.filter((token) => token.type !== "space" && token.type !== "def");
-    blocks.forEach((token, i) => {
-      const old = this.#blocks[i];
-      if (old?.raw === token.raw && !linksChanged) return;
-      const element = blockElement(token, tokens.links);
-      if (old) old.element.replaceWith(element);
+  async #showLatest() {
+    while (this.#next !== null) {
+      const source = this.#next;
+      this.#next = null;
+      await this.#show(source);
+    }
+    this.#shown = null;
+  }
+
+  async #show(source) {
+    if (this.#format !== "plain") {
+      const highlight = this.#format === "highlighted";
+      const answer = await parse({ id: this.#id, source, highlight });
+      if (answer) return this.#showBlocks(answer);
+      this.#format = highlight ? "formatted" : "plain";
+      this.#next ??= source;
+      return;
+    }
+    this.#element.replaceChildren(h("p", { class: "plain" }, source));
+  }
+
+  async #showBlocks({ count, changed }) {
+    const { children } = this.#element;
+    let start = performance.now();
+    for (const [i, source, html] of changed) {
+      const element = blockElement(source, html);
+      if (children[i]) children[i].replaceWith(element);
       else this.#element.append(element);
-      this.#blocks[i] = { raw: token.raw, element };
-    });
-    for (const { element } of this.#blocks.splice(blocks.length)) element.remove();
+      if (performance.now() - start < limits.sliceMs) continue;
+      await nextTask();
+      start = performance.now();
+    }
+    while (children.length > count) this.#element.lastElementChild.remove();
   }
 }

@@ -1,0 +1,3 @@
+// Which links a reply may contain.
+
+export const LINK = /^(https?:\/\/|mailto:)/i;
