@@ -212,9 +212,22 @@ def _tokenizer_config(
         "clean_up_tokenization_spaces": False,
         **{f"{name}_token": token for name, token in named.items()},
     }
-    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
-        config["chat_template"] = template
+    templates = _chat_templates(metadata)
+    if templates.keys() == {"default"}:
+        config["chat_template"] = templates["default"]
+    elif templates:
+        config["chat_template"] = [{"name": n, "template": t} for n, t in templates.items()]
     return config
+
+
+def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return the chat templates by name: tokenizer.chat_template[.NAME]."""
+    key = "tokenizer.chat_template"
+    texts = {k: v for k, v in metadata.items() if isinstance(v, str)}
+    templates = {"default": texts[key]} if key in texts else {}
+    return templates | {
+        k.removeprefix(f"{key}."): v for k, v in texts.items() if k.startswith(f"{key}.")
+    }
 
 
 def _generation_config(

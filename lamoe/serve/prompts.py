@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from lamoe.serve.errors import ApiError, invalid_value
 from lamoe.serve.service import Service
 from lamoe.serve.wire import Message, Tool
-from lamoe.text.chat_template import V2_TEMPLATE, reads_tools
+from lamoe.text.chat_template import reads_tools
 from lamoe.text.forced_calls import ForcedCalls
 from lamoe.text.tokenizer import Tokenizer
 
@@ -222,7 +222,7 @@ async def chat_prompt(
         check_text(service, _texts(messages, tools), "messages")
         shown = [_template_message(message) for message in messages]
         functions = None if tools is None else [t.model_dump(exclude_none=True) for t in tools]
-        if functions and forced and not reads_tools(tokenizer.chat_template or V2_TEMPLATE):
+        if functions and forced and not reads_tools(tokenizer.templates.choose(tools=True)):
             parts = [_description(functions), shown[0]["content"]]
             shown[0]["content"] = "\n\n".join(part for part in parts if part)
             functions = None

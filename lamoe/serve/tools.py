@@ -58,7 +58,10 @@ def tool_use(service: Service, body: ChatRequest) -> ToolUse:
             choice, named = "required", True
     if choice == "none":
         return ToolUse()
-    template = need_tokenizer(service, "chat").chat_template
+    try:
+        template = need_tokenizer(service, "chat").templates.choose(tools=True)
+    except ValueError as e:
+        raise invalid_value(str(e), "tools") from None
     if choice == "required":
         if fields := list(grammar_makers(body)):
             raise invalid_value(

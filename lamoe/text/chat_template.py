@@ -39,6 +39,48 @@ MAX_SECONDS = 5.0
 _NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 
 
+class Templates(dict[str, str]):
+    """The chat templates of a model by name. The usual one is called "default"."""
+
+    @property
+    def usual(self) -> str | None:
+        """The template called "default", or the only one."""
+        return self.get("default", next(iter(self.values())) if len(self) == 1 else None)
+
+    def choose(self, *, tools: bool) -> str:
+        """Return the template for conversations with or without tools.
+
+        With tools it is the one called "tool_use", if there is one. Without any template it is
+        DeepSeek-V2's.
+
+        Raises:
+            ValueError: if there are several templates and none of them is called default.
+        """
+        if tools and "tool_use" in self:
+            return self["tool_use"]
+        if self and self.usual is None:
+            raise ValueError(
+                f"this model has the chat templates {', '.join(sorted(self))}, and none is called "
+                "default; name one of them so in tokenizer_config.json"
+            )
+        return self.usual or V2_TEMPLATE
+
+    def choose_for(self, messages: Any, tools: Any) -> str:
+        """Return the template for a conversation, which may be about tools without giving any."""
+        usual = self.choose(tools=tools is not None)
+        about_tools = isinstance(messages, Sequence) and any(
+            isinstance(m, Mapping) and (m.get("role") == "tool" or m.get("tool_calls"))
+            for m in messages
+        )
+        return self.choose(tools=True) if about_tools and not _knows_tools(usual) else usual
+
+    def to_config(self) -> str | list[dict[str, str]]:
+        """Return the value of chat_template in tokenizer_config.json."""
+        if self.keys() <= {"default"}:
+            return self.get("default", V2_TEMPLATE)
+        return [{"name": name, "template": source} for name, source in self.items()]
+
+
 def render(
     source: str,
     messages: Sequence[Mapping[str, Any]],
@@ -93,6 +135,11 @@ def _run(source: str, **variables: Any) -> str:
 
 
 @functools.lru_cache(maxsize=64)
+def _knows_tools(source: str) -> bool:
+    return re.search(r"\btools?\b", source) is not None
+
+
+@functools.lru_cache(maxsize=64)
 def _call_form(source: str, has_tools: bool, variables: str) -> call_form.CallForm:
     """Return the form in which a template wants the tool calls of earlier replies.
 
@@ -115,7 +162,6 @@ def _check_messages(messages: Any, tools: Any, source: str) -> None:
             "messages must be a list with at least one {'role': ..., 'content': ...}, "
             f"found {_short(messages)}"
         )
-    knows_tools = re.search(r"\btools?\b", source) is not None
     if tools is not None:
         _check_tools(tools, source)
     for n, message in enumerate(messages):
@@ -127,7 +173,7 @@ def _check_messages(messages: Any, tools: Any, source: str) -> None:
         if role not in ("system", "user", "assistant", "tool"):
             raise ValueError(f"message {n} has role {role!r}; known: system, user, assistant, tool")
         calls = message.get("tool_calls")
-        if (role == "tool" or calls) and not knows_tools:
+        if (role == "tool" or calls) and not _knows_tools(source):
             raise ValueError(
                 f"message {n} is about a tool call, but this model's chat template does not know "
                 "tools"

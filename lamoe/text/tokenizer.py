@@ -27,7 +27,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from lamoe.text import tokenizer_files as files
-from lamoe.text.chat_template import V2_TEMPLATE, free_mark, render
+from lamoe.text.chat_template import Templates, free_mark, render
 from lamoe.text.control_tokens import Encoder
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -76,6 +76,7 @@ class Tokenizer:
         add_bos: whether prompts of this model begin with BOS.
         control_tokens: the texts of the control tokens.
         max_length: model_max_length of tokenizer_config.json, or None.
+        templates: the chat templates by name.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Tokenizer:
         bos: str | None = None,
         eos: str | None = None,
         pad: str | None = None,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
         add_bos: bool = True,
         stop_ids: Iterable[int] = (),
         max_length: int | None = None,
@@ -105,7 +106,10 @@ class Tokenizer:
             _check_id(i)
         eos_ids = {self.eos_id} if self.eos_id is not None else set()
         self.stop_ids = frozenset(stop_ids) | eos_ids
-        self.chat_template, self.max_length = chat_template, max_length
+        self.templates = Templates(
+            {"default": chat_template} if isinstance(chat_template, str) else chat_template or {}
+        )
+        self.max_length = max_length
         self.add_bos = add_bos and bos is not None
         self._bos, self._eos, self._pad = bos, eos, pad
         added = inner.get_added_tokens_decoder()
@@ -124,8 +128,9 @@ class Tokenizer:
         """Read the tokenizer of a model folder.
 
         Besides tokenizer.json it reads, if they exist, tokenizer_config.json,
-        special_tokens_map.json, added_tokens.json, generation_config.json and chat_template.jinja.
-        If generation_config.json names no EOS, the ids in config.json end a reply.
+        special_tokens_map.json, added_tokens.json, generation_config.json, chat_template.jinja,
+        chat_template.json and additional_chat_templates/*.jinja. If generation_config.json names no
+        EOS, the ids in config.json end a reply.
 
         Args:
             path: the folder, or the tokenizer.json in it.
@@ -160,7 +165,7 @@ class Tokenizer:
             return cls(
                 inner,
                 **named,
-                chat_template=files.read_template(folder, config),
+                chat_template=files.read_templates(folder, config),
                 add_bos=config.get("add_bos_token") is not False,
                 stop_ids=ids["eos"],
                 max_length=files.max_length(config),
@@ -172,7 +177,7 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json for transformers, vLLM and SGLang."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {
+        config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self._bos,
             "eos_token": self._eos,
@@ -180,7 +185,7 @@ class Tokenizer:
             "add_bos_token": self.add_bos,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
-            "chat_template": self.chat_template or V2_TEMPLATE,
+            "chat_template": self.templates.to_config(),
         }
         if self.max_length is not None:
             config["model_max_length"] = self.max_length
@@ -314,6 +319,15 @@ class Tokenizer:
         return len(text.encode("utf-8")) / len(ids)
 
     # ---- chat ------------------------------------------------------------------------------------
+    @property
+    def chat_template(self) -> str | None:
+        """The usual chat template, or None."""
+        return self.templates.usual
+
+    @chat_template.setter
+    def chat_template(self, source: str | None) -> None:
+        self.templates = Templates({} if source is None else {**self.templates, "default": source})
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -358,12 +372,13 @@ class Tokenizer:
 
     def _render(self, messages, add_generation_prompt, tools) -> tuple[str, str]:
         text, mark = render(
-            self.chat_template or V2_TEMPLATE,
+            self.templates.choose_for(messages, tools),
             messages,
             tools=tools,
             control_tokens=tuple(self._control),
             bos_token=self._bos or "",
             eos_token=self._eos or "",
+            **({} if self._pad is None else {"pad_token": self._pad}),
             add_generation_prompt=bool(add_generation_prompt),
         )
         _check_text(text, "the conversation")

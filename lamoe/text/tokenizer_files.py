@@ -13,6 +13,7 @@ from lamoe.text import json_file
 
 MAX_FILE_BYTES = 256 << 20  # the largest known tokenizer.json has about 40 MB
 _MAX_SIDE_FILE_BYTES = 16 << 20
+_MAX_TEMPLATES = 64
 
 
 def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
@@ -51,26 +52,49 @@ def read_json(file: Path) -> dict[str, Any]:
     return json_file.read_json(file, _MAX_SIDE_FILE_BYTES) if file.is_file() else {}
 
 
-def read_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """Return the chat template of a folder, or None.
+def read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Return the chat templates of a folder by name. The usual one is called "default".
+
+    Files of their own replace templates of the same name in tokenizer_config.json.
 
     Args:
-        config: the content of tokenizer_config.json, used if there is no chat_template.jinja.
+        config: the content of tokenizer_config.json.
     """
+    templates = {
+        **_named_templates(config.get("chat_template"), "tokenizer_config.json"),
+        **_named_templates(
+            read_json(folder / "chat_template.json").get("chat_template"), "chat_template.json"
+        ),
+    }
     if (file := folder / "chat_template.jinja").is_file():
-        return read_text(file)
-    template = config.get("chat_template")
-    if isinstance(template, list):  # [{"name": ..., "template": ...}]
-        for named in template:
-            if isinstance(named, dict) and named.get("name") == "default":
-                template = named.get("template")
-                break
-    if template is not None and not isinstance(template, str):
+        templates["default"] = read_text(file)
+    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    if len(more) > _MAX_TEMPLATES:
         raise ValueError(
-            "chat_template must be a str or a list with one named default, "
-            f"found {type(template).__name__}"
+            f"additional_chat_templates has {len(more)} files; more than {_MAX_TEMPLATES} are "
+            "refused"
         )
-    return template
+    return templates | {file.stem: read_text(file) for file in more}
+
+
+def _named_templates(value: Any, where: str) -> dict[str, str]:
+    """Return chat templates by name, from one text, a list of objects, or an object."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        value = {item.get("name"): item.get("template") for item in value}
+    if (
+        not isinstance(value, dict)
+        or len(value) > _MAX_TEMPLATES
+        or not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items())
+    ):
+        raise ValueError(
+            f"{where}: chat_template must be a str or a list of at most {_MAX_TEMPLATES} objects "
+            "{'name': ..., 'template': ...}"
+        )
+    return value
 
 
 def add_tokens(inner: tokenizers.Tokenizer, folder: Path, config: dict[str, Any]) -> None:

@@ -128,6 +128,7 @@ def write(
         "tokenizer.ggml.eot_token_id": 2,
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.chat_template": TEMPLATE,
+        "tokenizer.chat_template.tool_use": "{{ tools }}",
     }
     tensors = {}
     for disk, w in hf.views(c, dict(model.named_parameters())).items():
@@ -253,6 +254,7 @@ def test_convert_writes_a_folder_with_model_and_tokenizer(tmp_path, words, capsy
         True,
         words.get_vocab_size(),
     )
+    assert tok.templates == {"default": TEMPLATE, "tool_use": "{{ tools }}"}
     assert (
         tok.apply_chat([{"role": "user", "content": "hi</s>"}])[-1] == 1
         and tok.decode(tok.apply_chat([{"role": "user", "content": "hi</s>"}])) == "hi</s>"

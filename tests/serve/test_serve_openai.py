@@ -1,10 +1,12 @@
 """Tests with the unchanged `openai` client, sync and async: requests, streams and errors."""
 
 import asyncio
+import json
 
 import openai
 import pytest
 
+from lamoe.text.tokenizer import Tokenizer
 from tiny_server import NAME, TOOL_TEMPLATE, Running, llm, tok
 
 KEY = "sk-test-0123456789"
@@ -210,3 +212,36 @@ def test_tool_result(ask):
     result = {"role": "tool", "tool_call_id": call_id, "content": "20 degrees"}
     final = ask("Mild.", [*MESSAGES, reply.model_dump(exclude_none=True), result]).choices[0]
     assert (final.message.content, final.finish_reason) == ("Mild.", "stop")
+
+
+def test_named_templates_and_tool_history():
+    """A request with tools uses the template "tool_use", and earlier calls are written once."""
+    writes = "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}"
+    named = Tokenizer(
+        tok().inner,
+        chat_template={
+            "default": "{% for m in messages %}{{ m.content }}{% endfor %}",
+            "tool_use": "<tool_call>{{ tools | tojson }}{% for m in messages %}{{ m.content }}"
+            + writes
+            + "{% endfor %}",
+        },
+    )
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages = [{"role": "user", "content": "Hi"}]
+    history = [
+        *messages,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "42"},
+    ]
+    with Running(lambda: llm(tok=named)) as s:
+        post, tools = s.wait_ready().client.post, [{"type": "function", "function": {"name": "f"}}]
+        body = {"messages": messages, "tools": tools, "max_tokens": 2}
+        assert post("/v1/chat/completions", json=body).status_code == 200
+
+        def rendered(**body):
+            tokens = post("/tokenize", json=body).json()["tokens"]
+            return post("/detokenize", json={"tokens": tokens}).json()["prompt"]
+
+        assert rendered(messages=messages) == "Hi"
+        assert rendered(messages=messages, tools=tools) == f"<tool_call>{json.dumps(tools)}Hi"
+        assert rendered(messages=history) == '<tool_call>nullHi{"a": 1}42'
