@@ -24,6 +24,24 @@ class EngineDead(RuntimeError):
     """
 
 
+class _Queue(asyncio.Queue):
+    """A queue that reports each item when it is put in."""
+
+    _report: Callable[[Delta | Exception], None] | None = None
+    _queue: deque[Delta | Exception]  # the items, an attribute of asyncio.Queue
+
+    def watch(self, report: Callable[[Delta | Exception], None]) -> None:
+        """Report all items to `report`, beginning with those that are in the queue."""
+        self._report = report
+        for item in list(self._queue):
+            report(item)
+
+    def _put(self, item: Delta | Exception) -> None:
+        if self._report is not None:
+            self._report(item)
+        super()._put(item)
+
+
 class Run:
     """An open request: `async for index, delta in run`.
 
@@ -32,8 +50,11 @@ class Run:
     unfinished sequences.
     """
 
-    def __init__(self, engine: AsyncLLM, ids: list[int], queue: asyncio.Queue):
+    def __init__(self, engine: AsyncLLM, ids: list[int], queue: _Queue):
         self.ids, self._engine, self._queue, self._open = ids, engine, queue, set(ids)
+        self._running = set(ids)
+        self._listener: Callable[[Delta | Exception], None] = lambda item: None
+        queue.watch(self._arrived)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
         while self._open:
@@ -50,16 +71,40 @@ class Run:
         """Make the reader raise `error` after it has read the deltas that are already queued."""
         self._queue.put_nowait(error)
 
+    def watch(self, listener: Callable[[Delta | Exception], None]) -> None:
+        """Call `listener` in the event loop with each delta or error when it arrives.
+
+        Deltas arrive whether or not they are read. Those that are here already count as arriving
+        now.
+        """
+        self._listener = listener
+        self._queue.watch(self._arrived)
+
+    def _arrived(self, item: Delta | Exception) -> None:
+        if not isinstance(item, Exception) and item.output is not None:
+            self._running.discard(item.id)
+        self._listener(item)
+
+    def discard(self) -> None:
+        """Forget the deltas that have arrived but are not read."""
+        while not self._queue.empty():
+            self._queue.get_nowait()
+
     def close(self, last: Callable[[LLM], None] = lambda llm: None) -> None:
-        """Cancel the unfinished sequences.
+        """Cancel the unfinished sequences and end the reading. See `cancel`."""
+        self._open = set()
+        self.cancel(last)
+
+    def cancel(self, last: Callable[[LLM], None] = lambda llm: None) -> None:
+        """Cancel the unfinished sequences. What has arrived can still be read.
 
         Args:
             last: function that the engine's thread calls before it cancels the sequences. It is not
                 called if all sequences have finished. It must not raise.
         """
-        if not self._open:
+        if not self._running:
             return
-        unfinished, self._open = self._open, set()
+        unfinished, self._running = self._running, set()
 
         def cancel(llm: LLM) -> None:
             last(llm)
@@ -97,7 +142,7 @@ class AsyncLLM:
             EngineDead: if the engine has ended.
         """
         loop = asyncio.get_running_loop()
-        queue: asyncio.Queue = asyncio.Queue()
+        queue = _Queue()
         for _, params in requests:
             if params.grammar is not None and self._llm.tokenizer is not None:
                 # Compile in a worker thread, so that neither this loop nor the engine waits.

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -64,6 +65,7 @@ class CompletionBuilder:
         self.created = int(time.time())
         # log-probabilities of the tokens of each prompt, if they are echoed
         self.prompt_logprobs: list[Sequence[TokenLogprobs | None]] | None = None
+        self._texts: list[str] = []  # the text of each prompt, if they are echoed
         self._text_positions: dict[int, _TextPosition] = {}  # by choice index
 
     def envelope(self, streaming: bool = False) -> dict[str, Any]:
@@ -76,8 +78,12 @@ class CompletionBuilder:
         }
 
     async def prepare(self) -> None:
-        """Compute the log-probabilities of the prompts if they are echoed with logprobs."""
-        if not self.body.echo or self.body.logprobs is None:
+        """Decode the prompts if they are echoed, and compute their log-probabilities."""
+        if not self.body.echo:
+            return
+        tokenizer = need_tokenizer(self.service, "echo")
+        self._texts = await asyncio.to_thread(lambda: list(map(tokenizer.decode, self.prompts)))
+        if self.body.logprobs is None:
             return
         engine, top = self.service.engine, self.body.logprobs
         assert engine is not None
@@ -93,15 +99,16 @@ class CompletionBuilder:
     async def prompts_only(self) -> dict[str, Any]:
         """Build the whole response of a request with echo and max_tokens 0."""
         await self.prepare()
-        choices = [
-            {
+
+        def choice(i: int, ids: list[int]) -> dict[str, Any]:
+            return {
                 "index": i,
-                "text": self._prompt_text(i),
+                "text": self._texts[i],
                 "finish_reason": "length",
                 "logprobs": self._logprobs(ids, self._prompt_logprobs(i), index=i),
             }
-            for i, ids in enumerate(self.prompts)
-        ]
+
+        choices = [await asyncio.to_thread(choice, i, ids) for i, ids in enumerate(self.prompts)]
         num_tokens = sum(map(len, self.prompts))
         return self.envelope() | {"choices": choices, "usage": usage(num_tokens, 0, 0)}
 
@@ -111,7 +118,7 @@ class CompletionBuilder:
         logprobs: Sequence[TokenLogprobs | None] | None = output.logprobs
         if self.body.echo:
             prompt = index // self.params.n
-            text = self._prompt_text(prompt) + text
+            text = self._texts[prompt] + text
             tokens = self.prompts[prompt] + tokens
             of_prompt = self._prompt_logprobs(prompt)
             logprobs = None if of_prompt is None else [*of_prompt, *(logprobs or [])]
@@ -128,7 +135,7 @@ class CompletionBuilder:
             return []
         prompt = index // self.params.n
         logprobs = self._logprobs(self.prompts[prompt], self._prompt_logprobs(prompt), index)
-        text = self._prompt_text(prompt)
+        text = self._texts[prompt]
         return [{"index": index, "text": text, "finish_reason": None, "logprobs": logprobs}]
 
     def delta_choices(self, index: int, delta: Delta) -> list[dict[str, Any]]:
@@ -140,9 +147,6 @@ class CompletionBuilder:
         if delta.token_id is not None and delta.logprobs is not None:
             logprobs = self._logprobs([delta.token_id], [delta.logprobs], index)
         return [{"index": index, "text": delta.text, "finish_reason": reason, "logprobs": logprobs}]
-
-    def _prompt_text(self, prompt: int) -> str:
-        return need_tokenizer(self.service, "echo").decode(self.prompts[prompt])
 
     def _prompt_logprobs(self, prompt: int) -> Sequence[TokenLogprobs | None] | None:
         return None if self.prompt_logprobs is None else self.prompt_logprobs[prompt]

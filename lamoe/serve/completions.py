@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from lamoe.serve.builders import ChatBuilder, CompletionBuilder
@@ -56,6 +57,7 @@ async def complete(
         texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         prompts = await fill_in_prompts(service, prompts, texts, body.suffix, body.echo)
     check_logprobs(service, prompts, params, bool(body.echo))
+    body = body.model_copy(update={"prompt": "", "suffix": None})  # frees their memory
     builder = CompletionBuilder(service, id, body, prompts, params)
     if max_tokens == 0:
         service.admit(len(prompts))
@@ -145,7 +147,8 @@ async def _events(builder: Builder, job: Job, body: Sampling) -> AsyncIterator[d
     envelope = builder.envelope(streaming=True) | ({"usage": None} if wants_usage else {})
     await builder.prepare()
     for index in range(job.sequences):
-        for choice in builder.first_choices(index):
+        first = partial(builder.first_choices, index)
+        for choice in await asyncio.to_thread(first) if builder.body.logprobs else first():
             yield envelope | {"choices": [choice]}
     async for index, delta in job.deltas():
         for choice in builder.delta_choices(index, delta):

@@ -135,12 +135,23 @@ class Guard:
         """Check everything else that can be checked before the body is read.
 
         Raises:
-            ApiError: 401, 404, 405, 413 or 415.
+            ApiError: 401, 404, 405, 413, 415 or 503.
         """
         method, path = scope["method"], scope["path"]
+        connection = scope.get("lamoe.connection")
+        if connection is not None and connection.spare and path != "/health":
+            raise ApiError(
+                503,
+                f"{connection.table.limit} connections are in use (--max-connections); "
+                "try again later",
+                "too_many_connections",
+                headers={"Retry-After": "5", "Connection": "close"},
+            )
         fields: dict[bytes, bytes] = dict(scope["headers"])
-        needs_key = self.key_digests and not is_open(method, path)
-        if needs_key and not self.has_valid_key(fields.get(b"authorization", b"")):
+        has_key = bool(self.key_digests) and self.has_valid_key(fields.get(b"authorization", b""))
+        if has_key and connection is not None:
+            connection.has_key = True
+        if self.key_digests and not has_key and not is_open(method, path):
             raise ApiError(
                 401,
                 "this server needs an API key: send it as `Authorization: Bearer KEY`",

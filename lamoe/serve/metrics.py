@@ -58,6 +58,12 @@ class Metrics:
             "requests whose client disconnected before the end",
             registry=registry,
         )
+        self.closed = Counter(
+            "lamoe_closed_connections",
+            "connections that the server closed, by reason",
+            ["reason"],
+            registry=registry,
+        )
         self.tokens = Counter("lamoe_generated_tokens", "tokens generated", registry=registry)
         self.gauges = {
             name: Gauge(f"lamoe_{name}", help, registry=registry) for name, help in GAUGES.items()

@@ -15,15 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
-from typing import Any, cast
-
-import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from typing import Any
 
 from lamoe.engine.llm import LLM
 from lamoe.model.accounting import human_bytes
 from lamoe.serve.app import build
+from lamoe.serve.connections import BACKLOG, SEND_BUFFER, Connections, HttpServer
 from lamoe.serve.logs import configure
 from lamoe.serve.service import Service
 from lamoe.serve.settings import LOOPBACK, Settings
@@ -81,12 +78,13 @@ class Serving:
 
     Raises:
         OSError: if the server cannot listen on the address and port.
-        ValueError: if the key file has no valid keys.
+        ValueError: if the key file has no valid keys, or --max-connections is too large.
     """
 
     def __init__(self, load: Callable[[], LLM], name: str, settings: Settings):
         self.settings, self.service, self._load_model = settings, Service(settings, name), load
         self._app = build(self.service)
+        self._connections = Connections(settings, self.service.metrics)
         self._exit_code = 0
         self._cutting_off = False
         self._drain_deadline = float("inf")
@@ -99,7 +97,8 @@ class Serving:
 
         In the main thread, SIGTERM and Ctrl-C call `signal`.
         """
-        self.loop, server = asyncio.get_running_loop(), self._make_server()
+        self.loop = asyncio.get_running_loop()
+        server = HttpServer(self._app, self._connections, self.settings)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.loop.add_signal_handler(number, self.signal)
@@ -133,24 +132,6 @@ class Serving:
         _info("draining", requests=self.service.requests, seconds=timeout)
         self.service.state = "draining"
         self._drain_deadline = time.monotonic() + timeout
-
-    def _make_server(self) -> _Uvicorn:
-        s = self.settings
-        config = uvicorn.Config(
-            self._app,
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=30,
-            h11_max_incomplete_event_size=2 * s.max_header_bytes,
-            limit_concurrency=s.max_connections,
-            timeout_graceful_shutdown=5,
-        )
-        logging.getLogger("uvicorn.access").disabled = True  # it would log query strings
-        return _Uvicorn(config, s.body_timeout)
 
     def _load(self) -> None:
         started = time.perf_counter()
@@ -209,40 +190,6 @@ class Serving:
                 return self._exit_code
 
 
-class _Uvicorn(uvicorn.Server):
-    """uvicorn with two changes.
-
-    - It keeps its socket open at the first signal, so that /health can answer 503 while running
-      requests finish.
-    - It closes connections on which no request arrives for `idle_timeout` seconds. Without this,
-      a client that never completes its headers would hold one of the limited connections.
-    """
-
-    def __init__(self, config: uvicorn.Config, idle_timeout: float):
-        super().__init__(config)
-        self._idle_timeout = idle_timeout
-        self._idle_since: dict[H11Protocol, float] = {}
-
-    @contextmanager
-    def capture_signals(self):
-        yield  # Serving handles the signals
-
-    async def on_tick(self, counter: int) -> bool:
-        now = time.monotonic()
-        connections = cast("set[H11Protocol]", self.server_state.connections)
-        # Between requests, a connection is covered by uvicorn's own keep-alive timeout.
-        idle = [
-            c
-            for c in connections
-            if c.timeout_keep_alive_task is None and (c.cycle is None or c.cycle.response_complete)
-        ]
-        self._idle_since = {c: self._idle_since.get(c, now) for c in idle}
-        for connection, since in self._idle_since.items():
-            if now - since > self._idle_timeout:
-                connection.transport.close()
-        return await super().on_tick(counter)
-
-
 def _info(event: str, **fields) -> None:
     log.info(event, extra={"fields": fields})
 
@@ -258,8 +205,10 @@ def _listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted connections inherit this. Without it the system buffers megabytes for each.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         listener.bind(address)
-        listener.listen(2048)
+        listener.listen(BACKLOG)
     except OSError as e:
         listener.close()
         raise OSError(

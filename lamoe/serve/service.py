@@ -29,6 +29,7 @@ from lamoe.serve.settings import Settings
 from lamoe.text.tokenizer import Tokenizer
 
 MAX_KEPT_LOADS = 256  # number of finished requests whose expert loads are kept
+MAX_UNREAD = 1 << 16  # deltas of all requests that wait for their clients to read
 NUM_THREADS = 2  # for work on texts, and as many for grammars
 SPEED_WINDOW_S = 5.0  # period over which tokens_per_s is measured
 
@@ -43,8 +44,8 @@ class Service:
 
     Attributes:
         state: "loading", "ok", "draining" or "failed".
-        admitted: sequences that were admitted and have not ended.
-        requests: requests that were admitted and have not ended.
+        admitted: sequences that were admitted and whose generation has not ended.
+        requests: requests that were admitted and whose response has not ended.
         scoring: lock that is held while a text is scored outside the paged cache. Each such text
             has a cache of its own, so memory is limited by scoring one text at a time.
     """
@@ -63,6 +64,7 @@ class Service:
         self.tokenizer: Tokenizer | None = None
         self.jobs: dict[str, Job] = {}
         self.admitted, self.requests = 0, 0
+        self.unread = 0  # deltas that wait for their clients to read
         self.generated_tokens = 0
         self.mean_seconds = 1.0  # moving average of the duration of a request
         self.scoring = asyncio.Lock()
@@ -173,10 +175,9 @@ class Service:
         self.jobs[id] = job
         return job
 
-    def finished(self, job: Job) -> None:
-        """Release a job that has ended, and keep its expert load."""
-        self.release(job.sequences)
-        del self.jobs[job.id]
+    def generated(self, job: Job) -> None:
+        """Release the sequences of a job whose generation has ended, and keep its expert load."""
+        self.admitted -= job.sequences
         self.keep_load(job.id, _sum(list(job.expert_loads.values())))
         self.mean_seconds += 0.2 * (time.monotonic() - job.started - self.mean_seconds)
 
@@ -322,10 +323,12 @@ class Job:
         self.started = time.monotonic()
         self._first_token_times: dict[int, float] = {}
         self._num_tokens = [0] * sequences
-        self._closed = False
+        self._num_unread = 0
+        self._ended = self._closed = False
         timeout = service.settings.request_timeout
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(timeout, run.fail, timed_out(timeout))
+        run.watch(self._arrived)
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """Yield (index of the sequence, its next delta) for all sequences of the request.
@@ -335,10 +338,36 @@ class Job:
         """
         try:
             async for index, delta in self.run:
-                self._record(index, delta)
+                self._count_unread(-1)
+                output = delta.output
+                if output is not None and output.finish_reason == "error":
+                    status = 500 if output.internal else 400
+                    message = f"generation failed: {output.error}"
+                    raise ApiError(status, message, "generation_failed")
                 yield index, delta
         except EngineDead:
             raise engine_ended() from None
+
+    def _arrived(self, item: Delta | Exception) -> None:
+        """Record a delta or error that the engine has sent; the client may read it much later."""
+        if self._closed:
+            return
+        if isinstance(item, Exception):
+            self._end_generation()
+            return
+        self._record(item.id - self.run.ids[0], item)
+        self._count_unread(1)
+        if len(self.outputs) == self.sequences:
+            self._end_generation()
+        elif self.service.unread > MAX_UNREAD and self._num_unread > MAX_UNREAD // 16:
+            self.run.discard()
+            self._count_unread(-self._num_unread)
+            error = ApiError(408, "the client reads too slowly; its answer is cut off", "timeout")
+            self.run.fail(error)
+
+    def _count_unread(self, change: int) -> None:
+        self._num_unread += change
+        self.service.unread += change
 
     def _record(self, index: int, delta: Delta) -> None:
         metrics, now = self.service.metrics, time.monotonic()
@@ -354,9 +383,6 @@ class Job:
         self.outputs[index] = output
         if output.experts is not None:
             self.expert_loads[index] = output.experts
-        if output.finish_reason == "error":
-            status = 500 if output.internal else 400
-            raise ApiError(status, f"generation failed: {output.error}", "generation_failed")
         intervals = self._num_tokens[index] - 1
         if intervals > 0:
             metrics.token_interval.observe((now - self._first_token_times[index]) / intervals)
@@ -383,12 +409,23 @@ class Job:
         return _sum([*self.expert_loads.values(), *map(llm.experts, self.run.ids)])
 
     def close(self) -> None:
-        """End the request: free its pages and keep its expert load."""
+        """End the request: free its pages and forget what is not read."""
         if self._closed:
             return
+        self._end_generation()
         self._closed = True
+        self.run.close()
+        self._count_unread(-self._num_unread)
+        self.service.requests -= 1
+        del self.service.jobs[self.id]
+
+    def _end_generation(self) -> None:
+        """Free the pages, keep the expert load, and let the next request run."""
+        if self._ended:
+            return
+        self._ended = True
         self._timer.cancel()
-        self.service.finished(self)
+        self.service.generated(self)
         loop = asyncio.get_running_loop()
 
         def keep_load(llm: LLM) -> None:
@@ -397,7 +434,7 @@ class Job:
             with contextlib.suppress(RuntimeError):  # the event loop has been closed
                 loop.call_soon_threadsafe(self.service.keep_load, self.id, load)
 
-        self.run.close(keep_load)
+        self.run.cancel(keep_load)
 
 
 def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:

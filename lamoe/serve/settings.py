@@ -125,14 +125,23 @@ class Settings:
     max_choices: int = _option(128, "maximum number of sequences (prompts x n) in one request", int)
     max_body_bytes: int = _option(8 << 20, "maximum size of a request body", parse_bytes)
     max_header_bytes: int = _option(32 << 10, "maximum size of the request headers", parse_bytes)
-    max_connections: int = _option(
-        1024, "maximum number of open connections; further ones get 503", int
+    max_connections: int | None = _option(
+        None,
+        "maximum number of open connections; a further one replaces the one that has waited "
+        "longest for its client, or gets 503; default: 1024, or as many as the limit on open files "
+        "allows",
+        int,
     )
     request_timeout: float = _option(
         600.0, "seconds from a request to the end of its response", float
     )
     body_timeout: float = _option(
         30.0, "seconds to wait for the headers of a request, and then for its body", float
+    )
+    write_timeout: float = _option(
+        30.0,
+        "seconds without any progress after which a client that does not read is cut off",
+        float,
     )
     shutdown_timeout: float = _option(
         30.0,
@@ -167,11 +176,11 @@ class Settings:
             ("threads", 0),
         ):
             value = getattr(self, name)
-            if value < minimum:
+            if value is not None and value < minimum:
                 raise ValueError(f"{_flag(name)} is {value}; it must be at least {minimum}")
         if not 0 <= self.port < 65536:
             raise ValueError(f"--port is {self.port}; it must be from 0 to 65535")
-        for name in ("request_timeout", "body_timeout", "shutdown_timeout"):
+        for name in ("request_timeout", "body_timeout", "write_timeout", "shutdown_timeout"):
             value = getattr(self, name)
             if not 0 <= value <= 1e7:
                 raise ValueError(

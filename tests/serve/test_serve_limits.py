@@ -359,16 +359,6 @@ def test_unexpected_error_gets_a_500_without_details(monkeypatch, caplog):
         )
 
 
-def test_connection_limit_answers_503():
-    with Running(paced, max_connections=3) as server:
-        server.wait_ready()
-        idle = [connect(server.url) for _ in range(3)]
-        until(lambda: server.client.get("/health").status_code == 503)
-        for sock in idle:
-            sock.close()
-        until(lambda: server.client.get("/health").status_code == 200)
-
-
 def test_many_clients_at_once_free_all_pages():
     async def send(client, i: int) -> int:
         """Send one request and return its status.

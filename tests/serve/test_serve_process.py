@@ -221,6 +221,7 @@ def test_every_flag_has_an_environment_variable():
         "max_connections": "6",
         "request_timeout": "1.5",
         "body_timeout": "2",
+        "write_timeout": "3",
         "shutdown_timeout": "0",
         "allowed_hosts": "a,b",
         "prefix_cache_scope": "server",
