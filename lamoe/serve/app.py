@@ -411,8 +411,22 @@ def _routes() -> list[APIRoute]:
     return [route for route in router.routes if isinstance(route, APIRoute)]
 
 
+OTHER_APIS = {
+    "/v1/responses": "OpenAI's Responses API",
+    "/v1/assistants": "OpenAI's Assistants API",
+    "/v1/threads": "OpenAI's Assistants API",
+    "/v1/messages": "Anthropic's API",
+    "/api/chat": "Ollama's API",
+    "/api/generate": "Ollama's API",
+    "/api/tags": "Ollama's API",
+}
+
+
 def _hint(path: str) -> str:
     """Return how to correct an unknown path, as the end of a message."""
+    for beginning, name in OTHER_APIS.items():
+        if path.startswith(beginning):
+            return f": {name} is not supported; use /v1/chat/completions"
     known = [route.path for route in _routes()]
     for right in sorted((p for p in known if p.startswith("/v1/")), key=len, reverse=True):
         end = right.removeprefix("/v1")

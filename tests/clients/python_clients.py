@@ -95,11 +95,11 @@ def _():
 @use("openai", "chat.completions.stream helper")
 def _():
     with openai_client().chat.completions.stream(
-        model=MODEL, messages=SHORT, max_tokens=8
+        model=MODEL, messages=SHORT, max_tokens=60, response_format=City
     ) as stream:
         for _ in stream:
             pass
-        assert stream.get_final_completion().choices[0].message.content
+        assert isinstance(stream.get_final_completion().choices[0].message.parsed, City)
 
 
 @use("openai", "chat.completions.parse with a pydantic class")
@@ -444,9 +444,9 @@ def _():
             model=MODEL, messages=SHORT, response_model=City, max_tokens=80, max_retries=1
         )
     except Exception as e:
-        # The client asks for any JSON object. A small model may miss the schema, which is no fault
-        # of the server.
-        assert "validation error" in str(e), e
+        # The client asks for any JSON object. A small model may miss the schema or ramble on,
+        # which is no fault of the server.
+        assert "validation error" in str(e) or "length limit" in str(e), e
 
 
 @use("pydantic-ai-slim", "Agent, output as a tool call")

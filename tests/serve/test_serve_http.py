@@ -85,6 +85,8 @@ def test_trailing_and_double_slashes_answer_as_without(server):
     [
         ("/models", "send to /v1/models"),
         ("/models/x", "send to /v1/models/x"),
+        ("/v1/responses", "Responses API is not supported; use /v1/chat/completions"),
+        ("/api/chat", "Ollama's API is not supported"),
         ("/chat/completions", "under /v1, send to /v1/chat/completions"),
         ("/chat/completions/", "send to /v1/chat/completions"),
         ("/completions", "send to /v1/completions"),
