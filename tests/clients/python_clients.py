@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 URL, MODEL = sys.argv[1].rstrip("/"), sys.argv[2]
 BASE = URL + "/v1"
@@ -45,7 +45,7 @@ class City(BaseModel):
     """A city."""
 
     name: Literal["Paris", "Lyon", "Nice"]
-    millions: int
+    millions: int = Field(ge=0, le=99)
 
 
 def use(package: str, what: str):
