@@ -14,7 +14,10 @@ const [url, model] = process.argv.slice(2);
 const baseURL = url.replace(/\/$/, "") + "/v1";
 const apiKey = "none";
 const messages = [{ role: "user", content: "Name a city in France. One word." }];
-const city = z.object({ name: z.enum(["Paris", "Lyon", "Nice"]), millions: z.number().int().min(0).max(99) });
+const city = z.object({
+  name: z.enum(["Paris", "Lyon", "Nice"]),
+  millions: z.number().int().min(0).max(99),
+});
 const weather = {
   type: "function",
   function: {
