@@ -67,7 +67,14 @@ _JSON = {
     "coerce_one_of": False,
     "lenient": False,
 }
-_ONE_LINE = {**_JSON, "whitespace_pattern": "[ ]"}
+# As json.dumps writes it, and chat templates too.
+_ONE_LINE = {
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "whitespace_flexible": False,
+    "coerce_one_of": False,
+    "lenient": False,
+}
 # Disables fast-forwarding of text that the grammar forces. For a pattern like (ab{10000}c){10000}
 # fast-forwarding takes seconds and gigabytes.
 _TAIL = '\n%llguidance {"no_forcing": true}\n'
@@ -177,7 +184,7 @@ class Grammar:
     def with_schemas(cls, rules: str, schemas: dict[str, dict[str, Any]]) -> Grammar:
         """Make a grammar from trusted Lark rules, which use JSON schemas of a client.
 
-        JSON is written on one line.
+        JSON is written on one line, with a space after commas and colons.
 
         Args:
             rules: Lark text. Outputs match its `start` rule.

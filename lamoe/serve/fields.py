@@ -97,7 +97,7 @@ def _whole_ids(value: Any, validate) -> Any:
 
 
 def _unlimited(value: int) -> int:
-    return MAX_TOKENS if value == -1 else value
+    return MAX_TOKENS if value == -1 else min(value, MAX_TOKENS)
 
 
 def _not_zero(value: int) -> int:
@@ -202,8 +202,8 @@ Stop = Annotated[
     ),
 ]
 # -1 is no limit
-MaxTokens = Annotated[Int, Field(ge=-1, le=MAX_TOKENS), AfterValidator(_not_zero)]
-MaxTokensOrNone = Annotated[Int, Field(ge=-1, le=MAX_TOKENS), AfterValidator(_unlimited)]
+MaxTokens = Annotated[Int, Field(ge=-1), AfterValidator(_not_zero)]
+MaxTokensOrNone = Annotated[Int, Field(ge=-1), AfterValidator(_unlimited)]
 NumLogprobs = Annotated[Int, Field(ge=0, le=20)]
 LogprobsCount = Annotated[NumLogprobs | None, BeforeValidator(_false_is_none)]
 LogprobsFlag = Annotated[bool, BeforeValidator(_zero_is_false)]

@@ -62,7 +62,7 @@ def tool_use(service: Service, body: ChatRequest) -> ToolUse:
         template = need_tokenizer(service, "chat").templates.choose(tools=True)
     except ValueError as e:
         raise invalid_value(str(e), "tools") from None
-    if choice == "required":
+    if choice in ("required", "any"):  # "any" is Mistral's word
         if fields := list(grammar_makers(body)):
             raise invalid_value(
                 f"tool_choice asks for a call, and {fields[0]} for another output; an output can "

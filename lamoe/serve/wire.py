@@ -289,6 +289,14 @@ class ChosenTool(Wire):
     function: FunctionName | None = None
     allowed_tools: AllowedTools | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _nest(cls, data: Any) -> Any:
+        """Read {"type": "function", "name": ...}, as OpenAI's Responses API has it."""
+        if isinstance(data, dict) and set(data) == {"type", "name"}:
+            return {"type": data["type"], "function": {"name": data["name"]}}
+        return data
+
     @model_validator(mode="after")
     def _check_form(self) -> ChosenTool:
         fields = {"function": self.function, "allowed_tools": self.allowed_tools}
@@ -302,7 +310,7 @@ class ChosenTool(Wire):
 
 
 ToolChoice = Annotated[
-    Annotated[Literal["auto", "none", "required"], TEXT] | Annotated[ChosenTool, OBJECT],
+    Annotated[Literal["auto", "none", "required", "any"], TEXT] | Annotated[ChosenTool, OBJECT],
     select('must be "auto", "none", "required" or {"type": "function", "function": {"name": ...}}'),
 ]
 Tools = Annotated[list[Tool], Field(min_length=1, max_length=128)]

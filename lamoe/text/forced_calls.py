@@ -96,7 +96,7 @@ class ForcedCalls:
             special: tokens that the grammar matches as `<name>` only.
         """
         s = self.spelling
-        space = '" "? ' if s.middle.endswith(":") else ""
+        space = '" " ' if s.middle.endswith(":") else ""
         if self.name is not None:
             return f"start: {space}arguments0"
         calls = (

@@ -219,6 +219,7 @@ def test_whole_numbers(field):
 
 def test_numbers_at_the_edge(server):
     assert complete(max_tokens=-1).max_tokens == MAX_TOKENS
+    assert chat(max_tokens=2**63 - 1).max_tokens == MAX_TOKENS
     assert complete(prompt=[5.0, 6]).prompt == [5, 6]
     assert complete(prompt=[[5.0], [6]]).prompt == [[5], [6]]
     assert complete(logprobs=False).logprobs is None

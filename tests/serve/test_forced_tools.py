@@ -94,6 +94,7 @@ def joined(chunks) -> dict:
     "choice, more, reason, names",
     [
         (NAMED, {}, "stop", {"weather"}),
+        ({"type": "function", "name": "time"}, {}, "stop", {"time"}),
         ("required", {}, "tool_calls", set(SCHEMAS)),
         ("required", {"n": 3, "logprobs": True}, "tool_calls", set(SCHEMAS)),
         ("required", {"tools": TOOLS[1:2], "max_tokens": 6}, "tool_calls", {"time"}),
@@ -106,7 +107,7 @@ def joined(chunks) -> dict:
         # These must not cut or prolong a call.
         (NAMED, {"stop": ['"', ":"], "extra_body": {"min_tokens": 200}}, "stop", {"weather"}),
     ],
-    ids=["named", "required", "n", "one tool", "allowed", "stop"],
+    ids=["named", "flat", "required", "n", "one tool", "allowed", "stop"],
 )
 def test_forced_calls_are_valid(client, choice, more, reason, names):
     reply = ask(client, tool_choice=choice, **more)
