@@ -20,7 +20,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, TypeVar
 
@@ -93,11 +93,13 @@ class Grammar:
     kind: "JSON schema", "regular expression" or "Lark grammar".
     text: the grammar as the caller gave it.
     source: the grammar in llguidance's own notation.
+    begun: the beginning of the text that the prompt already holds.
     """
 
     kind: str
     text: str
     source: str = field(repr=False, compare=False)
+    begun: str = ""
     # Empty, or one pair: weak reference to a Tokenizer, the LLMatcher compiled for it.
     _ready: list = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -181,7 +183,9 @@ class Grammar:
         return cls._checked("Lark grammar", text, lambda lib: text)
 
     @classmethod
-    def with_schemas(cls, rules: str, schemas: dict[str, dict[str, Any]]) -> Grammar:
+    def with_schemas(
+        cls, rules: str, schemas: dict[str, dict[str, Any]], begun: str = ""
+    ) -> Grammar:
         """Make a grammar from trusted Lark rules, which use JSON schemas of a client.
 
         JSON is written on one line, with a space after commas and colons.
@@ -189,6 +193,7 @@ class Grammar:
         Args:
             rules: Lark text. Outputs match its `start` rule.
             schemas: {name of a rule: schema of the JSON text that it matches}.
+            begun: the beginning of the text that the prompt already holds.
 
         Raises:
             ValueError: see `json_schema`.
@@ -201,7 +206,8 @@ class Grammar:
             f"{name}: %json {json.dumps({**schema, 'x-guidance': _ONE_LINE})}"
             for name, schema in schemas.items()
         )
-        return cls._checked("JSON schema", text, lambda lib: "\n".join([rules, *lines]))
+        grammar = cls._checked("JSON schema", text, lambda lib: "\n".join([rules, *lines]))
+        return replace(grammar, begun=begun)
 
     @classmethod
     def _checked(cls, kind: str, text: str, convert: Callable[[Any], str]) -> Grammar:
@@ -237,6 +243,8 @@ class Grammar:
             matcher = lib.LLMatcher(
                 vocabulary, self.source, limits=lib.LLParserLimits(**_LIMITS), log_level=0
             )
+            if self.begun and not matcher.is_error():
+                matcher.consume_tokens(tokenizer.encode(self.begun))
             probe = matcher.deep_copy()
             if not matcher.is_error():
                 probe.compute_bitmask()
@@ -321,6 +329,15 @@ class Matcher:
             # new one.
             self._grammar._ready.clear()
             raise ValueError(_sentence(self._grammar.kind, self._inner.get_error()))
+
+
+def can_begin(tokenizer: Tokenizer, text: str) -> bool:
+    """Return whether a grammar can have begun with the tokens of a text.
+
+    They must be exactly this text. Many tokenizers that are not byte-level put a space before it.
+    """
+    ids = tokenizer.encode(text)
+    return tokenizer._byte_level and b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
 
 
 def special_tokens(tokenizer: Tokenizer) -> frozenset[str]:

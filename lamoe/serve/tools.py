@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from lamoe.engine.grammar import Grammar, special_tokens
+from lamoe.engine.grammar import Grammar, can_begin, special_tokens
 from lamoe.serve.errors import ApiError, invalid_value
 from lamoe.serve.parameters import grammar_makers, prepare_grammar
 from lamoe.serve.prompts import need_tokenizer
@@ -14,6 +15,7 @@ from lamoe.serve.service import Service
 from lamoe.serve.wire import ChatRequest, ChosenTool, Function, NamedTool, Tool
 from lamoe.text import tool_calls
 from lamoe.text.forced_calls import ForcedCalls, spelling_of
+from lamoe.text.tokenizer import Tokenizer
 
 NO_PROPERTIES = {"type": "object", "properties": {}, "additionalProperties": False}
 # Keys of a schema that do not restrict the properties of an object.
@@ -58,8 +60,9 @@ def tool_use(service: Service, body: ChatRequest) -> ToolUse:
             choice, named = "required", True
     if choice == "none":
         return ToolUse()
+    tokenizer = need_tokenizer(service, "chat")
     try:
-        template = need_tokenizer(service, "chat").templates.choose(tools=True)
+        template = tokenizer.templates.choose(tools=True)
     except ValueError as e:
         raise invalid_value(str(e), "tools") from None
     if choice in ("required", "any"):  # "any" is Mistral's word
@@ -69,9 +72,7 @@ def tool_use(service: Service, body: ChatRequest) -> ToolUse:
                 "follow only one of them",
                 "tool_choice",
             )
-        names = tuple(dict.fromkeys(tool.function.name for tool in allowed))
-        several = not named and body.parallel_tool_calls is True
-        forced = ForcedCalls(spelling_of(template), names, several)
+        forced = _forced(tokenizer, template, allowed, not named and body.parallel_tool_calls)
         return ToolUse(body.tools if named else allowed, forced=forced, named=named)
     form = tool_calls.form_of(template)
     if form is None:
@@ -84,6 +85,18 @@ def tool_use(service: Service, body: ChatRequest) -> ToolUse:
             "tools",
         )
     return ToolUse(allowed, form)
+
+
+def _forced(
+    tokenizer: Tokenizer, template: str, tools: list[Tool], several: bool | None
+) -> ForcedCalls:
+    functions = {tool.function.name: tool.function for tool in tools}
+    forced = ForcedCalls(spelling_of(template), tuple(functions), bool(several))
+    if forced.name is not None and (beginning := _beginning(functions[forced.name])):
+        begun = forced.spelling.space + beginning
+        if can_begin(tokenizer, begun):
+            return replace(forced, begun=begun)
+    return forced
 
 
 def _select(tools: list[Tool], named: list[NamedTool]) -> list[Tool]:
@@ -112,9 +125,26 @@ async def forced_grammar(service: Service, body: ChatRequest, forced: ForcedCall
         i, function = functions[name]
         schema = _parameters(function, f"tools[{i}].function.parameters")
         schemas[f"arguments{rule}"] = schema
-    make = partial(Grammar.with_schemas, forced.rules(special_tokens(tokenizer)), schemas)
+    rules = forced.rules(special_tokens(tokenizer))
+    make = partial(Grammar.with_schemas, rules, schemas, forced.begun)
     field = f"tools[{functions[forced.names[0]][0]}].function.parameters"
     return await prepare_grammar(service, make, field if len(schemas) == 1 else "tools")
+
+
+def _beginning(function: Function) -> str:
+    """Return the beginning that all arguments share: up to the first value, if it is required."""
+    schema = function.parameters or {}
+    properties, required = schema.get("properties"), schema.get("required")
+    if (
+        not set(schema) <= _NOTES | {"additionalProperties"}
+        or not isinstance(properties, dict)
+        or not isinstance(required, list)
+    ):
+        return ""
+    first = next(iter(properties), None)
+    if first is None or first not in required or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", first):
+        return ""
+    return f'{{"{first}":'
 
 
 def _parameters(function: Function, field: str) -> dict[str, Any]:

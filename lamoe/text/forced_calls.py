@@ -35,6 +35,11 @@ class Spelling:
     between: str
     close: str = ""
 
+    @property
+    def space(self) -> str:
+        """The space before arguments, which models write in one token with what follows."""
+        return " " if self.middle.endswith(":") else ""
+
 
 _TAGS = Spelling(
     '<tool_call>\n{"name": "',
@@ -72,11 +77,19 @@ def spelling_of(template: str | None) -> Spelling:
 
 @dataclass(frozen=True)
 class ForcedCalls:
-    """What a reply must be: one call, or several calls, of the named functions."""
+    """What a reply must be: one call, or several calls, of the named functions.
+
+    Attributes:
+        spelling: how the model spells calls.
+        names: the functions that may be called.
+        several: whether there may be more than one call.
+        begun: if there is one function and one call, the beginning of its arguments.
+    """
 
     spelling: Spelling
     names: tuple[str, ...]
     several: bool = False
+    begun: str = ""
 
     @property
     def name(self) -> str | None:
@@ -87,7 +100,7 @@ class ForcedCalls:
     def head(self) -> str:
         """The beginning of the reply, which belongs to the prompt."""
         s = self.spelling
-        return s.begin if self.name is None else s.begin + self.name + s.middle
+        return s.begin if self.name is None else s.begin + self.name + s.middle + self.begun
 
     def rules(self, special: Collection[str]) -> str:
         """Write the rest of the reply as Lark rules. Rule arguments0 is for the first name, etc.
@@ -96,7 +109,7 @@ class ForcedCalls:
             special: tokens that the grammar matches as `<name>` only.
         """
         s = self.spelling
-        space = '" " ' if s.middle.endswith(":") else ""
+        space = '" " ' if s.space else ""
         if self.name is not None:
             return f"start: {space}arguments0"
         calls = (
@@ -114,7 +127,7 @@ class ForcedCalls:
 
         The reply may be cut, so the arguments of the last call may be incomplete JSON.
         """
-        s, at = self.spelling, 0
+        s, at, text = self.spelling, 0, self.begun + text
         calls: list[tuple[str, str]] = []
         while True:
             name = self.name
@@ -153,7 +166,7 @@ class ForcedStream:
         if self._sent >= 0:
             return self._more(text)
         self._text += text
-        name, arguments = self.forced.name, self._text
+        name, arguments = self.forced.name, self.forced.begun + self._text
         if name is None:
             name, middle, arguments = self._text.partition(self.forced.spelling.middle)
             if not middle:

@@ -10,6 +10,8 @@ import jsonschema
 import openai
 import pydantic
 import pytest
+import tokenizers
+from tokenizers import decoders, normalizers
 
 from lamoe.text import tokenizer
 from lamoe.text.forced_calls import ForcedCalls, ForcedStream, spelling_of
@@ -29,6 +31,7 @@ FORMS = {
     "tag tokens": (CHATML, ("<tool_call>", "</tool_call>")),
     "unknown": ("{{ tools | tojson }}{{ messages | tojson }}\n", ()),
     "no tools": (None, ()),
+    "sentencepiece": (CHATML, ()),
 }
 WEATHER = {
     "type": "object",
@@ -49,9 +52,27 @@ TOOLS = [function(*item) for item in SCHEMAS.items()]
 NAMED = {"type": "function", "function": {"name": "weather"}}
 
 
+def sentencepiece(template):
+    """Make a vocabulary of bytes, which puts a space before every text."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "{", "▁{"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    model = tokenizers.models.BPE(vocab, [("▁", "{")], byte_fallback=True, unk_token="<unk>")
+    inner = tokenizers.Tokenizer(model)
+    inner.add_special_tokens(["<s>", "</s>"])
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return tokenizer.Tokenizer(inner, bos="<s>", eos="</s>", chat_template=template)
+
+
 @functools.cache
 def vocabulary(form):
     template, special = FORMS[form]
+    if form == "sentencepiece":
+        return sentencepiece(template)
     t = tokenizer.train([WORDS * 3], 300, (*tokenizer.SPECIAL_TOKENS[:2], *special))
     t.chat_template = template
     return t
@@ -231,12 +252,13 @@ def test_every_prefix_of_a_reply_is_read_alike_in_pieces(template):
         + (spelling.end + spelling.between + "time" + spelling.middle + arguments[1])
         + (spelling.end + spelling.close)
     )
-    for names, several, text in (
-        (("weather", "time"), True, reply),
-        (("weather", "time"), False, "weather" + spelling.middle + arguments[0]),
-        (("weather",), False, " " + arguments[0]),
+    for names, several, begun, text in (
+        (("weather", "time"), True, "", reply),
+        (("weather", "time"), False, "", "weather" + spelling.middle + arguments[0]),
+        (("weather",), False, "", " " + arguments[0]),
+        (("weather",), False, ' {"a":', arguments[0].removeprefix('{"a":')),
     ):
-        forced = ForcedCalls(spelling, names, several)
+        forced = ForcedCalls(spelling, names, several, begun)
         whole = forced.parse(text)
         assert whole[0] == ("weather", arguments[0]) and len(whole) == 1 + several
         for stop in range(1, len(text) + 1):
