@@ -21,7 +21,7 @@ from starlette.responses import FileResponse, Response
 from lamoe import __version__
 from lamoe.engine.async_llm import AsyncLLM, EngineDead
 from lamoe.engine.score import mean_state
-from lamoe.serve import bodies, completions, wire
+from lamoe.serve import bodies, completions, responses, wire
 from lamoe.serve.builders import token_text
 from lamoe.serve.errors import ApiError, invalid_value, json_response
 from lamoe.serve.guard import INTERNAL_ERROR, Guard
@@ -76,7 +76,7 @@ STATUS_DESCRIPTIONS = {
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Describe error statuses for /openapi.json, including those that every route can send."""
     return {
-        status: {"model": wire.Error, "description": STATUS_DESCRIPTIONS[status]}
+        status: {"model": responses.Error, "description": STATUS_DESCRIPTIONS[status]}
         for status in (401, 403, 431, 503, *statuses)
     }
 
@@ -131,7 +131,8 @@ def _service(request: Request) -> Service:
 
 # ---- generation ----------------------------------------------------------------------------------
 @router.post(
-    "/v1/completions", responses=POST_ERRORS | {200: {"model": wire.Completion, "content": EVENTS}}
+    "/v1/completions",
+    responses=POST_ERRORS | {200: {"model": responses.Completion, "content": EVENTS}},
 )
 async def create_completion(body: wire.CompletionRequest, request: Request) -> Response:
     """Continue one or several prompts."""
@@ -143,7 +144,7 @@ async def create_completion(body: wire.CompletionRequest, request: Request) -> R
 
 @router.post(
     "/v1/chat/completions",
-    responses=POST_ERRORS | {200: {"model": wire.ChatCompletion, "content": EVENTS}},
+    responses=POST_ERRORS | {200: {"model": responses.ChatCompletion, "content": EVENTS}},
 )
 async def create_chat_completion(body: wire.ChatRequest, request: Request) -> Response:
     """Continue a conversation with the assistant's reply."""
@@ -151,7 +152,7 @@ async def create_chat_completion(body: wire.ChatRequest, request: Request) -> Re
     return await completions.chat(_service(request), body, state.id, state.log, state.cache_salt)
 
 
-@router.post("/v1/embeddings", responses=POST_ERRORS | {200: {"model": wire.Embeddings}})
+@router.post("/v1/embeddings", responses=POST_ERRORS | {200: {"model": responses.Embeddings}})
 async def create_embedding(body: wire.EmbeddingRequest, request: Request) -> Response:
     """Return the mean of the model's final normed hidden states over all tokens of each text.
 
@@ -195,7 +196,7 @@ async def _embed(
 
 
 # ---- text ----------------------------------------------------------------------------------------
-@router.post("/tokenize", responses=POST_ERRORS | {200: {"model": wire.Tokenized}})
+@router.post("/tokenize", responses=POST_ERRORS | {200: {"model": responses.Tokenized}})
 async def tokenize(body: wire.TokenizeRequest, request: Request) -> Response:
     """Return the token ids of a prompt, or of a conversation in the model's chat template."""
     service = _service(request)
@@ -225,7 +226,7 @@ async def tokenize(body: wire.TokenizeRequest, request: Request) -> Response:
     )
 
 
-@router.post("/detokenize", responses=POST_ERRORS | {200: {"model": wire.Detokenized}})
+@router.post("/detokenize", responses=POST_ERRORS | {200: {"model": responses.Detokenized}})
 async def detokenize(body: wire.DetokenizeRequest, request: Request) -> Response:
     """Return the text of token ids, including special tokens."""
     service = _service(request)
@@ -245,7 +246,7 @@ async def detokenize(body: wire.DetokenizeRequest, request: Request) -> Response
 
 
 @router.get(
-    "/tokenizer_info", responses=error_responses(400) | {200: {"model": wire.TokenizerInfo}}
+    "/tokenizer_info", responses=error_responses(400) | {200: {"model": responses.TokenizerInfo}}
 )
 async def tokenizer_info(request: Request) -> Response:
     """Return the special tokens and the chat template, for lm-evaluation-harness."""
@@ -274,14 +275,14 @@ def _model_card(service: Service) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/models", responses=error_responses() | {200: {"model": wire.Models}})
+@router.get("/v1/models", responses=error_responses() | {200: {"model": responses.Models}})
 async def list_models(request: Request) -> Response:
     """List the one model of this server."""
     return json_response({"object": "list", "data": [_model_card(_service(request))]})
 
 
 @router.get(
-    "/v1/models/{model:path}", responses=error_responses(404) | {200: {"model": wire.Model}}
+    "/v1/models/{model:path}", responses=error_responses(404) | {200: {"model": responses.Model}}
 )
 async def retrieve_model(model: str, request: Request) -> Response:
     """Describe the model, if the name is right."""
@@ -292,10 +293,10 @@ async def retrieve_model(model: str, request: Request) -> Response:
 @router.get(
     "/health",
     responses={
-        200: {"model": wire.Health},
-        503: {"model": wire.Health},
-        403: {"model": wire.Error},
-        431: {"model": wire.Error},
+        200: {"model": responses.Health},
+        503: {"model": responses.Health},
+        403: {"model": responses.Error},
+        431: {"model": responses.Error},
     },
 )
 async def health(request: Request) -> Response:
@@ -323,7 +324,7 @@ async def metrics(request: Request) -> Response:
     )
 
 
-@router.get("/lamoe/stats", responses=error_responses() | {200: {"model": wire.Stats}})
+@router.get("/lamoe/stats", responses=error_responses() | {200: {"model": responses.Stats}})
 async def stats(request: Request) -> Response:
     """Return the state of the engine, with cache, sequences, speed, prefix hits and drafts."""
     return json_response(await _service(request).stats())
@@ -331,7 +332,7 @@ async def stats(request: Request) -> Response:
 
 @router.get(
     "/lamoe/requests/{id}/experts",
-    responses=error_responses(404) | {200: {"model": wire.Experts}},
+    responses=error_responses(404) | {200: {"model": responses.Experts}},
 )
 async def experts(id: str, request: Request) -> Response:
     """Return how many tokens of a request each routed expert has computed so far.
