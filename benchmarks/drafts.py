@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 import lamoe
-from lamoe.cli.models import find_model
+from lamoe.checkpoints import resolve
 from lamoe.train.sources import read_documents
 
 FUNCTIONS = (
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    folder = find_model(args.model)
+    folder = resolve(args.model)
     model = lamoe.load(folder, args.dtype)
     length = min(2048, model.config.max_position_embeddings)
     options = dict(

@@ -36,6 +36,13 @@ _WORDS = {
 }
 
 
+class FileError(OSError):
+    """An error of the operating system with a message of lamoe, FileError(errno, message)."""
+
+    def __str__(self) -> str:
+        return self.strerror
+
+
 def explain(error: OSError) -> str:
     """Return one sentence: the file, what is wrong, and what to do.
 
@@ -61,6 +68,14 @@ def explain(error: OSError) -> str:
 
 def _shortened(name: str) -> str:
     return name if len(name) <= 300 else f"{name[:100]}... ({len(name)} characters)"
+
+
+def current_folder() -> str:
+    """Return the current folder for a message. It may have been deleted."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return "a folder that was deleted"
 
 
 def number_of(error: Exception) -> int:

@@ -22,10 +22,11 @@ from typing import NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from lamoe.checkpoints import atomic, shards
+from lamoe.checkpoints import atomic, runs, shards
 from lamoe.checkpoints.shards import Found, few
 from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
+from lamoe.os_errors import current_folder, explain
 
 DTYPES = {
     "float32": torch.float32,
@@ -195,17 +196,18 @@ def _copy(stored: torch.Tensor, place: torch.Tensor) -> None:
 
 
 def resolve(source: str | Path) -> Path:
-    """Return the model folder of a path or hub id.
+    """Return the model folder of a path or hub id. The model of a run is its newest checkpoint.
 
     The *.json, *.jinja and *.safetensors files of a hub id are downloaded to the hub's cache. With
     HF_HUB_OFFLINE=1 they must be there already. HF_TOKEN gives access to gated models.
 
     Raises:
-        ValueError: if `source` is neither a folder nor a model on the hub.
+        ValueError: if `source` is neither a folder nor a model on the hub, or a run without a
+            checkpoint.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        return path
+        return runs.model_folder(path)
     if path.exists():
         hint = (
             "make a folder of it first: lamoe convert FILE.gguf FOLDER"
@@ -233,8 +235,30 @@ def resolve(source: str | Path) -> Path:
         )
     except (OSError, ValueError) as e:
         raise ValueError(
-            f"there is no folder {source!r}, and the hub did not give a model of this name: {e}"
+            f"there is no folder {source!r} (from {current_folder()}), and {_hub_problem(e)}"
         ) from e
+
+
+def _hub_problem(error: Exception) -> str:
+    """Return why the hub gave no model, and what to do, from an error of huggingface_hub."""
+    kind = type(error).__name__
+    if kind in ("RepositoryNotFoundError", "GatedRepoError"):
+        return (
+            "the hub has no model of this name that may be read; check the name, or set HF_TOKEN "
+            "for a private or gated model"
+        )
+    if kind in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
+        why = "HF_HUB_OFFLINE is set" if _hub_is_off() else "the hub cannot be reached"
+        return f"{why} and its cache does not hold this model; check the name of the folder"
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return f"the cache of the hub cannot be used: {explain(error)} (or set HF_HOME)"
+    return f"the hub did not give a model of this name: {error}"
+
+
+def _hub_is_off() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
 
 
 def read_config(folder: str | Path) -> ModelConfig:

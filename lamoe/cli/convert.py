@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lamoe.cli.models import find_model
-
 
 def quantize(args: argparse.Namespace) -> int:
     """Pack a model into a folder and print the size of each class of weights."""
@@ -20,7 +18,7 @@ def quantize(args: argparse.Namespace) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    source = resolve(find_model(args.source))
+    source = resolve(args.source)
     config = read_config(source)
     formats = Formats(args.weights, args.head)
     element = packed.element_format(formats)
@@ -56,7 +54,7 @@ def convert(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
         )
     else:
-        folder = resolve(find_model(args.source))
+        folder = resolve(args.source)
         save(
             load(folder, args.dtype),
             args.target,

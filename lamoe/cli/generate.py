@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lamoe.cli.models import find_model, newest_run
+from lamoe.cli.models import newest_run
 from lamoe.cli.text_input import check
 from lamoe.serve import settings
 
@@ -24,7 +24,7 @@ def generate(args: argparse.Namespace) -> int:
     name = _named_model(args)
     if name is None:
         raise ValueError("no model is named; write lamoe generate MODEL --prompt TEXT")
-    folder = resolve(find_model(name))
+    folder = resolve(name)
     tok = Tokenizer.load(folder)
     prompt = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
     prompt = check(prompt, "the prompt").removeprefix("\ufeff")
@@ -60,7 +60,7 @@ def chat(args: argparse.Namespace) -> int:
     params = _sampling_params(args)
     system = None if args.system is None else check(args.system, "--system")
     options = _engine_options(args)
-    llm = LLM(find_model(args.model), max_num_seqs=args.max_num_seqs, **options)
+    llm = LLM(args.model, max_num_seqs=args.max_num_seqs, **options)
     return terminal.run(llm, params, system, name=args.model)
 
 
@@ -75,7 +75,7 @@ def serve(args: argparse.Namespace) -> int:
             f"serving needs packages that are not installed ({e.name}); pip install 'lamoe[serve]'"
         ) from None
     shown = Path(os.path.abspath(name)).name if Path(name).exists() else name
-    return run.run(find_model(name), shown, chosen)
+    return run.run(name, shown, chosen)
 
 
 def _named_model(args: argparse.Namespace) -> str | None:

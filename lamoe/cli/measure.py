@@ -77,7 +77,7 @@ def _load(args: argparse.Namespace):
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    folder, run = resolve(models.find_model(args.model)), Path(args.model)
+    folder, run = resolve(args.model), Path(args.model)
     is_run = (run / "recipe.json").exists() and (run / "data").is_dir()
     if not (args.needle or args.data or is_run):
         raise ValueError(
@@ -126,7 +126,7 @@ def bench(args: argparse.Namespace) -> int:
     if models.is_config(args.model):
         make = bench.random_weights(models.read_config(args.model)[0], formats)
     else:
-        make = bench.stored_weights(models.find_model(args.model), formats)
+        make = bench.stored_weights(args.model, formats)
     result = bench.run(
         args.model,
         make,

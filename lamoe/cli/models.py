@@ -7,18 +7,6 @@ from pathlib import Path
 from lamoe.model.config import PRESETS, ModelConfig, did_you_mean
 
 
-def find_model(name: str) -> str:
-    """Return the model folder of a run's newest checkpoint, or `name` itself for other names."""
-    path = Path(name)
-    if (path / "recipe.json").exists():
-        from lamoe.train import checkpoint
-
-        return str(checkpoint.model_of_run(path))
-    if (path / "model" / "config.json").exists() and not (path / "config.json").exists():
-        return str(path / "model")
-    return name
-
-
 def newest_run(folder: str = "runs") -> str:
     """Return the run under `folder` that has the newest checkpoint."""
     from lamoe.train import checkpoint
@@ -46,7 +34,7 @@ def read_config(name: str) -> tuple[ModelConfig, str, float]:
     """Return (config, name to show, bits per stored weight) of a preset, file, folder or hub id."""
     if name in PRESETS:
         return ModelConfig.preset(name), name, 16.0
-    path = Path(find_model(name))
+    path = Path(name).expanduser()
     if path.is_file():
         return ModelConfig.from_file(path), str(path), 16.0
     if not path.is_dir() and name.count("/") != 1:
@@ -57,8 +45,8 @@ def read_config(name: str) -> tuple[ModelConfig, str, float]:
     from lamoe import checkpoints
     from lamoe.backends.cpu import packed_file
 
-    folder = path if path.is_dir() else checkpoints.resolve(name)
-    shown = str(path) if path.is_dir() else name
+    folder = checkpoints.resolve(name)
+    shown = str(folder) if path.is_dir() else name
     if packed_file.is_packed(folder):
         return packed_file.any_config(folder), shown, packed_file.bits_per_weight(folder)
     return checkpoints.read_config(folder), shown, 16.0

@@ -53,7 +53,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
             resume.
         Stopped: if the loss or the gradient norm is not finite.
     """
-    run = Path(recipe.run.out)
+    run = run_folder.check_place(recipe)
     with run_folder.locked(run), open_screen(recipe, quiet) as screen:
         last = run_folder.claim(run, recipe, resume, screen.note)
         if recipe.run.threads:
@@ -189,11 +189,18 @@ def _build_optimizer(recipe: Recipe, model: Transformer) -> MasterAdamW:
 
 def _restore(last: Path, optimizer: MasterAdamW, batches: data.Batches) -> int:
     """Load the optimizer, sampler and random state of a checkpoint. Return its step."""
-    state = checkpoint.load_tensors(last / "state.safetensors")
-    optimizer.load_state_dict(state["optimizer"])
-    batches.load_state_dict(state["data"])
-    checkpoint.set_rng_state(state["rng"])
-    return state["step"]
+    file = last / "state.safetensors"
+    state = checkpoint.load_tensors(file)
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        batches.load_state_dict(state["data"])
+        checkpoint.set_rng_state(state["rng"])
+        return state["step"]
+    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+        raise ValueError(
+            f"{file} does not fit this version of lamoe ({type(e).__name__}: {e}); resume with the "
+            f"version that wrote it, or start a new run from its weights: --run.init_from {last}"
+        ) from None
 
 
 class MicroBatch(NamedTuple):

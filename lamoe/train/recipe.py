@@ -101,7 +101,7 @@ class Run:
                 raise ValueError(f"run.{name} is {getattr(self, name)}; it must be at least {low}")
         if self.seed >= 1 << 32:
             raise ValueError(f"run.seed is {self.seed}; it must be below 2**32")
-        if not self.out:
+        if not self.out.strip():
             raise ValueError("run.out is empty; name a folder, for example runs/model")
 
 

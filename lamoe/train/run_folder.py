@@ -15,7 +15,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,18 +27,21 @@ from typing import Any
 import torch
 
 from lamoe.checkpoints import atomic, hf, lock
+from lamoe.checkpoints.runs import RECIPE, model_folder
+from lamoe.model.accounting import human_bytes, parameters
 from lamoe.model.config import CARRIED
+from lamoe.os_errors import check_output, current_folder
 from lamoe.text import tokenizer as tokenizers
 from lamoe.text.tokenizer import Tokenizer
 from lamoe.train import checkpoint, data
 from lamoe.train.holdout import plan_split
 from lamoe.train.packing import PIECE
 from lamoe.train.recipe import Recipe
-from lamoe.train.sources import stamp
+from lamoe.train.sources import BUILT_IN, stamp
 
 Note = Callable[[str], None]  # shows one line to the user
 
-RECIPE, METRICS = "recipe.json", "metrics.jsonl"
+METRICS = "metrics.jsonl"
 # A new tokenizer is trained on a sample of about this many bytes of the training text.
 TOKENIZER_BYTES = 24 << 20
 
@@ -52,6 +58,67 @@ _FREE = (
 # Keys that may change on resume, with a note to the user. Changing them may rescue a run whose loss
 # has diverged.
 _NOTED = ("optim.lr", "optim.warmup_steps", "optim.clip")
+
+
+def check_place(recipe: Recipe) -> Path:
+    """Return the folder `run.out`, after a check that a run can be written there.
+
+    Raises:
+        ValueError: if the place cannot be written, belongs to other things, or is read as text.
+    """
+    run = check_output("run.out", recipe.run.out)
+    place = Path(os.path.realpath(run))
+    if place.parent == place or place == Path(os.path.realpath(os.path.expanduser("~"))):
+        raise ValueError(
+            f"run.out {run} is the root or your home folder, and a run needs a folder of its own; "
+            f"name a new folder in it, for example {run / 'model'}"
+        )
+    if run.is_dir() and not (run / RECIPE).exists():
+        inner = sorted(file.parent.name for file in run.glob(f"*/{RECIPE}"))
+        if inner:
+            raise ValueError(
+                f"run.out {run} holds the runs {', '.join(inner[:5])}, so it is not the folder of "
+                f"one run; name one of them, or a new folder such as {run / 'model'}"
+            )
+    for source in recipe.data.sources:
+        folder = Path(source).expanduser()
+        if source not in BUILT_IN and folder.is_dir() and place.is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"run.out {run} lies in the source folder {source}, so the files of the run would "
+                "be read as text; name a folder outside it"
+            )
+    return run
+
+
+def _check_space(run: Path, recipe: Recipe, last: Path | None, note: Note) -> None:
+    """Check that the checkpoints of a run fit on the disk. Packed text needs some more.
+
+    Raises:
+        ValueError: if there is no room for one more checkpoint.
+    """
+    steps, every, keep = recipe.run.steps, recipe.run.save_every, recipe.run.keep
+    remaining = steps - (checkpoint.step_of(last) if last else 0)
+    if remaining <= 0:
+        return
+    # At most `keep` checkpoints remain, but a new one is written before an old one is removed.
+    num_saves = math.ceil(remaining / every) if every else 1
+    num_kept = len(checkpoint.folders(run))
+    num_new = min(num_saves, max(1, keep + 1 - num_kept)) if keep else num_saves
+    weight_bytes = 2 if recipe.run.dtype == "bfloat16" else 4
+    size = parameters(recipe.model).total * (weight_bytes + 12)  # 12: masters and two moments
+    free = shutil.disk_usage(run).free
+    if free >= size * num_new:
+        return
+    found = (
+        f"a checkpoint needs about {human_bytes(size)}, and the file system of run.out {run} has "
+        f"{human_bytes(free)} free"
+    )
+    if free < size:
+        raise ValueError(f"{found}; free some space, or choose another --run.out")
+    note(
+        f"warning: {found}, but {num_new} checkpoints will be there at once; free some space, or "
+        "lower --run.keep"
+    )
 
 
 @contextmanager
@@ -96,6 +163,11 @@ def claim(run: Path, recipe: Recipe, resume: bool, note: Note = print) -> Path |
             "or choose another --run.out"
         )
     if resume and last is None and previous is None:
+        if (run / "config.json").exists():
+            raise ValueError(
+                f"nothing to resume: {run} is a model folder, not a run. To train on from its "
+                f"weights: --run.init_from {run} --run.out NEW, without --resume"
+            )
         raise ValueError(
             f"nothing to resume: {run} holds no checkpoint; leave --resume out to start"
         )
@@ -111,6 +183,7 @@ def claim(run: Path, recipe: Recipe, resume: bool, note: Note = print) -> Path |
             # Remove the tokenizer of an earlier attempt without checkpoint: its recipe may differ.
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 (run / "tokenizer" / name).unlink(missing_ok=True)
+    _check_space(run, recipe, last, note)
     for name in (RECIPE, METRICS):
         atomic.remove_leftovers(run, name)
     text = json.dumps(recipe.to_dict(), indent=1, ensure_ascii=False) + "\n"
@@ -154,7 +227,7 @@ def _check_changes(run: Path, before: dict, now: dict, note: Note) -> None:
             name = f"{section}.{key}"
             if old.get(key) == new.get(key) or name in _FREE:
                 continue
-            change = f"{name} was {old.get(key)!r}, now {new.get(key)!r}"
+            change = f"{name} was {_shown(old, key)}, now {_shown(new, key)}"
             if name not in _NOTED:
                 refused.append(change)
             elif key in old:
@@ -162,15 +235,27 @@ def _check_changes(run: Path, before: dict, now: dict, note: Note) -> None:
     if noted:
         note(f"from here on {'; '.join(noted)}")
     if refused:
-        raise ValueError(
-            f"cannot resume {run} with another recipe: {'; '.join(refused[:5])}. "
-            "Use the same recipe, or another --run.out"
+        more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+        schedule = (
+            " (the learning rate of every step depends on it)"
+            if any(change.startswith("run.steps ") for change in refused)
+            else ""
         )
+        raise ValueError(
+            f"cannot resume {run} with another recipe: {'; '.join(refused[:5])}{more}{schedule}. "
+            "Use the same recipe; or start a new run from these weights, without --resume: "
+            f"--run.init_from {run} --run.out NEW"
+        )
+
+
+def _shown(section: dict, key: str) -> str:
+    return repr(section[key]) if key in section else "not there"
 
 
 def _refuse_foreign_files(run: Path) -> None:
     """Raise ValueError if a folder without recipe.json holds files named like those of a run."""
-    found = [name for name in ("tokenizer", "data", METRICS) if (run / name).exists()]
+    names = ("tokenizer", "data", METRICS, "config.json", "tokenizer.json")
+    found = [name for name in names if (run / name).exists()]
     if found:
         raise ValueError(
             f"{run} holds {', '.join(found)} but no {RECIPE}, so it is not a run folder; "
@@ -190,7 +275,7 @@ def start_folder(recipe: Recipe) -> Path:
     Raises:
         ValueError: if the config of this model does not fit the recipe.
     """
-    folder = _model_folder(recipe.run.init_from)
+    folder = hf.resolve(recipe.run.init_from)
     stored, wanted = dataclasses.asdict(hf.read_config(folder)), dataclasses.asdict(recipe.model)
     differences = [
         f"model.{k} is {wanted[k]!r}, there {stored[k]!r}"
@@ -203,11 +288,6 @@ def start_folder(recipe: Recipe) -> Path:
             f"{'; '.join(differences[:5])}. Describe the same model, or start from another"
         )
     return folder
-
-
-def _model_folder(name: str) -> Path:
-    is_run = (Path(name) / RECIPE).exists()
-    return checkpoint.model_of_run(name) if is_run else hf.resolve(name)
 
 
 # ---- tokenizer and packed text -------------------------------------------------------------------
@@ -224,7 +304,7 @@ def prepare_tokenizer(recipe: Recipe, folder: Path, note: Note = print) -> Token
     if exists:
         tokenizer = Tokenizer.load(folder)
     elif recipe.data.tokenizer or recipe.run.init_from:
-        tokenizer = Tokenizer.load(recipe.data.tokenizer or _model_folder(recipe.run.init_from))
+        tokenizer = Tokenizer.load(_tokenizer_folder(recipe))
     else:
         note(f"learning a vocabulary of {recipe.model.vocab_size} tokens")
         tokenizer = tokenizers.train(_sample_training_text(recipe), recipe.model.vocab_size)
@@ -241,6 +321,18 @@ def prepare_tokenizer(recipe: Recipe, folder: Path, note: Note = print) -> Token
     if not exists:
         tokenizer.save(folder)
     return tokenizer
+
+
+def _tokenizer_folder(recipe: Recipe) -> Path:
+    if not recipe.data.tokenizer:
+        return hf.resolve(recipe.run.init_from)
+    path = Path(recipe.data.tokenizer).expanduser()
+    if not path.exists():
+        raise ValueError(
+            f"data.tokenizer {path} does not exist (from {current_folder()}); name a folder with "
+            "tokenizer.json, or that file"
+        )
+    return model_folder(path)
 
 
 def _sample_training_text(recipe: Recipe) -> Iterator[str]:

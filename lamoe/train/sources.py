@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lamoe.model.config import did_you_mean
-from lamoe.os_errors import explain
+from lamoe.os_errors import current_folder, explain
 from lamoe.train.text_files import DAMAGED, NotText, read_texts, remark
 
 BUILT_IN = ("austen", "stdlib")
@@ -207,12 +207,13 @@ def list_entries(source: str, skipped: Counter[str]) -> list[Entry]:
             return [replace(e, field=match["field"], as_records=not is_folder) for e in entries]
     if glob.has_magic(source):
         raise ValueError(
-            f"source {source!r} matches no file (from {_here()}); a folder is named without *, "
-            "and ** goes into folders"
+            f"source {source!r} matches no file (from {current_folder()}); a folder is named "
+            "without *, and ** goes into folders"
         )
     raise ValueError(
         f"source {source!r} does not exist; it is none of {', '.join(BUILT_IN)}, and no file, "
-        f"folder or glob of that name is found from {_here()}{did_you_mean(source, BUILT_IN)}"
+        f"folder or glob of that name is found from {current_folder()}"
+        f"{did_you_mean(source, BUILT_IN)}"
     )
 
 
@@ -230,13 +231,6 @@ def _entries_of(source: str, skipped: Counter[str]) -> list[Entry] | None:
             "and name that"
         )
     return _glob_entries(str(path), skipped) if glob.has_magic(source) else None
-
-
-def _here() -> str:
-    try:
-        return os.getcwd()
-    except FileNotFoundError:
-        return "a folder that was deleted"
 
 
 def _folder_entries(

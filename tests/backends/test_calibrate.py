@@ -2,7 +2,6 @@
 
 import re
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import lamoe
 from lamoe.backends.base import Formats
 from lamoe.backends.cpu import calibrate, native, packed, packed_file
 from lamoe.checkpoints import hf
-from lamoe.cli import models
 from oracles import tiny
 from tiny_packed import FAMILIES, pack, source
 from tiny_run import trained  # noqa: F401 (a fixture)
@@ -161,7 +159,7 @@ def test_importance_reduces_the_output_error():
 
 
 def test_rows_of_a_text(trained):
-    folder = Path(models.find_model(str(trained)))
+    folder = hf.resolve(trained)
     tok, c = lamoe.Tokenizer.load(folder), hf.read_config(folder)
     rows = calibrate.rows_of(tok, ["the cat sat on the mat. " * 200, "the dog ran. " * 300], c, 256)
     assert rows.shape[1] == c.max_position_embeddings and rows.shape[0] == 256 // rows.shape[1]

@@ -24,7 +24,6 @@ from lamoe.backends.cpu import native, packed, packed_file
 from lamoe.backends.cpu.backend import CpuBackend
 from lamoe.backends.torch_backend import TorchBackend
 from lamoe.checkpoints import hf, lock
-from lamoe.cli import models
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
 from lamoe.engine.text_loss import text_loss
@@ -450,7 +449,7 @@ def test_loss_of_a_packed_model_equals_that_of_the_torch_model(trained):
     from lamoe.train.data import heldout_rows, open_corpus
 
     corpus = open_corpus(trained / "data")
-    model = lamoe.load(models.find_model(str(trained)), dtype=torch.float32)
+    model = lamoe.load(trained, dtype=torch.float32)
     for mask in (True, False):
         rows = lambda: heldout_rows(corpus, 32)
         want = text_loss(TorchBackend(model), rows(), document_mask=mask)
