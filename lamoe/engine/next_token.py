@@ -8,6 +8,7 @@ import torch
 
 from lamoe.engine.request import Sequence
 from lamoe.engine.sampler import sample
+from lamoe.text.text_finder import TextFinder
 from lamoe.text.tokenizer import Tokenizer
 
 
@@ -78,34 +79,23 @@ def token_logprobs(logits: torch.Tensor, token: int, top: int) -> dict[int, floa
 
 
 class TextStream:
-    """Turns tokens into text to show, holding back what may become a stop string.
-
-    Attributes:
-        shown: all text that was returned so far.
-    """
+    """Turns tokens into text to show, holding back what may become a stop string."""
 
     def __init__(
         self, tokenizer: Tokenizer | None, stop: tuple[str, ...], skip_special: bool = True
     ):
         self._decoder = tokenizer.stream(skip_special=skip_special) if tokenizer else None
-        self._stop, self._held, self.shown = stop, "", ""
+        self._finder, self._held = TextFinder(stop), ""
+        self._shown: list[str] = []
+
+    @property
+    def shown(self) -> str:
+        """All text that was returned so far."""
+        return "".join(self._shown)
 
     def add(self, token: int) -> tuple[str, bool]:
         """Add a token. Return the new text to show, and whether a stop string is complete."""
-        if self._decoder is None:
-            return "", False
-        text = self._held + self._decoder.step(token)
-        end = self._stop_begin(text)
-        if end is not None:
-            self._held = ""
-            return self._show(text[:end]), True
-        # Hold back the longest end of the text that could be the beginning of a stop string.
-        held = max(
-            (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
-            default=0,
-        )
-        self._held = text[len(text) - held :]
-        return self._show(text[: len(text) - held]), False
+        return self._add(self._decoder.step(token)) if self._decoder else ("", False)
 
     def rest(self) -> str:
         """Return the text that was held back. Call it at the end of the output.
@@ -113,14 +103,17 @@ class TextStream:
         An incomplete last character is decoded too. If the text completes a stop string, it is cut
         before this string.
         """
-        text = self._held + (self._decoder.flush() if self._decoder else "")
-        return self._show(text[: self._stop_begin(text)])
+        piece, stopped = self._add(self._decoder.flush() if self._decoder else "")
+        held, self._held = self._held, ""
+        return piece if stopped else piece + self._show(held)
 
-    def _stop_begin(self, text: str) -> int | None:
-        """Return where the first stop string in `text` begins, or None."""
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        return min(found, default=None)
+    def _add(self, piece: str) -> tuple[str, bool]:
+        begin, held = self._finder.add(piece)
+        text = self._held + piece
+        end = len(text) - held if begin is None else len(self._held) + begin
+        self._held = text[end:] if begin is None else ""
+        return self._show(text[:end]), begin is not None
 
     def _show(self, text: str) -> str:
-        self.shown += text
+        self._shown.append(text)
         return text

@@ -155,20 +155,20 @@ class ForcedStream:
     """
 
     forced: ForcedCalls
-    _text: str = ""
+    _parts: list[str] = field(default_factory=list)
     _sent: int = field(default=-1)  # characters of the arguments; -1: not even the name
 
     def add(self, text: str) -> list[dict[str, Any]]:
         """Add a chunk of the reply."""
-        if self.forced.several:
-            self._text += text
-            return []
         if self._sent >= 0:
             return self._more(text)
-        self._text += text
-        name, arguments = self.forced.name, self.forced.begun + self._text
+        self._parts.append(text)
+        if self.forced.several:
+            return []
+        # The grammar bounds the text up to the name.
+        name, arguments = self.forced.name, self.forced.begun + "".join(self._parts)
         if name is None:
-            name, middle, arguments = self._text.partition(self.forced.spelling.middle)
+            name, middle, arguments = arguments.partition(self.forced.spelling.middle)
             if not middle:
                 return []
         self._sent = 0
@@ -183,7 +183,7 @@ class ForcedStream:
         """Return what remains after the last chunk."""
         if not self.forced.several:
             return []
-        calls = self.forced.parse(self._text)
+        calls = self.forced.parse("".join(self._parts))
         return [{"index": i, **new_call(*call)} for i, call in enumerate(calls)]
 
 

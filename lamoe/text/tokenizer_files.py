@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, pre_tokenizers
 
 from lamoe.text import json_file
 
@@ -28,13 +29,33 @@ def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
         )
     text = json_file.decode(file.read_bytes(), str(file))
     try:
-        return tokenizers.Tokenizer.from_str(text)
+        inner = tokenizers.Tokenizer.from_str(text)
+        make_splits_linear(inner)
+        return inner
     except BaseException as e:  # a Rust panic is a BaseException, but not an Exception
         if isinstance(e, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
         raise ValueError(
             f"{file} is not a tokenizer.json that the tokenizers library can read: {e}"
         ) from None
+
+
+def make_splits_linear(inner: tokenizers.Tokenizer) -> None:
+    r"""Replace the pattern `\s+$`, by which tokenizers of DeepSeek split text, by a faster equal.
+
+    It takes time quadratic in a run of blanks that is not at the end: it searches again from each
+    of them. The other pattern begins at the first blank of a run only. It has the same matches.
+    """
+    if inner.pre_tokenizer is None:
+        return
+    state = inner.pre_tokenizer.__getstate__().decode()
+    slow, fast = (
+        json.dumps({"Regex": p}, separators=(",", ":")) for p in (r"\s+$", r"(?<!\s)\s+$")
+    )
+    if slow in state:
+        made = pre_tokenizers.Sequence([])
+        made.__setstate__(state.replace(slow, fast).encode())
+        inner.pre_tokenizer = made
 
 
 def read_text(file: Path) -> str:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from lamoe.text.text_finder import TextFinder
+
 # Largest number of places in a reply that are parsed as calls. Everything after them stays text.
 MAX_CALLS = 128
 # Arguments of a call without any. More text must follow: a reply that is cut here is no call.
@@ -102,8 +104,11 @@ class Splitter:
     """
 
     def __init__(self, form: Form):
-        self._form = form
-        self._held = ""  # text that may be the beginning of a mark
+        self._form, self._finder = form, TextFinder(form.marks)
+        # What is held back: blanks, which `parse` removes before a call, and after them what may be
+        # the beginning of a mark.
+        self._blanks: list[str] = []
+        self._partial = ""
         self._from_mark: list[str] = []  # everything from the first mark on
 
     def add(self, text: str) -> str:
@@ -111,24 +116,22 @@ class Splitter:
         if self._from_mark:
             self._from_mark.append(text)
             return ""
-        text = self._held + text
-        marks = self._form.marks
-        starts = [start for mark in marks if (start := text.find(mark)) >= 0]
-        # A chunk may end in the middle of a mark: hold back that part.
-        partial = max(
-            (n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])),
-            default=0,
-        )
-        stop = min(starts) if starts else len(text) - partial
-        stop = len(text[:stop].rstrip())  # `parse` removes blanks before a call
-        if starts:
-            self._from_mark.append(text[stop:])
-        self._held = "" if starts else text[stop:]
-        return text[:stop]
+        begin, held = self._finder.add(text)
+        stop = len(self._partial) + (len(text) - held if begin is None else begin)
+        text = self._partial + text
+        plain, after = text[:stop], text[stop:]
+        words = plain.rstrip()
+        shown = "".join([*self._blanks, words]) if words else ""
+        if words:
+            self._blanks = []
+        self._blanks.append(plain[len(words) :])
+        self._partial = after if begin is None else ""
+        self._from_mark = [] if begin is None else [after]
+        return shown
 
     def end(self) -> tuple[str, list[dict[str, Any]]]:
         """Return the rest of the text and the calls, after the last chunk."""
-        return parse(self._form, self._held + "".join(self._from_mark))
+        return parse(self._form, "".join([*self._blanks, self._partial, *self._from_mark]))
 
 
 def _parse_call(form: Form, text: str, head: re.Match[str]) -> tuple[str, str, int] | None:

@@ -3,8 +3,13 @@
 import json
 
 import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 from lamoe.text.tokenizer import Tokenizer, train
+from lamoe.text.tokenizer_files import make_splits_linear
 
 TEXT = "def add(x, y):\n    return x + y  # the sum of 12 and 345\n"
 
@@ -54,3 +59,24 @@ def test_several_ids_where_one_is_meant_are_refused(tok, tmp_path, name):
     (tmp_path / "generation_config.json").write_text(f'{{"{name}_token_id": [1, 2]}}')
     with pytest.raises(ValueError, match=f"{name}_token_id must be one id, found .1, 2."):
         Tokenizer.load(tmp_path)
+
+
+BLANKS = st.text(" \t\n\r\x0b\x85\u2028\u3000a1", max_size=12)
+
+
+@given(BLANKS)
+def test_the_faster_pattern_splits_equally(text):
+    rows = []
+    for linear in (False, True):
+        for steps in ([SPLIT], [DIGITS, SPLIT, DIGITS]):
+            inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+            inner.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+            if linear:
+                make_splits_linear(inner)
+                assert "(?<!" in inner.to_str()
+            rows.append(inner.pre_tokenizer.pre_tokenize_str(text))
+    assert rows[:2] == rows[2:]
+
+
+SPLIT = pre_tokenizers.Split(tokenizers.Regex(r"\s+$"), "isolated")
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
