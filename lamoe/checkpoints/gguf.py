@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from lamoe.checkpoints import gguf_file, gguf_tokenizer, hf
+from lamoe.checkpoints.foreign import few
 from lamoe.checkpoints.gguf_file import File
-from lamoe.checkpoints.shards import few
 from lamoe.model import hf_config
 from lamoe.model.config import ModelConfig
 from lamoe.model.config_keys import (

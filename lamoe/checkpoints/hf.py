@@ -22,8 +22,9 @@ from typing import NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from lamoe.checkpoints import atomic, runs, shards
-from lamoe.checkpoints.shards import Found, few
+from lamoe.checkpoints import atomic, foreign, runs, shards
+from lamoe.checkpoints.foreign import few
+from lamoe.checkpoints.shards import Found
 from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
 from lamoe.os_errors import current_folder, explain
@@ -208,13 +209,10 @@ def resolve(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return runs.model_folder(path)
+    if path.is_file():
+        raise ValueError(foreign.file_problem(path))
     if path.exists():
-        hint = (
-            "make a folder of it first: lamoe convert FILE.gguf FOLDER"
-            if path.suffix == ".gguf"
-            else "give the model folder that holds config.json and the weights"
-        )
-        raise ValueError(f"{path} is a file; {hint}")
+        raise ValueError(f"{path} is neither a file nor a folder; give a model folder")
     if not isinstance(source, str) or not re.fullmatch(
         r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", source, re.ASCII
     ):
@@ -269,8 +267,11 @@ def read_config(folder: str | Path) -> ModelConfig:
             lacks.
     """
     path = Path(folder) / "config.json"
+    if adapter := foreign.adapter_problem(path.parent):
+        raise ValueError(adapter)
     if not path.is_file():
-        raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
+        lacks = "has no config.json, so it is not a Hugging Face model folder"
+        raise ValueError(foreign.folder_problem(path.parent, lacks))
     return ModelConfig.from_file(path)
 
 
@@ -334,6 +335,8 @@ def _check(
     extra = [
         n for n in found if n not in want and n != "lm_head.weight" and not _IGNORED.fullmatch(n)
     ]
+    if (missing or extra) and (problem := foreign.tensor_problem(extra)):
+        raise ValueError(f"{folder}: {problem}")
     if missing:
         hint = (
             "; a model that shares the embedding needs tie_word_embeddings: true"

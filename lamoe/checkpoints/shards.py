@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lamoe.checkpoints import foreign
+from lamoe.checkpoints.foreign import few
 from lamoe.text import json_file
-from lamoe.text.json_file import parse_object, read_json
+from lamoe.text.json_file import foreign_content, parse_object, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Headers with more bytes are refused unread. DeepSeek-V2 needs about a quarter of this limit, and
 # JSON of this size parses in a second.
@@ -75,20 +76,39 @@ def scan(folder: Path) -> dict[str, Found]:
     The tensors are in model.safetensors, or in the shards that model.safetensors.index.json names.
 
     Raises:
-        ValueError: if the folder has neither or both of these files, its weights are pickles, or a
-            file breaks the format.
+        ValueError: if the folder has no such files, or two sets of them, or a file breaks the
+            format.
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() and index.is_file():
-        raise ValueError(
-            f"{folder} has both {SINGLE} and {INDEX}, so it is not clear which weights are meant; "
-            "delete the stale one"
-        )
+        return _scan_both(single, index)
     if single.is_file():
         return read_header(single)
     if index.is_file():
         return _scan_index(index)
-    raise ValueError(_no_weights(folder))
+    raise ValueError(foreign.weights_problem(folder, SINGLE, INDEX, read_header))
+
+
+def _scan_both(single: Path, index: Path) -> dict[str, Found]:
+    """List the tensors of a folder that has model.safetensors and an index.
+
+    Some tools write an index even for one file. Then there is nothing to choose between.
+    """
+    shards = set(_read_weight_map(index).values())
+    if shards == {SINGLE}:
+        return read_header(single)
+    if SINGLE in shards:
+        return _scan_index(index)
+    absent = sorted(s for s in shards if not (index.parent / s).is_file())
+    if absent:
+        raise ValueError(
+            f"{index} names {few(absent)}, which are not there, and not the {SINGLE} beside it; "
+            f"if {SINGLE} is the complete model, delete the index, else download the named files"
+        )
+    raise ValueError(
+        f"{index.parent} has both {SINGLE} and the files that {INDEX} names ({few(sorted(shards))})"
+        ", so it is not clear which weights are meant; delete the stale ones"
+    )
 
 
 def _scan_index(index: Path) -> dict[str, Found]:
@@ -153,6 +173,8 @@ def read_header(path: Path) -> dict[str, Found]:
                 "download or save it again"
             )
         length = int.from_bytes(head, "little")
+        if length > size - 8 and (what := foreign_content(head + f.read(200))):
+            raise ValueError(f"{path} is {what}")
         if length > MAX_JSON_BYTES:
             raise ValueError(
                 f"{path} claims a header of {length:,} bytes, more than the {MAX_JSON_BYTES:,} "
@@ -246,26 +268,6 @@ def _check_tiling(
         )
 
 
-def _no_weights(folder: Path) -> str:
-    """Return the error message for a folder without readable weights."""
-    names = sorted(p.name for p in folder.iterdir())
-    pickles = [n for n in names if n.endswith(PICKLES)]
-    if pickles:
-        return (
-            f"{folder} has weights only as {few(pickles)}: pickles, which can run any code when "
-            "opened, so lamoe never opens them. Convert once where you trust the file: "
-            f"safetensors.torch.save_file(torch.load('{pickles[0]}', weights_only=True), "
-            f"'{SINGLE}')"
-        )
-    others = [n for n in names if n.endswith(".safetensors")]
-    if others:
-        return (
-            f"{folder} has {few(others)} but neither {SINGLE} nor {INDEX}; get the index too, "
-            f"or rename a single complete file to {SINGLE}"
-        )
-    return f"{folder} has no weights; expected {SINGLE}, or shards with {INDEX}"
-
-
 def stream(found: Mapping[str, Found], use: Callable[[str, torch.Tensor], None]) -> None:
     """Call use(name, tensor) for every tensor of `found`, in file order.
 
@@ -281,14 +283,6 @@ def stream(found: Mapping[str, Found], use: Callable[[str, torch.Tensor], None])
                     use(name, f.get_tensor(name))
         except SafetensorError as e:
             raise ValueError(f"{path} could not be read: {e}; download or save it again") from None
-
-
-def few(names: Iterable[str], show: int = 3) -> str:
-    """Return the first names for a message: 'a', 'b', 'c' and 12 more."""
-    names = list(names)
-    return ", ".join(map(repr, names[:show])) + (
-        f" and {len(names) - show} more" if len(names) > show else ""
-    )
 
 
 # ---- writing -------------------------------------------------------------------------------------

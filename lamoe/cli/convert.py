@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -42,9 +43,9 @@ def quantize(args: argparse.Namespace) -> int:
 
 def convert(args: argparse.Namespace) -> int:
     """Write a model, or a GGUF file, as a Hugging Face folder."""
-    from lamoe.checkpoints import gguf, load, resolve, save
+    from lamoe.checkpoints import foreign, gguf, load, resolve, save
 
-    if args.source.endswith(".gguf"):
+    if foreign.is_gguf(Path(args.source)):
         gguf.to_folder(
             args.source,
             args.target,

@@ -107,6 +107,11 @@ def refuse_quantised(name: str, found: Any) -> None:
         return
     if asks_for_nothing(name, found):
         return
+    if found.get("quant_method") == "lamoe":
+        raise ValueError(
+            "the weights are packed by `lamoe quantize`, which this verb cannot read; give the "
+            "folder of the original model"
+        )
     method = found.get("quant_method") or ("MLX" if "group_size" in found else "unnamed")
     raise ValueError(
         f"{name} is {shorten(found)}: the weights are quantised (method {method}), which lamoe "

@@ -15,6 +15,14 @@ from typing import Any
 MAX_BYTES = 16 * 2**20
 # Values are counted before parsing: a small file of millions of empty lists needs gigabytes.
 MAX_VALUES = 2_000_000
+_MAGIC = {
+    b"PK\3\4": "a zip archive (or a pickle of PyTorch) and not the file itself; unpack it first",
+    b"\x1f\x8b": "a gzip archive and not the file itself; unpack it first",
+    b"GGUF": "a GGUF file; convert it with `lamoe convert FILE.gguf FOLDER`",
+    b"\x89HDF": "an HDF5 file (TensorFlow or Keras); save the model as safetensors",
+    b"\x80\2": "a pickle, which can run any code when opened; get the safetensors file",
+    b"\x80\4": "a pickle, which can run any code when opened; get the safetensors file",
+}
 
 
 def read_json(path: str | Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -29,6 +37,8 @@ def read_json(path: str | Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
         raise ValueError(
             f"{path} has {size:,} bytes; a file of more than {max_bytes:,} bytes is refused"
         )
+    if not path.is_file():  # opening a pipe would block
+        raise ValueError(f"{path} is not a regular file")
     return parse_object(path.read_bytes(), str(path))
 
 
@@ -85,6 +95,9 @@ def foreign_content(head: bytes) -> str | None:
             "a web page (HTML) and not the file itself; a download was answered with an error or "
             "login page, so download it again"
         )
+    for magic, what in _MAGIC.items():
+        if head.startswith(magic):
+            return what
     return None
 
 
