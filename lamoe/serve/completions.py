@@ -19,7 +19,7 @@ from lamoe.serve.prompts import (
 )
 from lamoe.serve.reply import Reply
 from lamoe.serve.service import Job, Service
-from lamoe.serve.tools import forced_grammar, tool_use
+from lamoe.serve.tools import tool_grammar, tool_use
 from lamoe.serve.wire import ChatRequest, CompletionRequest, Sampling
 
 Builder = CompletionBuilder | ChatBuilder
@@ -94,7 +94,7 @@ async def chat(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         skip_special=use.form is None and use.forced is None,  # special tokens mark the tool calls
         cache_salt=cache_salt,
-        grammar=await forced_grammar(service, body, use.forced) if use.forced else None,
+        grammar=await tool_grammar(service, body, use),
     )
     check_logprobs(service, [ids], params, echo=False)
     job = await service.start(id, [(ids, params)])

@@ -30,12 +30,15 @@ class ToolUse:
         tools: the tools that the model is shown, or None for none.
         form: how the model writes calls, if it may answer with text or calls.
         forced: what the reply must be, if it must consist of calls.
+        calls: the calls that are allowed beside an answer in the response_format, if both follow a
+            grammar.
         named: whether tool_choice names the function.
     """
 
     tools: list[Tool] | None = None
     form: tool_calls.Form | None = None
     forced: ForcedCalls | None = None
+    calls: ForcedCalls | None = None
     named: bool = False
 
 
@@ -84,7 +87,11 @@ def tool_use(service: Service, body: ChatRequest) -> ToolUse:
             "unsupported",
             "tools",
         )
-    return ToolUse(allowed, form)
+    calls = None
+    if [*grammar_makers(body)] == ["response_format"]:
+        names = tuple(dict.fromkeys(tool.function.name for tool in allowed))
+        calls = ForcedCalls(spelling_of(template), names, body.parallel_tool_calls is not False)
+    return ToolUse(allowed, form, calls=calls)
 
 
 def _forced(
@@ -112,23 +119,29 @@ def _select(tools: list[Tool], named: list[NamedTool]) -> list[Tool]:
     return [by_name[name] for name in names]
 
 
-async def forced_grammar(service: Service, body: ChatRequest, forced: ForcedCalls) -> Grammar:
-    """Compile the grammar of a reply that must consist of calls.
+async def tool_grammar(service: Service, body: ChatRequest, use: ToolUse) -> Grammar | None:
+    """Compile the grammar of a reply with calls, or return None if calls follow no grammar.
 
     Raises:
         ApiError: 400 if the parameters of a function cannot be enforced.
     """
+    calls = use.forced or use.calls
+    if calls is None:
+        return None
     tokenizer = need_tokenizer(service, "tool_choice")
     functions = {tool.function.name: (i, tool.function) for i, tool in enumerate(body.tools or [])}
-    schemas = {}
-    for rule, name in enumerate(forced.names):
+    schemas, fields = {}, []
+    for rule, name in enumerate(calls.names):
         i, function = functions[name]
-        schema = _parameters(function, f"tools[{i}].function.parameters")
-        schemas[f"arguments{rule}"] = schema
-    rules = forced.rules(special_tokens(tokenizer))
-    make = partial(Grammar.with_schemas, rules, schemas, forced.begun)
-    field = f"tools[{functions[forced.names[0]][0]}].function.parameters"
-    return await prepare_grammar(service, make, field if len(schemas) == 1 else "tools")
+        fields.append(f"tools[{i}].function.parameters")
+        schemas[f"arguments{rule}"] = _parameters(function, fields[-1])
+    if use.calls is not None:
+        assert body.response_format is not None
+        answer = body.response_format.schema_object
+        schemas["answer"] = {"type": "object"} if answer is None else answer
+    rules = calls.rules(special_tokens(tokenizer), answer="answer" in schemas)
+    make = partial(Grammar.with_schemas, rules, schemas, calls.begun)
+    return await prepare_grammar(service, make, fields[0] if len(schemas) == 1 else "tools")
 
 
 def _beginning(function: Function) -> str:

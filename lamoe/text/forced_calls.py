@@ -102,25 +102,29 @@ class ForcedCalls:
         s = self.spelling
         return s.begin if self.name is None else s.begin + self.name + s.middle + self.begun
 
-    def rules(self, special: Collection[str]) -> str:
+    def rules(self, special: Collection[str], answer: bool = False) -> str:
         """Write the rest of the reply as Lark rules. Rule arguments0 is for the first name, etc.
 
         Args:
             special: tokens that the grammar matches as `<name>` only.
+            answer: allow another reply, which is the rule `answer`. The head is not in the prompt.
         """
         s = self.spelling
         space = '" " ' if s.space else ""
-        if self.name is not None:
+        if self.name is not None and not answer:
             return f"start: {space}arguments0"
         calls = (
             f"{_lark(name + s.middle, special)} {space}arguments{i}"
             for i, name in enumerate(self.names)
         )
-        rules = f"call: {' | '.join(calls)}"
-        if not self.several:
-            return f"start: call\n{rules}"
-        more, end = _lark(s.end + s.between, special), _lark(s.end + s.close, special)
-        return f"start: call ({more} call)* {end}\n{rules}"
+        reply = "call"
+        if self.several:
+            reply += f" ({_lark(s.end + s.between, special)} call)*"
+        if self.several or answer:
+            reply += f" {_lark(s.end + s.close, special)}"
+        if answer:
+            reply = f"answer | {_lark(s.begin, special)} {reply}"
+        return f"start: {reply}\ncall: {' | '.join(calls)}"
 
     def parse(self, text: str) -> list[tuple[str, str]]:
         """Return (name, arguments) of the calls in a reply without its head.

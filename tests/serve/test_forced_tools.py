@@ -178,6 +178,28 @@ def test_several_calls(client):
     assert len(calls_of(choice)) == 1
 
 
+def test_a_call_or_an_answer_in_the_response_format(client):
+    """A response_format does not forbid the calls of tool_choice auto."""
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["yes", "no"]}}}
+    kinds = set()
+    for seed in range(40):
+        options = dict(response_format=form, seed=seed, temperature=1.5, max_tokens=200)
+        try:
+            [choice] = ask(client, **options).choices
+        except openai.BadRequestError as e:
+            assert e.code == "unsupported"  # without a known form of calls
+            return
+        kinds.add(choice.finish_reason)
+        for call in choice.message.tool_calls or []:
+            schema = SCHEMAS[call.function.name] or {"maxProperties": 0}
+            jsonschema.validate(json.loads(call.function.arguments), schema)
+        if choice.finish_reason == "stop":
+            assert choice.message.content in ('"yes"', '"no"')
+        if kinds >= {"stop", "tool_calls"}:
+            return
+    raise AssertionError(kinds)
+
+
 class Weather(pydantic.BaseModel):
     """The weather of a city."""
 
