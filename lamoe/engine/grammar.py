@@ -45,6 +45,9 @@ MAX_BRANCHES = 2000
 MAX_MULTIPLE = 10_000
 # Number of seconds that `prepare` waits. The limits below end a compiler that runs longer.
 MAX_SECONDS = 5.0
+# Largest number of compilations that still run after their caller has stopped waiting. Nothing can
+# end such a thread, so while there are this many, no other grammar compiles.
+MAX_LEFT_BEHIND = 2
 # Bytes of address space for the compiler's stack. Only the used part becomes memory.
 _STACK = 256 << 20
 _LIMITS = {
@@ -79,6 +82,7 @@ _ONE_LINE = {
 # fast-forwarding takes seconds and gigabytes.
 _TAIL = '\n%llguidance {"no_forcing": true}\n'
 _starting = threading.Lock()
+_left_behind: list[threading.Thread] = []
 _Result = TypeVar("_Result")
 
 
@@ -479,6 +483,12 @@ def _compiling(kind: str, work: Callable[[], _Result]) -> _Result:
 
     # The stack size is a setting of the whole process, so only one thread may change it at a time.
     with _starting:
+        _left_behind[:] = [thread for thread in _left_behind if thread.is_alive()]
+        if len(_left_behind) >= MAX_LEFT_BEHIND:
+            raise ValueError(
+                f"the {kind} cannot be compiled now: grammars of {len(_left_behind)} earlier "
+                "requests still compile, which were too complex; try again later"
+            )
         before = threading.stack_size(_STACK)
         try:
             thread = threading.Thread(target=run, name="lamoe-grammar", daemon=True)
@@ -486,6 +496,8 @@ def _compiling(kind: str, work: Callable[[], _Result]) -> _Result:
         finally:
             threading.stack_size(before)
     thread.join(MAX_SECONDS)
+    if thread.is_alive():
+        _left_behind.append(thread)
     found = error
     if found is not None:
         raise found
