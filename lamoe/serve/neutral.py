@@ -36,9 +36,12 @@ REQUEST: Table = {
     # Every prefix is cached, whatever these say.
     "prompt_cache_key": ("prefixes are cached without it; leave it out", str),
     "prompt_cache_retention": ("prefixes are cached without it; leave it out", str),
+    "prompt_cache_options": ("prefixes are cached without it; leave it out", dict),
     "safety_identifier": ("it is a text for the provider's logs", str),
+    "moderation": ("there is no moderation; leave it out",),
     "functions": ("use tools",),
     "function_call": ("use tools and tool_choice", "none", "auto"),
+    "input_type": ("texts of all kinds are embedded alike; leave it out",),
     "dimensions": ("embeddings have the model's own size; leave it out",),
     # what the client libraries unpack before they send, and users of plain HTTP copy
     "extra_body": ("write its fields at the top level of the request",),
@@ -195,6 +198,7 @@ MESSAGE: Table = {
     "experimental_attachments": ("the input is text only; leave it out",),
 }
 PART: Table = {
+    "prompt_cache_breakpoint": ("prefixes are cached without it; leave it out", dict),
     "id": ("leave it out", ANY),
     "annotations": ("leave it out", list),
     "cache_control": ("prefixes are cached without it; leave it out",),

@@ -191,7 +191,7 @@ class Part(Wire):
 
     others: ClassVar[neutral.Table] = neutral.PART
 
-    type: Literal["text", "refusal", "input_text", "output_text"]
+    type: Literal["text", "refusal", "input_text", "output_text"] = "text"
     text: Text
 
     @model_validator(mode="before")
@@ -228,7 +228,7 @@ class FunctionCall(Wire):
 class ToolCall(Wire):
     others: ClassVar[neutral.Table] = neutral.TOOL_CALL
 
-    id: Name
+    id: Name = ""
     type: Literal["function"] = "function"
     function: FunctionCall
 
@@ -260,7 +260,7 @@ class Function(Wire):
 class Tool(Wire):
     others: ClassVar[neutral.Table] = neutral.TOOL
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: Function
 
 
@@ -269,7 +269,7 @@ class FunctionName(Wire):
 
 
 class NamedTool(Wire):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: FunctionName
 
 

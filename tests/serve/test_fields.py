@@ -5,9 +5,11 @@ Most tests validate request models without a server.
 
 import itertools
 import json
+import operator
 import random
 from typing import Annotated, Union, get_args, get_origin
 
+import openai.types.chat.completion_create_params
 import pytest
 from pydantic import Discriminator, ValidationError
 
@@ -103,6 +105,38 @@ def test_other_values_of_unimplemented_fields_are_refused_by_name(model):
             assert advice in error.detail
     for value in (*EMPTY, False, 0):  # a name that no API has
         assert refusal(model, {**MINIMAL[model], "promtp": value}).code == "unknown_field"
+
+
+# classes of the openai package that describe requests, and their models
+CLIENT_TYPES = [
+    ("chat.completion_create_params.CompletionCreateParamsBase", wire.ChatRequest),
+    ("completion_create_params.CompletionCreateParamsBase", wire.CompletionRequest),
+    ("embedding_create_params.EmbeddingCreateParams", wire.EmbeddingRequest),
+    ("chat.ChatCompletionStreamOptionsParam", wire.StreamOptions),
+    ("chat.ChatCompletionFunctionToolParam", wire.Tool),
+    ("shared_params.FunctionDefinition", wire.Function),
+    ("shared_params.response_format_json_schema.JSONSchema", wire.JsonSchema),
+    ("chat.ChatCompletionAssistantMessageParam", wire.Message),
+    ("chat.ChatCompletionToolMessageParam", wire.Message),
+    ("chat.ChatCompletionUserMessageParam", wire.Message),
+    ("chat.ChatCompletionContentPartTextParam", wire.Part),
+    # what comes back, in whole or from a stream, and goes into the history
+    ("chat.ChatCompletionMessage", wire.Message),
+    ("chat.ParsedChatCompletionMessage", wire.Message),
+    ("chat.ParsedFunctionToolCall", wire.ToolCall),
+    ("chat.parsed_function_tool_call.ParsedFunction", wire.FunctionCall),
+    ("chat.chat_completion_chunk.ChoiceDeltaToolCall", wire.ToolCall),
+]
+
+
+@pytest.mark.parametrize("name, model", CLIENT_TYPES, ids=lambda v: str(v).split(".")[-1])
+def test_null_in_every_field_of_the_client_means_absent(name, model):
+    kind = operator.attrgetter(name)(openai.types)
+    fields = {field for base in kind.__mro__ for field in getattr(base, "__annotations__", {})}
+    body = MINIMAL[model]
+    nulls = dict.fromkeys(f for f in fields - set(body) if not f.startswith(("_", "model_")))
+    assert fields
+    assert model.model_validate(body | nulls) == model.model_validate(body)
 
 
 def test_requests_with_neutral_values_are_answered(server):
@@ -315,6 +349,7 @@ UNION_ERRORS = [
     ("messages[0].content[1].file", part(type="file", file={"file_id": "1"}), "text only"),
     ("messages[0].content[1].type", part(type="hologram"), "'text'"),
     ("messages[0].content[1].text", part(type="text"), "required"),
+    ("messages[0].content[1].text", part(content="x"), "required"),
     (
         "messages[0].content[1].cache_control",
         part(type="text", text="x", cache_control={"type": "ephemeral"}),
