@@ -15,7 +15,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Inner
 
 from lamoe.checkpoints.gguf_tokenizer import SPLITS
-from lamoe.engine.grammar import MAX_CHARS, Grammar, _check_repeats, _check_schema, _sentence
+from lamoe.engine.grammar import Grammar, _sentence
+from lamoe.engine.grammar_checks import MAX_CHARS, check_repeats, check_schema
 from lamoe.engine.lookup import Lookup
 from lamoe.engine.next_token import TextStream
 from lamoe.model.config_keys import is_arithmetic, is_bookkeeping
@@ -62,11 +63,11 @@ def check_linear(work: Callable, make: Callable[[int], object], largest: int) ->
 
 
 def repeats(text: str) -> None:
-    _check_repeats("regular expression", text)
+    check_repeats("regular expression", text)
 
 
 def pattern_properties(text: str) -> None:
-    _check_schema({"patternProperties": {text: {}}})
+    check_schema({"patternProperties": {text: {}}})
 
 
 # {name: (function, text of about a given length, largest length)}
@@ -96,11 +97,11 @@ CASES = {
     ),
     "schema: patternProperties": (pattern_properties, lambda n: "{" + " " * n, REGEX),
     "schema: multiples": (
-        _check_schema,
+        check_schema,
         lambda n: {"allOf": [{"multipleOf": 10**25 + 2 * i + 1} for i in range(n // 40)]},
         SCHEMA,
     ),
-    "schema: values": (_check_schema, lambda n: {"enum": [0] * n}, SCHEMA),
+    "schema: values": (check_schema, lambda n: {"enum": [0] * n}, SCHEMA),
     "an error: digits": (lambda t: _sentence("Lark grammar", t), lambda n: " 1" * n, LARK),
     "an error: a position": (
         lambda t: _sentence("JSON schema", t),
