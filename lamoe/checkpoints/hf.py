@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from lamoe.checkpoints import atomic, foreign, runs, shards
+from lamoe.checkpoints import atomic, foreign, runs, shards, side_files
 from lamoe.checkpoints.foreign import few
 from lamoe.checkpoints.shards import Found
 from lamoe.model.config import ModelConfig
@@ -35,17 +34,14 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+# Files of a hub id that are downloaded.
+_WANTED = [
+    *("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*.tiktoken"),
+    *("LICENSE*", "NOTICE*"),
+]
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers in old checkpoints that are ignored, because the config determines their values.
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-# Files that `save` copies from `extras_from` without reading them.
-EXTRAS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
 
 
 # ---- the table of names --------------------------------------------------------------------------
@@ -199,7 +195,7 @@ def _copy(stored: torch.Tensor, place: torch.Tensor) -> None:
 def resolve(source: str | Path) -> Path:
     """Return the model folder of a path or hub id. The model of a run is its newest checkpoint.
 
-    The *.json, *.jinja and *.safetensors files of a hub id are downloaded to the hub's cache. With
+    The weights and the files of the tokenizer of a hub id are downloaded to the hub's cache. With
     HF_HUB_OFFLINE=1 they must be there already. HF_TOKEN gives access to gated models.
 
     Raises:
@@ -227,8 +223,8 @@ def resolve(source: str | Path) -> Path:
         return Path(
             snapshot_download(
                 source,
-                allow_patterns=["*.json", "*.safetensors", "*.jinja"],
-                ignore_patterns=["*/*"],
+                allow_patterns=_WANTED,
+                ignore_patterns=["[!a]*/*", "a[!d]*/*"],  # all folders but the chat templates
             )
         )
     except (OSError, ValueError) as e:
@@ -415,7 +411,8 @@ def save(
 
     Args:
         max_shard_bytes: largest size of one weight file, in bytes.
-        extras_from: a folder from which tokenizer, chat template and generation config are copied.
+        extras_from: a folder from which tokenizer, chat templates, generation config and licence
+            are copied, see side_files.
         overwrite: whether to replace an existing model folder as a whole.
 
     Raises:
@@ -458,12 +455,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
             f"{target} is not empty ({few(there)}); pass overwrite=True to replace a model, "
             "or name another folder"
         )
-    known = {"config.json", shards.INDEX, *EXTRAS}
-    unknown = [
-        n
-        for n in there
-        if n not in known and not re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", n)
-    ]
+    ours = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+    unknown = [n for n in there if not ours.fullmatch(n) and not side_files.is_carried(target / n)]
     if unknown:
         raise ValueError(
             f"{target} holds more than a model lamoe saved ({few(unknown)}), and overwriting would "
@@ -492,6 +485,5 @@ def _write_extras(config: ModelConfig, folder: Path, extras_from: str | Path | N
     ids = {n: getattr(config, n) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if given := {n: i for n, i in ids.items() if i is not None}:
         shards.write_json(folder / "generation_config.json", given)
-    for name in EXTRAS if extras_from is not None else ():
-        if (Path(extras_from) / name).is_file():
-            shutil.copyfile(Path(extras_from) / name, folder / name)
+    if extras_from is not None:
+        side_files.copy(Path(extras_from), folder)

@@ -143,7 +143,8 @@ class Tokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise FileNotFoundError(
-                f"no tokenizer at {file}; give a folder with a tokenizer.json, or that file"
+                files.conversion_advice(file.parent)
+                or f"no tokenizer at {file}; give a folder with a tokenizer.json, or that file"
             )
         inner, folder = files.read_tokenizer(file), file.parent
         config = files.read_json(folder / "tokenizer_config.json")

@@ -14,6 +14,7 @@ from lamoe.text import json_file
 
 MAX_FILE_BYTES = 256 << 20  # the largest known tokenizer.json has about 40 MB
 _MAX_SIDE_FILE_BYTES = 16 << 20
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _MAX_TEMPLATES = 64
 
 
@@ -229,3 +230,20 @@ def max_length(config: dict[str, Any]) -> int | None:
     value = config.get("model_max_length")
     is_limit = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 40
     return value if is_limit else None
+
+
+def conversion_advice(folder: Path) -> str | None:
+    """Say how to make tokenizer.json, if a folder has only older files that it can be made from."""
+    if (folder / "tokenizer.json").exists():
+        return None
+    pieces = [n for n in _SENTENCEPIECE if (folder / n).is_file()]
+    merges = [n for n in ("vocab.json", "merges.txt") if (folder / n).is_file()]
+    if not pieces and len(merges) < 2:
+        return None
+    kind = "a SentencePiece file" if pieces else "the files of an older tokenizer"
+    return (
+        f"{folder} has no tokenizer.json, only {' and '.join(pieces[:1] or merges)}: {kind}, which "
+        "lamoe does not read. To make tokenizer.json: pip install transformers sentencepiece, "
+        'then python -c "from transformers import AutoTokenizer as T; '
+        f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+    )

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lamoe import checkpoints
+from lamoe import Tokenizer, checkpoints
 from lamoe.checkpoints import hf, shards
 from lamoe.model.config import ModelConfig, RopeScaling
 from lamoe.model.transformer import Transformer
@@ -264,21 +264,59 @@ def test_lamoe_loads_what_transformers_saves(name, tmp_path):
 
 
 # ---- safe saving ----
-def test_extra_files_are_copied(folder, tmp_path):
-    for name in hf.EXTRAS:
+CARRIED = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+]
+
+
+def test_side_files_are_copied_and_the_rest_is_named(folder, tmp_path, caplog):
+    for name in CARRIED:
         (folder / name).write_text(f'{{"from": "{name}"}}')
-    (folder / "modeling_evil.py").write_text("raise SystemExit")
-    checkpoints.save(checkpoints.load(folder), tmp_path / "copy", extras_from=folder)
-    assert {p.name for p in (tmp_path / "copy").iterdir()} == {
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("T")
+    for name in ("modeling_evil.py", "README.md", "pytorch_model.bin", ".gitattributes"):
+        (folder / name).write_text("raise SystemExit")
+    out = tmp_path / "copy"
+    for _ in range(2):  # an earlier copy may be overwritten as a whole
+        checkpoints.save(checkpoints.load(folder), out, extras_from=folder, overwrite=True)
+    assert {p.name for p in out.iterdir()} == {
         "config.json",
         "model.safetensors",
-        *hf.EXTRAS,
+        "additional_chat_templates",
+        *CARRIED,
     }
-    assert all(json.loads((tmp_path / "copy" / n).read_text()) == {"from": n} for n in hf.EXTRAS)
+    assert all(json.loads((out / n).read_text()) == {"from": n} for n in CARRIED)
+    assert (out / "additional_chat_templates/tool_use.jinja").read_text() == "T"
+    assert "not copied: 'README.md', 'modeling_evil.py'" in caplog.text
+    assert "bin" not in caplog.text
+    (out / "additional_chat_templates/mine.txt").write_text("")
+    with pytest.raises(ValueError, match="holds more than a model.*additional_chat_templates"):
+        checkpoints.save(checkpoints.load(folder), out, overwrite=True)
     with pytest.raises(ValueError, match="extras_from is .* not a folder"):
         checkpoints.save(
             checkpoints.load(folder), tmp_path / "other", extras_from=tmp_path / "nowhere"
         )
+
+
+def test_a_sentencepiece_file_alone_is_carried_with_advice(folder, tmp_path, caplog):
+    (folder / "tokenizer.model").write_bytes(b"x")
+    out = tmp_path / "out"
+    checkpoints.save(checkpoints.load(folder), out, extras_from=folder)
+    assert (out / "tokenizer.model").read_bytes() == b"x"
+    assert "SentencePiece file, which lamoe does not read. To make tokenizer.json" in caplog.text
+    with pytest.raises(FileNotFoundError, match="SentencePiece.*AutoTokenizer"):
+        Tokenizer.load(out)
 
 
 def test_generation_config_has_the_special_ids(folder):

@@ -22,7 +22,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -34,7 +33,7 @@ from lamoe.backends.base import Formats
 from lamoe.backends.cpu import native, packed
 from lamoe.backends.cpu.backend import CpuBackend
 from lamoe.backends.cpu.packed import PackedTensor, Read, Weigh
-from lamoe.checkpoints import atomic, hf, lock, shards
+from lamoe.checkpoints import atomic, hf, lock, shards, side_files
 from lamoe.model import accounting
 from lamoe.model.config import ModelConfig
 from lamoe.text.json_file import read_json
@@ -293,10 +292,8 @@ def _write_side_files(folder: Path, target: Path, config: dict) -> None:
     """
     text = shards.json_text(config)
     atomic.write_text(target / "config.json", text, temporary=target / _CONFIG_PART)
-    for extra in hf.EXTRAS:
-        if (folder / extra).is_file():
-            shutil.copyfile(folder / extra, target / extra)
-            atomic.sync(target / extra)
+    for path in side_files.copy(folder, target):
+        atomic.sync(path)
 
 
 def _source_digest(folder: Path) -> str:
@@ -323,8 +320,8 @@ def _check_target(target: Path, quantization: dict, names: set[str]) -> None:
     present = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
     if not present or present == [_CONFIG_PART]:
         return
-    ours = names | {f".{n}.part" for n in names} | {_CONFIG_PART, "config.json", *hf.EXTRAS}
-    strange = [name for name in present if name not in ours]
+    ours = names | {f".{n}.part" for n in names} | {_CONFIG_PART, "config.json"}
+    strange = [n for n in present if n not in ours and not side_files.is_carried(target / n)]
     found = _quantization(target)
     if not strange and found == quantization:
         return

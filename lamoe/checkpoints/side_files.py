@@ -1,0 +1,61 @@
+"""Carries the files beside the weights from one model folder to another, and names the rest.
+
+What belongs to the tokenizer, to the meaning of the model or to its licence is copied unread.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from lamoe.checkpoints.foreign import PICKLES, few
+from lamoe.text.tokenizer_files import conversion_advice
+
+log = logging.getLogger("lamoe.checkpoints")
+
+TEMPLATES = "additional_chat_templates"  # transformers' folder of named chat templates
+_CARRIED = re.compile(
+    r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json"
+    r"|(tokenizer|spiece|sentencepiece(\.bpe)?)\.model(\.v\d+)?|tekken\.json|.*\.tiktoken"
+    r"|vocab\.json|vocab\.txt|merges\.txt|chat_template\.(jinja|json)|generation_config\.json"
+    r"|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY|ACCEPTABLE_USE)([._-].*)?",
+    re.IGNORECASE,
+)
+# Files that `save` writes itself, or that hold the weights in another form.
+_MODEL = re.compile(r"config\.json|.*\.(safetensors|index\.json|gguf|h5|msgpack|onnx|lamoe)|\..*")
+
+
+def is_carried(path: Path) -> bool:
+    """Return whether a file or folder is copied with a model."""
+    if path.name == TEMPLATES and path.is_dir():
+        return all(p.suffix == ".jinja" and p.is_file() for p in path.iterdir())
+    return _CARRIED.fullmatch(path.name) is not None and path.is_file()
+
+
+def copy(source: Path, target: Path) -> list[Path]:
+    """Copy the side files of a model folder, and log the names of those that are not copied.
+
+    Returns the new files.
+    """
+    copied, left = [], []
+    for path in sorted(source.iterdir()):
+        if path.name == TEMPLATES and path.is_dir():
+            (target / TEMPLATES).mkdir(exist_ok=True)
+            templates = sorted(p for p in path.glob("*.jinja") if p.is_file())
+            copied += [_copy(p, target / TEMPLATES / p.name) for p in templates]
+        elif is_carried(path):
+            copied.append(_copy(path, target / path.name))
+        elif not _MODEL.fullmatch(path.name) and path.suffix not in PICKLES:
+            left.append(path.name + ("/" if path.is_dir() else ""))
+    if left:
+        log.warning("%s: not copied: %s", source, few(left, 20))
+    if advice := conversion_advice(source):
+        log.warning(advice)
+    return copied
+
+
+def _copy(source: Path, target: Path) -> Path:
+    shutil.copyfile(source, target)
+    return target
