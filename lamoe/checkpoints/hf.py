@@ -224,7 +224,8 @@ def resolve(source: str | Path) -> Path:
             snapshot_download(
                 source,
                 allow_patterns=_WANTED,
-                ignore_patterns=["[!a]*/*", "a[!d]*/*"],  # all folders but the chat templates
+                # all folders but additional_chat_templates
+                ignore_patterns=["?/*", "[!a]*/*", "a[!d]*/*"],
             )
         )
     except (OSError, ValueError) as e:

@@ -418,8 +418,9 @@ def test_sources_without_a_model_are_refused(folder, tmp_path, monkeypatch):
         checkpoints.load(tmp_path)
 
 
-def test_hub_id_asks_for_json_and_safetensors_only(folder, monkeypatch):
+def test_hub_id_asks_for_weights_and_tokenizer_only(folder, monkeypatch):
     import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
 
     asked = []
     monkeypatch.setattr(
@@ -428,18 +429,23 @@ def test_hub_id_asks_for_json_and_safetensors_only(folder, monkeypatch):
         lambda repo, **kwargs: asked.append((repo, kwargs)) or str(folder),
     )
     assert_same(checkpoints.load("owner/some.Model-1"), tiny(CONFIGS["v2-lite"]))
-    assert asked == [
-        (
-            "owner/some.Model-1",
-            {"allow_patterns": ["*.json", "*.safetensors", "*.jinja"], "ignore_patterns": ["*/*"]},
-        )
+    [(repo, patterns)] = asked
+    wanted = [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+        "additional_chat_templates/tool_use.jinja",
+        "LICENSE",
     ]
+    others = ["onnx/config.json", "modeling_x.py", "pytorch_model.bin", "assets/x.json", "a/b.json"]
+    assert repo == "owner/some.Model-1"
+    assert list(filter_repo_objects(wanted + others, **patterns)) == wanted
 
     def offline(repo, **kwargs):
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline and not cached")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(ValueError, match="the hub did not give a model of this name: offline"):
+    with pytest.raises(ValueError, match="there is no folder 'owner/name'.*cache does not hold"):
         checkpoints.load("owner/name")
 
 
@@ -459,7 +465,7 @@ def test_offline_hub_id_loads_from_the_symlinks_of_the_cache(sharded, tmp_path, 
     assert checkpoints.resolve("owner/name") == snapshot
     assert_same(checkpoints.load("owner/name"), tiny(CONFIGS["v2-lite"]))
     with pytest.raises(
-        ValueError, match="there is no folder 'owner/other', and the hub did not give"
+        ValueError, match="there is no folder 'owner/other'.* and HF_HUB_OFFLINE is set"
     ):
         checkpoints.load("owner/other")
 
