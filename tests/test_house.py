@@ -18,6 +18,7 @@ PACKAGE = ROOT / "lamoe"
 # level.
 LEVEL = {
     "os_errors": 0,  # a module
+    "atomic": 0,  # a module
     "kernels": 0,
     "text": 0,
     "model": 1,

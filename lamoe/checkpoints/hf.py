@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from lamoe.checkpoints import atomic, foreign, runs, shards, side_files
+from lamoe import atomic
+from lamoe.checkpoints import foreign, runs, shards, side_files
 from lamoe.checkpoints.foreign import few
 from lamoe.checkpoints.shards import Found
 from lamoe.model.config import ModelConfig
@@ -439,7 +440,8 @@ def save(
     config = model.config.replace(torch_dtype=_common_dtype(model))
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.replace_folder(target) as temporary:
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    with atomic.replace_folder(target, size=size) as temporary:
         shards.write_json(temporary / "config.json", config.to_dict())
         _write_extras(config, temporary, extras_from)
         shards.write(tensors, temporary, max_shard_bytes)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from lamoe.checkpoints import foreign
 from lamoe.checkpoints.foreign import few
+from lamoe.os_errors import number_of
 from lamoe.text import json_file
 from lamoe.text.json_file import foreign_content, parse_object, read_json
 
@@ -313,7 +314,8 @@ def write(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: in
                 metadata={"format": "pt"},
             )
         except SafetensorError as e:  # a full disk, for example
-            raise OSError(f"{folder / filename} could not be written: {e}") from None
+            number = number_of(e)
+            raise OSError(number, os.strerror(number), str(folder / filename)) from None
         # safetensors makes its files private; give them the permissions of any other new file
         (folder / filename).chmod(0o666 & ~_umask(folder))
     if plan.is_sharded:

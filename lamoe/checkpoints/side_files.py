@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from pathlib import Path
 
+from lamoe import atomic
 from lamoe.checkpoints.foreign import PICKLES, few
 from lamoe.text.tokenizer_files import conversion_advice
 
@@ -57,5 +57,5 @@ def copy(source: Path, target: Path) -> list[Path]:
 
 
 def _copy(source: Path, target: Path) -> Path:
-    shutil.copyfile(source, target)
+    atomic.copy(source, target)
     return target

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from lamoe.checkpoints import atomic
+from lamoe import atomic
 from lamoe.cli.text_input import check
 from lamoe.engine.llm import LLM
 from lamoe.engine.prefix_file import is_cache
@@ -202,17 +202,20 @@ class Chat:
                 f"{rows} exists and is not a saved cache, so it is not overwritten; save to "
                 "another name"
             )
-        tokens = []
-        if self.messages:
-            tokens = self.llm.tokenizer.apply_chat(self.messages, add_generation_prompt=False)
-        try:
-            num_saved = self.llm.save_cache(rows, tokens)
-            cached = f"{num_saved} of {len(tokens)} tokens cached in {rows.name}"
-        except ValueError:
-            rows.unlink(missing_ok=True)  # it belongs to an earlier conversation of this name
-            cached = "none of it is in the cache"
+        # The text comes first, because the rows can be computed again from it.
         content = {"kind": KIND, "version": 1, "messages": self.messages}
         atomic.write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        try:
+            tokens = []
+            if self.messages:
+                tokens = self.llm.tokenizer.apply_chat(self.messages, add_generation_prompt=False)
+            num_saved = self.llm.save_cache(rows, tokens)
+            cached = f"{num_saved} of {len(tokens)} tokens cached in {rows.name}"
+        except (ValueError, OSError) as e:
+            rows.unlink(missing_ok=True)  # it belongs to an earlier conversation of this name
+            cached = "none of it is in the cache"
+            if isinstance(e, OSError):
+                cached = f"its cached rows are not saved: {explain(e)}"
         self.note(f"[saved {len(self.messages)} messages to {path}; {cached}]")
 
     def load(self, file: str) -> None:

@@ -25,9 +25,10 @@ from typing import IO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lamoe import atomic
 from lamoe.backends.base import Backend
 from lamoe.backends.paged_cache import PagedCache
-from lamoe.checkpoints import atomic, shards
+from lamoe.checkpoints import shards
 from lamoe.engine.pages import PagePool, content_hash
 
 KIND = "lamoe cache"

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lamoe import atomic
 from lamoe.backends.base import Backend
 from lamoe.engine.llm import LLM
 from lamoe.engine.sampler import SamplingParams
@@ -279,8 +280,8 @@ def write(kind: str, result: dict[str, Any], name: str, markdown: str, folder: P
         A line that says what was written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{kind}.md").write_text(markdown, encoding="utf-8")
-    (folder / f"{kind}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    atomic.write_text(folder / f"{kind}.md", markdown)
+    atomic.write_text(folder / f"{kind}.json", json.dumps(result, indent=1) + "\n")
     wrote = f"wrote {folder / kind}.md, {kind}.json"
     try:
         if kind == "needle":

@@ -175,9 +175,10 @@ class Tokenizer:
             raise ValueError(f"{folder}: {e}") from None
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json for transformers, vLLM and SGLang."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write tokenizer.json and tokenizer_config.json for transformers, vLLM and SGLang.
+
+        The two files change together, see tokenizer_files.write_pair.
+        """
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self._bos,
@@ -190,10 +191,8 @@ class Tokenizer:
         }
         if self.max_length is not None:
             config["model_max_length"] = self.max_length
-        (folder / "tokenizer.json").write_text(self.inner.to_str(pretty=False), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(
-            json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+        files.write_pair(Path(folder), self.inner.to_str(pretty=False), text)
 
     # ---- text to ids -----------------------------------------------------------------------------
     def encode(self, text: str, *, bos: bool = False, allow_special: bool = False) -> list[int]:

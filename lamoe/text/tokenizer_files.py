@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, pre_tokenizers
 
+from lamoe import atomic
 from lamoe.text import json_file
 
 MAX_FILE_BYTES = 256 << 20  # the largest known tokenizer.json has about 40 MB
@@ -57,6 +59,29 @@ def make_splits_linear(inner: tokenizers.Tokenizer) -> None:
         made = pre_tokenizers.Sequence([])
         made.__setstate__(state.replace(slow, fast).encode())
         inner.pre_tokenizer = made
+
+
+def write_pair(folder: Path, tokenizer: str, config: str) -> None:
+    """Write tokenizer.json and tokenizer_config.json, which belong together.
+
+    A new folder, or one with no other files, is replaced as a whole. Among other files,
+    tokenizer.json is the first to go and the last to come. If the process is killed in between, the
+    folder has no tokenizer, which `Tokenizer.load` reports. It never has files of two tokenizers.
+
+    Raises:
+        OSError: if the files could not be written. The old ones are still there then.
+    """
+    contents = {"tokenizer_config.json": config.encode(), "tokenizer.json": tokenizer.encode()}
+    folder = Path(os.path.realpath(folder.expanduser()))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    is_inside = folder in (here := Path.cwd(), *here.parents)  # a shell would lose its folder
+    there = {p.name for p in folder.iterdir()} if folder.is_dir() else None
+    if there is None or (there == set(contents) and not is_inside):
+        with atomic.replace_folder(folder, size=sum(map(len, contents.values()))) as temporary:
+            for name, data in contents.items():
+                (temporary / name).write_bytes(data)
+        return
+    atomic.write_together(folder, contents)
 
 
 def read_text(file: Path) -> str:

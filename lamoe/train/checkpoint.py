@@ -20,7 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lamoe.checkpoints import atomic, runs
+from lamoe import atomic
+from lamoe.checkpoints import runs
 from lamoe.checkpoints.runs import MANIFEST, folders, latest, model_of_run, name, step_of, verify
 from lamoe.os_errors import FileError, number_of
 
@@ -78,11 +79,10 @@ def save(run_dir: str | Path, step: int, write: Callable[[Path], None], keep: in
             f"{before[0]} is complete and untouched" if before else "there is no earlier checkpoint"
         )
         number = e.errno or errno.EIO
-        advice = "; free some space on the disk" if number in (errno.ENOSPC, errno.EDQUOT) else ""
         raise FileError(
             number,
             f"the checkpoint of step {step} could not be saved in {run_dir}: "
-            f"{os.strerror(number) if e.errno else e}; {state}{advice}",
+            f"{e.strerror or e}; {state}",
         ) from e
     _prune(run_dir, keep)
     return path
@@ -116,7 +116,8 @@ def save_tensors(path: str | Path, state: Any) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt", "lamoe_state": json.dumps(structure)})
     except SafetensorError as e:
-        raise FileError(number_of(e), f"{path} could not be written: {e}") from e
+        number = number_of(e)
+        raise OSError(number, os.strerror(number), str(path)) from e
     except RuntimeError as e:
         raise ValueError(
             f"{path} was not written: tensors that overlap in memory cannot be saved, "

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lamoe.checkpoints import atomic
+from lamoe import atomic
 from lamoe.model.config import did_you_mean
 from lamoe.train.packing import FORMAT, Encode, Progress, pack
 from lamoe.train.sources import check_sources, stamp

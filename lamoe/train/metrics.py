@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lamoe.checkpoints import atomic
+from lamoe import atomic
 from lamoe.model.routing import LayerRecord
 from lamoe.train.recipe import Recipe
 
@@ -66,7 +66,7 @@ class MetricsLog:
     def write(self, step: int, values: dict) -> None:
         """Append one line to metrics.jsonl and pass the numbers to TensorBoard."""
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-        with open(self.file, "a", encoding="utf-8") as f:
+        with atomic.naming(self.file), open(self.file, "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, **rounded}) + "\n")
         if self.board is not None:
             for name, value in values.items():

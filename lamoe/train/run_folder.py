@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 
-from lamoe.checkpoints import atomic, hf, lock
+from lamoe import atomic
+from lamoe.checkpoints import hf, lock
 from lamoe.checkpoints.runs import RECIPE, model_folder
 from lamoe.model.accounting import human_bytes, parameters
 from lamoe.model.config import CARRIED
@@ -179,12 +180,11 @@ def claim(run: Path, recipe: Recipe, resume: bool, note: Note = print) -> Path |
         stamp(list(recipe.data.sources))  # reports a missing source before anything is written
         if recipe.run.init_from:
             start_folder(recipe)
-        if not resume and previous is not None:
+        if not resume and previous is not None and (run / "tokenizer").exists():
             # Remove the tokenizer of an earlier attempt without checkpoint: its recipe may differ.
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                (run / "tokenizer" / name).unlink(missing_ok=True)
+            atomic.remove_folder(run / "tokenizer", "tokenizer")
     _check_space(run, recipe, last, note)
-    for name in (RECIPE, METRICS):
+    for name in (RECIPE, METRICS, "tokenizer"):
         atomic.remove_leftovers(run, name)
     text = json.dumps(recipe.to_dict(), indent=1, ensure_ascii=False) + "\n"
     atomic.write_text(saved, text)
@@ -383,5 +383,6 @@ def save_bad_batch(
     """Save a batch whose loss or gradient norm is not finite, and return the path of the file."""
     file = run / f"bad-batch-{step}.safetensors"
     content = {"ids": ids, "segments": segments, "loss": loss, "grad_norm": norm}
-    checkpoint.save_tensors(file, content)
+    with atomic.replace_path(file) as temporary:
+        checkpoint.save_tensors(temporary, content)
     return file

@@ -29,11 +29,12 @@ from typing import IO
 import numpy as np
 import torch
 
+from lamoe import atomic
 from lamoe.backends.base import Formats
 from lamoe.backends.cpu import native, packed
 from lamoe.backends.cpu.backend import CpuBackend
 from lamoe.backends.cpu.packed import PackedTensor, Read, Weigh
-from lamoe.checkpoints import atomic, hf, lock, shards, side_files
+from lamoe.checkpoints import hf, lock, shards, side_files
 from lamoe.model import accounting
 from lamoe.model.config import ModelConfig
 from lamoe.text.json_file import read_json
@@ -292,8 +293,7 @@ def _write_side_files(folder: Path, target: Path, config: dict) -> None:
     """
     text = shards.json_text(config)
     atomic.write_text(target / "config.json", text, temporary=target / _CONFIG_PART)
-    for path in side_files.copy(folder, target):
-        atomic.sync(path)
+    side_files.copy(folder, target)
 
 
 def _source_digest(folder: Path) -> str:
