@@ -26,6 +26,7 @@ from lamoe.serve.errors import BRANCH
 
 MAX_TOKENS = 1 << 31
 MAX_STOP = 128  # number of stop strings
+MAX_SCHEMA_CHARS = 64 << 10  # of a schema that is given as JSON text
 MAX_CHOICES = 1024  # number of texts of a guided_choice
 
 
@@ -130,6 +131,12 @@ def _zero_is_false(value: Any) -> Any:
 def _from_json(value: Any) -> Any:
     """Parse a schema that is given as JSON text."""
     if isinstance(value, str):
+        if len(value) > MAX_SCHEMA_CHARS:  # the text is outside the limits on the JSON of the body
+            raise PydanticCustomError(
+                "wrong_value",
+                "is longer than the limit of {limit} characters; shorten it",
+                {"limit": MAX_SCHEMA_CHARS},
+            )
         try:
             return from_json(value, allow_inf_nan=False)
         except ValueError as e:

@@ -234,11 +234,18 @@ async def chat_prompt(
         )
         if forced is None:
             return ids
-        # A text that ends in the middle of a line goes on with a space.
-        space = " " if tokenizer.decode(ids[-1:])[-1:].strip() else ""
-        return ids + tokenizer.encode(space + forced.head, allow_special=True)
+        return ids + tokenizer.encode(_lead(tokenizer, ids) + forced.head, allow_special=True)
 
     return await in_thread(service, "messages", render)
+
+
+def _lead(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Return what goes between a prompt and a forced call."""
+    text = tokenizer.decode(ids[-16:], skip_special=False)
+    if text.rstrip().endswith("<think>"):  # the template has begun the reasoning
+        return "\n</think>\n\n"
+    # A text that ends in the middle of a line goes on with a space.
+    return " " if tokenizer.decode(ids[-1:])[-1:].strip() else ""
 
 
 def _description(functions: list[dict[str, Any]]) -> str:

@@ -440,6 +440,8 @@ def test_a_schema_is_enforced_wherever_servers_take_it(server):
         ({"guided_json": BOOL, "regex": "a"}, "guided_json", "only one"),
         ({"grammar": 'root ::= "a" | "b"'}, "grammar", "Lark"),
         ({"guided_json": "{"}, "guided_json", "JSON"),
+        ({"guided_json": "[" + "[1]," * 100_000 + "1]"}, "guided_json", "65536"),
+        ({"guided_json": "[" * 50_000}, "guided_json", "JSON"),
         (
             {"structured_outputs": {"structural_tag": "x"}},
             "structured_outputs.structural_tag",

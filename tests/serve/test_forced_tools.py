@@ -3,6 +3,7 @@
 The model is random, so only the grammar can make its replies valid.
 """
 
+import asyncio
 import functools
 import json
 
@@ -13,6 +14,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, normalizers
 
+from lamoe.serve import wire
+from lamoe.serve.prompts import chat_prompt
 from lamoe.text import tokenizer
 from lamoe.text.forced_calls import ForcedCalls, ForcedStream, spelling_of
 from tiny_server import NAME, TOOL_TEMPLATE, TOOL_TOKENS, WORDS, Running, llm
@@ -261,6 +264,28 @@ def test_the_model_sees_the_tools():
         assert (
             s.chat("a", **neutral)["choices"] == s.chat("a", temperature=0, max_tokens=5)["choices"]
         )
+
+
+@pytest.mark.parametrize(
+    "ending, lead",
+    [
+        ("assistant\n", ""),
+        ("Assistant:", " "),
+        ("assistant\n<think>\n", "\n</think>\n\n"),
+        ("<|end|>", ""),
+    ],
+)
+def test_the_call_begins_after_the_prompt(ending, lead):
+    """A call is no part of the reasoning, and does not stick to the word before it."""
+    t = tokenizer.train([WORDS], 280, (*tokenizer.SPECIAL_TOKENS[:2], "<|end|>"))
+    t.chat_template = "{{ tools }}{{ messages[0].content }}" + ending.replace("\n", "{{ '\n' }}")
+    with Running(lambda: llm(tok=t)) as s:
+        s.wait_ready()
+        body = wire.ChatRequest.model_validate({"messages": MESSAGES, "tools": TOOLS})
+        forced = ForcedCalls(spelling_of(t.chat_template), ("weather",))
+        work = chat_prompt(s.service, body.messages, body.tools, forced=forced)
+        ids = asyncio.run_coroutine_threadsafe(work, s.serving.loop).result()
+    assert t.decode(ids, skip_special=False).endswith(f"Rome?{ending}{lead}{forced.head}")
 
 
 @pytest.mark.parametrize("template", [t for t, _ in FORMS.values()], ids=FORMS)
