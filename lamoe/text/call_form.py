@@ -6,13 +6,15 @@ text, and the model would imitate that. Other templates (DeepSeek's) want text. 
 a call without its `function` wrapper, or a text where the content is null.
 
 The template itself decides: it renders a small conversation in each form, and the first form that
-is written correctly wins.
+is written correctly wins. Templates for other contents than text are found in the same way.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,8 @@ from typing import Any
 from lamoe.text.template_process import TemplateLimit
 
 # Names that no template contains.
-_NAME, _KEY, _VALUE, _ID = "probed_tool_name", "probed_argument", "probed_value", "probed123"
+_NAME, _KEY, _VALUE = "probed_tool_name", "probed_argument", "probed_value"
+_ID, _NUMBER = "call_probed0123456789", "5821073964"
 _OUTSIDE = ("id", "type")  # what a call has beside its function
 _TOOLS = [
     {
@@ -41,27 +44,41 @@ class CallForm:
     wrapped: a call has its name and arguments in an object `function`.
     as_text: arguments are JSON text, not an object.
     empty_content: a message that has only calls has the content "", not null.
+    short_ids: an id has nine letters and digits (Mistral's templates refuse others).
     """
 
     wrapped: bool = True
     as_text: bool = False
     empty_content: bool = False
+    short_ids: bool = False
 
     def convert(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return the messages with their tool calls in this form.
 
+        A result names its function: OpenAI's API has only the id of the call there.
+
         Raises:
             ValueError: if a call has no name, or arguments that are not JSON.
         """
-        converted = []
+        converted, names = [], {}
         for n, message in enumerate(messages):
             message = dict(message)
             if message.get("tool_calls"):
-                message["tool_calls"] = self._calls(message["tool_calls"], n)
+                message["tool_calls"] = calls = self._calls(message["tool_calls"], n)
+                names |= {c.get("id"): (c.get("function") or c)["name"] for c in calls}
                 if self.empty_content and message.get("content") is None:
                     message["content"] = ""
+            elif message.get("role") == "tool" and isinstance(message.get("tool_call_id"), str):
+                message["tool_call_id"] = id = self._id(message["tool_call_id"])
+                if id in names:
+                    message.setdefault("name", names[id])
             converted.append(message)
         return converted
+
+    def _id(self, id: str) -> str:
+        if not self.short_ids or re.fullmatch("[a-zA-Z0-9]{9}", id):
+            return id
+        return hashlib.sha256(id.encode("utf-8", "replace")).hexdigest()[:9]
 
     def _calls(self, calls: Any, n: int) -> list[dict[str, Any]]:
         if isinstance(calls, (str, Mapping)) or not isinstance(calls, Sequence):
@@ -79,6 +96,8 @@ class CallForm:
             )
         function = {**function, "arguments": self._arguments(function.get("arguments"), n)}
         around = call if "function" in call else {k: call[k] for k in _OUTSIDE if k in call}
+        if isinstance(call.get("id"), str):
+            around = {**around, "id": self._id(call["id"])}
         if self.wrapped:
             return {**around, "function": function}
         return {**{k: v for k, v in around.items() if k != "function"}, **function}
@@ -87,8 +106,10 @@ class CallForm:
         """Convert arguments. None and an empty text mean no arguments, as in OpenAI's API."""
         if isinstance(arguments, str) and arguments.strip():
             try:
-                value = json.loads(arguments, parse_constant=_refuse)
+                value = _decode(arguments)
             except ValueError as e:
+                if self.as_text:  # the model wrote them so
+                    return arguments
                 raise ValueError(
                     f"message {n}: the arguments of a tool call are not JSON: {e}"
                 ) from None
@@ -100,12 +121,39 @@ class CallForm:
         return json.dumps(value, ensure_ascii=False) if arguments is None else arguments
 
 
+def _decode(arguments: str) -> Any:
+    value = json.loads(arguments, parse_constant=_refuse)
+    return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
+
+
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def find(render: Callable[..., str], has_tools: bool) -> CallForm:
-    """Return the form of tool calls that a template wants.
+def wants_parts(render: Callable[..., str]) -> bool:
+    """Return whether a template reads contents as lists of parts only, and leaves texts out.
+
+    Args:
+        render: renders the template with the variables `messages` and `tools`.
+
+    Raises:
+        TemplateLimit: if the template takes too long or ends its process.
+    """
+    for content in (_NUMBER, [{"type": "text", "text": _NUMBER}]):
+        try:
+            text = render(messages=[{"role": "user", "content": content}], tools=None)
+        except TemplateLimit:
+            raise
+        except ValueError:
+            continue
+        if _NUMBER in text:
+            # "'text'" is Python's notation of a part.
+            return not isinstance(content, str) and "'text'" not in text.lower()
+    return False
+
+
+def find(render: Callable[..., str], has_tools: bool) -> CallForm | None:
+    """Return the form of tool calls that a template wants, or None if it leaves them out.
 
     Args:
         render: renders the template with the variables `messages` and `tools`.
@@ -114,9 +162,19 @@ def find(render: Callable[..., str], has_tools: bool) -> CallForm:
     Raises:
         TemplateLimit: if the template takes too long or ends its process.
     """
-    choices = itertools.product((True, False), (False, True), (False, True))
-    forms = [CallForm(*choice) for choice in choices]
-    return max(forms, key=lambda form: _score(form, render, has_tools))
+    for short_ids in (False, True):
+        choices = itertools.product((True, False), (False, True), (False, True))
+        scores = {
+            form: _score(form, render, has_tools)
+            for form in (CallForm(*choice, short_ids) for choice in choices)
+        }
+        form = max(scores, key=lambda form: scores[form])
+        if scores[form] > FAILED:
+            return form if scores[form] > LEFT_OUT else None
+    return CallForm()
+
+
+FAILED, LEFT_OUT = (0, False), (1, True)
 
 
 def _score(form: CallForm, render: Callable[..., str], has_tools: bool) -> tuple[int, bool]:
@@ -136,7 +194,7 @@ def _score(form: CallForm, render: Callable[..., str], has_tools: bool) -> tuple
     except TemplateLimit:
         raise
     except ValueError:
-        return 0, False
+        return FAILED
     if _KEY not in text or _VALUE not in text:
         return 1, "None" not in text
     # '\"' is JSON inside a JSON text, and "'" is Python's notation of a dict.

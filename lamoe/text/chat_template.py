@@ -113,9 +113,18 @@ def render(
         )
     try:
         _check_messages(messages, tools, source)
-        if any(m.get("tool_calls") for m in messages):
-            form = _call_form(source, tools is not None, json.dumps(variables, sort_keys=True))
+        constants = json.dumps(variables, sort_keys=True)
+        if any(m.get("tool_calls") or m["role"] == "tool" for m in messages):
+            form = _call_form(source, tools is not None, constants)
+            if form is None:
+                advice = "" if tools is not None else "send tools too, or "
+                raise ValueError(
+                    "the messages hold tool calls or results, and this model's chat template "
+                    f"leaves them out; {advice}write them as text"
+                )
             messages = form.convert(messages)
+        if _wants_parts(source, constants):
+            messages = [{**m, "content": _parts(m.get("content"))} for m in messages]
         mark = free_mark([source, *control_tokens, *variables.values(), messages, tools])
         shield = _Shield(tuple(control_tokens), mark)
         shielded = [{k: v if k == "role" else shield(v) for k, v in m.items()} for m in messages]
@@ -140,7 +149,17 @@ def _knows_tools(source: str) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _call_form(source: str, has_tools: bool, variables: str) -> call_form.CallForm:
+def _wants_parts(source: str, variables: str) -> bool:
+    """Return whether a template reads contents as parts only. `variables` is JSON text."""
+    return call_form.wants_parts(functools.partial(_run, source, **json.loads(variables)))
+
+
+def _parts(content: str | None) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content}] if content else []
+
+
+@functools.lru_cache(maxsize=64)
+def _call_form(source: str, has_tools: bool, variables: str) -> call_form.CallForm | None:
     """Return the form in which a template wants the tool calls of earlier replies.
 
     Args:

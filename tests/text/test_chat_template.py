@@ -455,17 +455,19 @@ def test_empty_arguments_are_an_empty_object(name, arguments):
 
 
 def test_the_mark_is_not_in_parsed_arguments():
-    source = CALLS.replace("CALL", "{{ c.function.arguments.a }}")
+    pairs = "{% for k, v in c.function.arguments.items() %}{{ k ~ v }}{% endfor %}"
+    source = CALLS.replace("CALL", pairs)
     text, mark = chat_template.render(source, history(r'{"a": "\ufdd0"}'), control_tokens=["<s>"])
-    assert text == "\ufdd0" != mark
+    assert text == "a\ufdd0" and mark not in text
 
 
 def test_a_null_content_becomes_empty_where_the_template_would_write_none():
     for write in ("{{ m.content }}", "{{ '' + m.content }}"):
-        source = "{#tools#}{% for m in messages %}" + write + "{% endfor %}"
-        assert rendered(source, history()) == "hi42"
-    source = "{#tools#}{% for m in messages %}{{ m.content is none }}{% endfor %}"
-    assert rendered(source, history()) == "FalseTrueFalse"
+        source = CALLS.replace("{% endfor %}{% endfor %}", "{% endfor %}" + write + "{% endfor %}")
+        source = source.replace("CALL", "{{ c.function.arguments | tojson }}")
+        assert rendered(source, history()) == 'hi{"a": 1}42'
+    source = CALLS.replace("CALL", "{{ m.content is none }}{{ c.function.arguments | tojson }}")
+    assert rendered(source, history()) == 'True{"a": 1}'
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,11 @@ def tok():
 HELLO = [{"role": "user", "content": "hi"}]
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-TALK, USE = "talk {{ messages[0].content }}", "use {{ tools | tojson }} {{ messages[0].content }}"
+WRITES = (
+    "{% for m in messages %}{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+)
+TALK, USE = "talk {{ messages[0].content }}", "use {{ tools | tojson }} " + WRITES
 
 
 def named_in_config(folder):
@@ -67,7 +71,7 @@ def test_the_template_called_tool_use_renders_tools(tok, tmp_path, write):
         assert t.render_chat(HELLO, tools=TOOLS) == f"use {json.dumps(TOOLS)} hi"
         # The usual template could not write this conversation.
         history = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
-        assert t.render_chat(history) == "use null hi"
+        assert t.render_chat(history) == "use null hi{}"
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "b")
     for tools in (None, TOOLS):
         text = theirs.apply_chat_template(HELLO, tools=tools, tokenize=False)
@@ -88,9 +92,9 @@ def test_without_a_default_template(tok):
 
 
 def test_a_history_of_tool_calls_stays_with_a_usual_template_that_knows_them(tok):
-    t = Tokenizer(tok.inner, chat_template={"default": "{#tools#}usual", "tool_use": USE})
+    t = Tokenizer(tok.inner, chat_template={"default": "{#tools#}usual " + WRITES, "tool_use": USE})
     history = [*HELLO, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
-    assert t.render_chat(history) == "usual"
+    assert t.render_chat(history) == "usual hi{}"
 
 
 def test_too_many_templates_are_refused(tok, tmp_path):

@@ -416,7 +416,8 @@ def test_messages_that_are_refused(tok, messages, says):
 def test_tools_are_passed_to_a_template_that_reads_them(tok):
     template = (
         "{% if tools %}{{ tools | tojson }}{% endif %}"
-        "{% for m in messages %}{% if m.role == 'tool' %}T{% endif %}{{ m.content }}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'tool' %}T{% endif %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.name ~ c.arguments }}{% endfor %}{% endfor %}"
     )
     with_tools = Tokenizer(tok.inner, bos=BOS, eos=EOS, chat_template=template)
     messages = [
@@ -426,7 +427,7 @@ def test_tools_are_passed_to_a_template_that_reads_them(tok):
     tools = [{"name": f"f{EOS}", "n": 1}]
     assert (
         with_tools.render_chat(messages, tools=tools)
-        == json.dumps(tools, ensure_ascii=False) + "T<b>"
+        == json.dumps(tools, ensure_ascii=False) + "f{}T<b>"
     )
     assert 1 not in with_tools.apply_chat(messages, tools=tools)
     with pytest.raises(ValueError, match="does not know tools"):
