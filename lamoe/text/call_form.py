@@ -60,7 +60,8 @@ class CallForm:
         Raises:
             ValueError: if a call has no name, or arguments that are not JSON.
         """
-        converted, names = [], {}
+        converted: list[dict[str, Any]] = []
+        names: dict[Any, str] = {}
         for n, message in enumerate(messages):
             message = dict(message)
             if message.get("tool_calls"):
