@@ -205,7 +205,9 @@ def resolve(source: str | Path) -> Path:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        return runs.model_folder(path)
+        folder = runs.model_folder(path)
+        _check_is_model(folder)
+        return folder
     if path.is_file():
         raise ValueError(foreign.file_problem(path))
     if path.exists():
@@ -264,13 +266,17 @@ def read_config(folder: str | Path) -> ModelConfig:
         ValueError: if the folder has no config.json, or the config needs a feature that lamoe
             lacks.
     """
-    path = Path(folder) / "config.json"
-    if adapter := foreign.adapter_problem(path.parent):
+    _check_is_model(Path(folder))
+    return ModelConfig.from_file(Path(folder) / "config.json")
+
+
+def _check_is_model(folder: Path) -> None:
+    """Raise ValueError, with advice, unless a folder has the config of a model."""
+    if adapter := foreign.adapter_problem(folder):
         raise ValueError(adapter)
-    if not path.is_file():
+    if not (folder / "config.json").is_file():
         lacks = "has no config.json, so it is not a Hugging Face model folder"
-        raise ValueError(foreign.folder_problem(path.parent, lacks))
-    return ModelConfig.from_file(path)
+        raise ValueError(foreign.folder_problem(folder, lacks))
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
