@@ -381,8 +381,8 @@ def _judge_threads(cpu: dict[str, Any]) -> list[str]:
     if not granted or cpu["threads"] <= granted:
         return []
     return [
-        f"{cpu['threads']} threads for {granted} CPUs will wait for each other; set --threads "
-        f"{granted} or OMP_NUM_THREADS={granted}"
+        f"{cpu['threads']} threads for {granted} CPU{'s' * (granted != 1)} will wait for each "
+        f"other; set --threads {granted} or OMP_NUM_THREADS={granted}"
     ]
 
 

@@ -25,8 +25,8 @@ def bench(result: Result) -> str:
     r, machine, isa = result, result.machine, result.versions["isa"]
     out = [
         f"{r.model}: weights {r.weights}, head {r.head}, {r.weight_bytes / 1e9:.3g} GB, ready in "
-        f"{r.load_s:.1f} s; cache {r.cache}; {r.threads} threads, {isa}; peak memory "
-        f"{r.peak_rss / 1e9:.2f} GB",
+        f"{r.load_s:.1f} s; cache {r.cache}; {r.threads} thread{'s' * (r.threads != 1)}, {isa}; "
+        f"peak memory {r.peak_rss / 1e9:.2f} GB",
         f"limits measured here: read {machine.read / 1e9:.1f} GB/s, int8 "
         f"{2 * machine.int8 / 1e9:.0f} Gop/s, bf16 {2 * machine.bf16 / 1e9:.0f} GFLOP/s",
         "",

@@ -16,7 +16,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 
 from lamoe import __version__
 from lamoe.engine.async_llm import AsyncLLM, EngineDead
@@ -358,7 +358,8 @@ def _page_file(name: str) -> Response:
     is_plain_name = path.name == name and not name.startswith(".")
     if not is_plain_name or path.suffix not in MEDIA_TYPES or not path.is_file():
         raise ApiError(404, "the page has no such file", "not_found")
-    return FileResponse(path, media_type=MEDIA_TYPES[path.suffix], headers=PAGE_HEADERS)
+    # The files are small. FileResponse would read each piece of them in a thread.
+    return Response(path.read_bytes(), media_type=MEDIA_TYPES[path.suffix], headers=PAGE_HEADERS)
 
 
 # ---- the application -----------------------------------------------------------------------------

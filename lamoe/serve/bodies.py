@@ -19,6 +19,7 @@ from lamoe.serve.errors import ApiError, from_validation
 MAX_DEPTH, MAX_KEYS = 64, 4096
 MAX_ELEMENTS = 1 << 20  # commas, which separate the elements of lists and objects
 MAX_CONTAINERS = 1 << 16  # lists and objects
+MAX_ALL_KEYS = 1 << 16  # of all objects together
 UTF8_NAMES = ("utf-8", "utf8", "us-ascii", "ascii")
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -152,18 +153,19 @@ def _check_encoding(first: bytes) -> None:
 
 def _check_counts(raw: bytes) -> None:
     """Raise a 400 error for JSON with too many elements, before it is parsed."""
-    commas, opened = raw.count(b","), raw.count(b"[") + raw.count(b"{")
-    if commas > MAX_ELEMENTS or opened > MAX_CONTAINERS:
-        # Texts may hold any number of these characters, so count again without the strings.
-        text = np.frombuffer(raw.replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
-        inside = np.cumsum(text == ord('"'), dtype=np.uint8) & 1
-        text = text[inside == 0]
-        commas = int(np.count_nonzero(text == ord(",")))
-        opened = int(np.count_nonzero((text == ord("[")) | (text == ord("{"))))
-    for count, limit, what in (
-        (commas, MAX_ELEMENTS, "elements"),
-        (opened, MAX_CONTAINERS, "lists and objects"),
-    ):
+    limits = {
+        "elements": (b",", MAX_ELEMENTS),
+        "keys": (b":", MAX_ALL_KEYS),
+        "lists and objects": (b"[{", MAX_CONTAINERS),
+    }
+    outside = None  # the body without its strings, which may hold any number of these characters
+    for what, (characters, limit) in limits.items():
+        count = sum(raw.count(c) for c in characters)
+        if count > limit:
+            if outside is None:
+                text = np.frombuffer(raw.replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
+                outside = text[np.cumsum(text == ord('"'), dtype=np.uint8) & 1 == 0]
+            count = sum(int(np.count_nonzero(outside == c)) for c in characters)
         if count > limit:
             raise _invalid_json(f"the body has at least {count} {what}; the limit is {limit}")
 

@@ -12,9 +12,11 @@ so a few clients that never read, or never send, could hold all of them. This mo
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import sys
 import time
+from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from types import ModuleType
@@ -36,7 +38,8 @@ except ImportError:  # Windows
 
 log = logging.getLogger("lamoe.serve")
 
-BACKLOG = 64  # connections that the system may accept before the server does
+ACCEPT_AT_ONCE = 64  # new connections, before those that were replaced are closed
+BACKLOG = 512  # connections that wait in the system
 FILES_RESERVED = (
     192  # open files besides connections: the model, logs, and connections being opened
 )
@@ -100,31 +103,52 @@ class Connections:
         self.limit = max_connections(settings.max_connections)
         self.has_keys = bool(settings.api_keys())
         self.open: set[Connection] = set()
+        self.without_key: set[Connection] = set()
+        # Connections that wait for their client, longest first. `waits` tells if one still does.
+        self.waiting: OrderedDict[Connection, None] = OrderedDict()
+        self._stalled: list[Connection] = []  # whose client has not read for STALL_S, longest last
         self._checked = 0.0
 
     def admit(self, new: Connection) -> bool:
         """Add a connection, if need be in place of another one. Return whether there was space."""
-        without_key = [c for c in self.open if not c.has_key] if self.has_keys else []
-        if len(without_key) >= max(self.limit // 2, 1):
-            oldest = min(without_key, key=lambda c: c.opened)
-            self.close(self._longest_waiting(without_key) or oldest, "replaced")
-        elif len(self.open) >= self.limit and (waiting := self._longest_waiting(self.open)):
-            self.close(waiting, "replaced")
+        if self.has_keys and len(self.without_key) >= max(self.limit // 2, 1):
+            oldest = min(self.without_key, key=lambda c: c.opened)
+            self.close(self._longest_waiting(only_without_key=True) or oldest, "replaced")
+        elif len(self.open) >= self.limit and (longest := self._longest_waiting()):
+            self.close(longest, "replaced")
         if len(self.open) >= self.limit + SPARE_CONNECTIONS:
             self.metrics.closed.labels("refused").inc()
             return False
         new.spare = len(self.open) >= self.limit
         self.open.add(new)
+        self.without_key.add(new)
+        self.begin_to_wait(new)
         return True
 
-    def _longest_waiting(self, candidates) -> Connection | None:
-        now = time.monotonic()
-        waits = {c: since for c in candidates if (since := c.waiting_since(now)) is not None}
-        return min(waits, key=lambda c: waits[c], default=None)
+    def begin_to_wait(self, connection: Connection) -> None:
+        """Note that a connection begins to wait for its client."""
+        if connection in self.open:
+            self.waiting[connection] = None
+            self.waiting.move_to_end(connection)
+
+    def forget(self, connection: Connection) -> None:
+        """Remove a connection that is closed."""
+        self.open.discard(connection)
+        self.without_key.discard(connection)
+        self.waiting.pop(connection, None)
+
+    def _longest_waiting(self, only_without_key: bool = False) -> Connection | None:
+        while self.waiting and not (first := next(iter(self.waiting))).waits:
+            del self.waiting[first]  # it has received the rest of its body
+        for c in itertools.chain(self.waiting, reversed(self._stalled)):
+            waits = c in self.open and (c.waits or c in self._stalled)
+            if waits and not (only_without_key and c.has_key):
+                return c
+        return None
 
     def close(self, connection: Connection, reason: str) -> None:
         """End a connection at once, and count the reason."""
-        self.open.discard(connection)
+        self.forget(connection)
         self.metrics.closed.labels(reason).inc()
         fields = {"why": reason, "client": (connection.client or ("", 0))[0]}
         log.info("connection closed", extra={"fields": fields})
@@ -137,13 +161,16 @@ class Connections:
         if now - self._checked < min(1.0, s.write_timeout / 4, s.body_timeout / 4):
             return
         self._checked = now
-        for c in list(self.open):
-            if now - c.last_progress(now) > s.write_timeout:
+        progress = {c: c.last_progress(now) for c in self.open}
+        for c, last in progress.items():
+            if now - last > s.write_timeout:
                 self.close(c, "write timeout")
             elif c.idle and c.timeout_keep_alive_task is None and now - c.since > s.body_timeout:
                 self.close(c, "headers timeout")
             elif not c.idle and now - c.since > s.request_timeout + GRACE_S:
                 self.close(c, "request timeout")
+        stalled = [c for c, last in progress.items() if now - last > STALL_S and not c.idle]
+        self._stalled = sorted(stalled, key=lambda c: progress[c], reverse=True)
 
 
 class Connection(H11Protocol):
@@ -154,7 +181,7 @@ class Connection(H11Protocol):
     Attributes:
         opened: when it was opened.
         spare: whether it was opened above the limit. The guard refuses its requests.
-        has_key: whether it has shown a valid API key. The guard sets this.
+        has_key: whether it has shown a valid API key.
         since: when the current request began, or when the connection began to wait for one.
     """
 
@@ -168,6 +195,9 @@ class Connection(H11Protocol):
 
         async def run(scope, receive, send):
             self.since = time.monotonic()
+            table.waiting.pop(self, None)
+            if self.waits:  # for the rest of the body
+                table.begin_to_wait(self)
             scope["lamoe.connection"] = self
             await app(scope, receive, send)
 
@@ -180,17 +210,26 @@ class Connection(H11Protocol):
             transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.table.open.discard(self)
+        self.table.forget(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self.timeout_keep_alive_task is not None:
-            self.since = time.monotonic()  # the next request has begun to arrive
+            self._wait()  # the next request has begun to arrive
         super().data_received(data)
 
     def on_response_complete(self) -> None:
-        self.since = time.monotonic()
+        self._wait()
         super().on_response_complete()
+
+    def _wait(self) -> None:
+        self.since = time.monotonic()
+        self.table.begin_to_wait(self)
+
+    def show_key(self) -> None:
+        """Note that the client has shown a valid API key."""
+        self.has_key = True
+        self.table.without_key.discard(self)
 
     def send_400_response(self, msg: str) -> None:
         """Refuse bytes that are not HTTP/1.1, in the form of all errors."""
@@ -214,20 +253,20 @@ class Connection(H11Protocol):
         """Whether no request is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
+    @property
+    def waits(self) -> bool:
+        """Whether the connection waits for a request, or for the rest of a body."""
+        return self.idle or (self.cycle.more_body and not self.cycle.response_started)
+
     def last_progress(self, now: float) -> float:
         """Return when the client last read something, or `now` if there is nothing to read."""
-        unread = self.transport.get_write_buffer_size() + _unsent_bytes(self.transport)
+        unread = self.transport.get_write_buffer_size()
+        if unread or not self.idle:
+            unread += _unsent_bytes(self.transport)
         acknowledged = self._counted.written - unread
         if unread <= 0 or acknowledged > self._acknowledged:
             self._progress, self._acknowledged = now, acknowledged
         return self._progress
-
-    def waiting_since(self, now: float) -> float | None:
-        """Return since when the connection waits for its client, or None if it does not wait."""
-        if self.idle or self.cycle.more_body:
-            return self.since
-        progress = self.last_progress(now)
-        return progress if now - progress > STALL_S else None
 
 
 class _CountingTransport:
@@ -271,7 +310,7 @@ class HttpServer(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            backlog=BACKLOG,
+            backlog=ACCEPT_AT_ONCE,
             timeout_keep_alive=KEEP_ALIVE_S,
             h11_max_incomplete_event_size=2 * settings.max_header_bytes,
             timeout_graceful_shutdown=5,
@@ -279,6 +318,12 @@ class HttpServer(uvicorn.Server):
         logging.getLogger("uvicorn.access").disabled = True  # it would log query strings
         super().__init__(config)
         self._table = table
+
+    async def startup(self, sockets=None) -> None:
+        """Begin to accept connections."""
+        await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen(BACKLOG)  # asyncio has set it to the number that it accepts at once
 
     @contextmanager
     def capture_signals(self):

@@ -25,7 +25,7 @@ from lamoe.serve.settings import Settings
 
 log = logging.getLogger("lamoe.serve")
 
-MAX_HELD_BODIES = 8  # limit on memory for request bodies, in bodies of the largest size
+MAX_HELD_BODIES = 4  # limit on memory for request bodies, in bodies of the largest size
 SMALL_BODY = 1 << 16  # smaller bodies are always accepted; connections limit their number
 CLIENT_DISCONNECTED = 499  # status in logs and metrics when no response was sent
 PREFLIGHT_SECONDS = 600  # how long a browser may remember the answer to a preflight
@@ -150,7 +150,7 @@ class Guard:
         fields: dict[bytes, bytes] = dict(scope["headers"])
         has_key = bool(self.key_digests) and self.has_valid_key(fields.get(b"authorization", b""))
         if has_key and connection is not None:
-            connection.has_key = True
+            connection.show_key()
         if self.key_digests and not has_key and not is_open(method, path):
             raise ApiError(
                 401,

@@ -7,6 +7,8 @@ requests finish, the second one ends them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -15,10 +17,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from lamoe.backends import cache_codec
+from lamoe.backends.base import Formats
+from lamoe.backends.cpu import native
+from lamoe.backends.load import prepare
 from lamoe.engine.llm import LLM
 from lamoe.model.accounting import human_bytes
+from lamoe.model.config import did_you_mean
 from lamoe.serve.app import build
 from lamoe.serve.connections import BACKLOG, SEND_BUFFER, Connections, HttpServer
 from lamoe.serve.logs import configure
@@ -27,7 +35,11 @@ from lamoe.serve.settings import LOOPBACK, Settings
 
 log = logging.getLogger("lamoe.serve")
 
+M_ARENA_MAX = -8  # of glibc's malloc.h
 LOAD_THREAD = "lamoe-load"
+# After each system call the event loop may wait so long for a thread that computes. Python's
+# default of 5 ms adds up to most of a second when many connections come at once.
+SWITCH_S = 0.0005
 ENGINE_CLOSE_S = 10  # longest wait for the engine's current step at shutdown
 
 
@@ -42,8 +54,14 @@ def run(model: str, name: str, settings: Settings) -> int:
     Returns:
         The exit code: 0 after all requests have finished, 1 if requests were cut off or
         something failed.
+
+    Raises:
+        ValueError: if the options are invalid, or cannot work with the model folder.
+        OSError: if a file cannot be read, or the server cannot listen.
     """
     configure(settings.log_level)
+    _limit_arenas()
+    sys.setswitchinterval(SWITCH_S)
     options: dict[str, Any] = dict(
         cache=settings.cache,
         cache_memory=settings.kv_cache_memory,
@@ -57,7 +75,13 @@ def run(model: str, name: str, settings: Settings) -> int:
         head=settings.head,
         count_experts=True,
     )
-    code = asyncio.run(Serving(lambda: LLM(model, **options), name, settings).run())
+    serving = Serving(lambda: LLM(model, **options), name, settings)
+    try:
+        _check_model(model, settings)
+    except BaseException:
+        serving.close()
+        raise
+    code = asyncio.run(serving.run())
     if any(t.name in (LOAD_THREAD, "lamoe-engine") for t in threading.enumerate()):
         # A thread is still loading or in a long step. A normal exit would destroy objects that
         # its C++ code uses, which ends in abort().
@@ -118,6 +142,10 @@ class Serving:
             await asyncio.to_thread(self.service.engine.close, ENGINE_CLOSE_S)
         _info("stopped", code=code)
         return code
+
+    def close(self) -> None:
+        """Stop listening, if `run` has not been called."""
+        self._listener.close()
 
     def signal(self) -> None:
         """Stop the server; call this in the event loop's thread.
@@ -188,6 +216,29 @@ class Serving:
                 await asyncio.sleep(0.1)
             if self._cutting_off or not service.requests:
                 return self._exit_code
+
+
+def _check_model(model: str, settings: Settings) -> None:
+    """Check what is quick to check before the server answers, unless the model is on the hub."""
+    cache_codec.check_format(settings.cache)
+    for format in (settings.weights, settings.head):
+        if format not in (None, *native.FORMATS):
+            raise ValueError(
+                f"unknown weight format {format!r}{did_you_mean(format, native.FORMATS)}; "
+                f"known: {', '.join(native.FORMATS)}"
+            )
+    if Path(model).expanduser().exists() or model.count("/") != 1:
+        formats = Formats(settings.weights, settings.head, settings.cache)
+        prepare(model, formats, dtype=settings.dtype, device=settings.device)
+
+
+def _limit_arenas() -> None:
+    """Let glibc return the memory of large requests to the system.
+
+    By default each thread allocates from an arena of its own, which seldom shrinks.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def _info(event: str, **fields) -> None:

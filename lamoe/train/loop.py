@@ -84,12 +84,13 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
 
         # 3. The loop
         total_tokens = recipe.batch.before(recipe.run.steps) * recipe.data.seq_len
+        threads = torch.get_num_threads()
         peak_flops = measure_peak(model.embed.weight.dtype)
         token_flops = accounting.training_flops(config, recipe.data.seq_len)
         screen.note(
             f"{accounting.parameters(config).total:,} parameters, "
             f"{token_flops / 1e6:.1f} MFLOP a token; measured {recipe.run.dtype} GEMM peak "
-            f"{peak_flops / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads"
+            f"{peak_flops / 1e9:.0f} GFLOP/s on {threads} thread{'s' * (threads != 1)}"
         )
 
         def save() -> Path:

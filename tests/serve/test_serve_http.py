@@ -262,6 +262,7 @@ def test_elements_are_counted_before_they_are_parsed(monkeypatch):
         (b"[" * (bodies.MAX_CONTAINERS + 1), "lists and objects"),
         (b"[" + b"{}," * (bodies.MAX_CONTAINERS + 1), "lists and objects"),
         (b'{"prompt": [' + b"1," * (bodies.MAX_ELEMENTS + 1) + b"1]}", "elements"),
+        (b"{" + b'"a":1,' * (bodies.MAX_ALL_KEYS + 1), "keys"),
         (b'["\\\\",' + b'"",' * (bodies.MAX_ELEMENTS + 1), "elements"),
     ):
         assert what in refused(data)

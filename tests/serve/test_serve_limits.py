@@ -80,7 +80,7 @@ def test_limits_of_one_request():
 def test_bodies_and_logprobs_in_memory_are_bounded(monkeypatch):
     with Running(paced, max_body_bytes=200_000, body_timeout=3) as server:
         server.wait_ready()
-        slow = [connect(server.url, timeout=5) for _ in range(guard.MAX_HELD_BODIES + 2)]
+        slow = [connect(server.url, timeout=5) for _ in range(guard.MAX_HELD_BODIES + 1)]
         for sock in slow:  # every one of these clients has sent an incomplete body
             sock.sendall(post_head(160_000) + b" " * 150_000)
         until(lambda: server.serving._app.held_bytes == len(slow) * 150_000)

@@ -180,6 +180,29 @@ def test_failed_start_names_the_reason(words, says, tmp_path, monkeypatch, capsy
     assert code and says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--cache", "5bit"], "unknown cache format '5bit'"),
+        (["--weights", "int5"], "int5"),
+        (["--device", "gpu9"], "gpu9"),
+        (["--max-connections", "100000000"], "--max-connections"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_server_listens(words, says, trained, capsys):
+    assert cli.main(["serve", str(trained), "--port", "0", *words])
+    error = capsys.readouterr().err
+    assert says in error and "listening" not in error
+
+
+def test_a_missing_model_is_refused_before_the_server_listens(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for name in ("/nowhere/at/all", str(tmp_path / "empty"), "nowhere"):
+        assert cli.main(["serve", name, "--port", "0"])
+        error = capsys.readouterr().err
+        assert name in error and "listening" not in error, error
+
+
 def test_a_port_in_use(trained, capsys):
     import socket
 
