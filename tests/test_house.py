@@ -31,7 +31,13 @@ LEVEL = {
     "cli": 7,
     "__main__": 8,
 }
-ENTRY_POINTS = {"lamoe", "lamoe.cli", "lamoe.__main__", "lamoe.engine.generate"}
+ENTRY_POINTS = {
+    "lamoe",
+    "lamoe.cli",
+    "lamoe.__main__",
+    "lamoe.engine.generate",
+    "lamoe.engine.grammar_worker",  # the program of a child process
+}
 MAX_LINES, MAX_TEST_LINES = 560, 820  # lines per file
 
 

@@ -6,30 +6,36 @@ bounded in three ways:
 - The library's own limits (work per token, states, items) are set tight in `_LIMITS`.
 - What the library does not bound is refused before it compiles, for example a `multipleOf` that
   needs 100,000 parser states, or a literal of a megabyte.
-- Grammars compile in a thread with a deep stack, because long chains of references recurse deeply.
-  The caller of `prepare` waits for it, at most `MAX_SECONDS`. The engine never compiles: it only
-  copies grammars that are ready.
+- Every grammar compiles first in a child process with limits on time and memory, for a small
+  vocabulary. Then a thread with a deep stack compiles it for the model's vocabulary, because long
+  chains of references recurse deeply. The caller of `prepare` waits at most `MAX_SECONDS`. The
+  engine never compiles: it only copies grammars that are ready.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import queue
 import re
 import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from lamoe.engine.grammar_checks import check_length, check_repeats, check_schema
+from lamoe.text.child_process import Child, ChildLimit
 from lamoe.text.tokenizer import Tokenizer
 
 # Number of seconds that `prepare` waits. The limits below end a compiler that runs longer.
 MAX_SECONDS = 5.0
+# Number of seconds that a grammar waits for those of other requests.
+WAIT_SECONDS = 30.0
 # Largest number of compilations that still run after their caller has stopped waiting. Nothing can
 # end such a thread, so while there are this many, no other grammar compiles.
 MAX_LEFT_BEHIND = 2
@@ -66,8 +72,13 @@ _ONE_LINE = {
 # Disables fast-forwarding of text that the grammar forces. For a pattern like (ab{10000}c){10000}
 # fast-forwarding takes seconds and gigabytes.
 _TAIL = '\n%llguidance {"no_forcing": true}\n'
+_WORKER = str(Path(__file__).with_name("grammar_worker.py"))
 _starting = threading.Lock()
 _left_behind: list[threading.Thread] = []
+# The last one that was used comes first, so the second starts only when both are needed.
+_children: queue.LifoQueue[Child] = queue.LifoQueue()
+for _ in range(2):
+    _children.put(Child(_WORKER, ("llguidance",), "compiling grammars"))
 _Result = TypeVar("_Result")
 
 
@@ -117,7 +128,7 @@ class Grammar:
         return cls._checked(
             "JSON schema",
             text,
-            lambda lib: "start: %json " + json.dumps({**json.loads(text), "x-guidance": _JSON}),
+            lark="start: %json " + json.dumps({**json.loads(text), "x-guidance": _JSON}),
         )
 
     @classmethod
@@ -138,11 +149,7 @@ class Grammar:
                 "the regular expression ends with a backslash that escapes nothing; for a "
                 "backslash write two"
             )
-        return cls._checked(
-            "regular expression",
-            pattern,
-            lambda lib: f"start: /{lib.regex_to_lark(pattern or '()', 'dws')}/",
-        )
+        return cls._checked("regular expression", pattern, lark="", regex=pattern or "()")
 
     @classmethod
     def lark(cls, text: str) -> Grammar:
@@ -169,7 +176,7 @@ class Grammar:
                 raise ValueError(
                     f"%json in the Lark grammar is not followed by a JSON schema: {e}"
                 ) from None
-        return cls._checked("Lark grammar", text, lambda lib: text)
+        return cls._checked("Lark grammar", text, lark=text)
 
     @classmethod
     def with_schemas(
@@ -195,24 +202,32 @@ class Grammar:
             f"{name}: %json {json.dumps({**schema, 'x-guidance': _ONE_LINE})}"
             for name, schema in schemas.items()
         )
-        grammar = cls._checked("JSON schema", text, lambda lib: "\n".join([rules, *lines]))
+        grammar = cls._checked("JSON schema", text, lark="\n".join([rules, *lines]))
         return replace(grammar, begun=begun)
 
     @classmethod
-    def _checked(cls, kind: str, text: str, convert: Callable[[Any], str]) -> Grammar:
-        """Make a Grammar from its Lark form, convert(llguidance), after validating it."""
-        lib = _library()
-
-        def check() -> str:
-            source = lib.LLMatcher.grammar_from_lark(convert(lib) + _TAIL)
-            failed, messages = lib.LLMatcher.validate_grammar_with_warnings(
-                source, limits=lib.LLParserLimits(**_LIMITS)
-            )
-            if failed:
-                raise ValueError(messages[0])
-            return source
-
-        return cls(kind, text, _compiling(kind, check))
+    def _checked(cls, kind: str, text: str, **source: str) -> Grammar:
+        """Make a Grammar from a source (see grammar_worker), after compiling it in a child."""
+        _library()
+        source["lark"] += _TAIL
+        try:
+            child = _children.get(timeout=WAIT_SECONDS)
+        except queue.Empty:
+            raise ValueError(
+                f"other grammars kept the compiler busy for {WAIT_SECONDS:g} seconds; send fewer "
+                "at a time"
+            ) from None
+        try:
+            reply = child.ask({**source, "limits": _LIMITS}, MAX_SECONDS)
+        except ChildLimit as e:
+            raise ValueError(
+                f"the {kind} takes too much time or memory to compile; make it simpler ({e})"
+            ) from None
+        finally:
+            _children.put(child)
+        if "error" in reply:
+            raise ValueError(_sentence(kind, reply["error"]))
+        return cls(kind, text, reply["source"])
 
     def prepare(self, tokenizer: Tokenizer) -> None:
         """Compile the grammar for a vocabulary, usually in a few milliseconds.

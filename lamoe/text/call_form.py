@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lamoe.text.template_process import TemplateLimit
+from lamoe.text.child_process import ChildLimit
 
 # Names that no template contains.
 _NAME, _KEY, _VALUE = "probed_tool_name", "probed_argument", "probed_value"
@@ -161,7 +161,7 @@ def find(render: Callable[..., str], has_tools: bool) -> CallForm | None:
         has_tools: whether conversations have tools. Some templates write no calls without.
 
     Raises:
-        TemplateLimit: if the template takes too long or ends its process.
+        ChildLimit: if the template takes too long or ends its process.
     """
     for short_ids in (False, True):
         choices = itertools.product((True, False), (False, True), (False, True))
@@ -192,7 +192,7 @@ def _score(form: CallForm, render: Callable[..., str], has_tools: bool) -> tuple
     ]
     try:
         text = render(messages=form.convert(messages), tools=_TOOLS if has_tools else None)
-    except TemplateLimit:
+    except ChildLimit:
         raise
     except ValueError:
         return FAILED

@@ -2,7 +2,7 @@
 
 Templates come with model folders and messages come from users. Neither is trusted.
 
-Templates run in jinja2's sandbox in a process of their own (see template_process), which bounds
+Templates run in jinja2's sandbox in a process of their own (see child_process), which bounds
 their time and memory. The result is that of transformers.
 
 Messages may hold the text of a control token, such as an end-of-turn token. `render` inserts a mark
@@ -21,8 +21,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lamoe.text import call_form
-from lamoe.text.template_process import PROCESS
+from lamoe.text import call_form, template_worker
+from lamoe.text.child_process import Child
 
 # DeepSeek-V2's format. There is no blank after the last "Assistant:": with one, replies get worse.
 V2_TEMPLATE = (
@@ -36,6 +36,7 @@ V2_TEMPLATE = (
 MAX_TEMPLATE_CHARS = 256 << 10
 MAX_CONTROL_CHARS = 256
 MAX_SECONDS = 5.0
+PROCESS = Child(template_worker.__file__, ("jinja2", "markupsafe"), "the chat template")
 _NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 
 

@@ -1,13 +1,11 @@
-"""The program of the process that renders chat templates. `template_process` starts it.
+"""The work of the child process that renders chat templates.
 
 It needs only jinja2 and the standard library. Templates run in jinja2's immutable sandbox, with
-the settings, filters and functions of transformers. The sandbox bounds neither time nor memory. So
-this process limits itself before it reads the first request: it can use 512 MiB of memory, and it
-cannot open or write a file. Its parent ends it if a request takes too long.
+the settings, filters and functions of transformers. The sandbox bounds neither time nor memory:
+child_worker and child_process do.
 
-Messages on both pipes are JSON in UTF-8 behind 4 bytes of length. A request has the template as
-`source`. With `variables` the answer has the rendered `text`; without, the `names` that the
-template reads. An answer may have an `error` instead.
+A request has the template as `source`. With `variables` the answer has the rendered `text`;
+without, the `names` that the template reads. An answer may have an `error` instead.
 """
 
 from __future__ import annotations
@@ -15,13 +13,10 @@ from __future__ import annotations
 import codecs
 import importlib
 import json
-import math
-import sys
-import time
 from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, BinaryIO
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -35,16 +30,6 @@ MAX_TEXT = 16 << 20
 _MAX_ERROR = 1000
 _LATE_MODULES = ("html", "jinja2.constants", "jinja2.debug", "linecache", "pprint", "textwrap")
 _LATE_ENCODINGS = "ascii cp1252 latin-1 unicode-escape utf-16 utf-32 utf-8-sig".split()
-
-
-def encode(message: dict[str, Any]) -> bytes:
-    """Return a message as it is sent. Lone surrogates survive."""
-    body = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    return len(body).to_bytes(4, "big") + body
-
-
-def decode(body: bytes) -> dict[str, Any]:
-    return json.loads(body.decode("utf-8", "surrogatepass"))
 
 
 class _Generation(Extension):
@@ -168,7 +153,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     return {"error": error if len(error) <= _MAX_ERROR else error[: _MAX_ERROR - 3] + "..."}
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """Load what jinja2 and Python load late, before files are out of reach."""
     for module in _LATE_MODULES:
         importlib.import_module(module)
@@ -177,59 +162,3 @@ def _prepare() -> None:
     datetime.now().strftime("%c")
     with suppress(jinja2.TemplateError):
         _compiled("{{ raise_exception('') }}").render()
-
-
-def _limit() -> None:
-    """Set the limits that last. Where the system has none, the parent's time limit remains."""
-    with suppress(ImportError):
-        import resource
-
-        for kind, most in (
-            ("RLIMIT_CORE", 0),
-            ("RLIMIT_FSIZE", 0),
-            ("RLIMIT_NOFILE", 3),
-            ("RLIMIT_AS", MEMORY_BYTES),
-        ):
-            with suppress(AttributeError, ValueError, OSError):
-                resource.setrlimit(getattr(resource, kind), (most, most))
-
-
-def _limit_cpu(seconds: float) -> None:
-    """End this process after some CPU time. The parent may die before it can end a template."""
-    with suppress(ImportError, ValueError, OSError):
-        import resource
-
-        _, most = resource.getrlimit(resource.RLIMIT_CPU)
-        soft = math.ceil(time.process_time() + seconds) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (soft, most))
-
-
-def _read(pipe: BinaryIO) -> dict[str, Any] | None:
-    head = pipe.read(4)
-    body = pipe.read(int.from_bytes(head, "big")) if len(head) == 4 else b""
-    return decode(body) if body else None
-
-
-def main() -> None:
-    """Answer the requests on stdin until it closes."""
-    import signal
-
-    with suppress(ValueError, OSError):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    _prepare()
-    _limit()
-    pipe = sys.stdout.buffer
-    reply: dict[str, Any] = {"ready": True}
-    while True:
-        pipe.write(encode(reply))
-        pipe.flush()
-        request = None if reply.get("ends") else _read(sys.stdin.buffer)
-        if request is None:
-            return
-        _limit_cpu(request["seconds"])
-        reply = answer(request)
-        del request
-
-
-if __name__ == "__main__":
-    main()

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lamoe.text import chat_template, template_process
-from lamoe.text.template_process import PROCESS, TemplateLimit
+from lamoe.text import chat_template, child_process
+from lamoe.text.chat_template import PROCESS
+from lamoe.text.child_process import ChildLimit
 
 HELLO = [{"role": "user", "content": "hi"}]
 TALK = [
@@ -254,7 +255,7 @@ def test_the_time_limit_stops_a_template(monkeypatch, template):
     rendered("", HELLO)
     before = PROCESS._child
     monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.3)
-    with pytest.raises(TemplateLimit, match="more than 0.3 seconds"):
+    with pytest.raises(ChildLimit, match="more than 0.3 seconds"):
         rendered(template, HELLO)
     assert PROCESS._child is None and before.returncode == -9  # no zombie is left
     monkeypatch.undo()
@@ -297,7 +298,7 @@ def test_a_process_that_dies_while_it_renders(monkeypatch):
     rendered("", HELLO)
     killer = threading.Timer(0.2, PROCESS._child.kill)
     killer.start()
-    with pytest.raises(TemplateLimit, match="ended its process"):
+    with pytest.raises(ChildLimit, match="ended its process"):
         rendered("{% for i in range(99999) %}{% for j in range(999) %}{% endfor %}{% endfor %}")
     killer.join()
 
@@ -320,10 +321,10 @@ def test_many_threads_render_at_once():
 def test_a_system_that_cannot_start_a_process(monkeypatch):
     PROCESS.close()
     with monkeypatch.context() as m:
-        m.setattr(template_process.sys, "executable", "/nowhere/python")
+        m.setattr(child_process.sys, "executable", "/nowhere/python")
         with pytest.raises(ValueError, match="could not start one .*/nowhere/python"):
             rendered("", HELLO)
-        m.setattr(template_process.sys, "executable", "/bin/false")
+        m.setattr(child_process.sys, "executable", "/bin/false")
         with pytest.raises(ValueError, match="could not start one .*ended its process"):
             rendered("", HELLO)
     assert rendered("{{ messages[0].content }}", HELLO) == "hi"
@@ -333,7 +334,7 @@ def test_a_system_that_cannot_start_a_process(monkeypatch):
 def test_a_forked_process_starts_its_own():
     code = (
         "import os; from lamoe.text import chat_template as c\n"
-        "from lamoe.text.template_process import PROCESS\n"
+        "from lamoe.text.chat_template import PROCESS\n"
         "def say(x): return c.render('{{ messages[0].content }}',"
         " [{'role': 'user', 'content': x}])[0]\n"
         "assert say('a') == 'a'\n"

@@ -1,9 +1,9 @@
-"""Run chat templates in a process of their own, because a template is a program from a stranger.
+"""Run work on untrusted programs (chat templates, grammars) in a child process with limits.
 
-A template can loop for ever or ask for any amount of memory inside one call into C, where no check
-of ours would run. So it runs in a child process (`template_worker`), which limits its own memory
-and is ended if a request takes too long. The next request then starts a new one. One child serves
-all threads, one request at a time. It starts with the first request and ends with this process.
+Such a program can loop for ever or ask for any amount of memory inside one call into C, where no
+check of ours would run. So it runs in a child process, which limits its own memory and is ended if
+a request takes too long. The next request then starts a new one. A child serves all threads, one
+request at a time. It starts with the first request and ends with this process.
 """
 
 from __future__ import annotations
@@ -18,49 +18,60 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lamoe.text import template_worker
-from lamoe.text.template_worker import decode, encode
+from lamoe.text import child_worker
+from lamoe.text.child_worker import decode, encode
 
-# Number of seconds that a new process may take to import jinja2, on a busy machine.
+# Number of seconds that a new process may take to import its packages, on a busy machine.
 START_SECONDS = 60.0
 # Number of seconds that a request waits for those of other threads.
 WAIT_SECONDS = 60.0
-# A character has at most 4 bytes, and JSON writes at most 6 for one.
-_MAX_REPLY = 6 * template_worker.MAX_TEXT + 1024
+_MAX_REPLY = 128 << 20
 # Isolated mode ignores the environment and the user's own packages. The packages that the child
 # needs come last in its path, so that they cannot replace a module of the standard library.
 _COMMAND = (
-    "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1], None, '__main__')"
+    "import runpy, sys; sys.path += sys.argv[3:]; worker = runpy.run_path(sys.argv[2]); "
+    "runpy.run_path(sys.argv[1])['main'](worker)"
 )
 _KEPT_ENVIRONMENT = ("SYSTEMROOT", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
 
-class TemplateLimit(ValueError):
-    """A template exceeded a limit on time or memory, or its process ended."""
+class ChildLimit(ValueError):
+    """The work exceeded a limit on time, or ended its process."""
 
 
-class TemplateProcess:
-    """The child process, started when it is needed. Thread-safe."""
+class Child:
+    """A child process, started when it is needed. Thread-safe.
 
-    def __init__(self):
+    Args:
+        worker: path of a Python file. It imports no module of lamoe, and defines `answer`, a
+            function from a request to an answer, `prepare` and MEMORY_BYTES (see child_worker).
+        packages: the packages that it imports.
+        work: what it does, for messages: "WORK failed: ...".
+    """
+
+    def __init__(self, worker: str, packages: tuple[str, ...], work: str):
+        self._worker, self._packages, self._work = worker, packages, work
         self._lock = threading.Lock()
         self._child: subprocess.Popen | None = None
+        atexit.register(self.close)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.forget)
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Return the child's answer to a request (see template_worker).
+        """Return the child's answer to a request.
 
         Args:
             seconds: time limit, not counting the start of the child.
 
         Raises:
-            TemplateLimit: if the time limit passes, or the child dies.
+            ChildLimit: if the time limit passes, or the child dies.
             ValueError: if no child can be started, or too many requests wait for it.
         """
         message = encode({**request, "seconds": seconds})
         if not self._lock.acquire(timeout=WAIT_SECONDS):
             raise ValueError(
-                f"other conversations kept the chat template busy for {WAIT_SECONDS:g} seconds; "
-                "send fewer at a time"
+                f"{self._work} failed: other requests kept its process busy for "
+                f"{WAIT_SECONDS:g} seconds; send fewer at a time"
             )
         try:
             if self._child is None or self._child.poll() is not None:
@@ -93,8 +104,9 @@ class TemplateProcess:
 
     def _start(self) -> None:
         self.close()
-        folders = dict.fromkeys(map(_folder_of, ("jinja2", "markupsafe")))
-        command = [sys.executable, "-I", "-S", "-B", "-c", _COMMAND, template_worker.__file__]
+        folders = dict.fromkeys(map(_folder_of, self._packages))
+        files = [child_worker.__file__, self._worker]
+        command = [sys.executable, "-I", "-S", "-B", "-c", _COMMAND, *files]
         try:
             self._child = subprocess.Popen(
                 [*command, *folders],
@@ -106,10 +118,10 @@ class TemplateProcess:
                 start_new_session=True,  # Ctrl-C in a terminal is for us
             )
             self._exchange(b"", START_SECONDS)
-        except (OSError, TemplateLimit) as e:
+        except (OSError, ChildLimit) as e:
             raise ValueError(
-                "chat templates run in a process of their own, and this system could not start "
-                f"one ({sys.executable}: {e}); allow it, or send token ids instead of messages"
+                f"{self._work} needs a process of its own, and this system could not start one "
+                f"({sys.executable}: {e}); allow it"
             ) from None
 
     def _exchange(self, message: bytes, seconds: float) -> dict[str, Any]:
@@ -130,14 +142,14 @@ class TemplateProcess:
                 view = view[child.stdin.write(view) :]
             size = int.from_bytes(_read(child.stdout, 4), "big")
             if size > _MAX_REPLY:
-                raise TemplateLimit("the chat template failed: its result is too long")
+                raise ChildLimit(f"{self._work} failed: its result is too long")
             return decode(_read(child.stdout, size))
         except (OSError, EOFError):
             if late.is_set():
-                error = f"the chat template failed: it takes more than {seconds:g} seconds"
+                error = f"it takes more than {seconds:g} seconds"
             else:
-                error = f"the chat template failed: it ended its process ({child.wait()})"
-            raise TemplateLimit(error) from None
+                error = f"it ended its process ({child.wait()})"
+            raise ChildLimit(f"{self._work} failed: {error}") from None
         finally:
             timer.cancel()
 
@@ -164,9 +176,3 @@ def _close_pipes(child: subprocess.Popen) -> None:
         if pipe is not None:
             with suppress(OSError):
                 pipe.close()
-
-
-PROCESS = TemplateProcess()
-atexit.register(PROCESS.close)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=PROCESS.forget)
