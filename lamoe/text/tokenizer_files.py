@@ -15,6 +15,8 @@ from lamoe import atomic
 from lamoe.text import json_file
 
 MAX_FILE_BYTES = 256 << 20  # the largest known tokenizer.json has about 40 MB
+# A prefix that is set, or letters that are written as numbers and may spell its name.
+_MAY_ABORT = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]|\\u00[2-7]')
 _MAX_SIDE_FILE_BYTES = 16 << 20
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _MAX_TEMPLATES = 64
@@ -31,6 +33,8 @@ def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
             f"{file} has {size} bytes; a tokenizer.json above {MAX_FILE_BYTES} is not read"
         )
     text = json_file.decode(file.read_bytes(), str(file))
+    if _MAY_ABORT.search(text):
+        _check_merges(text, file)
     try:
         inner = tokenizers.Tokenizer.from_str(text)
         make_splits_linear(inner)
@@ -41,6 +45,27 @@ def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
         raise ValueError(
             f"{file} is not a tokenizer.json that the tokenizers library can read: {e}"
         ) from None
+
+
+def _check_merges(text: str, file: Path) -> None:
+    """Raise ValueError for merges that do not fit their continuing_subword_prefix.
+
+    The library cuts the prefix off without a look, and ends the whole process where it is missing.
+    """
+    try:
+        model = json.loads(text)["model"]
+        prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # the library reports it
+    if not isinstance(prefix, str) or not prefix or not isinstance(merges, list):
+        return
+    for merge in merges:
+        right = merge.split(" ")[-1] if isinstance(merge, str) else merge[1:] and merge[-1]
+        if not isinstance(right, str) or not right.startswith(prefix):
+            raise ValueError(
+                f"{file} is not a tokenizer.json that the tokenizers library can read: the merge "
+                f"{merge!r} lacks the continuing_subword_prefix {prefix!r}"
+            )
 
 
 def make_splits_linear(inner: tokenizers.Tokenizer) -> None:

@@ -1,6 +1,8 @@
 """Tests of the files of a tokenizer: encodings, lists of ids, damaged files."""
 
 import json
+import random
+import time
 
 import pytest
 import tokenizers
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from lamoe.text.tokenizer import Tokenizer, train
+from lamoe.text.tokenizer import BOS, Tokenizer, train
 from lamoe.text.tokenizer_files import make_splits_linear
 
 TEXT = "def add(x, y):\n    return x + y  # the sum of 12 and 345\n"
@@ -80,3 +82,79 @@ def test_the_faster_pattern_splits_equally(text):
 
 SPLIT = pre_tokenizers.Split(tokenizers.Regex(r"\s+$"), "isolated")
 DIGITS = pre_tokenizers.Digits(individual_digits=True)
+
+
+# ---- damaged files ----
+VALUES = [
+    None,
+    True,
+    0,
+    -1,
+    1 << 40,
+    1.5,
+    "",
+    "x",
+    "<｜begin▁of▁sentence｜>",
+    [],
+    [1],
+    {},
+    {"a": []},
+]
+
+
+def mutate(value, rng):
+    """Return a JSON value with one change somewhere: another value, a missing or a new entry."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(list(value)[:30])
+        change = rng.random()
+        if change < 0.15:
+            return {k: v for k, v in value.items() if k != key}
+        if change < 0.25:
+            return {**value, f"{key}?": value[key]}
+        return {**value, key: mutate(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        at = rng.randrange(len(value))
+        return [*value[:at], mutate(value[at], rng), *value[at + (rng.random() < 0.9) :]]
+    return rng.choice(VALUES)
+
+
+def mutate_bytes(data, rng):
+    data = bytearray(data)
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(data))
+        data[at : at + rng.randint(0, 3)] = bytes(rng.choices(range(256), k=rng.randint(0, 3)))
+    return bytes(data[: rng.choice([len(data), rng.randrange(len(data))])])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_mutated_files_load_or_give_a_value_error(tok, tmp_path, name):
+    rng, loaded, seconds = random.Random(name), 0, []
+    tok.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    added = json.loads(tok.inner.to_str())["added_tokens"]
+    config["added_tokens_decoder"] = {str(t.pop("id")): t for t in added}
+    config["extra_special_tokens"] = ["a", {"content": "b", "lstrip": True}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    good = (tmp_path / name).read_bytes()
+    for n in range(120):
+        value = json.dumps(mutate(json.loads(good), rng)).encode()
+        (tmp_path / name).write_bytes(value if n % 3 else mutate_bytes(good, rng))
+        begin = time.perf_counter()
+        try:
+            made = Tokenizer.load(tmp_path)
+            messages = [{"role": "user", "content": f"x{BOS}y"}]
+            ids = made.encode("a <b> c\n") + made.apply_chat(messages)
+            made.decode(ids)
+            loaded += 1
+        except ValueError as e:
+            assert str(tmp_path) in str(e) or "template" in str(e) or "token" in str(e)
+        seconds.append(time.perf_counter() - begin)
+    assert 5 < loaded < 120 and max(seconds) < 60
+
+
+@pytest.mark.parametrize("key", ["continuing_subword_prefix", r"continuing_\u0073ubword_prefix"])
+def test_merges_without_their_prefix_do_not_end_the_process(tok, tmp_path, key):
+    text = tok.inner.to_str().replace('"continuing_subword_prefix":null', f'"{key}":"\N{SNOWMAN}"')
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="lacks the continuing_subword_prefix"):
+        Tokenizer.load(tmp_path)
