@@ -452,9 +452,12 @@ class ModelConfig:
         Raises:
             ValueError: if a key is unknown or lamoe does not implement its value.
         """
-        fields, facts = read_fields(raw, _field_types(ModelConfig), _field_types(RopeScaling))
-        config = _from_fields(fields)
-        check_facts(config, facts)
+        try:
+            fields, facts = read_fields(raw, _field_types(ModelConfig), _field_types(RopeScaling))
+            config = _from_fields(fields)
+            check_facts(config, facts)
+        except RecursionError:
+            raise ValueError("a value is nested too deeply for a model config") from None
         return config
 
     @classmethod

@@ -24,13 +24,15 @@ from lamoe.model.field_checks import did_you_mean
 log = logging.getLogger("lamoe.model")
 _logged: set[str] = set()
 
+# Limits beyond every real config. They bound the time that sorting the keys of a file takes.
+MAX_KEYS, MAX_KEY = 2_000, 200  # keys, and characters of one
 _SILU = ("silu", "swish", "swiglu")
 _RMS = ("rmsnorm", "rms_norm", "rms", "llamarmsnorm")
 _ROPE = ("rope", "rotary")
 _FULL = ("full", "full_attention", "global", "softmax", "causal", "gqa", "mha", "mla")
 # Fields of a config under other programs' names.
 _ALIASES = {
-    "hidden_size": "d_model dim n_embd n_embed hidden_dim embed_dim embedding_size model_dim",
+    "hidden_size": "d_model dim n_embd n_embed hidden_dim embed_dim embedding_size model_dim word_embed_proj_dim",
     "num_hidden_layers": "n_layer n_layers num_layers",
     "num_attention_heads": "n_head n_heads num_heads",
     "n_kv_heads": "n_kv_heads n_head_kv num_kv_heads num_query_groups multi_query_group_num",
@@ -70,7 +72,8 @@ FACTS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     ),
     **dict.fromkeys("rope_interleave rope_interleaved".split(), lambda c: (c.rope_interleaved,)),
     **dict.fromkeys(
-        "partial_rotary_factor rotary_pct rotary_percent rotary_percentage rope_pct".split(),
+        "partial_rotary_factor rotary_pct rotary_percent rotary_percentage rope_pct"
+        " rotary_emb_fraction".split(),
         lambda c: (1,),
     ),
     **dict.fromkeys(
@@ -90,6 +93,7 @@ FACTS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     "layer_types": lambda c: ("full_attention",),
     "attention_types": lambda c: _FULL,
     "no_rope_layers": lambda c: (1,),  # 1 means that this layer has rotary embeddings
+    "rope_type": lambda c: ("default", "none") if c.rope_scaling is None else ("yarn",),
     "scoring_func": lambda c: ("softmax",),
     "use_mla": lambda c: (c.is_mla,),
     "use_gqa": lambda c: (not c.is_mla and c.n_kv_heads < c.num_attention_heads,),
@@ -119,7 +123,8 @@ _BOOKKEEPING = re.compile(
         |label_smoothing)(_.*)?|(.*_)?(p?drop|p?dropout|droppath)(_.*)?|((max|num|global|total|save|logging|eval|warmup)_)?steps?
     |(.*_)?(loss|loss_coef|loss_coeff|loss_alpha|loss_weight|loss_lambda)
     |(initializer|init|initialization)_.*|.*_(init|init_std|init_method|initializer_range)|init_std
-    |(output|return)_.*
+    |output_(attentions|hidden_states|scores|logits|router_logits|past|dir)|return_.*|freeze_.*
+    |.*_in_fp32|.*_fusion|.*_dtype
     |.*_implementation|.*(flash|sdpa|xformers|memory_efficient|fused|triton).*|use_.*kernels?
     |(.*_)?backend|(model|tensor|pipeline|expert|data|sequence|context)_parallel.*
     |(base|parent|teacher|reward|draft|source|original|target|merged)_model
@@ -140,16 +145,17 @@ _BOOKKEEPING = re.compile(
 # Words of names that belong to the arithmetic of a model.
 _ARITHMETIC = frozenset(
     """
-    act activation alibi alpha attention attn audio base bias bits block cap causal chunk clamp
-    clip clipping compress compression conv cross decay decoder depth dilated dim dims dual emb
-    embed embedding embeddings encoder eps epsilon expert experts factor ffn gain gate gated gating
-    global glu group groups head heads hidden hyper image interleave interleaved intermediate
-    interval k kv latent layer layernorm layers local logit logits mamba mask memory mlp mm moe
-    mrope mscale mtp mult multimodal multiplier mup nextn nope norm normalization norms ntk
-    parallel partial pattern pos position positional positions prefix projector q qk qkv quant
-    quantization quantized query rank recurrent residual rms rope rotary routed router routing
-    sandwich scalar scale scaled scaler scales scaling sigmoid sink sinks sliding smear soft
-    softcap softcapping softmax softplus sparse sparsity speech ssm state stride swiglu temp text
+    act activation alibi alpha attention attn audio base bias bidirectional bits block cap causal
+    centered chunk clamp clip clipping compress compression conv cross decay decoder depth dilated
+    dim dims dual emb embed embedding embeddings encoder eps epsilon expert experts factor ffn gain
+    gamma gate gated gating global glu group groups head heads hidden hyper image interleave
+    interleaved intermediate interval k kv latent layer layernorm layers local logit logits loop
+    loops mamba mask memory mlp mm moe mrope mscale mtp mult multimodal multiplier mup nextn nope
+    norm normalization norms ntk offset parallel partial pattern pos position positional positions
+    prefix projector q qk qkv quant quantization quantized query rank recurrence recurrent
+    recursion residual rms rmsnorm rope rotary routed router routing sandwich scalar scale scaled
+    scaler scales scaling share shared sharing sigmoid sink sinks skip sliding smear soft softcap
+    softcapping softmax softplus sparse sparsity speech ssm state stride swiglu tanh temp text
     theta tie tied topk untie untied v value video vision vocab width window windows yarn
     """.split()
 )
@@ -200,11 +206,15 @@ def asks_for_nothing(key: str, value: Any) -> bool:
 
 def is_bookkeeping(key: str) -> bool:
     """Return whether a name says that its value changes no arithmetic."""
+    if len(key) > MAX_KEY:
+        return False
     return key.startswith("_") or bool(_BOOKKEEPING.fullmatch(key.lower()))
 
 
 def is_arithmetic(key: str) -> bool:
     """Return whether a word of a name belongs to the arithmetic of a model."""
+    if len(key) > MAX_KEY:
+        return True
     words = words_of(key)
     joined = any(stem in word for word in words for stem in _STEMS)
     return joined or bool(words & _ARITHMETIC)
@@ -213,7 +223,7 @@ def is_arithmetic(key: str) -> bool:
 def unknown_key(key: str, value: Any, known: Iterable[str], where: str) -> str:
     """Return the message for a key that is refused."""
     return (
-        f"unknown key {key!r} in {where}: it is {shorten(value)}, which may change the model"
+        f"unknown key {shorten(key)} in {where}: it is {shorten(value)}, which may change the model"
         f"{did_you_mean(key, known, 0.8)}; if it does not, remove the key"
     )
 
@@ -232,6 +242,8 @@ def sort_keys(unknown: Mapping[str, Any], known: Collection[str], where: str) ->
     Raises:
         ValueError: if a key may change the model. The message names it and its value.
     """
+    if len(unknown) > MAX_KEYS:
+        raise ValueError(f"{where} has {len(unknown):,} unknown keys; the limit is {MAX_KEYS:,}")
     facts, ignored = {}, []
     for key, value in unknown.items():
         if key in FACTS:

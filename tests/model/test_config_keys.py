@@ -41,6 +41,7 @@ MLA = ModelConfig.preset("tiny").to_dict()
         {"max_length": 4096, "temperature": 0.9, "top_p": 0.6, "do_sample": True, "num_beams": 4},
         {"moe_aux_loss": 0.1, "router_aux_loss_coef": 0.001, "label_smoothing": 0.1},
         {"decoder_start_token_id": 1, "sep_token_id": 5, "suppress_tokens": [1, 2]},
+        {"attention_softmax_in_fp32": True, "masked_softmax_fusion": True, "freeze_base": True},
         # how other programs run it
         {"use_flash_attention_2": True, "attn_implementation": "eager", "use_liger_kernel": True},
         {"tensor_parallel_size": 2, "pretraining_tp": 2, "use_bfloat16": True, "torchscript": True},
@@ -108,6 +109,10 @@ def test_keys_that_change_nothing_are_ignored(extra):
         ("vision_config", {"depth": 2}),
         ("is_encoder_decoder", True),
         ("d_model", 65),
+        ("output_scale", 0.5),
+        ("num_loops", 2),
+        ("bidirectional", True),
+        ("rmsnorm_offset", 1),
         ("layer_norm_eps", 1e-5),
         ("initialiser_range", 0.3),
     ],
@@ -188,3 +193,24 @@ def test_other_spellings_are_understood(change, fields):
 def test_wrong_values_name_the_field(change, says):
     with pytest.raises(ValueError, match=says):
         ModelConfig.from_dict({**PLAIN, **change})
+
+
+@pytest.mark.parametrize("key", ["note", "layer_types", "rope_scaling", "attn_x", "vocab_size"])
+def test_deep_values_and_long_keys_are_value_errors_or_notes(key):
+    deep: list = []
+    for _ in range(900):
+        deep = [deep]
+    if key == "note":
+        with pytest.raises(ValueError, match="nested too deeply"):
+            ModelConfig.from_dict({**PLAIN, key: {"a": [deep, deep]}})
+        return
+    with pytest.raises(ValueError):
+        ModelConfig.from_dict({**PLAIN, key: [*deep, 1]})
+
+
+def test_long_and_many_keys_are_refused_unsorted():
+    for key in ("_a" * 100_000, "note" * 100_000):
+        with pytest.raises(ValueError, match="unknown key '.{80}.*which may change"):
+            ModelConfig.from_dict({**PLAIN, key: 3})
+    with pytest.raises(ValueError, match="config.json has 2,001 unknown keys"):
+        ModelConfig.from_dict({**PLAIN, **{f"note{i}": i for i in range(2001)}})
