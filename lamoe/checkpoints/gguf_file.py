@@ -25,6 +25,7 @@ MAX_NESTING = 3  # of arrays
 # have 0.3 million tokens, in headers of 12 MB.
 MAX_HEADER_BYTES = 256 * 2**20
 MAX_VALUES = 8_000_000
+MAX_KEYS, MAX_TENSORS = 10_000, 200_000
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
     0: "u1",
@@ -146,7 +147,8 @@ class _Parser:
 
     def parse(self) -> File:
         self._read_version()
-        num_tensors, num_keys = self._count(32, "tensors"), self._count(13, "metadata keys")
+        num_tensors = self._count(32, "tensors", MAX_TENSORS)
+        num_keys = self._count(13, "metadata keys", MAX_KEYS)
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
             key = self._string("a metadata key")
@@ -260,11 +262,13 @@ class _Parser:
         raw = self._bytes(int(kind[1:]), "a number")
         return int.from_bytes(raw, "big" if self.order == ">" else "little")
 
-    def _count(self, least_bytes: int, what: str) -> int:
+    def _count(self, least_bytes: int, what: str, limit: int = MAX_VALUES) -> int:
         """Read a count of things of at least `least_bytes` each, which the file must have."""
         count = self._integer("u8")
         if count * least_bytes > self.left:
             raise _Broken(f"it promises {count:,} {what}, more than its {self.size:,} bytes hold")
+        if count > limit:
+            raise _Broken(f"it has {count:,} {what}; more than {limit:,} are refused")
         self.num_values += count
         if self.num_values > MAX_VALUES:
             raise _Broken(f"its header has more than {MAX_VALUES:,} values, which is refused")

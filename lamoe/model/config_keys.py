@@ -32,7 +32,8 @@ _ROPE = ("rope", "rotary")
 _FULL = ("full", "full_attention", "global", "softmax", "causal", "gqa", "mha", "mla")
 # Fields of a config under other programs' names.
 _ALIASES = {
-    "hidden_size": "d_model dim n_embd n_embed hidden_dim embed_dim embedding_size model_dim word_embed_proj_dim",
+    "hidden_size": "d_model dim n_embd n_embed hidden_dim embed_dim embedding_size model_dim"
+    " word_embed_proj_dim",
     "num_hidden_layers": "n_layer n_layers num_layers",
     "num_attention_heads": "n_head n_heads num_heads",
     "n_kv_heads": "n_kv_heads n_head_kv num_kv_heads num_query_groups multi_query_group_num",
