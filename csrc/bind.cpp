@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "model/cost.h"
+#include "model/mapped.h"
 
 using namespace lamoe;
 
@@ -371,6 +372,17 @@ NB_MODULE(_native, m) {
         "Return an upper bound of what a model with these settings allocates for the partial\n"
         "results of attention, in steps of up to step_tokens tokens of up to max_sequences\n"
         "sequences with up to max_rows cached rows each.");
+  m.def(
+      "watch_mapping",
+      [](In<uint8_t, 1> data, const std::string& message) {
+        return watch_mapping(data.data(), data.size(), message);
+      },
+      arg("data").noconvert(), arg("message"),
+      "Watch a mapped file. If a read of `data` fails, for example because the file was "
+      "truncated,\n"
+      "write `message` to standard error and exit with code 74. Return an id.");
+  m.def("unwatch_mapping", &unwatch_mapping, arg("id"),
+        "Stop watching a mapped file, before it is unmapped.");
   nb::class_<PyModel>(m, "Model",
                       "A model over packed weights. It keeps references to all arrays it is given.")
       .def(nb::init<nb::dict, int>(), arg("settings"), arg("threads"))

@@ -112,6 +112,20 @@ def max_state_bytes(settings: dict, max_rows: int, max_sequences: int, step_toke
     sequences with up to max_rows cached rows each.
     """
 
+def watch_mapping(
+    data: Annotated[
+        NDArray[numpy.uint8], dict(shape=(None,), order="C", device="cpu", writable=False)
+    ],
+    message: str,
+) -> int:
+    """
+    Watch a mapped file. If a read of `data` fails, for example because the file was truncated,
+    write `message` to standard error and exit with code 74. Return an id.
+    """
+
+def unwatch_mapping(id: int) -> None:
+    """Stop watching a mapped file, before it is unmapped."""
+
 class Model:
     """
     A model over packed weights. It keeps references to all arrays it is given.

@@ -152,6 +152,15 @@ class Backend(ABC):
                 False, it attends to all earlier tokens of its row.
         """
 
+    def check(self) -> None:  # noqa: B027
+        """Check that the weights are still those that were loaded. Called after every pass.
+
+        By default there is nothing to check.
+
+        Raises:
+            RuntimeError: if not. Results of this backend cannot be trusted then.
+        """
+
     @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return {name: stored weights}. The tensors are not copied."""

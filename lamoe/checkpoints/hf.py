@@ -22,7 +22,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lamoe import atomic
-from lamoe.checkpoints import foreign, runs, shards, side_files
+from lamoe.checkpoints import checksums, foreign, runs, shards, side_files
 from lamoe.checkpoints.foreign import few
 from lamoe.checkpoints.shards import Found
 from lamoe.model.config import ModelConfig
@@ -161,13 +161,14 @@ def load(
 
     Raises:
         ValueError: if the config needs a feature that lamoe lacks, if a tensor is missing, extra,
-            of the wrong shape or not a plain float, or if a file breaks the format (see
-            shards.scan).
+            of the wrong shape or not a plain float, if a tensor does not match its checksum, or
+            if a file breaks the format (see shards.scan).
     """
     folder = resolve(source)
     config = read_config(folder)
     dtype = _dtype(config.torch_dtype if dtype is None else dtype)
     found = shards.scan(folder)
+    checksums.warn_of_changes(folder)
     model = _meta_model(config, folder, len(found))
     tied = _check(folder, config, found, views(config, dict(model.named_parameters())))
 
@@ -451,6 +452,7 @@ def save(
         shards.write_json(temporary / "config.json", config.to_dict())
         _write_extras(config, temporary, extras_from)
         shards.write(tensors, temporary, max_shard_bytes)
+        shards.write_json(temporary / checksums.FILE, checksums.of_folder(temporary))
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -464,7 +466,9 @@ def _check_target(target: Path, overwrite: bool) -> None:
             f"{target} is not empty ({few(there)}); pass overwrite=True to replace a model, "
             "or name another folder"
         )
-    ours = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+    ours = re.compile(
+        r"config\.json|checksums\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+    )
     unknown = [n for n in there if not ours.fullmatch(n) and not side_files.is_carried(target / n)]
     if unknown:
         raise ValueError(

@@ -18,11 +18,9 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from lamoe.checkpoints import foreign
+from lamoe.checkpoints import checksums, foreign
 from lamoe.checkpoints.foreign import few
-from lamoe.os_errors import number_of
 from lamoe.text import json_file
 from lamoe.text.json_file import foreign_content, parse_object, read_json
 
@@ -62,12 +60,19 @@ class Found(NamedTuple):
     Attributes:
         dtype: name of the dtype in safetensors, for example "BF16".
         begin: offset of the data from the end of the header, in bytes.
+        checksum: the checksum in the file (checksums.py), or "" if the file has none.
     """
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
     begin: int
+    checksum: str = ""
+
+
+def num_bytes(tensor: Found) -> int:
+    """Return the bytes of a tensor's data."""
+    return math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -193,10 +198,12 @@ def read_header(path: Path) -> dict[str, Found]:
         raise ValueError(f"{path}: __metadata__ must map strings to strings")
     spans = {name: _check_entry(path, name, entry) for name, entry in header.items()}
     _check_tiling(path, spans, size - 8 - length, size)
-    return {
+    found = {
         name: Found(path, header[name]["dtype"], tuple(header[name]["shape"]), begin)
         for name, (begin, _) in spans.items()
     }
+    stored = checksums.split(path, meta.get(checksums.KEY), found)
+    return {name: f._replace(checksum=stored.get(name, "")) for name, f in found.items()}
 
 
 def _check_entry(path: Path, name: str, entry) -> tuple[int, int]:
@@ -273,6 +280,9 @@ def stream(found: Mapping[str, Found], use: Callable[[str, torch.Tensor], None])
     """Call use(name, tensor) for every tensor of `found`, in file order.
 
     One tensor is in memory at a time, unless `use` keeps it.
+
+    Raises:
+        ValueError: if a file cannot be read, or a tensor does not match its checksum.
     """
     for path in sorted({f.path for f in found.values()}):
         inside = sorted((f.begin, name) for name, f in found.items() if f.path == path)
@@ -281,7 +291,9 @@ def stream(found: Mapping[str, Found], use: Callable[[str, torch.Tensor], None])
             # that is truncated meanwhile would kill it with SIGBUS.
             with safe_open(path, framework="pt", backend="pread") as f:
                 for _, name in inside:
-                    use(name, f.get_tensor(name))
+                    tensor = f.get_tensor(name)
+                    checksums.check_tensor(path, name, found[name].checksum, tensor)
+                    use(name, tensor)
         except SafetensorError as e:
             raise ValueError(f"{path} could not be read: {e}; download or save it again") from None
 
@@ -307,29 +319,63 @@ def write(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: in
         max_shard_size=max_shard_bytes,
     )
     for filename, names in plan.filename_to_tensors.items():
-        try:  # transformers requires {"format": "pt"}
-            save_file(
-                {n: tensors[n].detach().contiguous() for n in names},
-                folder / filename,
-                metadata={"format": "pt"},
-            )
-        except SafetensorError as e:  # a full disk, for example
-            number = number_of(e)
-            raise OSError(number, os.strerror(number), str(folder / filename)) from None
-        # safetensors makes its files private; give them the permissions of any other new file
-        (folder / filename).chmod(0o666 & ~_umask(folder))
+        path = folder / filename
+        try:
+            _write_shard(path, {n: tensors[n] for n in names})
+        except OSError as e:  # a full disk, for example
+            e.filename = e.filename or str(path)
+            raise
     if plan.is_sharded:
         write_json(
             folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         )
 
 
-def _umask(folder: Path) -> int:
-    """Return the process's umask from the mode of a folder it has just made.
+def _write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write one safetensors file with checksums, in the order of the safetensors library.
 
-    os.umask would have to set the umask in order to return it.
+    The library itself would write the metadata in a random order, so that equal models would give
+    different files.
     """
-    return 0o777 & ~folder.stat().st_mode
+    names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
+    entries, at = {}, 0
+    for name in names:
+        tensor = tensors[name]
+        end = at + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": checksums.SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, end],
+        }
+        at = end
+    metadata = {"format": "pt"}  # transformers requires it
+    hashes = {}
+    with open(path, "wb") as file:
+        file.write(header_bytes(entries, metadata, checksums.blank(names)))
+        for name in names:
+            tensor = tensors[name].detach().cpu().contiguous()
+            hashes[name] = checksums.of_tensor(name, tensor)
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        file.seek(0)
+        file.write(header_bytes(entries, metadata, checksums.join(hashes)))
+
+
+def header_bytes(
+    entries: Mapping[str, dict], metadata: Mapping[str, str], hashes: str, align: int = 8
+) -> bytes:
+    """Return the bytes of a safetensors file before its data.
+
+    A writer reserves the place with checksums.blank and writes the header again at the end.
+
+    Args:
+        entries: {tensor name: its dtype, shape and data_offsets}.
+        hashes: the checksums, from checksums.join.
+        align: the data begins at a multiple of this.
+    """
+    header = {"__metadata__": {**metadata, checksums.KEY: hashes}, **entries}
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-(8 + len(raw)) % align)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def write_json(path: Path, content: dict) -> None:

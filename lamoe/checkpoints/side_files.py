@@ -24,7 +24,9 @@ _CARRIED = re.compile(
     re.IGNORECASE,
 )
 # Files that `save` writes itself, or that hold the weights in another form.
-_MODEL = re.compile(r"config\.json|.*\.(safetensors|index\.json|gguf|h5|msgpack|onnx|lamoe)|\..*")
+_MODEL = re.compile(
+    r"(config|checksums)\.json|.*\.(safetensors|index\.json|gguf|h5|msgpack|onnx|lamoe)|\..*"
+)
 
 
 def is_carried(path: Path) -> bool:

@@ -142,9 +142,17 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Describe the machine and check the kernels. The exit code is 1 if something is wrong."""
-    from lamoe.measure import doctor
+    """Check the machine, or with an argument every byte of a model.
 
-    found = doctor.examine()
-    print(json.dumps(found, indent=1) if args.json else doctor.render(found))
+    The exit code is 1 if something is wrong.
+    """
+    from lamoe.measure import doctor, model_check
+
+    if args.model is None:
+        found = doctor.examine()
+        text = doctor.render(found)
+    else:
+        found = model_check.examine(args.model)
+        text = model_check.render(found)
+    print(json.dumps(found, indent=1) if args.json else text)
     return doctor.exit_code(found)

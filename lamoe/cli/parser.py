@@ -314,7 +314,12 @@ def _add_doctor(verbs) -> None:
         "doctor",
         measure.doctor,
         "describe this machine and installation, say which kernels run, and check their results; "
-        "exit code 1 if something is wrong",
+        "or check every byte of a model. Exit code 1 if something is wrong",
+    )
+    p.add_argument(
+        "model",
+        nargs="?",
+        help=f"{MODEL}, .gguf file or saved prefix to check (default: check the machine)",
     )
     _add_json(p)
 

@@ -16,6 +16,8 @@ from lamoe.engine.llm import LLM, Delta
 from lamoe.engine.request import Output
 from lamoe.engine.sampler import SamplingParams
 
+IDLE_CHECK_S = 1.0  # how often an idle engine checks that its weights have not changed
+
 
 class EngineDead(RuntimeError):
     """The engine's thread has ended, or this process is a child of fork() and does not have it.
@@ -279,7 +281,9 @@ class AsyncLLM:
     def _run(self) -> None:
         try:
             while self._serve_inbox():
-                if self._llm.busy:
+                if not self._llm.busy:
+                    self._llm.backend.check()
+                else:
                     deltas = self._llm.step()
                     _send([(*self._readers[d.id], d) for d in deltas if d.id in self._readers])
                     for d in deltas:
@@ -297,12 +301,12 @@ class AsyncLLM:
                 refuse(self._dead_error())
 
     def _serve_inbox(self) -> bool:
-        """Run the queued actions, and wait for one if the LLM is idle.
+        """Run the queued actions, and wait a moment for one if the LLM is idle.
 
         Returns False if the engine was closed.
         """
         with self._wake:
-            self._wake.wait_for(lambda: self._closed or self._inbox or self._llm.busy)
+            self._wake.wait_for(lambda: self._closed or self._inbox or self._llm.busy, IDLE_CHECK_S)
             if self._closed:
                 return False
             ready = len(self._inbox)

@@ -298,6 +298,7 @@ class LLM:
         alone = work[0] if len(work) == 1 and work[0][0].todo == 1 else None
         begin = time.perf_counter()
         results, failed = self._run(work)
+        self.backend.check()  # before a token is chosen from results that may be garbage
         if alone and not failed:
             self._pace.saw(alone[1], time.perf_counter() - begin)
         for seq, n in work:

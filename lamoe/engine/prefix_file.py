@@ -6,9 +6,9 @@ The file is a safetensors file with two tensors:
     rows     uint8 [layers, n, row bytes], in the cache's storage format
 
 The file does not depend on the page size. It can be loaded only with the same cache format, row
-widths, dtype and model digest. Nothing checks that the rows belong to the tokens (that would mean
-to compute them again), and every later prompt with this prefix uses them. So load only files from
-people whose models you would also run.
+widths, dtype and model digest. Checksums find damage. But nothing checks that the rows belong to
+the tokens (that would mean to compute them again), and every later prompt with this prefix uses
+them. So load only files from people whose models you would also run.
 
 Rows are copied between file and cache without an intermediate copy, so neither direction needs
 extra memory. They are read with plain reads, because a process that maps a file is killed if the
@@ -17,7 +17,6 @@ file is truncated meanwhile.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -28,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from lamoe import atomic
 from lamoe.backends.base import Backend
 from lamoe.backends.paged_cache import PagedCache
-from lamoe.checkpoints import shards
+from lamoe.checkpoints import checksums, mapped, shards
 from lamoe.engine.pages import PagePool, content_hash
 
 KIND = "lamoe cache"
@@ -151,8 +150,7 @@ def _write(
     """Write a safetensors file without the library, which would need a second copy of all rows."""
     layers, _, row = cache.rows.shape
     n, ids = len(tokens), torch.tensor(tokens, dtype=torch.int64).numpy()
-    header = {
-        "__metadata__": _expected(backend, cache),
+    tensors = {
         "tokens": {"dtype": "I64", "shape": [n], "data_offsets": [0, ids.nbytes]},
         "rows": {
             "dtype": "U8",
@@ -160,14 +158,20 @@ def _write(
             "data_offsets": [ids.nbytes, ids.nbytes + layers * n * row],
         },
     }
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
+    metadata = _expected(backend, cache)
+    digest = checksums.hasher("rows", "U8", (layers, n, row))
     with atomic.replace_file(file) as f:
-        f.write(len(raw).to_bytes(8, "little") + raw)
+        f.write(shards.header_bytes(tensors, metadata, checksums.blank(tensors)))
         f.write(ids)
         for rows in cache.rows:
             for _, slot, count in _runs(pages, cache.page_size):
-                f.write(rows[slot : slot + count].cpu().numpy())
+                part = rows[slot : slot + count].cpu().numpy()
+                f.write(part)
+                digest.update(part.data)
+        hashes = {"tokens": checksums.of_tensor("tokens", torch.from_numpy(ids))}
+        hashes["rows"] = digest.hexdigest()
+        f.seek(0)
+        f.write(shards.header_bytes(tensors, metadata, checksums.join(hashes)))
 
 
 def _read(
@@ -244,6 +248,7 @@ def _check(
         raise ValueError(
             f"{file} has token ids from {min(ids)} to {max(ids)}; the vocabulary has {vocab}"
         )
+    mapped.verify(file, found)
     with open(file, "rb") as f:
         return ids, 8 + int.from_bytes(f.read(8), "little") + rows.begin
 

@@ -202,7 +202,8 @@ class Serving:
             await asyncio.sleep(0.05)
             engine = service.engine
             if engine is not None and not engine.alive:
-                log.critical("the engine ended", exc_info=engine.error)
+                fields = {"error": str(engine.error)}
+                log.critical("the engine ended", exc_info=engine.error, extra={"fields": fields})
                 service.state = "failed"
                 await asyncio.sleep(0.2)  # time to send the error to waiting clients
                 return 1

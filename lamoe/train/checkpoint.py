@@ -131,10 +131,10 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> Any:
     The tensors own their memory, so the file may be removed afterwards.
     """
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        # pread and not mmap: a mapped file that is truncated meanwhile would kill the process
+        with safe_open(path, framework="pt", device=str(device), backend="pread") as file:
             structure = json.loads((file.metadata() or {})["lamoe_state"])
-            # clone, because safe_open maps its tensors from the file
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
         return _unpack(structure, tensors)
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise ValueError(

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from lamoe import atomic
+from lamoe.checkpoints.mapped import report_failed_reads
 from lamoe.model.config import did_you_mean
 from lamoe.train.packing import FORMAT, Encode, Progress, pack
 from lamoe.train.sources import check_sources, stamp
@@ -253,7 +254,10 @@ def _open_split(folder: Path, name: str, meta: dict) -> Split:
         raise ValueError(
             f"{index_path} is {index.dtype} {index.shape}, expected int64 {shape}: {damaged}"
         )
-    tokens = np.memmap(path, dtype, mode="r") if num_tokens else np.zeros(0, dtype)
+    tokens = np.zeros(0, dtype)
+    if num_tokens:
+        tokens = np.memmap(path, dtype, mode="r")
+        report_failed_reads(tokens, path)
     return Split(tokens, *np.ascontiguousarray(index.T))
 
 

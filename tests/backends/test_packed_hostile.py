@@ -24,6 +24,7 @@ def rewrite(path: Path, change) -> None:
     raw = path.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
+    header.pop("__metadata__")  # without the checksums, only the checks under test remain
     data = change(header, raw[start:])
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)

@@ -37,6 +37,7 @@ def folder(trained):
 
 def test_folder_has_exactly_the_files_that_loaders_need(folder):
     assert {p.name for p in folder.iterdir()} == {
+        "checksums.json",  # lamoe's own
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -18,6 +18,7 @@ from lamoe.backends.base import Backend, Batch, Formats, ForwardResult, RowsLoss
 from lamoe.backends.cpu import native, packed
 from lamoe.backends.paged_cache import PagedCache
 from lamoe.checkpoints import hf
+from lamoe.checkpoints.mapped import MappedFiles
 from lamoe.model import rope
 from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
@@ -34,6 +35,7 @@ class CpuBackend(Backend):
         tensors: {PackedTensor.key: (bytes, scales)}. The bytes are a 1-D uint8 tensor, and there is
             one scale per matrix. The backend refers to this memory and does not copy it.
         threads: number of threads of the kernels. 0 means torch's number of threads.
+        mapped: the mapped files that hold `tensors`, if any.
 
     Attributes:
         packed: the argument `tensors`.
@@ -48,7 +50,9 @@ class CpuBackend(Backend):
         formats: Formats,
         tensors: dict[str, tuple[torch.Tensor, list[float]]],
         threads: int = 0,
+        mapped: MappedFiles | None = None,
     ):
+        self._mapped = mapped
         self.config, self.device = config, torch.device("cpu")
         self.element = packed.element_format(formats)
         self.weights, self.head = str(formats.weights), formats.head or str(formats.weights)
@@ -183,6 +187,10 @@ class CpuBackend(Backend):
                     if chosen is not None:
                         load += _expert_counts(chosen, load.shape[1])
         return RowsLoss(nats, num_targets, load)
+
+    def check(self) -> None:
+        if self._mapped is not None:
+            self._mapped.check()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {key: data for key, (data, _) in self.packed.items()}

@@ -9,8 +9,10 @@ per layer, one for embedding, norm and head) and config.json with a `quantizatio
     source         identifies the checkpoint that was packed
     calibration    identifies the calibration text, or null without calibration
 
-Loading reads the headers only and maps the rest. Processes share the mapped pages, and a model
-larger than memory runs from disk.
+Loading maps the files. Processes share the mapped pages, and a model larger than memory runs from
+disk. The checksums of the tensors (checkpoints/checksums.py) are verified while a small model
+loads, and of a larger one in the background. If a model is larger than memory, only `lamoe doctor`
+verifies it.
 
 Writing keeps only one tensor in memory at a time. A file gets its final name when it is complete,
 and complete files are kept. An interrupted `lamoe quantize` therefore continues where it stopped.
@@ -19,7 +21,6 @@ and complete files are kept. An interrupted `lamoe quantize` therefore continues
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -34,13 +35,16 @@ from lamoe.backends.base import Formats
 from lamoe.backends.cpu import native, packed
 from lamoe.backends.cpu.backend import CpuBackend
 from lamoe.backends.cpu.packed import PackedTensor, Read, Weigh
-from lamoe.checkpoints import hf, lock, shards, side_files
+from lamoe.checkpoints import checksums, hf, lock, shards, side_files
+from lamoe.checkpoints.mapped import MappedFiles
 from lamoe.model import accounting
 from lamoe.model.config import ModelConfig
 from lamoe.text.json_file import read_json
 
 METHOD, VERSION = "lamoe", 1
 _CONFIG_PART = ".config.json.part"
+# Up to this size a model is verified before it runs, which takes about a quarter of a second.
+_VERIFY_FIRST_BYTES = 1 << 30
 _ALIGN = 64  # bytes of one cache line; the kernels read whole lines
 _SOURCE_SAMPLES, _SOURCE_SAMPLE_BYTES = 64, 4096
 
@@ -140,22 +144,23 @@ def load(folder: str | Path, threads: int = 0, available: int | None = None) -> 
             None requests no huge pages.
 
     Raises:
-        ValueError: if a file or tensor is missing, extra, misplaced or of the wrong size.
+        ValueError: if a file or tensor is missing, extra, misplaced, of the wrong size, or does not
+            match its checksum.
     """
     folder = Path(folder)
     config, formats = read_config(folder)
-    _check_file_names(folder, config)
+    headers = read_headers(folder)
+    checksums.warn_of_changes(folder)
     # Request huge pages only for a model that fits into memory. A larger model reads single experts
     # from disk, and 2 MiB per page fault would be too much.
-    huge = available is not None and stored_bytes(folder) < available
+    size = stored_bytes(folder)
+    huge = available is not None and size < available
+    mapped_files = MappedFiles()
     element = packed.element_format(formats)
     tensors: dict[str, tuple[torch.Tensor, list[float]]] = {}
     for name, wanted in files(config, formats).items():
-        path = folder / name
-        header = _checked_header(path, wanted, element)
-        # Map pages as private and writable. Nothing is ever written, but torch expects writable
-        # memory.
-        mapped = np.memmap(path, dtype=np.uint8, mode="c")
+        path, header = folder / name, headers[name]
+        mapped = mapped_files.open(path, header)
         if huge:
             native.request_huge_pages(mapped._mmap)  # type: ignore[attr-defined]
         start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
@@ -170,7 +175,26 @@ def load(folder: str | Path, threads: int = 0, available: int | None = None) -> 
                     "scales that are not finite; quantize the model again"
                 )
             tensors[tensor.key] = torch.from_numpy(mapped[begin:end]), scales.tolist()
-    return CpuBackend(config, formats, tensors, threads)
+    if size <= _VERIFY_FIRST_BYTES:
+        mapped_files.verify()
+    elif huge:
+        mapped_files.verify_in_background()
+    return CpuBackend(config, formats, tensors, threads, mapped_files)
+
+
+def read_headers(folder: str | Path) -> dict[str, dict[str, shards.Found]]:
+    """Return {file name: its header}, after checking that the files are those of config.json.
+
+    Raises:
+        ValueError: if a file or tensor is missing, extra or of the wrong size.
+    """
+    config, formats = read_config(folder)
+    _check_file_names(Path(folder), config)
+    element = packed.element_format(formats)
+    return {
+        name: _checked_header(Path(folder) / name, wanted, element)
+        for name, wanted in files(config, formats).items()
+    }
 
 
 def _check_file_names(folder: Path, config: ModelConfig) -> None:
@@ -283,7 +307,8 @@ def write(
             yield from ((t, packed.packed_bytes(t, element)) for t in tensors)
         else:
             yield from _write_file(target / name, tensors, element, read, weigh)
-    atomic.sync(target)
+    content = shards.json_text(checksums.of_folder(target))
+    atomic.write_text(target / checksums.FILE, content)
 
 
 def _write_side_files(folder: Path, target: Path, config: dict) -> None:
@@ -320,7 +345,7 @@ def _check_target(target: Path, quantization: dict, names: set[str]) -> None:
     present = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
     if not present or present == [_CONFIG_PART]:
         return
-    ours = names | {f".{n}.part" for n in names} | {_CONFIG_PART, "config.json"}
+    ours = names | {f".{n}.part" for n in names} | {_CONFIG_PART, "config.json", checksums.FILE}
     strange = [n for n in present if n not in ours and not side_files.is_carried(target / n)]
     found = _quantization(target)
     if not strange and found == quantization:
@@ -340,6 +365,8 @@ def _check_target(target: Path, quantization: dict, names: set[str]) -> None:
 def reader(folder: Path, config: ModelConfig) -> Read:
     """Return a function that reads a tensor of a checkpoint folder, given its stored name.
 
+    The function raises ValueError if the tensor does not match its checksum.
+
     Raises:
         ValueError: if the stored tensors do not fit the config.
     """
@@ -347,6 +374,7 @@ def reader(folder: Path, config: ModelConfig) -> Read:
 
     found = shards.scan(folder)
     hf.check_tensors(folder, config, found)
+    checksums.warn_of_changes(folder)
     # Keep the tensor that was read last, because three packed tensors in a row read kv_b_proj.
     last_name, last_tensor = "", torch.empty(0)
 
@@ -355,6 +383,8 @@ def reader(folder: Path, config: ModelConfig) -> Read:
         if last_name != name:
             with safe_open(found[name].path, framework="pt", backend="pread") as f:
                 last_name, last_tensor = name, f.get_tensor(name)
+            path, checksum = found[name].path, found[name].checksum
+            checksums.check_tensor(path, name, checksum, last_tensor)
         return last_tensor
 
     return read
@@ -365,26 +395,41 @@ def _write_file(
 ) -> Iterator[tuple[PackedTensor, int]]:
     sizes = [packed.packed_bytes(t, element) for t in tensors]
     part = path.with_name(f".{path.name}.part")
-    with open(part, "ab") as f:
+    # Not "wb": the file may be that of another process, until the lock says otherwise.
+    with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as f:
         _lock(f, part, path.parent)
         f.truncate(0)
-        f.write(_header_bytes(tensors, sizes))
-        all_scales = []
+        header = _header(tensors, sizes)
+        f.write(shards.header_bytes(header, {}, checksums.blank(header), _ALIGN))
+        hashes, all_scales = {}, []
         for tensor, size in zip(tensors, sizes):
+            digest = checksums.hasher(tensor.key, "U8", header[tensor.key]["shape"])
             for data, scale in packed.pack_tensor(tensor, read, element, weigh):
                 f.write(data.numpy().data)
+                digest.update(data.numpy().data)
                 all_scales.append(scale)
-            f.write(b"\0" * (_padded(size) - size))
+            padding = b"\0" * (_padded(size) - size)
+            f.write(padding)
+            digest.update(padding)
+            hashes[tensor.key] = digest.hexdigest()
             yield tensor, size
-        f.write(np.array(all_scales, dtype="<f4").tobytes())
+        at = 0
+        for tensor in tensors:
+            scales = torch.tensor(all_scales[at : at + tensor.num_matrices])
+            at += tensor.num_matrices
+            f.write(scales.numpy().astype("<f4").data)
+            name = f"{tensor.key}.scale"
+            hashes[name] = checksums.of_tensor(name, scales)
+        f.seek(0)
+        f.write(shards.header_bytes(header, {}, checksums.join(hashes), _ALIGN))
         f.flush()
         os.fsync(f.fileno())
         os.replace(part, path)  # while the lock is held
     atomic.sync(path.parent)
 
 
-def _header_bytes(tensors: list[PackedTensor], sizes: list[int]) -> bytes:
-    """Return the header of a safetensors file that holds all matrices, then all scales."""
+def _header(tensors: list[PackedTensor], sizes: list[int]) -> dict[str, dict]:
+    """Return the tensors of a safetensors file that holds all matrices, then all scales."""
     header, at = {}, 0
     for tensor, size in zip(tensors, sizes):
         end = at + _padded(size)
@@ -398,9 +443,7 @@ def _header_bytes(tensors: list[PackedTensor], sizes: list[int]) -> bytes:
             "data_offsets": [at, end],
         }
         at = end
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGN)
-    return len(text).to_bytes(8, "little") + text
+    return header
 
 
 def _lock(f: IO[bytes], part: Path, folder: Path) -> None:
