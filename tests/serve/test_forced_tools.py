@@ -152,6 +152,7 @@ def test_forced_calls_are_valid(client, choice, more, reason, names):
     assert joined(ask(client, tool_choice=choice, stream=True, **more)) == found
 
 
+@pytest.mark.parametrize("client", ["tags", "no tools"], indirect=True)
 def test_a_cut_call_says_so(client):
     options = dict(tool_choice=NAMED, max_tokens=4)
     [choice] = ask(client, **options).choices
@@ -164,6 +165,7 @@ def test_a_cut_call_says_so(client):
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("client", ["deepseek", "tag tokens", "unknown"], indirect=True)
 def test_several_calls(client):
     options = dict(tool_choice="required", parallel_tool_calls=True, max_tokens=200)
     for seed in range(20):  # the number of calls is random
@@ -181,6 +183,7 @@ def test_several_calls(client):
     assert len(calls_of(choice)) == 1
 
 
+@pytest.mark.parametrize("client", ["deepseek", "tags", "unknown"], indirect=True)
 def test_a_call_or_an_answer_in_the_response_format(client):
     """A response_format does not forbid the calls of tool_choice auto."""
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["yes", "no"]}}}
@@ -210,6 +213,7 @@ class Weather(pydantic.BaseModel):
     days: list[pydantic.conint(ge=0, le=9)] = pydantic.Field(max_length=2)
 
 
+@pytest.mark.parametrize("client", ["tags"], indirect=True)
 def test_parsed_by_the_client(client):
     tool = openai.pydantic_function_tool(Weather)
     named = {"type": "function", "function": {"name": "Weather"}}
@@ -227,6 +231,7 @@ def test_parsed_by_the_client(client):
     )
 
 
+@pytest.mark.parametrize("client", ["tags"], indirect=True)
 @pytest.mark.parametrize(
     "options, param, says",
     [
@@ -266,26 +271,24 @@ def test_the_model_sees_the_tools():
         )
 
 
-@pytest.mark.parametrize(
-    "ending, lead",
-    [
-        ("assistant\n", ""),
-        ("Assistant:", " "),
-        ("assistant\n<think>\n", "\n</think>\n\n"),
-        ("<|end|>", ""),
-    ],
-)
-def test_the_call_begins_after_the_prompt(ending, lead):
+def test_the_call_begins_after_the_prompt():
     """A call is no part of the reasoning, and does not stick to the word before it."""
     t = tokenizer.train([WORDS], 280, (*tokenizer.SPECIAL_TOKENS[:2], "<|end|>"))
-    t.chat_template = "{{ tools }}{{ messages[0].content }}" + ending.replace("\n", "{{ '\n' }}")
+    body = wire.ChatRequest.model_validate({"messages": MESSAGES, "tools": TOOLS})
     with Running(lambda: llm(tok=t)) as s:
         s.wait_ready()
-        body = wire.ChatRequest.model_validate({"messages": MESSAGES, "tools": TOOLS})
-        forced = ForcedCalls(spelling_of(t.chat_template), ("weather",))
-        work = chat_prompt(s.service, body.messages, body.tools, forced=forced)
-        ids = asyncio.run_coroutine_threadsafe(work, s.serving.loop).result()
-    assert t.decode(ids, skip_special=False).endswith(f"Rome?{ending}{lead}{forced.head}")
+        for ending, lead in (
+            ("assistant\n", ""),
+            ("Assistant:", " "),
+            ("assistant\n<think>\n", "\n</think>\n\n"),
+            ("<|end|>", ""),
+        ):
+            t.chat_template = "{{ tools }}{{ messages[0].content }}{{ '" + ending + "' }}"
+            forced = ForcedCalls(spelling_of(t.chat_template), ("weather",))
+            work = chat_prompt(s.service, body.messages, body.tools, forced=forced)
+            ids = asyncio.run_coroutine_threadsafe(work, s.serving.loop).result()
+            text = t.decode(ids, skip_special=False)
+            assert text.endswith(f"Rome?{ending}{lead}{forced.head}")
 
 
 @pytest.mark.parametrize("template", [t for t, _ in FORMS.values()], ids=FORMS)
