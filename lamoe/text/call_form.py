@@ -138,12 +138,12 @@ def wants_parts(render: Callable[..., str]) -> bool:
         render: renders the template with the variables `messages` and `tools`.
 
     Raises:
-        TemplateLimit: if the template takes too long or ends its process.
+        ChildLimit: if the template takes too long or ends its process.
     """
     for content in (_NUMBER, [{"type": "text", "text": _NUMBER}]):
         try:
             text = render(messages=[{"role": "user", "content": content}], tools=None)
-        except TemplateLimit:
+        except ChildLimit:
             raise
         except ValueError:
             continue
