@@ -16,6 +16,7 @@ from lamoe.checkpoints import checksums, gguf, hf, mapped, runs, shards
 from lamoe.engine import prefix_file
 from lamoe.model.accounting import human_bytes
 from lamoe.text.tokenizer import Tokenizer
+from lamoe.train import data
 
 
 def examine(model: str | Path) -> dict[str, Any]:
@@ -88,6 +89,8 @@ class _Check:
             self.kind = "run folder"
             for folder in runs.folders(path):
                 self.attempt(runs.verify, folder)
+            if (path / "data").is_dir():
+                self.attempt(data.verify, path / "data")
             self.folder(runs.model_of_run(path))
         else:
             self.folder(hf.resolve(self.model))

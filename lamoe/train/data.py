@@ -17,6 +17,7 @@ needs neither a model nor torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -174,7 +175,7 @@ def open_corpus(folder: str | Path) -> PackedCorpus:
     """Open a packed corpus.
 
     Raises:
-        ValueError: if a file is missing or has the wrong size. Contents are not hashed again.
+        ValueError: if a file is missing or has the wrong size. `verify` hashes the contents too.
     """
     folder = Path(folder)
     meta = _existing(folder)
@@ -183,6 +184,23 @@ def open_corpus(folder: str | Path) -> PackedCorpus:
     return PackedCorpus(
         folder, meta, *(_open_split(folder, name, meta) for name in ("train", "heldout"))
     )
+
+
+def verify(folder: str | Path) -> None:
+    """Compare the tokens and the index of a packed corpus with the hashes in meta.json.
+
+    Raises:
+        ValueError: if a file is missing or damaged.
+    """
+    corpus = open_corpus(folder)
+    for name, split in (("train", corpus.train), ("heldout", corpus.heldout)):
+        digest = hashlib.sha256(split.tokens.data)
+        digest.update(np.stack([split.starts, split.sizes], 1).tobytes())
+        if digest.hexdigest() != corpus.meta[name]["sha256"]:
+            raise ValueError(
+                f"{corpus.folder}: the tokens of {name} do not match their hash; the packed corpus "
+                f"is damaged; remove {corpus.folder} and prepare it again"
+            )
 
 
 def _check_settings(bos_id: int, eos_id: int, vocab_size: int, holdout: float, seed: int):

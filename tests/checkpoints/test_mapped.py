@@ -21,6 +21,7 @@ from lamoe.engine.llm import LLM
 from oracles import tiny
 from tiny_engine import greedy
 from tiny_packed import pack
+from tiny_server import Running, until
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="needs the compiled kernels")
 
@@ -101,6 +102,19 @@ def test_an_idle_engine_notices_the_change(folder, monkeypatch):
         time.sleep(0.01)
     assert isinstance(shared.error, mapped.FileChanged)
     shared.close()
+
+
+def test_a_server_ends_with_a_log_line_and_an_exit_code(folder, monkeypatch, caplog):
+    monkeypatch.setattr(async_llm, "IDLE_CHECK_S", 0.01)
+    with Running(lambda: engine(folder)) as server:
+        server.wait_ready()
+        ids = server.complete(prompt=[1, 2, 3], max_tokens=2)
+        assert ids["usage"]["completion_tokens"] == 2
+        overwrite(folder / "packed-00001.safetensors")
+        until(lambda: server.code is not None)
+        assert server.code == 1
+    [record] = [r for r in caplog.records if r.getMessage() == "the engine ended"]
+    assert "packed-00001.safetensors was changed" in record.fields["error"]
 
 
 def test_descriptors_and_watches_end_with_the_model(folder):

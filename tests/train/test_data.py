@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lamoe.train import holdout, packing
+from lamoe.train import data, holdout, packing
 from lamoe.train.data import Batches, heldout_rows, open_corpus, prepare
 from lamoe.train.holdout import choose_heldout
 from lamoe.train.sources import read_documents
@@ -59,6 +59,16 @@ def corpus(tmp_path):
 
 def texts_of(split) -> Counter:
     return Counter(bytes(split.document(i)[1:-1].tolist()).decode() for i in range(len(split)))
+
+
+@pytest.mark.parametrize("file", ["train.bin", "heldout.bin", "train.index.npy"])
+def test_verify_finds_a_flipped_byte(corpus, file):
+    data.verify(corpus.folder)
+    raw = bytearray((corpus.folder / file).read_bytes())
+    raw[-20] ^= 1  # in an index: the size of the last text
+    (corpus.folder / file).write_bytes(raw)
+    with pytest.raises(ValueError, match=f"tokens of {file.split('.')[0]} do not match"):
+        data.verify(corpus.folder)
 
 
 # ---- sources ----
