@@ -112,7 +112,7 @@ def read(path: str | Path) -> File:
     Raises:
         ValueError: if the file is missing, or is not a complete GGUF file of a known version.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:

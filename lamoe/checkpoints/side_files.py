@@ -50,12 +50,18 @@ def copy(source: Path, target: Path) -> list[Path]:
         elif is_carried(path):
             copied.append(_copy(path, target / path.name))
         elif not _MODEL.fullmatch(path.name) and path.suffix not in PICKLES:
-            left.append(path.name + ("/" if path.is_dir() else ""))
-    if left:
-        log.warning("%s: not copied: %s", source, few(left, 20))
+            left.append(path)
+    log_left(source, left)
     if advice := conversion_advice(source):
         log.warning(advice)
     return copied
+
+
+def log_left(folder: Path, left: Iterable[Path]) -> None:
+    """Log the names of files and folders that are not copied."""
+    names = sorted(p.name + ("/" if p.is_dir() else "") for p in left)
+    if names:
+        log.warning("%s: not copied: %s", folder, few(names, 20))
 
 
 def _copy(source: Path, target: Path) -> Path:

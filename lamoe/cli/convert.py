@@ -43,9 +43,14 @@ def quantize(args: argparse.Namespace) -> int:
 
 def convert(args: argparse.Namespace) -> int:
     """Write a model, or a GGUF file, as a Hugging Face folder."""
-    from lamoe.checkpoints import foreign, gguf, load, resolve, save
+    from lamoe.checkpoints import foreign, gguf, load, resolve, save, side_files
 
-    if foreign.is_gguf(Path(args.source)):
+    if args.tokenizer and not Path(args.tokenizer).expanduser().is_dir():
+        raise ValueError(
+            f"--tokenizer is {args.tokenizer!r}, which is not a folder; name a folder that holds "
+            "a tokenizer.json"
+        )
+    if foreign.is_gguf(Path(args.source).expanduser()):
         gguf.to_folder(
             args.source,
             args.target,
@@ -56,6 +61,8 @@ def convert(args: argparse.Namespace) -> int:
         )
     else:
         folder = resolve(args.source)
+        if args.tokenizer:  # the files of the two folders are not mixed
+            side_files.log_left(folder, [p for p in folder.iterdir() if side_files.is_carried(p)])
         save(
             load(folder, args.dtype),
             args.target,

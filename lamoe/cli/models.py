@@ -36,6 +36,10 @@ def read_config(name: str) -> tuple[ModelConfig, str, float]:
         return ModelConfig.preset(name), name, 16.0
     path = Path(name).expanduser()
     if path.is_file():
+        if path.suffix != ".json":
+            from lamoe.checkpoints import foreign
+
+            raise ValueError(foreign.file_problem(path))
         return ModelConfig.from_file(path), str(path), 16.0
     if not path.is_dir() and name.count("/") != 1:
         raise ValueError(

@@ -135,6 +135,8 @@ def coerce(name: str, value: Any, kind: str) -> Any:
     that fits no type of the field is returned as it is, for check_types to refuse.
     """
     options = [k.strip() for k in kind.split("|")]
+    if value == [] and "None" in options:
+        return None
     if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], (list, dict)):
         value = value[0]
     if isinstance(value, list) and "tuple[int, ...]" in options:

@@ -204,6 +204,26 @@ def test_files_in_place_of_folders(tmp_path, capsys):
     assert not foreign.is_gguf(tmp_path) and foreign.is_gguf(tmp_path / "absent.gguf")
 
 
+def test_convert_with_another_tokenizer_names_the_files_of_the_source(
+    folder, tmp_path, capsys, caplog
+):
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "LICENSE").write_text("L")
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok/tokenizer.json").write_text("{ }")
+    words = ["convert", str(folder), str(tmp_path / "out"), "--tokenizer"]
+    assert main([*words, str(tmp_path / "nowhere")]) == 2
+    assert "--tokenizer is" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "tok")]) == 0
+    assert (tmp_path / "out/tokenizer.json").read_text() == "{ }"
+    assert "m: not copied: 'LICENSE', 'tokenizer.json'" in caplog.text
+
+
+def test_info_on_a_file_of_another_kind(folder, capsys):
+    assert main(["info", str(folder / "model.safetensors")]) == 2
+    assert "give the model folder" in capsys.readouterr().err
+
+
 # ---- damaged folders ----
 def test_mutated_folders_load_or_are_refused_in_bounded_time_and_memory(saved, tmp_path):
     """Damage config.json, the index or the safetensors header, 100 times each."""

@@ -151,6 +151,7 @@ def test_ignored_keys_are_logged_once(caplog, monkeypatch):
         ({"pad_token_id": 4096}, {"pad_token_id": None}),
         ({"pad_token_id": [7]}, {"pad_token_id": 7}),
         ({"pad_token_id": "7"}, {"pad_token_id": 7}),
+        ({"pad_token_id": []}, {"pad_token_id": None}),
         ({"eos_token_id": 99999}, {"eos_token_id": None}),
         ({"bos_token_id": -1}, {"bos_token_id": None}),
         ({"torch_dtype": "torch.bfloat16"}, {"torch_dtype": "bfloat16"}),
