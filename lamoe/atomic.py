@@ -133,10 +133,12 @@ def copy(source: str | Path, path: str | Path) -> None:
 
 @contextmanager
 def naming(path: Path, size: int | None = None) -> Iterator[None]:
-    """Put the name of `path` into every OSError of the block."""
+    """Put `path` into errors of the block that name no file, or one beside it."""
     try:
         yield
     except OSError as e:
+        if e.filename is not None and Path(os.fsdecode(e.filename)).parent != path.parent:
+            raise
         raise _named(e, path, size, path) from e.__cause__
 
 

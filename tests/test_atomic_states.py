@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import pytest
 
+import tiny_packed
 from lamoe import atomic, checkpoints
 from lamoe.cli.chat import Chat
 from lamoe.engine.llm import LLM
@@ -223,3 +224,15 @@ def test_a_conversation_is_saved_if_only_its_rows_do_not_fit(tmp_path):
     assert "its cached rows are not saved: " in first and "File too large; " in first
     assert "talk.json.cache.safetensors" in first and "tokens cached in" in second
     assert c.failures == 0
+
+
+def test_a_full_disk_while_packing_names_the_file_and_a_second_call_finishes(tmp_path):
+    source = tiny_packed.source(tmp_path / "m", "gqa tied")
+    with (
+        file_size_limit(9_000),
+        pytest.raises(OSError, match="p/.*safetensors could not be written: .* bytes are needed"),
+    ):
+        tiny_packed.pack(source, tmp_path / "p")
+    tiny_packed.pack(source, tmp_path / "p")
+    tiny_packed.pack(source, tmp_path / "q")
+    assert tiny_packed.contents(tmp_path / "p") == tiny_packed.contents(tmp_path / "q")

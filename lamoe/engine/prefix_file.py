@@ -160,8 +160,10 @@ def _write(
     }
     metadata = _expected(backend, cache)
     digest = checksums.hasher("rows", "U8", (layers, n, row))
-    with atomic.replace_file(file) as f:
-        f.write(shards.header_bytes(tensors, metadata, checksums.blank(tensors)))
+    start = shards.header_bytes(tensors, metadata, checksums.blank(tensors))
+    size = len(start) + ids.nbytes + layers * n * row
+    with atomic.replace_file(file, size=size) as f:
+        f.write(start)
         f.write(ids)
         for rows in cache.rows:
             for _, slot, count in _runs(pages, cache.page_size):

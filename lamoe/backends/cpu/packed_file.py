@@ -396,7 +396,10 @@ def _write_file(
     sizes = [packed.packed_bytes(t, element) for t in tensors]
     part = path.with_name(f".{path.name}.part")
     # Not "wb": the file may be that of another process, until the lock says otherwise.
-    with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as f:
+    with (
+        atomic.naming(path, sum(map(_padded, sizes))),
+        open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as f,
+    ):
         _lock(f, part, path.parent)
         f.truncate(0)
         header = _header(tensors, sizes)
