@@ -220,7 +220,7 @@ async def chat_prompt(
 
     def render() -> list[int]:
         check_text(service, _texts(messages, tools), "messages")
-        shown = [_template_message(message) for message in messages]
+        shown = [_template_message(message, f"messages[{n}]") for n, message in enumerate(messages)]
         functions = None if tools is None else [t.model_dump(exclude_none=True) for t in tools]
         if functions and forced and not reads_tools(tokenizer.templates.choose(tools=True)):
             parts = [_description(functions), shown[0]["content"]]
@@ -277,14 +277,20 @@ def _text_of(message: Message) -> str | None:
     return message.refusal if message.content is None else message.content
 
 
-def _template_message(message: Message) -> dict[str, Any]:
-    """Convert a message to the dict that chat templates expect."""
+def _template_message(message: Message, field: str) -> dict[str, Any]:
+    """Convert a message to the dict that chat templates expect.
+
+    Raises:
+        ApiError: 400 that names `field`, the place of the message.
+    """
     if _text_of(message) is None and not message.tool_calls:
-        raise invalid_value(f"a message of the {message.role} has no content", "messages")
+        wrong = f"{field}.content is missing or null; a message of the {message.role} needs it"
+        raise invalid_value(wrong, f"{field}.content")
     if message.tool_calls and message.role != "assistant":
         raise invalid_value(
-            f"only an assistant's message has tool_calls, found one of the {message.role}",
-            "messages",
+            f"{field}.tool_calls: only an assistant's message has tool_calls, found one of the "
+            f"{message.role}",
+            f"{field}.tool_calls",
         )
     # Chat templates know OpenAI's "developer" role as "system".
     role = "system" if message.role == "developer" else message.role

@@ -380,6 +380,17 @@ def test_errors_name_the_field_of_the_api(param, body, says):
     assert "constrained" not in error.detail and "branch:" not in error.detail
 
 
+def test_a_message_without_content(server):
+    call = {"id": "1", "function": {"name": "f"}}
+    for message, param in (
+        ({"role": "user", "content": None}, "messages[1].content"),
+        ({"role": "assistant"}, "messages[1].content"),
+        ({"role": "user", "content": "a", "tool_calls": [call]}, "messages[1].tool_calls"),
+    ):
+        error = server.error(400, "/v1/chat/completions", messages=[*MESSAGES, message])
+        assert error["param"] == param and param in error["message"]
+
+
 def test_a_field_of_another_route_names_the_route():
     error = refusal(wire.ChatRequest, {"messages": MESSAGES, "prompt": "a"})
     assert error.param == "prompt" and "/v1/completions" in error.detail
