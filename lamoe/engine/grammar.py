@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from lamoe.engine.grammar_checks import check_length, check_repeats, check_schema
+from lamoe.engine.schema_dialect import simplified
 from lamoe.text.child_process import Child, ChildLimit
 from lamoe.text.tokenizer import Tokenizer
 
@@ -116,10 +117,12 @@ class Grammar:
 
         Raises:
             ValueError: for a schema beyond the limits of this module, or with a keyword that cannot
-                be enforced (for example `not`, most of `oneOf`, a remote `$ref`, an unknown
-                `format`). No keyword is silently ignored.
+                be enforced (for example `not`, most of `oneOf`, a remote `$ref`, the `format`
+                json-pointer). No keyword is silently ignored; formats that JSON Schema does not
+                define are notes.
         """
         check_schema(schema)
+        schema = simplified(schema)
         try:
             text = json.dumps(schema, allow_nan=False, separators=(",", ":"))
         except (TypeError, ValueError) as e:
@@ -196,6 +199,7 @@ class Grammar:
         """
         for schema in schemas.values():
             check_schema(schema)
+        schemas = {name: simplified(schema) for name, schema in schemas.items()}
         text = json.dumps(schemas, allow_nan=False, separators=(",", ":"))
         check_length("JSON schema", text)
         lines = (

@@ -27,6 +27,7 @@ from lamoe.serve.errors import ApiError, invalid_value, json_response
 from lamoe.serve.guard import INTERNAL_ERROR, Guard
 from lamoe.serve.prompts import (
     chat_prompt,
+    check_ids,
     check_text,
     encode_texts,
     in_thread,
@@ -57,6 +58,7 @@ PAGE_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
+MAX_INPUTS = 2048  # texts of a request for embeddings, as in OpenAI's API
 INLINE_BYTES = 1 << 16  # larger bodies are parsed in a thread
 
 STATUS_DESCRIPTIONS = {
@@ -162,11 +164,19 @@ async def create_embedding(body: wire.EmbeddingRequest, request: Request) -> Res
     service = _service(request)
     engine = service.ready()
     service.check_model(body.model)
-    prompts = await tokenize_prompts(service, body.input, "input")
-    service.admit(len(prompts))
+    size = service.config.hidden_size
+    if body.dimensions not in (None, size):
+        raise ApiError(
+            400,
+            f"dimensions is {body.dimensions}; this model's embeddings have {size}; leave it out",
+            "unsupported",
+            "dimensions",
+        )
+    prompts = await tokenize_prompts(service, body.input, "input", MAX_INPUTS)
+    service.admit(1)  # the texts are computed one after another
     return Reply(
         whole=lambda: _embed(service, engine, prompts, body.encoding_format == "base64"),
-        close=lambda: service.release(len(prompts)),
+        close=lambda: service.release(1),
         disconnected=service.metrics.disconnected.inc,
         seconds=service.settings.request_timeout,
     )
@@ -241,6 +251,7 @@ async def detokenize(body: wire.DetokenizeRequest, request: Request) -> Response
             "context_length_exceeded",
             "tokens",
         )
+    check_ids(service, body.tokens, "tokens")
     text = await in_thread(service, "tokens", tokenizer.decode, body.tokens, skip_special=False)
     return json_response({"prompt": text})
 

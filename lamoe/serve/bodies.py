@@ -22,6 +22,11 @@ MAX_CONTAINERS = 1 << 16  # lists and objects
 MAX_ALL_KEYS = 1 << 16  # of all objects together
 UTF8_NAMES = ("utf-8", "utf8", "us-ascii", "ascii")
 
+_HALF_CHARACTER = (
+    "; an escape such as \\ud83d is half of a character: the client may have cut a text in the "
+    "middle of an emoji"
+)
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -126,7 +131,8 @@ def parse(raw: bytes, model: type[Model]) -> Model:
     try:
         value = from_json(raw, allow_inf_nan=False)
     except ValueError as e:
-        raise _invalid_json(f"the body is not valid JSON: {str(e)[:200]}") from None
+        advice = _HALF_CHARACTER if "surrogate" in str(e) or "hex escape" in str(e) else ""
+        raise _invalid_json(f"the body is not valid JSON: {str(e)[:200]}{advice}") from None
     _check_shape(value)
     try:
         return model.model_validate(value)

@@ -136,6 +136,7 @@ _MESSAGES = {
     "int_from_float": "must be a whole number",
     "float_type": "must be a number",
     "bool_type": "must be true or false",
+    "string_pattern_mismatch": "does not match {pattern}",
 }
 _WITHOUT_VALUE = {"missing", "too_short", "too_long", "string_too_short", "unsupported"}
 
@@ -143,7 +144,8 @@ _WITHOUT_VALUE = {"missing", "too_short", "too_long", "string_too_short", "unsup
 def _field_name(path: Sequence[Any]) -> str | None:
     """Write a path as clients know it, such as messages[0].content[1].text."""
     # pydantic adds "body", and the names of union branches; they are not fields
-    parts = [p for p in path if p != "body" and not str(p).startswith(BRANCH)]
+    # Nor is the mark of a wrong key of an object.
+    parts = [p for p in path if p not in ("body", "[key]") and not str(p).startswith(BRANCH)]
     name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts[:10])
     return name.removeprefix(".")[:100] or None
 

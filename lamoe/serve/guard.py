@@ -148,13 +148,15 @@ class Guard:
                 headers={"Retry-After": "5", "Connection": "close"},
             )
         fields: dict[bytes, bytes] = dict(scope["headers"])
-        has_key = bool(self.key_digests) and self.has_valid_key(fields.get(b"authorization", b""))
+        key = _key(fields)
+        has_key = bool(self.key_digests) and self.is_valid_key(key)
         if has_key and connection is not None:
             connection.show_key()
         if self.key_digests and not has_key and not is_open(method, path):
             raise ApiError(
                 401,
-                "this server needs an API key: send it as `Authorization: Bearer KEY`",
+                f"{'the API key is not valid' if key else 'this server needs an API key'}: "
+                "send it as `Authorization: Bearer KEY`",
                 "invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -222,16 +224,14 @@ class Guard:
         """Return the salt that keeps cached prefixes of different keys apart, or "" for none."""
         if len(set(self.key_digests)) < 2 or self.settings.prefix_cache_scope == "server":
             return ""
-        _, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        return hashlib.sha256(key.strip()).hexdigest()
+        return hashlib.sha256(_key(dict(scope["headers"]))).hexdigest()
 
-    def has_valid_key(self, authorization: bytes) -> bool:
-        """Check an Authorization header in constant time, so that the duration reveals nothing."""
-        scheme, _, key = authorization.partition(b" ")
-        digest, valid = hashlib.sha256(key.strip()).digest(), False
+    def is_valid_key(self, key: bytes) -> bool:
+        """Check a key in constant time, so that the duration reveals nothing."""
+        digest, valid = hashlib.sha256(key).digest(), False
         for key_digest in self.key_digests:
             valid |= hmac.compare_digest(digest, key_digest)
-        return valid and scheme.lower() == b"bearer"
+        return valid
 
 
 class _Call:
@@ -378,8 +378,21 @@ class _Call:
         log.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields})
 
 
+def _key(headers: dict[bytes, bytes]) -> bytes:
+    """Return the key of a request, or nothing. Azure's and Anthropic's clients have own headers."""
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() != b"bearer":
+        key = headers.get(b"api-key") or headers.get(b"x-api-key", b"")
+    return key.strip()
+
+
 def _plain_path(path: str) -> str:
-    """Return a path without empty parts: `/v1//models/` is `/v1/models`."""
+    """Return a path without empty parts: `/v1//models/` is `/v1/models`.
+
+    Clients that believe in a proxy send a whole URL, which servers must accept (RFC 9112, 3.2.2).
+    """
+    if not path.startswith("/"):
+        path = re.sub("^https?://[^/]*", "", path, flags=re.IGNORECASE)
     return re.sub("/+", "/", path).rstrip("/") or "/"
 
 

@@ -222,6 +222,10 @@ TOOL: Table = {
     "custom": ("use a function",),
     "defer_loading": ("leave it out",),
 }
+# Responses and Anthropic's API have these fields of a function beside its type.
+TOOL |= dict.fromkeys(
+    ("name", "description", "parameters", "input_schema", "strict"), ("write it into function",)
+)
 STREAM_OPTIONS: Table = {
     # A defence against observers of encrypted traffic, which this server leaves to the proxy.
     "include_obfuscation": ("leave it out", True, False),

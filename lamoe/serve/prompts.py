@@ -50,7 +50,7 @@ def need_tokenizer(service: Service, feature: str) -> Tokenizer:
 def check_length(service: Service, ids: list[int], param: str) -> None:
     """Raise a 400 error for a prompt that is empty, too long, or has ids outside the vocabulary."""
     if not ids:
-        raise invalid_value("the prompt has no tokens; give at least one", param)
+        raise invalid_value(f"{param} has no tokens; give at least one", param)
     if len(ids) >= service.max_model_len:
         raise ApiError(
             400,
@@ -59,8 +59,13 @@ def check_length(service: Service, ids: list[int], param: str) -> None:
             "context_length_exceeded",
             param,
         )
+    check_ids(service, ids, param)
+
+
+def check_ids(service: Service, ids: list[int], param: str) -> None:
+    """Raise a 400 error for ids outside the vocabulary."""
     vocab_size = service.config.vocab_size
-    if max(ids) >= vocab_size:
+    if max(ids, default=0) >= vocab_size:
         message = f"token id {max(ids)} is outside the vocabulary of {vocab_size}"
         raise invalid_value(message, param)
 
@@ -134,14 +139,22 @@ async def tokenize_prompts(
     service: Service,
     value: str | list[str] | list[int] | list[list[int]],
     param: str = "prompt",
+    limit: int | None = None,
 ) -> list[list[int]]:
-    """Convert a prompt field, in any of OpenAI's four forms, to lists of token ids."""
+    """Convert a prompt field, in any of OpenAI's four forms, to lists of token ids.
+
+    Args:
+        service: the server's state.
+        value: the field.
+        param: its name.
+        limit: largest number of prompts; default: --max-choices.
+    """
     items: list[Any] = [value] if isinstance(value, str) or isinstance(value[0], int) else value
-    limit = service.settings.max_choices
-    if len(items) > limit:
+    if len(items) > (limit or service.settings.max_choices):
+        found = f"{service.settings.max_choices} (--max-choices)" if limit is None else limit
         raise ApiError(
             400,
-            f"{len(items)} prompts are more than {limit} (--max-choices); send fewer at a time",
+            f"{len(items)} prompts are more than {found}; send fewer at a time",
             "too_many_sequences",
             param,
         )
@@ -152,8 +165,8 @@ async def tokenize_prompts(
         items = await in_thread(
             service, param, encode_texts, service, items, param, tokenizer.add_bos
         )
-    for ids in items:
-        check_length(service, ids, param)
+    for i, ids in enumerate(items):
+        check_length(service, ids, param if len(items) == 1 else f"{param}[{i}]")
     return items
 
 

@@ -168,7 +168,8 @@ class Service:
         except BaseException as e:
             self.release(sequences)
             if isinstance(e, ValueError):
-                raise invalid_value(str(e)) from None
+                field = "logit_bias" if str(e).startswith("logit_bias") else None
+                raise invalid_value(str(e), field) from None
             if isinstance(e, EngineDead):
                 raise engine_ended() from None
             raise

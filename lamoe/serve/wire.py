@@ -334,6 +334,7 @@ class EmbeddingRequest(Wire):
     model: Name | None = None
     input: Prompt
     encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Int | None = Field(None, description="the model's own size; others are refused")
     user: Name | None = None
 
 
@@ -386,4 +387,5 @@ def _fields_elsewhere(request: type[Wire]) -> dict[str, tuple]:
 
 
 for _request in REQUESTS:
-    _request.others = {**neutral.REQUEST, **_fields_elsewhere(_request)}
+    _others = {**neutral.REQUEST, **_fields_elsewhere(_request)}
+    _request.others = {k: v for k, v in _others.items() if k not in names(_request)[1]}

@@ -67,7 +67,7 @@ def test_limits_of_one_request():
             dict(prompt=["a"] * 7, echo=True, max_tokens=0),
         ):
             assert server.error(400, **body)["code"] == "too_many_sequences"
-        assert server.error(400, "/v1/embeddings", input=["a"] * 7)["code"] == "too_many_sequences"
+        assert server.post("/v1/embeddings", input=["a"] * 7).status_code == 200  # no sequences
         assert server.error(413, prompt="a" * 2000)["code"] == "body_too_large"
         # chunked, so without a Content-Length
         chunks = iter([b'{"prompt": "', b"a" * 3000, b'"}'])
