@@ -221,11 +221,12 @@ TOOL: Table = {
     "cache_control": ("prefixes are cached without it; leave it out",),
     "custom": ("use a function",),
     "defer_loading": ("leave it out",),
+    # OpenAI's Responses API and Anthropic's have these fields of a function beside its type.
+    **dict.fromkeys(
+        ("name", "description", "parameters", "input_schema", "strict"),
+        ("write it into function",),
+    ),
 }
-# Responses and Anthropic's API have these fields of a function beside its type.
-TOOL |= dict.fromkeys(
-    ("name", "description", "parameters", "input_schema", "strict"), ("write it into function",)
-)
 STREAM_OPTIONS: Table = {
     # A defence against observers of encrypted traffic, which this server leaves to the proxy.
     "include_obfuscation": ("leave it out", True, False),
