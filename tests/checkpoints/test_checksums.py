@@ -144,6 +144,21 @@ def test_files_without_checksums_load(folder, tmp_path):
     assert not any(t.checksum for t in shards.scan(copy).values())
 
 
+@needs_kernels
+def test_a_packed_folder_of_an_earlier_version_loads(packed, tmp_path):
+    copy = shutil.copytree(packed, tmp_path / "copy")
+    (copy / checksums.FILE).unlink()
+    for file in copy.glob("packed-*"):
+        raw = file.read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:start])
+        del header["__metadata__"]
+        text = json.dumps(header).encode()
+        text += b" " * (-(8 + len(text)) % 64)
+        file.write_bytes(len(text).to_bytes(8, "little") + text + raw[start:])
+    assert same(loaded(copy), loaded(packed))
+
+
 def test_files_are_those_of_the_library_with_more_metadata(folder, tmp_path):
     file = folder / shards.SINGLE
     with safe_open(file, "pt") as f:
