@@ -267,7 +267,7 @@ def test_convert_writes_a_folder_with_model_and_tokenizer(tmp_path, words, capsy
         main(["info", str(tmp_path / "out")]) == 0
         and main(["generate", "--model", str(tmp_path / "m.gguf"), "--prompt", "x"]) == 2
     )
-    assert "lamoe convert FILE.gguf FOLDER" in capsys.readouterr().err
+    assert "make a folder of it first: lamoe convert" in capsys.readouterr().err
 
 
 def test_convert_with_a_tokenizer_from_another_folder(tmp_path, words):
