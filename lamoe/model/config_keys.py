@@ -290,7 +290,10 @@ def is_one_of(value: Any, supported: Collection[Any]) -> bool:
 def _equal(a: Any, b: Any) -> bool:
     if not isinstance(a, (bool, int, float)) or not isinstance(b, (bool, int, float)):
         return False
-    return a == b or abs(a - b) <= 1e-6 * abs(b)
+    try:
+        return a == b or abs(a - b) <= 1e-6 * abs(b)
+    except OverflowError:  # an integer beyond 1e308
+        return False
 
 
 def shorten(value: Any, limit: int = 80) -> str:

@@ -88,7 +88,8 @@ def read_fields(
         raw.pop("head_dim", None)  # for MLA, transformers 5 writes the rotary width here
     all_dense = raw.get("first_k_dense_replace") == raw["num_hidden_layers"]
     if all_dense and "n_routed_experts" not in raw:
-        del raw["first_k_dense_replace"]  # in dense models, to_dict writes it for transformers
+        # In dense models, to_dict writes it for transformers.
+        raw.pop("first_k_dense_replace", None)
     raw.setdefault("torch_dtype", "float32")
     return raw, facts
 
@@ -137,7 +138,7 @@ def coerce(name: str, value: Any, kind: str) -> Any:
     options = [k.strip() for k in kind.split("|")]
     if value == [] and "None" in options:
         return None
-    if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], (list, dict)):
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (int, float, str)):
         value = value[0]
     if isinstance(value, list) and "tuple[int, ...]" in options:
         return tuple(value) or None

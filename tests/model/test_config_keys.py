@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 
 import pytest
 
@@ -215,3 +216,25 @@ def test_long_and_many_keys_are_refused_unsorted():
             ModelConfig.from_dict({**PLAIN, key: 3})
     with pytest.raises(ValueError, match="config.json has 2,001 unknown keys"):
         ModelConfig.from_dict({**PLAIN, **{f"note{i}": i for i in range(2001)}})
+
+
+def test_any_value_of_any_known_key_gives_a_config_or_a_value_error():
+    rng = random.Random(1)
+    numbers = [0, 1, -1, 2**70, 10**400, 1.5, math.nan, math.inf]
+    plain = [None, True, False, *numbers, "", "x", "1e5", "1e999", "none"]
+    lists = [[], [1], ["a"], [None], [[1]], [True, False], [2, 1]]
+    ropes = [{"type": "yarn", "factor": v, "original_max_position_embeddings": 9} for v in plain]
+    ropes += [{"rope_type": ["x"]}, {"full_attention": {"type": {}}}, {"type": "linear"}]
+    others = [{}, {"a": 1}, {"quant_method": ["x"]}, {"load_in_4bit": None}]
+    keys = [*MLA, *PLAIN, *config_keys.FACTS, "quantization_config", "rope_parameters", "dtype"]
+    read = 0
+    for i in range(1500):
+        raw = dict(MLA if i % 2 else PLAIN)
+        for _ in range(rng.randint(1, 3)):
+            raw[rng.choice(keys)] = rng.choice(plain + lists + ropes + others)
+        try:
+            ModelConfig.from_dict(raw)
+            read += 1
+        except ValueError as e:
+            assert str(e)
+    assert 50 < read < 1400
