@@ -35,6 +35,7 @@ ENTRY_POINTS = {
     "lamoe",
     "lamoe.cli",
     "lamoe.__main__",
+    "lamoe.cli.__main__",
     "lamoe.engine.generate",
     "lamoe.engine.grammar_worker",  # the program of a child process
 }

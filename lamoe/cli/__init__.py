@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 
+from lamoe.cli.arguments import in_words_of_options
 from lamoe.cli.parser import parse
 from lamoe.os_errors import explain
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         except (ValueError, OSError, RuntimeError) as e:
             if os.environ.get("LAMOE_TRACEBACK"):
                 raise
-            text = explain(e) if isinstance(e, OSError) else str(e)
+            text = in_words_of_options(explain(e) if isinstance(e, OSError) else str(e))
             if _discard_output():
                 text = f"standard output cannot be written: {text}"
             print(f"lamoe {args.verb}: {' '.join(text.splitlines())}", file=sys.stderr)

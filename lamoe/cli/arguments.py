@@ -45,6 +45,13 @@ class Parser(argparse.ArgumentParser):
         return f"{option} is unknown{meant or did_you_mean(option[2:], known, prefix='--')}"
 
 
+def in_words_of_options(message: str) -> str:
+    """Replace the keyword arguments that messages of the Python interface name by options."""
+    message = message.replace("overwrite=True", "--overwrite")
+    message = re.sub(r"\bdevice='(\w+)'", r"--device \1", message)
+    return re.sub(r"\bbackend='(\w+)'", r"LAMOE_BACKEND=\1", message)
+
+
 # ---- option values -------------------------------------------------------------------------------
 def whole_number(text: str) -> int:
     """Parse '512' or '1e3'."""

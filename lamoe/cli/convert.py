@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lamoe.os_errors import check_output
+
 
 def quantize(args: argparse.Namespace) -> int:
     """Pack a model into a folder and print the size of each class of weights."""
@@ -19,7 +21,7 @@ def quantize(args: argparse.Namespace) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    source = resolve(args.source)
+    source, target = resolve(args.source), check_output("TARGET", args.target)
     config = read_config(source)
     formats = Formats(args.weights, args.head)
     element = packed.element_format(formats)
@@ -33,11 +35,11 @@ def quantize(args: argparse.Namespace) -> int:
             bar.update(task, description=f"calibrating, layer {layer}")
 
         options = _calibration(args, source, config, show_layer) if args.calibrate else {}
-        for tensor, size in packed_file.write(source, args.target, formats, **options):
+        for tensor, size in packed_file.write(source, target, formats, **options):
             bar.update(task, advance=size, description=packing)
             done.append(tensor)
     print(_class_table(packed.weight_classes(config, formats, done)))
-    print(_summary(args.target, sum(packed.packed_bytes(tensor, element) for tensor in done)))
+    print(_summary(str(target), sum(packed.packed_bytes(tensor, element) for tensor in done)))
     return 0
 
 
@@ -45,6 +47,7 @@ def convert(args: argparse.Namespace) -> int:
     """Write a model, or a GGUF file, as a Hugging Face folder."""
     from lamoe.checkpoints import foreign, gguf, load, resolve, save, side_files
 
+    args.target = str(check_output("TARGET", args.target))
     if args.tokenizer and not Path(args.tokenizer).expanduser().is_dir():
         raise ValueError(
             f"--tokenizer is {args.tokenizer!r}, which is not a folder; name a folder that holds "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lamoe.cli import models
+from lamoe.os_errors import check_output
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -24,14 +25,16 @@ def evaluate(args: argparse.Namespace) -> int:
             "--seq-len has no effect on the needle test, which takes its lengths from --needle; "
             "omit --seq-len"
         )
-    run = Path(args.model)
+    run = Path(args.model).expanduser()
+    if args.out is not None:
+        args.out = check_output("--out", args.out)  # before the minutes of measuring
     result = _evaluate(args, run)
     name, kind = f"lamoe: {run.name or args.model}", "needle" if args.needle else "report"
     text = tables.needle(result, name) if args.needle else tables.report(result, name)
     print(text)
     unchanged = not args.data and not args.weights and not args.head
     if args.out or (unchanged and (run / "recipe.json").exists()):
-        print(report.write(kind, result, name, text, Path(args.out) if args.out else run))
+        print(report.write(kind, result, name, text, args.out or run))
     return 0
 
 
@@ -48,13 +51,17 @@ def _evaluate(args: argparse.Namespace, run: Path) -> dict[str, Any]:
             args.data or ["austen"],
             args.needle_depths,
             args.needle_draws,
-            note=lambda text: print(text, file=sys.stderr, flush=True),
+            note=_note,
         )
     if args.data:
         return report.evaluate_texts(
-            model, tok, args.data, args.seq_len or report.trained_at(run), speed_model
+            model, tok, args.data, args.seq_len or report.trained_at(run), speed_model, _note
         )
-    return report.evaluate_run(model, tok, run, speed_model)
+    return report.evaluate_run(model, tok, run, speed_model, _note)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _load(args: argparse.Namespace):
@@ -77,7 +84,7 @@ def _load(args: argparse.Namespace):
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    folder, run = resolve(args.model), Path(args.model)
+    folder, run = resolve(args.model), Path(args.model).expanduser()
     is_run = (run / "recipe.json").exists() and (run / "data").is_dir()
     if not (args.needle or args.data or is_run):
         raise ValueError(

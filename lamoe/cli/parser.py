@@ -265,7 +265,7 @@ def _add_bench(verbs) -> None:
         "bench",
         measure.bench,
         "measure speed against this machine's limits: loading, prefill, decode at several context "
-        "lengths, batches; a preset runs with random weights",
+        "lengths, batches; a preset runs with random weights. The last line is JSON, with units",
     )
     p.add_argument(
         "model",

@@ -29,13 +29,16 @@ from lamoe.measure import needle, plots
 from lamoe.model import accounting
 from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
+from lamoe.os_errors import check_output
 from lamoe.text.tokenizer import Tokenizer
 from lamoe.train.data import heldout_rows, open_corpus
 from lamoe.train.sources import read_documents
 
 Row = tuple[np.ndarray, np.ndarray]  # token ids and document numbers, each [T + 1]
 Texts = dict[str, tuple[str, Iterable[Row]]]  # {source: (text, its rows)}
+Note = Callable[[str], None]  # shows one line to the user
 _BATCH = 16  # rows per forward pass
+_PROGRESS_S = 5.0  # seconds between lines of progress
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # how a report names unquantised weights
 _ROUTER = (
     "balance_expert",
@@ -49,12 +52,17 @@ _ROUTER = (
 
 # ---- reports -------------------------------------------------------------------------------------
 def evaluate_run(
-    backend: Backend, tok: Tokenizer, run: Path, speed_model: Backend | Transformer | None = None
+    backend: Backend,
+    tok: Tokenizer,
+    run: Path,
+    speed_model: Backend | Transformer | None = None,
+    note: Note = lambda text: None,
 ) -> dict[str, Any]:
     """Evaluate a model on the held-out text of a training run, and add the run's metrics.
 
     Args:
         speed_model: the model of the speed test; None means `backend`.
+        note: called with lines of progress.
     """
     recipe = _recipe(run)
     corpus, seq_len = open_corpus(run / "data"), recipe["data"]["seq_len"]
@@ -67,7 +75,8 @@ def evaluate_run(
     for source in (s["source"] for s in corpus.meta["sources"]):
         raw = "".join(tok.decode(ids) for ids in corpus.heldout_documents(source))
         texts[source] = (raw, heldout_rows(corpus, seq_len, source))
-    result = _measure(backend, tok, texts, seq_len, recipe["data"]["document_mask"], speed_model)
+    mask = recipe["data"]["document_mask"]
+    result = _measure(backend, tok, texts, seq_len, mask, speed_model, note)
     return result | {"training": _training(run, recipe)}
 
 
@@ -77,12 +86,14 @@ def evaluate_texts(
     sources: list[str],
     seq_len: int | None = None,
     speed_model: Backend | Transformer | None = None,
+    note: Note = lambda text: None,
 ) -> dict[str, Any]:
     """Evaluate a model on texts (train/sources.py defines the sources).
 
     Args:
         seq_len: context length in tokens. The default is 1024, or the model's limit if it is less.
         speed_model: the model of the speed test; None means `backend`.
+        note: called with lines of progress.
     """
     limit = backend.config.max_position_embeddings
     seq_len = min(1024, limit) if seq_len is None else seq_len
@@ -94,7 +105,7 @@ def evaluate_texts(
     for document in read_documents(sources):
         documents.setdefault(document.source, []).append(document.text)
     texts: Texts = {s: ("".join(ts), _rows(tok, ts, seq_len)) for s, ts in documents.items()}
-    return _measure(backend, tok, texts, seq_len, True, speed_model)
+    return _measure(backend, tok, texts, seq_len, True, speed_model, note)
 
 
 def trained_at(run: Path) -> int | None:
@@ -126,7 +137,8 @@ def _measure(
     texts: Texts,
     seq_len: int,
     document_mask: bool,
-    speed_model: Backend | Transformer | None = None,
+    speed_model: Backend | Transformer | None,
+    note: Note,
 ) -> dict[str, Any]:
     rows, targets = [], 0
     load: np.ndarray | float = 0.0  # sum over sources, weighted by their targets
@@ -134,12 +146,15 @@ def _measure(
         data = text.encode("utf-8")
         if not data:
             continue
+        note(f"measuring the loss on {source}, {len(data) / 1e6:.2f} MB")
+        windows = _with_progress(windows, source, note)
         loss = text_loss(backend, windows, _BATCH, document_mask=document_mask)
         load = load + loss.load * loss.targets
         targets += loss.targets
         rows.append({"source": source, **_compression(data, loss, backend.config.vocab_size)})
     if not rows:
         raise ValueError("there is no text to evaluate on; every source is empty")
+    note("measuring the speed of generation")
     config = backend.config
     return {
         "parameters": accounting.parameters(config).total,
@@ -157,6 +172,17 @@ def _measure(
             backend if speed_model is None else speed_model, tok, config.max_position_embeddings
         ),
     }
+
+
+def _with_progress(rows: Iterable[Row], source: str, note: Note) -> Iterator[Row]:
+    """Yield `rows`, and note the number of tokens every few seconds."""
+    tokens, last = 0, time.monotonic()
+    for ids, documents in rows:
+        yield ids, documents
+        tokens += len(ids) - 1
+        if time.monotonic() - last >= _PROGRESS_S:
+            last = time.monotonic()
+            note(f"{source}: {tokens:,} tokens")
 
 
 def _compression(data: bytes, loss: TextLoss, vocab_size: int) -> dict[str, Any]:
@@ -240,7 +266,7 @@ def evaluate_needle(
     depths: int = 5,
     draws: int = 8,
     seed: int = 0,
-    note: Callable[[str], None] = lambda text: None,
+    note: Note = lambda text: None,
 ) -> dict[str, Any]:
     """Run the needle-in-a-haystack test.
 
@@ -279,6 +305,7 @@ def write(kind: str, result: dict[str, Any], name: str, markdown: str, folder: P
     Returns:
         A line that says what was written.
     """
+    folder = check_output("--out", folder)
     folder.mkdir(parents=True, exist_ok=True)
     atomic.write_text(folder / f"{kind}.md", markdown)
     atomic.write_text(folder / f"{kind}.json", json.dumps(result, indent=1) + "\n")

@@ -88,6 +88,17 @@ def peer_speeds(lines: list[Line]) -> str:
     return "\n".join(out)
 
 
+# Units of the figures in bench_json whose names do not end in one.
+_UNITS = {
+    "peak_rss": "bytes",
+    "probe.read": "bytes/s",
+    "probe.int8, probe.bf16, probe.fp32": "multiply-adds/s",
+    "gb_per_s": "1e9 bytes/s",
+    "gflops": "1e9 FLOP/s",
+    "ratio": "tokens/s of lamoe / tokens/s of the peer",
+}
+
+
 def bench_json(result: Result) -> dict[str, Any]:
     """Return the JSON object that `lamoe bench` prints last."""
     return {
@@ -101,6 +112,7 @@ def bench_json(result: Result) -> dict[str, Any]:
         "probe": vars(result.machine),
         **result.versions,
         "lines": {x.name: _figures(x) for x in result.lines},
+        "units": _UNITS,
     }
 
 

@@ -2,13 +2,19 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
+from huggingface_hub import errors
 from test_cli import refused, run
 
 from lamoe import cli
+from lamoe.cli import measure
+from lamoe.cli.arguments import in_words_of_options
+from lamoe.measure import report
 from lamoe.os_errors import check_output, explain
 from tiny_run import trained  # noqa: F401 (a fixture)
 
@@ -204,3 +210,66 @@ def test_outputs_are_checked_before_the_work(tmp_path, monkeypatch):
     assert check_output("--out", "~/new") == tmp_path / "new"
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert "--out new cannot be written: . may not be written by this user" in words("new")
+
+
+@pytest.mark.parametrize("argv", [["quantize"], ["convert"]])
+def test_targets_are_checked_before_the_work(argv, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for target, words in (
+        ("", "TARGET is empty; name a folder"),
+        ("file", "TARGET file is a file, not a folder"),
+        ("file/x", "lies under file, which is a file"),
+        ("dangling", "is a link to nowhere, which does not exist"),
+    ):
+        assert words in refused(capsys, *argv, trained, target)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "file"]
+    assert (tmp_path / "dangling").is_symlink() and (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_report_folder_is_checked_before_the_measuring(trained, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    with mock.patch.object(measure, "_evaluate", side_effect=AssertionError("measured")):
+        said = refused(capsys, "evaluate", trained, "--out", tmp_path / "file" / "x")
+    assert "lies under" in said and "choose another --out" in said
+
+
+def test_evaluate_shows_progress(trained, monkeypatch, capsys):
+    monkeypatch.setattr(report, "_PROGRESS_S", 0.0)
+    assert run("evaluate", trained, "--data", trained.parent / "texts", "--seq-len", 16) == 0
+    err = capsys.readouterr().err
+    assert "measuring the loss on" in err and "measuring the speed of generation" in err
+    counts = [int(n) for n in re.findall(r": (\d+) tokens\n", err.replace(",", ""))]
+    assert counts == sorted(counts) and counts[0] == 16 and len(counts) > 3
+
+
+def test_messages_of_the_python_interface_name_the_options(trained, tmp_path, capsys):
+    (tmp_path / "mine").write_text("x")
+    assert "pass --overwrite to replace" in refused(capsys, "convert", trained, tmp_path)
+    assert in_words_of_options("or use device='cpu'") == "or use --device cpu"
+    assert in_words_of_options("use backend='torch'") == "use LAMOE_BACKEND=torch"
+
+
+def test_a_missing_model_is_named_without_the_words_of_the_hub(tmp_path, monkeypatch, capsys):
+    """The hub is not asked: it is replaced by its errors."""
+    monkeypatch.chdir(tmp_path)
+    for error, words in (
+        (errors.LocalEntryNotFoundError("no snapshot"), "the hub cannot be reached and its cache"),
+        (PermissionError(13, os.strerror(13), "/cache"), "/cache may not be used by this user"),
+    ):
+        with mock.patch("huggingface_hub.snapshot_download", side_effect=error):
+            said = refused(capsys, "generate", "runs/tiny", "--prompt", "x")
+        assert f"there is no folder 'runs/tiny' (from {tmp_path})" in said and words in said
+    error = errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError)
+    with mock.patch("huggingface_hub.snapshot_download", side_effect=error):
+        said = refused(capsys, "info", "a/b")
+    assert "the hub has no model of this name that may be read; check the name" in said
+
+
+def test_a_warning_is_one_line(tmp_path, capsys, trained):
+    (tmp_path / "x.txt").write_text('{"text": "a"}\n' * 20)
+    assert run("evaluate", trained, "--data", tmp_path / "x.txt", "--seq-len", 16) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("lamoe: warning: source ") and "begin with a JSON object" in err
+    assert "UserWarning" not in err
