@@ -104,7 +104,7 @@ class Soak:
     # ---- attackers -------------------------------------------------------------------------------
     def silent(self, rng: random.Random) -> None:
         """Hold many connections without a request, or with half of one."""
-        socks = [self.connect() for _ in range(400)]
+        socks = [self.connect() for _ in range(1100)]
         for sock in socks[::3]:
             with contextlib.suppress(OSError):
                 sock.sendall(b"GET / HTTP/1.1\r\nhost: 127.0.0.1\r\n")
@@ -281,9 +281,8 @@ def soak(server: Server, seconds: float) -> bool:
     connection.close()
     idle = highest = memory(server.process.pid)
     attackers = [
-        run.silent, run.silent, run.silent, run.deaf, run.deaf, run.slow_writers, run.texts,
-        run.texts, run.texts, run.texts, run.json_bombs, run.json_bombs, run.json_bombs,
-        run.grammars, run.grammars, run.grammars, run.leavers, run.honest, run.honest,
+        run.silent, run.deaf, run.slow_writers, run.texts, run.texts, run.json_bombs,
+        run.json_bombs, run.grammars, run.grammars, run.leavers, run.honest, run.honest,
     ]  # fmt: skip
     threads = [
         threading.Thread(target=run.attack, args=(attacker, i))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import difflib
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ async def _read(request: Request, model: type[bodies.Model]) -> bodies.Model:
         raw = b"".join([chunk async for chunk in request.stream()])
         if len(raw) <= INLINE_BYTES:
             return bodies.parse(raw, model)
-        return await _service(request).text_work.run(bodies.parse, raw, model)
+        return await _service(request).body_work.run(bodies.parse, raw, model)
     finally:
         request.state.release_body()
 
@@ -369,8 +370,13 @@ def _page_file(name: str) -> Response:
     is_plain_name = path.name == name and not name.startswith(".")
     if not is_plain_name or path.suffix not in MEDIA_TYPES or not path.is_file():
         raise ApiError(404, "the page has no such file", "not_found")
-    # The files are small. FileResponse would read each piece of them in a thread.
-    return Response(path.read_bytes(), media_type=MEDIA_TYPES[path.suffix], headers=PAGE_HEADERS)
+    return Response(_content(path), media_type=MEDIA_TYPES[path.suffix], headers=PAGE_HEADERS)
+
+
+@functools.lru_cache(64)
+def _content(path: Path) -> bytes:
+    """Read a file of the page once. FileResponse would read each piece of it in a thread."""
+    return path.read_bytes()
 
 
 # ---- the application -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from lamoe.serve.errors import ApiError, from_validation
 
 # Limits of the JSON of a request. Only attacks exceed them.
 MAX_DEPTH, MAX_KEYS = 64, 4096
-MAX_ELEMENTS = 1 << 20  # commas, which separate the elements of lists and objects
+MAX_ELEMENTS = 1 << 18  # commas, which separate the elements of lists and objects
 MAX_CONTAINERS = 1 << 16  # lists and objects
 MAX_ALL_KEYS = 1 << 16  # of all objects together
 UTF8_NAMES = ("utf-8", "utf8", "us-ascii", "ascii")

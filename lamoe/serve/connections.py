@@ -38,8 +38,8 @@ except ImportError:  # Windows
 
 log = logging.getLogger("lamoe.serve")
 
-ACCEPT_AT_ONCE = 64  # new connections, before those that were replaced are closed
-BACKLOG = 512  # connections that wait in the system
+ACCEPT_AT_ONCE = 16  # new connections, before those that were replaced are closed
+BACKLOG = 1024  # connections that wait in the system
 FILES_RESERVED = (
     192  # open files besides connections: the model, logs, and connections being opened
 )
@@ -108,6 +108,7 @@ class Connections:
         self.waiting: OrderedDict[Connection, None] = OrderedDict()
         self._stalled: list[Connection] = []  # whose client has not read for STALL_S, longest last
         self._checked = 0.0
+        self._num_replaced = 0  # since the last line about it in the log
 
     def admit(self, new: Connection) -> bool:
         """Add a connection, if need be in place of another one. Return whether there was space."""
@@ -150,9 +151,12 @@ class Connections:
         """End a connection at once, and count the reason."""
         self.forget(connection)
         self.metrics.closed.labels(reason).inc()
-        fields = {"why": reason, "client": (connection.client or ("", 0))[0]}
-        log.info("connection closed", extra={"fields": fields})
         connection.transport.abort()
+        if reason == "replaced":
+            self._num_replaced += 1  # there may be thousands a second
+        else:
+            fields = {"why": reason, "client": (connection.client or ("", 0))[0]}
+            log.info("connection closed", extra={"fields": fields})
 
     def check(self) -> None:
         """Close the connections that have exceeded a time limit."""
@@ -161,6 +165,10 @@ class Connections:
         if now - self._checked < min(1.0, s.write_timeout / 4, s.body_timeout / 4):
             return
         self._checked = now
+        if self._num_replaced:
+            fields = {"count": self._num_replaced, "limit": self.limit}
+            log.warning("connections that waited were replaced", extra={"fields": fields})
+            self._num_replaced = 0
         progress = {c: c.last_progress(now) for c in self.open}
         for c, last in progress.items():
             if now - last > s.write_timeout:

@@ -26,6 +26,7 @@ from lamoe.serve.settings import Settings
 log = logging.getLogger("lamoe.serve")
 
 MAX_HELD_BODIES = 4  # limit on memory for request bodies, in bodies of the largest size
+BEGIN_AT_ONCE = 4  # requests
 SMALL_BODY = 1 << 16  # smaller bodies are always accepted; connections limit their number
 CLIENT_DISCONNECTED = 499  # status in logs and metrics when no response was sent
 PREFLIGHT_SECONDS = 600  # how long a browser may remember the answer to a preflight
@@ -76,6 +77,7 @@ class Guard:
     ):
         self.app, self.settings, self.metrics = app, settings, metrics
         self.check_route = check_route
+        self._beginning = asyncio.Semaphore(BEGIN_AT_ONCE)
         self.held_bytes = 0  # total size of the bodies of running requests
         self.max_held_bytes = MAX_HELD_BODIES * settings.max_body_bytes
         self.hosts, self.origins = settings.host_names(), settings.origins()
@@ -89,6 +91,10 @@ class Guard:
         call = _Call(self, scope, receive, send)
         scope = call.scope
         try:
+            if scope["path"] != "/health":
+                # Begin few requests in each round of the event loop, so that /health comes soon.
+                async with self._beginning:
+                    await asyncio.sleep(0)
             self.check_headers(scope)
             if (preflight := self.preflight(scope)) is not None:
                 await preflight(scope, call.receive, call.send)

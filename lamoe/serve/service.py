@@ -30,7 +30,6 @@ from lamoe.text.tokenizer import Tokenizer
 
 MAX_KEPT_LOADS = 256  # number of finished requests whose expert loads are kept
 MAX_UNREAD = 1 << 16  # deltas of all requests that wait for their clients to read
-NUM_THREADS = 2  # for work on texts, and as many for grammars
 SPEED_WINDOW_S = 5.0  # period over which tokens_per_s is measured
 
 Result = TypeVar("Result")
@@ -69,8 +68,11 @@ class Service:
         self.mean_seconds = 1.0  # moving average of the duration of a request
         self.scoring = asyncio.Lock()
         # Compiling a grammar may take seconds, so it must not use the threads for text work.
-        self.text_work = WorkQueue("texts", settings.max_queued_requests, self.metrics)
-        self._grammar_work = WorkQueue("grammars", settings.max_queued_requests, self.metrics)
+        waiting = settings.max_queued_requests
+        self.text_work = WorkQueue("texts", 2, waiting, self.metrics)
+        # Parsing holds Python's lock, so a second thread would only delay the event loop.
+        self.body_work = WorkQueue("bodies", 1, waiting, self.metrics)
+        self._grammar_work = WorkQueue("grammars", 2, waiting, self.metrics)
         self._recent_tokens: deque[list[float]] = deque()  # [time, number of tokens]
         self._expert_loads: OrderedDict[str, torch.Tensor | None] = OrderedDict()
 
@@ -252,18 +254,20 @@ class Service:
 
 
 class WorkQueue:
-    """Two threads for one kind of work outside the event loop, with a bounded queue.
+    """Threads for one kind of work outside the event loop, with a bounded queue.
 
     Args:
         what: what the work is done on, for names and messages.
+        num_threads: number of threads.
         max_waiting: maximum number of calls that wait for a thread.
         metrics: counts refused calls.
     """
 
-    def __init__(self, what: str, max_waiting: int, metrics: Metrics):
-        self.what, self.max_waiting, self.metrics = what, max_waiting, metrics
+    def __init__(self, what: str, num_threads: int, max_waiting: int, metrics: Metrics):
+        self.what, self.metrics = what, metrics
+        self.num_threads, self.limit = num_threads, num_threads + max_waiting
         self.pending = 0  # calls that wait or run, also if their client has left
-        self._threads = ThreadPoolExecutor(NUM_THREADS, f"lamoe-{what}")
+        self._threads = ThreadPoolExecutor(num_threads, f"lamoe-{what}")
 
     async def run(self, work: Callable[..., Result], *args, **options) -> Result:
         """Call `work` in a thread.
@@ -271,13 +275,12 @@ class WorkQueue:
         Raises:
             ApiError: 429 if too many calls are waiting.
         """
-        if self.pending >= self.max_waiting + NUM_THREADS:
+        if self.pending >= self.limit:
             self.metrics.rejected.inc()
             raise ApiError(
                 429,
                 f"{self.pending} {self.what} are being worked on or wait, the limit is "
-                f"{self.max_waiting + NUM_THREADS} (--max-queued-requests + {NUM_THREADS}); "
-                "try again later",
+                f"{self.limit} (--max-queued-requests + {self.num_threads}); try again later",
                 "queue_full",
                 headers={"Retry-After": "2"},
             )
