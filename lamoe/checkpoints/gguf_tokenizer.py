@@ -134,6 +134,17 @@ def _is_outside(token_id: Any, own: Mapping[str, Any]) -> bool:
 
 def _read_vocabulary(own: Mapping[str, Any], source: str) -> tuple[list[str], list[int]]:
     """Return the tokens and their types, without the padding at the end of the list."""
+    for key, kind in (
+        ("tokens", str),
+        ("merges", str),
+        ("token_type", int),
+        ("scores", (int, float)),
+    ):
+        values = own.get(key, [])
+        if not isinstance(values, list) or not all(isinstance(v, kind) for v in values):
+            raise ValueError(
+                f"{source}: tokenizer.ggml.{key} is not a list of its type; {_INSTEAD}"
+            )
     tokens, types = own.get("tokens"), own.get("token_type")
     if not tokens or not isinstance(types, list) or len(types) != len(tokens):
         raise ValueError(f"{source} has no vocabulary with a type for each token; {_INSTEAD}")
@@ -249,6 +260,11 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
+# Limit of the work to cut all pieces in two, for pieces of `n` characters the sum of n^2. Real
+# vocabularies need 10 million.
+_MAX_CUTS = 10**9
+
+
 # ---- the two kinds of vocabulary -----------------------------------------------------------------
 def _byte_level(own: Mapping[str, Any], vocab: dict[str, int]) -> tokenizers.Tokenizer:
     """Build a byte-level BPE tokenizer ("gpt2")."""
@@ -285,6 +301,8 @@ def _sentencepiece(
     equivalent list of merges has every way to cut a piece into two pieces, ordered by score.
     """
     scores, merges = own["scores"], []
+    if sum(len(piece) ** 2 for piece in vocab) > _MAX_CUTS:
+        raise ValueError(f"its pieces are too long to be words; {_INSTEAD}")
     for piece, token_id in vocab.items():
         if types[token_id] in (_NORMAL, _USER):
             cuts = [

@@ -404,6 +404,18 @@ def test_scored_pieces_are_joined_best_first(tmp_path, blank):
         ({"tokenizer.ggml.tokens": None}, {}, "no vocabulary"),
         ({"tokenizer.ggml.model": "bert"}, {}, "kind 'bert'"),
         ({"tokenizer.ggml.merges": ["q qqq"]}, {}, "do not belong"),
+        ({"tokenizer.ggml.merges": [1, 2]}, {}, "merges is not a list of its type"),
+        ({"tokenizer.ggml.tokens": 7}, {}, "tokens is not a list of its type"),
+        (
+            {
+                "tokenizer.ggml.model": "llama",
+                "tokenizer.ggml.tokens": ["a" * 100_000],
+                "tokenizer.ggml.token_type": [1],
+                "tokenizer.ggml.scores": [0.0],
+            },
+            {},
+            "too long to be words",
+        ),
         ({"tokenizer.ggml.merges": ["qq"]}, {}, "m.gguf: "),
         ({"tokenizer.ggml.bos_token_id": 319}, {}, "bos_token_id is 319, which is no id"),
         ({"tokenizer.ggml.merges": None}, {}, "not complete"),
