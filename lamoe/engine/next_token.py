@@ -86,6 +86,12 @@ class TextStream:
     ):
         self._decoder = tokenizer.stream(skip_special=skip_special) if tokenizer else None
         self._finder, self._held = TextFinder(stop), ""
+        # The text of a special token may be a stop string, but is left out of the text.
+        self._stop_ids = (
+            frozenset(tokenizer.inner.token_to_id(s) for s in stop if s in tokenizer.control_tokens)
+            if tokenizer
+            else frozenset()
+        )
         self._shown: list[str] = []
 
     @property
@@ -95,6 +101,8 @@ class TextStream:
 
     def add(self, token: int) -> tuple[str, bool]:
         """Add a token. Return the new text to show, and whether a stop string is complete."""
+        if token in self._stop_ids:
+            return self.rest(), True
         return self._add(self._decoder.step(token)) if self._decoder else ("", False)
 
     def rest(self) -> str:

@@ -136,7 +136,7 @@ _MESSAGES = {
     "int_from_float": "must be a whole number",
     "float_type": "must be a number",
     "bool_type": "must be true or false",
-    "string_pattern_mismatch": "does not match {pattern}",
+    "string_pattern_mismatch": "must match {pattern}",
 }
 _WITHOUT_VALUE = {"missing", "too_short", "too_long", "string_too_short", "unsupported"}
 

@@ -223,6 +223,8 @@ def test_text_that_was_held_back_is_shown_at_the_length_limit(trained_model):
 class PieceTokenizer:
     """A tokenizer that decodes token i to the i-th piece."""
 
+    control_tokens: frozenset = frozenset()
+
     def __init__(self, pieces):
         self.pieces = pieces
 

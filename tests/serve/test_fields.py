@@ -360,7 +360,7 @@ UNION_ERRORS = [
     ("tools", {**CHAT, "tools": {"f": 1}}, "list"),
     ("tools[0].type", {**CHAT, "tools": [{"type": "web_search"}]}, "'function'"),
     ("tools[0].name", {**CHAT, "tools": [{"type": "function", "name": "f"}]}, "into function"),
-    ("logit_bias.-1", {**CHAT, "logit_bias": {"-1": 1}}, "does not match"),
+    ("logit_bias.-1", {**CHAT, "logit_bias": {"-1": 1}}, "must match"),
     ("tool_choice", {**CHAT, "tool_choice": 5}, "required"),
     ("tool_choice", {**CHAT, "tool_choice": "f"}, "'required'"),
     ("tool_choice", {**CHAT, "tool_choice": {"type": "function"}}, "function"),
