@@ -174,6 +174,7 @@ class Settings:
             ("max_header_bytes", 1024),
             ("max_connections", 1),
             ("threads", 0),
+            ("write_timeout", 0.1),
         ):
             value = getattr(self, name)
             if value is not None and value < minimum:

@@ -172,6 +172,7 @@ def test_readme_examples_that_call_the_server(trained):
         ([], "no trained model"),
         (["x", "--log-level", "loud"], "known: debug"),
         (["x", "--request-timeout", "nan"], "--request-timeout"),
+        (["x", "--write-timeout", "0"], "--write-timeout is 0"),
     ],
 )
 def test_failed_start_names_the_reason(words, says, tmp_path, monkeypatch, capsys):
