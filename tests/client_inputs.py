@@ -9,7 +9,8 @@ SPEAK = (
     "{% for m in messages %}<{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}>{{ m.content }}"
     "{% for c in m.tool_calls or [] %}[{{ c.function.name }}{{ c.function.arguments | tojson }}]"
     "{% endfor %}{% endfor %}{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% if add_generation_prompt %}<assistant>{% if mood is defined %}({{ mood }}){% endif %}"
+    "{% endif %}"
 )
 USER = {"role": "user", "content": "hi"}
 PART = {"type": "text", "text": "hi"}
@@ -155,6 +156,12 @@ ACCEPTED = {
     "Anthropic's query": (CHAT + "?beta=true", {}),
     "a slash at the end": (CHAT + "/", {}),
     "an escaped path": ("/v1%2Fchat/completions", {}),
+    "template options that ask for nothing": (
+        CHAT,
+        {"chat_template_kwargs": {"enable_thinking": False, "thinking": None}},
+    ),
+    "thinking off (Qwen)": (CHAT, {"enable_thinking": False}),
+    "an option that the template reads": (CHAT, {"chat_template_kwargs": {"mood": "calm"}}),
     "no model": (CHAT, {"model": None}),
     "an empty model": (CHAT, {"model": ""}),
     "tools null with a choice": (CHAT, {"tools": None, "tool_choice": "none"}),
@@ -239,6 +246,17 @@ ERRORS = {
     "one message, no list": (CHAT, {"messages": USER}, "messages must be a list"),
     "the field of a client": (CHAT, {"messages": [user("x", timestamp=5)]}, "timestamp"),
     "a prompt": (CHAT, {"prompt": "x"}, "/v1/completions"),
+    "thinking on (Qwen)": (CHAT, {"enable_thinking": True}, "does not read the option"),
+    "an option of another template": (
+        CHAT,
+        {"chat_template_kwargs": {"thinking": True}},
+        "does not read the option 'thinking'",
+    ),
+    "an option with the name of a variable": (
+        CHAT,
+        {"chat_template_kwargs": {"messages": []}},
+        "'messages' is set by the server",
+    ),
     "extra_body": (CHAT, {"extra_body": {"top_k": 5}}, "top level"),
     "Ollama's options": (CHAT, {"options": {"num_ctx": 5}}, "top level"),
     "numbers as texts": (CHAT, {"max_tokens": "5"}, 'must be a whole number, found "5"'),

@@ -217,7 +217,13 @@ async def tokenize(body: wire.TokenizeRequest, request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise invalid_value("give one of prompt and messages", "prompt")
     if body.messages is not None:
-        ids = await chat_prompt(service, body.messages, body.tools, body.add_generation_prompt)
+        ids = await chat_prompt(
+            service,
+            body.messages,
+            body.tools,
+            body.add_generation_prompt,
+            options=body.chat_template_kwargs,
+        )
     else:
         bos = tokenizer.add_bos and body.add_special_tokens
         check_text(service, [body.prompt], "prompt")

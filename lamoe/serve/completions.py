@@ -85,7 +85,9 @@ async def chat(
             "max_tokens and max_completion_tokens differ; give one of them", "max_tokens"
         )
     use = tool_use(service, body)
-    ids = await chat_prompt(service, body.messages, use.tools, forced=use.forced)
+    ids = await chat_prompt(
+        service, body.messages, use.tools, forced=use.forced, options=body.template_options
+    )
     check_length(service, ids, "messages")
     params = await sampling_params(
         service,

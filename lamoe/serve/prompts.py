@@ -218,6 +218,7 @@ async def chat_prompt(
     tools: list[Tool] | None,
     generate: bool = True,
     forced: ForcedCalls | None = None,
+    options: dict[str, Any] | None = None,
 ) -> list[int]:
     """Convert a conversation to token ids with the model's chat template.
 
@@ -228,11 +229,13 @@ async def chat_prompt(
         generate: end the prompt where the assistant's reply begins.
         forced: calls that the reply must consist of. Their beginning ends the prompt, and if the
             template does not read tools, the first message describes them.
+        options: the client's variables for the template.
     """
     tokenizer = need_tokenizer(service, "chat")
 
     def render() -> list[int]:
-        check_text(service, _texts(messages, tools), "messages")
+        texts = [*_texts(messages, tools), json.dumps(options or "")]
+        check_text(service, texts, "messages")
         shown = [_template_message(message, f"messages[{n}]") for n, message in enumerate(messages)]
         functions = None if tools is None else [t.model_dump(exclude_none=True) for t in tools]
         if functions and forced and not reads_tools(tokenizer.templates.choose(tools=True)):
@@ -243,6 +246,7 @@ async def chat_prompt(
             shown,
             add_generation_prompt=generate,
             tools=functions,
+            options=options,
             check=lambda text: check_num_tokens(service, text, "messages"),
         )
         if forced is None:

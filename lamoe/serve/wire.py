@@ -309,6 +309,10 @@ ToolChoice = Annotated[
     Annotated[Literal["auto", "none", "required", "any"], TEXT] | Annotated[ChosenTool, OBJECT],
     select('must be "auto", "none", "required" or {"type": "function", "function": {"name": ...}}'),
 ]
+TemplateOptions = Annotated[
+    dict[str, Any],
+    Field(max_length=64, description="further variables that the model's chat template reads"),
+]
 Tools = Annotated[list[Tool], Field(min_length=1, max_length=128)]
 Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 
@@ -323,11 +327,19 @@ class ChatRequest(Sampling):
     top_logprobs: NumLogprobs | None = None
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    enable_thinking: bool | None = Field(None, description="the same in chat_template_kwargs")
     parallel_tool_calls: bool | None = Field(
         None,
         description="false: return only the first call of a reply; true with a required call: "
         "there may be several",
     )
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """The variables for the chat template."""
+        given = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return given | (self.chat_template_kwargs or {})
 
 
 class EmbeddingRequest(Wire):
@@ -347,6 +359,7 @@ class TokenizeRequest(Wire):
     prompt: Text | None = None
     messages: Messages | None = None
     tools: Tools | None = None
+    chat_template_kwargs: TemplateOptions | None = None
     add_special_tokens: bool = Field(
         True, description="put BOS before a prompt if the model uses it"
     )

@@ -88,6 +88,7 @@ def render(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     control_tokens: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
     **variables: Any,
 ) -> tuple[str, str]:
     """Render a conversation.
@@ -97,6 +98,8 @@ def render(
         messages: objects with role and content, as in OpenAI's API.
         tools: descriptions of functions, for templates that use them.
         control_tokens: texts that only the template may write.
+        options: JSON values for the template from the same source as the messages, for example
+            enable_thinking. One that the template does not read must be false or None.
         variables: passed to the template, e.g. bos_token.
 
     Returns:
@@ -126,13 +129,34 @@ def render(
             messages = form.convert(messages)
         if _wants_parts(source, constants):
             messages = [{**m, "content": _parts(m.get("content"))} for m in messages]
-        mark = free_mark([source, *control_tokens, *variables.values(), messages, tools])
+        options = _options(options or {}, source, variables)
+        mark = free_mark([source, *control_tokens, *variables.values(), messages, tools, options])
         shield = _Shield(tuple(control_tokens), mark)
         shielded = [{k: v if k == "role" else shield(v) for k, v in m.items()} for m in messages]
-        shielded_tools = shield(tools)
+        shielded_tools, shielded_options = shield(tools), shield(options)
     except RecursionError:
         raise ValueError("the messages or tools are nested too deeply; make them flatter") from None
+    variables = {**shielded_options, **variables}
     return _run(source, messages=shielded, tools=shielded_tools, **variables), mark
+
+
+def _options(
+    options: Mapping[str, Any], source: str, variables: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the options that a template reads.
+
+    Raises:
+        ValueError: if another option asks for something, or has the name of a variable.
+    """
+    reads = _names(source) if options else None
+    for name, value in options.items():
+        if name in variables or name in ("messages", "tools", "documents"):
+            raise ValueError(f"the template option {name!r} is set by the server; leave it out")
+        if reads is not None and name not in reads and value not in (None, False):
+            raise ValueError(
+                f"this model's chat template does not read the option {name!r}; leave it out"
+            )
+    return {name: value for name, value in options.items() if reads is None or name in reads}
 
 
 def _run(source: str, **variables: Any) -> str:

@@ -334,13 +334,14 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> str:
         """Return the conversation as text, for people to read. Errors are those of `apply_chat`.
 
         Use `apply_chat` to get ids. In this text, a control token that the template wrote looks
         like the same text in a message.
         """
-        text, mark = self._render(messages, add_generation_prompt, tools)
+        text, mark = self._render(messages, add_generation_prompt, tools, options)
         return text.replace(mark, "")
 
     def apply_chat(
@@ -349,6 +350,7 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
         check: Callable[[str], object] = lambda text: None,
     ) -> list[int]:
         """Return the ids of a conversation.
@@ -360,21 +362,23 @@ class Tokenizer:
             messages: {"role": "system", "user", "assistant" or "tool", "content": str}.
             add_generation_prompt: whether to end with the beginning of the assistant's turn.
             tools: descriptions of functions, for templates that use them.
+            options: further variables for the template, for example enable_thinking.
             check: called with the rendered text before it is tokenized; may raise.
 
         Raises:
             ValueError: if a role is unknown, a content is not a str, the template does not know
                 tools, or the template fails (see chat_template.render).
         """
-        text, mark = self._render(messages, add_generation_prompt, tools)
+        text, mark = self._render(messages, add_generation_prompt, tools, options)
         check(text)
         return self._encoder.marked(text, mark)
 
-    def _render(self, messages, add_generation_prompt, tools) -> tuple[str, str]:
+    def _render(self, messages, add_generation_prompt, tools, options) -> tuple[str, str]:
         text, mark = render(
             self.templates.choose_for(messages, tools),
             messages,
             tools=tools,
+            options=options,
             control_tokens=tuple(self._control),
             bos_token=self._bos or "",
             eos_token=self._eos or "",

@@ -132,6 +132,23 @@ def test_every_template_writes_every_message():
         assert all(part in text for part in ("S", "<b> é", "A", "x")), name
 
 
+@pytest.mark.parametrize("options", [{}, {"enable_thinking": False}, {"enable_thinking": True}])
+def test_options_of_the_client(options):
+    text, _ = chat_template.render(SOURCES["qwen"], [QUESTION], options=options, **VARIABLES)
+    [right], _ = render_jinja_template(
+        [[QUESTION]], chat_template=SOURCES["qwen"], tools=None, **options, **VARIABLES
+    )
+    assert text == right and ("<think>" in text) is (options == {"enable_thinking": False})
+
+
+def test_an_option_cannot_write_control_tokens():
+    source, token = "{{ mood }}{{ eos_token }}{{ messages[0].content }}", "</s>"
+    text, mark = chat_template.render(
+        source, [QUESTION], options={"mood": token}, control_tokens=[token], **VARIABLES
+    )
+    assert text.count(token) == 1 and text.replace(mark, "") == "</s></s>q"
+
+
 BROKEN = '{"a": 1'  # a call that max_tokens cut
 
 
