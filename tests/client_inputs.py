@@ -162,6 +162,15 @@ ACCEPTED = {
     ),
     "thinking off (Qwen)": (CHAT, {"enable_thinking": False}),
     "an option that the template reads": (CHAT, {"chat_template_kwargs": {"mood": "calm"}}),
+    "a reply to continue (vLLM)": (
+        CHAT,
+        {
+            "messages": [USER, assistant("The")],
+            "continue_final_message": True,
+            "add_generation_prompt": False,
+        },
+    ),
+    "no generation prompt": (CHAT, {"add_generation_prompt": False}),
     "no model": (CHAT, {"model": None}),
     "an empty model": (CHAT, {"model": ""}),
     "tools null with a choice": (CHAT, {"tools": None, "tool_choice": "none"}),
@@ -246,6 +255,12 @@ ERRORS = {
     "one message, no list": (CHAT, {"messages": USER}, "messages must be a list"),
     "the field of a client": (CHAT, {"messages": [user("x", timestamp=5)]}, "timestamp"),
     "a prompt": (CHAT, {"prompt": "x"}, "/v1/completions"),
+    "a question to continue": (CHAT, {"continue_final_message": True}, "only an assistant's text"),
+    "a reply to continue and one to begin": (
+        CHAT,
+        {"continue_final_message": True, "add_generation_prompt": True},
+        "cannot be used together",
+    ),
     "thinking on (Qwen)": (CHAT, {"enable_thinking": True}, "does not read the option"),
     "an option of another template": (
         CHAT,

@@ -202,7 +202,8 @@ class _TextPosition:
 class ChatBuilder:
     """Builds the response objects of one /v1/chat/completions request.
 
-    White space at the beginning of a reply is removed, because chat templates write their own.
+    White space at the beginning of a reply is removed, because chat templates write their own. It
+    stays if the reply continues a message.
 
     Args:
         service: the server's state.
@@ -240,7 +241,9 @@ class ChatBuilder:
             text = ""
         elif self.use.form:
             text, calls = tool_calls.parse(self.use.form, text)
-        text, calls = text.lstrip(), self._allowed(calls)
+        calls = self._allowed(calls)
+        if not self.body.continue_final_message:
+            text = text.lstrip()
         content = text or None if calls else text
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if calls:
@@ -266,7 +269,7 @@ class ChatBuilder:
             text, calls = "", self._forced_calls(index, delta)
         else:
             text, calls = self._split_calls(index, delta)
-        if index not in self._begun:
+        if index not in self._begun and not self.body.continue_final_message:
             text = text.lstrip()
             if text:
                 self._begun.add(index)

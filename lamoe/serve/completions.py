@@ -85,8 +85,20 @@ async def chat(
             "max_tokens and max_completion_tokens differ; give one of them", "max_tokens"
         )
     use = tool_use(service, body)
+    continued = bool(body.continue_final_message)
+    if continued and (body.add_generation_prompt or use.forced):
+        other = "add_generation_prompt" if body.add_generation_prompt else "a forced call"
+        raise invalid_value(
+            f"continue_final_message and {other} cannot be used together", "continue_final_message"
+        )
     ids = await chat_prompt(
-        service, body.messages, use.tools, forced=use.forced, options=body.template_options
+        service,
+        body.messages,
+        use.tools,
+        generate=body.add_generation_prompt is not False,
+        forced=use.forced,
+        options=body.template_options,
+        continued=continued,
     )
     check_length(service, ids, "messages")
     params = await sampling_params(

@@ -88,7 +88,7 @@ REQUEST: Table = {
     "prompt_logprobs": ("use echo with logprobs in /v1/completions",),
     "skip_special_tokens": ("special tokens are left out of the text; leave it out", True),
     "spaces_between_special_tokens": ("leave it out", True, False),
-    "continue_final_message": ("use /v1/completions to continue a text",),
+    "continue_final_message": ("it belongs to /v1/chat/completions",),
     "truncate_prompt_tokens": ("shorten the prompt yourself",),
     "documents": ("write them into a message",),
     "chat_template": ("the template of the model folder is used; leave it out",),
@@ -193,7 +193,7 @@ MESSAGE: Table = {
     "function_call": ("use tool_calls",),
     "tool_name": ("leave it out", str),
     "is_error": ("write the error into content",),
-    "prefix": ("use /v1/completions to continue a text",),
+    "prefix": ("set continue_final_message of the request",),
     "cache_control": ("prefixes are cached without it; leave it out",),
     "experimental_attachments": ("the input is text only; leave it out",),
 }

@@ -219,6 +219,7 @@ async def chat_prompt(
     generate: bool = True,
     forced: ForcedCalls | None = None,
     options: dict[str, Any] | None = None,
+    continued: bool = False,
 ) -> list[int]:
     """Convert a conversation to token ids with the model's chat template.
 
@@ -230,6 +231,7 @@ async def chat_prompt(
         forced: calls that the reply must consist of. Their beginning ends the prompt, and if the
             template does not read tools, the first message describes them.
         options: the client's variables for the template.
+        continued: the reply continues the last message.
     """
     tokenizer = need_tokenizer(service, "chat")
 
@@ -244,9 +246,10 @@ async def chat_prompt(
             functions = None
         ids = tokenizer.apply_chat(
             shown,
-            add_generation_prompt=generate,
+            add_generation_prompt=generate and not continued,
             tools=functions,
             options=options,
+            continued=continued,
             check=lambda text: check_num_tokens(service, text, "messages"),
         )
         if forced is None:

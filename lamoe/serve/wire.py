@@ -329,6 +329,12 @@ class ChatRequest(Sampling):
     tool_choice: ToolChoice | None = None
     chat_template_kwargs: TemplateOptions | None = None
     enable_thinking: bool | None = Field(None, description="the same in chat_template_kwargs")
+    continue_final_message: bool | None = Field(
+        None, description="continue the last message, which is the assistant's"
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="default: true, without continue_final_message"
+    )
     parallel_tool_calls: bool | None = Field(
         None,
         description="false: return only the first call of a reply; true with a required call: "
@@ -384,7 +390,7 @@ REQUESTS: dict[type[Wire], str] = {
 # Values of other routes' fields that say what this route does anyway.
 _ELSEWHERE: dict[type[Wire], neutral.Table] = {
     CompletionRequest: {"add_special_tokens": (True,), "add_generation_prompt": (True,)},
-    ChatRequest: {"best_of": (1,), "add_special_tokens": (), "add_generation_prompt": (True,)},
+    ChatRequest: {"best_of": (1,), "add_special_tokens": ()},
     EmbeddingRequest: {"add_special_tokens": (True,), "n": (1,)},
 }
 

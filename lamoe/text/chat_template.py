@@ -89,6 +89,7 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     control_tokens: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
+    continued: bool = False,
     **variables: Any,
 ) -> tuple[str, str]:
     """Render a conversation.
@@ -100,6 +101,7 @@ def render(
         control_tokens: texts that only the template may write.
         options: JSON values for the template from the same source as the messages, for example
             enable_thinking. One that the template does not read must be false or None.
+        continued: end the text where the last message ends, which must be the assistant's.
         variables: passed to the template, e.g. bos_token.
 
     Returns:
@@ -131,13 +133,33 @@ def render(
             messages = [{**m, "content": _parts(m.get("content"))} for m in messages]
         options = _options(options or {}, source, variables)
         mark = free_mark([source, *control_tokens, *variables.values(), messages, tools, options])
+        end = free_mark([mark, source, messages, tools, options]) if continued else ""
         shield = _Shield(tuple(control_tokens), mark)
         shielded = [{k: v if k == "role" else shield(v) for k, v in m.items()} for m in messages]
+        if continued:
+            shielded[-1]["content"] = _with_end(shielded[-1], end)
         shielded_tools, shielded_options = shield(tools), shield(options)
     except RecursionError:
         raise ValueError("the messages or tools are nested too deeply; make them flatter") from None
     variables = {**shielded_options, **variables}
-    return _run(source, messages=shielded, tools=shielded_tools, **variables), mark
+    text = _run(source, messages=shielded, tools=shielded_tools, **variables)
+    return _until(text, end, shielded[-1]["content"]) if continued else text, mark
+
+
+def _with_end(message: Mapping[str, Any], end: str) -> str:
+    """Return the content of the last message with a mark at its end, which is `end` and a space."""
+    content = message.get("content")
+    if message["role"] != "assistant" or not isinstance(content, str) or message.get("tool_calls"):
+        raise ValueError("only an assistant's text can be continued; make it the last message")
+    return f"{content}{end} "
+
+
+def _until(text: str, end: str, content: str) -> str:
+    """Return a text until the mark of a content. If the template strips contents, so is this."""
+    before, _, after = text.rpartition(end)
+    if content.strip() not in f"{before}{end}":
+        raise ValueError("this model's chat template leaves out a part of the message to continue")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def _options(

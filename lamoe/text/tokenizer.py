@@ -351,6 +351,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: Mapping[str, Any] | None = None,
+        continued: bool = False,
         check: Callable[[str], object] = lambda text: None,
     ) -> list[int]:
         """Return the ids of a conversation.
@@ -363,22 +364,26 @@ class Tokenizer:
             add_generation_prompt: whether to end with the beginning of the assistant's turn.
             tools: descriptions of functions, for templates that use them.
             options: further variables for the template, for example enable_thinking.
+            continued: end where the last message ends, which must be the assistant's.
             check: called with the rendered text before it is tokenized; may raise.
 
         Raises:
             ValueError: if a role is unknown, a content is not a str, the template does not know
                 tools, or the template fails (see chat_template.render).
         """
-        text, mark = self._render(messages, add_generation_prompt, tools, options)
+        text, mark = self._render(messages, add_generation_prompt, tools, options, continued)
         check(text)
         return self._encoder.marked(text, mark)
 
-    def _render(self, messages, add_generation_prompt, tools, options) -> tuple[str, str]:
+    def _render(
+        self, messages, add_generation_prompt, tools, options, continued=False
+    ) -> tuple[str, str]:
         text, mark = render(
             self.templates.choose_for(messages, tools),
             messages,
             tools=tools,
             options=options,
+            continued=continued,
             control_tokens=tuple(self._control),
             bos_token=self._bos or "",
             eos_token=self._eos or "",

@@ -112,11 +112,12 @@ def reply(server, monkeypatch):
     def reply(text, path=inputs.CHAT, **body):
         ids = [*tokenizer.encode(text, allow_special=True), tokenizer.eos_id]
         what = {"messages": [inputs.USER]} if path == inputs.CHAT else {"prompt": "hi"}
+        body = what | body
         to_sample[:] = ids
-        r = server.post(path, **what, **body)
+        r = server.post(path, **body)
         assert r.status_code == 200, r.text
         to_sample[:] = ids
-        return r.json(), server.events(path, **what, **body)
+        return r.json(), server.events(path, **body)
 
     return reply
 
@@ -168,6 +169,14 @@ def test_the_shape_of_a_stream(reply):
         (chunks[0]["id"], "chat.completion.chunk", chunks[0]["created"], "tiny")
     }
     assert all("usage" not in c for c in chunks)
+
+
+def test_a_reply_that_continues_keeps_its_blanks(server, reply):
+    fields = {"messages": [inputs.USER, inputs.assistant("The")], "continue_final_message": True}
+    whole, chunks = reply(" cat", **fields)
+    assert whole["choices"][0]["message"]["content"] == "".join(texts(chunks)[:-1]) == " cat"
+    prompt = server.post(inputs.TOKENIZE, prompt="<user>hi<assistant>The").json()
+    assert whole["usage"]["prompt_tokens"] == prompt["count"]
 
 
 def test_usage_in_a_stream(server):

@@ -141,6 +141,38 @@ def test_options_of_the_client(options):
     assert text == right and ("<think>" in text) is (options == {"enable_thinking": False})
 
 
+def continued(name, content):
+    """Return our text and that of transformers for a reply to continue."""
+    messages = [QUESTION, {"role": "assistant", "content": content}]
+    variables = VARIABLES | {"add_generation_prompt": False}
+    text, _ = chat_template.render(SOURCES[name], messages, continued=True, **variables)
+    [right], _ = render_jinja_template(
+        [messages],
+        chat_template=SOURCES[name],
+        tools=None,
+        continue_final_message=True,
+        **variables,
+    )
+    return text, right
+
+
+@pytest.mark.parametrize("content", ["The", " The ", "q", "a\n\n", "x</think>y"])
+@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"parts_only"}))
+def test_a_reply_to_continue(name, content):
+    if "</think>" in content and name in ("deepseek", "qwen"):
+        with pytest.raises(ValueError, match="leaves out a part"):
+            continued(name, content)
+        return
+    text, right = continued(name, content)
+    assert text == right and text.rstrip().endswith(content.strip()[-1])
+
+
+@pytest.mark.parametrize("last", [QUESTION, TALKS["call"][1]], ids=["user", "call"])
+def test_only_a_text_of_the_assistant_is_continued(last):
+    with pytest.raises(ValueError, match="only an assistant's text"):
+        chat_template.render(SOURCES["qwen"], [QUESTION, last], continued=True, **VARIABLES)
+
+
 def test_an_option_cannot_write_control_tokens():
     source, token = "{{ mood }}{{ eos_token }}{{ messages[0].content }}", "</s>"
     text, mark = chat_template.render(
