@@ -255,6 +255,7 @@ class _Word(str):
     """A value from the command line. The type of its field decides what it means."""
 
 
+_NONE = ("none", "null")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -265,10 +266,16 @@ def _converted(value: Any, kind: str) -> Any:
         value: a value of a TOML file, or a `_Word`.
         kind: the annotation of the field, for example "int | None".
     """
+    if isinstance(value, _Word) and "None" in kind and value.strip().lower() in _NONE:
+        return None
     if "tuple" in kind:
         items = _items(value, kind) if isinstance(value, str) else value
         items = items if isinstance(items, list) else [items]
-        return tuple(_converted(item, "str" if "str" in kind else "float") for item in items)
+        item_kind = next(name for name in ("str", "int", "float") if f"tuple[{name}" in kind)
+        converted = tuple(_converted(item, item_kind) for item in items)
+        # "int | tuple[int, ...] | None" also takes one value.
+        may_be_one = not kind.startswith("tuple") and len(converted) == 1
+        return converted[0] if may_be_one else converted
     if isinstance(value, _Word):
         return _typed(value, kind)
     if "int" in kind and isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
@@ -279,8 +286,6 @@ def _converted(value: Any, kind: str) -> Any:
 def _typed(word: _Word, kind: str) -> Any:
     """Convert a word of the command line. Words that do not fit are returned as they are."""
     lower = word.strip().lower()
-    if "None" in kind and lower in ("none", "null"):
-        return None
     if "bool" in kind and lower in _TRUE + _FALSE:
         return lower in _TRUE
     for name, convert in (("int", parse_int), ("float", float)):

@@ -285,6 +285,16 @@ def test_recipes_survive_a_round_trip_through_to_dict(name):
     assert not [v for s in recipe.to_dict().values() for v in s.values() if isinstance(v, tuple)]
 
 
+@pytest.mark.parametrize(
+    "given, ids", [("5", 5), ("[5, 6]", (5, 6)), ("5,6", (5, 6)), ("null", None)]
+)
+def test_a_field_for_one_id_or_several_takes_both(tmp_path, given, ids):
+    (tmp_path / "r.toml").write_text('model.preset = "tiny"\ndata.sources = ["a"]\n')
+    recipe = Recipe.load(tmp_path / "r.toml", ["--model.eos_token_id", given])
+    assert recipe.model.eos_token_id == ids
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
 def test_the_saved_config_has_the_coefficient_of_the_recipe():
     """The saved config has the balance coefficient of the recipe, not that of the model's config.
 
