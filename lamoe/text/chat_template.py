@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lamoe.text import call_form, template_worker
-from lamoe.text.child_process import Child
+from lamoe.text.child_process import Child, ChildLimit
 
 # DeepSeek-V2's format. There is no blank after the last "Assistant:": with one, replies get worse.
 V2_TEMPLATE = (
@@ -142,8 +142,29 @@ def render(
     except RecursionError:
         raise ValueError("the messages or tools are nested too deeply; make them flatter") from None
     variables = {**shielded_options, **variables}
-    text = _run(source, messages=shielded, tools=shielded_tools, **variables)
+    try:
+        text = _run(source, messages=shielded, tools=shielded_tools, **variables)
+    except ChildLimit:
+        raise
+    except ValueError:
+        # Templates read a description and parameters, which the API lets clients leave out.
+        if shielded_tools is None or (whole := _completed(shielded_tools)) == shielded_tools:
+            raise
+        text = _run(source, messages=shielded, tools=whole, **variables)
     return _until(text, end, shielded[-1]["content"]) if continued else text, mark
+
+
+def _completed(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return tools with an empty description and no parameters where they have none."""
+    absent = {"description": "", "parameters": {"type": "object", "properties": {}}}
+    completed = []
+    for tool in map(dict, tools):
+        if isinstance(tool.get("function"), Mapping):
+            tool["function"] = {**tool["function"]}
+            for name, value in absent.items():
+                tool["function"].setdefault(name, value)
+        completed.append(tool)
+    return completed
 
 
 def _with_end(message: Mapping[str, Any], end: str) -> str:

@@ -181,6 +181,24 @@ def test_an_option_cannot_write_control_tokens():
     assert text.count(token) == 1 and text.replace(mark, "") == "</s></s>q"
 
 
+def test_tools_without_description_and_parameters():
+    """A template that writes them as they are gets nothing else; others get empty ones."""
+    bare = {"type": "function", "function": {"name": "f"}}
+    for source, want in (
+        ("{{ tools | tojson }}", json.dumps([bare])),
+        ("{% for t in tools %}{{ 'f: ' + t.function.description }}{% endfor %}", "f: "),
+        (
+            "{% for t in tools %}{{ t.function.parameters | tojson }}{% endfor %}",
+            '{"type": "object", "properties": {}}',
+        ),
+        ("{{ tools[0].function.parameters.properties.keys() | list }}", "[]"),
+    ):
+        assert chat_template.render(source, [QUESTION], tools=[bare], **VARIABLES)[0] == want
+    with pytest.raises(ValueError, match="no such thing"):
+        source = "{{ tools }}{{ raise_exception('no such thing') }}"
+        chat_template.render(source, [QUESTION], tools=[bare], **VARIABLES)
+
+
 BROKEN = '{"a": 1'  # a call that max_tokens cut
 
 
