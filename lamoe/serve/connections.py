@@ -226,6 +226,10 @@ class Connection(H11Protocol):
             self._wait()  # the next request has begun to arrive
         super().data_received(data)
 
+    def _should_upgrade(self) -> bool:
+        """Answer as HTTP/1.1. Java's client offers HTTP/2 at first; uvicorn would log warnings."""
+        return False
+
     def on_response_complete(self) -> None:
         self._wait()
         super().on_response_complete()

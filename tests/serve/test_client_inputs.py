@@ -80,6 +80,13 @@ def test_a_request_line_with_the_whole_url(server):
         assert s.makefile("rb").readline() == b"HTTP/1.1 200 OK\r\n"
 
 
+def test_an_offer_of_http2_is_not_logged(server, caplog):
+    """Java's client sends it with every first request."""
+    r = send(server, *inputs.ACCEPTED["asks for HTTP/2 (Java)"])
+    assert r.status_code == 200 and "upgrade" not in r.headers
+    assert [r for r in caplog.records if r.levelname == "WARNING"] == []
+
+
 def test_places_of_the_key():
     with Running(api_key="k1") as s:
         for headers in (
