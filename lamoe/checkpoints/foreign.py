@@ -65,7 +65,7 @@ _FORMATS = (
 # (pattern of a tensor name, what the tensors are, what to do)
 _TENSORS = (
     (
-        r"base_model\.model\..*|.*\.lora_(A|B|embedding_A|embedding_B)\b.*",
+        r"base_model\.model\..*|.*\.lora_(A|B|embedding_A|embedding_B)\b.*|.*\.base_layer\..*",
         "the tensors of a LoRA adapter",
         "merge the adapter into its base model first (peft: merge_and_unload, then "
         "save_pretrained)",
@@ -99,6 +99,16 @@ _TENSORS = (
         r"(_orig_mod|module)\..*",
         "the tensors of a wrapped model (torch.compile or DDP)",
         "save the inner model: model._orig_mod or model.module",
+    ),
+    (
+        r"model\.(model\..*|lm_head\.weight)",
+        "the tensors of a model inside a module of a trainer",
+        "save the inner model (its attribute `model`)",
+    ),
+    (
+        r"(layers\.\d+\.self_attn\..*|embed_tokens\.weight)",
+        "the tensors of a base model without its output head",
+        "load it with AutoModelForCausalLM and use save_pretrained",
     ),
     (
         r"(model\.)?(vision_tower|vision_model|visual|language_model|multi_modal_projector)\..*",

@@ -97,7 +97,7 @@ def read(path: str | Path) -> File:
         ValueError: if the file is missing, is not a complete GGUF file, or is one of several parts.
     """
     file = gguf_file.read(path)
-    if (parts := file.metadata.get("split.count", 1)) != 1:
+    if (parts := file.metadata.get("split.count", 1)) not in (0, 1):
         raise ValueError(
             f"{file.path} is one of {shorten(parts)} parts; join them first (llama-gguf-split "
             "--merge)"

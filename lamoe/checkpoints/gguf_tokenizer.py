@@ -300,6 +300,8 @@ def _sentencepiece(
     SentencePiece joins two neighbouring pieces if the result is a piece too, best score first. The
     equivalent list of merges has every way to cut a piece into two pieces, ordered by score.
     """
+    if own.get("escape_whitespaces") is False:
+        raise ValueError(f"escape_whitespaces is False, which is not known here; {_INSTEAD}")
     scores, merges = own["scores"], []
     if sum(len(piece) ** 2 for piece in vocab) > _MAX_CUTS:
         raise ValueError(f"its pieces are too long to be words; {_INSTEAD}")

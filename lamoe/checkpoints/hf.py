@@ -42,7 +42,9 @@ _WANTED = [
 ]
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers in old checkpoints that are ignored, because the config determines their values.
-_IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_IGNORED = re.compile(
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)"
+)
 
 
 # ---- the table of names --------------------------------------------------------------------------

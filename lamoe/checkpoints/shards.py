@@ -92,6 +92,11 @@ def scan(folder: Path) -> dict[str, Found]:
         return read_header(single)
     if index.is_file():
         return _scan_index(index)
+    for link in (single, index):
+        if link.is_symlink():
+            raise ValueError(
+                f"{link} is a link to {os.readlink(link)}, which does not exist; download it again"
+            )
     raise ValueError(foreign.weights_problem(folder, SINGLE, INDEX, read_header))
 
 
@@ -155,13 +160,13 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     for name, shard in placed.items():
         # Symbolic links are followed: in the hub's cache every file is one.
         if not isinstance(shard, str) or not re.fullmatch(
-            r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors", shard
+            r"(\./)?[A-Za-z0-9_][^/\\\x00-\x1f]*\.safetensors", shard
         ):
             raise ValueError(
                 f"{index} places {name!r} in {shard!r}; only plain .safetensors file names of the "
                 "same folder are allowed"
             )
-    return placed
+    return {name: shard.removeprefix("./") for name, shard in placed.items()}
 
 
 def read_header(path: Path) -> dict[str, Found]:

@@ -80,7 +80,7 @@ FACTS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     **dict.fromkeys(
         "is_causal causal attention_causal use_rope use_rotary rotary use_rotary_embeddings"
         " rotary_embedding use_rms_norm rms_norm gated_mlp use_swiglu swiglu glu pre_norm"
-        " use_pre_norm".split(),
+        " use_pre_norm no_bias".split(),
         lambda c: (True,),
     ),
     **dict.fromkeys(

@@ -74,6 +74,8 @@ def read_fields(
     dtype = _dtype("dtype", raw.pop("dtype", None))
     raw["torch_dtype"] = _dtype("torch_dtype", raw.get("torch_dtype"))
     _merge(raw, "torch_dtype", dtype)
+    if raw.get("initializer_range") == 0:
+        del raw["initializer_range"]  # only training from the start uses it
     _read_rope(raw, yarn_types)
     raw = {k: v for k, v in raw.items() if v is not None}
     facts = sort_keys({k: v for k, v in raw.items() if k not in types}, types, "config.json")
@@ -246,6 +248,8 @@ def _read_rope(raw: dict[str, Any], known: Mapping[str, str]) -> None:
         raise ValueError(f"rope_scaling of type yarn needs {' and '.join(missing)}")
     # Defaults of the published code: without mscale_all_dim the softmax scale has no YaRN factor.
     # Without mscale, the factor on cos and sin is that of mscale = 1.
+    if raw.get("model_type") == "llama" and not (rope.get("mscale") and rope.get("mscale_all_dim")):
+        rope = {k: v for k, v in rope.items() if k not in ("mscale", "mscale_all_dim")}
     raw["rope_scaling"] = {"mscale": 1.0, "mscale_all_dim": 0.0, **rope}
 
 

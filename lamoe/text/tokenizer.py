@@ -17,6 +17,7 @@ import codecs
 import functools
 import itertools
 import json
+import logging
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +31,7 @@ from lamoe.text import tokenizer_files as files
 from lamoe.text.chat_template import Templates, free_mark, render
 from lamoe.text.control_tokens import Encoder
 
+log = logging.getLogger("lamoe.text")
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 SPECIAL_TOKENS = (BOS, EOS, "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>")
 
@@ -91,8 +93,6 @@ class Tokenizer:
         stop_ids: Iterable[int] = (),
         max_length: int | None = None,
     ):
-        inner.no_truncation()  # tokenizer.json may ask for either; both change the ids silently
-        inner.no_padding()
         self.inner = inner
         self._byte_level = isinstance(inner.decoder, decoders.ByteLevel)
         vocab = inner.get_vocab(with_added_tokens=True)
@@ -163,11 +163,15 @@ class Tokenizer:
             for key, usual in (("bos", BOS), ("eos", EOS)):
                 if named[key] is None and inner.token_to_id(usual) is not None:
                     named[key] = usual
+            named["bos"] = named["bos"] or files.first_added(inner)
+            if named["pad"] is not None and inner.token_to_id(named["pad"]) is None:
+                log.warning("%s: the pad token %r has no id; ignored", folder, named["pad"])
+                named["pad"] = None
             return cls(
                 inner,
                 **named,
                 chat_template=files.read_templates(folder, config),
-                add_bos=config.get("add_bos_token") is not False,
+                add_bos=files.begins_with(inner, named["bos"], config),
                 stop_ids=ids["eos"],
                 max_length=files.max_length(config),
             )

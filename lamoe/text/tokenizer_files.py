@@ -20,6 +20,8 @@ _MAY_ABORT = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]|\\u00[2-7]')
 _MAX_SIDE_FILE_BYTES = 16 << 20
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _MAX_TEMPLATES = 64
+# Tokenizer classes that add BOS if neither the config nor a post-processor decides.
+_BEGIN_BY_CLASS = re.compile("(Code)?(Llama|Gemma)Tokenizer(Fast)?")
 
 
 def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
@@ -37,6 +39,10 @@ def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
         _check_merges(text, file)
     try:
         inner = tokenizers.Tokenizer.from_str(text)
+        inner.no_truncation()  # tokenizer.json may ask for either; both change the ids silently
+        inner.no_padding()
+        if getattr(inner.model, "dropout", None):
+            inner.model.dropout = None  # for training: it makes the ids random
         make_splits_linear(inner)
         return inner
     except BaseException as e:  # a Rust panic is a BaseException, but not an Exception
@@ -273,6 +279,25 @@ def generation_ids(folder: Path) -> dict[str, list[int]]:
 def first_token(inner: tokenizers.Tokenizer, ids: list[int]) -> str | None:
     """Return the text of the first of `ids`, or None."""
     return inner.id_to_token(ids[0]) if ids else None
+
+
+def begins_with(inner: tokenizers.Tokenizer, bos: str | None, config: dict[str, Any]) -> bool:
+    """Return whether prompts of a model begin with BOS.
+
+    add_bos_token of tokenizer_config.json decides, else the post-processor of tokenizer.json. If
+    there is neither, only Llama's and Gemma's tokenizer classes add BOS, as in transformers 4.
+    """
+    if isinstance(config.get("add_bos_token"), bool):
+        return config["add_bos_token"]
+    if inner.post_processor is not None and bos is not None:
+        return first_added(inner) == bos
+    return bool(_BEGIN_BY_CLASS.fullmatch(str(config.get("tokenizer_class"))))
+
+
+def first_added(inner: tokenizers.Tokenizer) -> str | None:
+    """Return the token that the post-processor puts before a text, or None."""
+    with_added = inner.encode("a", add_special_tokens=True)
+    return with_added.tokens[0] if with_added.special_tokens_mask[:1] == [1] else None
 
 
 def max_length(config: dict[str, Any]) -> int | None:
