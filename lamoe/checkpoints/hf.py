@@ -40,6 +40,11 @@ _WANTED = [
     *("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*.tiktoken"),
     *("LICENSE*", "NOTICE*"),
 ]
+# What people write for a hub id: its page, its clone address, its folder with a slash at the end.
+_HUB_URL = re.compile(
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://|hf:)([\w.\-]+/[\w.\-]+)"
+    r"|([\w\-][\w.\-]*/[\w.\-]+)(?:/|@.*)$"
+)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers in old checkpoints that are ignored, because the config determines their values.
 _IGNORED = re.compile(
@@ -218,9 +223,11 @@ def resolve(source: str | Path) -> Path:
     if not isinstance(source, str) or not re.fullmatch(
         r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", source, re.ASCII
     ):
+        id_inside = _HUB_URL.match(str(source))
+        advice = f"write {id_inside[1] or id_inside[2]}" if id_inside else "check the path"
         raise ValueError(
             f"there is no folder {str(source)!r}, and it does not look like a hub id (owner/name); "
-            "check the path"
+            f"{advice}"
         )
     # Imported late, because the import reads the HF_* variables.
     from huggingface_hub import snapshot_download

@@ -3,6 +3,7 @@ generate.py, measure.py or convert.py that calls the Python API."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -37,7 +38,9 @@ def main(argv: list[str] | None = None) -> int:
             if os.environ.get("LAMOE_TRACEBACK"):
                 raise
             text = in_words_of_options(explain(e) if isinstance(e, OSError) else str(e))
-            if _discard_output():
+            # A failed write may have emptied the buffer. Errors of files have a name.
+            is_full = isinstance(e, OSError) and e.errno == errno.ENOSPC and e.filename is None
+            if _discard_output() or is_full:
                 text = f"standard output cannot be written: {text}"
             print(f"lamoe {args.verb}: {' '.join(text.splitlines())}", file=sys.stderr)
             return 2

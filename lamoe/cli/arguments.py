@@ -61,6 +61,13 @@ def whole_number(text: str) -> int:
         raise argparse.ArgumentTypeError(str(e)) from None
 
 
+def num_threads(text: str) -> int:
+    """Parse a number of threads. 0 means the default."""
+    if (number := whole_number(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0; 0 means the default")
+    return number
+
+
 def prompts(text: str) -> list[tuple[int, int]]:
     """Parse '512,512@4096' to [(512, 0), (512, 4096)].
 

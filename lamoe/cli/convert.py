@@ -53,6 +53,10 @@ def convert(args: argparse.Namespace) -> int:
             f"--tokenizer is {args.tokenizer!r}, which is not a folder; name a folder that holds "
             "a tokenizer.json"
         )
+    if args.tokenizer:
+        given = Path(args.tokenizer).expanduser()
+        if not any(side_files.is_carried(p) for p in given.iterdir()):
+            raise ValueError(f"--tokenizer is {args.tokenizer!r}, which holds no tokenizer.json")
     if foreign.is_gguf(Path(args.source).expanduser()):
         gguf.to_folder(
             args.source,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from lamoe import __version__
 from lamoe.cli import convert, generate, measure, train
-from lamoe.cli.arguments import Parser, counts, lengths, prompts, whole_number
+from lamoe.cli.arguments import Parser, counts, lengths, num_threads, prompts, whole_number
 from lamoe.model.config import PRESETS
 from lamoe.serve import settings
 from lamoe.serve.settings import parse_bytes
@@ -37,7 +37,7 @@ def _build() -> tuple[Parser, dict[str, Parser]]:
         description="DeepSeek-V2 (latent attention + mixture of experts) as software.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"lamoe {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"lamoe {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (
         _add_train,
@@ -66,7 +66,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser, verbs = _build()
     args, unknown = parser.parse_known_args(words)
     if unknown:
-        verbs[args.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
+        early = words[: words.index(args.verb)]
+        place = f"; write them behind {args.verb}" if set(unknown) <= set(early) else ""
+        verbs[args.verb].error(f"unrecognized arguments: {' '.join(unknown)}{place}")
     args.overrides = overrides
     return args
 
@@ -111,7 +113,7 @@ def _add_train(verbs) -> None:
     p.add_argument("recipe", help="TOML file, for example recipes/tiny.toml")
     p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     p.add_argument("--quiet", action="store_true", help="print no progress")
-    _add_threads(p)
+    _add_threads(p, whole_number)  # run.threads of the recipe is checked there
 
 
 def _add_generate(verbs) -> None:
@@ -393,8 +395,8 @@ def _add_cache_size(p: argparse.ArgumentParser, length: str, memory: str) -> Non
     )
 
 
-def _add_threads(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--threads", type=whole_number, default=0, metavar="N", help=_shared("threads"))
+def _add_threads(p: argparse.ArgumentParser, kind: Callable[[str], int] = num_threads) -> None:
+    p.add_argument("--threads", type=kind, default=0, metavar="N", help=_shared("threads"))
 
 
 def _add_device(p: argparse.ArgumentParser) -> None:

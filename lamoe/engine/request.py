@@ -106,6 +106,13 @@ def check_prompt(
         raise ValueError("the prompt has no tokens; give at least one, for example BOS")
     invalid = [t for t in prompt if type(t) is not int or not 0 <= t < vocab]
     if invalid:
+        known = 0 if tokenizer is None else tokenizer.vocab_size
+        if type(invalid[0]) is int and 0 <= invalid[0] < known:
+            raise ValueError(
+                f"the prompt has the token {tokenizer.inner.id_to_token(invalid[0])!r} of id "
+                f"{invalid[0]}, but the model has embeddings for {vocab} tokens only; leave this "
+                "text out, or use the tokenizer that belongs to the model"
+            )
         raise ValueError(
             f"a prompt is a list of token ids from 0 to {vocab - 1}; found {invalid[0]!r}"
         )

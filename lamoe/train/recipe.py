@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import json
 import os
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 from lamoe.model.config import ModelConfig, RopeScaling, check_types, did_you_mean
 from lamoe.model.field_checks import parse_int
 from lamoe.model.routing import Balance
+from lamoe.text.json_file import read_json
 from lamoe.train.optim import Batch, Optim
 
 
@@ -153,10 +155,10 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-        """Read a recipe from a TOML file.
+        """Read a recipe from a TOML file, or from the recipe.json of a run.
 
         Args:
-            path: the TOML file.
+            path: the file.
             overrides: words `--section.key value` or `--section.key=value` that replace lines of
                 the file. The type of the field decides what a value means: text is taken as it
                 stands, and lists may be written as TOML or with commas.
@@ -166,6 +168,8 @@ class Recipe:
                 suggests a similar known one.
         """
         path = Path(path)
+        if (path / "recipe.json").is_file():
+            raise ValueError(f"{path} is a run folder; its recipe is {path / 'recipe.json'}")
         if not path.is_file():
             near = (
                 sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
@@ -174,10 +178,7 @@ class Recipe:
                 f"no recipe at {path}{did_you_mean(path.name, near)}"
                 + (f"; there are {', '.join(near)}" if near else "")
             )
-        try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-            raise ValueError(f"{path} is not valid TOML: {e}") from None
+        raw = read_json(path) if path.suffix == ".json" else _read_toml(path)
         try:
             for (*sections, key), word in _parse(overrides):
                 inner = raw
@@ -197,6 +198,15 @@ class Recipe:
         for section in out.values():
             section.update({k: list(v) for k, v in section.items() if isinstance(v, tuple)})
         return out
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    try:  # Windows editors write a byte order mark, or UTF-16
+        return tomllib.loads(data.decode(json.detect_encoding(data)).replace("\r\n", "\n"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        fix = "; write a path with \\ in single quotes" if b"\\" in data else ""
+        raise ValueError(f"{path} is not valid TOML: {e}{fix}") from None
 
 
 SECTIONS = {"data": Data, "optim": Optim, "batch": Batch, "balance": Balance, "run": Run}

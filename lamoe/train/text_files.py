@@ -309,6 +309,8 @@ def _text_of(record: Any, field: str, where: str) -> str:
             "To use another field, write file.jsonl:field"
         )
     text = record[field]
+    if text is None:
+        return ""  # counted as an empty document
     if not isinstance(text, str):
         raise ValueError(f"{where}: field {field!r} must be text, found {type(text).__name__}")
     try:
