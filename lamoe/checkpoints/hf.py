@@ -346,8 +346,11 @@ def _check(
     """
     missing = [n for n in want if n not in found]
     tied = found.get("lm_head.weight") if config.tie_word_embeddings else None
-    extra = [
-        n for n in found if n not in want and n != "lm_head.weight" and not _IGNORED.fullmatch(n)
+    extra = [  # transformers saves empty tensors for zero shared experts
+        n
+        for n, tensor in found.items()
+        if n not in want and n != "lm_head.weight" and not _IGNORED.fullmatch(n)
+        if 0 not in tensor.shape
     ]
     if (missing or extra) and (problem := foreign.tensor_problem(extra)):
         raise ValueError(f"{folder}: {problem}")

@@ -160,7 +160,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     for name, shard in placed.items():
         # Symbolic links are followed: in the hub's cache every file is one.
         if not isinstance(shard, str) or not re.fullmatch(
-            r"(\./)?[A-Za-z0-9_][^/\\\x00-\x1f]*\.safetensors", shard
+            r"(\./)?[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.safetensors", shard
         ):
             raise ValueError(
                 f"{index} places {name!r} in {shard!r}; only plain .safetensors file names of the "

@@ -32,6 +32,14 @@ _REQUIRED = (
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # The fields that only a mixture of experts has. In a dense config, 0 means that they are absent.
 _EXPERT_COUNTS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts")
+# What else describes experts.
+_OF_EXPERTS = frozenset(
+    """
+    n_routed_experts num_experts_per_tok n_shared_experts moe_intermediate_size n_group topk_group
+    topk_method norm_topk_prob routed_scaling_factor first_k_dense_replace moe_layer_freq
+    aux_loss_alpha seq_aux
+    """.split()
+)
 _DTYPES = {
     "bf16": "bfloat16",
     "fp16": "float16",
@@ -88,10 +96,8 @@ def read_fields(
         raw = {k: v for k, v in raw.items() if v != 0 or k not in _EXPERT_COUNTS}
     if "kv_lora_rank" in raw and raw.get("head_dim") == raw.get("qk_rope_head_dim"):
         raw.pop("head_dim", None)  # for MLA, transformers 5 writes the rotary width here
-    all_dense = raw.get("first_k_dense_replace") == raw["num_hidden_layers"]
-    if all_dense and "n_routed_experts" not in raw:
-        # In dense models, to_dict writes it for transformers.
-        raw.pop("first_k_dense_replace", None)
+    if raw.get("first_k_dense_replace") == raw["num_hidden_layers"]:  # no layer has experts
+        raw = {k: v for k, v in raw.items() if k not in _OF_EXPERTS}
     raw.setdefault("torch_dtype", "float32")
     return raw, facts
 

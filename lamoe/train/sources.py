@@ -210,6 +210,10 @@ def list_entries(source: str, skipped: Counter[str]) -> list[Entry]:
             f"source {source!r} matches no file (from {current_folder()}); a folder is named "
             "without *, and ** goes into folders"
         )
+    if "://" in source:
+        raise ValueError(
+            f"source {source!r} is an address; lamoe reads files of this machine, so download it"
+        )
     raise ValueError(
         f"source {source!r} does not exist; it is none of {', '.join(BUILT_IN)}, and no file, "
         f"folder or glob of that name is found from {current_folder()}"

@@ -224,7 +224,10 @@ def _parsed(line: bytes, where: str) -> Any:
             "convert the file: iconv -f ENCODING -t UTF-8"
         ) from None
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{where}: not valid JSON ({e}); it starts with {line[:40]!r}") from None
+        raise ValueError(
+            f"{where}: not valid JSON ({e}); it starts with {line[:40]!r}. Each line must be one "
+            "whole value; if values follow one another or span lines, name the file .json"
+        ) from None
 
 
 def _values(path: Path, name: str, text: str, field: str, named: bool) -> Iterator[tuple[str, str]]:
