@@ -183,7 +183,7 @@ async function generate(conversation, index) {
 /** Make the function to call when a reply has grown: it draws once per frame and saves at times. */
 function progressHandler(conversation, index) {
   let frame = 0;
-  let saved = Date.now();
+  let saved = performance.now();
   const draw = () => {
     frame = 0;
     if (current !== conversation) return;
@@ -193,9 +193,9 @@ function progressHandler(conversation, index) {
   return () => {
     // a hidden page gets no animation frames
     frame ||= document.hidden ? setTimeout(draw, 500) : requestAnimationFrame(draw);
-    if (Date.now() - saved > SAVE_INTERVAL_MS) {
+    if (performance.now() - saved > SAVE_INTERVAL_MS) {
       store.save(conversation);
-      saved = Date.now();
+      saved = performance.now();
     }
   };
 }

@@ -37,10 +37,10 @@ const WAIT_MESSAGES = {
  * again. Throws AbortError if `signal` is aborted.
  */
 async function wait(kind, duration, version, signal, changed) {
-  const end = Date.now() + 1000 * duration;
+  const end = performance.now() + 1000 * duration;
   const wasDown = kind !== "busy" && server.state !== "ready";
   for (;;) {
-    const left = Math.ceil((end - Date.now()) / 1000);
+    const left = Math.ceil((end - performance.now()) / 1000);
     if (left <= 0 || (wasDown && server.state === "ready")) break;
     version.status = WAIT_MESSAGES[kind](left);
     changed();
