@@ -134,6 +134,7 @@ def test_the_parser_agrees_with_the_gguf_package(tmp_path, kind):
         {"general.quantization_version": 2, "general.file_type": 7, "quantize.imatrix.file": "x"},
         {"tokenizer.ggml.padding_token_id": -1, "tokenizer.ggml.eos_token_id": 96},
         {"split.count": 1, "split.no": 0},
+        {"split.count": 0},
     ],
     ids=lambda facts: ", ".join(facts)[:60],
 )

@@ -69,3 +69,9 @@ def test_control_tokens_of_phi3_swallow_the_blanks_behind_them(tmp_path):
         tok = load(tmp_path, name=name)
         ids = tok.encode("<|a|> <|endoftext|> ", allow_special=True)
         assert ids == ([0, 5, blank] if swallows else [0, blank, 5, blank])
+
+
+def test_a_vocabulary_that_keeps_blanks_is_refused(tmp_path):
+    facts = {"model": "llama", "scores": [0.0] * 263, "escape_whitespaces": False}
+    with pytest.raises(ValueError, match="escape_whitespaces is False"):
+        load(tmp_path, **facts)
