@@ -11,13 +11,13 @@ import subprocess
 import sys
 
 import pytest
+from test_cli import refused, run
 
 from lamoe.checkpoints import resolve
 from lamoe.engine.request import check_prompt
 from lamoe.model.config import PRESETS
 from lamoe.train.recipe import Recipe
 from lamoe.train.sources import read_documents
-from test_cli import refused, run
 from tiny_run import trained  # noqa: F401 (a fixture)
 
 
@@ -143,7 +143,7 @@ def test_recipe_refused(tmp_path, text, says):
         Recipe.load(tmp_path / "r.toml")
 
 
-def test_a_run_folder_in_place_of_a_recipe(trained):  # noqa: F811
+def test_a_run_folder_in_place_of_a_recipe(trained):
     with pytest.raises(ValueError, match=r"is a run folder; its recipe is .*recipe.json"):
         Recipe.load(trained)
 
@@ -225,7 +225,7 @@ def test_a_full_disk_under_the_output_is_named():
     assert done.stderr == "lamoe info: standard output cannot be written: No space left on device\n"
 
 
-def test_convert_with_a_folder_without_a_tokenizer(tmp_path, trained, capsys):  # noqa: F811
+def test_convert_with_a_folder_without_a_tokenizer(tmp_path, trained, capsys):
     words = ("convert", trained, tmp_path / "out", "--tokenizer", tmp_path)
     assert "which holds no tokenizer.json" in refused(capsys, *words)
     assert not os.path.exists(tmp_path / "out")
