@@ -174,7 +174,7 @@ def load(
     folder = resolve(source)
     config = read_config(folder)
     dtype = _dtype(config.torch_dtype if dtype is None else dtype)
-    found = shards.scan(folder)
+    found = named_as_in_model(config, shards.scan(folder))
     checksums.warn_of_changes(folder)
     model = _meta_model(config, folder, len(found))
     tied = _check(folder, config, found, views(config, dict(model.named_parameters())))
@@ -195,6 +195,19 @@ def load(
         )
     model.load_state_dict(parameters, assign=True)
     return model.eval()
+
+
+def named_as_in_model(config: ModelConfig, found: dict[str, Found]) -> dict[str, Found]:
+    """Return the tensors under the names of the model.
+
+    Of two names for one tensor, safetensors.torch.save_model keeps the first in the alphabet. So a
+    tied embedding may be stored as lm_head.weight only.
+    """
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if config.tie_word_embeddings and embedding not in found and head in found:
+        tensor = found[head]._replace(stored=head)
+        return {**{n: f for n, f in found.items() if n != head}, embedding: tensor}
+    return found
 
 
 def _copy(stored: torch.Tensor, place: torch.Tensor) -> None:

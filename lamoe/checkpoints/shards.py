@@ -61,6 +61,7 @@ class Found(NamedTuple):
         dtype: name of the dtype in safetensors, for example "BF16".
         begin: offset of the data from the end of the header, in bytes.
         checksum: the checksum in the file (checksums.py), or "" if the file has none.
+        stored: the name in the file, or "" if it is the name in the model.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class Found(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     checksum: str = ""
+    stored: str = ""
 
 
 def num_bytes(tensor: Found) -> int:
@@ -296,8 +298,9 @@ def stream(found: Mapping[str, Found], use: Callable[[str, torch.Tensor], None])
             # that is truncated meanwhile would kill it with SIGBUS.
             with safe_open(path, framework="pt", backend="pread") as f:
                 for _, name in inside:
-                    tensor = f.get_tensor(name)
-                    checksums.check_tensor(path, name, found[name].checksum, tensor)
+                    stored = found[name].stored or name
+                    tensor = f.get_tensor(stored)
+                    checksums.check_tensor(path, stored, found[name].checksum, tensor)
                     use(name, tensor)
         except SafetensorError as e:
             raise ValueError(f"{path} could not be read: {e}; download or save it again") from None

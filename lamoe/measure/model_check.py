@@ -120,7 +120,7 @@ class _Check:
         config = hf.read_config(folder)
         self.kind = self.kind.replace("not a model", "Hugging Face folder")
         found = shards.scan(folder)
-        self.attempt(hf.check_tensors, folder, config, found)
+        self.attempt(hf.check_tensors, folder, config, hf.named_as_in_model(config, found))
         self.tensors(found)
 
     def tensors(self, found: dict[str, shards.Found]) -> None:

@@ -10,9 +10,10 @@ import logging
 import pytest
 import tokenizers
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from lamoe.backends.cpu import packed_file
 from lamoe.checkpoints import hf
 from lamoe.text.tokenizer import Tokenizer
 
@@ -230,6 +231,18 @@ def test_weights(plain, tmp_path, name):
         content = {"metadata": {"total_size": 5}, "weight_map": where}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
     check(tmp_path, expected)
+
+
+def test_a_tied_embedding_under_the_name_of_the_head(tmp_path):
+    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
+    model = transformers.LlamaForCausalLM(config)
+    save_random(model, tmp_path)
+    expected = hf.load(tmp_path, "float32").state_dict()
+    save_model(model, tmp_path / "model.safetensors")
+    assert "model.embed_tokens.weight" not in load_file(tmp_path / "model.safetensors")
+    assert logits_differ(tmp_path) < 1e-4
+    read = packed_file.reader(tmp_path, hf.read_config(tmp_path))
+    assert torch.equal(read("model.embed_tokens.weight"), expected["embed.weight"])
 
 
 def test_a_link_to_nothing_is_named(plain, tmp_path):

@@ -372,7 +372,7 @@ def reader(folder: Path, config: ModelConfig) -> Read:
     """
     from safetensors import safe_open
 
-    found = shards.scan(folder)
+    found = hf.named_as_in_model(config, shards.scan(folder))
     hf.check_tensors(folder, config, found)
     checksums.warn_of_changes(folder)
     # Keep the tensor that was read last, because three packed tensors in a row read kv_b_proj.
@@ -381,10 +381,10 @@ def reader(folder: Path, config: ModelConfig) -> Read:
     def read(name: str) -> torch.Tensor:
         nonlocal last_name, last_tensor
         if last_name != name:
-            with safe_open(found[name].path, framework="pt", backend="pread") as f:
-                last_name, last_tensor = name, f.get_tensor(name)
-            path, checksum = found[name].path, found[name].checksum
-            checksums.check_tensor(path, name, checksum, last_tensor)
+            path, checksum, stored = found[name].path, found[name].checksum, found[name].stored
+            with safe_open(path, framework="pt", backend="pread") as f:
+                last_name, last_tensor = name, f.get_tensor(stored or name)
+            checksums.check_tensor(path, stored or name, checksum, last_tensor)
         return last_tensor
 
     return read
