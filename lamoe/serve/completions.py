@@ -56,18 +56,28 @@ async def complete(
     if body.suffix is not None:
         texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         prompts = await fill_in_prompts(service, prompts, texts, body.suffix, body.echo)
-    check_logprobs(service, prompts, params, bool(body.echo))
+    logprobs = check_logprobs(service, prompts, params, bool(body.echo))
     body = body.model_copy(update={"prompt": "", "suffix": None})  # frees their memory
     builder = CompletionBuilder(service, id, body, prompts, params)
     if max_tokens == 0:
-        service.admit(len(prompts))
+        service.hold_logprobs(logprobs)
+        try:
+            service.admit(len(prompts))
+        except ApiError:
+            service.free_logprobs(logprobs)
+            raise
+
+        def end() -> None:
+            service.release(len(prompts))
+            service.free_logprobs(logprobs)
+
         return Reply(
             whole=builder.prompts_only,
             heavy=body.logprobs is not None,
-            close=lambda: service.release(len(prompts)),
+            close=end,
             seconds=service.settings.request_timeout,
         )
-    job = await service.start(id, [(ids, params) for ids in prompts])
+    job = await service.start(id, [(ids, params) for ids in prompts], logprobs)
     return _reply(service, builder, job, body, log_fields)
 
 
@@ -110,8 +120,8 @@ async def chat(
         cache_salt=cache_salt,
         grammar=await tool_grammar(service, body, use),
     )
-    check_logprobs(service, [ids], params, echo=False)
-    job = await service.start(id, [(ids, params)])
+    logprobs = check_logprobs(service, [ids], params, echo=False)
+    job = await service.start(id, [(ids, params)], logprobs)
     return _reply(service, ChatBuilder(service, id, body, use), job, body, log_fields)
 
 

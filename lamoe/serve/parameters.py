@@ -171,10 +171,14 @@ def _lark(text: str) -> Grammar:
 
 def check_logprobs(
     service: Service, prompts: list[list[int]], params: SamplingParams, echo: bool
-) -> None:
-    """Raise a 400 error if a request asks for more log-probabilities than may be kept in memory."""
+) -> int:
+    """Return how many log-probabilities a request may keep in memory.
+
+    Raises:
+        ApiError: 400 if they are too many.
+    """
     if params.logprobs is None:
-        return
+        return 0
     tokens = 0
     for ids in prompts:
         generated = min(params.max_tokens, service.max_model_len - len(ids))
@@ -188,3 +192,4 @@ def check_logprobs(
             "too_many_logprobs",
             "logprobs",
         )
+    return tokens * per_token

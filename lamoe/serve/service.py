@@ -30,6 +30,8 @@ from lamoe.text.tokenizer import Tokenizer
 
 MAX_KEPT_LOADS = 256  # number of finished requests whose expert loads are kept
 MAX_UNREAD = 1 << 16  # deltas of all requests that wait for their clients to read
+# Log-probabilities of all running requests. Each takes about 100 bytes until the request ends.
+MAX_HELD_LOGPROBS = 1 << 23
 SPEED_WINDOW_S = 5.0  # period over which tokens_per_s is measured
 
 Result = TypeVar("Result")
@@ -63,6 +65,7 @@ class Service:
         self.tokenizer: Tokenizer | None = None
         self.jobs: dict[str, Job] = {}
         self.admitted, self.requests = 0, 0
+        self.held_logprobs = 0  # an upper bound on the log-probabilities in memory
         self.unread = 0  # deltas that wait for their clients to read
         self.generated_tokens = 0
         self.mean_seconds = 1.0  # moving average of the duration of a request
@@ -157,18 +160,53 @@ class Service:
         """
         return await self._grammar_work.run(work)
 
-    async def start(self, id: str, prompts: list[tuple[list[int], SamplingParams]]) -> Job:
+    def hold_logprobs(self, number: int) -> None:
+        """Take log-probabilities from what all requests together may keep in memory.
+
+        Every call needs a call of `free_logprobs` later.
+
+        Raises:
+            ApiError: 429 if other requests keep too many now.
+        """
+        if self.held_logprobs and self.held_logprobs + number > MAX_HELD_LOGPROBS:
+            self.metrics.rejected.inc()
+            raise ApiError(
+                429,
+                f"running requests may keep {self.held_logprobs} log-probabilities, and this one "
+                f"{number}; the limit is {MAX_HELD_LOGPROBS}; try again later, or ask for a "
+                "smaller max_tokens, n or logprobs",
+                "queue_full",
+                headers={"Retry-After": str(min(max(math.ceil(self.mean_seconds), 1), 60))},
+            )
+        self.held_logprobs += number
+
+    def free_logprobs(self, number: int) -> None:
+        """Give back what one call of `hold_logprobs` has taken."""
+        self.held_logprobs -= number
+
+    async def start(
+        self, id: str, prompts: list[tuple[list[int], SamplingParams]], logprobs: int = 0
+    ) -> Job:
         """Queue prompts (token ids) of one request with their sampling parameters.
+
+        Args:
+            logprobs: the largest number of log-probabilities that the request may keep.
 
         Raises:
             ApiError: 400 if a prompt can never run, 429 or 503 if the request cannot run now.
         """
         engine, sequences = self.ready(), sum(params.n for _, params in prompts)
-        self.admit(sequences)
+        self.hold_logprobs(logprobs)
         try:
-            job = Job(self, id, await engine.open([*prompts]), prompts, sequences)
+            self.admit(sequences)
+        except ApiError:
+            self.free_logprobs(logprobs)
+            raise
+        try:
+            job = Job(self, id, await engine.open([*prompts]), prompts, sequences, logprobs)
         except BaseException as e:
             self.release(sequences)
+            self.free_logprobs(logprobs)
             if isinstance(e, ValueError):
                 field = "logit_bias" if str(e).startswith("logit_bias") else None
                 raise invalid_value(str(e), field) from None
@@ -316,8 +354,10 @@ class Job:
         run: Run,
         prompts: list[tuple[list[int], SamplingParams]],
         sequences: int,
+        logprobs: int,
     ):
         self.service, self.id, self.run, self.sequences = service, id, run, sequences
+        self._logprobs = logprobs
         self.prompt_lengths = [len(ids) for ids, _ in prompts]
         self._first_samples = [0]  # index of each prompt's first sample, then the total
         for _, params in prompts:
@@ -421,6 +461,7 @@ class Job:
         self.run.close()
         self._count_unread(-self._num_unread)
         self.service.requests -= 1
+        self.service.free_logprobs(self._logprobs)
         del self.service.jobs[self.id]
 
     def _end_generation(self) -> None:

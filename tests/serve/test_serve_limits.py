@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lamoe.engine import runner
-from lamoe.serve import guard
+from lamoe.serve import guard, service
 from tiny_server import CONTEXT, Client, Running, connect, paced, post_head, until
 
 LONG = {"prompt": "the cat", "max_tokens": CONTEXT, "ignore_eos": True, "temperature": 0}
@@ -96,6 +96,18 @@ def test_bodies_and_logprobs_in_memory_are_bounded(monkeypatch):
         messages = [{"role": "user", "content": "a"}]
         many = dict(messages=messages, n=100, logprobs=True, top_logprobs=20)
         assert server.error(400, "/v1/chat/completions", **many)["param"] == "logprobs"
+        monkeypatch.setattr(service, "MAX_HELD_LOGPROBS", 3 * CONTEXT)  # of all requests
+        busy = Client(server, stream=True, logprobs=1, **LONG)
+        until(lambda: server.service.held_logprobs > CONTEXT)
+        few = dict(prompt="a", max_tokens=CONTEXT, logprobs=1)
+        assert server.error(429, **few)["code"] == "queue_full"
+        assert server.error(429, **few, echo=True)["code"] == "queue_full"
+        assert server.complete(max_tokens=2, logprobs=1)  # small requests are not affected
+        busy.leave()
+        until(server.idle)
+        assert server.service.held_logprobs == 0
+        assert server.complete("a", max_tokens=0, echo=True, logprobs=1)
+        assert server.service.held_logprobs == 0
 
 
 # ---- disconnecting clients -----------------------------------------------------------------------
