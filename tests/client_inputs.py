@@ -253,7 +253,7 @@ ERRORS = {
     "an image": (CHAT, {"messages": [user([{"type": "image_url", "image_url": {}}])]}, "text only"),
     "a part that is a text": (CHAT, {"messages": [user(["a"])]}, "content[0] must be an object"),
     "one message, no list": (CHAT, {"messages": USER}, "messages must be a list"),
-    "the field of a client": (CHAT, {"messages": [user("x", timestamp=5)]}, "timestamp"),
+    "a field of one client": (CHAT, {"messages": [user("x", mood="sad")]}, "mood"),
     "a prompt": (CHAT, {"prompt": "x"}, "/v1/completions"),
     "a question to continue": (CHAT, {"continue_final_message": True}, "only an assistant's text"),
     "a reply to continue and one to begin": (

@@ -263,7 +263,7 @@ class _Parser:
         return int.from_bytes(raw, "big" if self.order == ">" else "little")
 
     def _count(self, least_bytes: int, what: str, limit: int = MAX_VALUES) -> int:
-        """Read a count of things of at least `least_bytes` each, which the file must have."""
+        """Read a number of items. The file must hold at least `least_bytes` for each of them."""
         count = self._integer("u8")
         if count * least_bytes > self.left:
             raise _Broken(f"it promises {count:,} {what}, more than its {self.size:,} bytes hold")

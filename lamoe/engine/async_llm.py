@@ -76,8 +76,8 @@ class Run:
     def watch(self, listener: Callable[[Delta | Exception], None]) -> None:
         """Call `listener` in the event loop with each delta or error when it arrives.
 
-        Deltas arrive whether or not they are read. Those that are here already count as arriving
-        now.
+        A delta that is never read is reported too. Deltas that are already queued are reported at
+        once.
         """
         self._listener = listener
         self._queue.watch(self._arrived)

@@ -106,7 +106,8 @@ class Connections:
         self.without_key: set[Connection] = set()
         # Connections that wait for their client, longest first. `waits` tells if one still does.
         self.waiting: OrderedDict[Connection, None] = OrderedDict()
-        self._stalled: list[Connection] = []  # whose client has not read for STALL_S, longest last
+        # Connections whose client has not read for STALL_S seconds, the longest stall last.
+        self._stalled: list[Connection] = []
         self._checked = 0.0
         self._num_replaced = 0  # since the last line about it in the log
 

@@ -143,8 +143,7 @@ _WITHOUT_VALUE = {"missing", "too_short", "too_long", "string_too_short", "unsup
 
 def _field_name(path: Sequence[Any]) -> str | None:
     """Write a path as clients know it, such as messages[0].content[1].text."""
-    # pydantic adds "body", and the names of union branches; they are not fields
-    # Nor is the mark of a wrong key of an object.
+    # pydantic adds "body", the names of union branches and a mark for a wrong key. None is a field.
     parts = [p for p in path if p not in ("body", "[key]") and not str(p).startswith(BRANCH)]
     name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts[:10])
     return name.removeprefix(".")[:100] or None

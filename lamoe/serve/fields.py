@@ -33,8 +33,8 @@ MAX_CHOICES = 1024  # number of texts of a guided_choice
 class Wire(BaseModel):
     """Base of all request models: exact types, no unknown fields, no NaN.
 
-    An optional field that is null, "", [] or {} counts as absent. So does a field of `neutral` with
-    a value that asks for nothing.
+    A field that is null, "", [] or {} counts as absent, unless it is required. So does a field of
+    `neutral` with a value that asks for nothing.
 
     Attributes:
         others: known fields that are not implemented.
@@ -58,6 +58,7 @@ class Wire(BaseModel):
         """Describe in /openapi.json what `_drop_absent` accepts."""
         schema = handler.resolve_ref_schema(handler(core_schema))
         required, properties = schema.get("required", ()), schema.get("properties", {})
+        schema["additionalProperties"] = {"enum": [None, "", [], {}]}
         for name, property in properties.items():
             if name not in required and name not in cls.kept:
                 note = {k: property.pop(k) for k in ("title", "description") if k in property}

@@ -269,6 +269,11 @@ class _Call:
         self.body_bytes = 0
         self.held_bytes = 0  # those of its body that are in memory
         self.body_complete = False
+        self.has_body = any(
+            name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0"))
+            for name, value in scope["headers"]
+        )
+        self.closes = False  # whether the response announces the end of the connection
         self.disconnected = False
 
     async def receive(self):
@@ -337,9 +342,11 @@ class _Call:
                 *self.guard.cors_headers(self.origin),
             ]
             message = {**message, "headers": [*message.get("headers", ()), *own_headers]}
+            names = {name.lower(): value for name, value in message["headers"]}
+            self.closes = names.get(b"connection") == b"close"
         is_last = message["type"] == "http.response.body" and not message.get("more_body")
-        body_unread = self.body_bytes and not self.body_complete and not self.disconnected
-        if is_last and body_unread:
+        body_unread = self.has_body and not self.body_complete and not self.disconnected
+        if is_last and body_unread and (self.body_bytes or self.closes):
             await self._send({**message, "more_body": True})
             await self._discard_body()
             message = {"type": "http.response.body"}

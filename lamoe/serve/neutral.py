@@ -3,7 +3,8 @@
 Many clients write every field of an API into every request, with null, an empty value or the
 default for what they do not use. Such a field asks for nothing, so the request is answered as
 without it. A value that asks for something is refused by name. The tables below say which values
-ask for nothing, and what to do about the others. Names that stand in no table are refused.
+ask for nothing, and what to do about the others. Names that stand in no table are refused, unless
+their value is empty.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ REQUEST: Table = {
     "prompt_cache_options": ("prefixes are cached without it; leave it out", dict),
     "safety_identifier": ("it is a text for the provider's logs", str),
     "moderation": ("there is no moderation; leave it out",),
+    "schema": ("write it into response_format.json_schema.schema",),
+    "text": ("write its format into response_format", {"format": {"type": "text"}}),
     "functions": ("use tools",),
     "function_call": ("use tools and tool_choice", "none", "auto"),
     "input_type": ("texts of all kinds are embedded alike; leave it out",),
@@ -186,6 +189,15 @@ MESSAGE: Table = {
     "reasoning": ("leave it out", str),
     "reasoning_content": ("leave it out", str),
     "reasoning_details": ("leave it out", list),
+    # what a client's own record of a reply holds
+    "created": ("leave it out", ANY),
+    "created_at": ("leave it out", ANY),
+    "timestamp": ("leave it out", ANY),
+    "model": ("leave it out", str),
+    "object": ("leave it out", str),
+    "finish_reason": ("leave it out", str),
+    "usage": ("leave it out", dict),
+    "weight": ("leave it out", *NUMBER),  # of training data
     "thinking": ("leave it out", str),
     "thinking_blocks": ("leave it out", list),
     "audio": ("the input is text only; leave it out",),
@@ -272,7 +284,8 @@ def drop(
             if name not in optional or not absent:
                 kept[name] = value
         elif name not in table:
-            kept[name] = value  # pydantic refuses it by name
+            if not is_empty(value):
+                kept[name] = value  # pydantic refuses it by name
         elif not _asks_nothing(value, table[name][1:]):
             raise PydanticCustomError(
                 "unsupported",

@@ -170,7 +170,7 @@ def _parameters(function: Function, field: str) -> dict[str, Any]:
     kind = schema.get("type", "object")
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
         raise invalid_value(
-            f"{field}: has type {kind!r}; the arguments of a function are an object", field
+            f"{field} has type {kind!r}; the arguments of a function are an object", field
         )
     closed = {"additionalProperties": False} if set(schema) <= _NOTES else {}
     return {**schema, "type": "object", **closed}

@@ -233,6 +233,17 @@ class ToolCall(Wire):
     function: FunctionCall
 
 
+def _role(value: Any) -> Any:
+    if value == "function":
+        raise PydanticCustomError(
+            "unsupported", "function is an old role that this server does not support: use tools"
+        )
+    return value
+
+
+Role = Annotated[
+    Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_role)
+]
 Content = Annotated[
     Annotated[Text, TEXT] | Annotated[list[Part], LIST], select("must be a text or a list of parts")
 ]
@@ -242,7 +253,7 @@ class Message(Wire):
     others: ClassVar[neutral.Table] = neutral.MESSAGE
     kept: ClassVar[frozenset[str]] = frozenset({"content"})
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Role
     content: Content | None = None
     name: Name | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
@@ -387,7 +398,7 @@ REQUESTS: dict[type[Wire], str] = {
     TokenizeRequest: "/tokenize",
     DetokenizeRequest: "/detokenize",
 }
-# Values of other routes' fields that say what this route does anyway.
+# Fields of other routes, with the values that ask for what this route does anyway.
 _ELSEWHERE: dict[type[Wire], neutral.Table] = {
     CompletionRequest: {"add_special_tokens": (True,), "add_generation_prompt": (True,)},
     ChatRequest: {"best_of": (1,), "add_special_tokens": ()},

@@ -109,7 +109,7 @@ class CallForm:
             try:
                 value = _decode(arguments)
             except ValueError as e:
-                if self.as_text:  # the model wrote them so
+                if self.as_text:  # the template copies the text, so it shows what the model wrote
                     return arguments
                 raise ValueError(
                     f"message {n}: the arguments of a tool call are not JSON: {e}"

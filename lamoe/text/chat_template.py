@@ -176,7 +176,7 @@ def _with_end(message: Mapping[str, Any], end: str) -> str:
 
 
 def _until(text: str, end: str, content: str) -> str:
-    """Return a text until the mark of a content. If the template strips contents, so is this."""
+    """Return the text before the mark `end`, stripped if the template strips the content."""
     before, _, after = text.rpartition(end)
     if content.strip() not in f"{before}{end}":
         raise ValueError("this model's chat template leaves out a part of the message to continue")

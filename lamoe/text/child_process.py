@@ -121,7 +121,7 @@ class Child:
         except (OSError, ChildLimit) as e:
             raise ValueError(
                 f"{self._work} needs a process of its own, and this system could not start one "
-                f"({sys.executable}: {e}); allow it"
+                f"({sys.executable}: {e}); let lamoe start processes"
             ) from None
 
     def _exchange(self, message: bytes, seconds: float) -> dict[str, Any]:

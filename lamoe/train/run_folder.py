@@ -117,8 +117,8 @@ def _check_space(run: Path, recipe: Recipe, last: Path | None, note: Note) -> No
     if free < size:
         raise ValueError(f"{found}; free some space, or choose another --run.out")
     note(
-        f"warning: {found}, but {num_new} checkpoints will be there at once; free some space, or "
-        "lower --run.keep"
+        f"warning: {found}, but the run adds up to {num_new} checkpoints; free space, or lower "
+        "--run.keep"
     )
 
 

@@ -4,6 +4,7 @@ No request may cause a 5xx status, stop the engine, or leave a cache page in use
 """
 
 import functools
+import http.client
 import json
 import time
 
@@ -116,6 +117,14 @@ def test_large_body_is_refused_by_its_content_length(server):
     chunks = [b"100000\r\n" + b"a" * 0x100000 + b"\r\n"] * 12  # 12 MB without a Content-Length
     got = raw(server, HEAD + b"transfer-encoding: chunked\r\n\r\n", more=chunks)
     assert b" 413 " in got.split(b"\r\n")[0]
+
+
+def test_client_that_sends_all_before_it_reads_gets_the_refusal(server):
+    for _ in range(3):
+        client = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=30)
+        client.request("POST", "/v1/completions", b" " * (12 << 20), JSON)
+        assert client.getresponse().status == 413
+        client.close()
 
 
 def test_smuggled_request_needs_its_own_key(server):

@@ -116,7 +116,7 @@ def test_a_run_whose_second_checkpoint_does_not_fit_warns(texts, tmp_path, monke
     raw = raw_recipe(texts, tmp_path / "run", run=dict(steps=6, save_every=3, keep=2))
     train(raw, quiet=False)
     assert "warning: a checkpoint needs about" in (out := "".join(capsys.readouterr()))
-    assert "but 2 checkpoints will be there at once" in out
+    assert "but the run adds up to 2 checkpoints" in out
 
 
 def test_the_needed_space_is_that_of_a_checkpoint(texts, tmp_path, monkeypatch):
