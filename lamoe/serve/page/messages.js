@@ -113,7 +113,7 @@ function noteFor(version) {
 /** A reply: shows one of its versions, and buttons. */
 class Reply {
   constructor(message, conversation, actions) {
-    Object.assign(this, { message, conversation, actions, version: null });
+    Object.assign(this, { message, conversation, actions, version: null, formatting: null });
     this.body = h("div", { class: "body" });
     this.note = h("div", { class: "note", hidden: true });
     this.tools = h("div", { class: "tools" });
@@ -126,15 +126,14 @@ class Reply {
   /** Show the present state of the message. */
   update() {
     const version = shown(this.message);
-    const isWriting = version.finish === null;
-    this.element.classList.toggle("writing", isWriting);
-    this.element.setAttribute("aria-busy", String(isWriting));
+    this.element.classList.toggle("writing", version.finish === null);
     if (this.version !== version) {
       this.version = version;
       this.prose = this.text = null;
       this.body.replaceChildren();
     }
     this.#updateBody(version);
+    this.#updateBusy();
     const [kind, note] = noteFor(version);
     this.note.className = `note ${kind}`;
     this.note.hidden = !note;
@@ -152,9 +151,20 @@ class Reply {
         this.body.replaceChildren(element);
         this.prose = new Prose(element);
       }
-      this.prose.update(version.content);
+      const formatting = this.prose.update(version.content);
+      this.formatting = formatting;
+      formatting.then(() => {
+        if (this.formatting === formatting) this.formatting = null;
+        this.#updateBusy();
+      });
     }
     this.text = version.content;
+  }
+
+  /** A reply is busy until all of it is there, and formatted. */
+  #updateBusy() {
+    const isBusy = shown(this.message).finish === null || this.formatting !== null;
+    this.element.setAttribute("aria-busy", String(isBusy));
   }
 
   #updateButtons(version) {
