@@ -16,7 +16,7 @@ ISAS   := $(shell awk -F'[ ()]+' '/^ *lamoe_isa/ {sub(/^ */, ""); print $$2}' CM
 SOURCE := pyproject.toml constraints.txt tools/install.py CMakeLists.txt $(CPP_FILES)
 
 .PHONY: help demo test lint format test-lm-eval wheel-check long needle bench bench-serve \
-        clients fuzz asan tsan clean
+        clients fuzz soak asan tsan clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z -]+:.*##' Makefile | sed 's/:.*##/:/'
@@ -69,6 +69,9 @@ clients: $(DEV)  ## try the server with the clients that people use (Python and 
 
 fuzz: $(DEV)  ## send 3,000 mutated requests to a server
 	$(BIN)/python benchmarks/fuzz.py
+
+soak: $(DEV)  ## abuse a server for ten minutes: /health, memory and statuses must stay good
+	$(BIN)/python benchmarks/soak.py
 
 bench-serve: $(DEV)  ## two minutes of load on the server, hostile clients included; HTTP overhead
 	$(BIN)/python benchmarks/serve.py
