@@ -39,7 +39,9 @@ except ImportError:  # Windows
 log = logging.getLogger("lamoe.serve")
 
 ACCEPT_AT_ONCE = 16  # new connections, before those that were replaced are closed
-BACKLOG = 1024  # connections that wait in the system
+# Connections that wait in the system, which drops further ones: their clients try again after a
+# second. The system lowers this to its own limit.
+BACKLOG = 4096
 FILES_RESERVED = (
     192  # open files besides connections: the model, logs, and connections being opened
 )
