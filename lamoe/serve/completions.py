@@ -60,21 +60,11 @@ async def complete(
     body = body.model_copy(update={"prompt": "", "suffix": None})  # frees their memory
     builder = CompletionBuilder(service, id, body, prompts, params)
     if max_tokens == 0:
-        service.hold_logprobs(logprobs)
-        try:
-            service.admit(len(prompts))
-        except ApiError:
-            service.free_logprobs(logprobs)
-            raise
-
-        def end() -> None:
-            service.release(len(prompts))
-            service.free_logprobs(logprobs)
-
+        service.admit(len(prompts), logprobs)
         return Reply(
             whole=builder.prompts_only,
             heavy=body.logprobs is not None,
-            close=end,
+            close=lambda: service.release(len(prompts), logprobs),
             seconds=service.settings.request_timeout,
         )
     job = await service.start(id, [(ids, params) for ids in prompts], logprobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,6 +66,16 @@ class ApiError(HTTPException):
 def invalid_value(message: str, param: str | None = None) -> ApiError:
     """Make the 400 error for a field whose value cannot be used."""
     return ApiError(400, message, "invalid_value", param)
+
+
+def queue_full(
+    message: str, wait: float = 2.0, headers: Mapping[str, str] | None = None
+) -> ApiError:
+    """Make the 429 error for a request that may be sent again after `wait` seconds."""
+    seconds = min(max(math.ceil(wait), 1), 60)
+    return ApiError(
+        429, message, "queue_full", headers={"Retry-After": str(seconds), **(headers or {})}
+    )
 
 
 def timed_out(seconds: float) -> ApiError:

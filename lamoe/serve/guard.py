@@ -19,7 +19,7 @@ from typing import Any
 from starlette.responses import Response
 
 from lamoe.serve import bodies
-from lamoe.serve.errors import ApiError
+from lamoe.serve.errors import ApiError, queue_full
 from lamoe.serve.metrics import Metrics
 from lamoe.serve.settings import Settings
 
@@ -316,11 +316,9 @@ class _Call:
             held = self.body_bytes - self.held_bytes
             if self.guard.held_bytes + held > self.guard.max_held_bytes:
                 self.guard.metrics.rejected.inc()
-                raise ApiError(
-                    429,
+                raise queue_full(
                     "too many large requests at once; try again later",
-                    "queue_full",
-                    headers={"Retry-After": "2", "Connection": "close"},
+                    headers={"Connection": "close"},
                 )
             self.guard.held_bytes += held
             self.held_bytes += held

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
@@ -23,7 +22,7 @@ from lamoe.engine.request import Output
 from lamoe.engine.sampler import SamplingParams
 from lamoe.model import accounting
 from lamoe.model.config import ModelConfig
-from lamoe.serve.errors import ApiError, invalid_value, timed_out
+from lamoe.serve.errors import ApiError, invalid_value, queue_full, timed_out
 from lamoe.serve.metrics import Metrics
 from lamoe.serve.settings import Settings
 from lamoe.text.tokenizer import Tokenizer
@@ -70,11 +69,11 @@ class Service:
         self.generated_tokens = 0
         self.mean_seconds = 1.0  # moving average of the duration of a request
         self.scoring = asyncio.Lock()
-        # Compiling a grammar may take seconds, so it must not use the threads for text work.
         waiting = settings.max_queued_requests
         self.text_work = WorkQueue("texts", 2, waiting, self.metrics)
         # Parsing holds Python's lock, so a second thread would only delay the event loop.
         self.body_work = WorkQueue("bodies", 1, waiting, self.metrics)
+        # Compiling a grammar may take seconds, so it must not use the threads for text work.
         self._grammar_work = WorkQueue("grammars", 2, waiting, self.metrics)
         self._recent_tokens: deque[list[float]] = deque()  # [time, number of tokens]
         self._expert_loads: OrderedDict[str, torch.Tensor | None] = OrderedDict()
@@ -117,11 +116,16 @@ class Service:
             )
 
     # ---- admission -----------------------------------------------------------------------------
-    def admit(self, sequences: int) -> None:
+    def admit(self, sequences: int, logprobs: int = 0) -> None:
         """Admit sequences to the queue. Every admission needs a call of `release` later.
 
+        Args:
+            sequences: number of sequences.
+            logprobs: the largest number of log-probabilities that they may keep in memory.
+
         Raises:
-            ApiError: 400 if the sequences can never fit, 429 if the queue is full now.
+            ApiError: 400 if the sequences can never fit, 429 if the queue is full now, or other
+                requests keep too many log-probabilities.
         """
         s = self.settings
         capacity = s.max_num_seqs + s.max_queued_requests
@@ -136,21 +140,28 @@ class Service:
             )
         if self.admitted + sequences > capacity:
             self.metrics.rejected.inc()
-            wait = self.mean_seconds * max(self.admitted - s.max_num_seqs, 1) / s.max_num_seqs
-            raise ApiError(
-                429,
+            raise queue_full(
                 f"the queue is full: {self.admitted} sequences run or wait, the limit is "
                 f"{capacity} (--max-num-seqs + --max-queued-requests)",
-                "queue_full",
-                headers={"Retry-After": str(min(max(math.ceil(wait), 1), 60))},
+                self.mean_seconds * max(self.admitted - s.max_num_seqs, 1) / s.max_num_seqs,
+            )
+        if self.held_logprobs and self.held_logprobs + logprobs > MAX_HELD_LOGPROBS:
+            self.metrics.rejected.inc()
+            raise queue_full(
+                f"running requests may keep {self.held_logprobs} log-probabilities, and this one "
+                f"{logprobs}; the limit is {MAX_HELD_LOGPROBS}; try again later, or ask for a "
+                "smaller max_tokens, n or logprobs",
+                self.mean_seconds,
             )
         self.admitted += sequences
         self.requests += 1
+        self.held_logprobs += logprobs
 
-    def release(self, sequences: int) -> None:
-        """Release sequences that one call of `admit` has admitted."""
+    def release(self, sequences: int, logprobs: int = 0) -> None:
+        """Release what one call of `admit` has admitted."""
         self.admitted -= sequences
         self.requests -= 1
+        self.held_logprobs -= logprobs
 
     async def compile(self, work: Callable[[], Any]) -> Any:
         """Run `work`, the compilation of a grammar, in one of two threads.
@@ -159,30 +170,6 @@ class Service:
             ApiError: 429 if too many compilations are waiting.
         """
         return await self._grammar_work.run(work)
-
-    def hold_logprobs(self, number: int) -> None:
-        """Take log-probabilities from what all requests together may keep in memory.
-
-        Every call needs a call of `free_logprobs` later.
-
-        Raises:
-            ApiError: 429 if other requests keep too many now.
-        """
-        if self.held_logprobs and self.held_logprobs + number > MAX_HELD_LOGPROBS:
-            self.metrics.rejected.inc()
-            raise ApiError(
-                429,
-                f"running requests may keep {self.held_logprobs} log-probabilities, and this one "
-                f"{number}; the limit is {MAX_HELD_LOGPROBS}; try again later, or ask for a "
-                "smaller max_tokens, n or logprobs",
-                "queue_full",
-                headers={"Retry-After": str(min(max(math.ceil(self.mean_seconds), 1), 60))},
-            )
-        self.held_logprobs += number
-
-    def free_logprobs(self, number: int) -> None:
-        """Give back what one call of `hold_logprobs` has taken."""
-        self.held_logprobs -= number
 
     async def start(
         self, id: str, prompts: list[tuple[list[int], SamplingParams]], logprobs: int = 0
@@ -196,17 +183,11 @@ class Service:
             ApiError: 400 if a prompt can never run, 429 or 503 if the request cannot run now.
         """
         engine, sequences = self.ready(), sum(params.n for _, params in prompts)
-        self.hold_logprobs(logprobs)
-        try:
-            self.admit(sequences)
-        except ApiError:
-            self.free_logprobs(logprobs)
-            raise
+        self.admit(sequences, logprobs)
         try:
             job = Job(self, id, await engine.open([*prompts]), prompts, sequences, logprobs)
         except BaseException as e:
-            self.release(sequences)
-            self.free_logprobs(logprobs)
+            self.release(sequences, logprobs)
             if isinstance(e, ValueError):
                 field = "logit_bias" if str(e).startswith("logit_bias") else None
                 raise invalid_value(str(e), field) from None
@@ -315,12 +296,9 @@ class WorkQueue:
         """
         if self.pending >= self.limit:
             self.metrics.rejected.inc()
-            raise ApiError(
-                429,
+            raise queue_full(
                 f"{self.pending} {self.what} are being worked on or wait, the limit is "
-                f"{self.limit} (--max-queued-requests + {self.num_threads}); try again later",
-                "queue_full",
-                headers={"Retry-After": "2"},
+                f"{self.limit} (--max-queued-requests + {self.num_threads}); try again later"
             )
         self.pending += 1
         loop = asyncio.get_running_loop()
@@ -460,8 +438,7 @@ class Job:
         self._closed = True
         self.run.close()
         self._count_unread(-self._num_unread)
-        self.service.requests -= 1
-        self.service.free_logprobs(self._logprobs)
+        self.service.release(0, self._logprobs)  # the sequences went with the generation
         del self.service.jobs[self.id]
 
     def _end_generation(self) -> None:
