@@ -82,6 +82,7 @@ class Guard:
         self.max_held_bytes = MAX_HELD_BODIES * settings.max_body_bytes
         self.hosts, self.origins = settings.host_names(), settings.origins()
         self.key_digests = [hashlib.sha256(k.encode()).digest() for k in settings.api_keys()]
+        self.has_salts = len({*self.key_digests}) > 1 and settings.prefix_cache_scope == "key"
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
@@ -95,11 +96,11 @@ class Guard:
                 # Begin few requests in each round of the event loop, so that /health comes soon.
                 async with self._beginning:
                     await asyncio.sleep(0)
-            self.check_headers(scope)
-            if (preflight := self.preflight(scope)) is not None:
+            self.check_headers(scope, call.fields)
+            if (preflight := self.preflight(scope, call.fields)) is not None:
                 await preflight(scope, call.receive, call.send)
                 return
-            self.check(scope)
+            self.check(scope, call.fields)
             if scope["method"] == "POST":
                 call.inflater = bodies.inflater(scope["headers"], self.settings.max_body_bytes)
             await self.app(scope, call.receive, call.send)
@@ -113,14 +114,13 @@ class Guard:
         finally:
             call.finish()
 
-    def check_headers(self, scope) -> None:
-        """Check the size of the headers and the Host header.
+    def check_headers(self, scope, fields: dict[bytes, bytes]) -> None:
+        """Check the size of the headers and the Host header. `fields` are the headers by name.
 
         Raises:
             ApiError: 403 or 431.
         """
-        headers = scope["headers"]
-        size = sum(len(name) + len(value) + 4 for name, value in headers)
+        size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
         size += len(scope["raw_path"]) + len(scope["query_string"])
         limit = self.settings.max_header_bytes
         if size > limit:
@@ -129,7 +129,7 @@ class Guard:
                 f"the headers have {size} bytes; the limit is {limit} (--max-header-bytes)",
                 "headers_too_large",
             )
-        if self.hosts is not None and _host_name(dict(headers).get(b"host", b"")) not in self.hosts:
+        if self.hosts is not None and _host_name(fields.get(b"host", b"")) not in self.hosts:
             raise ApiError(
                 403,
                 "this server does not answer to the name in the Host header; use 127.0.0.1 or "
@@ -137,7 +137,7 @@ class Guard:
                 "host_not_allowed",
             )
 
-    def check(self, scope) -> None:
+    def check(self, scope, fields: dict[bytes, bytes]) -> None:
         """Check everything else that can be checked before the body is read.
 
         Raises:
@@ -153,7 +153,6 @@ class Guard:
                 "too_many_connections",
                 headers={"Retry-After": "5", "Connection": "close"},
             )
-        fields: dict[bytes, bytes] = dict(scope["headers"])
         key = _key(fields)
         has_key = bool(self.key_digests) and self.is_valid_key(key)
         if has_key and connection is not None:
@@ -175,7 +174,7 @@ class Guard:
                 raise _body_too_large(limit)
 
     # ---- CORS ------------------------------------------------------------------------------------
-    def preflight(self, scope) -> Response | None:
+    def preflight(self, scope, fields: dict[bytes, bytes]) -> Response | None:
         """Answer a browser's question whether a page may send a request, or return None.
 
         Such a question carries no key.
@@ -183,7 +182,6 @@ class Guard:
         Raises:
             ApiError: 403 if the page's origin is not allowed.
         """
-        fields: dict[bytes, bytes] = dict(scope["headers"])
         origin = fields.get(b"origin")
         if (
             scope["method"] != "OPTIONS"
@@ -226,11 +224,9 @@ class Guard:
         return b"*" in self.origins or origin.lower() in self.origins
 
     # ---- keys ------------------------------------------------------------------------------------
-    def cache_salt(self, scope) -> str:
+    def cache_salt(self, fields: dict[bytes, bytes]) -> str:
         """Return the salt that keeps cached prefixes of different keys apart, or "" for none."""
-        if len(set(self.key_digests)) < 2 or self.settings.prefix_cache_scope == "server":
-            return ""
-        return hashlib.sha256(_key(dict(scope["headers"]))).hexdigest()
+        return hashlib.sha256(_key(fields)).hexdigest() if self.has_salts else ""
 
     def is_valid_key(self, key: bytes) -> bool:
         """Check a key in constant time, so that the duration reveals nothing."""
@@ -248,6 +244,7 @@ class _Call:
         self.method, path = scope["method"], _plain_path(scope["path"])
         self.id = f"{ID_PREFIXES.get(path, 'req')}-{uuid.uuid4().hex}"
         self.log_fields: dict[str, Any] = {}
+        self.fields: dict[bytes, bytes] = dict(scope["headers"])
         # A copy, because uvicorn must still see HEAD.
         self.scope = {
             **scope,
@@ -257,12 +254,11 @@ class _Call:
                 **scope.get("state", {}),
                 "id": self.id,
                 "log": self.log_fields,
-                "cache_salt": guard.cache_salt(scope),
+                "cache_salt": guard.cache_salt(self.fields),
                 "release_body": self.release_body,
             },
         }
         self.inflater: bodies.Inflater | None = None
-        self.origin = dict(scope["headers"]).get(b"origin")
         self.started = time.perf_counter()
         self.body_deadline = time.monotonic() + guard.settings.body_timeout
         self.status = 0  # HTTP status; 0 before the response begins
@@ -337,7 +333,7 @@ class _Call:
             own_headers = [
                 (b"x-request-id", self.id.encode()),
                 (b"x-content-type-options", b"nosniff"),
-                *self.guard.cors_headers(self.origin),
+                *self.guard.cors_headers(self.fields.get(b"origin")),
             ]
             message = {**message, "headers": [*message.get("headers", ()), *own_headers]}
             names = {name.lower(): value for name, value in message["headers"]}

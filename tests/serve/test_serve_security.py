@@ -190,7 +190,7 @@ def test_salts_of_keys(tmp_path, keys, scope, salted):
     (tmp_path / "keys").write_text("\n".join(keys))
     settings = Settings(api_key_file=str(tmp_path / "keys"), prefix_cache_scope=scope)
     own = guard.Guard(None, settings, Metrics())
-    scopes = [{"headers": [(b"authorization", f"Bearer {key}".encode())]} for key in (KEY, OTHER)]
-    first, second = map(own.cache_salt, scopes)
+    headers = [{b"authorization": f"Bearer {key}".encode()} for key in (KEY, OTHER)]
+    first, second = map(own.cache_salt, headers)
     assert (first != second) == salted == bool(first)
     assert KEY not in first
