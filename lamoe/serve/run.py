@@ -78,7 +78,7 @@ def run(model: str, name: str, settings: Settings) -> int:
     )
 
     def load() -> LLM:
-        llm = LLM(model, **options)
+        llm = LLM(folder or model, **options)
         # A full collection visits over 200,000 objects of the imported packages, and stops all
         # threads for 0.14 s on idle cores. They live as long as the server, so leave them out.
         gc.collect()
@@ -87,7 +87,7 @@ def run(model: str, name: str, settings: Settings) -> int:
 
     serving = Serving(load, name, settings)
     try:
-        _check_model(model, settings)
+        folder = _check_model(model, settings)
     except BaseException:
         serving.close()
         raise
@@ -229,8 +229,13 @@ class Serving:
                 return self._exit_code
 
 
-def _check_model(model: str, settings: Settings) -> None:
-    """Check what is quick to check before the server answers, unless the model is on the hub."""
+def _check_model(model: str, settings: Settings) -> Path | None:
+    """Check what is quick to check before the server answers.
+
+    Returns:
+        The model folder. To find that of a run, all of a checkpoint is read, so this happens once.
+        None if the model is on the hub.
+    """
     cache_codec.check_format(settings.cache)
     for format in (settings.weights, settings.head):
         if format not in (None, *native.FORMATS):
@@ -240,7 +245,8 @@ def _check_model(model: str, settings: Settings) -> None:
             )
     if Path(model).expanduser().exists() or model.count("/") != 1:
         formats = Formats(settings.weights, settings.head, settings.cache)
-        prepare(model, formats, dtype=settings.dtype, device=settings.device)
+        return prepare(model, formats, dtype=settings.dtype, device=settings.device).folder
+    return None
 
 
 def _limit_arenas() -> None:
