@@ -16,6 +16,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from lamoe.text.chat_template import Templates
+
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # tokenizer.ggml.token_type
 
 # ---- splitting rules -----------------------------------------------------------------------------
@@ -223,11 +225,8 @@ def _tokenizer_config(
         "clean_up_tokenization_spaces": False,
         **{f"{name}_token": token for name, token in named.items()},
     }
-    templates = _chat_templates(metadata)
-    if templates.keys() == {"default"}:
-        config["chat_template"] = templates["default"]
-    elif templates:
-        config["chat_template"] = [{"name": n, "template": t} for n, t in templates.items()]
+    if templates := _chat_templates(metadata):
+        config["chat_template"] = Templates(templates).to_config()
     return config
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 from lamoe import atomic
 from lamoe.checkpoints.foreign import PICKLES, few
-from lamoe.text.tokenizer_files import conversion_advice
+from lamoe.text.tokenizer_files import TEMPLATES, conversion_advice
 
 log = logging.getLogger("lamoe.checkpoints")
 
-TEMPLATES = "additional_chat_templates"  # transformers' folder of named chat templates
 _CARRIED = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json"
     r"|(tokenizer|spiece|sentencepiece(\.bpe)?)\.model(\.v\d+)?|tekken\.json|.*\.tiktoken"

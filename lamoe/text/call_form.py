@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamoe.text.child_process import ChildLimit
+from lamoe.text.tool_calls import parse_json
 
 # Names that no template contains.
 _NAME, _KEY, _VALUE = "probed_tool_name", "probed_argument", "probed_value"
@@ -123,12 +124,8 @@ class CallForm:
 
 
 def _decode(arguments: str) -> Any:
-    value = json.loads(arguments, parse_constant=_refuse)
+    value = parse_json(arguments)
     return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def wants_parts(render: Callable[..., str]) -> bool:

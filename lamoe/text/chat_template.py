@@ -23,6 +23,7 @@ from typing import Any
 
 from lamoe.text import call_form, template_worker
 from lamoe.text.child_process import Child, ChildLimit
+from lamoe.text.tool_calls import knows_tools
 
 # DeepSeek-V2's format. There is no blank after the last "Assistant:": with one, replies get worse.
 V2_TEMPLATE = (
@@ -73,7 +74,7 @@ class Templates(dict[str, str]):
             isinstance(m, Mapping) and (m.get("role") == "tool" or m.get("tool_calls"))
             for m in messages
         )
-        return self.choose(tools=True) if about_tools and not _knows_tools(usual) else usual
+        return self.choose(tools=True) if about_tools and not knows_tools(usual) else usual
 
     def to_config(self) -> str | list[dict[str, str]]:
         """Return the value of chat_template in tokenizer_config.json."""
@@ -212,11 +213,6 @@ def _run(source: str, **variables: Any) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _knows_tools(source: str) -> bool:
-    return re.search(r"\btools?\b", source) is not None
-
-
-@functools.lru_cache(maxsize=64)
 def _wants_parts(source: str, variables: str) -> bool:
     """Return whether a template reads contents as parts only. `variables` is JSON text."""
     return call_form.wants_parts(functools.partial(_run, source, **json.loads(variables)))
@@ -260,7 +256,7 @@ def _check_messages(messages: Any, tools: Any, source: str) -> None:
         if role not in ("system", "user", "assistant", "tool"):
             raise ValueError(f"message {n} has role {role!r}; known: system, user, assistant, tool")
         calls = message.get("tool_calls")
-        if (role == "tool" or calls) and not _knows_tools(source):
+        if (role == "tool" or calls) and not knows_tools(source):
             raise ValueError(
                 f"message {n} is about a tool call, but this model's chat template does not know "
                 "tools"

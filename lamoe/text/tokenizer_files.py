@@ -14,6 +14,7 @@ from tokenizers import AddedToken, pre_tokenizers
 from lamoe import atomic
 from lamoe.text import json_file
 
+TEMPLATES = "additional_chat_templates"  # transformers' folder of named chat templates
 MAX_FILE_BYTES = 256 << 20  # the largest known tokenizer.json has about 40 MB
 # A prefix that is set, or letters that are written as numbers and may spell its name.
 _MAY_ABORT = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]|\\u00[2-7]')
@@ -146,11 +147,10 @@ def read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     }
     if (file := folder / "chat_template.jinja").is_file():
         templates["default"] = read_text(file)
-    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    more = sorted((folder / TEMPLATES).glob("*.jinja"))
     if len(more) > _MAX_TEMPLATES:
         raise ValueError(
-            f"additional_chat_templates has {len(more)} files; more than {_MAX_TEMPLATES} are "
-            "refused"
+            f"{TEMPLATES} has {len(more)} files; more than {_MAX_TEMPLATES} are refused"
         )
     return templates | {file.stem: read_text(file) for file in more}
 

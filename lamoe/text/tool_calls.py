@@ -8,6 +8,7 @@ length of the reply. Nothing here runs or looks up a tool.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import uuid
@@ -56,9 +57,15 @@ TAGS = Form(
 )
 
 
+@functools.lru_cache(maxsize=64)
+def knows_tools(template: str) -> bool:
+    """Return whether a chat template mentions tools at all."""
+    return re.search(r"\btools?\b", template) is not None
+
+
 def form_of(template: str | None) -> Form | None:
     """Return the form of tool calls in a chat template, or None if it has no known form."""
-    if template is None or not re.search(r"\btools?\b", template):
+    if template is None or not knows_tools(template):
         return None
     return (
         DEEPSEEK if DEEPSEEK.marks[1] in template else TAGS if TAGS.marks[0] in template else None
@@ -156,7 +163,7 @@ def _parse_call(form: Form, text: str, head: re.Match[str]) -> tuple[str, str, i
             arguments = {}
         if isinstance(arguments, str):  # some models encode the arguments twice
             try:
-                arguments = json.loads(arguments, parse_constant=_refuse)
+                arguments = parse_json(arguments)
             except (ValueError, RecursionError):
                 return None
     if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(arguments, dict):
@@ -170,6 +177,11 @@ def _refuse(constant: str) -> None:
 
 
 _JSON = json.JSONDecoder(parse_constant=_refuse)
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON as it is defined: without NaN and Infinity. Raises ValueError."""
+    return _JSON.decode(text)
 
 
 def _to_json(arguments: dict) -> str:
