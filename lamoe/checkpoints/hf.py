@@ -45,7 +45,7 @@ _HUB_URL = re.compile(
     r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://|hf:)([\w.\-]+/[\w.\-]+)"
     r"|([\w\-][\w.\-]*/[\w.\-]+)(?:/|@.*)$"
 )
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers in old checkpoints that are ignored, because the config determines their values.
 _IGNORED = re.compile(
     r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)"
@@ -396,10 +396,10 @@ def _check(
             f"{folder}: {len(shapes)} tensors do not have the shape of the config: "
             f"{_join_first(shapes)}"
         )
-    types = [f"{n!r} is {found[n].dtype}" for n in checked if found[n].dtype not in _FLOATS]
+    types = [f"{n!r} is {found[n].dtype}" for n in checked if found[n].dtype not in FLOATS]
     if types:
         raise ValueError(
-            f"{folder}: {len(types)} tensors are not plain floats ({', '.join(_FLOATS)}): "
+            f"{folder}: {len(types)} tensors are not plain floats ({', '.join(FLOATS)}): "
             f"{_join_first(types)}; use an unquantised checkpoint"
         )
     return tied

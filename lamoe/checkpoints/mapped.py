@@ -125,7 +125,8 @@ def report_failed_reads(mapped: np.memmap, path: Path) -> None:
         "or its disk failed. The process ends with exit code 74; restore the file and start again\n"
     )
     id = _native.watch_mapping(mapped.view(np.ndarray).view(np.uint8), message)
-    closing = weakref.finalize(mapped._mmap, _native.unwatch_mapping, id)  # type: ignore[attr-defined]
+    memory = mapped._mmap  # type: ignore[attr-defined]
+    closing = weakref.finalize(memory, _native.unwatch_mapping, id)
     closing.atexit = False
 
 

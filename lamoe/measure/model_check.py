@@ -6,13 +6,14 @@ Files that lamoe wrote have checksums. Of other files, the structure and the val
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lamoe.backends.cpu import packed_file
-from lamoe.checkpoints import checksums, gguf, hf, mapped, runs, shards
+from lamoe.checkpoints import checksums, foreign, gguf, hf, mapped, runs, shards
 from lamoe.engine import prefix_file
 from lamoe.model.accounting import human_bytes
 from lamoe.text.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ def examine(model: str | Path) -> dict[str, Any]:
         )
     return {
         "model": str(model),
-        "kind": check.kind,
+        "kind": check.kind or "not a model",
         "tensors": check.num_tensors,
         "with_checksum": check.num_verified,
         "bytes": check.num_bytes,
@@ -64,7 +65,7 @@ class _Check:
     """The state of one examination."""
 
     def __init__(self, model: str | Path):
-        self.model, self.kind = model, "not a model"
+        self.model, self.kind = model, ""
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.num_tensors = self.num_verified = self.num_bytes = 0
@@ -80,7 +81,7 @@ class _Check:
         path = Path(self.model).expanduser()
         if not checksums.enabled():
             self.problems.append("LAMOE_VERIFY=0 turns the comparison of checksums off; unset it")
-        if path.suffix == ".gguf":
+        if foreign.is_gguf(path):
             self.kind = "GGUF file"
             self.gguf(path)
         elif path.is_file():
@@ -97,6 +98,7 @@ class _Check:
 
     def gguf(self, path: Path) -> None:
         for name, tensor in gguf.load(gguf.read(path)).named_parameters():
+            self.num_tensors += 1
             self.values(f"{path}: {name!r}", tensor)
         self.num_bytes = path.stat().st_size
 
@@ -113,12 +115,12 @@ class _Check:
         if (folder / "tokenizer.json").exists():
             self.attempt(Tokenizer.load, folder)
         if packed_file.is_packed(folder):
-            self.kind = self.kind.replace("not a model", "packed folder")
+            self.kind = self.kind or "packed folder"
             for header in packed_file.read_headers(folder).values():
                 self.tensors(header)
             return
         config = hf.read_config(folder)
-        self.kind = self.kind.replace("not a model", "Hugging Face folder")
+        self.kind = self.kind or "Hugging Face folder"
         found = shards.scan(folder)
         self.attempt(hf.check_tensors, folder, config, hf.named_as_in_model(config, found))
         self.tensors(found)
@@ -126,24 +128,19 @@ class _Check:
     def tensors(self, found: dict[str, shards.Found]) -> None:
         """Compare tensors with their checksums, and check the values of plain floats."""
         for name, tensor in found.items():
-            before = len(self.problems)
-            self.attempt(mapped.verify, tensor.path, {name: tensor})
+            self.num_tensors += 1
             self.num_verified += bool(tensor.checksum)
             self.num_bytes += shards.num_bytes(tensor)
-            if len(self.problems) == before and tensor.dtype in ("F64", "F32", "F16", "BF16"):
-                place = f"{tensor.path}: {name!r}"
-                unchecked = {name: tensor._replace(checksum="")}  # it has just been verified
-                self.attempt(
-                    shards.stream,
-                    unchecked,
-                    lambda _, t, p=place, zero=bool(tensor.checksum): self.values(p, t, zero),
-                )
+            if tensor.dtype in hf.FLOATS:
+                # Stream also compares the checksum, before it passes the tensor on.
+                place, zero = f"{tensor.path}: {name!r}", bool(tensor.checksum)
+                check = partial(self.values, place, may_be_zero=zero)
+                self.attempt(shards.stream, {name: tensor}, lambda _, t, check=check: check(t))
             else:
-                self.num_tensors += 1
+                self.attempt(mapped.verify, tensor.path, {name: tensor})
 
     def values(self, place: str, tensor: torch.Tensor, may_be_zero: bool = False) -> None:
         """Check that all values of a tensor are finite, and that a matrix is not all zero."""
-        self.num_tensors += 1
         if not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())
             self.problems.append(f"{place} has {count:,} values that are not finite")

@@ -121,7 +121,8 @@ _BOOKKEEPING = re.compile(
         |onnx|openvino|neuron|transformers(\.|_?)js|vllm|sglang|mlx|gguf|ollama|lora)(_.*)?
     |(.*_)?(trainer|training|train|finetune|finetuned|finetuning|optimizer|scheduler|epochs?
         |batch_size|lr|learning_rate|seed|warmup|weight_decay|grad|gradient|checkpointing
-        |label_smoothing)(_.*)?|(.*_)?(p?drop|p?dropout|droppath)(_.*)?|((max|num|global|total|save|logging|eval|warmup)_)?steps?
+        |label_smoothing)(_.*)?|(.*_)?(p?drop|p?dropout|droppath)(_.*)?
+    |((max|num|global|total|save|logging|eval|warmup)_)?steps?
     |(.*_)?(loss|loss_coef|loss_coeff|loss_alpha|loss_weight|loss_lambda)
     |(initializer|init|initialization)_.*|.*_(init|init_std|init_method|initializer_range)|init_std
     |output_(attentions|hidden_states|scores|logits|router_logits|past|dir)|return_.*|freeze_.*
@@ -131,7 +132,8 @@ _BOOKKEEPING = re.compile(
     |(base|parent|teacher|reward|draft|source|original|target|merged)_model
     |(tp|pp|dp|cp)_(size|degree|plan)|base_model_(tp|pp|ep)_plan|torch_compile.*|offload.*
     |(model_)?max_(seq|sequence|context|model)(_len|_length)?|(seq|sequence|context)_(len|length)
-    |model_max_length|max_(target|train)_.*|seq_?length|max_seq_?len(gth)?|n_ctx|n_positions|block_size|max_block_size
+    |model_max_length|max_(target|train)_.*|seq_?length|max_seq_?len(gth)?|n_ctx|n_positions
+    |block_size|max_block_size
     |(max|min)_(new_tokens|length|tokens)|do_sample|early_stopping|num_(beams|beam_groups)
     |num_return_sequences|temperature|top_[kph]|(min|typical)_p|(epsilon|eta)_cutoff|.*_penalty
     |(encoder_)?no_repeat_ngram_size|bad_words_ids|force_words_ids|(begin_)?suppress_tokens

@@ -42,9 +42,8 @@ ACCEPT_AT_ONCE = 16  # new connections, before those that were replaced are clos
 # Connections that wait in the system, which drops further ones: their clients try again after a
 # second. The system lowers this to its own limit.
 BACKLOG = 4096
-FILES_RESERVED = (
-    192  # open files besides connections: the model, logs, and connections being opened
-)
+# Open files besides connections: the model, logs, and connections being opened.
+FILES_RESERVED = 192
 DEFAULT_CONNECTIONS = 1024
 SPARE_CONNECTIONS = 16  # above the limit: they get 503, or the answer of /health
 STALL_S = 5.0  # a client that reads nothing for so long may lose its connection to a new one

@@ -76,9 +76,9 @@ def names(cls: type[Wire]) -> tuple[frozenset[str], frozenset[str]]:
     optional, fields = set(), set()
     for name, field in cls.model_fields.items():
         alias = field.validation_alias or field.alias or name
-        names = {alias} if isinstance(alias, str) else {*alias.choices}  # type: ignore[union-attr]
-        fields |= names
-        optional |= set() if field.is_required() else names
+        spelt = {alias} if isinstance(alias, str) else {*alias.choices}  # type: ignore[union-attr]
+        fields |= spelt
+        optional |= set() if field.is_required() else spelt
     return frozenset(optional), frozenset(fields)
 
 

@@ -15,9 +15,8 @@ from lamoe.text.tokenizer import Tokenizer
 
 FILL_IN_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 PIECE_CHARS = 1 << 14  # longer texts are counted in pieces first, see `check_num_tokens`
-MAX_CONTEXTS = (
-    2  # texts with more tokens than this many contexts are refused while they are counted
-)
+# Texts with more tokens than this many contexts are refused while they are counted.
+MAX_CONTEXTS = 2
 MAX_PROMPT_TOKENS = 1 << 20  # of all prompts of one request together
 Result = TypeVar("Result")
 

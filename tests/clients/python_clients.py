@@ -449,34 +449,35 @@ def _():
         assert "validation error" in str(e) or "length limit" in str(e), e
 
 
-@use("pydantic-ai-slim", "Agent, output as a tool call")
-def _():
+def pydantic_agent(**options):
     from pydantic_ai import Agent
     from pydantic_ai.models.openai import OpenAIChatModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
-    model = OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=BASE, api_key=KEY))
-    agent = Agent(model, output_type=City, model_settings={"max_tokens": 80})
+    return Agent(
+        OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=BASE, api_key=KEY)), **options
+    )
+
+
+@use("pydantic-ai-slim", "Agent, output as a tool call")
+def _():
+    agent = pydantic_agent(output_type=City, model_settings={"max_tokens": 80})
     assert isinstance(agent.run_sync("A city?").output, City)
 
 
 @use("pydantic-ai-slim", "Agent, streamed text")
 def _():
-    from pydantic_ai import Agent
-    from pydantic_ai.models.openai import OpenAIChatModel
-    from pydantic_ai.providers.openai import OpenAIProvider
+    agent = pydantic_agent(system_prompt="Be brief.", model_settings={"max_tokens": 8})
 
     async def go():
-        model = OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=BASE, api_key=KEY))
-        agent = Agent(model, system_prompt="Be brief.", model_settings={"max_tokens": 8})
         async with agent.run_stream("Hello") as result:
             return [t async for t in result.stream_text()]
 
     assert asyncio.run(go())
 
 
-@use("openai-agents", "Runner, chat completions model")
-def _():
+def run_agent(question: str, max_tokens: int, **options):
+    """Return the final output of an agent of openai-agents."""
     import agents
     import openai
 
@@ -484,27 +485,19 @@ def _():
     model = agents.OpenAIChatCompletionsModel(
         MODEL, openai.AsyncOpenAI(base_url=BASE, api_key=KEY, max_retries=0)
     )
-    settings = agents.ModelSettings(max_tokens=8)
-    agent = agents.Agent(name="a", instructions="Be brief.", model=model, model_settings=settings)
-    assert agents.Runner.run_sync(agent, "Hello").final_output
+    settings = agents.ModelSettings(max_tokens=max_tokens)
+    agent = agents.Agent(name="a", model=model, model_settings=settings, **options)
+    return agents.Runner.run_sync(agent, question).final_output
+
+
+@use("openai-agents", "Runner, chat completions model")
+def _():
+    assert run_agent("Hello", 8, instructions="Be brief.")
 
 
 @use("openai-agents", "Runner, output_type")
 def _():
-    import agents
-    import openai
-
-    agents.set_tracing_disabled(True)
-    model = agents.OpenAIChatCompletionsModel(
-        MODEL, openai.AsyncOpenAI(base_url=BASE, api_key=KEY, max_retries=0)
-    )
-    agent = agents.Agent(
-        name="a",
-        model=model,
-        output_type=City,
-        model_settings=agents.ModelSettings(max_tokens=60),
-    )
-    assert isinstance(agents.Runner.run_sync(agent, "A city?").final_output, City)
+    assert isinstance(run_agent("A city?", 60, output_type=City), City)
 
 
 # ---- the requests of web interfaces, as they send them -------------------------------------------
