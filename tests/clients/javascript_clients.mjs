@@ -89,13 +89,13 @@ const uses = [
   }],
   ["ai", "generateObject, @ai-sdk/openai-compatible", async () => {
     const { object } = await generateObject({
-      model: compatible(model), schema: city, messages, maxOutputTokens: 60, maxRetries: 0,
+      model: compatible(model), schema: city, messages, maxOutputTokens: 200, maxRetries: 0,
     });
     city.parse(object);
   }],
   ["ai", "tools, toolChoice required", async () => {
     const { toolCalls } = await generateText({
-      model: compatible(model), messages, maxOutputTokens: 80, maxRetries: 0,
+      model: compatible(model), messages, maxOutputTokens: 200, maxRetries: 0,
       tools: { get_weather: tool({ inputSchema: z.object({ city: z.string().max(30) }) }) },
       toolChoice: "required",
     });
@@ -123,11 +123,13 @@ const uses = [
     check(text);
   }],
   ["@langchain/openai", "withStructuredOutput, jsonSchema", async () => {
-    const structured = chat({ maxTokens: 60 }).withStructuredOutput(city, { method: "jsonSchema" });
+    const structured = chat({ maxTokens: 200 }).withStructuredOutput(city, {
+      method: "jsonSchema",
+    });
     city.parse(await structured.invoke("A city?"));
   }],
   ["@langchain/openai", "withStructuredOutput, functionCalling", async () => {
-    const structured = chat({ maxTokens: 80 }).withStructuredOutput(city, {
+    const structured = chat({ maxTokens: 200 }).withStructuredOutput(city, {
       method: "functionCalling",
     });
     city.parse(await structured.invoke("A city?"));

@@ -95,7 +95,7 @@ def _():
 @use("openai", "chat.completions.stream helper")
 def _():
     with openai_client().chat.completions.stream(
-        model=MODEL, messages=SHORT, max_tokens=60, response_format=City
+        model=MODEL, messages=SHORT, max_tokens=200, response_format=City
     ) as stream:
         for _ in stream:
             pass
@@ -105,7 +105,7 @@ def _():
 @use("openai", "chat.completions.parse with a pydantic class")
 def _():
     reply = openai_client().chat.completions.parse(
-        model=MODEL, messages=SHORT, max_tokens=60, response_format=City
+        model=MODEL, messages=SHORT, max_tokens=200, response_format=City
     )
     assert isinstance(reply.choices[0].message.parsed, City)
 
@@ -270,19 +270,19 @@ def _():
 
 @use("langchain-openai", "with_structured_output, json_schema")
 def _():
-    model = chat_openai(max_tokens=60).with_structured_output(City, method="json_schema")
+    model = chat_openai(max_tokens=200).with_structured_output(City, method="json_schema")
     assert isinstance(model.invoke("A city?"), City)
 
 
 @use("langchain-openai", "with_structured_output, function_calling")
 def _():
-    model = chat_openai(max_tokens=80).with_structured_output(City, method="function_calling")
+    model = chat_openai(max_tokens=200).with_structured_output(City, method="function_calling")
     assert isinstance(model.invoke("A city?"), City)
 
 
 @use("langchain-openai", "bind_tools, tool_choice any")
 def _():
-    model = chat_openai(max_tokens=80).bind_tools([WEATHER], tool_choice="any")
+    model = chat_openai(max_tokens=200).bind_tools([WEATHER], tool_choice="any")
     assert model.invoke("Weather in Paris?").tool_calls[0]["name"] == "get_weather"
 
 
@@ -346,7 +346,7 @@ def _():
 
 @use("litellm", "tools, tool_choice required")
 def _():
-    reply = litellm_call(messages=SHORT, tools=[WEATHER], tool_choice="required", max_tokens=80)
+    reply = litellm_call(messages=SHORT, tools=[WEATHER], tool_choice="required", max_tokens=200)
     assert reply.choices[0].message.tool_calls
 
 
@@ -359,7 +359,7 @@ def _():
         api_base=BASE,
         api_key=KEY,
         messages=SHORT,
-        max_tokens=60,
+        max_tokens=200,
         response_format=City,
     )
     City.model_validate_json(reply.choices[0].message.content)
@@ -423,7 +423,7 @@ def _():
     import instructor
 
     client = instructor.from_openai(openai_client(), mode=instructor.Mode.TOOLS)
-    assert client.create(model=MODEL, messages=SHORT, response_model=City, max_tokens=80)
+    assert client.create(model=MODEL, messages=SHORT, response_model=City, max_tokens=200)
 
 
 @use("instructor", "from_openai, mode JSON_SCHEMA")
@@ -431,7 +431,7 @@ def _():
     import instructor
 
     client = instructor.from_openai(openai_client(), mode=instructor.Mode.JSON_SCHEMA)
-    assert client.create(model=MODEL, messages=SHORT, response_model=City, max_tokens=80)
+    assert client.create(model=MODEL, messages=SHORT, response_model=City, max_tokens=200)
 
 
 @use("instructor", "from_openai, mode JSON")
@@ -441,7 +441,7 @@ def _():
     client = instructor.from_openai(openai_client(), mode=instructor.Mode.JSON)
     try:
         client.create(
-            model=MODEL, messages=SHORT, response_model=City, max_tokens=80, max_retries=1
+            model=MODEL, messages=SHORT, response_model=City, max_tokens=200, max_retries=1
         )
     except Exception as e:
         # The client asks for any JSON object. A small model may miss the schema or ramble on,
@@ -461,7 +461,7 @@ def pydantic_agent(**options):
 
 @use("pydantic-ai-slim", "Agent, output as a tool call")
 def _():
-    agent = pydantic_agent(output_type=City, model_settings={"max_tokens": 80})
+    agent = pydantic_agent(output_type=City, model_settings={"max_tokens": 200})
     assert isinstance(agent.run_sync("A city?").output, City)
 
 
@@ -497,7 +497,7 @@ def _():
 
 @use("openai-agents", "Runner, output_type")
 def _():
-    assert isinstance(run_agent("A city?", 60, output_type=City), City)
+    assert isinstance(run_agent("A city?", 200, output_type=City), City)
 
 
 # ---- the requests of web interfaces, as they send them -------------------------------------------

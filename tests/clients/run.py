@@ -66,6 +66,7 @@ def model() -> Path:
 def start(folder: Path) -> tuple[subprocess.Popen, str]:
     """Start a server on a free port and wait until it answers. Returns it and its address."""
     command = [sys.executable, "-m", "lamoe", "serve", folder, "--port", "0", "--weights", "int8"]
+    command += ["--seed", "0"]  # a reply sampled at random might hit the client's max_tokens
     log = (BUILD / "server.log").open("w+")
     server = subprocess.Popen([*command, "--served-model-name", NAME], stderr=log)
     deadline = time.monotonic() + START_S
