@@ -83,7 +83,7 @@ def decode(raw: bytes, where: str) -> str:
 
 
 def foreign_content(head: bytes) -> str | None:
-    """Say what a file is, if its first bytes are of a kind that stands in for the right file.
+    """Say what a file is, if its first bytes show that it is not the file that was meant.
 
     Returns a phrase for "FILE is ...", with the fix, or None.
     """

@@ -154,7 +154,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare() -> None:
-    """Load what jinja2 and Python load late, before files are out of reach."""
+    """Import what jinja2 and Python import lazily, because this process can open no files later."""
     for module in _LATE_MODULES:
         importlib.import_module(module)
     for encoding in _LATE_ENCODINGS:
