@@ -5,11 +5,13 @@ decide about records. A file is one of:
 
 - text: one document;
 - records: JSON objects with the text in a field, one per line (.jsonl, .ndjson) or as an array, a
-  sequence or a single object (.json);
-- unusable: a table, an archive, an office document, another encoding, binary. `NotText` says which
-  and how to convert it.
+  sequence or a single object (.json); or the rows of a Parquet file with the text in a column;
+- unusable: another table, an archive, an office document, another encoding, binary. `NotText` says
+  which and how to convert it.
 
-Files compressed with gzip or xz are unpacked while they are read.
+Files compressed with gzip, xz or zstd are unpacked while they are read. Lines and rows are read a
+few at a time, so such files may be larger than memory; other files are read as a whole. zstd and
+Parquet need the extra `data`.
 """
 
 from __future__ import annotations
@@ -22,16 +24,32 @@ import lzma
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lamoe.model.config import did_you_mean
 from lamoe.os_errors import explain
 
-DAMAGED = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, tarfile.TarError)
+try:
+    from compression import zstd  # Python 3.14
+except ImportError:
+    try:
+        from backports import zstd
+    except ImportError:
+        zstd = None
+DAMAGED: tuple[type[Exception], ...] = (
+    EOFError,
+    lzma.LZMAError,
+    gzip.BadGzipFile,
+    zlib.error,
+    tarfile.TarError,
+)
+if zstd is not None:
+    DAMAGED += (zstd.ZstdError,)
 _LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
-_PACKERS = {".gz": "gzip", ".xz": "xz"}
+_PACKERS = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
+_ROWS = 256  # rows of a Parquet file that are decoded at a time
 _TO_JSONL = 'write one object {"text": "..."} per line to a .jsonl file'
 _AS_TEXT = "convert it to plain text first"
 _TABLE = (
@@ -51,19 +69,17 @@ _BY_NAME = {
     ".pdf": _PDF,
 }
 _BY_NAME |= dict.fromkeys((".docx", ".doc", ".odt", ".rtf", ".pptx", ".ppt", ".odp"), _OFFICE)
-_BY_NAME |= dict.fromkeys(
-    (".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".feather"), _BINARY_TABLE
-)
+_BY_NAME |= dict.fromkeys((".xlsx", ".xls", ".ods", ".arrow", ".feather"), _BINARY_TABLE)
 _UNPACK = (
     "an archive, or in a compression that is not read",
     f"unpack it first ({', '.join(_PACKERS)} of single texts are read as they are)",
 )
-_BY_NAME |= dict.fromkeys((".zst", ".bz2", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".rar"), _UNPACK)
+_BY_NAME |= dict.fromkeys((".bz2", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".rar"), _UNPACK)
 # Kinds that the first bytes decide, whatever the name says.
 _BY_CONTENT = (
     (b"%PDF-", _PDF),
     (b"{\\rtf", _OFFICE),
-    (b"PAR1", _BINARY_TABLE),
+    (b"PAR1", ("a compressed Parquet file", "unpack it first")),
     (b"ARROW1", _BINARY_TABLE),
     (b"FEA1", _BINARY_TABLE),
     (b"PK\3\4", _UNPACK),
@@ -116,13 +132,20 @@ def read_texts(
     """
     try:
         with _open(path) as file:
-            head = _decompressed(path, lambda: file.read(_SNIFF_BYTES))
+            head = _decompressed(
+                path, lambda: file.read(_SNIFF_BYTES), f" in its first {_SNIFF_BYTES:,} bytes"
+            )
             suffix = _suffix(path.name)
+            is_packed = not isinstance(file, io.BufferedReader)
+            if head.startswith(b"PAR1") and not is_packed and suffix not in _BY_NAME:
+                yield from _rows(path, name, field, named)
+                return
             _refuse(head, suffix)
             if suffix in _LINES:
                 yield from _lines(path, name, head, file, field)
                 return
-            text = _decoded(head + _decompressed(path, file.read))
+            rest = _decompressed(path, file.read, f" after byte {len(head):,}")
+            text = _decoded(head + rest)
         if suffix == ".json" or as_records:
             yield from _values(path, name, text, field, named)
         else:
@@ -201,12 +224,51 @@ def _decoded(data: bytes) -> str:
 
 
 # ---- records -------------------------------------------------------------------------------------
+def _rows(path: Path, name: str, field: str, named: bool) -> Iterator[tuple[str, str]]:
+    """Yield the rows of a Parquet file. Only the column `field` is read, `_ROWS` rows at a time."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ValueError(
+            f"{path} is a Parquet file, which needs the package pyarrow; install it: "
+            "pip install 'lamoe[data]'"
+        ) from None
+    number = 0
+    try:
+        # Without a buffer size, pyarrow reads the column of a whole row group at once.
+        with parquet.ParquetFile(
+            path, buffer_size=1 << 20, page_checksum_verification=True
+        ) as file:
+            names = file.schema_arrow.names
+            if field not in names:
+                raise NotText(
+                    f"a table without a column {field!r}",
+                    f"{did_you_mean(field, names)}; it has {_keys(names)}. To use another column, "
+                    "write file.parquet:column",
+                )
+            for batch in file.iter_batches(_ROWS, columns=[field], use_threads=False):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield (
+                        f"{name}:{number}",
+                        _text_of({field: value}, field, f"{path}, row {number}"),
+                    )
+    except (ArrowException, OSError, UnicodeDecodeError) as e:
+        reason = str(e).split("\n")[0]
+        raise ValueError(
+            f"{path} is damaged after row {number:,}: {reason}; fetch or write it again"
+        ) from None
+    if not number:
+        yield name, ""  # counted as an empty document
+
+
 def _lines(path: Path, name: str, head: bytes, file: Any, field: str) -> Iterator[tuple[str, str]]:
     """Yield the records of a file with one JSON value per line. Blank lines are skipped."""
-    start = io.BytesIO(head + _decompressed(path, file.readline))  # complete the last line
+    # `start` ends with a whole line.
+    start = io.BytesIO(head + _decompressed(path, file.readline, f" after byte {len(head):,}"))
     number = 0
     for part in (start, file):
-        while line := _decompressed(path, part.readline):
+        while line := _decompressed(path, part.readline, f" after line {number:,}"):
             number += 1
             if line.strip():
                 where = f"{path}, line {number}"
@@ -344,12 +406,12 @@ def _kind(record: dict[str, Any]) -> str:
     return ""
 
 
-def _keys(record: dict[str, Any]) -> str:
+def _keys(record: Iterable[str]) -> str:
     return ", ".join(repr(str(k)[:40]) for k in list(record)[:8]) or "nothing"
 
 
 # ---- bytes ---------------------------------------------------------------------------------------
-def _open(path: Path) -> gzip.GzipFile | lzma.LZMAFile | io.BufferedReader:
+def _open(path: Path) -> Any:
     """Open a file for reading. Its first bytes tell whether it is compressed.
 
     Raises:
@@ -361,6 +423,13 @@ def _open(path: Path) -> gzip.GzipFile | lzma.LZMAFile | io.BufferedReader:
         return gzip.open(path, "rb")
     if start == b"\xfd7zXZ\0":
         return lzma.open(path, "rb")
+    if start[:4] == b"\x28\xb5\x2f\xfd" or (start[1:4] == b"\x2a\x4d\x18" and start[0] >> 4 == 5):
+        if zstd is None:
+            raise ValueError(
+                f"{path} is compressed with zstd, which needs the package backports.zstd; "
+                "install it: pip install 'lamoe[data]'"
+            )
+        return zstd.open(path, "rb")
     if start and (packer := _PACKERS.get(path.suffix.lower())):
         raise ValueError(
             f"{path} is damaged: its name ends in {path.suffix}, but it is not compressed with "
@@ -369,12 +438,12 @@ def _open(path: Path) -> gzip.GzipFile | lzma.LZMAFile | io.BufferedReader:
     return open(path, "rb")
 
 
-def _decompressed(path: Path, read: Callable[[], bytes]) -> bytes:
-    """Return read(). A decompression error becomes a ValueError that names the file."""
+def _decompressed(path: Path, read: Callable[[], bytes], place: str) -> bytes:
+    """Return read(). A decompression error becomes a ValueError with the file and the place."""
     try:
         return read()
     except DAMAGED as e:
         raise ValueError(
-            f"{path} is damaged: cannot be decompressed ({e or type(e).__name__}); "
+            f"{path} is damaged{place}: cannot be decompressed ({e or type(e).__name__}); "
             "fetch or pack it again"
         ) from None

@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import lzma
+import re
+import sys
 import tarfile
 import warnings
 import zipfile
@@ -123,8 +125,9 @@ def packed(kind: str) -> bytes:
         ("c.csv", b"text,label\nhello,1\n", "is a table; its separators.*csv.DictReader"),
         ("C.TSV", b"text\tlabel\n", r"is a table.*delimiter='\\t'"),
         ("c.csv.gz", gzip.compress(b"text,label\n"), "is a table"),
-        ("x.parquet", b"PAR1abc", "is a table"),
-        ("no-name", b"PAR1abc", "is a table"),
+        ("x.parquet", b"PAR1abc", "x.parquet is damaged after row 0: .*Parquet"),
+        ("no-name", b"PAR1abc", "no-name is damaged after row 0: .*Parquet"),
+        ("x.parquet.gz", gzip.compress(b"PAR1abc"), "a compressed Parquet file; unpack it first"),
         ("x.xlsx", packed("zip"), "is a table"),
         ("x.docx", packed("zip"), "an office document"),
         ("x.txt", packed("zip"), "an archive.*unpack it first"),
@@ -218,6 +221,129 @@ def test_files_that_vanish_or_cannot_be_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(text_files, "_open", denied)
     assert "b.txt may not be used by this user; change its permissions" in refused(tmp_path)
+
+
+# ---- compressed records and Parquet files ----
+TEXTS = [f"text {i} \u4e2d " * (1 + i % 7) for i in range(3000)]  # longer than the sniffed bytes
+JSONL = "".join(json.dumps({"text": t}) + "\n" for t in TEXTS).encode()
+
+
+def zstd_frames(data: bytes) -> bytes:
+    """Compress with an empty skippable frame first, and each half in a frame of its own."""
+    zstd = pytest.importorskip("backports.zstd")
+    half = len(data) // 2
+    skippable = b"\x50\x2a\x4d\x18\0\0\0\0"
+    options = {zstd.CompressionParameter.checksum_flag: 1}  # as the program zstd does
+    return skippable + b"".join(
+        zstd.compress(part, options=options) for part in (data[:half], data[half:])
+    )
+
+
+PACK = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd_frames}
+
+
+def write_parquet(path, columns, **options):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path, **options)
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_compressed_files_have_the_documents_of_the_plain_ones(tmp_path, suffix):
+    contents = {"r.jsonl": JSONL, "t.txt": JSONL[:100_000], "a.json": ARRAY}
+    for name, content in contents.items():
+        (tmp_path / "plain").mkdir(exist_ok=True)
+        (tmp_path / "packed").mkdir(exist_ok=True)
+        (tmp_path / "plain" / name).write_bytes(content)
+        (tmp_path / "packed" / (name + suffix)).write_bytes(PACK[suffix](content))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the text looks like records
+        plain, packed = (
+            [(d.name.replace(suffix, ""), d.text) for d in read_documents([str(tmp_path / folder)])]
+            for folder in ("plain", "packed")
+        )
+    assert plain == packed and len(plain) == 3003
+
+
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("content", [JSONL, JSONL[:100]], ids=["long", "short"])
+def test_a_truncated_compressed_file_is_refused_with_the_place(tmp_path, suffix, content):
+    path = tmp_path / f"r.jsonl{suffix}"
+    packed = PACK[suffix](content)
+    for cut in (len(packed) - 1, len(packed) * 3 // 4):
+        path.write_bytes(packed[:cut])
+        text = refused(path)
+        assert f"{path} is damaged " in text and "cannot be decompressed" in text
+        assert re.search(r"after (line|byte) [\d,]+:|in its first 65,536 bytes:", text)
+    changed = bytearray(packed)
+    changed[len(packed) // 2] ^= 0xFF
+    path.write_bytes(changed)
+    # The decompressed garbage may be seen before its checksum.
+    assert re.search(rf"{path}( is damaged|, line \d+: not )", refused(path))
+
+
+def test_zstd_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd_frames(LINES))
+    (tmp_path / "b.jsonl").write_bytes(LINES)
+    monkeypatch.setattr(text_files, "zstd", None)
+    for path in (tmp_path / "a.jsonl.zst", tmp_path):  # never left out of a folder silently
+        assert "needs the package backports.zstd; install it: pip install 'lamoe[data]'" in refused(
+            path
+        )
+
+
+def test_parquet_rows_are_the_documents_of_the_same_lines(tmp_path):
+    (tmp_path / "r.jsonl").write_bytes(JSONL)
+    want = [(d.name[2:], d.text) for d in read_documents([str(tmp_path / "r.jsonl")])]
+    for name, options in {
+        "r.parquet": dict(row_group_size=700),
+        "no-suffix": dict(compression="zstd"),
+        "d.parquet": dict(use_dictionary=True, write_page_checksum=True),
+    }.items():
+        path = tmp_path / name
+        columns = {"id": list(range(3000)), "text": TEXTS}
+        write_parquet(path, columns, **options)
+        got = [(d.name.replace(name, ".jsonl"), d.text) for d in read_documents([str(path)])]
+        assert [text for _, text in got] == [text for _, text in want]
+        assert [n.split(":")[1] for n, _ in got] == [n.split(":")[1] for n, _ in want]
+
+
+def test_parquet_columns(tmp_path):
+    write_parquet(tmp_path / "x.parquet", {"body": ["b", None, "c"], "n": [1, 2, 3]})
+    counts = {}
+    source = f"{tmp_path / 'x.parquet'}:body"
+    assert read(source, counts=counts) == ["b", "c"]
+    assert counts[source].skipped == {"empty": 1}
+    text = refused(tmp_path / "x.parquet")
+    assert "a table without a column 'text'" in text and "it has 'body', 'n'" in text
+    assert "did you mean 'body'?" in refused(f"{tmp_path / 'x.parquet'}:boddy")
+    assert "x.parquet, row 1: field 'n' must be text, found int" in refused(
+        f"{tmp_path / 'x.parquet'}:n"
+    )
+    (tmp_path / "a.txt").write_text("a")
+    assert read(tmp_path, counts=counts) == ["a"]
+    assert counts[str(tmp_path)].skipped == {"a table without a column 'text'": 1}
+    write_parquet(tmp_path / "y.parquet", {"text": []})
+    assert "gives no text (1 empty)" in refused(tmp_path / "y.parquet")
+
+
+def test_damaged_parquet_is_refused_with_the_place(tmp_path):
+    path = tmp_path / "x.parquet"
+    write_parquet(path, {"text": TEXTS}, row_group_size=500, write_page_checksum=True)
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    assert f"{path} is damaged after row 0: " in refused(path)
+    changed = bytearray(content)
+    changed[len(content) // 2] ^= 0xFF
+    path.write_bytes(changed)
+    assert re.search(r"x.parquet is damaged after row [\d,]+: .*; fetch or write it", refused(path))
+
+
+def test_parquet_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "x.parquet", {"text": TEXTS})
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "needs the package pyarrow; install it: pip install 'lamoe[data]'" in refused(tmp_path)
 
 
 def test_pipes_and_standard_input_are_refused(tmp_path):
