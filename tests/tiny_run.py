@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from lamoe.train import checkpoint, loop
 from lamoe.train.recipe import Recipe
@@ -98,6 +99,15 @@ def state(folder: Path) -> dict:
             p.read_bytes() for p in sorted((Path(folder) / "model").glob("*.safetensors"))
         ),
     }
+
+
+def same(a, b) -> bool:
+    """Return whether two nested states are bitwise equal."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def write_toml(path: Path, raw: dict) -> Path:

@@ -236,7 +236,7 @@ def _training(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     """
     text = (run / "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
-    steps = [m for m in lines if "loss" in m]
+    steps = [m for m in lines if "loss" in m and "skipped" not in m]
     if not steps:
         return {}
     last = steps[-1]

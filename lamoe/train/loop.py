@@ -30,10 +30,11 @@ from lamoe.train.metrics import MetricsLog, open_screen
 from lamoe.train.optim import MasterAdamW
 from lamoe.train.recipe import Recipe
 from lamoe.train.run_folder import prepare_corpus, prepare_tokenizer
+from lamoe.train.spikes import SpikeGuard
 
 
 class Stopped(RuntimeError):
-    """Raised if training ends because the loss or the gradients are not finite.
+    """Raised if training ends because of spikes, or losses or gradients that are not finite.
 
     The message describes what happened, what was saved and how to resume.
     """
@@ -51,7 +52,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
     Raises:
         ValueError: if the run folder cannot be used, or the recipe differs from that of the run to
             resume.
-        Stopped: if the loss or the gradient norm is not finite.
+        Stopped: if too many steps in a row were skipped (train/spikes.py).
     """
     run = run_folder.check_place(recipe)
     with run_folder.locked(run), open_screen(recipe, quiet) as screen:
@@ -77,9 +78,10 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
         )
         model = _build_model(recipe, config, fresh=last is None, note=screen.note)
         optimizer = _build_optimizer(recipe, model)
+        guard = SpikeGuard(recipe.spikes)
         step = saved_step = 0
         if last is not None:
-            step = saved_step = _restore(last, optimizer, batches)
+            step = saved_step = _restore(last, optimizer, batches, guard)
             screen.note(f"resuming from {last} at step {step}")
 
         # 3. The loop
@@ -94,19 +96,26 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
         )
 
         def save() -> Path:
+            guard.checkpoint_saved(step)
+
             def write(folder: Path) -> None:
                 hf.save(model, folder / "model", extras_from=run / "tokenizer")
                 state = {
                     "step": step,
                     "optimizer": optimizer.state_dict(),
                     "data": batches.state_dict(),
+                    "spikes": guard.state_dict(),
                     "rng": checkpoint.rng_state(),
                 }
                 checkpoint.save_tensors(folder / "state.safetensors", state)
 
             return checkpoint.save(run, step, write, recipe.run.keep)
 
-        with closing(MetricsLog(run, step, screen)) as log, _stop_signals() as stop:
+        with (
+            closing(MetricsLog(run, step, screen, guard.restarts)) as log,
+            _stop_signals() as stop,
+        ):
+            save_due = False
             while step < recipe.run.steps and not stop.signal_name:
                 begin = time.perf_counter()
                 tokens_before = recipe.batch.before(step) * recipe.data.seq_len
@@ -115,11 +124,12 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
                 micro_batches = _accumulate_gradients(model, optimizer, recipe, step, ids, segments)
                 loss = sum(m.share * m.cross_entropy for m in micro_batches)
                 norm = optimizer.clip()
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    file = run_folder.save_bad_batch(run, step, ids, segments, loss, norm)
-                    raise Stopped(_stop_message(step, loss, norm, file, last))
                 lr = recipe.optim.lr_at(step, tokens_before / total_tokens)
-                optimizer.step(lr)
+                fault = guard.check(loss, norm)
+                if fault:
+                    optimizer.discard()
+                else:
+                    optimizer.step(lr)
                 step += 1
 
                 tokens = batch_size * recipe.data.seq_len
@@ -138,13 +148,24 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
                     mfu=tokens / seconds * token_flops / peak_flops,
                     gemm_peak=peak_flops,
                     records=[m.records for m in micro_batches],
+                    **guard.metrics(fault),
                 )
+                if guard.must_stop:
+                    file = run_folder.save_bad_batch(run, step, ids, segments, loss, norm)
+                    point = guard.restart_point(run)
+                    if point is None:
+                        raise Stopped(_stop_message(step, fault, guard.in_a_row, file, last))
+                    stopped_at, last = step, point
+                    step = saved_step = _restart(point, optimizer, batches, guard)
+                    log.restart(stopped_at, step, f"{fault}; the batch is in {file.name}")
+                    continue
                 if step == recipe.run.steps:  # the last step is saved and evaluated below
                     break
                 if _is_due(step, recipe.run.eval_every) and len(corpus.heldout):
                     log.heldout(step, evaluate(model, corpus, recipe, recipe.run.eval_tokens))
-                if _is_due(step, recipe.run.save_every):
-                    last, saved_step = save(), step
+                save_due = save_due or _is_due(step, recipe.run.save_every)
+                if save_due and not guard.in_a_row:  # keep the checkpoint before skipped steps
+                    last, saved_step, save_due = save(), step, False
 
             # 4. The end, after the last step or after a signal
             if stop.signal_name and step < recipe.run.steps:
@@ -158,7 +179,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
                 last = save()
                 if len(corpus.heldout):
                     log.heldout(step, evaluate(model, corpus, recipe, None))
-        screen.note(f"done: {step} steps, saved {last / 'model'}")
+        screen.note(f"done: {step} steps{guard.describe()}, saved {last / 'model'}")
         return last
 
 
@@ -188,13 +209,14 @@ def _build_optimizer(recipe: Recipe, model: Transformer) -> MasterAdamW:
     return optimizer
 
 
-def _restore(last: Path, optimizer: MasterAdamW, batches: data.Batches) -> int:
-    """Load the optimizer, sampler and random state of a checkpoint. Return its step."""
+def _restore(last: Path, optimizer: MasterAdamW, batches: data.Batches, guard: SpikeGuard) -> int:
+    """Load the state of a checkpoint, apart from the model folder. Return its step."""
     file = last / "state.safetensors"
     state = checkpoint.load_tensors(file)
     try:
         optimizer.load_state_dict(state["optimizer"])
         batches.load_state_dict(state["data"])
+        guard.load_state_dict(state.get("spikes"), state["step"])
         checkpoint.set_rng_state(state["rng"])
         return state["step"]
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
@@ -202,6 +224,21 @@ def _restore(last: Path, optimizer: MasterAdamW, batches: data.Batches) -> int:
             f"{file} does not fit this version of lamoe ({type(e).__name__}: {e}); resume with the "
             f"version that wrote it, or start a new run from its weights: --run.init_from {last}"
         ) from None
+
+
+def _restart(point: Path, optimizer: MasterAdamW, batches: data.Batches, guard: SpikeGuard) -> int:
+    """Go back to a checkpoint, but not in the text: the batches since then are not repeated.
+
+    A run that is killed and resumed repeats the same steps and the same restart, so it needs no
+    other record of it.
+
+    Returns:
+        The step of the checkpoint.
+    """
+    rows, skipped, restarts = batches.rows, guard.skipped, guard.restarts
+    step = _restore(point, optimizer, batches, guard)
+    batches.rows, guard.skipped, guard.restarts = rows, skipped, restarts + 1
+    return step
 
 
 class MicroBatch(NamedTuple):
@@ -267,18 +304,20 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _stop_message(step: int, loss: float, norm: float, file: Path, last: Path | None) -> str:
+def _stop_message(step: int, fault: str, in_a_row: int, file: Path, last: Path | None) -> str:
+    unchanged = (
+        "Stopped before the weights changed"
+        if in_a_row == 1
+        else f"Stopped after {in_a_row} skipped steps in a row, which did not change the weights"
+    )
     advice = (
         f"Resume from {last} with --resume and a lower --optim.lr, a smaller --optim.clip or "
-        "a longer --optim.warmup_steps"
+        "a longer --optim.warmup_steps, or continue after these batches with --spikes.restarts 1"
         if last is not None
         else "No checkpoint was saved yet: start again with a lower --optim.lr or a longer "
         "--optim.warmup_steps"
     )
-    return (
-        f"step {step}: loss {loss}, gradient norm {norm}. Stopped before the weights changed; "
-        f"the batch is in {file}. {advice}"
-    )
+    return f"step {step}: {fault}. {unchanged}; the batch is in {file}. {advice}"
 
 
 def evaluate(

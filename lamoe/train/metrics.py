@@ -23,39 +23,59 @@ class MetricsLog:
     Args:
         run: the run folder.
         step: the step from which the run starts or resumes.
+        restarts: number of automatic restarts before that step.
     """
 
-    def __init__(self, run: Path, step: int, screen: Screen):
+    def __init__(self, run: Path, step: int, screen: Screen, restarts: int = 0):
         self.file, self.screen = run / "metrics.jsonl", screen
         if self.file.exists():
-            # Keep only lines up to the checkpoint, because a resumed run repeats all later steps.
             lines = self.file.read_text(encoding="utf-8").splitlines()
-            kept = [line + "\n" for line in lines if step and _step_of_line(line) <= step]
-            atomic.write_text(self.file, "".join(kept))
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-        except ImportError:
-            self.board = None
+            kept = _lines_before(lines, step, restarts) if step else []
+            atomic.write_text(self.file, "".join(line + "\n" for line in kept))
+        self._open_board(step)
+        if self.board is None:
             screen.note(
                 "TensorBoard is not installed (pip install 'lamoe[train]'); "
                 "metrics go to metrics.jsonl only"
             )
 
+    def _open_board(self, step: int) -> None:
+        """Open TensorBoard's file, and hide earlier events of steps after `step`."""
+        self.board = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.file.parent / "tensorboard"), purge_step=step + 1)
+        except ImportError:
+            pass
+
     def step(self, step: int, recipe: Recipe, records: list[list[LayerRecord]], **values) -> None:
         """Show the metrics of one step.
 
-        They are also written if the step is the first, the last or a multiple of run.log_every.
+        They are also written if the step is the first, the last, skipped, or a multiple of
+        run.log_every.
 
         Args:
             records: [micro-batch][MoE layer], the routing statistics of each layer.
             values: metrics of the whole step, over all its micro-batches.
         """
         self.screen.step(step, values)
-        if step % recipe.run.log_every and step != recipe.run.steps and step != 1:
+        skipped = values.get("skipped")
+        if skipped:
+            self.screen.note(
+                f"step {step}: skipped, {skipped}; {values['skipped_steps']} skipped so far"
+            )
+        elif step % recipe.run.log_every and step != recipe.run.steps and step != 1:
             return
         self.write(step, {**values, **router_metrics(records, recipe.balance.devices)})
+
+    def restart(self, step: int, good_step: int, reason: str) -> None:
+        """Write and show that the run goes back from `step` to the checkpoint of `good_step`."""
+        self.write(step, {"restart_from": good_step, "reason": reason})
+        self.screen.note(f"step {step}: restarting from step {good_step}, because {reason}")
+        if self.board is not None:
+            self.board.close()
+            self._open_board(good_step)
 
     def heldout(self, step: int, values: dict[str, float]) -> None:
         """Write and show the results of an evaluation."""
@@ -65,7 +85,7 @@ class MetricsLog:
 
     def write(self, step: int, values: dict) -> None:
         """Append one line to metrics.jsonl and pass the numbers to TensorBoard."""
-        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        rounded = {k: _rounded(v) for k, v in values.items()}
         with atomic.naming(self.file), open(self.file, "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, **rounded}) + "\n")
         if self.board is not None:
@@ -83,15 +103,34 @@ class MetricsLog:
             self.board.close()
 
 
-def _step_of_line(line: str) -> float:
-    """Return the step of a line of metrics.jsonl, or infinity if the line is incomplete.
+def _rounded(value):
+    """Return a number for JSON, which has no NaN and no infinity: they become null."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
-    A killed process may leave half a line.
+
+def _lines_before(lines: list[str], step: int, restarts: int) -> list[str]:
+    """Return the lines of metrics.jsonl up to a checkpoint. A resumed run repeats all later steps.
+
+    Args:
+        step: step of the checkpoint.
+        restarts: number of automatic restarts before it. Each one is a line, and the steps after
+            it begin again with a smaller number.
     """
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    kept: list[tuple[int, str]] = []  # steps and lines
+    begin = 0  # of the lines since the last restart
+    for line in lines:
+        try:
+            values = json.loads(line)
+            if "restart_from" in values:
+                if not restarts:
+                    break
+                restarts, begin = restarts - 1, len(kept) + 1
+            kept.append((int(values["step"]), line))
+        except (ValueError, KeyError, TypeError):  # a killed process may leave half a line
+            continue
+    return [line for i, (at, line) in enumerate(kept) if i < begin or at <= step]
 
 
 def router_metrics(records: list[list[LayerRecord]], devices: int) -> dict:

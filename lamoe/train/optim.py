@@ -131,7 +131,8 @@ class Batch:
 class MasterAdamW:
     """AdamW over float32 master copies of a model's parameters.
 
-    Call `collect` after the backward pass of each micro-batch, then `clip` and `step` once.
+    Call `collect` after the backward pass of each micro-batch, then `clip` and either `step` or
+    `discard` once.
 
     Attributes:
         params: the model's parameters.
@@ -186,6 +187,10 @@ class MasterAdamW:
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         self._copy_to_model()
+
+    def discard(self) -> None:
+        """Clear the collected gradients without an update."""
+        self.adamw.zero_grad(set_to_none=True)
 
     def _copy_to_model(self) -> None:
         """Copy the masters to the parameters, rounded where the parameter has another dtype."""

@@ -1,8 +1,8 @@
 """A training recipe: a TOML file, read into checked dataclasses.
 
 Section [model] takes `preset` and any field of ModelConfig. The other sections are dataclasses:
-Data and Run here, Optim and Batch in optim.py, Balance in model/routing.py. On the command line
-`--section.key value` overrides a line of the file.
+Data and Run here, Optim and Batch in optim.py, Spikes in spikes.py, Balance in model/routing.py. On
+the command line `--section.key value` overrides a line of the file.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lamoe.model.field_checks import parse_int
 from lamoe.model.routing import Balance
 from lamoe.text.json_file import read_json
 from lamoe.train.optim import Batch, Optim
+from lamoe.train.spikes import Spikes
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class Recipe:
     optim: Optim = field(default_factory=Optim)
     batch: Batch = field(default_factory=Batch)
     balance: Balance = field(default_factory=Balance)
+    spikes: Spikes = field(default_factory=Spikes)
     run: Run = field(default_factory=Run)
 
     def __post_init__(self):
@@ -125,6 +127,11 @@ class Recipe:
             # Set aux_loss_alpha, so that the saved config.json has the value used in training.
             object.__setattr__(
                 self, "model", self.model.replace(aux_loss_alpha=float(self.balance.expert))
+            )
+        if self.spikes.restarts and not self.run.save_every:
+            raise ValueError(
+                f"spikes.restarts is {self.spikes.restarts}, but run.save_every is 0, so there "
+                "would be no checkpoint to restart from; set run.save_every"
             )
         if self.data.seq_len > self.model.max_position_embeddings:
             raise ValueError(
@@ -209,7 +216,14 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid TOML: {e}{fix}") from None
 
 
-SECTIONS = {"data": Data, "optim": Optim, "batch": Batch, "balance": Balance, "run": Run}
+SECTIONS = {
+    "data": Data,
+    "optim": Optim,
+    "batch": Batch,
+    "balance": Balance,
+    "spikes": Spikes,
+    "run": Run,
+}
 
 
 def _section(kind, name: str, raw: dict[str, Any]):

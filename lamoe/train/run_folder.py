@@ -58,7 +58,16 @@ _FREE = (
 )
 # Keys that may change on resume, with a note to the user. Changing them may rescue a run whose loss
 # has diverged.
-_NOTED = ("optim.lr", "optim.warmup_steps", "optim.clip")
+_NOTED = (
+    "optim.lr",
+    "optim.warmup_steps",
+    "optim.clip",
+    "spikes.skip",
+    "spikes.sigmas",
+    "spikes.window",
+    "spikes.max_in_a_row",
+    "spikes.restarts",
+)
 
 
 def check_place(recipe: Recipe) -> Path:
@@ -380,7 +389,7 @@ def prepare_corpus(
 def save_bad_batch(
     run: Path, step: int, ids: torch.Tensor, segments: torch.Tensor, loss: float, norm: float
 ) -> Path:
-    """Save a batch whose loss or gradient norm is not finite, and return the path of the file."""
+    """Save the batch of a skipped step, and return the path of the file."""
     file = run / f"bad-batch-{step}.safetensors"
     content = {"ids": ids, "segments": segments, "loss": loss, "grad_norm": norm}
     with atomic.replace_path(file) as temporary:

@@ -235,7 +235,7 @@ def test_override_refused(tmp_path, words, message):
         ),
         (
             "[model]\npreset='tiny'\n[training]\nx=1\n",
-            r"unknown section \[training\].*known: model, data, optim, batch, balance, run",
+            r"unknown section \[training\].*known: model, data, optim, batch, balance, spikes, run",
         ),
         (
             "[model]\npreset='tiny'\n[run]\nstepps=1\n",

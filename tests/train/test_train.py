@@ -25,7 +25,7 @@ from lamoe.train import metrics as metrics_module
 from lamoe.train.data import Batches, open_corpus
 from lamoe.train.optim import MasterAdamW
 from lamoe.train.recipe import Recipe
-from tiny_run import metrics, raw_recipe, state, train, trained, write_texts, write_toml  # noqa: F401 (trained is a fixture)
+from tiny_run import metrics, raw_recipe, same, state, train, trained, write_texts, write_toml  # noqa: F401 (trained is a fixture)
 
 FAMILIES = {
     "mla": {},
@@ -46,15 +46,6 @@ FAMILIES = {
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     return write_texts(tmp_path_factory.mktemp("texts") / "in")
-
-
-def same(a, b) -> bool:
-    """Return whether two nested states are bitwise equal."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -139,6 +130,8 @@ def test_metrics_are_complete(trained):
         "router_entropy",
         "drop_rate",
         "expert_load",
+        "skipped_steps",
+        "restarts",
     }
     for i, m in enumerate(steps):
         assert (
@@ -663,10 +656,11 @@ def nan_at(call: int):
 def test_nan_loss_stops_before_the_weights_change(texts, tmp_path):
     """A NaN loss stops training before the weights change.
 
-    The loss is NaN in the first micro-batch of step 3 (counted from 0). With two micro-batches per
-    step this is the 7th call. The checkpoint of step 2 exists.
+    The loss is NaN in the first micro-batch of step 4. With two micro-batches per step this is the
+    7th call. The checkpoint of step 2 exists.
     """
     raw = raw_recipe(texts, tmp_path / "run", run=dict(steps=6, save_every=2))
+    raw["spikes"] = dict(skip=False)
     updates, original = [], MasterAdamW.step
     with (
         nan_at(7),
@@ -676,7 +670,7 @@ def test_nan_loss_stops_before_the_weights_change(texts, tmp_path):
     ):
         with pytest.raises(
             loop.Stopped,
-            match="step 3: loss nan, gradient norm nan. Stopped before the weights changed",
+            match="step 4: loss nan, gradient norm nan. Stopped before the weights changed",
         ) as e:
             train(raw)
     assert (
@@ -684,7 +678,7 @@ def test_nan_loss_stops_before_the_weights_change(texts, tmp_path):
         and "Resume from" in str(e.value)
         and "step-00000002 with --resume and a lower --optim.lr" in str(e.value)
     )
-    bad = checkpoint.load_tensors(tmp_path / "run" / "bad-batch-3.safetensors")
+    bad = checkpoint.load_tensors(tmp_path / "run" / "bad-batch-4.safetensors")
     assert bad["ids"].shape == bad["segments"].shape == (4, 33) and math.isnan(bad["loss"])
     assert train(raw, resume=True).name == "step-00000006"  # the folder can still be used
 
@@ -694,7 +688,7 @@ def test_an_infinite_gradient_stops_training(texts, tmp_path):
 
     No checkpoint exists yet. On the command line the exit code is 3.
     """
-    raw = raw_recipe(texts, tmp_path / "run")
+    raw = {**raw_recipe(texts, tmp_path / "run"), "spikes": dict(skip=False)}
     original = MasterAdamW.collect
 
     def collect(self):
@@ -714,7 +708,7 @@ def test_an_infinite_gradient_stops_training(texts, tmp_path):
         and "No checkpoint was saved yet" in said
         and said.count("\n") == 1
     )
-    assert (tmp_path / "run" / "bad-batch-0.safetensors").exists() and checkpoint.latest(
+    assert (tmp_path / "run" / "bad-batch-1.safetensors").exists() and checkpoint.latest(
         tmp_path / "run"
     ) is None
 
