@@ -14,8 +14,8 @@ hypothesis.settings.load_profile("same examples every time")
 torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["ref", "fused"])
+@pytest.fixture(params=["ref", "fused", "device"])
 def impl(request, monkeypatch) -> str:
-    """Run the test once with every op from ref.py and once with every op from fused.py."""
+    """Run the test once with the ops of ref.py, of fused.py and of device.py."""
     monkeypatch.setattr(kernels, "_DEFAULT", request.param)
     return request.param

@@ -10,6 +10,7 @@ Sources: paper eq. 20-22 (gate), 2.2.2 (device-limited routing), eq. 23-31 (bala
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -198,19 +199,24 @@ def keep_mask(
     n, k = expert.shape
     budget = -int(-(capacity_factor * n * k) // devices)
     device = (expert // (n_experts // devices)).flatten()
-    rank_by = affinity.detach().flatten().to(torch.float64)
+    rank = 2 * device  # by device, protected assignments first, best first
     if protected is not None:
-        # Scores are at most 1, so this puts protected assignments before all others.
-        rank_by = rank_by + 2.0 * protected.repeat_interleave(k)
-    order = rank_by.argsort(descending=True, stable=True)
-    order = order[device[order].argsort(stable=True)]  # by device, best first
-    counts = device.bincount(minlength=devices)
+        protected = protected.repeat_interleave(k)
+        rank = rank - protected.int()
+    order = affinity.detach().flatten().argsort(descending=True, stable=True)
+    order = order[rank[order].argsort(stable=True)]
+    counts = _counts(device, devices)
     place = torch.arange(n * k, device=expert.device) - (counts.cumsum(0) - counts)[device[order]]
     keep = torch.empty(n * k, dtype=torch.bool, device=expert.device)
     keep[order] = place < budget
     if protected is not None:
-        keep |= protected.repeat_interleave(k)
+        keep |= protected
     return keep.view(n, k)
+
+
+def _counts(ids: torch.Tensor, size: int) -> torch.Tensor:
+    """Count each of the ids 0 to size - 1, int64 [size]. bincount would wait for the device."""
+    return ids.new_zeros(size).scatter_add_(0, ids, torch.ones_like(ids))
 
 
 # ---- routing hooks -------------------------------------------------------------------------------
@@ -310,7 +316,7 @@ class Training:
             expert, weight = expert.masked_fill(~keep, e), weight * keep
         with torch.no_grad():
             entropy = torch.special.entr(route.scores).sum(-1).mean()
-        load = route.expert.flatten().bincount(minlength=e)
+        load = _counts(route.expert.flatten(), e)
         self.records.append(LayerRecord(losses, load, dropped, entropy))
         return Route(route.scores, expert, weight)
 
@@ -324,6 +330,11 @@ class Training:
         if not self.records:
             return torch.zeros(())
         losses = torch.stack([record.losses for record in self.records]).sum(0)
-        b = self.balance
-        alphas = torch.tensor([b.expert, b.device, b.communication], device=losses.device)
-        return (losses * alphas).sum()
+        return (losses * _alphas(self.balance, losses.device)).sum()
+
+
+@functools.cache
+def _alphas(balance: Balance, device: torch.device) -> torch.Tensor:
+    """Return the weights of the balance losses. Cached: a copy to the device would wait for it."""
+    weights = [balance.expert, balance.device, balance.communication]
+    return torch.tensor(weights, device=device)

@@ -127,9 +127,10 @@ class Transformer(nn.Module):
         else:
             positions = cache.positions(tokens).to(ids.device)
         x = self.embed(ids)
+        mask = None if segments is None else kernels.document_mask(segments)
         freqs = rope.freqs(self.config, positions, x.dtype)  # [1, T, R / 2], for all layers
         for block in self.layers:
-            x = block(x, freqs, cache, segments, routing_hook, form)
+            x = block(x, freqs, cache, mask, routing_hook, form)
         if cache is not None:
             cache.advance(tokens)
         return self.norm(x)

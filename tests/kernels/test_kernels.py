@@ -517,6 +517,7 @@ def test_every_fused_op_has_a_reference_and_its_docstring():
     assert sorted(ops) == [
         "attend",
         "cross_entropy",
+        "document_mask",
         "experts",
         "mla_attend",
         "rms_norm",
