@@ -7,13 +7,14 @@ import copy
 import functools
 import json
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
-from lamoe.train import checkpoint, loop
+from lamoe.train import checkpoint, curves, loop
 from lamoe.train.recipe import Recipe
 
 MLA = dict(
@@ -77,9 +78,16 @@ def raw_recipe(texts: Path, out: Path, **changes) -> dict:
     return raw
 
 
-def train(raw: dict, resume: bool = False, quiet: bool = True) -> Path:
-    """Call loop.train without measuring the machine's peak, which takes a second."""
-    with mock.patch.object(loop, "measure_peak", return_value=1e10):
+def train(raw: dict, resume: bool = False, quiet: bool = True, draw: bool = False) -> Path:
+    """Call loop.train without measuring the machine's peak, which takes a second.
+
+    Args:
+        draw: whether to plot the curves, which takes another second.
+    """
+    with (
+        mock.patch.object(loop, "measure_peak", return_value=1e10),
+        nullcontext() if draw else mock.patch.object(curves, "draw"),
+    ):
         return loop.train(Recipe.from_dict(raw), resume=resume, quiet=quiet)
 
 
@@ -128,7 +136,7 @@ def _trained(base: Path) -> Path:
         base / "run",
         run=dict(steps=40, eval_every=20, eval_tokens=200, save_every=20),
     )
-    train(raw)
+    train(raw, draw=True)
     return base / "run"
 
 

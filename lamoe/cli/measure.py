@@ -1,4 +1,4 @@
-"""`lamoe evaluate`, `lamoe info`, `lamoe bench` and `lamoe doctor`."""
+"""`lamoe evaluate`, `lamoe curves`, `lamoe info`, `lamoe bench` and `lamoe doctor`."""
 
 from __future__ import annotations
 
@@ -99,6 +99,22 @@ def _load(args: argparse.Namespace):
     formats = Formats(args.weights, args.head)
     backend = backends.load(folder, formats, device=args.device, threads=args.threads)
     return backend, tokenizer, backend
+
+
+def curves(args: argparse.Namespace) -> int:
+    """Plot the training curves of a run."""
+    from lamoe.train import curves
+
+    run = Path(args.run_folder).expanduser()
+    file = None if args.out is None else check_output("--out", args.out)
+    try:
+        print(f"wrote {curves.draw(run, file)}")
+    except ImportError:
+        raise ValueError(
+            "plots need matplotlib, which is not installed (pip install 'lamoe[train]'); "
+            f"the numbers are in {run / 'metrics.jsonl'}"
+        ) from None
+    return 0
 
 
 def info(args: argparse.Namespace) -> int:

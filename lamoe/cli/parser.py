@@ -41,6 +41,7 @@ def _build() -> tuple[Parser, dict[str, Parser]]:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (
         _add_train,
+        _add_curves,
         _add_generate,
         _add_chat,
         _add_serve,
@@ -114,6 +115,18 @@ def _add_train(verbs) -> None:
     p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     p.add_argument("--quiet", action="store_true", help="print no progress")
     _add_threads(p, whole_number)  # run.threads of the recipe is checked there
+
+
+def _add_curves(verbs) -> None:
+    p = _verb(
+        verbs,
+        "curves",
+        measure.curves,
+        "plot the training curves of a run, which may still be training: loss, gradient norm, "
+        "learning rate, router entropy, expert load, dropped assignments, speed, skipped steps",
+    )
+    p.add_argument("run_folder", metavar="RUN", help="run folder of lamoe train")
+    p.add_argument("--out", metavar="FILE", help="PNG file to write (default: RUN/curves.png)")
 
 
 def _add_generate(verbs) -> None:

@@ -31,6 +31,7 @@ from lamoe.model.config import ModelConfig
 from lamoe.model.transformer import Transformer
 from lamoe.os_errors import check_output
 from lamoe.text.tokenizer import Tokenizer
+from lamoe.train import curves
 from lamoe.train.data import heldout_rows, open_corpus
 from lamoe.train.sources import read_documents
 
@@ -234,8 +235,7 @@ def _training(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
 
     The result is empty if no step was logged.
     """
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines, _ = curves.read(run)
     steps = [m for m in lines if "loss" in m and "skipped" not in m]
     if not steps:
         return {}

@@ -1,4 +1,7 @@
-"""Reports the metrics of a training run to metrics.jsonl, TensorBoard and the terminal."""
+"""Reports the metrics of a training run to metrics.jsonl, TensorBoard and the terminal.
+
+curves.py plots them.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import torch
 
 from lamoe import atomic
 from lamoe.model.routing import LayerRecord
+from lamoe.train import curves
 from lamoe.train.recipe import Recipe
 
 
@@ -28,6 +32,7 @@ class MetricsLog:
 
     def __init__(self, run: Path, step: int, screen: Screen, restarts: int = 0):
         self.file, self.screen = run / "metrics.jsonl", screen
+        self.logged = False  # whether this process has written a line
         if self.file.exists():
             lines = self.file.read_text(encoding="utf-8").splitlines()
             kept = _lines_before(lines, step, restarts) if step else []
@@ -78,13 +83,15 @@ class MetricsLog:
             self._open_board(good_step)
 
     def heldout(self, step: int, values: dict[str, float]) -> None:
-        """Write and show the results of an evaluation."""
+        """Write and show the results of an evaluation, and plot the curves."""
         self.write(step, values)
+        self._draw()
         text = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in values.items())
         self.screen.note(f"step {step}: {text}")
 
     def write(self, step: int, values: dict) -> None:
         """Append one line to metrics.jsonl and pass the numbers to TensorBoard."""
+        self.logged = True
         rounded = {k: _rounded(v) for k, v in values.items()}
         with atomic.naming(self.file), open(self.file, "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, **rounded}) + "\n")
@@ -97,10 +104,22 @@ class MetricsLog:
                 self.board.add_scalar(f"expert_load_min/moe_layer_{layer}", min(load), step)
             self.board.flush()
 
+    def _draw(self) -> Path | None:
+        """Plot the curves if matplotlib is installed. A failure does not end the run."""
+        try:
+            return curves.draw(self.file.parent)
+        except ImportError:
+            return None
+        except Exception as e:
+            self.screen.note(f"warning: the curves were not plotted: {type(e).__name__}: {e}")
+            return None
+
     def close(self) -> None:
-        """Close TensorBoard's file."""
+        """Plot the curves, and close TensorBoard's file."""
         if self.board is not None:
             self.board.close()
+        if self.logged and (file := self._draw()):
+            self.screen.note(f"plotted the training curves: {file}")
 
 
 def _rounded(value):

@@ -4,10 +4,12 @@ recipe.json        the recipe, checked when the run is resumed
 tokenizer/         tokenizer.json and tokenizer_config.json
 data/              packed text (data.py)
 metrics.jsonl      one JSON object per logged step (metrics.py)
+curves.png         a plot of them (curves.py), if matplotlib is installed
 tensorboard/       the same for TensorBoard, if it is installed
 step-00000480/     a checkpoint (checkpoint.py): model/ is a Hugging Face folder,
                    state.safetensors holds everything else
 latest             the name of the last checkpoint
+bad-batch-...      the last batch of skipped steps that stopped or restarted the run
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from lamoe.model.config import CARRIED
 from lamoe.os_errors import check_output, current_folder
 from lamoe.text import tokenizer as tokenizers
 from lamoe.text.tokenizer import Tokenizer
-from lamoe.train import checkpoint, data
+from lamoe.train import checkpoint, curves, data
 from lamoe.train.holdout import plan_split
 from lamoe.train.packing import PIECE
 from lamoe.train.recipe import Recipe
@@ -193,7 +195,7 @@ def claim(run: Path, recipe: Recipe, resume: bool, note: Note = print) -> Path |
             # Remove the tokenizer of an earlier attempt without checkpoint: its recipe may differ.
             atomic.remove_folder(run / "tokenizer", "tokenizer")
     _check_space(run, recipe, last, note)
-    for name in (RECIPE, METRICS, "tokenizer"):
+    for name in (RECIPE, METRICS, curves.NAME, "tokenizer"):
         atomic.remove_leftovers(run, name)
     text = json.dumps(recipe.to_dict(), indent=1, ensure_ascii=False) + "\n"
     atomic.write_text(saved, text)

@@ -88,6 +88,7 @@ def test_files_of_a_finished_run(trained):
         "tokenizer",
         "data",
         "metrics.jsonl",
+        "curves.png",
         "tensorboard",
         "step-00000020",
         "step-00000040",
@@ -105,6 +106,21 @@ def test_files_of_a_finished_run(trained):
     ) == (tok.bos_id, tok.eos_id)
     masters = state(trained / "step-00000040")["optimizer"]["masters"]
     assert all(torch.equal(p, m) for p, m in zip(model.parameters(), masters, strict=True))
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_metrics_do_not_depend_on_micro_batches(micro, texts, tmp_path):
+    """Only the budget of token dropping belongs to a micro-batch. It is off here."""
+    found = {}
+    for size in (4, micro):
+        balance = dict(devices=4, capacity_factor=0.0)
+        raw = raw_recipe(texts, tmp_path / f"{size}", balance=balance, run=dict(steps=1))
+        raw["batch"]["micro"] = size
+        train(raw)
+        found[size] = metrics(tmp_path / f"{size}")[0]
+    assert found[4].keys() == found[micro].keys() and found[4]["grad_norm"] > 0
+    assert found[micro].pop("expert_load") == found[4].pop("expert_load")
+    assert found[micro] == pytest.approx(found[4], rel=2e-5)
 
 
 def test_metrics_are_complete(trained):
@@ -731,7 +747,7 @@ def test_a_second_signal_ends_the_process_at_once(texts, tmp_path):
 
 CHILD = """
 import sys
-sys.modules["torch.utils.tensorboard"] = None  # two seconds less
+sys.modules["torch.utils.tensorboard"] = sys.modules["matplotlib"] = None  # seconds less
 from lamoe.train import loop
 from lamoe import cli
 loop.measure_peak = lambda dtype: 1e10
