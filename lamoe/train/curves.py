@@ -268,7 +268,11 @@ def _plot(
         axis.plot(x, y, color=color, lw=1.2, label=label, **few)
         return
     axis.plot(x, y, color=color, alpha=0.3, lw=0.7)
-    axis.plot(x, _running_mean(y, width), color=color, lw=1.5, label=label)
+    if axis.get_yscale() == "log":
+        mean = np.exp(_running_mean(np.log(np.maximum(y, 1e-30)), width))
+    else:
+        mean = _running_mean(y, width)
+    axis.plot(x, mean, color=color, lw=1.5, label=label)
 
 
 def _points(lines: list[_Line], field: str) -> tuple[np.ndarray, np.ndarray]:

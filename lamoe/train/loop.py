@@ -154,7 +154,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
                     file = run_folder.save_bad_batch(run, step, ids, segments, loss, norm)
                     point = guard.restart_point(run)
                     if point is None:
-                        raise Stopped(_stop_message(step, fault, guard.in_a_row, file, last))
+                        raise Stopped(_stop_message(step, fault, guard, file, last))
                     stopped_at, last = step, point
                     step = saved_step = _restart(point, optimizer, batches, guard)
                     log.restart(stopped_at, step, f"{fault}; the batch is in {file.name}")
@@ -304,19 +304,25 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _stop_message(step: int, fault: str, in_a_row: int, file: Path, last: Path | None) -> str:
+def _stop_message(step: int, fault: str, guard: SpikeGuard, file: Path, last: Path | None) -> str:
     unchanged = (
         "Stopped before the weights changed"
-        if in_a_row == 1
-        else f"Stopped after {in_a_row} skipped steps in a row, which did not change the weights"
+        if guard.in_a_row == 1
+        else f"Stopped after {guard.in_a_row} skipped steps in a row, "
+        "which did not change the weights"
     )
-    advice = (
-        f"Resume from {last} with --resume and a lower --optim.lr, a smaller --optim.clip or "
-        "a longer --optim.warmup_steps, or continue after these batches with --spikes.restarts 1"
-        if last is not None
-        else "No checkpoint was saved yet: start again with a lower --optim.lr or a longer "
-        "--optim.warmup_steps"
-    )
+    if last is None:
+        advice = (
+            "No checkpoint was saved yet: start again with a lower --optim.lr or a longer "
+            "--optim.warmup_steps"
+        )
+    else:
+        advice = (
+            f"Resume from {last} with --resume and a lower --optim.lr, a smaller --optim.clip or "
+            "a longer --optim.warmup_steps"
+        )
+        if not guard.restarts:
+            advice += ", or with --spikes.restarts 1 to go on with the text after these batches"
     return f"step {step}: {fault}. {unchanged}; the batch is in {file}. {advice}"
 
 

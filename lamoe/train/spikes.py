@@ -74,8 +74,11 @@ class SpikeGuard:
 
     def __init__(self, spikes: Spikes):
         self.spikes = spikes
-        self.losses: deque[float] = deque(maxlen=spikes.window)
-        self.log_norms: deque[float] = deque(maxlen=spikes.window)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.losses: deque[float] = deque(maxlen=self.spikes.window)
+        self.log_norms: deque[float] = deque(maxlen=self.spikes.window)
         self.in_a_row = self.skipped = self.restarts = 0
         self.good_step: int | None = None
 
@@ -159,12 +162,12 @@ class SpikeGuard:
         }
 
     def load_state_dict(self, state: dict[str, Any] | None, step: int) -> None:
-        """Load the result of `state_dict`, or begin anew if a checkpoint of before has none.
+        """Load the result of `state_dict`, or begin anew if an older checkpoint has none.
 
         Args:
             step: step of the checkpoint.
         """
-        self.__init__(self.spikes)  # type: ignore[misc]
+        self._forget()
         self.good_step = step
         if state is not None:
             self.losses.extend(state["losses"])

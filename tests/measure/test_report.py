@@ -159,6 +159,19 @@ def test_bad_requests(spoken, tmp_path):
         report.evaluate_texts(model, tok, [str(tmp_path / "empty")])
 
 
+def test_skipped_and_repeated_steps_are_not_in_the_training_figures(tmp_path):
+    def line(step: int, **values) -> dict:
+        common = dict(loss=2.0, lr=0.1, tokens=step * 10, epoch=0.5, tokens_per_s=5.0, mfu=0.5)
+        return {"step": step, **common, **values}
+
+    lines = [line(1), line(2, loss=9.0), line(3, loss=None, skipped="loss nan")]
+    lines += [{"step": 3, "restart_from": 1, "reason": "loss nan"}, line(2), line(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    result = report._training(tmp_path, {"run": {"dtype": "float32"}})
+    assert result["curve"] == [[1, 2.0, 0.1], [2, 2.0, 0.1], [3, 2.0, 0.1]]
+    assert result["tokens"] == 30
+
+
 def test_a_model_with_a_smaller_vocabulary_is_refused(trained, spoken, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     config = ModelConfig(model_type="llama", **{**BODY, "vocab_size": 100})

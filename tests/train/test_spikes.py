@@ -293,9 +293,9 @@ def test_a_restart_goes_back_in_steps_but_not_in_the_text(restarted):
     assert (restarted / "bad-batch-8.safetensors").exists()
 
 
-@pytest.mark.parametrize("first", [4, 7, 9, 10, 11])
+@pytest.mark.parametrize("first", [7, 9, 11])
 def test_a_restarted_run_resumes_bitwise(first, restarted, texts, tmp_path):
-    """Stop at any moment: before the fault, between skipped steps, after the restart."""
+    """Stop between skipped steps, after the restart, and after the next checkpoint."""
     raw = recipe(texts, tmp_path / "run", spikes=dict(restarts=2), save_every=2)
     run(raw, *BAD, stop_after=first)
     resumed = run(raw, *BAD, resume=True)
