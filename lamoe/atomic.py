@@ -214,6 +214,16 @@ def replace_folder(
         raise e from e.__cause__
 
 
+def move_folder(new: Path, target: Path) -> None:
+    """Flush the finished folder `new` to the disk and rename it to `target`, replacing that.
+
+    Both must be on one file system. `target` is replaced as by `replace_folder`.
+    """
+    _sync_tree(new)
+    aside = target.with_name(temporary_name(f"{target.name}.old"))
+    _swap(new, target, target.name, aside)
+
+
 def _swap(new: Path, target: Path, label: str, aside: Path) -> None:
     """Rename `new` to `target`.
 

@@ -11,9 +11,8 @@ from lamoe.serve.service import Service
 from lamoe.serve.wire import Message, Tool
 from lamoe.text.chat_template import reads_tools
 from lamoe.text.forced_calls import ForcedCalls
-from lamoe.text.tokenizer import Tokenizer
+from lamoe.text.tokenizer import FILL_IN_TOKENS, Tokenizer
 
-FILL_IN_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 PIECE_CHARS = 1 << 14  # longer texts are counted in pieces first, see `check_num_tokens`
 # Texts with more tokens than this many contexts are refused while they are counted.
 MAX_CONTEXTS = 2
@@ -186,7 +185,7 @@ async def fill_in_prompts(
         echo: the request's `echo`.
     """
     tokenizer = need_tokenizer(service, "suffix")
-    if not tokenizer.control_tokens.issuperset(FILL_IN_TOKENS):
+    if tokenizer.fill_in_ids is None:
         raise ApiError(
             400,
             "suffix needs a tokenizer with fill-in-the-middle tokens, and this model's has none",

@@ -1,8 +1,7 @@
 """Convert text to token ids and back, render chats, decode streams, train a vocabulary.
 
-The `tokenizers` library does the BPE. This module always uses tokenizer.json as it is. In contrast,
-AutoTokenizer chooses a tokenizer class by the model's name, which once lost the spaces in
-DeepSeek's text.
+The `tokenizers` library does the BPE, from tokenizer.json as it is. In contrast, AutoTokenizer
+chooses a class by the model's name, which once lost the spaces in DeepSeek's text.
 
 Control tokens follow one policy. A control token is an added token that is marked special or looks
 like markup: it begins with "<" or contains the full-width bar. The flag alone is not enough:
@@ -33,6 +32,7 @@ from lamoe.text.control_tokens import Encoder
 
 log = logging.getLogger("lamoe.text")
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+FILL_IN_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 SPECIAL_TOKENS = (BOS, EOS, "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>")
 
 # Line ends and digits are split one by one, as in DeepSeek's own tokenizer. Words, CJK runs and
@@ -49,6 +49,9 @@ _SPLIT = "|".join(
         r"[^\S\r\n]+",
     ]
 )
+_TO_WORDS = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
+_TO_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+PRE_TOKENIZER = pre_tokenizers.Sequence([_TO_WORDS, _TO_BYTES])
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -62,7 +65,7 @@ def _byte_alphabet() -> dict[str, int]:
     return own | dict(zip((c for c in chars if ord(c) >= 256), rest, strict=True))
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_OF = _byte_alphabet()
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells missing characters
 
 
@@ -251,6 +254,12 @@ class Tokenizer:
         rest = self._encoder.between(["", suffix, ""], (hole, end), mark)
         return [self._control[begin], *prefix, *rest]
 
+    @property
+    def fill_in_ids(self) -> tuple[int, ...] | None:
+        """The ids of FILL_IN_TOKENS, or None if one is missing."""
+        ids = tuple(self._control[t] for t in FILL_IN_TOKENS if t in self._control)
+        return ids if len(ids) == len(FILL_IN_TOKENS) else None
+
     # ---- ids to text -----------------------------------------------------------------------------
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Return the text of `ids`.
@@ -303,8 +312,8 @@ class Tokenizer:
         token = self._added.get(token_id)
         if token is None:
             token = self.inner.id_to_token(token_id) or ""
-            if all(c in _BYTE_OF for c in token):
-                return bytes(_BYTE_OF[c] for c in token)
+            if all(c in BYTE_OF for c in token):
+                return bytes(BYTE_OF[c] for c in token)
         return token.encode("utf-8")
 
     def stream(self, *, skip_special: bool = True) -> StreamDecoder:
@@ -490,12 +499,7 @@ def train(
             yield text
 
     inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    inner.pre_tokenizer = PRE_TOKENIZER
     inner.decoder = decoders.ByteLevel()
     specials = [AddedToken(t, special=True, normalized=False) for t in special_tokens]
     inner.train_from_iterator(
@@ -503,7 +507,7 @@ def train(
         trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=specials,
-            initial_alphabet=sorted(_BYTE_OF),
+            initial_alphabet=sorted(BYTE_OF),
             show_progress=False,
         ),
     )

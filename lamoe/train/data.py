@@ -19,50 +19,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from lamoe import atomic
+from lamoe.checkpoints import lock
 from lamoe.checkpoints.mapped import report_failed_reads
 from lamoe.model.config import did_you_mean
-from lamoe.train.packing import FORMAT, Encode, Progress, pack
+from lamoe.train.holdout import SourcesChanged
+from lamoe.train.mixing import Mixture
+from lamoe.train.packing import FORMAT, Encode, Progress, is_resumable, pack
 from lamoe.train.sources import check_sources, stamp
+from lamoe.train.streams import Split, Stream
 
 EPOCH_LIMIT = 1 << 32  # limit on seed and epoch, because numpy takes both as 32-bit words
-
-
-@dataclass(frozen=True)
-class Split:
-    """The training or held-out part of a corpus.
-
-    Attributes:
-        tokens: [N] uint16 or uint32, memory-mapped.
-        starts: int64 [documents], position of each document's BOS in `tokens`.
-        sizes: int64 [documents], UTF-8 bytes of each text.
-        sources: int64 [documents], number of each document's source.
-    """
-
-    tokens: np.ndarray
-    starts: np.ndarray
-    sizes: np.ndarray
-    sources: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of tokens of each document, BOS and EOS included, int64 [documents]."""
-        return np.diff(self.starts, append=len(self.tokens))
-
-    def document(self, i: int) -> np.ndarray:
-        """Return the tokens of document i, BOS and EOS included, as a view of the file."""
-        stop = self.starts[i + 1] if i + 1 < len(self) else len(self.tokens)
-        return self.tokens[self.starts[i] : stop]
 
 
 @dataclass(frozen=True)
@@ -127,13 +103,18 @@ def prepare(
     holdout: float = 0.02,
     seed: int = 0,
     progress: Progress | None = None,
+    fim_rate: float = 0.0,
+    fim_ids: tuple[int, ...] | None = None,
 ) -> PackedCorpus:
     """Tokenise and pack `sources` into the folder `out_dir`.
 
     If the folder already holds this corpus, the corpus is opened and nothing is written. It counts
     as the same if the names, sizes and modification times of the source files, the tokenizer's hash
-    and the settings are the same. Packing needs a few MB of memory, the size of the largest
-    document, and about 200 bytes per document.
+    and the settings are the same. Packing needs some hundred MB of memory, the size of the largest
+    document, and about 150 bytes per document.
+
+    A packing that was killed or interrupted is continued by the next call with the same sources,
+    tokenizer and settings, and the result is the same. With other ones it starts again.
 
     Args:
         sources: see train/sources.py.
@@ -143,12 +124,21 @@ def prepare(
             out, at least one per source, chosen by a hash of seed and name. Of a source with a
             single document the last part is held out, cut between two paragraphs.
         progress: see packing.Progress.
+        fim_rate: fraction of the training documents that are reordered for fill-in-the-middle,
+            see fill_in.py. Held-out text stays as it is.
+        fim_ids: token ids of begin, hole and end, if `fim_rate` is above 0.
 
     Raises:
-        ValueError: if a setting or a source is invalid, or `out_dir` holds something else.
+        ValueError: if a setting or a source is invalid, `out_dir` holds something else, or another
+            process packs into it.
     """
     folder = Path(out_dir)
     _check_settings(bos_id, eos_id, vocab_size, holdout, seed)
+    if not 0 <= fim_rate <= 1 or (fim_rate and fim_ids is None):
+        raise ValueError(
+            f"fim_rate is {fim_rate} and fim_ids {fim_ids}; the rate is a fraction of the "
+            "documents, 0 to 1, and above 0 it needs the ids of the three control tokens"
+        )
     key = {
         "sources": check_sources(sources),
         "stamp": stamp(sources),
@@ -159,16 +149,45 @@ def prepare(
         "holdout": holdout,
         "seed": seed,
     }
+    if fim_rate:
+        key["fill_in"] = {"rate": fim_rate, "ids": list(fim_ids)}
+    work = folder.with_name(f".{folder.name}.partial")
     if (old := _existing(folder)) is not None and old.get("key") == key:
         try:
-            return open_corpus(folder)
+            corpus = open_corpus(folder)
+            if work.exists():  # killed after the last step
+                shutil.rmtree(work)
+            return corpus
         except ValueError as e:
             warnings.warn(f"{e}; packing it again", stacklevel=2)
     folder.parent.mkdir(parents=True, exist_ok=True)
     atomic.remove_leftovers(folder.parent, folder.name)
-    with atomic.replace_folder(folder) as temporary:
-        pack(temporary, key, encode_batch, progress or (lambda done, total, activity: None))
+    with atomic.naming(folder), _locked(work, folder):
+        finished = pack(work, key, encode_batch, progress or (lambda *progress: None))
+        atomic.move_folder(finished, folder)
     return open_corpus(folder)
+
+
+@contextmanager
+def _locked(work: Path, folder: Path) -> Iterator[None]:
+    """Make the work folder of a packing into `folder`, lock it, and remove it at the end.
+
+    If the block raises, a work folder that a later call can use remains.
+    """
+    keep = False
+    try:
+        work.mkdir(exist_ok=True)
+        with open(work / "lock", "a") as file:
+            if not lock.try_lock(file):
+                keep = True
+                raise ValueError(f"another process packs text into {folder}; wait for it")
+            yield
+    except BaseException as e:
+        keep = keep or (is_resumable(work) and not isinstance(e, SourcesChanged))
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def open_corpus(folder: str | Path) -> PackedCorpus:
@@ -286,6 +305,7 @@ def _describe(tally: dict) -> str:
         f"{tally['source']}: {tally['documents']:,} documents, {tally['bytes'] / 1e6:.2f} MB, "
         f"{tally['tokens']:,} tokens{ratio}; "
         f"held out {tally['heldout_documents']:,} ({tally['heldout_bytes'] / 1e6:.2f} MB)"
+        + (f"; {n:,} for fill-in-the-middle" if (n := tally.get("fill_in_documents")) else "")
         + (f"; left out: {skipped}" if skipped else "")
     )
 
@@ -301,13 +321,26 @@ class Batches:
     Rows are then shuffled within windows of about one epoch. Otherwise the rows of a batch would be
     consecutive, often parts of one document.
 
+    With `weights`, every source is a stream of its own with its own epochs, and each row is from
+    one source, see mixing.py.
+
     Any row can be computed from its index, so the number of rows taken is the whole state. Rank r
     of n takes the rows r, r + n, and so on. Together the ranks take the rows that one process would
     take with a batch n times as large.
+
+    Args:
+        weights: share of each source of the corpus in the rows. If empty, rows hold the documents
+            of all sources, each once per epoch.
     """
 
     def __init__(
-        self, corpus: PackedCorpus, seq_len: int, seed: int = 0, rank: int = 0, world: int = 1
+        self,
+        corpus: PackedCorpus,
+        seq_len: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        weights: Sequence[float] = (),
     ):
         _check_seq_len(seq_len)
         _check_seed(seed)
@@ -316,16 +349,52 @@ class Batches:
         self.corpus, self.seq_len, self.seed = corpus, seq_len, seed
         self.rank, self.world = rank, world
         self.rows = 0  # number of rows taken so far, by all ranks together
-        self._lengths = corpus.train.lengths
-        self._window_rows = max(1, len(corpus.train.tokens) // (seq_len + 1))
-        # epoch -> _epoch_order(epoch); two are kept, because a window may span two epochs
-        self._epoch_orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._row_order: tuple[int, np.ndarray] | None = None  # (window, permutation)
+        self._weights, self._mixture = list(weights), None
+        names = [s["source"] for s in corpus.meta["sources"]]
+        if not weights:
+            self._streams = [Stream(corpus.train, None, seq_len, seed)]
+            return
+        if len(weights) != len(names):
+            raise ValueError(
+                f"there are {len(weights)} weights for the {len(names)} sources {', '.join(names)}"
+            )
+        self._mixture = Mixture(weights, seed)
+        self._streams = [
+            Stream(corpus.train, np.flatnonzero(corpus.train.sources == n), seq_len, seed, (n,))
+            for n in range(len(names))
+        ]
 
     @property
     def epoch(self) -> float:
         """Number of passes over the training text so far. It may be fractional."""
         return self.rows * (self.seq_len + 1) / len(self.corpus.train.tokens)
+
+    def source_epochs(self, rows: int | None = None) -> dict[str, float]:
+        """Return {source: passes over its text} of a weighted mixture, else an empty dict.
+
+        Args:
+            rows: after that many rows of all ranks. None means so far.
+        """
+        if self._mixture is None:
+            return {}
+        counts = self._mixture.counts(self.rows if rows is None else rows)
+        names = [s["source"] for s in self.corpus.meta["sources"]]
+        return {
+            name: float(count) * (self.seq_len + 1) / stream.num_tokens
+            for name, count, stream in zip(names, counts, self._streams)
+        }
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Return the epochs of each source for the metrics of a step, if there are weights."""
+        epochs = self.source_epochs()
+        return {"source_epochs": {s: round(e, 4) for s, e in epochs.items()}} if epochs else {}
+
+    def describe_mixture(self, rows: int) -> str:
+        """Return a text with the share of each source, and its epochs after `rows` rows."""
+        return "mixture: " + ", ".join(
+            f"{share:.1%} {name} ({epochs:.2f} epochs)"
+            for share, (name, epochs) in zip(self._mixture.shares, self.source_epochs(rows).items())
+        )
 
     def next_batch(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Take the next n rows.
@@ -339,7 +408,10 @@ class Batches:
         ids = np.empty((n, self.seq_len + 1), np.int64)
         segments = np.empty((n, self.seq_len + 1), np.int32)
         for i in range(n):
-            self._fill(self._shuffled(self.rows + i * self.world + self.rank), ids[i], segments[i])
+            source, row = 0, self.rows + i * self.world + self.rank
+            if self._mixture is not None:
+                source, row = self._mixture.place(row)
+            self._streams[source].fill(row, ids[i], segments[i])
         self.rows += n * self.world
         return ids, segments
 
@@ -350,6 +422,7 @@ class Batches:
             "seq_len": self.seq_len,
             "seed": self.seed,
             "corpus": self.corpus.fingerprint,
+            **({"weights": self._weights} if self._weights else {}),
         }
 
     def load_state_dict(self, state: dict):
@@ -368,8 +441,9 @@ class Batches:
             ("corpus", "the packed text"),
             ("seq_len", "seq_len"),
             ("seed", "the data seed"),
+            ("weights", "data.weights"),
         ):
-            if state[name] != mine[name]:
+            if state.get(name) != mine.get(name):
                 raise ValueError(
                     f"cannot resume: {what} is {mine[name]}, the checkpoint was written with "
                     f"{state[name]}; resume with the same sources, tokenizer, split, seq_len and "
@@ -381,37 +455,6 @@ class Batches:
                 "it must be a whole number >= 0"
             )
         self.rows = state["rows"]
-
-    def _shuffled(self, row: int) -> int:
-        """Return the index in the stream of the row that the shuffle puts at position `row`."""
-        window, place = divmod(row, self._window_rows)
-        if self._row_order is None or self._row_order[0] != window:
-            rng = np.random.RandomState([self.seed, 1, window])
-            self._row_order = window, rng.permutation(self._window_rows)
-        return window * self._window_rows + int(self._row_order[1][place])
-
-    def _fill(self, row: int, ids: np.ndarray, segments: np.ndarray) -> None:
-        """Write the row with index `row` of the stream to ids and segments, both [seq_len + 1]."""
-        width, filled, segment = self.seq_len + 1, 0, 0
-        while filled < width:
-            epoch, offset = divmod(row * width + filled, len(self.corpus.train.tokens))
-            order, ends = self._epoch_order(epoch)
-            place = int(np.searchsorted(ends, offset, side="right"))
-            document = self.corpus.train.document(int(order[place]))
-            rest = document[offset - int(ends[place]) :]  # a negative index: counted from the end
-            count = min(len(rest), width - filled)
-            ids[filled : filled + count] = rest[:count]
-            segments[filled : filled + count] = segment
-            filled, segment = filled + count, segment + 1
-
-    def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the documents of an epoch in shuffled order, and where each ends in its stream."""
-        if epoch not in self._epoch_orders:
-            # RandomState and not Generator: numpy guarantees that its streams never change.
-            order = np.random.RandomState([self.seed, 0, epoch]).permutation(len(self._lengths))
-            kept = {e: o for e, o in self._epoch_orders.items() if abs(e - epoch) == 1}
-            self._epoch_orders = kept | {epoch: (order, np.cumsum(self._lengths[order]))}
-        return self._epoch_orders[epoch]
 
 
 def heldout_rows(

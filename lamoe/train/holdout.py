@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
 
 from lamoe.train.sources import Counts, Document, read_documents
+
+
+class SourcesChanged(ValueError):
+    """Raised if a second reading finds other text than the first one."""
 
 
 @dataclass
@@ -34,18 +42,37 @@ class Plan:
             ]
         return [("heldout" if number in self.heldout else "train", doc.name, doc.text)]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as values that JSON can hold. `from_dict` is the inverse."""
+        return {
+            "counts": {source: asdict(counts) for source, counts in self.counts.items()},
+            "heldout": sorted(self.heldout),
+            "cuts": list(self.cuts.items()),
+            "digest": self.digest,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Plan:
+        """Build a plan from the result of `to_dict`."""
+        counts = {
+            source: Counts(c["documents"], c["bytes"], Counter(c["skipped"]))
+            for source, c in raw["counts"].items()
+        }
+        return cls(counts, set(raw["heldout"]), dict(raw["cuts"]), raw["digest"])
+
     def documents(self) -> Iterator[tuple[int, Document]]:
         """Read all text again and yield (number, document).
 
         Raises:
-            ValueError: if the text has changed since the first reading. It is raised at the end.
+            SourcesChanged: if the text has changed since the first reading. It is raised at the
+                end.
         """
         text_hash = hashlib.blake2b(digest_size=16)
         for number, doc in enumerate(read_documents(list(self.counts))):
             _feed(text_hash, doc)
             yield number, doc
         if text_hash.hexdigest() != self.digest:
-            raise ValueError(
+            raise SourcesChanged(
                 "the text of the sources changed while it was read; nothing was kept. "
                 "Start again when no other program writes to them"
             )
@@ -100,7 +127,7 @@ def choose_heldout(hashes: Sequence[int], sizes: Sequence[int], holdout: float) 
     fraction `holdout` of all bytes. If none fits, the smallest document is taken.
     """
     bytes_left, chosen = holdout * sum(sizes), []
-    for i in sorted(range(len(sizes)), key=lambda i: (hashes[i], i)):
+    for i in np.argsort(np.array(hashes, np.uint64), kind="stable").tolist():
         if sizes[i] <= bytes_left:
             chosen.append(i)
             bytes_left -= sizes[i]
@@ -114,7 +141,7 @@ def _name_hash(seed: int, name: str) -> int:
 
 def _feed(text_hash, doc: Document) -> None:
     text_hash.update(f"{doc.source}\n{doc.name}\n{doc.size}\n".encode("utf-8", "surrogateescape"))
-    text_hash.update(doc.text.encode("utf-8"))
+    text_hash.update(doc.digest)
 
 
 def _cut_point(text: str, holdout: float) -> int | None:

@@ -68,7 +68,11 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
         else:
             corpus = prepare_corpus(recipe, tokenizer, run / "data", screen.note)
         screen.note(corpus.describe())
-        batches = data.Batches(corpus, recipe.data.seq_len, recipe.run.seed)
+        batches = data.Batches(
+            corpus, recipe.data.seq_len, recipe.run.seed, weights=recipe.data.weights
+        )
+        if recipe.data.weights:
+            screen.note(batches.describe_mixture(recipe.batch.before(recipe.run.steps)))
 
         # 2. Model and optimizer
         config = recipe.model.replace(
@@ -148,6 +152,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
                     mfu=tokens / seconds * token_flops / peak_flops,
                     gemm_peak=peak_flops,
                     records=[m.records for m in micro_batches],
+                    **batches.metrics(),
                     **guard.metrics(fault),
                 )
                 if guard.must_stop:

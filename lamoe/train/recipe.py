@@ -21,6 +21,7 @@ from lamoe.model.config import ModelConfig, RopeScaling, check_types, did_you_me
 from lamoe.model.field_checks import parse_int
 from lamoe.model.routing import Balance
 from lamoe.text.json_file import read_json
+from lamoe.train.mixing import MIN_SHARE
 from lamoe.train.optim import Batch, Optim
 from lamoe.train.spikes import Spikes
 
@@ -34,11 +35,17 @@ class Data:
         tokenizer: a folder or tokenizer.json. If empty, the tokenizer of run.init_from is used. If
             that is empty too, a new byte-level BPE of model.vocab_size tokens is trained.
         seq_len: number of tokens per row.
+        weights: share of each source in the training tokens, one positive number per source; they
+            need not add up to 1. Short sources repeat. If empty, all text is read equally often.
+        fim_rate: fraction of the training documents that are reordered for fill-in-the-middle (see
+            train/fill_in.py). DeepSeek-Coder uses 0.5.
         holdout: fraction of every source's bytes that is held out for evaluation.
         document_mask: whether a token attends only to tokens of its own document.
     """
 
     sources: tuple[str, ...] = ("stdlib", "austen")
+    weights: tuple[float, ...] = ()
+    fim_rate: float = 0.0
     tokenizer: str = ""
     seq_len: int = 512
     holdout: float = 0.02
@@ -54,6 +61,26 @@ class Data:
             raise ValueError(
                 f"data.holdout is {self.holdout}; it is the fraction of the text held out for "
                 "evaluation, so it must be from 0 to 0.5"
+            )
+        if self.weights and len(self.weights) != len(self.sources):
+            raise ValueError(
+                f"data.weights has {len(self.weights)} numbers, and data.sources has "
+                f"{len(self.sources)} sources; write one number per source, or leave it out"
+            )
+        if not all(0 < w < float("inf") for w in self.weights):
+            raise ValueError(
+                f"data.weights is {list(self.weights)}; each must be a finite number above 0. "
+                "To leave a source out, remove it from data.sources"
+            )
+        if self.weights and min(self.weights) < MIN_SHARE * sum(self.weights):
+            raise ValueError(
+                f"data.weights is {list(self.weights)}; the smallest share must be at least "
+                f"{MIN_SHARE} of all"
+            )
+        if not 0 <= self.fim_rate <= 1:
+            raise ValueError(
+                f"data.fim_rate is {self.fim_rate}; it is the fraction of the documents reordered "
+                "for fill-in-the-middle, so it must be from 0 to 1"
             )
 
 

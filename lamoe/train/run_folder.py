@@ -37,9 +37,10 @@ from lamoe.os_errors import check_output, current_folder
 from lamoe.text import tokenizer as tokenizers
 from lamoe.text.tokenizer import Tokenizer
 from lamoe.train import checkpoint, curves, data
+from lamoe.train.fast_encode import fast_encode_batch
 from lamoe.train.holdout import plan_split
 from lamoe.train.packing import PIECE
-from lamoe.train.recipe import Recipe
+from lamoe.train.recipe import SECTIONS, Recipe
 from lamoe.train.sources import BUILT_IN, stamp
 
 Note = Callable[[str], None]  # shows one line to the user
@@ -233,7 +234,11 @@ def _check_changes(run: Path, before: dict, now: dict, note: Note) -> None:
     """
     noted, refused = [], []
     for section in now:
-        old, new = before.get(section, {}), now[section]
+        # Keys that are newer than the run had their default then.
+        kind = SECTIONS.get(section)
+        defaults = dataclasses.asdict(kind()) if kind and section in before else {}
+        old = {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
+        old, new = {**old, **before.get(section, {})}, now[section]
         for key in {**old, **new}:
             name = f"{section}.{key}"
             if old.get(key) == new.get(key) or name in _FREE:
@@ -329,6 +334,12 @@ def prepare_tokenizer(recipe: Recipe, folder: Path, note: Note = print) -> Token
             f"the tokenizer of {recipe.data.tokenizer} has no BOS or EOS token; both are needed "
             "to mark where documents begin and end"
         )
+    if recipe.data.fim_rate and tokenizer.fill_in_ids is None:
+        raise ValueError(
+            f"data.fim_rate is {recipe.data.fim_rate}, but the tokenizer lacks the control tokens "
+            f"{' '.join(tokenizers.FILL_IN_TOKENS)}; name one that has them, let lamoe train a new "
+            "one (data.tokenizer and run.init_from empty), or set data.fim_rate to 0"
+        )
     if not exists:
         tokenizer.save(folder)
     return tokenizer
@@ -377,7 +388,7 @@ def prepare_corpus(
     digest = hashlib.sha256(tokenizer.inner.to_str().encode()).hexdigest()
     return data.prepare(
         list(recipe.data.sources),
-        tokenizer.encode_batch,
+        fast_encode_batch(tokenizer),
         tokenizer.bos_id,
         tokenizer.eos_id,
         tokenizer.vocab_size,
@@ -385,6 +396,8 @@ def prepare_corpus(
         folder,
         recipe.data.holdout,
         recipe.run.seed,
+        fim_rate=recipe.data.fim_rate,
+        fim_ids=tokenizer.fill_in_ids,
     )
 
 

@@ -43,12 +43,14 @@ class Document:
     Attributes:
         name: unique name within the source. In a folder, the path relative to the folder.
         size: size of the text in UTF-8 bytes.
+        digest: hash of the text.
     """
 
     source: str
     name: str
     text: str
     size: int
+    digest: bytes
 
 
 @dataclass
@@ -126,7 +128,7 @@ def read_documents(
                         seen.add(digest)
                         count.documents += 1
                         count.bytes += len(data)
-                        yield Document(source, name, text, len(data))
+                        yield Document(source, name, text, len(data), digest)
             except NotText as e:
                 if entry.named:
                     raise ValueError(f"source {source!r}: {entry.path} is {e}{e.details}") from None

@@ -25,6 +25,44 @@ def test_shipped_recipes_load(path):
     assert recipe.model.aux_loss_alpha == recipe.balance.expert
 
 
+@pytest.mark.parametrize(
+    "words, weights",
+    [
+        (["--data.weights", "0.7,0.3"], (0.7, 0.3)),
+        (["--data.weights", "[2, 1]"], (2, 1)),
+        (["--data.weights", "[]"], ()),
+        ([], ()),
+    ],
+)
+def test_weights_on_the_command_line(tmp_path, words, weights):
+    recipe = load(tmp_path, "[model]\npreset = 'tiny'\n", *words)
+    assert recipe.data.weights == weights
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (["--data.weights", "1"], "data.weights has 1 numbers, and data.sources has 2 sources"),
+        (["--data.weights", "1,2,3"], "data.weights has 3 numbers"),
+        (["--data.weights", "1,0"], r"data.weights is \[1.0, 0.0\]; each must be a finite"),
+        (["--data.weights", "1,-2"], "each must be a finite number above 0"),
+        (["--data.weights", "1,nan"], "data.weights"),
+        (["--data.weights", "1,inf"], "data.weights"),
+        (["--data.weights", "1,1e-7"], "the smallest share must be at least 1e-05 of all"),
+        (["--data.weights", "1,x"], "data.weights"),
+        (["--data.fim_rate", "1.5"], "data.fim_rate is 1.5; .*must be from 0 to 1"),
+        (["--data.fim_rate", "-0.1"], "data.fim_rate is -0.1"),
+        (["--data.fim_rate", "nan"], "data.fim_rate"),
+        (["--data.fim_rate", "half"], "data.fim_rate"),
+        (["--data.fim", "0.5"], "unknown key data.fim; known: .*fim_rate"),
+    ],
+)
+def test_wrong_weights_and_fim_rates_are_refused(tmp_path, words, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        load(tmp_path, "[model]\npreset = 'tiny'\n", *words)
+
+
 def test_there_are_shipped_recipes():
     assert "tiny.toml" in [p.name for p in SHIPPED]
 

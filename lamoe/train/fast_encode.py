@@ -1,0 +1,119 @@
+"""Encode much text on few cores: a cache of the token ids of words.
+
+The tokenizers library spends its time on its regular expressions and on the objects that it makes
+per text, not on the merges of BPE. A text has few different words, so this module looks the ids of
+a word up in a dict, and only new words go through the model. The ids are the same as those of
+`Tokenizer.encode_batch` (tested).
+
+Where a text may be cut depends on the pre-tokenizer, so this works only for vocabularies that
+`lamoe.text.tokenizer.train` made. Others, and machines with many cores, on which the library's
+threads are faster, use the library.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from array import array
+from collections.abc import Callable
+
+import numpy as np
+
+from lamoe.text.tokenizer import BYTE_OF, PRE_TOKENIZER, Tokenizer
+
+# A blank belongs to the word after it, and the pre-tokenizer looks only one blank ahead. So it
+# splits a text at all borders of these units, and splits a unit alone as in its text.
+_UNIT = re.compile(r" ?\S+|\s+(?!\S)|\s")
+# The pattern of PRE_TOKENIZER for texts in ASCII.
+_ASCII_WORD = re.compile(
+    r" ?[A-Za-z]+| ?[^\sA-Za-z0-9]+|[\r\n0-9]|[^\S\r\n]+(?!\S)|[^\S\r\n]+", re.ASCII
+)
+# White space for Python's `re` but not for the library.
+_SEPARATOR = re.compile("[\x1c-\x1f]")
+_SPELLING = {byte: char for char, byte in BYTE_OF.items()}
+_MAX_ENTRIES = 1 << 20  # of a cache, about 200 bytes each
+_MAX_LENGTH = 64  # characters of a unit that is worth an entry
+_MANY_CORES = 6  # the library on that many cores is as fast as the cache on one
+
+
+def fast_encode_batch(tokenizer: Tokenizer) -> Callable[[list[str]], list]:
+    """Return a function from texts to the ids of each, like `tokenizer.encode_batch`.
+
+    Its results are lists or numpy arrays.
+    """
+    one_thread = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("false", "0", "off", "no")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if is_supported(tokenizer) and (one_thread or cores < _MANY_CORES):
+        return CachedEncoder(tokenizer).encode_batch
+    return tokenizer.encode_batch
+
+
+def is_supported(tokenizer: Tokenizer) -> bool:
+    """Return whether `CachedEncoder` gives the ids of this tokenizer."""
+    inner = tokenizer.inner
+    model, added = inner.model, inner.get_added_tokens_decoder().values()
+    return (
+        type(model).__name__ == "BPE"
+        and not model.dropout
+        and not model.byte_fallback
+        and not model.ignore_merges
+        and not model.continuing_subword_prefix
+        and not model.end_of_word_suffix
+        and inner.normalizer is None
+        and inner.pre_tokenizer is not None
+        and inner.pre_tokenizer.__getstate__() == PRE_TOKENIZER.__getstate__()
+        and all(t.content in tokenizer.control_tokens for t in added)
+    )
+
+
+class CachedEncoder:
+    """Encodes texts with caches of units and words. See the module.
+
+    Args:
+        tokenizer: a tokenizer for which `is_supported` is true.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._code = "H" if tokenizer.vocab_size <= 1 << 16 else "I"
+        self._dtype = np.dtype(self._code)
+        self._words = _Cache(self._encode_word)
+        self._units = _Cache(self._encode_unit)
+
+    def encode_batch(self, texts: list[str]) -> list:
+        """Return the ids of each text, as uint16 or uint32 arrays."""
+        ids_of, out = self._units.__getitem__, []
+        for text in texts:
+            if _SEPARATOR.search(text):
+                out.append(np.array(self._tokenizer.encode(text), self._dtype))
+                continue
+            data = b"".join(map(ids_of, _UNIT.findall(text)))
+            out.append(np.frombuffer(data, self._dtype))
+        return out
+
+    def _encode_unit(self, unit: str) -> bytes:
+        if not unit.isascii():
+            return array(self._code, self._tokenizer.encode(unit)).tobytes()
+        return b"".join(map(self._words.__getitem__, _ASCII_WORD.findall(unit)))
+
+    def _encode_word(self, word: str) -> bytes:
+        spelled = word.translate(_SPELLING)
+        ids = [token.id for token in self._tokenizer.inner.model.tokenize(spelled)]
+        if not self._tokenizer._control_ids.isdisjoint(ids):  # merged from plain text
+            ids = self._tokenizer.encode(word)
+        return array(self._code, ids).tobytes()
+
+
+class _Cache(dict):
+    """A dict that computes missing values and starts again when it is full."""
+
+    def __init__(self, compute: Callable[[str], bytes]):
+        self._compute = compute
+
+    def __missing__(self, key: str) -> bytes:
+        value = self._compute(key)
+        if len(key) <= _MAX_LENGTH:
+            if len(self) >= _MAX_ENTRIES:
+                self.clear()
+            self[key] = value
+        return value
