@@ -15,13 +15,13 @@ CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 ISAS   := $(shell awk -F'[ ()]+' '/^ *lamoe_isa/ {sub(/^ */, ""); print $$2}' CMakeLists.txt)
 SOURCE := pyproject.toml constraints.txt tools/install.py CMakeLists.txt $(CPP_FILES)
 
-.PHONY: help demo test lint format test-lm-eval wheel-check long needle bench bench-serve \
-        clients fuzz soak asan tsan clean
+.PHONY: help demo test lint format test-lm-eval wheel-check long needle bench bench-busy \
+        bench-serve clients fuzz soak asan tsan clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z -]+:.*##' Makefile | sed 's/:.*##/:/'
 
-# Pass DEMO='--run.threads 1' if other programs keep the cores busy.
+# Pass options of `lamoe train` as DEMO='--run.steps 100'.
 demo: $(RUN)  ## train a small DeepSeek-V2 here, evaluate it, let it generate
 	$(BIN)/lamoe train recipes/tiny.toml $(DEMO) $(if $(wildcard runs/tiny/latest),--resume)
 	$(BIN)/lamoe evaluate runs/tiny
@@ -63,6 +63,9 @@ needle: $(DEV)  ## train a small retrieval model, extend its context with YaRN, 
 
 bench: $(DEV)  ## training speed of lamoe and transformers, alternating
 	$(BIN)/python benchmarks/train.py
+
+bench-busy: $(DEV)  ## speed of training and decoding while other programs keep all cores busy
+	$(BIN)/python benchmarks/busy.py
 
 clients: $(DEV)  ## try the server with the clients that people use (Python and npm) on SmolLM2
 	$(BIN)/python tests/clients/run.py

@@ -14,12 +14,15 @@
     config = lamoe.ModelConfig.preset("deepseek-v2-lite")
     report = lamoe.accounting.report(config)                  # parameters, FLOPs, bytes
 
-Names are imported on first use, so `import lamoe` alone does not import torch.
+Names are imported on first use, so `import lamoe` alone does not import torch. Import lamoe before
+torch: it bounds how long torch's threads spin (lamoe/spinning.py).
 """
 
 from __future__ import annotations
 
 import importlib
+
+from lamoe.spinning import bound_spinning
 
 __version__ = "0.1.0"
 
@@ -39,6 +42,8 @@ _WHERE = {
 }
 _MODULES = {"accounting": "model.accounting"}
 __all__ = [*_WHERE, *_MODULES]
+
+bound_spinning()
 
 
 def __getattr__(name: str):

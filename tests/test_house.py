@@ -19,6 +19,7 @@ PACKAGE = ROOT / "lamoe"
 LEVEL = {
     "os_errors": 0,  # a module
     "atomic": 0,  # a module
+    "spinning": 0,  # a module
     "kernels": 0,
     "text": 0,
     "model": 1,

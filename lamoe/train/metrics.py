@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from lamoe import atomic
 from lamoe.model.routing import LayerRecord
 from lamoe.train import curves
 from lamoe.train.recipe import Recipe
+from lamoe.train.time_left import TimeLeft
 
 
 class MetricsLog:
@@ -192,8 +194,7 @@ class Screen:
 
     def __init__(self, recipe: Recipe, quiet: bool, bar=None, task=None):
         self.recipe, self.quiet, self.bar, self.task = recipe, quiet, bar, task
-        self.begin_s = time.perf_counter()
-        self.first_step: int | None = None
+        self.time_left = TimeLeft(recipe)
 
     def note(self, text: str) -> None:
         """Show one line of text."""
@@ -204,19 +205,17 @@ class Screen:
         """Show loss, speed and remaining time after a step."""
         if self.quiet:
             return
-        total = self.recipe.run.steps
-        if self.first_step is None:
-            self.first_step, self.begin_s = step, time.perf_counter()
-        elapsed_s = time.perf_counter() - self.begin_s
-        left_s = elapsed_s / max(1, step - self.first_step) * (total - step)
+        total, tokens = self.recipe.run.steps, self.recipe.batch.size_at(step - 1)
+        tokens *= self.recipe.data.seq_len
+        left_s = self.time_left.update(step, tokens / values["tokens_per_s"], time.perf_counter())
+        left = "" if left_s is None else f"  {timedelta(seconds=round(left_s))} left"
         line = (
             f"loss {values['loss']:.3f}  {values['tokens_per_s']:,.0f} tok/s  "
             f"MFU {values['mfu']:.0%}  lr {values['lr']:.1e}"
         )
         if self.bar:
-            self.bar.update(self.task, completed=step, info=line)
+            self.bar.update(self.task, completed=step, info=line + left)
         elif step % self.recipe.run.log_every == 0 or step in (1, total):
-            left = f"  {left_s:.0f} s left" if step > self.first_step else ""
             print(f"step {step}/{total}  {line}{left}", flush=True)
 
 
@@ -227,20 +226,13 @@ def open_screen(recipe: Recipe, quiet: bool) -> Iterator[Screen]:
         yield Screen(recipe, quiet)
         return
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (
         TextColumn("train"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.fields[info]}"),
-        TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         yield Screen(recipe, quiet, bar, bar.add_task("train", total=recipe.run.steps, info=""))
