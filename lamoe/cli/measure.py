@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lamoe.cli import models
+from lamoe.cli import models, train
 from lamoe.os_errors import check_output
 
 
@@ -119,6 +119,11 @@ def curves(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> int:
     """Show sizes and FLOPs from a model's config. Presets and config files need no torch."""
+    if args.train:
+        return train.show_plan(args)
+    if args.model is None or args.overrides:
+        missing = "name a model" if args.model is None else f"{args.overrides[0]} needs a recipe"
+        raise ValueError(f"{missing}; the memory plan of a recipe: lamoe info --train RECIPE")
     from lamoe.model import accounting
 
     config, name, bits = models.read_config(args.model)

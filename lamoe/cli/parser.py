@@ -75,14 +75,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
-    """Separate the `--section.key value` overrides of `train` from all other words.
+    """Separate the `--section.key value` overrides of a recipe from all other words.
 
     argparse does not know these options and would mistake their values for the recipe.
 
     Returns:
         (other words, overrides).
     """
-    if list(words[:1]) != ["train"]:
+    if list(words[:1]) not in (["train"], ["info"]):
         return list(words), []
     rest, overrides, words = [], [], list(words)
     while words:
@@ -256,9 +256,16 @@ def _add_info(verbs) -> None:
         verbs,
         "info",
         measure.info,
-        "show parameters, FLOPs, cache bytes and memory of a model, from its config alone",
+        "show parameters, FLOPs, cache bytes and memory of a model, from its config alone; "
+        "--train: the memory plan of a training run",
     )
-    p.add_argument("model", help=f"preset ({', '.join(PRESETS)}), config.json, {MODEL}")
+    p.add_argument("model", nargs="?", help=f"preset ({', '.join(PRESETS)}), config.json, {MODEL}")
+    p.add_argument(
+        "--train",
+        metavar="RECIPE",
+        help="show what `lamoe train RECIPE` needs and whether it fits here, with the same "
+        "--section.key VALUE. Exit code 1 if it does not fit",
+    )
     p.add_argument("--context", type=whole_number, help="cached tokens that the figures are for")
     p.add_argument(
         "--weight-bits",
@@ -269,7 +276,10 @@ def _add_info(verbs) -> None:
         "--cache-bits", type=float, default=6.0, help="bits per cached value (default: 6)"
     )
     p.add_argument(
-        "--memory", type=parse_bytes, help="show what fits into this memory, for example 16GB"
+        "--memory",
+        type=parse_bytes,
+        help="show what fits into this memory, for example 16GB (default with --train: what this "
+        "machine has available)",
     )
     _add_json(p)
 

@@ -1,9 +1,10 @@
-"""`lamoe train`."""
+"""`lamoe train` and `lamoe info --train`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 import textwrap
 from typing import Any
@@ -25,6 +26,23 @@ def train(args: argparse.Namespace) -> int:
         return STOPPED_BY_GUARD
     finished = checkpoint.step_of(last) == recipe.run.steps
     return 0 if finished else STOPPED_BY_SIGNAL
+
+
+def show_plan(args: argparse.Namespace) -> int:
+    """Show the memory plan of a recipe. The exit code is 1 if it does not fit."""
+    from lamoe.train import memory_plan
+    from lamoe.train.recipe import Recipe
+
+    if args.model is not None or args.context is not None or args.weight_bits is not None:
+        raise ValueError(
+            "--train shows the plan of a recipe, which names its model itself; leave the model, "
+            "--context and --weight-bits out"
+        )
+    recipe = Recipe.load(args.train, args.overrides)
+    memory = memory_plan.available(recipe) if args.memory is None else args.memory
+    report = memory_plan.report(recipe, memory)
+    print(json.dumps(report, indent=1) if args.json else memory_plan.render(report))
+    return 0 if report["memory"]["fits"] else 1
 
 
 def recipe_help() -> str:

@@ -25,7 +25,7 @@ from lamoe.model import accounting
 from lamoe.model.config import ModelConfig
 from lamoe.model.routing import LayerRecord, Training
 from lamoe.model.transformer import Transformer
-from lamoe.train import checkpoint, data, run_folder
+from lamoe.train import checkpoint, data, memory_plan, recompute, run_folder
 from lamoe.train.metrics import MetricsLog, open_screen
 from lamoe.train.optim import MasterAdamW
 from lamoe.train.recipe import Recipe
@@ -53,10 +53,15 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
         ValueError: if the run folder cannot be used, or the recipe differs from that of the run to
             resume.
         Stopped: if too many steps in a row were skipped (train/spikes.py).
+        memory_plan.OutOfMemory: if an allocation failed.
     """
     run = run_folder.check_place(recipe)
-    with run_folder.locked(run), open_screen(recipe, quiet) as screen:
+    memory = memory_plan.available(recipe)
+    plan = memory_plan.check(recipe, memory)
+    explained = memory_plan.explain_exhaustion(recipe, plan, run)
+    with run_folder.locked(run), open_screen(recipe, quiet) as screen, explained:
         last = run_folder.claim(run, recipe, resume, screen.note)
+        screen.note(f"memory plan: {plan.describe(memory)}")
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
 
@@ -81,6 +86,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
             pad_token_id=tokenizer.pad_id,
         )
         model = _build_model(recipe, config, fresh=last is None, note=screen.note)
+        recompute.apply(model, plan.recomputed)
         optimizer = _build_optimizer(recipe, model)
         guard = SpikeGuard(recipe.spikes)
         step = saved_step = 0

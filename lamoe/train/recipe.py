@@ -99,6 +99,9 @@ class Run:
         save_every: number of steps between checkpoints. 0 saves only at the end and on Ctrl-C or
             SIGTERM.
         keep: number of checkpoints to keep. 0 keeps all.
+        recompute: whether blocks compute their activations again in the backward pass instead of
+            keeping them. Results do not change. "auto" recomputes as few blocks as memory needs.
+        memory_gb: memory that the run may use, in GB. 0 means what the machine has available.
     """
 
     out: str = "runs/model"
@@ -112,9 +115,17 @@ class Run:
     eval_tokens: int = 65536
     save_every: int = 0
     keep: int = 2
+    recompute: bool | str = "auto"
+    memory_gb: float = 0.0
 
     def __post_init__(self):
         check_types(self, "run.")
+        if self.recompute not in (True, False, "auto"):
+            raise ValueError(f"run.recompute is {self.recompute!r}; known: auto, true, false")
+        if not 0 <= self.memory_gb < float("inf"):
+            raise ValueError(
+                f"run.memory_gb is {self.memory_gb}; it must be a finite number of at least 0"
+            )
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"run.dtype is {self.dtype!r}; known: bfloat16, float32")
         for name, low in dict(

@@ -58,13 +58,16 @@ _FREE = (
     "run.eval_tokens",
     "run.save_every",
     "run.keep",
+    "run.recompute",
+    "run.memory_gb",
 )
 # Keys that may change on resume, with a note to the user. Changing them may rescue a run whose loss
-# has diverged.
+# has diverged, or that ran out of memory.
 _NOTED = (
     "optim.lr",
     "optim.warmup_steps",
     "optim.clip",
+    "batch.micro",
     "spikes.skip",
     "spikes.sigmas",
     "spikes.window",

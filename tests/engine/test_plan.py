@@ -321,8 +321,14 @@ def test_available_memory(tmp_path):
         (group / "memory.max").write_text(limit + "\n")
         (group / "memory.current").write_text(used + "\n")
         assert available_memory(root=tmp_path) == want
+    (group / "memory.max").write_text("500000\n")
+    (group / "memory.current").write_text("400000\n")
+    (group / "memory.stat").write_text("anon 1\ninactive_file 70000\nactive_file 5\n")
+    assert available_memory(root=tmp_path) == 170000  # cached files can be dropped
+    (group / "memory.stat").write_text("inactive_file\n")
+    assert available_memory(root=tmp_path) == 100000
     (tmp_path / "proc" / "meminfo").write_text("MemAvailable:\n")
-    assert available_memory(root=tmp_path) == 0
+    assert available_memory(root=tmp_path) == 100000
     assert available_memory() is None or available_memory() > 1 << 20
 
 

@@ -504,7 +504,7 @@ def test_resume_of_a_finished_run_changes_nothing(texts, tmp_path):
         ({"data": dict(sources=["stdlib"])}, "data.sources was"),
         ({"balance": dict(devices=2)}, "balance.devices was 4, now 2"),
         ({"run": dict(seed=1)}, "run.seed was 0, now 1"),
-        ({"batch": dict(micro=4)}, "batch.micro was 2, now 4"),
+        ({"batch": dict(size=8)}, "batch.size was 4, now 8"),
     ],
 )
 def test_resume_with_another_recipe_is_refused(trained, tmp_path, changes, words):

@@ -1,0 +1,198 @@
+"""Bytes of the tensors of one forward and backward pass, op by op, from the config alone.
+
+memory_plan.py adds them up. The terms are those of kernels/fused.py; a kernel set that keeps or
+allocates less changes the terms of its ops here, and nothing else. tests/train/test_memory_plan.py
+compares the sums with the bytes that torch allocates.
+
+Letters are those of transformer.py, with N = B T rows. e is the size of an element in bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lamoe.kernels import fused
+from lamoe.model.config import ModelConfig
+from lamoe.model.costs import parameters
+
+F32, INT64 = 4, 8  # bytes of an element
+Terms = dict[str, float]  # {tensor: bytes}
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The shape of one micro-batch.
+
+    sequences: B.
+    tokens: T.
+    element: bytes of an element of the activations, 2 or 4.
+    drops: whether the router may drop tokens (balance.capacity_factor above 0).
+    """
+
+    sequences: int
+    tokens: int
+    element: int
+    drops: bool = True
+
+    @property
+    def rows(self) -> int:
+        return self.sequences * self.tokens
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Bytes of one part of the model in one forward and backward pass.
+
+    saved: tensors that the forward pass keeps for the backward pass.
+    forward: temporary tensors of the forward pass, at most, beside `saved`.
+    backward: temporary tensors of the backward pass, at most, beside `saved` and `gradients`.
+    gradients: gradients of the weights.
+    pinned: the part of `saved` that recomputation does not free, apart from the block's input.
+    """
+
+    saved: Terms
+    forward: float
+    backward: float
+    gradients: float
+    pinned: float = 0.0
+
+    @property
+    def saved_bytes(self) -> float:
+        return sum(self.saved.values())
+
+
+def attention(config: ModelConfig, batch: MicroBatch) -> Stage:
+    """Return the bytes of a block's first half: norm, attention, residual."""
+    n, e, d, h = batch.rows, batch.element, config.hidden_size, config.num_attention_heads
+    key, value = config.qk_head_dim, config.value_head_dim
+    saved: Terms = {"block input": n * d * e, **_norm(n, d, e)}
+    if config.is_mla:
+        c, r, nope = config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim
+        if config.q_lora_rank:
+            saved["query latent"] = n * (2 * config.q_lora_rank * e + F32)
+        saved["latent"] = n * ((2 * c + r) * e + F32)
+        # Queries before and after their concatenation, rotated parts, keys and values side by side
+        projections = n * h * e * (2 * key + r + nope + value)
+    else:
+        g = config.n_kv_heads
+        repeated = 2 * h if g < h else 0  # keys and values, repeated for each query head
+        projections = n * key * e * (2 * h + 3 * g + repeated)
+    saved["queries, keys, values"] = n * h * e * (2 * key + value)
+    saved["attention output"] = n * h * e * value
+    b, t = batch.sequences, batch.tokens
+    if b * h * t * t * e <= fused._KEEP_BYTES:
+        pairs = sum((end - first) * visible for first, end, visible in fused._blocks(t, t))
+        saved["attention probabilities"] = b * h * pairs * e
+    block = b * h * min(fused._BLOCK_ROWS, t) * t * e  # probabilities of one block of queries
+    key_sums = n * h * (key + value)  # elements of the gradients of keys and values
+    backward = n * h * e * (2 * value + key) + key_sums * F32 + max(3 * block, key_sums * e)
+    return Stage(
+        saved,
+        forward=projections + 2 * block + n * d * e,
+        backward=n * d * e + max(backward, _norm_backward(n, d, e)),
+        gradients=parameters(config).attention_per_layer * e,
+    )
+
+
+def dense_feed_forward(config: ModelConfig, batch: MicroBatch) -> Stage:
+    """Return the bytes of the second half of a dense block: norm, SwiGLU layer, residual."""
+    n, e, d, width = batch.rows, batch.element, config.hidden_size, config.intermediate_size
+    return Stage(
+        {"attention residual": n * d * e, **_norm(n, d, e), **_swiglu(n, width, e)},
+        forward=n * e * (width + d),
+        backward=n * d * e + max(_swiglu_backward(n, width, e), _norm_backward(n, d, e)),
+        gradients=3 * d * width * e,
+    )
+
+
+def moe_feed_forward(config: ModelConfig, batch: MicroBatch) -> Stage:
+    """Return the bytes of the second half of an MoE block: norm, router, experts, residual."""
+    n, e, d = batch.rows, batch.element, config.hidden_size
+    experts, k = config.n_routed_experts or 0, config.num_experts_per_tok or 0
+    width = config.moe_intermediate_size or 0
+    shared = _swiglu(n, config.n_shared_experts * width, e)
+    shared_work = _swiglu_backward(n, config.n_shared_experts * width, e)
+    rows = n * k
+    if rows >= fused._PAD * experts:
+        rows += experts * fused._PAD // 2  # mean padding of an expert
+    order = rows * (2 * INT64 + 1) + n * k * (INT64 + batch.drops)
+    router = n * experts * F32 + n * k * (INT64 + F32 + batch.drops * (F32 + 1))
+    if e != F32:  # the router reads float32 copies
+        router += (n + experts) * d * F32
+    weights = parameters(config).moe_ffn_per_layer * e
+    # The float32 sums for the router weights come before the gradients of the experts' weights.
+    sums = rows * width * (2 * e + 3 * F32) - experts * parameters(config).routed_expert * e
+    experts_work = (rows + n) * d * e + max(sums, 7 * rows * width * e)
+    return Stage(
+        {
+            "attention residual": n * d * e,
+            **_norm(n, d, e),
+            "router": router,
+            "order of the experts' rows": order,
+            "experts' gate and up": 2 * rows * width * e,
+            **{f"shared experts' {name}": size for name, size in shared.items()},
+        },
+        forward=rows * (d + 2 * width) * e + n * d * e,
+        backward=n * d * e
+        # The shared experts come first, and free what they saved.
+        + max(experts_work - sum(shared.values()), shared_work, _norm_backward(n, d, e)),
+        gradients=weights,
+        pinned=order + n * k * INT64,
+    )
+
+
+def embedding(config: ModelConfig, batch: MicroBatch) -> Stage:
+    """Return the bytes of the embedding. The first block counts its output."""
+    row_bytes = batch.rows * config.hidden_size * batch.element
+    table = config.vocab_size * config.hidden_size * batch.element
+    if config.tie_word_embeddings:  # a second gradient, added to that of the head
+        return Stage({}, row_bytes, row_bytes + table, 0)
+    return Stage({}, row_bytes, row_bytes, table)
+
+
+def final_norm(config: ModelConfig, batch: MicroBatch) -> Stage:
+    """Return the bytes of the last norm. The loss counts its output."""
+    n, e, d = batch.rows, batch.element, config.hidden_size
+    saved: Terms = {"last block output": n * d * e, "norm statistics": n * F32}
+    return Stage(saved, n * d * (F32 + e), _norm_backward(n, d, e), 0)
+
+
+def loss(config: ModelConfig, batch: MicroBatch) -> Stage:
+    """Return the bytes of head and loss, which compute their gradients in the forward pass."""
+    n, e, d, v = batch.rows, batch.element, config.hidden_size, config.vocab_size
+    rounded = v * d * e  # the float32 sums exist before their rounded form
+    return Stage(
+        {"gradient of the last states": n * d * e, "gradient of the head": rounded},
+        forward=n * d * e + v * d * F32 + max(0, loss_chunk(config, batch) - rounded),
+        backward=n * d * e,
+        gradients=v * d * e,
+    )
+
+
+def loss_chunk(config: ModelConfig, batch: MicroBatch) -> float:
+    """Return the bytes of the logits that exist at once. They do not grow with the batch.
+
+    A chunk of rows exists as logits, as float32 probabilities, and rounded for the products.
+    """
+    rows, v, e = min(fused._LOSS_ROWS, batch.rows), config.vocab_size, batch.element
+    return max(rows * v * (F32 + 2 * e), 2 * rows * v * e + v * config.hidden_size * e)
+
+
+# ---- terms that several parts share --------------------------------------------------------------
+def _norm(n: int, width: int, e: int) -> Terms:
+    """RMSNorm: the statistics, and the output that the next product saves."""
+    return {"norm statistics": n * F32, "normed": n * width * e}
+
+
+def _norm_backward(n: int, width: int, e: int) -> float:
+    return n * width * (3 * F32 + 2 * e)
+
+
+def _swiglu(rows: int, width: int, e: int) -> Terms:
+    """SwiGLU layer: the output of the first product, and the input of the second."""
+    return {"gate and up": 2 * rows * width * e, "activation": rows * width * e}
+
+
+def _swiglu_backward(rows: int, width: int, e: int) -> float:
+    """Six tensors of the layer's width: gradients of activation, gate and up, and copies."""
+    return 6 * rows * width * e
