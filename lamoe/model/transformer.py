@@ -69,6 +69,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A decoder-only language model of the DeepSeek family. `model(ids)` returns logits."""
 
+    cross_entropy = staticmethod(kernels.cross_entropy)  # the trainer may compile it
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -174,7 +176,7 @@ class Transformer(nn.Module):
             A scalar in at least float32; 0 when no target counts.
         """
         h = self.hidden(ids, None, segments, routing_hook)
-        return kernels.cross_entropy(h.flatten(0, 1), self.head_weight, targets.flatten())
+        return self.cross_entropy(h.flatten(0, 1), self.head_weight, targets.flatten())
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> Transformer:

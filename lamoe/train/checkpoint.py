@@ -156,7 +156,7 @@ def _pack(value: Any, where: str, tensors: dict[str, torch.Tensor], names: dict[
         value = torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, torch.Tensor):
         if identity not in names:
-            tensors[where] = value.detach().contiguous()
+            tensors[where] = value.detach().cpu().contiguous()
             names[identity] = where
         return {"tensor": names[identity]}
     if isinstance(value, dict):
@@ -200,13 +200,13 @@ def _unpack(structure: Any, tensors: dict[str, torch.Tensor]) -> Any:
 def rng_state() -> dict:
     """Return the states of the random generators of torch, numpy (the global one) and Python.
 
-    torch's are those of the CPU and of every CUDA device. `save_tensors` can store the result.
+    torch's is that of the CPU: training draws nothing on other devices, so a run may resume on
+    another one. `save_tensors` can store the result.
     """
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, words, next_gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "numpy": {
             "kind": kind,
             "keys": np.asarray(keys).astype(np.int64),
@@ -219,21 +219,8 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
-    """Restore what `rng_state` returned.
-
-    Raises:
-        ValueError: if this machine has another number of CUDA devices, because random numbers would
-            then differ from those of the saved run.
-    """
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if len(state["cuda"]) != devices:
-        raise ValueError(
-            f"the checkpoint holds random states of {len(state['cuda'])} CUDA devices, "
-            f"this machine has {devices}; resume on as many, or leave the random states out"
-        )
+    """Restore what `rng_state` returned."""
     torch.set_rng_state(state["torch"].cpu())
-    if devices:
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
     n, p = state["numpy"], state["python"]
     keys = np.asarray(n["keys"]).astype(np.uint32)
     np.random.set_state((n["kind"], keys, n["position"], n["has_gauss"], n["gauss"]))

@@ -6,14 +6,12 @@ locks its folder. metrics.py logs, and checkpoint.py saves and loads checkpoints
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -23,9 +21,10 @@ from lamoe.checkpoints import hf
 from lamoe.engine.text_loss import text_loss
 from lamoe.model import accounting
 from lamoe.model.config import ModelConfig
-from lamoe.model.routing import LayerRecord, Training
-from lamoe.model.transformer import Transformer
-from lamoe.train import checkpoint, data, memory_plan, recompute, run_folder
+from lamoe.model.routing import Training
+from lamoe.model.transformer import Transformer, check_ids
+from lamoe.train import checkpoint, data, devices, memory_plan, recompute, run_folder
+from lamoe.train.devices import MicroBatch, QueuedStep, measure_peak
 from lamoe.train.metrics import MetricsLog, open_screen
 from lamoe.train.optim import MasterAdamW
 from lamoe.train.recipe import Recipe
@@ -50,13 +49,14 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
         quiet: print nothing.
 
     Raises:
-        ValueError: if the run folder cannot be used, or the recipe differs from that of the run to
-            resume.
+        ValueError: if the run folder cannot be used, the recipe differs from that of the run to
+            resume, or this machine lacks `run.device`.
         Stopped: if too many steps in a row were skipped (train/spikes.py).
         memory_plan.OutOfMemory: if an allocation failed.
     """
     run = run_folder.check_place(recipe)
-    memory = memory_plan.available(recipe)
+    device = devices.resolve(recipe.run.device)
+    memory = memory_plan.available(recipe, device)
     plan = memory_plan.check(recipe, memory)
     explained = memory_plan.explain_exhaustion(recipe, plan, run)
     with run_folder.locked(run), open_screen(recipe, quiet) as screen, explained:
@@ -85,7 +85,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
             eos_token_id=tokenizer.eos_id,
             pad_token_id=tokenizer.pad_id,
         )
-        model = _build_model(recipe, config, fresh=last is None, note=screen.note)
+        model = _build_model(recipe, config, fresh=last is None, note=screen.note).to(device)
         recompute.apply(model, plan.recomputed)
         optimizer = _build_optimizer(recipe, model)
         guard = SpikeGuard(recipe.spikes)
@@ -96,13 +96,14 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
 
         # 3. The loop
         total_tokens = recipe.batch.before(recipe.run.steps) * recipe.data.seq_len
-        threads = torch.get_num_threads()
-        peak_flops = measure_peak(model.embed.weight.dtype)
+        if recipe.run.compile:
+            _compile(model, optimizer, recipe, screen.note)
+        peak_flops = measure_peak(model.embed.weight.dtype, device=device)
         token_flops = accounting.training_flops(config, recipe.data.seq_len)
         screen.note(
             f"{accounting.parameters(config).total:,} parameters, "
             f"{token_flops / 1e6:.1f} MFLOP a token; measured {recipe.run.dtype} GEMM peak "
-            f"{peak_flops / 1e9:.0f} GFLOP/s on {threads} thread{'s' * (threads != 1)}"
+            f"{peak_flops / 1e9:.0f} GFLOP/s on {devices.describe(device)}"
         )
 
         def save() -> Path:
@@ -126,55 +127,78 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
             _stop_signals() as stop,
         ):
             save_due = False
-            while step < recipe.run.steps and not stop.signal_name:
-                begin = time.perf_counter()
+            queue: list[QueuedStep] = []  # steps whose values have not been read
+            while step < recipe.run.steps and (queue or not stop.signal_name):
+                if not queue:
+                    begin = time.perf_counter()
                 tokens_before = recipe.batch.before(step) * recipe.data.seq_len
                 batch_size = recipe.batch.size_at(step)
                 ids, segments = map(torch.from_numpy, batches.next_batch(batch_size))
                 micro_batches = _accumulate_gradients(model, optimizer, recipe, step, ids, segments)
-                loss = sum(m.share * m.cross_entropy for m in micro_batches)
-                norm = optimizer.clip()
-                lr = recipe.optim.lr_at(step, tokens_before / total_tokens)
-                fault = guard.check(loss, norm)
-                if fault:
+                known = {
+                    "tokens": tokens_before + batch_size * recipe.data.seq_len,
+                    "epoch": round(batches.epoch, 4),
+                    "lr": recipe.optim.lr_at(step, tokens_before / total_tokens),
+                    "batch": batch_size,
+                    **batches.metrics(),
+                }
+                step += 1
+                queue.append(
+                    QueuedStep(step, ids, segments, micro_batches, optimizer.clip(), known)
+                )
+                skip = queue[-1].decide(*guard.limits())
+                if isinstance(skip, torch.Tensor):
+                    optimizer.step(known["lr"], skip)
+                elif skip:
                     optimizer.discard()
                 else:
-                    optimizer.step(lr)
-                step += 1
+                    optimizer.step(known["lr"])
+                eval_due = _is_due(step, recipe.run.eval_every) and len(corpus.heldout) > 0
+                save_due = save_due or _is_due(step, recipe.run.save_every)
+                if not (
+                    devices.is_read_at(device, step, recipe.run, len(queue))
+                    or eval_due
+                    or save_due
+                    or stop.signal_name
+                ):
+                    continue
 
-                tokens = batch_size * recipe.data.seq_len
-                seconds = time.perf_counter() - begin
-                log.step(
-                    step,
-                    recipe,
-                    tokens=tokens_before + tokens,
-                    epoch=round(batches.epoch, 4),
-                    loss=loss,
-                    balance=sum(m.balance for m in micro_batches),
-                    lr=lr,
-                    grad_norm=norm,
-                    batch=batch_size,
-                    tokens_per_s=tokens / seconds,
-                    mfu=tokens / seconds * token_flops / peak_flops,
-                    gemm_peak=peak_flops,
-                    records=[m.records for m in micro_batches],
-                    **batches.metrics(),
-                    **guard.metrics(fault),
-                )
+                devices.synchronize(device)
+                seconds = (time.perf_counter() - begin) / len(queue)
+                for done in queue:
+                    fault = guard.check(done.loss, done.norm, done.skipped)
+                    tokens_per_s = len(done.ids) * recipe.data.seq_len / seconds
+                    log.step(
+                        done.step,
+                        recipe,
+                        loss=done.loss,
+                        balance=done.balance,
+                        grad_norm=done.norm,
+                        tokens_per_s=tokens_per_s,
+                        mfu=tokens_per_s * token_flops / peak_flops,
+                        gemm_peak=peak_flops,
+                        records=[m.records for m in done.micro_batches],
+                        **done.known,
+                        **guard.metrics(fault),
+                    )
+                    if guard.must_stop:
+                        break
+                queue.clear()
                 if guard.must_stop:
-                    file = run_folder.save_bad_batch(run, step, ids, segments, loss, norm)
+                    file = run_folder.save_bad_batch(
+                        run, done.step, done.ids, done.segments, done.loss, done.norm
+                    )
                     point = guard.restart_point(run)
                     if point is None:
-                        raise Stopped(_stop_message(step, fault, guard, file, last))
-                    stopped_at, last = step, point
+                        raise Stopped(_stop_message(done.step, fault, guard, file, last))
+                    last = point
                     step = saved_step = _restart(point, optimizer, batches, guard)
-                    log.restart(stopped_at, step, f"{fault}; the batch is in {file.name}")
+                    log.restart(done.step, step, f"{fault}; the batch is in {file.name}")
                     continue
                 if step == recipe.run.steps:  # the last step is saved and evaluated below
                     break
-                if _is_due(step, recipe.run.eval_every) and len(corpus.heldout):
+                if eval_due:
                     log.heldout(step, evaluate(model, corpus, recipe, recipe.run.eval_tokens))
-                save_due = save_due or _is_due(step, recipe.run.save_every)
                 if save_due and not guard.in_a_row:  # keep the checkpoint before skipped steps
                     last, saved_step, save_due = save(), step, False
 
@@ -220,6 +244,15 @@ def _build_optimizer(recipe: Recipe, model: Transformer) -> MasterAdamW:
     return optimizer
 
 
+def _compile(model: Transformer, optimizer: MasterAdamW, recipe: Recipe, note) -> None:
+    """Compile the model in place, with one micro-batch as the trial."""
+    ids = torch.zeros(recipe.batch.micro, recipe.data.seq_len + 1, dtype=torch.int64)
+    devices.compile_model(
+        model, lambda: _accumulate_gradients(model, optimizer, recipe, 0, ids, ids.int()), note
+    )
+    optimizer.discard()
+
+
 def _restore(last: Path, optimizer: MasterAdamW, batches: data.Batches, guard: SpikeGuard) -> int:
     """Load the state of a checkpoint, apart from the model folder. Return its step."""
     file = last / "state.safetensors"
@@ -252,22 +285,6 @@ def _restart(point: Path, optimizer: MasterAdamW, batches: data.Batches, guard: 
     return step
 
 
-class MicroBatch(NamedTuple):
-    """The result of one forward and backward pass.
-
-    Attributes:
-        share: number of targets of this micro-batch divided by that of the whole batch.
-        cross_entropy: mean over the targets of this micro-batch, in nats.
-        balance: weighted balance loss, multiplied by micro-batch size / batch size.
-        records: routing statistics of each MoE layer.
-    """
-
-    share: float
-    cross_entropy: float
-    balance: float
-    records: list[LayerRecord]
-
-
 def _accumulate_gradients(
     model: Transformer,
     optimizer: MasterAdamW,
@@ -281,24 +298,31 @@ def _accumulate_gradients(
     Afterwards, `optimizer` holds the gradients of the mean loss over all targets of the batch.
 
     Args:
-        ids: [B, T + 1] int64 token ids.
-        segments: [B, T + 1], the number of each token's document within its row.
+        ids: [B, T + 1] int64 token ids, on the host.
+        segments: [B, T + 1], the number of each token's document within its row, on the host.
     """
     size, micro = len(ids), recipe.batch.micro
+    device = model.embed.weight.device
     targets = next_token_targets(ids, segments)
     num_targets = (targets >= 0).sum().clamp_min(1)
-    protected = _draw_protected(size, recipe, step)
+    shares = [(part >= 0).sum() / num_targets for part in targets.split(micro)]
+    check_ids(ids, model.config)
+    inputs = devices.move(ids[:, :-1], device)
+    documents = devices.move(segments[:, :-1], device) if recipe.data.document_mask else None
+    targets = devices.move(targets, device)
+    protected = devices.move(_draw_protected(size, recipe, step), device)
     results = []
-    for start in range(0, size, micro):
-        rows = slice(start, start + micro)
+    for i, share in enumerate(shares):
+        rows = slice(i * micro, (i + 1) * micro)
         hook = Training(recipe.balance, protected[rows])
-        mask = segments[rows, :-1] if recipe.data.document_mask else None
-        cross_entropy = model.loss(ids[rows, :-1], targets[rows], mask, hook)
-        share = (targets[rows] >= 0).sum() / num_targets
+        mask = None if documents is None else documents[rows]
+        cross_entropy = model.loss(inputs[rows], targets[rows], mask, hook)
         balance = hook.loss() * (micro / size)
         (cross_entropy * share + balance).backward()
         optimizer.collect()
-        results.append(MicroBatch(share.item(), cross_entropy.item(), balance.item(), hook.records))
+        results.append(
+            MicroBatch(share.item(), cross_entropy.detach(), balance.detach(), hook.records)
+        )
     return results
 
 
@@ -350,29 +374,14 @@ def evaluate(
         text adds heldout_bits_per_byte.
     """
     rows = data.heldout_rows(corpus, recipe.data.seq_len)
-    backend = TorchBackend(model)
-    result = text_loss(backend, rows, recipe.batch.micro, max_tokens, recipe.data.document_mask)
+    with devices.uncompiled(model):
+        result = text_loss(
+            TorchBackend(model), rows, recipe.batch.micro, max_tokens, recipe.data.document_mask
+        )
     out = {"heldout_bits_per_token": result.bits_per_token, "heldout_perplexity": result.perplexity}
     if max_tokens is None:
         out["heldout_bits_per_byte"] = result.bits_per_byte(corpus.heldout_bytes())
     return out
-
-
-def measure_peak(dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> float:
-    """Measure the FLOP/s of this machine's fastest matrix product in `dtype`.
-
-    The result is the denominator of MFU (model FLOPs utilisation). Takes well under a second.
-    """
-    # Use a separate generator: in a resumed run the global one must keep its restored state.
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(size, size, generator=generator).to(dtype) for _ in range(2))
-    a @ b
-    best = math.inf
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
 
 
 class _StopRequest:

@@ -137,6 +137,7 @@ class MasterAdamW:
     Attributes:
         params: the model's parameters.
         masters: one float32 tensor per parameter. A float32 parameter is its own master.
+        host_never_waits: whether the model is on an accelerator, where `clip` returns a tensor.
     """
 
     def __init__(self, model: nn.Module, optim: Optim):
@@ -155,6 +156,7 @@ class MasterAdamW:
             groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
         )
         self.max_norm = optim.clip
+        self.host_never_waits = any(p.device.type != "cpu" for p in self.params)
 
     def collect(self) -> None:
         """Add the model's gradients of one micro-batch to the masters' gradients, in float32."""
@@ -166,22 +168,34 @@ class MasterAdamW:
             )
             param.grad = None
 
-    def clip(self) -> float:
+    def clip(self) -> float | torch.Tensor:
         """Scale the gradients to a global norm of at most `max_norm`.
 
         Returns:
-            The norm before scaling. If it is not finite, the gradients are not scaled.
+            The norm before scaling. If it is not finite, the step must be skipped. On an
+            accelerator the norm is a tensor, because the host does not wait for it.
         """
         grads = [m.grad for m in self.masters if m.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        if self.host_never_waits:
+            torch._foreach_mul_(grads, (self.max_norm / (norm + 1e-6)).clamp(max=1))
+            return norm
         scale = (self.max_norm / (norm + 1e-6)).item()
         if scale < 1:  # also false for nan
             torch._foreach_mul_(grads, scale)
         return norm.item()
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Update masters and model with the collected gradients, then clear the gradients."""
+    def step(self, lr: float, skip: torch.Tensor | None = None) -> None:
+        """Update masters and model with the collected gradients, then clear the gradients.
+
+        Args:
+            skip: a bool scalar on the device. If it is true, the device updates nothing. The host
+                does not wait for it.
+        """
+        # The attribute that torch's gradient scaler sets: fused AdamW leaves all state as it is.
+        found_inf = None if skip is None else skip.float()
+        setattr(self.adamw, "found_inf", found_inf)  # noqa: B010 (no declared attribute)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()

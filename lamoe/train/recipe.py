@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lamoe.backends.load import DEVICES
 from lamoe.model.config import ModelConfig, RopeScaling, check_types, did_you_mean
 from lamoe.model.field_checks import parse_int
 from lamoe.model.routing import Balance
@@ -94,6 +95,8 @@ class Run:
             data.tokenizer is set, the tokenizer. If empty, the initial weights are random.
         dtype: dtype of the computation. Master weights are float32.
         threads: number of torch's threads. 0 means torch's default.
+        device: auto, cpu, cuda or mps. auto means cuda if available, else mps, else cpu.
+        compile: whether torch.compile fuses the operations of the blocks, for accelerators.
         eval_every: number of steps between evaluations. 0 evaluates at the end only.
         eval_tokens: number of tokens per evaluation. The last evaluation uses all held-out text.
         save_every: number of steps between checkpoints. 0 saves only at the end and on Ctrl-C or
@@ -110,6 +113,8 @@ class Run:
     dtype: str = "bfloat16"
     seed: int = 0
     threads: int = 0
+    device: str = "auto"
+    compile: bool = False
     log_every: int = 10
     eval_every: int = 0
     eval_tokens: int = 65536
@@ -128,6 +133,8 @@ class Run:
             )
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"run.dtype is {self.dtype!r}; known: bfloat16, float32")
+        if self.device not in DEVICES:
+            raise ValueError(f"run.device is {self.device!r}; known: {', '.join(DEVICES)}")
         for name, low in dict(
             steps=1,
             threads=0,

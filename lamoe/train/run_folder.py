@@ -53,6 +53,8 @@ TOKENIZER_BYTES = 24 << 20
 _FREE = (
     "run.out",
     "run.threads",
+    "run.device",
+    "run.compile",
     "run.log_every",
     "run.eval_every",
     "run.eval_tokens",

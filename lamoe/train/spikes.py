@@ -82,14 +82,18 @@ class SpikeGuard:
         self.in_a_row = self.skipped = self.restarts = 0
         self.good_step: int | None = None
 
-    def check(self, loss: float, norm: float) -> str:
+    def check(self, loss: float, norm: float, skipped: bool | None = None) -> str:
         """Return why a step must be skipped, or an empty text if it is accepted.
 
         Args:
             loss: mean loss of the step, in nats.
             norm: global gradient norm before clipping.
+            skipped: whether an accelerator has skipped the step, by the `limits` of the time when
+                it was queued. None if it is decided here.
         """
-        fault = self._fault(loss, norm)
+        fault = self._fault(loss, norm) if skipped is not False else ""
+        if skipped and not fault:
+            fault = f"loss {loss:.4g}, gradient norm {norm:.4g}, above the limits some steps before"
         if fault:
             self.in_a_row += 1
             self.skipped += 1
@@ -102,21 +106,30 @@ class SpikeGuard:
     def _fault(self, loss: float, norm: float) -> str:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"loss {loss}, gradient norm {norm}"
-        if not self.spikes.skip or len(self.losses) < self.spikes.window // 2:
-            return ""
-        median = statistics.median(self.log_norms)
-        if _log(norm) - median > self.spikes.sigmas * _sigma(self.log_norms, median):
+        max_loss, max_norm = self.limits()
+        count = len(self.losses)
+        if norm > max_norm:
+            times = norm / math.exp(statistics.median(self.log_norms))
             return (
-                f"gradient norm {norm:.4g}, {norm / math.exp(median):.3g} times the median "
-                f"of the last {len(self.losses)} accepted steps"
+                f"gradient norm {norm:.4g}, {times:.3g} times the median "
+                f"of the last {count} accepted steps"
             )
-        median = statistics.median(self.losses)
-        if loss - median > self.spikes.sigmas * _sigma(self.losses, median):
+        if loss > max_loss:
+            above = loss - statistics.median(self.losses)
             return (
-                f"loss {loss:.4g}, {loss - median:.3g} above the median "
-                f"of the last {len(self.losses)} accepted steps"
+                f"loss {loss:.4g}, {above:.3g} above the median of the last {count} accepted steps"
             )
         return ""
+
+    def limits(self) -> tuple[float, float]:
+        """Return the largest loss and gradient norm that are no spikes, inf for no limit."""
+        if not self.spikes.skip or len(self.losses) < self.spikes.window // 2:
+            return math.inf, math.inf
+        tops = []
+        for values in (self.losses, self.log_norms):
+            median = statistics.median(values)
+            tops.append(median + self.spikes.sigmas * _sigma(values, median))
+        return tops[0], math.exp(min(tops[1], 700.0))  # exp overflows above 709
 
     @property
     def must_stop(self) -> bool:

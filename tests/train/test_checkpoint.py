@@ -456,8 +456,8 @@ def test_all_three_random_generators_resume(tmp_path):
     set_rng_state(load_tensors(tmp_path / "r"))
     assert draw() == want
     state = load_tensors(tmp_path / "r")
-    with pytest.raises(ValueError, match="CUDA devices"):
-        set_rng_state({**state, "cuda": [torch.zeros(1)] * 99})
+    set_rng_state({**state, "cuda": [torch.zeros(1)] * 99})  # as stored by earlier versions
+    assert draw() == want
     set_rng_state(before)
 
 
