@@ -135,10 +135,11 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
                 batch_size = recipe.batch.size_at(step)
                 ids, segments = map(torch.from_numpy, batches.next_batch(batch_size))
                 micro_batches = _accumulate_gradients(model, optimizer, recipe, step, ids, segments)
+                lr = recipe.optim.lr_at(step, tokens_before / total_tokens)
                 known = {
                     "tokens": tokens_before + batch_size * recipe.data.seq_len,
                     "epoch": round(batches.epoch, 4),
-                    "lr": recipe.optim.lr_at(step, tokens_before / total_tokens),
+                    "lr": lr,
                     "batch": batch_size,
                     **batches.metrics(),
                 }
@@ -148,11 +149,11 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
                 )
                 skip = queue[-1].decide(*guard.limits())
                 if isinstance(skip, torch.Tensor):
-                    optimizer.step(known["lr"], skip)
+                    optimizer.step(lr, skip)
                 elif skip:
                     optimizer.discard()
                 else:
-                    optimizer.step(known["lr"])
+                    optimizer.step(lr)
                 eval_due = _is_due(step, recipe.run.eval_every) and len(corpus.heldout) > 0
                 save_due = save_due or _is_due(step, recipe.run.save_every)
                 if not (
