@@ -183,8 +183,8 @@ def compile_model(
 ) -> bool:
     """Compile the blocks and the loss of a model in place. Return whether that worked.
 
-    If the compiler fails, the model stays as it was, and a note says so. Blocks that recompute their
-    activations are not compiled.
+    If the compiler fails, the model stays as it was, and a note says so. Blocks that recompute
+    their activations are not compiled.
 
     Args:
         trial: runs one forward and backward pass with the shapes of the run. Everything that can

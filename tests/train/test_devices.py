@@ -14,7 +14,7 @@ from test_train import signal_after
 
 from lamoe import cli, kernels
 from lamoe.model.routing import Chosen
-from lamoe.train import checkpoint, devices, loop
+from lamoe.train import checkpoint, devices, loop, recompute
 from lamoe.train.optim import MasterAdamW
 from lamoe.train.recipe import Recipe
 from tiny_run import MLA, MOE, metrics, raw_recipe, same, state, train, write_texts, write_toml
@@ -190,11 +190,14 @@ def test_compiled_models_serve_other_callers(monkeypatch):
 
     monkeypatch.setattr(devices, "BACKEND", Backend())
     model = tiny.model(tiny.HARD)
+    recompute.apply(model, 1)
+    recomputing = model.layers[0].forward
     ids = tiny.ids(tiny.HARD, 2, 9)
     expected = model(ids)
     assert devices.compile_model(model, lambda: None, lambda text: None)
     chosen = Chosen()
     assert torch.equal(model(ids, routing_hook=chosen), expected) and chosen.layers
     with devices.uncompiled(model):
-        assert "forward" not in vars(model.layers[0])
-    assert "forward" in vars(model.layers[0]) and devices.BACKEND.graphs == 0
+        assert "forward" not in vars(model.layers[1])
+    assert "forward" in vars(model.layers[1]) and devices.BACKEND.graphs == 0
+    assert model.layers[0].forward is recomputing  # such blocks are not compiled
