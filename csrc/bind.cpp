@@ -330,9 +330,12 @@ class PyModel {
 
 }  // namespace
 
+void bind_train(nb::module_& m);  // bind_train.cpp
+
 NB_MODULE(_native, m) {
   using nb::arg;
-  m.doc() = "The compiled kernels. Use them through lamoe.backends.cpu.";
+  m.doc() = "The compiled kernels. Use them through lamoe.backends.cpu and lamoe.kernels.";
+  bind_train(m);
   m.def(
       "isa", [] { return std::string(ops().name); },
       "Return the instruction set in use, one of `features`.");

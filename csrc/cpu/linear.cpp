@@ -3,6 +3,7 @@
 // A result depends only on its activation row and its weights, not on the number of rows or
 // threads. Every kernel therefore sums in the same order, group by group and block by block.
 #include "cpu/kernels.h"
+#include "cpu/unit_products.h"
 
 namespace lamoe {
 namespace LAMOE_ISA {
@@ -232,39 +233,6 @@ void tiles_int(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, f
 }
 
 // ---- FP32, BF16 --------------------------------------------------------------------------------
-template <int FMT>
-INLINE vf dot_unit(vf acc, vw w, const uint8_t* x) {
-  return FMT == FP32 ? dot_f32(acc, w, x) : dot_bf16(acc, w, x);
-}
-
-// Multiplies M rows by T tiles. Each tile has `units` units of inputs. Tiles are `tile` bytes
-// apart.
-template <int FMT, int T, int M>
-void micro_unit(const uint8_t* w, size_t tile, int units, const uint8_t* x, size_t stride,
-                float* out, ptrdiff_t ldo, int n) {
-  vf acc[T][M];
-  UNROLL_FOR(t, T)
-    UNROLL_FOR(m, M) acc[t][m] = vzero();
-  for (int u = 0; u < units; u++) {
-    vw v[T];
-    UNROLL_FOR(t, T) v[t] = wload(w + t * tile + size_t(u) * 64);
-    UNROLL_FOR(m, M)
-      UNROLL_FOR(t, T) acc[t][m] = dot_unit<FMT>(acc[t][m], v[t], x + m * stride + size_t(u) * 4);
-  }
-  UNROLL_FOR(t, T)
-    UNROLL_FOR(m, M) vstore_n(out + m * ldo + kTile * t, acc[t][m], n - kTile * t);
-}
-
-template <int FMT, int T, int M>
-void rows_unit(const uint8_t* w, size_t tile, int units, const uint8_t* x, size_t stride, int rows,
-               float* out, ptrdiff_t ldo, int n) {
-  for (; rows >= M; rows -= M, x += M * stride, out += M * ldo)
-    micro_unit<FMT, T, M>(w, tile, units, x, stride, out, ldo, n);
-  if constexpr (M > 1) {
-    if (rows) rows_unit<FMT, T, M - 1>(w, tile, units, x, stride, rows, out, ldo, n);
-  }
-}
-
 template <int FMT, class Unit = Tiles>
 void tiles_unit(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, float* out,
                 ptrdiff_t ldo) {

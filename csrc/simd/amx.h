@@ -109,35 +109,6 @@ INLINE void tile_us() {
   asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
 
-// Transposes a matrix of 16 x 16 words of 32 bits. Output rows are `stride` bytes apart.
-INLINE void transpose_words(const void* in, void* out, size_t stride) {
-  __m512i a[16], b[16];
-  UNROLL_FOR(i, 16) a[i] = wload((const uint8_t*)in + 64 * i).v;
-  UNROLL_FOR(i, 8) {
-    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
-  }
-  UNROLL_FOR(j, 4) {
-    const int i = 4 * j;
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  // Now quarter q of a[4 j + i] holds words 4 j .. 4 j + 3 of output row 4 q + i.
-  UNROLL_FOR(i, 4) {
-    const __m512i low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x44),
-                  high = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xee);
-    const __m512i low2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x44),
-                  high2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xee);
-    uint8_t* to = (uint8_t*)out + i * stride;
-    wstore(to, {_mm512_shuffle_i32x4(low, low2, 0x88)});
-    wstore(to + 4 * stride, {_mm512_shuffle_i32x4(low, low2, 0xdd)});
-    wstore(to + 8 * stride, {_mm512_shuffle_i32x4(high, high2, 0x88)});
-    wstore(to + 12 * stride, {_mm512_shuffle_i32x4(high, high2, 0xdd)});
-  }
-}
-
 // Number of rows in the i-th block of 16, out of n rows.
 INLINE int block_rows(int n, int i) { return std::clamp(n - 16 * i, 0, 16); }
 
@@ -167,11 +138,20 @@ INLINE void store_columns(float* out, ptrdiff_t ldo, int rows, int n) {
   for (int r = 0; r < rows; r++) vstore_n(out + r * ldo, vload(t + 16 * r), n);
 }
 
-template <int M, int N>
+// If ADD, the product is added to `out`, whose n then must cover all N tiles.
+template <int M, int N, bool ADD>
 void block_bf16(const uint8_t* x, size_t stride, int rows, const uint8_t* w, size_t tile, int units,
                 float* out, ptrdiff_t ldo, int n) {
-  tile_zero<0>(), tile_zero<1>();
-  if (M == 2) tile_zero<2>(), tile_zero<3>();
+  if (ADD) {
+    const size_t row = size_t(ldo) * 4;
+    tile_load<0>(out, row);
+    if (N == 2) tile_load<1>(out + 16, row);
+    if (M == 2) tile_load<2>(out + 16 * ldo, row);
+    if (M == 2 && N == 2) tile_load<3>(out + 16 * ldo + 16, row);
+  } else {
+    tile_zero<0>(), tile_zero<1>();
+    if (M == 2) tile_zero<2>(), tile_zero<3>();
+  }
   int u = 0;
   for (; u + 16 <= units; u += 16)
     step_bf16<M, N>(x + 4 * size_t(u), stride, w + 64 * size_t(u), tile);
@@ -220,7 +200,9 @@ struct Tiles {
   }
 
   // Multiplies `rows` rows, each of `units` pairs of BF16 elements, by `count` tiles of weights.
-  // Writes n outputs per row. Tiles are `tile` bytes apart, rows `stride` bytes.
+  // Writes n outputs per row, or adds to them if ADD. Tiles are `tile` bytes apart, rows `stride`
+  // bytes.
+  template <bool ADD = false>
   static void linear_bf16(const uint8_t* w, size_t tile, int count, int units, const uint8_t* x,
                           size_t stride, int rows, float* out, ptrdiff_t ldo, int n) {
     TileShapes shapes;
@@ -237,8 +219,9 @@ struct Tiles {
       const uint8_t* y = x + r * stride;
       float* to = out + r * ldo;
       for (int t = 0; t < count; t += 2) {
-        const auto multiply = t + 1 < count ? (here > 16 ? block_bf16<2, 2> : block_bf16<1, 2>)
-                                            : (here > 16 ? block_bf16<2, 1> : block_bf16<1, 1>);
+        const auto multiply = 
+            t + 1 < count ? (here > 16 ? block_bf16<2, 2, ADD> : block_bf16<1, 2, ADD>)
+                          : (here > 16 ? block_bf16<2, 1, ADD> : block_bf16<1, 1, ADD>);
         multiply(y, stride, here, w + t * tile, tile, units, to + 16 * t, ldo, n - 16 * t);
       }
     }
@@ -371,8 +354,8 @@ struct Tiles {
     alignas(64) uint8_t pairs[2][2][kTileBytes];
     alignas(64) uint8_t transposed[16 * 128];
     for (int t = (n + 1) / 2; t < 32; t++) wstore(p + 64 * t, wset(0));
-    transpose_words(p, transposed, 128);
-    transpose_words(p + kTileBytes, transposed + 64, 128);
+    transpose_words(p, 64, transposed, 128);
+    transpose_words(p + kTileBytes, 64, transposed + 64, 128);
     TileShapes shapes;
     for (int i = 0; i < 2; i++) {
       shapes.set(i, lanes, 64), shapes.set(4 + i, lanes, 64), shapes.set(6 + i, 16, 64);
@@ -415,7 +398,7 @@ struct Tiles {
     alignas(64) uint8_t transposed[kTileBytes];
     alignas(64) int32_t sums[2][16 * 16];
     for (int t = (n + 3) / 4; t < 16; t++) wstore(p + 64 * t, wset(0));
-    transpose_words(p, transposed, 64);
+    transpose_words(p, 64, transposed, 64);
     TileShapes shapes;
     for (int i = 0; i < 2; i++) shapes.set(i, lanes, 64), shapes.set(6 + i, 16, 64);
     shapes.set(4, lanes, 64);

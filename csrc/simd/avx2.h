@@ -302,6 +302,36 @@ INLINE vw pair_bf16(vf x, vf y) {
 }
 INLINE void vstore_bf16(uint16_t* p, vf a, vf b) { vstore_bf16(p, a), vstore_bf16(p + 16, b); }
 
+INLINE void transpose_8_words(const uint8_t* in, size_t in_stride, uint8_t* out, size_t stride) {
+  __m256i a[8], b[8];
+  UNROLL_FOR(i, 8) a[i] = _mm256_loadu_si256((const __m256i*)(in + in_stride * i));
+  UNROLL_FOR(i, 4) {
+    b[2 * i] = _mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  }
+  UNROLL_FOR(j, 2) {
+    const int i = 4 * j;
+    a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  UNROLL_FOR(i, 4) {
+    _mm256_storeu_si256((__m256i*)(out + stride * i),
+                        _mm256_permute2x128_si256(a[i], a[4 + i], 0x20));
+    _mm256_storeu_si256((__m256i*)(out + stride * (4 + i)),
+                        _mm256_permute2x128_si256(a[i], a[4 + i], 0x31));
+  }
+}
+INLINE void transpose_words(const void* in, size_t in_stride, void* out, size_t stride) {
+  const uint8_t* from = (const uint8_t*)in;
+  uint8_t* to = (uint8_t*)out;
+  UNROLL_FOR(i, 2)
+    UNROLL_FOR(j, 2)
+      transpose_8_words(from + in_stride * 8 * i + 32 * j, in_stride, to + stride * 8 * j + 32 * i,
+                        stride);
+}
+
 template <class V>
 INLINE void in_register(V& x) {
   asm volatile("" : "+x"(x.a), "+x"(x.b));

@@ -214,6 +214,34 @@ INLINE void in_register(V& x) {
   asm volatile("" : "+v"(x.v));
 }
 
+INLINE void transpose_words(const void* in, size_t in_stride, void* out, size_t stride) {
+  __m512i a[16], b[16];
+  UNROLL_FOR(i, 16) a[i] = wload((const uint8_t*)in + in_stride * i).v;
+  UNROLL_FOR(i, 8) {
+    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  }
+  UNROLL_FOR(j, 4) {
+    const int i = 4 * j;
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  // Now quarter q of a[4 j + i] holds words 4 j .. 4 j + 3 of output row 4 q + i.
+  UNROLL_FOR(i, 4) {
+    const __m512i low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x44),
+                  high = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xee);
+    const __m512i low2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x44),
+                  high2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xee);
+    uint8_t* to = (uint8_t*)out + i * stride;
+    wstore(to, {_mm512_shuffle_i32x4(low, low2, 0x88)});
+    wstore(to + 4 * stride, {_mm512_shuffle_i32x4(low, low2, 0xdd)});
+    wstore(to + 8 * stride, {_mm512_shuffle_i32x4(high, high2, 0x88)});
+    wstore(to + 12 * stride, {_mm512_shuffle_i32x4(high, high2, 0xdd)});
+  }
+}
+
 struct Avx512Traits {  // scalar.h documents each constant
 #if defined(__AVX512BF16__)
   static constexpr const char* kCpuFeatures =

@@ -35,6 +35,8 @@
 //     bfields, bor_left                      wfields and wor_left for 64 bytes
 //     bfloats<Q>(w)                          bytes 16 Q .. 16 Q + 15 as floats
 //     btranspose(w)                          the sixteen words as a 4 x 4 matrix, transposed
+//     transpose_words(in, in_stride, out, stride)   16 x 16 words, transposed; strides of the rows
+//                                            in bytes
 //     bquads(rows, stride, out)              four rows transposed by btranspose -> the four bytes
 //                                            of each column side by side, as vectors
 //                                            [4 vectors][16 columns][4 rows]

@@ -252,6 +252,12 @@ INLINE vw pair_bf16(vf a, vf b) {
 }
 INLINE void vstore_bf16(uint16_t* p, vf a, vf b) { vstore_bf16(p, a), vstore_bf16(p + 16, b); }
 #undef EACH
+INLINE void transpose_words(const void* in, size_t in_stride, void* out, size_t stride) {
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++)
+      std::memcpy((uint8_t*)out + stride * j + 4 * i, (const uint8_t*)in + in_stride * i + 4 * j,
+                  4);
+}
 
 template <class V>
 INLINE void in_register(V& x) {

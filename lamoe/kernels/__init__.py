@@ -1,43 +1,80 @@
 """The model's ops with gradients: one function per op, and several implementations of each.
 
-"ref" (ref.py) is the definition of an op, in plain torch, short and slow. "fused" (fused.py) has
-hand-written backward passes and is the default on the CPU. "device" (device.py) never waits for the
-device and is the default on accelerators. The environment variable LAMOE_OPS=ref|fused|device sets
-the default of a process, and `impl=` chooses for one call. LAMOE_IMPL, the older name of the
-variable, works too. The backend that runs a model is a separate choice, see lamoe/backends.
+    ref      the definition of an op, in plain torch, short and slow (ref.py)
+    fused    hand-written backward passes on top of torch's matrix products (fused.py)
+    native   compiled kernels for training on CPUs (native.py, csrc/train)
+    device   ops that never wait for the device, for accelerators (device.py)
+
+The default depends on the tensors: device on accelerators, native where gradients are computed on
+the CPU and native supports the tensors, else fused. The environment variable LAMOE_OPS names one
+for the whole process, `using` for a part of a program, and `impl=` for one call. LAMOE_IMPL, the
+older name of the variable, works too. Where native lacks an op, fused runs instead. Where another
+one lacks it, the definition does. The backend that runs a model is a separate choice, see
+lamoe/backends.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
-from lamoe.kernels import device, fused, ref
+from lamoe.kernels import device, fused, native, ref
 
-_IMPLS = {"ref": ref, "fused": fused, "device": device}
+_IMPLS = {"ref": ref, "fused": fused, "native": native, "device": device}
 _VARIABLE = "LAMOE_OPS" if os.environ.get("LAMOE_OPS") else "LAMOE_IMPL"
-_DEFAULT = os.environ.get(_VARIABLE) or None  # None: chosen by the device of the first argument
-if _DEFAULT not in (None, *_IMPLS):
-    raise ValueError(f"{_VARIABLE} is {_DEFAULT!r}; known: {', '.join(_IMPLS)}")
+_CHOSEN: ContextVar[str] = ContextVar("ops", default=os.environ.get(_VARIABLE) or "")
+
+
+def _check(name: str, what: str) -> None:
+    if name not in _IMPLS:
+        raise ValueError(f"{what} is {name!r}; known: {', '.join(_IMPLS)}")
+
+
+if _CHOSEN.get():
+    _check(_CHOSEN.get(), _VARIABLE)
+
+
+@contextmanager
+def using(impl: str) -> Iterator[None]:
+    """Use one implementation for all ops of this thread while the context lasts."""
+    _check(impl, "impl")
+    token = _CHOSEN.set(impl)
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
+
+
+def _choose(impl: str | None, tensors: list[torch.Tensor]) -> str:
+    """Return the name of the implementation for one call with these tensors."""
+    chosen = impl or _CHOSEN.get()
+    if chosen:
+        _check(chosen, "impl")
+    elif tensors[0].device.type != "cpu":
+        return "device"
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        chosen = "native"
+    return chosen if chosen and (chosen != "native" or native.supports(*tensors)) else "fused"
 
 
 def _op(name: str):
-    """Return the function that runs the op `name` in the chosen implementation.
+    """Return the function that runs the op `name` in the chosen implementation."""
 
-    Where an implementation lacks an op, the definition runs instead.
-    """
-
-    def call(x: torch.Tensor, *args, impl: str | None = None, **kwargs):
-        chosen = impl or _DEFAULT or ("fused" if x.device.type == "cpu" else "device")
-        if chosen not in _IMPLS:
-            raise ValueError(f"impl is {chosen!r}; known: {', '.join(_IMPLS)}")
-        return getattr(_IMPLS[chosen], name, getattr(ref, name))(x, *args, **kwargs)
+    def call(*args, impl: str | None = None, **kwargs):
+        chosen = _choose(impl, [x for x in args if isinstance(x, torch.Tensor)])
+        if chosen == "native" and not hasattr(native, name):
+            chosen = "fused"
+        return getattr(_IMPLS[chosen], name, getattr(ref, name))(*args, **kwargs)
 
     call.__name__, call.__doc__ = name, getattr(ref, name).__doc__
     return call
 
 
+linear = _op("linear")
 rms_norm = _op("rms_norm")
 rope = _op("rope")
 document_mask = _op("document_mask")

@@ -12,6 +12,19 @@ import torch
 import torch.nn.functional as F
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiply rows by a matrix: x weight^T.
+
+    Args:
+        x: [..., D].
+        weight: [F, D].
+
+    Returns:
+        [..., F].
+    """
+    return F.linear(x, weight)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalise rows: x / sqrt(mean(x^2) + eps) * weight.
 

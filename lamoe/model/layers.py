@@ -19,9 +19,16 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """Linear layer without bias, computed by `kernels.linear`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return kernels.linear(x, self.weight)
+
+
 def linear(d_in: int, d_out: int) -> nn.Linear:
     """Make a linear layer without bias. No layer of this model family has a bias."""
-    return nn.Linear(d_in, d_out, bias=False)
+    return Linear(d_in, d_out, bias=False)
 
 
 class MLP(nn.Module):

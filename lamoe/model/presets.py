@@ -140,4 +140,21 @@ FIELDS: dict[str, dict[str, Any]] = {
         num_experts_per_tok=4,
         max_position_embeddings=2048,
     ),
+    # A larger model for benchmarks, with as many experts as Lite. It has 117M parameters.
+    "medium": dict(
+        **_SMALL,
+        vocab_size=8192,
+        hidden_size=640,
+        num_hidden_layers=12,
+        num_attention_heads=10,
+        kv_lora_rank=128,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        intermediate_size=1792,
+        moe_intermediate_size=64,
+        n_routed_experts=64,
+        num_experts_per_tok=6,
+        max_position_embeddings=2048,
+    ),
 }

@@ -1,0 +1,29 @@
+// Functions that the training kernels share with each other and with table.cpp. They are compiled
+// once per instruction set.
+#pragma once
+#include "train/gemm.h"
+
+namespace lamoe {
+namespace LAMOE_ISA {
+
+// Calls f(float*) or f(bf16*) for the element type. The argument is a null pointer, for its type.
+template <class F>
+INLINE void with_type(int elem, const F& f) {
+  elem == FP32 ? f((float*)nullptr) : f((bf16*)nullptr);
+}
+
+void linear_forward(const Parallel& run, int elem, const void* x, ptrdiff_t ldx, int m, int k,
+                    const void* w, int n, void* y, ptrdiff_t ldy);
+void linear_dx(const Parallel& run, int elem, const void* dy, ptrdiff_t ldy, int m, int n,
+               const void* w, int k, void* dx);
+void linear_dw(const Parallel& run, int elem, const void* dy, ptrdiff_t ldy, const void* x,
+               ptrdiff_t ldx, int m, int n, int k, void* dw);
+void experts_forward(const Parallel& run, const Experts& e, void* out);
+void experts_backward(const Parallel& run, const Experts& e, const void* dout, void* dx,
+                      float* dweight, void* dw13, void* dw2);
+double cross_entropy(const Parallel& run, int elem, const void* h, const void* head,
+                     const int64_t* targets, int rows, int hidden, int vocab, float share, void* dh,
+                     void* dhead);
+
+}  // namespace LAMOE_ISA
+}  // namespace lamoe

@@ -1,0 +1,17 @@
+// The dispatch table of the training kernels of one instruction set.
+#include "train/kernels.h"
+
+#define LAMOE_QUOTE_(x) #x
+#define LAMOE_QUOTE(x) LAMOE_QUOTE_(x)
+
+namespace lamoe {
+namespace LAMOE_ISA {
+
+extern const TrainOps train_table;
+const TrainOps train_table = {
+    LAMOE_QUOTE(LAMOE_ISA), linear_forward, linear_dx, linear_dw,
+    experts_forward,        experts_backward, cross_entropy,
+};
+
+}  // namespace LAMOE_ISA
+}  // namespace lamoe
