@@ -138,11 +138,41 @@ INLINE void store_columns(float* out, ptrdiff_t ldo, int rows, int n) {
   for (int r = 0; r < rows; r++) vstore_n(out + r * ldo, vload(t + 16 * r), n);
 }
 
+// Stores the first n columns of the sums of M x N blocks.
+template <int M, int N>
+INLINE void store_block(float* out, ptrdiff_t ldo, int rows, int n) {
+  const int first = std::min(rows, 16);
+  store_columns<0>(out, ldo, first, n);
+  if (N == 2) store_columns<1>(out + 16, ldo, first, n - 16);
+  if (M == 2) store_columns<2>(out + 16 * ldo, ldo, rows - 16, n);
+  if (M == 2 && N == 2) store_columns<3>(out + 16 * ldo + 16, ldo, rows - 16, n - 16);
+}
+template <int M, int N>
+INLINE void store_block(uint16_t* out, ptrdiff_t ldo, int rows, int n) {
+  alignas(64) float t[32 * 32];
+  tile_store<0>(t, 128);
+  if (N == 2) tile_store<1>(t + 16, 128);
+  if (M == 2) tile_store<2>(t + 16 * 32, 128);
+  if (M == 2 && N == 2) tile_store<3>(t + 16 * 32 + 16, 128);
+  for (int r = 0; r < rows; r++) {
+    const float* from = t + 32 * r;
+    uint16_t* to = out + r * ldo;
+    if (N == 2 && n >= 32) {
+      vstore_bf16(to, vload(from), vload(from + 16));
+    } else if (n >= 16) {
+      vstore_bf16(to, vload(from));
+      for (int i = 16; i < std::min(n, 16 * N); i++) to[i] = float_to_bf16(from[i]);
+    } else {
+      for (int i = 0; i < n; i++) to[i] = float_to_bf16(from[i]);
+    }
+  }
+}
+
 // If ADD, the product is added to `out`, whose n then must cover all N tiles.
-template <int M, int N, bool ADD>
+template <int M, int N, bool ADD, class O>
 void block_bf16(const uint8_t* x, size_t stride, int rows, const uint8_t* w, size_t tile, int units,
-                float* out, ptrdiff_t ldo, int n) {
-  if (ADD) {
+                O* out, ptrdiff_t ldo, int n) {
+  if constexpr (ADD) {
     const size_t row = size_t(ldo) * 4;
     tile_load<0>(out, row);
     if (N == 2) tile_load<1>(out + 16, row);
@@ -165,11 +195,7 @@ void block_bf16(const uint8_t* x, size_t stride, int rows, const uint8_t* w, siz
       std::memcpy(ws + kTileBytes * t, w + t * tile + 64 * size_t(u), 64 * size_t(units - u));
     step_bf16<M, N>(xs, 64, ws, kTileBytes);
   }
-  const int first = std::min(rows, 16);
-  store_columns<0>(out, ldo, first, n);
-  if (N == 2) store_columns<1>(out + 16, ldo, first, n - 16);
-  if (M == 2) store_columns<2>(out + 16 * ldo, ldo, rows - 16, n);
-  if (M == 2 && N == 2) store_columns<3>(out + 16 * ldo + 16, ldo, rows - 16, n - 16);
+  store_block<M, N>(out, ldo, rows, n);
 }
 
 // ---- attention ---------------------------------------------------------------------------------
@@ -200,11 +226,11 @@ struct Tiles {
   }
 
   // Multiplies `rows` rows, each of `units` pairs of BF16 elements, by `count` tiles of weights.
-  // Writes n outputs per row, or adds to them if ADD. Tiles are `tile` bytes apart, rows `stride`
-  // bytes.
-  template <bool ADD = false>
+  // Writes n outputs per row as float or bfloat16 (O), or adds to float outputs if ADD. Tiles are
+  // `tile` bytes apart, rows `stride` bytes.
+  template <bool ADD = false, class O = float>
   static void linear_bf16(const uint8_t* w, size_t tile, int count, int units, const uint8_t* x,
-                          size_t stride, int rows, float* out, ptrdiff_t ldo, int n) {
+                          size_t stride, int rows, O* out, ptrdiff_t ldo, int n) {
     TileShapes shapes;
     for (int r = 0; r < rows; r += 32) {
       const int here = std::min(rows - r, 32);
@@ -217,11 +243,11 @@ struct Tiles {
         shapes.load();
       }
       const uint8_t* y = x + r * stride;
-      float* to = out + r * ldo;
+      O* to = out + r * ldo;
       for (int t = 0; t < count; t += 2) {
         const auto multiply = 
-            t + 1 < count ? (here > 16 ? block_bf16<2, 2, ADD> : block_bf16<1, 2, ADD>)
-                          : (here > 16 ? block_bf16<2, 1, ADD> : block_bf16<1, 1, ADD>);
+            t + 1 < count ? (here > 16 ? block_bf16<2, 2, ADD, O> : block_bf16<1, 2, ADD, O>)
+                          : (here > 16 ? block_bf16<2, 1, ADD, O> : block_bf16<1, 1, ADD, O>);
         multiply(y, stride, here, w + t * tile, tile, units, to + 16 * t, ldo, n - 16 * t);
       }
     }

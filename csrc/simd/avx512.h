@@ -33,6 +33,10 @@ INLINE vf operator-(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
 INLINE vf operator*(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
 INLINE vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
 INLINE vf vfma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+INLINE vf vrecip(vf a) {
+  const __m512 r = _mm512_rcp14_ps(a.v);
+  return {_mm512_mul_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(2.f)))};
+}
 INLINE vf vmax(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
 INLINE vf vmin(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
 INLINE vf vzero_if_less(vf a, vf x, vf y) {

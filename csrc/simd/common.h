@@ -14,6 +14,7 @@
 //     vzero, vset, vload, vstore             all lanes
 //     vload_n, vstore_n(p, n)                only the first n lanes; vload_n sets the others to 0
 //     + - * /, vfma(a, b, c) = a * b + c
+//     vrecip(a)                              1 / a for normal a, with a relative error of 2^-23
 //     vmax(a, b), vmin(a, b)                 b where a or b is NaN
 //     vzero_if_less(a, x, y)                 0 where x < y, else a
 //     vabs, vround                           vround: to nearest, ties to even

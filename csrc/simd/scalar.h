@@ -56,6 +56,7 @@ INLINE vf vfma(vf a, vf b, vf c) {
   EACH c.v[i] += a.v[i] * b.v[i];
   return c;
 }
+INLINE vf vrecip(vf a) { return vset(1.f) / a; }
 INLINE vf vmax(vf a, vf b) {
   EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
   return a;

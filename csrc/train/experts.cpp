@@ -11,13 +11,14 @@ namespace LAMOE_ISA {
 namespace {
 
 constexpr int kRowsAtOnce = 32;   // rows whose float32 results are in scratch before they are stored
+constexpr int kColumns = 64;      // columns of gate and of up whose float32 results are in scratch
 constexpr int kForwardRows = 128;  // rows of an item of forward
 constexpr int kBackwardRows = 128;  // rows that backward processes at once
 constexpr int kItemRows = 1536;     // rows of an item of backward, whose weight gradients it sums
 constexpr int kStride = kBackwardRows + 32;
 
-// e^-x is limited to e^89, which already overflows to infinity.
-INLINE vf sigmoid(vf x) { return vset(1.f) / (vset(1.f) + vexp(vmin(vset(89.f), vzero() - x))); }
+// e^-x is limited to e^87, so that its reciprocal is a normal number.
+INLINE vf sigmoid(vf x) { return vrecip(vset(1.f) + vexp(vmin(vset(87.f), vzero() - x))); }
 
 // Consecutive sorted rows of one expert.
 struct Piece {
@@ -43,11 +44,11 @@ std::vector<Piece> pieces(const Experts& e, int most) {
 template <class E>
 struct Sizes {
   int d, f, f2;           // D, F, 2 F
-  int td, tf, tf2;        // tiles of D, F and 2 F columns; gate and up begin at whole tiles
+  int td, tf;             // tiles of D and F columns
   int fp;                 // F padded to whole tiles
   int ld;                 // distance of gathered rows, not a power of two
   explicit Sizes(const Experts& e)
-      : d(e.hidden), f(e.width), f2(2 * e.width), td(tiles(d)), tf(tiles(f)), tf2(tiles(f2)),
+      : d(e.hidden), f(e.width), f2(2 * e.width), td(tiles(d)), tf(tiles(f)),
         fp(tf * kTile), ld(d + 32) {}
 };
 
@@ -90,50 +91,53 @@ void forward(const Parallel& run, const Experts& e, E* out) {
   const Sizes<E> s(e);
   const int experts = e.plan->experts;
   const size_t tile13 = panel_tile<E>(s.d), tile2 = panel_tile<E>(s.f);
-  const size_t panel13 = tile13 * s.tf2, panel2 = tile2 * s.td;
-  uint8_t* panels = (uint8_t*)run.shared(0, (panel13 + panel2) * size_t(experts));
-  const auto w13 = [&](int i) { return panels + (panel13 + panel2) * size_t(i); };
-  const auto w2 = [&](int i) { return w13(i) + panel13; };
-  constexpr int kPackTiles = 16;
-  const int pack13 = (s.tf2 + kPackTiles - 1) / kPackTiles,
-            pack2 = (s.td + kPackTiles - 1) / kPackTiles;
-  run(experts * (pack13 + pack2), [&](int item, int) {
-    const int i = item / (pack13 + pack2), p = item % (pack13 + pack2);
+  // Panels of an expert: gate, up, then w2.
+  const size_t gate_bytes = tile13 * s.tf, expert_bytes = 2 * gate_bytes + tile2 * s.td;
+  uint8_t* panels = (uint8_t*)run.shared(0, expert_bytes * size_t(experts));
+  const E *all13 = (const E*)e.w13, *all2 = (const E*)e.w2;
+  run(experts * 3, [&](int item, int) {
+    const int i = item / 3;
     if (e.plan->offsets[i] == e.plan->offsets[i + 1]) return;
-    if (p < pack13)
-      pack_nt((const E*)e.w13 + ptrdiff_t(i) * s.f2 * s.d, s.d, s.f2, s.d, p * kPackTiles,
-              std::min(s.tf2, (p + 1) * kPackTiles), w13(i));
+    uint8_t* to = panels + expert_bytes * size_t(i) + gate_bytes * size_t(item % 3);
+    if (item % 3 < 2)
+      pack_nt(all13 + (ptrdiff_t(i) * 2 + item % 3) * s.f * s.d, s.d, s.f, s.d, 0, s.tf, to);
     else
-      pack_nt((const E*)e.w2 + ptrdiff_t(i) * s.d * s.f, s.f, s.d, s.f, (p - pack13) * kPackTiles,
-              std::min(s.td, (p - pack13 + 1) * kPackTiles), w2(i));
+      pack_nt(all2 + ptrdiff_t(i) * s.d * s.f, s.f, s.d, s.f, 0, s.td, to);
   });
   const auto list = pieces(e, kForwardRows);
   E* y = (E*)run.shared(1, sizeof(E) * size_t(e.plan->offsets[experts]) * s.d);
-  const int both = s.tf2 * kTile, ld_y = s.td * kTile;
-  const size_t floats = size_t(kRowsAtOnce) * std::max(both, ld_y);
-  const Parallel::Own own = run.own(floats * 4 + (size_t(kRowsAtOnce) * (s.ld + s.fp)) * sizeof(E));
+  const size_t sum_floats = size_t(kRowsAtOnce) * 2 * kColumns;
+  const Parallel::Own own =
+      run.own(sum_floats * 4 + size_t(kRowsAtOnce) * (s.ld + s.fp) * sizeof(E));
   run(int(list.size()), [&](int item, int thread) {
     const Piece& p = list[item];
     float* sums = own.at<float>(thread);
-    E* rows = own.at<E>(thread, floats * 4);
+    E* rows = own.at<E>(thread, sum_floats * 4);
     E* act = rows + size_t(kRowsAtOnce) * s.ld;
+    const uint8_t* gate_panel = panels + expert_bytes * size_t(p.expert);
+    const uint8_t *up_panel = gate_panel + gate_bytes, *w2_panel = up_panel + gate_bytes;
     for (int r = 0; r < p.rows; r += kRowsAtOnce) {
       const int n = std::min(kRowsAtOnce, p.rows - r), at = p.first + r;
       gather(e, e.x, at, n, rows, s.ld);
-      multiply(rows, s.ld, n, s.d, w13(p.expert), tile13, 0, s.tf2, sums, both);
-      for (int i = 0; i < n; i++) {
-        const float* g = sums + ptrdiff_t(i) * both;
-        E* h = (E*)e.h + ptrdiff_t(at + i) * s.f2;
-        store_row(g, h, s.f2);
-        const vf weight = vset(e.weight[e.plan->order[at + i]]);
-        for (int c = 0; c < s.f; c += 16) {
-          const vf gate = load_n(h + c, s.f - c), up = load_n(h + s.f + c, s.f - c);
-          store_e(act + ptrdiff_t(i) * s.fp + c, gate * sigmoid(gate) * up * weight);
+      for (int c0 = 0; c0 < s.f; c0 += kColumns) {
+        const int t0 = c0 / kTile, t1 = std::min(s.tf, t0 + kColumns / kTile);
+        multiply(rows, s.ld, n, s.d, gate_panel, tile13, t0, t1, sums, 2 * kColumns);
+        multiply(rows, s.ld, n, s.d, up_panel, tile13, t0, t1, sums + kColumns, 2 * kColumns);
+        for (int i = 0; i < n; i++) {
+          const float* g = sums + ptrdiff_t(i) * 2 * kColumns;
+          E* h = (E*)e.h + ptrdiff_t(at + i) * s.f2 + c0;
+          const vf weight = vset(e.weight[e.plan->order[at + i]]);
+          for (int c = 0; c < std::min(kColumns, s.f - c0); c += 16) {
+            const int left = s.f - c0 - c;
+            // Continue with gate and up as rounded for the backward pass.
+            store_n(h + c, vload(g + c), left);
+            store_n(h + s.f + c, vload(g + kColumns + c), left);
+            const vf gate = load_n(h + c, left), up = load_n(h + s.f + c, left);
+            store_e(act + ptrdiff_t(i) * s.fp + c0 + c, gate * sigmoid(gate) * up * weight);
+          }
         }
       }
-      multiply(act, s.fp, n, s.f, w2(p.expert), tile2, 0, s.td, sums, ld_y);
-      for (int i = 0; i < n; i++)
-        store_row(sums + ptrdiff_t(i) * ld_y, y + ptrdiff_t(at + i) * s.d, s.d);
+      multiply_to(act, s.fp, n, s.f, w2_panel, tile2, 0, s.td, y + ptrdiff_t(at) * s.d, s.d, s.d);
     }
   });
   combine(run, e, y, out);
@@ -143,7 +147,7 @@ void forward(const Parallel& run, const Experts& e, E* out) {
 template <class E>
 struct Scratch {
   float *sum13, *sum2;    // [2 F][D], [F][D] (transposed): gradients of the weights of a piece
-  float* product;         // [kRowsAtOnce][max(F, D)]
+  float* product;         // [kRowsAtOnce][F]
   E *dy, *h, *act;        // [kBackwardRows][D], [..][2 F], [..][F]
   E *turned13, *turned2;  // [2 F], [F] rows of kStride: dh and act, transposed
   uint8_t* panel;         // x or dy as b [kBackwardRows, D]
@@ -152,7 +156,7 @@ struct Scratch {
   Scratch(char* p, const Sizes<E>& s) {
     const size_t dp = size_t(s.td) * kTile;
     take(p, sum13, size_t(s.f2) * dp), take(p, sum2, size_t(s.f) * dp);
-    take(p, product, kRowsAtOnce * std::max(dp, size_t(s.fp)));
+    take(p, product, size_t(kRowsAtOnce) * s.fp);
     take(p, dy, size_t(kBackwardRows) * s.ld), take(p, h, size_t(kBackwardRows) * s.f2);
     take(p, act, size_t(kBackwardRows) * s.fp);
     take(p, turned13, size_t(s.f2) * kStride), take(p, turned2, size_t(s.f) * kStride);
@@ -265,10 +269,8 @@ void backward(const Parallel& run, const Experts& e, const E* dout, E* dx, float
           }
           dweight[e.plan->order[row]] = vsum(along);
         }
-        multiply(m.h + ptrdiff_t(q) * s.f2, s.f2, here, s.f2, w13(p.expert), tile13, 0, s.td,
-                 m.product, dp);
-        for (int i = 0; i < here; i++)
-          store_row(m.product + ptrdiff_t(i) * dp, rows_dx + ptrdiff_t(at + q + i) * s.d, s.d);
+        multiply_to(m.h + ptrdiff_t(q) * s.f2, s.f2, here, s.f2, w13(p.expert), tile13, 0, s.td,
+                    rows_dx + ptrdiff_t(at + q) * s.d, s.d, s.d);
       }
       // dw2^T [F, D] += act^T dy and dw13 [2 F, D] += dh^T x
       const size_t tile = panel_tile<E>(kBackwardRows);

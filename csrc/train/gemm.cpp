@@ -92,25 +92,20 @@ void transpose(const E* x, ptrdiff_t ld, int m, int n, E* out, ptrdiff_t ldo) {
 }
 
 namespace {
-template <class E, bool ADD, class Unit = Tiles>
+template <class E, bool ADD, class O, class Unit = Tiles>
 void product(const E* a, ptrdiff_t lda, int rows, int k, const uint8_t* w, size_t tile, int count,
-             float* out, ptrdiff_t ldo) {
+             O* out, ptrdiff_t ldo, int n) {
   constexpr int kRows = Traits::kUnitRows;
   const uint8_t* x = (const uint8_t*)a;
   const size_t stride = size_t(lda) * sizeof(E);
-  const int n = count * kTile;
   if constexpr (sizeof(E) == 2 && Unit::kAvailable) {
     return Unit::template linear_bf16<ADD>(w, tile, count, units<E>(k), x, stride, rows, out, ldo,
                                            n);
   }
   for (int t = 0; t < count; t += 2) {
-    float* to = out + kTile * t;
-    if (t + 2 <= count)
-      rows_unit<kElem<E>, 2, kRows, ADD>(w + t * tile, tile, units<E>(k), x, stride, rows, to, ldo,
-                                         2 * kTile);
-    else
-      rows_unit<kElem<E>, 1, kRows, ADD>(w + t * tile, tile, units<E>(k), x, stride, rows, to, ldo,
-                                         kTile);
+    const auto multiply = t + 2 <= count ? rows_unit<kElem<E>, 2, kRows, ADD, O>
+                                         : rows_unit<kElem<E>, 1, kRows, ADD, O>;
+    multiply(w + t * tile, tile, units<E>(k), x, stride, rows, out + kTile * t, ldo, n - kTile * t);
   }
 }
 }  // namespace
@@ -120,7 +115,16 @@ void multiply(const E* a, ptrdiff_t lda, int rows, int k, const void* panel, siz
               int t1, float* out, ptrdiff_t ldo, bool add) {
   if (rows <= 0 || t1 <= t0) return;
   const uint8_t* w = (const uint8_t*)panel + size_t(t0) * tile;
-  (add ? product<E, true> : product<E, false>)(a, lda, rows, k, w, tile, t1 - t0, out, ldo);
+  (add ? product<E, true, float> : product<E, false, float>)(a, lda, rows, k, w, tile, t1 - t0, out,
+                                                             ldo, kTile * (t1 - t0));
+}
+
+template <class E>
+void multiply_to(const E* a, ptrdiff_t lda, int rows, int k, const void* panel, size_t tile, int t0,
+                 int t1, E* out, ptrdiff_t ldo, int n) {
+  if (rows <= 0 || t1 <= t0) return;
+  product<E, false, E>(a, lda, rows, k, (const uint8_t*)panel + size_t(t0) * tile, tile, t1 - t0,
+                       out, ldo, n);
 }
 
 #define INSTANTIATE(E)                                                                           \
@@ -129,7 +133,9 @@ void multiply(const E* a, ptrdiff_t lda, int rows, int k, const void* panel, siz
                            size_t, int);                                                         \
   template void transpose<E>(const E*, ptrdiff_t, int, int, E*, ptrdiff_t);                      \
   template void multiply<E>(const E*, ptrdiff_t, int, int, const void*, size_t, int, int, float*, \
-                            ptrdiff_t, bool);
+                            ptrdiff_t, bool);                                                    \
+  template void multiply_to<E>(const E*, ptrdiff_t, int, int, const void*, size_t, int, int, E*, \
+                               ptrdiff_t, int);
 INSTANTIATE(float)
 INSTANTIATE(bf16)
 #undef INSTANTIATE

@@ -99,5 +99,10 @@ template <class E>
 void multiply(const E* a, ptrdiff_t lda, int rows, int k, const void* panel, size_t tile, int t0,
               int t1, float* out, ptrdiff_t ldo, bool add = false);
 
+// The same product for tiles that begin with column 16 t0, rounded to E. Writes n columns.
+template <class E>
+void multiply_to(const E* a, ptrdiff_t lda, int rows, int k, const void* panel, size_t tile, int t0,
+                 int t1, E* out, ptrdiff_t ldo, int n);
+
 }  // namespace LAMOE_ISA
 }  // namespace lamoe

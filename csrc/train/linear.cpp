@@ -5,8 +5,7 @@ namespace lamoe {
 namespace LAMOE_ISA {
 namespace {
 
-constexpr int kRowsAtOnce = 32;   // rows whose float32 results are in scratch before they are stored
-constexpr int kTilesAtOnce = 16;  // tiles of 16 columns likewise
+constexpr int kRowsAtOnce = 32;  // rows of a product that stay in a core's L1 cache
 constexpr int kItemRows = 128;
 constexpr size_t kPanelBytes = 768 << 10;  // part of a panel that stays in a core's L2 cache
 constexpr int kSumRows = 512;              // rows that linear_dw packs at once
@@ -20,19 +19,11 @@ void multiply_rows(const Parallel& run, const E* a, ptrdiff_t lda, int m, int k,
   const int all = tiles(n);
   const int part = std::clamp(int(kPanelBytes / tile), 2, all);
   const int parts = (all + part - 1) / part, row_items = (m + kItemRows - 1) / kItemRows;
-  const Parallel::Own own = run.own(sizeof(float) * kRowsAtOnce * kTilesAtOnce * kTile);
-  run(parts * row_items, [&](int item, int thread) {
-    float* out = own.at<float>(thread);
-    const int p = item / row_items, r0 = item % row_items * kItemRows;
-    const int r1 = std::min(m, r0 + kItemRows), t1 = std::min(all, (p + 1) * part);
-    for (int r = r0; r < r1; r += kRowsAtOnce)
-      for (int t = p * part; t < t1; t += kTilesAtOnce) {
-        const int rows = std::min(kRowsAtOnce, r1 - r), last = std::min(t1, t + kTilesAtOnce);
-        const int columns = std::min(n, last * kTile) - t * kTile, ldo = (last - t) * kTile;
-        multiply(a + r * lda, lda, rows, k, panel, tile, t, last, out, ldo);
-        for (int i = 0; i < rows; i++)
-          store_row(out + i * ldo, y + (r + i) * ldy + t * kTile, columns);
-      }
+  run(parts * row_items, [&](int item, int) {
+    const int t0 = item / row_items * part, t1 = std::min(all, t0 + part), c = t0 * kTile;
+    const int r = item % row_items * kItemRows;
+    multiply_to(a + r * lda, lda, std::min(kItemRows, m - r), k, panel, tile, t0, t1,
+                y + r * ldy + c, ldy, n - c);
   });
 }
 

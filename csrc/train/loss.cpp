@@ -38,8 +38,7 @@ double run_loss(const Parallel& run, const E* h, const E* head, const int64_t* t
   E* logits = (E*)run.shared(4, sizeof(E) * size_t(kChunk) * ld);
   float* losses = (float*)run.shared(5, sizeof(float) * size_t(rows));
   const int vocab_items = (vocab + kVocabItem - 1) / kVocabItem;
-  const size_t out_bytes = sizeof(float) * kRowsAtOnce * kVocabItem;
-  const size_t logits_own = out_bytes + tile_nt * tiles(kVocabItem);
+  const size_t logits_own = tile_nt * tiles(kVocabItem);
   const size_t dhead_own = sizeof(E) * kVocabItem * size_t(kStride);
   const size_t dh_own = sizeof(float) * kStateRows * size_t(dp);
   const Parallel::Own own = run.own(std::max({logits_own, dhead_own, dh_own}));
@@ -49,17 +48,10 @@ double run_loss(const Parallel& run, const E* h, const E* head, const int64_t* t
     const E* x = h + ptrdiff_t(first) * hidden;
     // 1. logits
     run(vocab_items, [&](int item, int thread) {
-      float* out = own.at<float>(thread);
-      uint8_t* panel = own.at<uint8_t>(thread, out_bytes);
+      uint8_t* panel = own.at<uint8_t>(thread);
       const int c = item * kVocabItem, width = std::min(kVocabItem, vocab - c);
-      const int count = tiles(width), ldo = count * kTile;
-      pack_nt(head + ptrdiff_t(c) * hidden, hidden, width, hidden, 0, count, panel);
-      for (int r = 0; r < n; r += kRowsAtOnce) {
-        const int here = std::min(kRowsAtOnce, n - r);
-        multiply(x + ptrdiff_t(r) * hidden, hidden, here, hidden, panel, tile_nt, 0, count, out,
-                 ldo);
-        for (int i = 0; i < here; i++) store_row(out + i * ldo, logits + (r + i) * ld + c, width);
-      }
+      pack_nt(head + ptrdiff_t(c) * hidden, hidden, width, hidden, 0, tiles(width), panel);
+      multiply_to(x, hidden, n, hidden, panel, tile_nt, 0, tiles(width), logits + c, ld, width);
     });
     // 2. losses, and logits become gradients
     constexpr int kSoftmaxRows = 16;
