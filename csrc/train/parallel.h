@@ -20,12 +20,8 @@ class Parallel {
   // f must not throw.
   template <class F>
   void operator()(int items, const F& f) const {
-    if (items <= 0) return;
-    if (threads_ == 1 || items == 1) {
-      for (int i = 0; i < items; i++) f(i, 0);
-      return;
-    }
-    go(items, [](const void* g, int i, int t) { (*static_cast<const F*>(g))(i, t); }, &f);
+    if (items > 0)
+      go(items, [](const void* g, int i, int t) { (*static_cast<const F*>(g))(i, t); }, &f);
   }
 
   // Memory that is kept between calls, aligned to 64 bytes, with undefined content. `shared` has
