@@ -29,8 +29,8 @@ Plan plan_of(int experts, int tokens, int top_k, Address memory) {
   return {experts, tokens, top_k, p, p + experts + 1, p + experts + 1 + tokens * top_k};
 }
 
-void linear(int elem, Address x, int64_t ldx, int m, int k, Address w, int n, Address y, int64_t ldy,
-            int threads, const std::string& isa) {
+void linear(int elem, Address x, int64_t ldx, int m, int k, Address w, int n, Address y,
+            int64_t ldy, int threads, const std::string& isa) {
   operation(threads, isa, [&](const TrainOps& op, const Parallel& run) {
     op.linear(run, elem, (void*)x, ldx, m, k, (void*)w, n, (void*)y, ldy);
   });
@@ -50,14 +50,13 @@ void plan(Address expert, int experts, int tokens, int top_k, Address memory) {
 }
 
 void experts(int elem, int rows, int hidden, int width, int count, int top_k, Address plan,
-             Address x, Address weight, Address w13, Address w2, Address h, Address out, int threads,
-             const std::string& isa) {
+             Address x, Address weight, Address w13, Address w2, Address h, Address out,
+             int threads, const std::string& isa) {
   const Plan p = plan_of(count, rows, top_k, plan);
-  const Experts e{elem,       hidden,     width,     &p,      (void*)x,
+  const Experts e{elem,           hidden,     width,     &p,      (void*)x,
                   (float*)weight, (void*)w13, (void*)w2, (void*)h};
-  operation(threads, isa, [&](const TrainOps& op, const Parallel& run) {
-    op.experts(run, e, (void*)out);
-  });
+  operation(threads, isa,
+            [&](const TrainOps& op, const Parallel& run) { op.experts(run, e, (void*)out); });
 }
 
 void experts_backward(int elem, int rows, int hidden, int width, int count, int top_k, Address plan,
@@ -65,7 +64,7 @@ void experts_backward(int elem, int rows, int hidden, int width, int count, int 
                       Address dx, Address dweight, Address dw13, Address dw2, int threads,
                       const std::string& isa) {
   const Plan p = plan_of(count, rows, top_k, plan);
-  const Experts e{elem,       hidden,     width,     &p,      (void*)x,
+  const Experts e{elem,           hidden,     width,     &p,      (void*)x,
                   (float*)weight, (void*)w13, (void*)w2, (void*)h};
   operation(threads, isa, [&](const TrainOps& op, const Parallel& run) {
     op.experts_backward(run, e, (void*)dout, (void*)dx, (float*)dweight, (void*)dw13, (void*)dw2);

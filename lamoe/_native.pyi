@@ -1,4 +1,6 @@
-"""The compiled kernels. Use them through lamoe.backends.cpu."""
+"""
+The compiled kernels. Use them through lamoe.backends.cpu and lamoe.kernels.
+"""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -6,6 +8,94 @@ from typing import Annotated
 import numpy
 from numpy.typing import NDArray
 
+def train_linear(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: str,
+    /,
+) -> None: ...
+def train_linear_backward(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+    arg11: int,
+    arg12: str,
+    /,
+) -> None: ...
+def train_plan(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, /) -> None: ...
+def train_experts(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+    arg11: int,
+    arg12: int,
+    arg13: int,
+    arg14: str,
+    /,
+) -> None: ...
+def train_experts_backward(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+    arg11: int,
+    arg12: int,
+    arg13: int,
+    arg14: int,
+    arg15: int,
+    arg16: int,
+    arg17: int,
+    arg18: str,
+    /,
+) -> None: ...
+def train_cross_entropy(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: float,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+    arg11: str,
+    /,
+) -> float: ...
+def train_kept_bytes() -> int: ...
+def train_runtime() -> str: ...
 def isa() -> str:
     """Return the instruction set in use, one of `features`."""
 

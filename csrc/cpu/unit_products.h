@@ -23,8 +23,8 @@ INLINE void store_columns(uint16_t* p, vf x, int n) {
 // apart. Writes n columns. If ADD, the product is added to `out`, whose n then must
 // cover all T tiles. Columns that n does not reach are not written.
 template <int FMT, int T, int M, bool ADD = false, class O = float>
-void micro_unit(const uint8_t* w, size_t tile, int units, const uint8_t* x, size_t stride,
-                O* out, ptrdiff_t ldo, int n) {
+void micro_unit(const uint8_t* w, size_t tile, int units, const uint8_t* x, size_t stride, O* out,
+                ptrdiff_t ldo, int n) {
   vf acc[T][M];
   UNROLL_FOR(t, T)
     UNROLL_FOR(m, M) {

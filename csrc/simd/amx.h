@@ -245,7 +245,7 @@ struct Tiles {
       const uint8_t* y = x + r * stride;
       O* to = out + r * ldo;
       for (int t = 0; t < count; t += 2) {
-        const auto multiply = 
+        const auto multiply =
             t + 1 < count ? (here > 16 ? block_bf16<2, 2, ADD, O> : block_bf16<1, 2, ADD, O>)
                           : (here > 16 ? block_bf16<2, 1, ADD, O> : block_bf16<1, 1, ADD, O>);
         multiply(y, stride, here, w + t * tile, tile, units, to + 16 * t, ldo, n - 16 * t);

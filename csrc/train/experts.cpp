@@ -10,9 +10,9 @@ namespace lamoe {
 namespace LAMOE_ISA {
 namespace {
 
-constexpr int kRowsAtOnce = 32;   // rows whose float32 results are in scratch before they are stored
-constexpr int kColumns = 64;      // columns of gate and of up whose float32 results are in scratch
-constexpr int kForwardRows = 128;  // rows of an item of forward
+constexpr int kRowsAtOnce = 32;  // rows whose float32 results are in scratch before they are stored
+constexpr int kColumns = 64;     // columns of gate and of up whose float32 results are in scratch
+constexpr int kForwardRows = 128;   // rows of an item of forward
 constexpr int kBackwardRows = 128;  // rows that backward processes at once
 constexpr int kItemRows = 1536;     // rows of an item of backward, whose weight gradients it sums
 constexpr int kStride = kBackwardRows + 32;
@@ -43,18 +43,21 @@ std::vector<Piece> pieces(const Experts& e, int most) {
 
 template <class E>
 struct Sizes {
-  int d, f, f2;           // D, F, 2 F
-  int td, tf;             // tiles of D and F columns
-  int fp;                 // F padded to whole tiles
-  int ld;                 // distance of gathered rows, not a power of two
+  int d, f, f2;  // D, F, 2 F
+  int td, tf;    // tiles of D and F columns
+  int fp;        // F padded to whole tiles
+  int ld;        // distance of gathered rows, not a power of two
   explicit Sizes(const Experts& e)
-      : d(e.hidden), f(e.width), f2(2 * e.width), td(tiles(d)), tf(tiles(f)),
-        fp(tf * kTile), ld(d + 32) {}
+      : d(e.hidden),
+        f(e.width),
+        f2(2 * e.width),
+        td(tiles(d)),
+        tf(tiles(f)),
+        fp(tf * kTile),
+        ld(d + 32) {}
 };
 
-INLINE int token_of(const Experts& e, int row) {
-  return e.plan->order[row] / e.plan->top_k;
-}
+INLINE int token_of(const Experts& e, int row) { return e.plan->order[row] / e.plan->top_k; }
 
 // Copies the rows of x that belong to sorted rows first .. first + n.
 template <class E>
@@ -239,7 +242,8 @@ void backward(const Parallel& run, const Experts& e, const E* dout, E* dx, float
   run(int(list.size()), [&](int item, int thread) {
     const Piece& p = list[item];
     Scratch<E> m(own.at<char>(thread), s);
-    if (slot[item] >= 0) m.sum13 = partial + slot[item] * sums, m.sum2 = m.sum13 + size_t(s.f2) * dp;
+    if (slot[item] >= 0)
+      m.sum13 = partial + slot[item] * sums, m.sum2 = m.sum13 + size_t(s.f2) * dp;
     int32_t token[kBackwardRows];
     for (int r = 0; r < p.rows; r += kBackwardRows) {
       const int n = std::min(kBackwardRows, p.rows - r), at = p.first + r;
@@ -247,8 +251,8 @@ void backward(const Parallel& run, const Experts& e, const E* dout, E* dx, float
       gather(e, dout, at, n, m.dy, s.ld);
       for (int q = 0; q < n; q += kRowsAtOnce) {
         const int here = std::min(kRowsAtOnce, n - q);
-        multiply(m.dy + ptrdiff_t(q) * s.ld, s.ld, here, s.d, w2(p.expert), tile2, 0, s.tf, m.product,
-                 s.fp);
+        multiply(m.dy + ptrdiff_t(q) * s.ld, s.ld, here, s.d, w2(p.expert), tile2, 0, s.tf,
+                 m.product, s.fp);
         for (int i = 0; i < here; i++) {
           const int row = at + q + i;
           const float* dact = m.product + ptrdiff_t(i) * s.fp;

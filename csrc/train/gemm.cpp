@@ -8,7 +8,7 @@ namespace LAMOE_ISA {
 template <class E>
 void pack_nt(const E* w, ptrdiff_t ld, int n, int k, int t0, int t1, void* panel) {
   constexpr int kWords = 16;
-  const int whole = k / (kWords * kUnit<E>) * kWords;  // units that come in blocks of 16
+  const int whole = k / (kWords * kUnit<E>)*kWords;  // units that come in blocks of 16
   for (int t = t0; t < t1; t++) {
     uint8_t* to = (uint8_t*)panel + size_t(t) * panel_tile<E>(k);
     const E* from = w + ptrdiff_t(t) * kTile * ld;
@@ -127,14 +127,14 @@ void multiply_to(const E* a, ptrdiff_t lda, int rows, int k, const void* panel, 
                        out, ldo, n);
 }
 
-#define INSTANTIATE(E)                                                                           \
-  template void pack_nt<E>(const E*, ptrdiff_t, int, int, int, int, void*);                      \
-  template void pack_nn<E>(const E*, ptrdiff_t, const int32_t*, int, int, int, int, void*,       \
-                           size_t, int);                                                         \
-  template void transpose<E>(const E*, ptrdiff_t, int, int, E*, ptrdiff_t);                      \
-  template void multiply<E>(const E*, ptrdiff_t, int, int, const void*, size_t, int, int, float*, \
-                            ptrdiff_t, bool);                                                    \
-  template void multiply_to<E>(const E*, ptrdiff_t, int, int, const void*, size_t, int, int, E*, \
+#define INSTANTIATE(E)                                                                             \
+  template void pack_nt<E>(const E*, ptrdiff_t, int, int, int, int, void*);                        \
+  template void pack_nn<E>(const E*, ptrdiff_t, const int32_t*, int, int, int, int, void*, size_t, \
+                           int);                                                                   \
+  template void transpose<E>(const E*, ptrdiff_t, int, int, E*, ptrdiff_t);                        \
+  template void multiply<E>(const E*, ptrdiff_t, int, int, const void*, size_t, int, int, float*,  \
+                            ptrdiff_t, bool);                                                      \
+  template void multiply_to<E>(const E*, ptrdiff_t, int, int, const void*, size_t, int, int, E*,   \
                                ptrdiff_t, int);
 INSTANTIATE(float)
 INSTANTIATE(bf16)

@@ -73,7 +73,8 @@ void linear_dw(const Parallel& run, int elem, const void* dy, ptrdiff_t ldy, con
       pack_nn((const E*)x + r * ldx, ldx, nullptr, std::min(kRows, m - r), k, 0, all,
               panel + r / kSumRows * block, tile, r % kSumRows / kUnit<E>);
     });
-    // An item sums the gradients of some outputs: sums [outputs][16 all], rows [outputs][kSumStride].
+    // An item sums the gradients of some outputs: sums [outputs][16 all], rows
+    // [outputs][kSumStride].
     const int ld_sum = all * kTile, most = std::max(32, (448 << 10) / (ld_sum * 4) / 32 * 32);
     const int rounds = (n + most * run.threads() - 1) / (most * run.threads());
     const int outputs = ceil_to((n + rounds * run.threads() - 1) / (rounds * run.threads()), 32);

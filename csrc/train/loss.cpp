@@ -6,12 +6,12 @@ namespace lamoe {
 namespace LAMOE_ISA {
 namespace {
 
-constexpr int kChunk = 512;        // rows whose logits exist at once
+constexpr int kChunk = 512;  // rows whose logits exist at once
 constexpr int kRowsAtOnce = 32;
-constexpr int kVocabItem = 512;    // columns of an item
+constexpr int kVocabItem = 512;  // columns of an item
 constexpr int kStride = kChunk + 32;
-constexpr int kStateRows = 64;     // rows of an item of dh
-constexpr int kDepth = 1024;       // columns of the vocabulary that an item of dh sums at once
+constexpr int kStateRows = 64;  // rows of an item of dh
+constexpr int kDepth = 1024;    // columns of the vocabulary that an item of dh sums at once
 
 template <class E>
 double run_loss(const Parallel& run, const E* h, const E* head, const int64_t* targets, int rows,
@@ -20,7 +20,7 @@ double run_loss(const Parallel& run, const E* h, const E* head, const int64_t* t
   // Rows of logits are not a multiple of 4096 bytes apart, which would share cache sets.
   const ptrdiff_t ld = ceil_to(vocab, 64) + 32;
   const size_t tile_nt = panel_tile<E>(hidden), tile_nn = panel_tile<E>(vocab);
-  uint8_t* nn = nullptr;      // the head as b [vocab, D], for the gradients of states
+  uint8_t* nn = nullptr;  // the head as b [vocab, D], for the gradients of states
   float* dhead_sum = nullptr;
   uint8_t* states = nullptr;  // the states of a chunk as b [rows, D]
   const size_t tile_h = panel_tile<E>(kChunk);

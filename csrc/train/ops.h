@@ -5,8 +5,8 @@
 // float32. Every element of a result is computed by one thread in an order that depends on the
 // shapes only, so results do not depend on the number of threads.
 //
-// Letters as in lamoe/model/transformer.py: N rows (tokens), D hidden size, E experts, K experts per
-// token, F width of an expert, A assignments (token, expert) that have an expert.
+// Letters as in lamoe/model/transformer.py: N rows (tokens), D hidden size, E experts, K experts
+// per token, F width of an expert, A assignments (token, expert) that have an expert.
 #pragma once
 #include <cstddef>
 #include <cstdint>

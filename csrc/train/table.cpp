@@ -9,7 +9,7 @@ namespace LAMOE_ISA {
 
 extern const TrainOps train_table;
 const TrainOps train_table = {
-    LAMOE_QUOTE(LAMOE_ISA), linear_forward, linear_dx, linear_dw,
+    LAMOE_QUOTE(LAMOE_ISA), linear_forward,   linear_dx,     linear_dw,
     experts_forward,        experts_backward, cross_entropy,
 };
 

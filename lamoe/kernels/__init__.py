@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 
@@ -26,7 +25,7 @@ from lamoe.kernels import device, fused, native, ref
 
 _IMPLS = {"ref": ref, "fused": fused, "native": native, "device": device}
 _VARIABLE = "LAMOE_OPS" if os.environ.get("LAMOE_OPS") else "LAMOE_IMPL"
-_CHOSEN: ContextVar[str] = ContextVar("ops", default=os.environ.get(_VARIABLE) or "")
+_DEFAULT = os.environ.get(_VARIABLE) or None  # None: chosen by the tensors of each call
 
 
 def _check(name: str, what: str) -> None:
@@ -34,24 +33,25 @@ def _check(name: str, what: str) -> None:
         raise ValueError(f"{what} is {name!r}; known: {', '.join(_IMPLS)}")
 
 
-if _CHOSEN.get():
-    _check(_CHOSEN.get(), _VARIABLE)
+if _DEFAULT is not None:
+    _check(_DEFAULT, _VARIABLE)
 
 
 @contextmanager
 def using(impl: str) -> Iterator[None]:
-    """Use one implementation for all ops of this thread while the context lasts."""
+    """Use one implementation for all ops of the process while the context lasts."""
+    global _DEFAULT
     _check(impl, "impl")
-    token = _CHOSEN.set(impl)
+    before, _DEFAULT = _DEFAULT, impl
     try:
         yield
     finally:
-        _CHOSEN.reset(token)
+        _DEFAULT = before
 
 
 def _choose(impl: str | None, tensors: list[torch.Tensor]) -> str:
     """Return the name of the implementation for one call with these tensors."""
-    chosen = impl or _CHOSEN.get()
+    chosen = impl or _DEFAULT
     if chosen:
         _check(chosen, "impl")
     elif tensors[0].device.type != "cpu":

@@ -12,14 +12,17 @@ defined here. Use impl="ref" for them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 try:
-    from lamoe import _native as lib
+    from lamoe import _native
 except ImportError:
-    lib = None
+    _native = None
+lib: Any = _native
 if not hasattr(lib, "train_linear"):  # no kernels, or those of an older build
     lib = None
 
@@ -65,9 +68,7 @@ class _Linear(Function):
         (n, k), w = w.shape, w.contiguous()
         y = x.new_empty(*x.shape[:-1], n)
         elem = _ELEM[x.dtype]
-        lib.train_linear(
-            elem, x2.data_ptr(), ldx, m, k, w.data_ptr(), n, y.data_ptr(), n, *_end()
-        )
+        lib.train_linear(elem, x2.data_ptr(), ldx, m, k, w.data_ptr(), n, y.data_ptr(), n, *_end())
         ctx.save_for_backward(x2, w)
         ctx.shape = x.shape
         return y

@@ -33,6 +33,7 @@ def test_mscale_of_the_paper():
         ("deepseek-moe-16b", 128**-0.5),
         ("tiny", 64**-0.5),
         ("small", 96**-0.5),
+        ("medium", 96**-0.5),
     ],
 )
 def test_softmax_scale_of_presets(preset, scale):
