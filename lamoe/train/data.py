@@ -111,7 +111,7 @@ def prepare(
     If the folder already holds this corpus, the corpus is opened and nothing is written. It counts
     as the same if the names, sizes and modification times of the source files, the tokenizer's hash
     and the settings are the same. Packing needs some hundred MB of memory, the size of the largest
-    document, and about 150 bytes per document.
+    document, and about 50 bytes per document.
 
     A packing that was killed or interrupted is continued by the next call with the same sources,
     tokenizer and settings, and the result is the same. With other ones it starts again.

@@ -126,11 +126,13 @@ def choose_heldout(hashes: Sequence[int], sizes: Sequence[int], holdout: float) 
     Documents are tried in the order of their hashes. A document is taken if it still fits into the
     fraction `holdout` of all bytes. If none fits, the smallest document is taken.
     """
-    bytes_left, chosen = holdout * sum(sizes), []
-    for i in np.argsort(np.array(hashes, np.uint64), kind="stable").tolist():
+    bytes_left, smallest, chosen = holdout * sum(sizes), min(sizes), []
+    for i in np.argsort(np.array(hashes, np.uint64), kind="stable"):
         if sizes[i] <= bytes_left:
-            chosen.append(i)
+            chosen.append(int(i))
             bytes_left -= sizes[i]
+            if bytes_left < smallest:
+                break
     return chosen or [min(range(len(sizes)), key=lambda i: (sizes[i], hashes[i], i))]
 
 

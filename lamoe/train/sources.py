@@ -22,6 +22,7 @@ import sys
 import sysconfig
 import tarfile
 import warnings
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -99,7 +100,7 @@ def read_documents(
     """Yield every document of `sources`, in the order given and sorted by name within a source.
 
     A text that occurs several times is yielded once. The function keeps one document in memory, and
-    about 120 bytes per document to recognise duplicates.
+    16 to 32 bytes per document to recognise duplicates.
 
     Args:
         sources: the sources, see the module docstring.
@@ -109,7 +110,7 @@ def read_documents(
         ValueError: if a source does not exist or has no text, or a record is invalid.
     """
     counts = {} if counts is None else counts
-    seen: set[bytes] = set()
+    seen = _HashSet()
     for source in check_sources(sources):
         count = counts[source] = Counts()
         remarks: dict[str, list[Path]] = {}
@@ -122,10 +123,9 @@ def read_documents(
                     digest = hashlib.blake2b(data, digest_size=16).digest()
                     if not text.strip():
                         count.skipped["empty"] += 1
-                    elif digest in seen:
+                    elif not seen.add(int.from_bytes(digest[:8], "little")):
                         count.skipped["duplicate"] += 1
                     else:
-                        seen.add(digest)
                         count.documents += 1
                         count.bytes += len(data)
                         yield Document(source, name, text, len(data), digest)
@@ -147,6 +147,33 @@ def read_documents(
                 f"source {source!r} gives no text ({reasons}); name a source with UTF-8 text, "
                 "or leave it out of the list"
             )
+
+
+class _HashSet:
+    """A set of 64-bit hashes. Python's set needs several times the memory.
+
+    Among 100 million different texts, two with the same hash have a probability of 0.03 %.
+    """
+
+    def __init__(self):
+        self._table, self._count = array("Q", bytes(8 << 10)), 0  # 0: a free place
+
+    def add(self, value: int) -> bool:
+        """Add a hash. Return False if it is there already."""
+        value, mask = value or 1, len(self._table) - 1
+        place = value & mask
+        while found := self._table[place]:
+            if found == value:
+                return False
+            place = (place + 1) & mask
+        self._table[place] = value
+        self._count += 1
+        if 2 * self._count > len(self._table):
+            old, self._count = self._table, 0
+            self._table = array("Q", bytes(16 * len(old)))
+            for other in filter(None, old):
+                self.add(other)
+        return True
 
 
 def check_sources(sources: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lamoe.train import data, holdout, packing
+from lamoe.train import data, holdout, packing, sources
 from lamoe.train.data import Batches, heldout_rows, open_corpus, prepare
 from lamoe.train.holdout import choose_heldout
 from lamoe.train.sources import read_documents
@@ -218,6 +218,16 @@ def test_unusable_sources_are_refused(tmp_path, monkeypatch):
     ]:
         with pytest.raises(ValueError, match=complaint):
             list(read_documents(names))
+
+
+def test_hashes_of_documents_are_found_again_in_a_growing_table():
+    numbers = np.random.RandomState(0).randint(0, 1 << 62, 20_000).tolist()
+    numbers += [0, *range(1 << 13, 1 << 20, 1 << 13)]  # the same place in a small table
+    table, seen = sources._HashSet(), set()
+    for number in numbers + numbers[::7]:
+        assert table.add(number) == (number not in seen)
+        seen.add(number)
+    assert len(table._table) <= 4 * len(seen)
 
 
 # ---- split and packing ----
