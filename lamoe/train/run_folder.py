@@ -21,6 +21,7 @@ import math
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,7 @@ Note = Callable[[str], None]  # shows one line to the user
 METRICS = "metrics.jsonl"
 # A new tokenizer is trained on a sample of about this many bytes of the training text.
 TOKENIZER_BYTES = 24 << 20
+REPORT_EVERY_S = 20.0  # between two lines about packing
 
 # Keys that may change on resume.
 _FREE = (
@@ -391,6 +393,14 @@ def prepare_corpus(
     """
     note(f"packing {', '.join(recipe.data.sources)}")
     digest = hashlib.sha256(tokenizer.inner.to_str().encode()).hexdigest()
+    last_s = time.monotonic()
+
+    def progress(done: int, total: int | None, activity: str) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= REPORT_EVERY_S:
+            last_s = time.monotonic()
+            note(f"{activity}: {done / 1e6:,.0f}{f' of {total / 1e6:,.0f}' if total else ''} MB")
+
     return data.prepare(
         list(recipe.data.sources),
         fast_encode_batch(tokenizer),
@@ -401,6 +411,7 @@ def prepare_corpus(
         folder,
         recipe.data.holdout,
         recipe.run.seed,
+        progress,
         fim_rate=recipe.data.fim_rate,
         fim_ids=tokenizer.fill_in_ids,
     )

@@ -71,6 +71,12 @@ def test_random_text_of_all_kinds_of_characters_has_the_same_ids(tokenizer):
     same(tokenizer, [a + b + c for a in SPACES for b in SPACES for c in ("", "a", "1", ".")])
 
 
+def test_text_without_blanks_goes_to_the_library(tokenizer):
+    chinese = "\u4f60\u597d\u3002" * 40
+    encoder = same(tokenizer, [chinese, "a word", f"x {chinese}\n{chinese} y", "\u00e9t\u00e9 a b"])
+    assert not any(len(unit) > 16 for unit in encoder._units)
+
+
 def test_a_saved_tokenizer_is_recognised(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     same(Tokenizer.load(tmp_path), ["a text, of 12 words"])

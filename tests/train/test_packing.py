@@ -12,10 +12,11 @@ from collections import Counter
 import pytest
 from test_data import BOS, EOS, encode_batch, pack, texts_of, write_folder
 
-from lamoe.train import packing
+from lamoe.train import packing, run_folder
 from lamoe.train.data import open_corpus, prepare, verify
 from lamoe.train.fill_in import FillIn
 from test_atomic_states import Calls, Killed
+from tiny_run import raw_recipe, train, write_texts
 
 FIM = (258, 259, 260)
 
@@ -246,3 +247,44 @@ def test_control_tokens_inside_a_text_and_a_wrong_rate_are_refused(tmp_path):
                 tmp_path / "p",
                 **settings,
             )
+
+
+# ---- training runs ----
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_interrupted_while_packing_continues_there(tmp_path, monkeypatch, capsys, resume):
+    """Without --resume too: the tokenizer is trained again, and it is the same one."""
+    texts = write_texts(tmp_path / "texts")
+    monkeypatch.setattr(packing, "BATCH", 300)
+    monkeypatch.setattr(packing, "COMMIT", 900)
+    monkeypatch.setattr(run_folder, "REPORT_EVERY_S", 0.0)
+    calls, fast_encode_batch = [], run_folder.fast_encode_batch
+
+    def limited(last):
+        def of_tokenizer(tokenizer):
+            def encode(texts):
+                calls.append(len(texts))
+                if len(calls) == last:
+                    raise KeyboardInterrupt
+                return fast_encode_batch(tokenizer)(texts)
+
+            return encode
+
+        return of_tokenizer
+
+    monkeypatch.setattr(run_folder, "fast_encode_batch", limited(None))
+    train(raw_recipe(texts, tmp_path / "whole", run=dict(steps=1)))
+    num_calls = len(calls)
+    calls.clear()
+    raw = raw_recipe(texts, tmp_path / "run", run=dict(steps=1))
+    monkeypatch.setattr(run_folder, "fast_encode_batch", limited(8))
+    with pytest.raises(KeyboardInterrupt):
+        train(raw)
+    monkeypatch.setattr(run_folder, "fast_encode_batch", limited(None))
+    calls.clear()
+    train(raw, resume=resume, quiet=False)
+    data = contents(tmp_path / "run" / "data")
+    assert data == contents(tmp_path / "whole" / "data")
+    assert sorted(p.name for p in (tmp_path / "run").glob(".data*")) == []
+    # There is a state after two or three calls. The seventh call was written, but not yet in one.
+    assert num_calls - 7 < len(calls) <= num_calls - 4
+    assert "tokenizing: 0 of 0 MB" in capsys.readouterr().out
