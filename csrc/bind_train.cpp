@@ -80,6 +80,98 @@ double cross_entropy(int elem, Address h, Address head, Address targets, int row
   });
 }
 
+// ---- norm, SwiGLU, router, AdamW ------------------------------------------------------------------
+void rms_norm(int elem, int rows, int dim, Address weight, float eps, Address x, int64_t ldx,
+              Address residual, int64_t ldr, Address sum, Address y, Address inv, int threads,
+              const std::string& isa) {
+  const Norm s{elem, rows, dim, ldx, ldr, (void*)weight, eps};
+  operation(threads, isa, [&](const TrainOps& op, const Parallel& run) {
+    op.rms_norm(run, s, (void*)x, (void*)residual, (void*)sum, (void*)y, (float*)inv);
+  });
+}
+
+void rms_norm_backward(int elem, int rows, int dim, Address weight, Address x, int64_t ldx,
+                       Address inv, Address dy, int64_t ldy, Address dsum, int64_t lds, Address dx,
+                       Address dweight, int threads, const std::string& isa) {
+  const Norm s{elem, rows, dim, ldx, 0, (void*)weight, 0.f};
+  operation(threads, isa, [&](const TrainOps& op, const Parallel& run) {
+    op.rms_norm_backward(run, s, (void*)x, (float*)inv, (void*)dy, ldy, (void*)dsum, lds, (void*)dx,
+                         (void*)dweight);
+  });
+}
+
+void swiglu(int elem, Address x, int64_t ldx, int rows, int width, Address y, int threads,
+            const std::string& isa) {
+  operation(threads, isa, [&](const TrainOps& op, const Parallel& run) {
+    op.swiglu(run, elem, (void*)x, ldx, rows, width, (void*)y);
+  });
+}
+
+void swiglu_backward(int elem, Address x, int64_t ldx, Address dy, int64_t ldy, int rows, int width,
+                     Address dx, int threads, const std::string& isa) {
+  operation(threads, isa, [&](const TrainOps& op, const Parallel& run) {
+    op.swiglu_backward(run, elem, (void*)x, ldx, (void*)dy, ldy, rows, width, (void*)dx);
+  });
+}
+
+Router router_of(int elem, int rows, int hidden, int experts, int top_k, int groups, int top_groups,
+                 bool normalise, float scale, Address x, int64_t ldx, Address gate) {
+  return {elem,      rows,  hidden,   experts, top_k,      groups, top_groups,
+          normalise, scale, (void*)x, ldx,     (void*)gate};
+}
+
+void route(int elem, int rows, int hidden, int experts, int top_k, int groups, int top_groups,
+           bool normalise, float scale, Address x, int64_t ldx, Address gate, Address scores,
+           Address expert, Address weight, int threads, const std::string& isa) {
+  const Router r = router_of(elem, rows, hidden, experts, top_k, groups, top_groups, normalise,
+                             scale, x, ldx, gate);
+  operation(threads, isa, [&](const TrainOps& op, const Parallel& run) {
+    op.route(run, r, (float*)scores, (int64_t*)expert, (float*)weight);
+  });
+}
+
+void route_backward(int elem, int rows, int hidden, int experts, int top_k, int groups,
+                    int top_groups, bool normalise, float scale, Address x, int64_t ldx,
+                    Address gate, Address scores, Address expert, Address dscores, Address dweight,
+                    Address dx, Address dgate, int threads, const std::string& isa) {
+  const Router r = router_of(elem, rows, hidden, experts, top_k, groups, top_groups, normalise,
+                             scale, x, ldx, gate);
+  operation(threads, isa, [&](const TrainOps& op, const Parallel& run) {
+    op.route_backward(run, r, (float*)scores, (int64_t*)expert, (float*)dscores, (float*)dweight,
+                      (void*)dx, (void*)dgate);
+  });
+}
+
+// Calls work(table, run, tensors, count) for the packed AdamWTensors.
+template <class F>
+auto for_tensors(const nb::bytes& packed, int threads, const std::string& isa, const F& work) {
+  need(packed.size() % sizeof(AdamWTensor) == 0, "tensors do not have the size of AdamWTensor");
+  const auto* tensors = (const AdamWTensor*)packed.data();
+  const int count = int(packed.size() / sizeof(AdamWTensor));
+  return operation(threads, isa, [&](const TrainOps& op, const Parallel& run) {
+    return work(op, run, tensors, count);
+  });
+}
+
+void add_gradients(const nb::bytes& packed, int threads, const std::string& isa) {
+  for_tensors(packed, threads, isa, [](auto& op, auto& run, auto* tensors, int count) {
+    op.add_gradients(run, tensors, count);
+  });
+}
+
+double squared_norm(const nb::bytes& packed, int threads, const std::string& isa) {
+  return for_tensors(packed, threads, isa, [](auto& op, auto& run, auto* tensors, int count) {
+    return op.squared_norm(run, tensors, count);
+  });
+}
+
+void adamw(const nb::bytes& packed, double lr, double beta1, double beta2, double eps,
+           double grad_scale, int threads, const std::string& isa) {
+  for_tensors(packed, threads, isa, [&](auto& op, auto& run, auto* tensors, int count) {
+    op.adamw(run, tensors, count, {lr, beta1, beta2, eps, grad_scale});
+  });
+}
+
 }  // namespace
 
 void bind_train(nb::module_& m) {
@@ -91,4 +183,13 @@ void bind_train(nb::module_& m) {
   m.def("train_cross_entropy", &cross_entropy);
   m.def("train_kept_bytes", &kept_bytes);
   m.def("train_runtime", [] { return std::string(parallel_runtime()); });
+  m.def("train_rms_norm", &rms_norm);
+  m.def("train_rms_norm_backward", &rms_norm_backward);
+  m.def("train_swiglu", &swiglu);
+  m.def("train_swiglu_backward", &swiglu_backward);
+  m.def("train_route", &route);
+  m.def("train_route_backward", &route_backward);
+  m.def("train_add_gradients", &add_gradients);
+  m.def("train_squared_norm", &squared_norm);
+  m.def("train_adamw", &adamw);
 }

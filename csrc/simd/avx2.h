@@ -58,6 +58,7 @@ INLINE vf vabs(vf x) {
   return {_mm256_and_ps(x.a, m), _mm256_and_ps(x.b, m)};
 }
 INLINE vf vround(vf x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
+INLINE vf vsqrt(vf x) { return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
 // Returns p * 2^n for whole n from -126 to 127. 2^n is built from its exponent bits.
 INLINE __m256 pow2_half(__m256 p, __m256 n) {
   return _mm256_mul_ps(p, (__m256)_mm256_slli_epi32(

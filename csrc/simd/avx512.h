@@ -44,6 +44,7 @@ INLINE vf vzero_if_less(vf a, vf x, vf y) {
 }
 INLINE vf vabs(vf a) { return {_mm512_abs_ps(a.v)}; }
 INLINE vf vround(vf a) { return {_mm512_roundscale_ps(a.v, 0)}; }
+INLINE vf vsqrt(vf a) { return {_mm512_sqrt_ps(a.v)}; }
 INLINE vf vpow2(vf p, vf n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 INLINE float vsum(vf a) { return _mm512_reduce_add_ps(a.v); }
 INLINE float vhmax(vf a) { return _mm512_reduce_max_ps(a.v); }

@@ -17,7 +17,7 @@
 //     vrecip(a)                              1 / a for normal a, with a relative error of 2^-23
 //     vmax(a, b), vmin(a, b)                 b where a or b is NaN
 //     vzero_if_less(a, x, y)                 0 where x < y, else a
-//     vabs, vround                           vround: to nearest, ties to even
+//     vabs, vround, vsqrt                    vround: to nearest, ties to even
 //     vpow2(p, n)                            p * 2^n, n a whole number from -126 to 127
 //     vsum, vhmax                            sum and maximum over the lanes
 //     vdiffers(a, b)                         whether any lane differs; NaN differs from all

@@ -77,6 +77,10 @@ INLINE vf vround(vf a) {
   EACH a.v[i] = std::nearbyintf(a.v[i]);
   return a;
 }
+INLINE vf vsqrt(vf a) {
+  EACH a.v[i] = std::sqrt(a.v[i]);
+  return a;
+}
 INLINE vf vpow2(vf p, vf n) {
   EACH p.v[i] = std::ldexp(p.v[i], int(n.v[i]));
   return p;

@@ -17,9 +17,6 @@ constexpr int kBackwardRows = 128;  // rows that backward processes at once
 constexpr int kItemRows = 1536;     // rows of an item of backward, whose weight gradients it sums
 constexpr int kStride = kBackwardRows + 32;
 
-// e^-x is limited to e^87, so that its reciprocal is a normal number.
-INLINE vf sigmoid(vf x) { return vrecip(vset(1.f) + vexp(vmin(vset(87.f), vzero() - x))); }
-
 // Consecutive sorted rows of one expert.
 struct Piece {
   int expert, first, rows;

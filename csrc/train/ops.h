@@ -33,6 +33,38 @@ struct Experts {
   void* h;              // [A, 2 F] gate | up before the activation, written by forward
 };
 
+// RMSNorm of rows [rows, dim]. Rows of x and of the residual are ldx and ldr elements apart.
+struct Norm {
+  int elem, rows, dim;
+  ptrdiff_t ldx, ldr;
+  const void* weight;  // [dim]
+  float eps;
+};
+
+struct Router {
+  int elem, rows, hidden, experts, top_k;
+  int groups, top_groups;  // 0 groups: all experts compete. Else those of the best top_groups
+  bool normalise;          // divide the weights of a row by their sum
+  float scale;             // factor on the weights
+  const void* x;           // [rows, hidden], rows ldx elements apart
+  ptrdiff_t ldx;
+  const void* gate;  // [experts, hidden]
+};
+
+// A tensor of the optimizer. All fields have eight bytes; lamoe/kernels/native.py packs them.
+struct AdamWTensor {
+  int64_t grad_elem;  // FP32 or BF16
+  const void* grad;
+  float *master, *mean, *square;  // the weights, and the averages of gradients and their squares
+  void* weight;                   // bf16 copy of the master, or null
+  int64_t size;
+  double weight_decay, mean_bias, square_bias;  // 1 - beta^t for both averages
+};
+
+struct AdamWStep {
+  double lr, beta1, beta2, eps, grad_scale;  // gradients are multiplied by grad_scale first
+};
+
 struct TrainOps {
   const char* name;  // of the instruction set
 
@@ -58,6 +90,37 @@ struct TrainOps {
   double (*cross_entropy)(const Parallel& run, int elem, const void* h, const void* head,
                           const int64_t* targets, int rows, int hidden, int vocab, float share,
                           void* dh, void* dhead);
+
+  // y = RMSNorm(x), or sum = x + residual and y = RMSNorm(sum) if residual is not null. sum and y
+  // are [rows, dim]. Also writes the factor 1 / root mean square of each row to inv.
+  void (*rms_norm)(const Parallel& run, const Norm& s, const void* x, const void* residual,
+                   void* sum, void* y, float* inv);
+  // dx = gradient of RMSNorm(x), plus dsum if it is not null. x is the sum if there was a residual.
+  void (*rms_norm_backward)(const Parallel& run, const Norm& s, const void* x, const float* inv,
+                            const void* dy, ptrdiff_t ldy, const void* dsum, ptrdiff_t lds,
+                            void* dx, void* dweight);
+
+  // y [rows, width] = silu(gate) * up for x = gate | up, and its gradient dx [rows, 2 width].
+  void (*swiglu)(const Parallel& run, int elem, const void* x, ptrdiff_t ldx, int rows, int width,
+                 void* y);
+  void (*swiglu_backward)(const Parallel& run, int elem, const void* x, ptrdiff_t ldx,
+                          const void* dy, ptrdiff_t ldy, int rows, int width, void* dx);
+
+  // scores [rows, experts] = softmax(x gate^T); the best experts of each row, best first, ties by
+  // id; their weights. expert and weight are [rows, top_k].
+  void (*route)(const Parallel& run, const Router& r, float* scores, int64_t* expert,
+                float* weight);
+  // Gradients dx [rows, hidden] and dgate from those of scores and weights, each of which may be
+  // null.
+  void (*route_backward)(const Parallel& run, const Router& r, const float* scores,
+                         const int64_t* expert, const float* dscores, const float* dweight,
+                         void* dx, void* dgate);
+
+  // master += grad, in float32
+  void (*add_gradients)(const Parallel& run, const AdamWTensor* tensors, int count);
+  // Returns the sum of the squares of all gradients.
+  double (*squared_norm)(const Parallel& run, const AdamWTensor* tensors, int count);
+  void (*adamw)(const Parallel& run, const AdamWTensor* tensors, int count, const AdamWStep& step);
 };
 
 // Sorts the assignments expert [tokens, top_k] by expert, stably. Ids outside 0 .. experts - 1 mean

@@ -16,7 +16,7 @@ lamoe/backends.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -74,8 +74,17 @@ def _op(name: str):
     return call
 
 
+def compiled(name: str, *tensors: torch.Tensor) -> Callable | None:
+    """Return the compiled op `name` of native.py if it computes with these tensors, else None.
+
+    For operations that have no definition in ref.py, because it is elsewhere.
+    """
+    return getattr(native, name) if _choose(None, list(tensors)) == "native" else None
+
+
 linear = _op("linear")
 rms_norm = _op("rms_norm")
+add_rms_norm = _op("add_rms_norm")
 rope = _op("rope")
 document_mask = _op("document_mask")
 attend = _op("attend")

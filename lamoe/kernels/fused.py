@@ -54,6 +54,11 @@ def rms_norm(x, weight, eps):
     return _RMSNorm.apply(x, weight, eps)
 
 
+def add_rms_norm(x, residual, weight, eps):
+    total = x + residual
+    return total, rms_norm(total, weight, eps)
+
+
 class _Rope(Function):
     @staticmethod
     def forward(ctx, x, freqs, interleaved):

@@ -12,6 +12,7 @@ defined here. Use impl="ref" for them.
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ try:
 except ImportError:
     _native = None
 lib: Any = _native
-if not hasattr(lib, "train_linear"):  # no kernels, or those of an older build
+if not hasattr(lib, "train_adamw"):  # no kernels, or those of an older build
     lib = None
 
 # The types of the kernels, with their number in csrc/cpu/formats.h.
@@ -162,3 +163,165 @@ class _CrossEntropy(Function):
 
 def cross_entropy(h, head, targets):
     return _CrossEntropy.apply(h, head, targets)
+
+
+# ---- norm, SwiGLU, router, AdamW -----------------------------------------------------------------
+class _RMSNorm(Function):
+    """RMSNorm of x, or of x + residual. Returns the normed rows, or (sum, normed rows)."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):
+        ctx.set_materialize_grads(False)
+        x2, rows, ldx = _rows(x)
+        r2, _, ldr = (None, 0, 0) if residual is None else _rows(residual)
+        weight, dim = weight.contiguous(), x.shape[-1]
+        y, inv = x.new_empty(x.shape), torch.empty(rows, dtype=torch.float32)
+        total = None if residual is None else x.new_empty(x.shape)
+        lib.train_rms_norm(
+            _ELEM[x.dtype], rows, dim, weight.data_ptr(), eps, x2.data_ptr(), ldx, _address(r2),
+            ldr, _address(total), y.data_ptr(), inv.data_ptr(), *_end(),
+        )  # fmt: skip
+        ctx.save_for_backward(x2 if total is None else total, weight, inv)
+        ctx.shape = x.shape
+        return y if total is None else (total, y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        x, weight, inv = ctx.saved_tensors
+        (dsum, dy), is_sum = (None, *grads)[-2:], len(grads) == 2
+        if dy is None:
+            return dsum, dsum if is_sum else None, None, None
+        x2, rows, ldx = _rows(x)
+        dy2, _, ldy = _rows(dy)
+        ds2, _, lds = (None, 0, 0) if dsum is None else _rows(dsum)
+        dx, dweight = dy.new_empty(ctx.shape), torch.empty_like(weight)
+        lib.train_rms_norm_backward(
+            _ELEM[dy.dtype], rows, x2.shape[1], weight.data_ptr(), x2.data_ptr(), ldx,
+            inv.data_ptr(), dy2.data_ptr(), ldy, _address(ds2), lds, dx.data_ptr(),
+            dweight.data_ptr(), *_end(),
+        )  # fmt: skip
+        return dx, dx if is_sum else None, dweight, None
+
+
+def rms_norm(x, weight, eps):
+    return _RMSNorm.apply(x, None, weight, eps)
+
+
+def add_rms_norm(x, residual, weight, eps):
+    return _RMSNorm.apply(x, residual, weight, eps)
+
+
+class _SwiGLU(Function):
+    @staticmethod
+    def forward(ctx, x):
+        x2, rows, ldx = _rows(x)
+        width = x.shape[-1] // 2
+        y = x.new_empty(*x.shape[:-1], width)
+        lib.train_swiglu(_ELEM[x.dtype], x2.data_ptr(), ldx, rows, width, y.data_ptr(), *_end())
+        ctx.save_for_backward(x2)
+        ctx.shape = x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x2, rows, ldx = _rows(ctx.saved_tensors[0])
+        dy2, _, ldy = _rows(dy)
+        dx = dy.new_empty(ctx.shape)
+        lib.train_swiglu_backward(
+            _ELEM[dy.dtype], x2.data_ptr(), ldx, dy2.data_ptr(), ldy, rows, dy2.shape[1],
+            dx.data_ptr(), *_end(),
+        )  # fmt: skip
+        return dx
+
+
+def swiglu(x):
+    return _SwiGLU.apply(x)
+
+
+class _Route(Function):
+    @staticmethod
+    def forward(ctx, x, gate, top_k, groups, top_groups, normalise, scale):
+        ctx.set_materialize_grads(False)
+        x2, rows, ldx = _rows(x)
+        gate, experts = gate.contiguous(), gate.shape[0]
+        scores = torch.empty(rows, experts, dtype=torch.float32)
+        expert = torch.empty(rows, top_k, dtype=torch.int64)
+        weight = torch.empty(rows, top_k, dtype=torch.float32)
+        ctx.router = (
+            _ELEM[x.dtype], rows, x.shape[1], experts, top_k, groups, top_groups, normalise, scale,
+        )  # fmt: skip
+        lib.train_route(
+            *ctx.router, x2.data_ptr(), ldx, gate.data_ptr(), scores.data_ptr(),
+            expert.data_ptr(), weight.data_ptr(), *_end(),
+        )  # fmt: skip
+        ctx.mark_non_differentiable(expert)
+        ctx.save_for_backward(x2, gate, scores, expert)
+        return scores, expert, weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dscores, _, dweight):
+        x, gate, scores, expert = ctx.saved_tensors
+        x2, _, ldx = _rows(x)
+        dscores, dweight = (None if g is None else g.contiguous() for g in (dscores, dweight))
+        dx, dgate = x.new_empty(x.shape), torch.empty_like(gate)
+        lib.train_route_backward(
+            *ctx.router, x2.data_ptr(), ldx, gate.data_ptr(), scores.data_ptr(),
+            expert.data_ptr(), _address(dscores), _address(dweight), dx.data_ptr(),
+            dgate.data_ptr(), *_end(),
+        )  # fmt: skip
+        return dx, dgate, None, None, None, None, None
+
+
+def route(x, gate, top_k, groups, top_groups, normalise, scale):
+    """Compute the router of an MoE layer, model/routing.py: route.
+
+    Equal scores are chosen in the order of their ids.
+
+    Args:
+        x: [N, D].
+        gate: [E, D].
+        top_k: number of experts of a row, K.
+        groups: number of groups of neighbouring experts. 0 means that all experts compete.
+        top_groups: number of groups whose experts compete.
+        normalise: divide the weights of a row by their sum.
+        scale: factor on the weights.
+
+    Returns:
+        Scores [N, E] float32, experts [N, K] int64 and weights [N, K] float32.
+    """
+    return _Route.apply(x, gate, top_k, groups, top_groups, normalise, scale)
+
+
+# AdamWTensor of csrc/train/ops.h
+_ADAMW_TENSOR = struct.Struct("=7q3d")
+
+
+def adamw_tensor(grad, master, mean=None, square=None, weight=None, decay=0.0, biases=(1.0, 1.0)):
+    """Pack the addresses of one tensor of the optimizer for the functions below.
+
+    All tensors are contiguous and of one size. `grad` is bfloat16 or float32, `weight` is bfloat16
+    or None, and the others are float32. The tensors must outlive the calls.
+    """
+    addresses = [_address(x) for x in (grad, master, mean, square, weight)]
+    return _ADAMW_TENSOR.pack(_ELEM[grad.dtype], *addresses, grad.numel(), decay, *biases)
+
+
+def add_gradients(tensors: list[bytes]) -> None:
+    """Add each gradient to its master tensor."""
+    lib.train_add_gradients(b"".join(tensors), *_end())
+
+
+def gradient_norm(tensors: list[bytes]) -> float:
+    """Return the norm of all gradients together."""
+    return lib.train_squared_norm(b"".join(tensors), *_end()) ** 0.5
+
+
+def adamw(tensors: list[bytes], lr, beta1, beta2, eps, grad_scale) -> None:
+    """Update means, squares, masters and weights as torch.optim.AdamW does.
+
+    Gradients are multiplied by `grad_scale` first. The weights are the rounded masters.
+    """
+    lib.train_adamw(b"".join(tensors), lr, beta1, beta2, eps, grad_scale, *_end())

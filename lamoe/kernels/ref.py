@@ -43,6 +43,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (work * torch.rsqrt(work.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (x + residual, rms_norm(x + residual)). The arguments are those of rms_norm."""
+    total = x + residual
+    return total, rms_norm(total, weight, eps)
+
+
 def rope(x: torch.Tensor, freqs: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """Rotate pairs of elements by position (paper eq. 39, 43).
 

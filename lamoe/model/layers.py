@@ -18,6 +18,12 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return kernels.rms_norm(x, self.weight, self.eps)
 
+    def after_add(
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x + residual and its norm."""
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps)
+
 
 class Linear(nn.Linear):
     """Linear layer without bias, computed by `kernels.linear`."""

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from lamoe import kernels
 from lamoe.model.config import ModelConfig
 
 
@@ -48,6 +49,11 @@ def route(x: torch.Tensor, gate: torch.Tensor, config: ModelConfig) -> Route:
 
     Source: eq. 20-22.
     """
+    if compiled := kernels.compiled("route", x, gate):  # the same in one pass, for training
+        limited = config.topk_method == "group_limited_greedy"
+        groups = (config.n_group, config.topk_group) if limited else (0, 0)
+        top_k, scale = config.num_experts_per_tok, config.routed_scaling_factor
+        return Route(*compiled(x, gate, top_k, *groups, config.norm_topk_prob, scale))
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     scores = F.linear(x.to(work), gate.to(work)).softmax(-1)
     weight, expert = choose(scores, config)

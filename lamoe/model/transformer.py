@@ -61,8 +61,8 @@ class Block(nn.Module):
 
         `freqs` is the result of rope.freqs. The other arguments are those of Transformer.hidden.
         """
-        x = x + self.attn(self.attn_norm(x), freqs, cache, segments, form)
-        h = self.ffn_norm(x)
+        attended = self.attn(self.attn_norm(x), freqs, cache, segments, form)
+        x, h = self.ffn_norm.after_add(x, attended)
         return x + (self.ffn(h, routing_hook) if isinstance(self.ffn, MoE) else self.ffn(h))
 
 

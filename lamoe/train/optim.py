@@ -7,11 +7,14 @@ masters back to the model after each step. Source: paper 3.1.2.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from lamoe import kernels
+from lamoe.kernels import native
 from lamoe.model.config import check_types
 
 
@@ -134,9 +137,14 @@ class MasterAdamW:
     Call `collect` after the backward pass of each micro-batch, then `clip` and either `step` or
     `discard` once.
 
+    On CPUs with training kernels, a bfloat16 model is updated in one pass over the memory, and
+    the gradients of a single micro-batch stay in bfloat16.
+
     Attributes:
         params: the model's parameters.
         masters: one float32 tensor per parameter. A float32 parameter is its own master.
+        grads: the collected gradient of each parameter, or None. Sums over micro-batches are
+            float32.
         host_never_waits: whether the model is on an accelerator, where `clip` returns a tensor.
     """
 
@@ -152,21 +160,33 @@ class MasterAdamW:
             },
             {"params": [m for m in self.masters if m.dim() <= 1], "weight_decay": 0.0},
         ]
+        # The compiled update keeps its state here too, so both can read each other's checkpoints.
         self.adamw = torch.optim.AdamW(
             groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
         )
         self.max_norm = optim.clip
         self.host_never_waits = any(p.device.type != "cpu" for p in self.params)
+        self.compiled = all(
+            p.dtype == torch.bfloat16 and p.is_contiguous() for p in self.params
+        ) and bool(kernels.compiled("adamw", *self.params))
+        self.discard()
 
     def collect(self) -> None:
-        """Add the model's gradients of one micro-batch to the masters' gradients, in float32."""
-        for param, master in zip(self.params, self.masters):
-            if param.grad is None:  # no token of this micro-batch used the weight
+        """Add the model's gradients of one micro-batch to `grads` and clear them."""
+        later = []  # gradients that the compiled kernel adds
+        for i, param in enumerate(self.params):
+            grad, collected, param.grad = param.grad, self.grads[i], None
+            if grad is None:  # no token of this micro-batch used the weight
                 continue
-            master.grad = (
-                param.grad.float() if master.grad is None else master.grad.add_(param.grad)
-            )
-            param.grad = None
+            if collected is None:
+                self.grads[i] = grad.contiguous() if self.compiled else grad.float()
+            elif self.compiled:
+                self.grads[i] = collected.float()
+                later.append((grad.contiguous(), self.grads[i]))
+            else:
+                collected.add_(grad)
+        if later:
+            native.add_gradients([native.adamw_tensor(*pair) for pair in later])
 
     def clip(self) -> float | torch.Tensor:
         """Scale the gradients to a global norm of at most `max_norm`.
@@ -175,15 +195,21 @@ class MasterAdamW:
             The norm before scaling. If it is not finite, the step must be skipped. On an
             accelerator the norm is a tensor, because the host does not wait for it.
         """
-        grads = [m.grad for m in self.masters if m.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        if self.host_never_waits:
-            torch._foreach_mul_(grads, (self.max_norm / (norm + 1e-6)).clamp(max=1))
+        grads = [g for g in self.grads if g is not None]
+        if self.compiled:
+            tensors = [native.adamw_tensor(g, None) for g in grads]
+            norm = native.gradient_norm(tensors) * self._grad_scale
+            if math.isfinite(norm):  # `step` scales the gradients when it reads them
+                self._grad_scale *= min(1.0, self.max_norm / (norm + 1e-6))
             return norm
-        scale = (self.max_norm / (norm + 1e-6)).item()
-        if scale < 1:  # also false for nan
+        total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        if self.host_never_waits:
+            torch._foreach_mul_(grads, (self.max_norm / (total + 1e-6)).clamp(max=1))
+            return total
+        scale = (self.max_norm / (total + 1e-6)).item()
+        if 0 < scale < 1:  # false if the norm is infinite or nan
             torch._foreach_mul_(grads, scale)
-        return norm.item()
+        return total.item()
 
     @torch.no_grad()
     def step(self, lr: float, skip: torch.Tensor | None = None) -> None:
@@ -198,13 +224,47 @@ class MasterAdamW:
         setattr(self.adamw, "found_inf", found_inf)  # noqa: B010 (no declared attribute)
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
-        self._copy_to_model()
+        if self.compiled:
+            self._compiled_step(lr)
+        else:
+            for master, grad in zip(self.masters, self.grads):
+                master.grad = grad
+            self.adamw.step()
+            self.adamw.zero_grad(set_to_none=True)
+            self._copy_to_model()
+        self.discard()
+
+    def _compiled_step(self, lr: float) -> None:
+        (beta1, beta2), eps = self.adamw.defaults["betas"], self.adamw.defaults["eps"]
+        decay = self.adamw.param_groups[0]["weight_decay"]
+        tensors = []
+        for param, master, grad in zip(self.params, self.masters, self.grads):
+            if grad is None:
+                continue
+            state = self.adamw.state[master]
+            if not state:  # as torch.optim.AdamW makes it
+                state["step"] = torch.zeros(())
+                state["exp_avg"] = torch.zeros_like(master)
+                state["exp_avg_sq"] = torch.zeros_like(master)
+            state["step"] += 1
+            step = state["step"].item()
+            tensors.append(
+                native.adamw_tensor(
+                    grad,
+                    master,
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    param,
+                    decay if master.dim() > 1 else 0.0,
+                    (1 - beta1**step, 1 - beta2**step),
+                )
+            )
+        native.adamw(tensors, lr, beta1, beta2, eps, self._grad_scale)
 
     def discard(self) -> None:
         """Clear the collected gradients without an update."""
-        self.adamw.zero_grad(set_to_none=True)
+        self.grads: list[torch.Tensor | None] = [None] * len(self.params)
+        self._grad_scale = 1.0  # factor on the gradients that `step` still has to apply
 
     def _copy_to_model(self) -> None:
         """Copy the masters to the parameters, rounded where the parameter has another dtype."""
