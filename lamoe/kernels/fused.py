@@ -259,12 +259,15 @@ class _Plan:
         n, k = self.shape
         if rows.shape[0] == 0:
             return rows.new_zeros(n, rows.shape[1])
-        # embedding_bag gathers and adds in one pass, much faster than index_select and sum.
+        # embedding_bag gathers and adds in one pass, much faster than index_select and sum. Given
+        # bfloat16 rows on a CPU it would round ties away from zero.
+        wide = rows.to(_work(rows.dtype))
         if self.kept is None:
-            return F.embedding_bag(self.place.view(n, k), rows, mode="sum")
+            return F.embedding_bag(self.place.view(n, k), wide, mode="sum").to(rows.dtype)
         per_token = self.kept.view(n, k).sum(1)
         begin = per_token.cumsum(0) - per_token
-        return F.embedding_bag(self.place[self.kept.flatten()], rows, begin, mode="sum")
+        place = self.place[self.kept.flatten()]
+        return F.embedding_bag(place, wide, begin, mode="sum").to(rows.dtype)
 
     def products(self, rows: torch.Tensor, mats: torch.Tensor, out: torch.Tensor) -> None:
         """Multiply the rows of each expert by its matrix: out = rows @ mats[expert]."""
