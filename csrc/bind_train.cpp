@@ -80,7 +80,8 @@ double cross_entropy(int elem, Address h, Address head, Address targets, int row
   });
 }
 
-// ---- norm, SwiGLU, router, AdamW ------------------------------------------------------------------
+// ---- norm, SwiGLU, router, AdamW
+// ------------------------------------------------------------------
 void rms_norm(int elem, int rows, int dim, Address weight, float eps, Address x, int64_t ldx,
               Address residual, int64_t ldr, Address sum, Address y, Address inv, int threads,
               const std::string& isa) {
@@ -116,8 +117,8 @@ void swiglu_backward(int elem, Address x, int64_t ldx, Address dy, int64_t ldy, 
 
 Router router_of(int elem, int rows, int hidden, int experts, int top_k, int groups, int top_groups,
                  bool normalise, float scale, Address x, int64_t ldx, Address gate) {
-  return {elem,      rows,  hidden,   experts, top_k,      groups, top_groups,
-          normalise, scale, (void*)x, ldx,     (void*)gate};
+  return {elem,       rows,      hidden, experts,  top_k, groups,
+          top_groups, normalise, scale,  (void*)x, ldx,   (void*)gate};
 }
 
 void route(int elem, int rows, int hidden, int experts, int top_k, int groups, int top_groups,

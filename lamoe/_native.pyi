@@ -96,6 +96,113 @@ def train_cross_entropy(
 ) -> float: ...
 def train_kept_bytes() -> int: ...
 def train_runtime() -> str: ...
+def train_rms_norm(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: float,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+    arg11: int,
+    arg12: int,
+    arg13: str,
+    /,
+) -> None: ...
+def train_rms_norm_backward(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+    arg11: int,
+    arg12: int,
+    arg13: int,
+    arg14: str,
+    /,
+) -> None: ...
+def train_swiglu(
+    arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, arg7: str, /
+) -> None: ...
+def train_swiglu_backward(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: str,
+    /,
+) -> None: ...
+def train_route(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: bool,
+    arg8: float,
+    arg9: int,
+    arg10: int,
+    arg11: int,
+    arg12: int,
+    arg13: int,
+    arg14: int,
+    arg15: int,
+    arg16: str,
+    /,
+) -> None: ...
+def train_route_backward(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: bool,
+    arg8: float,
+    arg9: int,
+    arg10: int,
+    arg11: int,
+    arg12: int,
+    arg13: int,
+    arg14: int,
+    arg15: int,
+    arg16: int,
+    arg17: int,
+    arg18: int,
+    arg19: str,
+    /,
+) -> None: ...
+def train_add_gradients(arg0: bytes, arg1: int, arg2: str, /) -> None: ...
+def train_squared_norm(arg0: bytes, arg1: int, arg2: str, /) -> float: ...
+def train_adamw(
+    arg0: bytes,
+    arg1: float,
+    arg2: float,
+    arg3: float,
+    arg4: float,
+    arg5: float,
+    arg6: int,
+    arg7: str,
+    /,
+) -> None: ...
 def isa() -> str:
     """Return the instruction set in use, one of `features`."""
 

@@ -9,8 +9,8 @@ namespace lamoe {
 namespace LAMOE_ISA {
 namespace {
 
-constexpr int kRows = 32;       // rows of an item
-constexpr int kSumRows = 256;   // rows whose part of dgate an item of the sums reads at once
+constexpr int kRows = 32;      // rows of an item
+constexpr int kSumRows = 256;  // rows whose part of dgate an item of the sums reads at once
 
 template <class E>
 constexpr int kParts = sizeof(E) == 2 ? 2 : 1;  // parts of a logit's gradient
@@ -48,8 +48,7 @@ void softmax(float* row, int n) {
     vstore_n(row + whole, vexp(vload_n(row + whole, n - whole) - shift), n - whole);
     for (int c = whole; c < n; c++) mass += row[c];
   }
-  for (int c = 0; c < n; c += 16)
-    vstore_n(row + c, vload_n(row + c, n - c) / vset(mass), n - c);
+  for (int c = 0; c < n; c += 16) vstore_n(row + c, vload_n(row + c, n - c) / vset(mass), n - c);
 }
 
 template <class E>
