@@ -160,10 +160,13 @@ def final_norm(config: ModelConfig, batch: MicroBatch) -> Stage:
 def loss(config: ModelConfig, batch: MicroBatch) -> Stage:
     """Return the bytes of head and loss, which compute their gradients in the forward pass."""
     n, e, d, v = batch.rows, batch.element, config.hidden_size, config.vocab_size
-    rounded = v * d * e  # the float32 sums exist before their rounded form
+    table = v * d * e
+    # Later in a chunk: logits, rounded probabilities, and their product with the states
+    chunk = max(loss_chunk(config, batch), 2 * min(fused._LOSS_ROWS, n) * v * e + table)
     return Stage(
-        {"gradient of the last states": n * d * e, "gradient of the head": rounded},
-        forward=n * d * e + v * d * F32 + max(0, loss_chunk(config, batch) - rounded),
+        {"gradient of the last states": n * d * e, "gradient of the head": table},
+        # The gradient of the head is a float32 sum first. It is rounded after the last chunk.
+        forward=n * d * e + v * d * F32 + max(0, chunk - table),
         backward=n * d * e,
         gradients=v * d * e,
     )
@@ -174,8 +177,8 @@ def loss_chunk(config: ModelConfig, batch: MicroBatch) -> float:
 
     A chunk of rows exists as logits, as float32 probabilities, and rounded for the products.
     """
-    rows, v, e = min(fused._LOSS_ROWS, batch.rows), config.vocab_size, batch.element
-    return max(rows * v * (F32 + 2 * e), 2 * rows * v * e + v * config.hidden_size * e)
+    rows = min(fused._LOSS_ROWS, batch.rows)
+    return rows * config.vocab_size * (F32 + 2 * batch.element)
 
 
 # ---- terms that several parts share --------------------------------------------------------------

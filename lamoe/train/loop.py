@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -321,9 +322,8 @@ def _accumulate_gradients(
         balance = hook.loss() * (micro / size)
         (cross_entropy * share + balance).backward()
         optimizer.collect()
-        results.append(
-            MicroBatch(share.item(), cross_entropy.detach(), balance.detach(), hook.records)
-        )
+        records = [replace(r, losses=r.losses.detach()) for r in hook.records]  # frees the graph
+        results.append(MicroBatch(share.item(), cross_entropy.detach(), balance.detach(), records))
     return results
 
 

@@ -35,9 +35,10 @@ from lamoe.train.recipe import Recipe
 # free, and settings that leave it free are recommended first.
 ERROR = 0.15
 # A process takes more than its tensors: libraries generate code and keep buffers, and the allocator
-# keeps freed memory. Fitted to benchmarks/train_memory.py, see docs/BENCHMARKS.md.
+# keeps part of the memory that is freed. It returns blocks of 32 MiB and more at once, so what it
+# keeps has a limit. Fitted to benchmarks/train_memory.py.
 _LIBRARIES = 240_000_000
-_KEPT = 0.6  # of gradients, activations and temporary tensors
+_KEPT, _KEPT_AT_MOST = 0.6, 2_000_000_000  # share of gradients, activations and temporary tensors
 _SHORTEST = 64  # tokens; shorter rows are not recommended
 Changes = dict[str, Any]  # {"section.key": value} of a recipe
 
@@ -130,6 +131,8 @@ def compute(recipe: Recipe, recomputed: int = 0) -> MemoryPlan:
         largest = max(p.head_active, gate_and_up)
         copies = element * p.total + largest * F32 if accumulates else largest * element
         found.append(Moment("sum of the gradients", F32 * p.total + copies, 0, 0))
+    if recipe.spikes.restarts:  # masters and moments of the checkpoint, beside those of the run
+        found.append(Moment("restart from a checkpoint", 0, 0, 3 * F32 * p.total))
     most = max(found, key=lambda moment: moment.total)
     return MemoryPlan(
         weights=p.total * element,
@@ -138,7 +141,7 @@ def compute(recipe: Recipe, recomputed: int = 0) -> MemoryPlan:
         gradients=int(most.gradients),
         activations=int(most.activations),
         temporary=int(most.temporary),
-        process=_LIBRARIES + int(_KEPT * most.total),
+        process=_LIBRARIES + int(min(_KEPT * most.total, _KEPT_AT_MOST)),
         when=most.name,
         loss_chunk=int(activations.loss_chunk(config, batch)),
         recomputed=recomputed,

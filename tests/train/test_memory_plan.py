@@ -125,6 +125,29 @@ def test_the_plan_equals_what_torch_allocates(name, settings, recomputed):
     assert plan.tensors == pytest.approx(measured(recipe, recomputed), rel=0.08)
 
 
+def test_memory_does_not_grow_with_the_number_of_micro_batches():
+    few, many = (make_recipe("mla-moe", micro=1, size=size, seq_len=64) for size in (3, 24))
+    model, optimizer = prepare(few, 0)
+    run_step(model, optimizer, few)
+    grown = allocated_peak(lambda: run_step(model, optimizer, many))
+    assert grown < 1.02 * allocated_peak(lambda: run_step(model, optimizer, few))
+
+
+def test_a_restart_counts_if_the_recipe_allows_it():
+    """The state of the checkpoint is read while that of the run is still there."""
+    plain = make_recipe("mla-moe", micro=1, size=1, seq_len=32)
+    restarts = memory_plan.changed(plain, {"run.save_every": 5, "spikes.restarts": 1})
+    a, b = memory_plan.compute(plain), memory_plan.compute(restarts)
+    assert b.when == "restart from a checkpoint" and b.temporary == a.masters + a.moments
+
+
+def test_the_process_of_a_large_model_is_not_overestimated():
+    raw = {"model": {"preset": "deepseek-v2-lite"}, "data": {"seq_len": 4096}}
+    plan = memory_plan.compute(Recipe.from_dict(raw))
+    assert plan.total > 200e9 and plan.process < 2.5e9
+    assert plan.loss_chunk == 512 * 102400 * 8  # logits, float32 and rounded probabilities
+
+
 # ---- what fits ----
 def with_memory(total):
     """Return the available bytes that a plan of `total` bytes fits into with the usual margin."""
