@@ -30,7 +30,7 @@ def train(args: argparse.Namespace) -> int:
 
 def show_plan(args: argparse.Namespace) -> int:
     """Show the memory plan of a recipe. The exit code is 1 if it does not fit."""
-    from lamoe.train import memory_plan
+    from lamoe.train import devices, memory_plan
     from lamoe.train.recipe import Recipe
 
     if args.model is not None or args.context is not None or args.weight_bits is not None:
@@ -39,7 +39,9 @@ def show_plan(args: argparse.Namespace) -> int:
             "--context and --weight-bits out"
         )
     recipe = Recipe.load(args.train, args.overrides)
-    memory = memory_plan.available(recipe) if args.memory is None else args.memory
+    memory = args.memory
+    if memory is None:
+        memory = memory_plan.available(recipe, devices.resolve(recipe.run.device))
     report = memory_plan.report(recipe, memory)
     print(json.dumps(report, indent=1) if args.json else memory_plan.render(report))
     return 0 if report["memory"]["fits"] else 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lamoe import cli
+from lamoe import cli, kernels
 from lamoe.train import loop, memory_plan, recompute
 from lamoe.train.recipe import Recipe
 from tiny_run import MLA, MOE, raw_recipe, state, train, write_texts
@@ -122,7 +122,8 @@ CASES = [
 def test_the_plan_equals_what_torch_allocates(name, settings, recomputed):
     recipe = make_recipe(name, **settings)
     plan = memory_plan.compute(recipe, recomputed)
-    assert plan.tensors == pytest.approx(measured(recipe, recomputed), rel=0.08)
+    with kernels.using("fused"):
+        assert plan.tensors == pytest.approx(measured(recipe, recomputed), rel=0.08)
 
 
 def test_memory_does_not_grow_with_the_number_of_micro_batches():
