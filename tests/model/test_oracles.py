@@ -495,7 +495,7 @@ MUTATIONS = {
     "routed_scaling_factor forgotten": (routing.route, (" * config.routed_scaling_factor", "")),
     "routed_scaling_factor applied twice": (
         routing.route,
-        ("config.routed_scaling_factor", "config.routed_scaling_factor ** 2"),
+        ("weight * config.routed_scaling_factor", "weight * config.routed_scaling_factor ** 2"),
     ),
     "softmax after the top-k": (
         routing.choose,
@@ -516,7 +516,7 @@ MUTATIONS = {
     "final norm forgotten": (model.Transformer.hidden, ("return self.norm(x)", "return x")),
     "feed-forward reads the attention's norm": (
         model.Block.forward,
-        ("self.ffn_norm(x)", "self.attn_norm(x)"),
+        ("self.ffn_norm.after_add", "self.attn_norm.after_add"),
     ),
     "epsilon ten thousand times too large": (
         attention.RMSNorm.forward,

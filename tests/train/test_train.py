@@ -234,7 +234,7 @@ def gradients(raw: dict) -> tuple[dict, list[torch.Tensor]]:
     found, original = [], MasterAdamW.clip
 
     def clip(self):
-        found.extend(m.grad.clone() for m in self.masters)
+        found.extend(g.clone() for g in self.grads)
         return original(self)
 
     with mock.patch.object(MasterAdamW, "clip", clip):
