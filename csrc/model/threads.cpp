@@ -2,16 +2,41 @@
 
 #include <pthread.h>
 
+#include <chrono>
 #include <utility>
 
 namespace lamoe {
 namespace {
+using Clock = std::chrono::steady_clock;
+
 void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ __volatile__("yield");
 #endif
 }
-constexpr int kSpins = 4000;  // spins of a waiting thread before it yields the core
+
+// Bounded spinning: again() waits for a moment and returns false when the time is up. The bound is
+// longer than the serial work between two rounds, and much shorter than a time slice of the
+// scheduler. It is a time, not a count, because a pause takes 4 to 140 cycles, depending on the
+// CPU.
+class Spin {
+ public:
+  bool again() {
+    pause();
+    if (++spins_ % kSpinsPerClock) return true;
+    const auto now = Clock::now();
+    if (spins_ == kSpinsPerClock) end_ = now + kBound;
+    return now < end_;
+  }
+
+ private:
+  static constexpr uint32_t kSpinsPerClock = 64;
+  static constexpr std::chrono::microseconds kBound{100};
+  uint32_t spins_ = 0;
+  Clock::time_point end_;
+};
 
 // A child of fork() has only the thread that called fork(). So its first Session starts a new team.
 // The handlers of watch_forks hold this lock during fork(), so a child never inherits it locked.
@@ -53,31 +78,38 @@ Threads::Team::Team(int n) : ranges(new Range[size_t(n)]) {
 }
 
 void Threads::Team::stop() {
-  {
-    std::lock_guard<std::mutex> lock(sleep);
-    end = true;
-  }
-  wake.notify_all();
+  end = true;
+  wake_workers();
   for (auto& w : workers) w.join();
 }
 
-Threads::Session::Session(Threads& t) : t_(t) {
-  if (t.born_ != forks) t.renew();
-  one_ = std::unique_lock<std::mutex>(t.team_->one);
+// Ends the sleep of all workers. They spin again, even if the round that they were woken for is
+// closed by then: the next one follows soon.
+void Threads::Team::wake_workers() {
   {
-    std::lock_guard<std::mutex> lock(t.team_->sleep);
-    t.team_->awake = true;
+    std::lock_guard<std::mutex> lock(sleep);
+    workers_sleep = false;
+    wakes++;
   }
-  t.team_->wake.notify_all();
+  work_to_do.notify_all();
 }
 
-Threads::Session::~Session() { t_.team_->awake = false; }
+Threads::Session::Session(Threads& t) {
+  if (t.born_ != forks) t.renew();
+  one_ = std::unique_lock<std::mutex>(t.team_->one);
+  if (t.team_->workers_sleep.load()) t.team_->wake_workers();
+}
 
 // Runs one round. `round` becomes odd (open), all threads take items, and `round` becomes even
 // (closed). Then the caller waits until no worker is inside. A worker first increments `inside` and
 // then reads `round` again. Either the worker sees that the round is closed and leaves, or the
 // caller sees the worker inside. Both sides write one variable and then read the other, so the
 // accesses must be seq_cst.
+//
+// The same holds for sleep. A worker sets `workers_sleep` and then reads `round` once more; the
+// caller changes `round` and then reads `workers_sleep`. Either the worker sees the new round, or
+// the caller sees that it must wake workers. At the end of a round, `caller_sleeps` and `inside`
+// are such a pair.
 void Threads::Team::go(int items, const void* function) {
   f = function;
   const int n = size();
@@ -86,9 +118,17 @@ void Threads::Team::go(int items, const void* function) {
     ranges[t].end = int(int64_t(items) * (t + 1) / n);
   }
   round.fetch_add(1);
+  if (workers_sleep.load()) wake_workers();
   take(0);
   round.fetch_add(1);
-  for (int spins = 0; inside.load(); spins++) spins < kSpins ? pause() : std::this_thread::yield();
+  for (Spin spin; inside.load() && spin.again();) {
+  }
+  if (inside.load()) {
+    std::unique_lock<std::mutex> lock(sleep);
+    caller_sleeps.store(true);
+    all_left.wait(lock, [&] { return !inside.load(); });
+    caller_sleeps.store(false);
+  }
   if (failed.load(std::memory_order_relaxed)) {
     failed.store(false, std::memory_order_relaxed);
     std::rethrow_exception(std::exchange(error, nullptr));
@@ -108,24 +148,38 @@ void Threads::Team::take(int thread) noexcept {
   }
 }
 
+void Threads::Team::leave() {
+  inside.fetch_sub(1);
+  if (!caller_sleeps.load()) return;
+  {
+    std::lock_guard<std::mutex> lock(sleep);
+  }
+  all_left.notify_one();
+}
+
+// `last` is the number of the last round that this thread entered.
+bool Threads::Team::may_enter(uint32_t last) const {
+  const uint32_t now = round.load();
+  return now % 2 && now != last;
+}
+
 void Threads::Team::work(int thread) {
-  uint32_t seen = 0;  // number of the last round that this thread entered
-  for (int spins = 0; !end;) {
-    const uint32_t at = round.load(std::memory_order_acquire);
-    if (at % 2 && at != seen) {
+  uint32_t last = 0;
+  while (!end) {
+    for (Spin spin; !may_enter(last) && spin.again();) {
+    }
+    if (may_enter(last)) {
       inside.fetch_add(1);
       if (const uint32_t now = round.load(); now % 2) {
-        seen = now;
+        last = now;
         take(thread);
       }
-      inside.fetch_sub(1);
-      spins = 0;
-    } else if (awake) {
-      spins++ < kSpins ? pause() : std::this_thread::yield();
+      leave();
     } else {
       std::unique_lock<std::mutex> lock(sleep);
-      wake.wait(lock, [&] { return awake || end; });
-      spins = 0;
+      workers_sleep.store(true);
+      if (end || may_enter(last)) continue;
+      work_to_do.wait(lock, [&, before = wakes] { return wakes != before; });
     }
   }
 }

@@ -1,5 +1,6 @@
-// A parallel_for over a few threads. The threads spin between the calls of one step and sleep
-// between steps.
+// A parallel_for over a few threads. After a call, the threads spin for a short time, so that the
+// next call starts without delay. Then they sleep: when other programs keep the cores busy, a
+// thread that spins may take the core from the thread that it waits for.
 //
 // Each thread first processes its own range of items, in order, so that one core reads neighbouring
 // memory. Then it takes single items from the ranges of other threads. So a thread that another
@@ -39,15 +40,13 @@ class Threads {
     team_->go(items, &f);
   }
 
-  // While a Session exists, the workers spin, so that they start without delay. Only one Session
-  // can exist at a time. A second caller waits until the first Session ends.
+  // Wakes the workers, so that they are ready for the first call. Only one Session can exist at a
+  // time. A second caller waits until the first Session ends.
   class Session {
    public:
     explicit Session(Threads& t);
-    ~Session();
 
    private:
-    Threads& t_;
     std::unique_lock<std::mutex> one_;
   };
 
@@ -57,14 +56,19 @@ class Threads {
     void go(int items, const void* f);
     void work(int thread);
     void take(int thread) noexcept;
+    void leave();
     void stop();
+    void wake_workers();
+    bool may_enter(uint32_t last) const;
 
     int size() const { return int(workers.size()) + 1; }
 
     std::vector<std::thread> workers;
     std::mutex one, sleep;
-    std::condition_variable wake;
-    std::atomic<bool> awake{false}, end{false};
+    std::condition_variable work_to_do, all_left;
+    uint64_t wakes = 0;  // number of calls of wake_workers; guarded by sleep
+    std::atomic<bool> end{false};
+    std::atomic<bool> workers_sleep{false}, caller_sleeps{false};  // whom to notify
     void (*call)(const void*, int, int) = nullptr;
     const void* f = nullptr;
     std::atomic<bool> failed{false};

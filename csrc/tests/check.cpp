@@ -1,11 +1,13 @@
 // A program without Python for the sanitizers (`make asan tsan`). First it runs every operation on
 // awkward sizes, in buffers of exactly the needed size. Then it runs whole models with several
-// threads, concurrent callers, and errors inside a parallel pass. Results must equal those of one
-// thread. Whether they are right is checked by the Python tests.
+// threads, concurrent callers, waiting threads, and errors inside a parallel pass. Results must
+// equal those of one thread. Whether they are right is checked by the Python tests.
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <random>
 #include <stdexcept>
 
@@ -372,12 +374,44 @@ void check_threads() {
   }
 }
 
+// Threads that wait sleep after a short spin, and no wake-up is lost. The pauses of the caller are
+// shorter and longer than the spin, and close to it.
+void check_waiting() {
+  using namespace std::chrono;
+  const int n = 3;
+  Threads pool(n);
+  Threads::Session awake(pool);
+  std::atomic<int> arrived{0};
+  const auto meet = [&] {  // returns when all n threads are inside the round
+    arrived++;
+    for (const auto end = steady_clock::now() + seconds(20); arrived % n; std::this_thread::yield())
+      need(steady_clock::now() < end, "a sleeping worker was not woken");
+  };
+  for (int round = 0; round < 400; round++) {
+    std::this_thread::sleep_for(microseconds(round % 100 * 3));
+    pool.run(n, [&](int, int) { meet(); });
+  }
+  const auto cpu_seconds = [] { return double(std::clock()) / CLOCKS_PER_SEC; };
+  double begin = cpu_seconds();
+  std::this_thread::sleep_for(milliseconds(200));
+  need(cpu_seconds() - begin < 0.02, "workers spin while the caller does other things");
+  pool.run(n, [&](int, int thread) {
+    meet();
+    if (thread == 0)
+      begin = cpu_seconds();
+    else
+      std::this_thread::sleep_for(milliseconds(200));
+  });
+  need(cpu_seconds() - begin < 0.02, "the caller spins while it waits for workers");
+}
+
 }  // namespace
 
 int main(int arguments, char**) {
   const Ops& table = ops();  // throws if this CPU cannot run the instruction set in LAMOE_ISA
   if (arguments > 1) return 0;
   check_threads();
+  check_waiting();
   check_ops();
   check_models();
   std::printf("check: %s all well\n", table.name);
