@@ -17,6 +17,7 @@ import os
 import random
 import resource
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from pathlib import Path
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core
 
 from lamoe.text import tokenizer as tokenizers
+from lamoe.text.tokenizer import Tokenizer
 from lamoe.train import data
 from lamoe.train.fast_encode import CachedEncoder
 from lamoe.train.sources import read_documents
@@ -60,6 +62,31 @@ def write_text(path: Path, size: int) -> None:
         parquet.write_table(pyarrow.table({"text": records}), path, row_group_size=10_000)
 
 
+def prepare_tokenizer(source: str, folder: Path) -> None:
+    """Train a tokenizer on a sample, and measure the tokenizers library on it."""
+    sample, size = [], 0
+    for document in read_documents([source]):
+        sample.append(document.text)
+        size += document.size
+        if size > 8e6:
+            break
+    tokenizer = tokenizers.train(sample, VOCAB_SIZE)
+    with Cpu() as library:
+        tokenizer.encode_batch(sample)
+    show("the tokenizers library, 8 MB", size, library.seconds)
+    tokenizer.save(folder)
+
+
+def in_child(function, *args) -> None:
+    """Call a function in a child process, so that its memory is no part of the measurement."""
+    if not (pid := os.fork()):
+        function(*args)
+        sys.stdout.flush()
+        os._exit(0)
+    if os.waitpid(pid, 0)[1]:
+        raise SystemExit("the child process failed")
+
+
 class Cpu:
     """Measures the CPU seconds of a block."""
 
@@ -88,24 +115,15 @@ def main() -> None:
     try:
         source = args.text or str(folder / f"text.{args.format}")
         if not args.text:
-            if not (pid := os.fork()):  # its memory is not part of the measurement
-                write_text(Path(source), int(args.mb * 1e6))
-                os._exit(0)
-            assert os.waitpid(pid, 0)[1] == 0
-        sample, size, num_documents = [], 0, 0
+            in_child(write_text, Path(source), int(args.mb * 1e6))
+        in_child(prepare_tokenizer, source, folder / "tokenizer")
+        size = num_documents = 0
         with Cpu() as reading:
             for document in read_documents([source]):
-                if size < 8e6:
-                    sample.append(document.text)
                 size, num_documents = size + document.size, num_documents + 1
         print(f"{num_documents:,} documents, {size / 1e6:.1f} MB")
-        tokenizer = tokenizers.train(sample, VOCAB_SIZE)
-        sample_size = sum(len(t.encode()) for t in sample)
-
         show("reading once", size, reading.seconds)
-        with Cpu() as library:
-            tokenizer.encode_batch(sample)
-        show("the tokenizers library, a sample", sample_size, library.seconds)
+        tokenizer = Tokenizer.load(folder / "tokenizer")
         encoder, encoding = CachedEncoder(tokenizer), 0.0
 
         def timed(texts):

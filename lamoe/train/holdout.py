@@ -6,7 +6,7 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as values that JSON can hold. `from_dict` is the inverse."""
         return {
-            "counts": {source: asdict(counts) for source, counts in self.counts.items()},
+            "counts": {s: [c.documents, c.bytes, dict(c.skipped)] for s, c in self.counts.items()},
             "heldout": sorted(self.heldout),
             "cuts": list(self.cuts.items()),
             "digest": self.digest,
@@ -55,8 +55,8 @@ class Plan:
     def from_dict(cls, raw: dict[str, Any]) -> Plan:
         """Build a plan from the result of `to_dict`."""
         counts = {
-            source: Counts(c["documents"], c["bytes"], Counter(c["skipped"]))
-            for source, c in raw["counts"].items()
+            source: Counts(documents, size, Counter(skipped))
+            for source, (documents, size, skipped) in raw["counts"].items()
         }
         return cls(counts, set(raw["heldout"]), dict(raw["cuts"]), raw["digest"])
 

@@ -32,6 +32,7 @@ def sources(tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "COMMIT", 1500)
     write_folder(tmp_path / "in" / "a", 30)
     lines = [json.dumps({"text": f"line {i} " * (i % 9 + 1)}) for i in range(60)]
+    lines += [lines[0], '{"text": ""}']  # left out and counted
     (tmp_path / "in" / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     (tmp_path / "in" / "c.txt").write_text("".join(f"paragraph {i}\n\n" for i in range(40)))
     return sorted((tmp_path / "in").iterdir())
@@ -68,6 +69,7 @@ def test_a_packing_killed_anywhere_continues_to_the_same_files(sources, tmp_path
             break
     assert survived > 5 and not tokenised
     assert sorted(p.name for p in tmp_path.glob(".*")) == []
+    assert json.loads(want["meta.json"])["sources"][1]["skipped"] == {"duplicate": 1, "empty": 1}
 
 
 def test_a_kill_at_any_system_call(sources, tmp_path):
