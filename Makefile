@@ -16,7 +16,7 @@ ISAS   := $(shell awk -F'[ ()]+' '/^ *lamoe_isa/ {sub(/^ */, ""); print $$2}' CM
 SOURCE := pyproject.toml constraints.txt tools/install.py CMakeLists.txt $(CPP_FILES)
 
 .PHONY: help demo test lint format test-lm-eval wheel-check long needle bench bench-busy \
-        bench-serve clients fuzz soak asan tsan clean
+        gpu-check bench-serve clients fuzz soak asan tsan clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z -]+:.*##' Makefile | sed 's/:.*##/:/'
@@ -63,6 +63,9 @@ needle: $(DEV)  ## train a small retrieval model, extend its context with YaRN, 
 
 bench: $(DEV)  ## training speed of lamoe and transformers, alternating
 	$(BIN)/python benchmarks/train.py
+
+gpu-check: $(DEV)  ## training on a GPU: parity with the CPU, speed, memory; at most 8 minutes
+	$(BIN)/python benchmarks/gpu_check.py
 
 bench-busy: $(DEV)  ## speed of training and decoding while other programs keep all cores busy
 	$(BIN)/python benchmarks/busy.py

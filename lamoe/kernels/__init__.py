@@ -5,8 +5,8 @@
     native   compiled kernels for training on CPUs (native.py, csrc/train)
     device   ops that never wait for the device, for accelerators (device.py)
 
-The default depends on the tensors: device on accelerators, native where gradients are computed on
-the CPU and native supports the tensors, else fused. The environment variable LAMOE_OPS names one
+The default depends on the tensors: device on accelerators and in compiled code, native where
+gradients are computed on the CPU and native supports the tensors, else fused. The environment variable LAMOE_OPS names one
 for the whole process, `using` for a part of a program, and `impl=` for one call. LAMOE_IMPL, the
 older name of the variable, works too. Where native lacks an op, fused runs instead. Where another
 one lacks it, the definition does. The backend that runs a model is a separate choice, see
@@ -54,8 +54,8 @@ def _choose(impl: str | None, tensors: list[torch.Tensor]) -> str:
     chosen = impl or _DEFAULT
     if chosen:
         _check(chosen, "impl")
-    elif tensors[0].device.type != "cpu":
-        return "device"
+    elif tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return "device"  # torch.compile can fuse these ops only
     elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         chosen = "native"
     return chosen if chosen and (chosen != "native" or native.supports(*tensors)) else "fused"

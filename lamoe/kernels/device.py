@@ -29,6 +29,11 @@ def rms_norm(x, weight, eps):
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+def add_rms_norm(x, residual, weight, eps):
+    total = x + residual
+    return total, rms_norm(total, weight, eps)
+
+
 def rope(x, freqs, interleaved):
     """Rotate pairs in real arithmetic: torch.compile generates no code for complex numbers."""
     cos, sin = torch.view_as_real(freqs)[:, :, None].unbind(-1)  # [B or 1, T, 1, R / 2] each

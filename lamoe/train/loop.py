@@ -246,13 +246,14 @@ def _build_optimizer(recipe: Recipe, model: Transformer) -> MasterAdamW:
     return optimizer
 
 
-def _compile(model: Transformer, optimizer: MasterAdamW, recipe: Recipe, note) -> None:
-    """Compile the model in place, with one micro-batch as the trial."""
+def _compile(model: Transformer, optimizer: MasterAdamW, recipe: Recipe, note) -> bool:
+    """Compile the model in place, with one micro-batch as the trial. Return whether that worked."""
     ids = torch.zeros(recipe.batch.micro, recipe.data.seq_len + 1, dtype=torch.int64)
-    devices.compile_model(
+    worked = devices.compile_model(
         model, lambda: _accumulate_gradients(model, optimizer, recipe, 0, ids, ids.int()), note
     )
     optimizer.discard()
+    return worked
 
 
 def _restore(last: Path, optimizer: MasterAdamW, batches: data.Batches, guard: SpikeGuard) -> int:

@@ -4,7 +4,11 @@
 skipped steps, and values are read every few steps.
 """
 
+import json
 import math
+import runpy
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -39,6 +43,7 @@ def queued(monkeypatch):
         init(self, *args)
         self.host_never_waits = True
 
+    monkeypatch.setattr(kernels, "_DEFAULT", "fused")  # AdamW of torch, as on an accelerator
     monkeypatch.setattr(devices, "is_read_at", is_read_at_on_device)
     monkeypatch.setattr(MasterAdamW, "__init__", init_on_device)
     return read
@@ -94,6 +99,7 @@ def test_queued_steps_give_the_same_run(bad, dtype, texts, tmp_path, queued, mon
         later = train(raw_recipe(texts, tmp_path / "later", run=keys))
         assert max(queued) == 3  # steps 1, 2 to 4, 5 (saved), 6 to 8, 9 and 10 are read
         monkeypatch.undo()
+        monkeypatch.setattr(kernels, "_DEFAULT", "fused")
         at_once = train(raw_recipe(texts, tmp_path / "at once", run=keys))
     assert same(state(later), state(at_once))
     assert metrics(tmp_path / "later") == metrics(tmp_path / "at once")
@@ -154,7 +160,7 @@ class Backend:
 
 def test_a_compiled_run_equals_an_uncompiled_one(texts, tmp_path, monkeypatch, capsys):
     """All MoE layers share one graph, and no batch and no evaluation is compiled again."""
-    monkeypatch.setattr(kernels, "_DEFAULT", "device")
+    monkeypatch.setattr(kernels, "_DEFAULT", "device")  # compiled blocks use these ops in any case
     backend = Backend()
     monkeypatch.setattr(devices, "BACKEND", backend)
     keys = dict(steps=3, dtype="bfloat16", eval_every=1, eval_tokens=100)
@@ -182,6 +188,43 @@ def test_a_failing_compiler_is_reported_once_and_the_run_goes_on(
     assert said.count("run.compile: the compiler failed, so the blocks run uncompiled") == 1
     assert "no C++ compiler" in said
     assert same(state(compiled), state(eager))
+
+
+def test_gpu_check_runs_on_the_cpu(monkeypatch, capsys):
+    """benchmarks/gpu_check.py runs the ops for accelerators, whose parity with the CPU it checks."""
+    monkeypatch.setattr(devices, "BACKEND", Backend())
+    file = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
+    monkeypatch.setattr(sys, "argv", [str(file), "--device", "cpu", "--tiny"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(file), run_name="__main__")
+    said = capsys.readouterr().out
+    result = json.loads(said.splitlines()[-1])
+    assert end.value.code == 0 and result["ok"] and "| tiny |" in said
+    assert 0 < result["parity"]["float32"] < 1e-4 and 0 < result["parity"]["bfloat16"] < 0.1
+    plain, compiled = result["rows"]
+    assert (plain["compile"], compiled["compile"], compiled["compiled"]) == (False, True, True)
+    assert plain["tokens_per_s"] > 0 < plain["peak_share"]
+    for row in result["rows"]:
+        assert row["last_loss"] < row["first_loss"] < math.log(512) + 0.5
+
+    def broken(*args):
+        return kernels.ref.rms_norm(*args) * 1.001
+
+    check_parity = runpy.run_path(str(file))["check_parity"]
+    monkeypatch.setattr(kernels, "_DEFAULT", None)
+    monkeypatch.setattr(kernels.device, "rms_norm", broken)
+    assert not check_parity(torch.device("cpu"), 64)["ok"]
+
+
+def test_gpu_check_needs_a_gpu(monkeypatch):
+    file = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
+    for words, message in (
+        (["--device", "cpu"], "there is no accelerator; --device cpu needs --tiny"),
+        (["--device", "cuda:99"], "gpu_check: --device 'cuda:99' is not available"),
+    ):
+        monkeypatch.setattr(sys, "argv", [str(file), *words])
+        with pytest.raises(SystemExit, match=message):
+            runpy.run_path(str(file), run_name="__main__")
 
 
 def test_compiled_models_serve_other_callers(monkeypatch):
