@@ -6,11 +6,11 @@
     device   ops that never wait for the device, for accelerators (device.py)
 
 The default depends on the tensors: device on accelerators and in compiled code, native where
-gradients are computed on the CPU and native supports the tensors, else fused. The environment variable LAMOE_OPS names one
-for the whole process, `using` for a part of a program, and `impl=` for one call. LAMOE_IMPL, the
-older name of the variable, works too. Where native lacks an op, fused runs instead. Where another
-one lacks it, the definition does. The backend that runs a model is a separate choice, see
-lamoe/backends.
+gradients are computed on the CPU and native supports the tensors, else fused. The environment
+variable LAMOE_OPS names one for the whole process, `using` for a part of a program, and `impl=` for
+one call. LAMOE_IMPL, the older name of the variable, works too. Where native lacks an op, fused
+runs instead. Where another one lacks it, the definition does. The backend that runs a model is a
+separate choice, see lamoe/backends.
 """
 
 from __future__ import annotations
