@@ -67,6 +67,23 @@ def test_a_growing_batch_takes_longer(tmp_path):
         assert estimate == pytest.approx(truth)
 
 
+@pytest.mark.parametrize("queued", [2, 5, 10])
+def test_steps_that_are_read_at_once(tmp_path, queued):
+    """On a GPU the values of several steps are read at once, and before each evaluation."""
+    run = recipe(tmp_path, steps=200, eval_every=20)
+    left, now, found = TimeLeft(run), 0.0, {}
+    for first in range(1, 201, queued):
+        now += queued * 0.5
+        steps = range(first, first + queued)
+        for step in steps:
+            found[step] = left.update(step, 0.5, now), now
+        now += 0.1 + 30 * (steps[-1] % 20 == 0)
+    assert found[queued][0] is None
+    for step in range(20 + queued, 201, queued):
+        estimate, end = found[step]
+        assert estimate == pytest.approx(found[200][1] - end, abs=1)  # an evaluation takes 30
+
+
 @pytest.mark.parametrize("with_bar", [False, True])
 def test_the_screen_shows_it(tmp_path, monkeypatch, capsys, with_bar):
     run = recipe(tmp_path, steps=100, log_every=10)
