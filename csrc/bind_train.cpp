@@ -71,6 +71,48 @@ void experts_backward(int elem, int rows, int hidden, int width, int count, int 
   });
 }
 
+// sizes: elem, B, T, H, G, N, R, V, interleaved, one_rope. strides: of q, kv and k_rope (batch,
+// token, head each), then of the batches of freqs. memory: q, kv, k_rope, freqs, spans, out, lse.
+Attention attention_of(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                       const std::vector<Address>& memory, float scale) {
+  need(sizes.size() == 10 && strides.size() == 10 && memory.size() == 7,
+       "attention takes 10 sizes, 10 strides and 7 addresses");
+  const auto size = [&](int i) { return int(sizes[i]); };
+  const auto stride = [&](int i) {
+    return Attention::Strides{ptrdiff_t(strides[i]), ptrdiff_t(strides[i + 1]),
+                              ptrdiff_t(strides[i + 2])};
+  };
+  Attention a;
+  a.elem = size(0), a.batch = size(1), a.tokens = size(2), a.heads = size(3), a.groups = size(4);
+  a.nope = size(5), a.rope = size(6), a.value = size(7);
+  a.interleaved = sizes[8], a.one_rope = sizes[9], a.scale = scale;
+  a.q = (void*)memory[0], a.kv = (void*)memory[1], a.k_rope = (void*)memory[2];
+  a.q_stride = stride(0), a.kv_stride = stride(3), a.rope_stride = stride(6);
+  a.freqs = (const float*)memory[3], a.freqs_batch = ptrdiff_t(strides[9]);
+  a.spans = (const int32_t*)memory[4], a.out = (void*)memory[5], a.lse = (float*)memory[6];
+  return a;
+}
+
+void attention(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+               const std::vector<Address>& memory, float scale, int threads,
+               const std::string& isa) {
+  const Attention a = attention_of(sizes, strides, memory, scale);
+  operation(threads, isa, [&](const TrainOps& op, const Parallel& run) { op.attention(run, a); });
+}
+
+void attention_backward(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                        const std::vector<Address>& memory, float scale, Address dout, Address dq,
+                        Address dkv, Address dk_rope, int threads, const std::string& isa) {
+  const Attention a = attention_of(sizes, strides, memory, scale);
+  operation(threads, isa, [&](const TrainOps& op, const Parallel& run) {
+    op.attention_backward(run, a, (void*)dout, (void*)dq, (void*)dkv, (void*)dk_rope);
+  });
+}
+
+bool spans(Address segments, int batch, int tokens, Address memory) {
+  return make_spans((const int64_t*)segments, batch, tokens, (int32_t*)memory);
+}
+
 double cross_entropy(int elem, Address h, Address head, Address targets, int rows, int hidden,
                      int vocab, float share, Address dh, Address dhead, int threads,
                      const std::string& isa) {
@@ -181,6 +223,9 @@ void bind_train(nb::module_& m) {
   m.def("train_plan", &plan);
   m.def("train_experts", &experts);
   m.def("train_experts_backward", &experts_backward);
+  m.def("train_attention", &attention);
+  m.def("train_attention_backward", &attention_backward);
+  m.def("train_spans", &spans);
   m.def("train_cross_entropy", &cross_entropy);
   m.def("train_kept_bytes", &kept_bytes);
   m.def("train_runtime", [] { return std::string(parallel_runtime()); });

@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <string>
+#include <vector>
 
 #include "cpu/dispatch.h"
 #include "train/ops.h"
@@ -37,6 +39,24 @@ void make_plan(const int64_t* expert, Plan& plan) {
   }
   for (int e = plan.experts; e > 0; e--) plan.offsets[e] = plan.offsets[e - 1];
   plan.offsets[0] = 0;
+}
+
+bool make_spans(const int64_t* segments, int batch, int tokens, int32_t* spans) {
+  std::vector<int64_t> ids;  // of the documents of a sequence
+  for (int b = 0; b < batch; b++) {
+    const int64_t* id = segments + ptrdiff_t(b) * tokens;
+    int32_t *first = spans + ptrdiff_t(b) * tokens, *end = first + ptrdiff_t(batch) * tokens;
+    ids.clear();
+    for (int t = 0, begin = 0; t < tokens; t++) {
+      first[t] = begin;
+      if (t + 1 < tokens && id[t + 1] == id[t]) continue;
+      std::fill(end + begin, end + t + 1, t + 1);
+      ids.push_back(id[t]), begin = t + 1;
+    }
+    if (!std::is_sorted(ids.begin(), ids.end())) std::sort(ids.begin(), ids.end());
+    if (std::adjacent_find(ids.begin(), ids.end()) != ids.end()) return false;
+  }
+  return true;
 }
 
 }  // namespace lamoe

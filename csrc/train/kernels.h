@@ -24,6 +24,9 @@ void linear_dw(const Parallel& run, int elem, const void* dy, ptrdiff_t ldy, con
 void experts_forward(const Parallel& run, const Experts& e, void* out);
 void experts_backward(const Parallel& run, const Experts& e, const void* dout, void* dx,
                       float* dweight, void* dw13, void* dw2);
+void attention_forward(const Parallel& run, const Attention& a);
+void attention_backward(const Parallel& run, const Attention& a, const void* dout, void* dq,
+                        void* dkv, void* dk_rope);
 double cross_entropy(const Parallel& run, int elem, const void* h, const void* head,
                      const int64_t* targets, int rows, int hidden, int vocab, float share, void* dh,
                      void* dhead);

@@ -65,6 +65,27 @@ struct AdamWStep {
   double lr, beta1, beta2, eps, grad_scale;  // gradients are multiplied by grad_scale first
 };
 
+// Causal attention with rotary embedding, as ref.rope_attend defines it. Strides are in elements.
+// Elements of a head are next to each other.
+struct Attention {
+  int elem, batch, tokens;      // B, T
+  int heads, groups;            // H query heads, G key / value heads
+  int nope, rope, value;        // N elements of a key without rotation, R with, V of a value
+  bool interleaved, one_rope;   // one_rope: all heads share one rotary key
+  float scale;
+  const void *q, *kv, *k_rope;  // [B, T, H, N + R], [B, T, G, N + V], [B, T, G or 1, R]
+  struct Strides {
+    ptrdiff_t batch, token, head;
+  } q_stride, kv_stride, rope_stride;
+  const float* freqs;           // [B or 1, T, R / 2] complex rotations
+  ptrdiff_t freqs_batch;        // distance of the tables of two sequences, 0 for one table
+  // [2, B, T] the first key that each query sees, and the end of the queries that see each key.
+  // Null means one document in each sequence.
+  const int32_t* spans;
+  void* out;                    // [B, T, H, V], written by forward
+  float* lse;                   // [B, H, T] log sum exp(logits) of each query, written by forward
+};
+
 struct TrainOps {
   const char* name;  // of the instruction set
 
@@ -83,6 +104,12 @@ struct TrainOps {
   // Gradients: dx [N, D], dweight [N, K], dw13, dw2.
   void (*experts_backward)(const Parallel& run, const Experts& e, const void* dout, void* dx,
                            float* dweight, void* dw13, void* dw2);
+
+  // Writes a.out and a.lse.
+  void (*attention)(const Parallel& run, const Attention& a);
+  // Gradients with the shapes of q, kv and k_rope, all without gaps; dout is [B, T, H, V].
+  void (*attention_backward)(const Parallel& run, const Attention& a, const void* dout, void* dq,
+                             void* dkv, void* dk_rope);
 
   // Returns the sum over rows of (log sum exp(logits) - logits[target]) * share, for logits
   // h [rows, D] head^T, head [vocab, D]. Rows with a negative target do not count. If dh is not
@@ -126,6 +153,10 @@ struct TrainOps {
 // Sorts the assignments expert [tokens, top_k] by expert, stably. Ids outside 0 .. experts - 1 mean
 // no expert. plan.offsets, order and place must point to memory for tokens * top_k assignments.
 void make_plan(const int64_t* expert, Plan& plan);
+
+// Writes the spans of Attention for documents given by ids segments [batch, tokens]. Returns false
+// if a document is not a contiguous run of tokens.
+bool make_spans(const int64_t* segments, int batch, int tokens, int32_t* spans);
 
 // The table of the instruction set `isa` (empty: that of this process), or null if this CPU does
 // not run it.

@@ -204,6 +204,27 @@ def attend(q, k, v, scale, segments=None):
     return _Attend.apply(q, k, v, scale, segments)
 
 
+def rope_attend(q, kv, k_rope, freqs, interleaved, scale, segments=None):
+    r = k_rope.shape[-1]
+    n = q.shape[-1] - r
+    q_nope, q_rope = q.split([n, r], -1)
+    k_nope, v = kv.split([n, kv.shape[-1] - n], -1)
+    k_rope = rope(k_rope, freqs, interleaved).expand(-1, -1, kv.shape[2], -1)
+    q = _concat_by_head(q_nope, rope(q_rope, freqs, interleaved))
+    return attend(q, _concat_by_head(k_nope, k_rope), v, scale, segments)
+
+
+def _concat_by_head(nope, rope):
+    """Concatenate [B, T, H, N] and [B, T, H, R] to [B, T, H, N + R].
+
+    In memory, heads come before tokens. Attention reads one head after the other, so this layout
+    avoids a transposed copy.
+    """
+    if nope.shape[-1] == 0:
+        return rope
+    return torch.cat([nope.transpose(1, 2), rope.transpose(1, 2)], -1).transpose(1, 2)
+
+
 # ---- experts -------------------------------------------------------------------------------------
 # The number of rows of an expert is padded to a multiple of this constant, because oneDNN compiles
 # and caches a matrix product for every new number of rows.

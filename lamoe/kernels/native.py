@@ -19,6 +19,8 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lamoe.kernels import fused
+
 try:
     from lamoe import _native
 except ImportError:
@@ -132,6 +134,73 @@ class _Experts(Function):
 
 def experts(x, expert, weight, w13, w2):
     return _Experts.apply(x, expert, weight, w13, w2)
+
+
+class _RopeAttend(Function):
+    """Attention that keeps the log-sum-exp of each query in place of the probabilities."""
+
+    @staticmethod
+    def forward(ctx, q, kv, k_rope, freqs, spans, interleaved, scale):
+        (b, t, h, width), (g, r) = q.shape, (kv.shape[2], k_rope.shape[3])
+        n = width - r
+        v = kv.shape[3] - n
+        out, lse = q.new_empty(b, t, h, v), torch.empty(b, h, t)
+        ctx.sizes = [_ELEM[q.dtype], b, t, h, g, n, r, v, interleaved, k_rope.shape[2] == 1]
+        ctx.scale = scale
+        tensors = (q, kv, k_rope, freqs, spans, out, lse)
+        lib.train_attention(*_attention(ctx, tensors), *_end())
+        ctx.save_for_backward(*tensors)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        dout = dout.contiguous()
+        tensors = ctx.saved_tensors
+        grads = [torch.empty(x.shape, dtype=x.dtype) for x in tensors[:3]]
+        addresses = [x.data_ptr() for x in (dout, *grads)]
+        lib.train_attention_backward(*_attention(ctx, tensors), *addresses, *_end())
+        return *grads, None, None, None, None
+
+
+def _attention(ctx, tensors) -> tuple[list[int], list[int], list[int], float]:
+    """Return the arguments of the attention kernels: sizes, strides, addresses, scale."""
+    q, kv, k_rope, freqs, *_ = tensors
+    strides = [x.stride(i) for x in (q, kv, k_rope) for i in range(3)]
+    strides.append(0 if freqs.shape[0] == 1 else 2 * freqs.stride(0))  # of floats
+    return ctx.sizes, strides, [_address(x) for x in tensors], ctx.scale
+
+
+def _spans(segments: torch.Tensor) -> torch.Tensor | None:
+    """Return the spans of documents for the attention kernels, [2, B, T] int32.
+
+    The spans are the first token of the document of each token, and the end of that document. The
+    result is None if a document is not a contiguous run of tokens.
+    """
+    ids = segments.to(torch.int64).contiguous()
+    spans = torch.empty(2, *ids.shape, dtype=torch.int32)
+    return spans if lib.train_spans(ids.data_ptr(), *ids.shape, spans.data_ptr()) else None
+
+
+_MAX_WIDTH = 1024  # of a query or value, a limit of the scratch memory of the attention kernels
+
+
+def rope_attend(q, kv, k_rope, freqs, interleaved, scale, segments=None):
+    r, width = k_rope.shape[-1], q.shape[-1]
+    v = kv.shape[-1] - (width - r)
+    spans = None if segments is None else _spans(segments)
+    known = (
+        scale > 0
+        and freqs.dtype == torch.complex64
+        and all(x.numel() and x.dtype == q.dtype for x in (q, kv, k_rope) if x.shape[-1])
+        and 0 < max(width, v) <= _MAX_WIDTH
+        and (q.dtype == torch.float32 or v % 2 == 0)  # bfloat16 products read pairs of elements
+        and (segments is None or spans is not None)
+    )
+    if not known:
+        return fused.rope_attend(q, kv, k_rope, freqs, interleaved, scale, segments)
+    q, kv, k_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, kv, k_rope))
+    return _RopeAttend.apply(q, kv, k_rope, freqs.contiguous(), spans, interleaved, scale)
 
 
 class _CrossEntropy(Function):

@@ -132,6 +132,41 @@ def attend(
     return torch.einsum("bhts,bshv->bthv", p, v)
 
 
+def rope_attend(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    k_rope: torch.Tensor,
+    freqs: torch.Tensor,
+    interleaved: bool,
+    scale: float,
+    segments: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rotate the last R elements of queries and keys, then attend causally (paper eq. 39-46).
+
+    This is the attention of training, where queries and keys have the same T positions.
+
+    Args:
+        q: [B, T, H, N + R] queries.
+        kv: [B, T, G, N + V], the elements of the keys without rotation, then the values. Each of
+            the G heads serves H / G query heads. N may be 0.
+        k_rope: [B, T, G or 1, R], the rotary elements of the keys. With 1, all heads share them.
+        freqs: as in `rope`.
+        interleaved: as in `rope`.
+        scale: factor on the attention logits.
+        segments: as in `attend`.
+
+    Returns:
+        [B, T, H, V].
+    """
+    r = k_rope.shape[-1]
+    n = q.shape[-1] - r
+    q_nope, q_rope = q.split([n, r], -1)
+    k_nope, v = kv.split([n, kv.shape[-1] - n], -1)
+    k_rope = rope(k_rope, freqs, interleaved).expand(-1, -1, kv.shape[2], -1)
+    q = torch.cat([q_nope, rope(q_rope, freqs, interleaved)], -1)
+    return attend(q, torch.cat([k_nope, k_rope], -1), v, scale, segments)
+
+
 def mla_attend(
     q_latent: torch.Tensor,
     q_rope: torch.Tensor,

@@ -54,20 +54,19 @@ class Attention(nn.Module):
         those of Transformer.hidden. `form` has no effect, because only MLA has two forms.
         """
         width, interleaved = self.config.qk_head_dim, self.config.rope_interleaved
+        # [B, T, H, width], [B, T, G, width], [B, T, G, width]
         q, k, v = (w(x).unflatten(-1, (-1, width)) for w in (self.wq, self.wk, self.wv))
-        q = kernels.rope(q, freqs, interleaved)  # [B, T, H, width]
-        k = kernels.rope(k, freqs, interleaved)  # [B, T, G, width]
+        if cache is None:
+            out = kernels.rope_attend(q, v, k, freqs, interleaved, self.scale, segments)
+            return self.wo(out.flatten(2))
+        q, k = (kernels.rope(rows, freqs, interleaved) for rows in (q, k))
 
         def attend(q, k, v, first):
             k, v = (rows.unflatten(-1, (-1, width)) for rows in (k, v))
             return kernels.attend(q, k, v, self.scale, _padding_segments(first, k.shape[1]))
 
-        if cache is None:
-            out = kernels.attend(q, k, v, self.scale, segments)
-        else:
-            views = cache.views(self.layer, k.flatten(2), v.flatten(2))
-            out = _attend_views(views, (q,), attend)
-        return self.wo(out.flatten(2))
+        views = cache.views(self.layer, k.flatten(2), v.flatten(2))
+        return self.wo(_attend_views(views, (q,), attend).flatten(2))
 
 
 class MLA(nn.Module):
@@ -107,6 +106,12 @@ class MLA(nn.Module):
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_rope = self.wkv_a(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         latent = self.kv_norm(latent)  # [B, T, C]; the rotary key gets no norm
+        if cache is None and self._expands(x.shape[1], segments, form):
+            kv = self.wkv_b(latent).unflatten(-1, (c.num_attention_heads, -1))
+            out = kernels.rope_attend(
+                q, kv, k_rope[:, :, None], freqs, c.rope_interleaved, self.scale, segments
+            )
+            return self.wo(out.flatten(2))
         q_rope = kernels.rope(q_rope, freqs, c.rope_interleaved)
         k_rope = kernels.rope(k_rope[:, :, None], freqs, c.rope_interleaved)
         k_rope = k_rope.squeeze(2)  # [B, T, R], shared by all heads
@@ -117,19 +122,23 @@ class MLA(nn.Module):
                 return self.expand(q_nope, q_rope, latent, k_rope, _padding_segments(first, s))
             return self.absorb(q_nope, q_rope, latent, k_rope, first)
 
-        if cache is not None:
+        if cache is None:
+            out = self.absorb(q_nope, q_rope, latent, k_rope)
+        else:
             views = cache.views(self.layer, latent, k_rope)
             out = _attend_views(views, (q_nope, q_rope), attend)
-        elif segments is None:
-            out = attend(q_nope, q_rope, latent, k_rope, None)
-        elif form == "absorb":
+        return self.wo(out.flatten(2))
+
+    def _expands(self, t: int, segments: torch.Tensor | None, form: str | None) -> bool:
+        """Return whether T tokens without a cache use the expanded form. Segments need it."""
+        if segments is None:
+            return (form or cheaper_form(self.config, t, t)) == "expand"
+        if form == "absorb":
             raise ValueError(
                 "segments were given, but the absorbed form of MLA is for decoding and does not "
                 "support them; use form='expand' for packed documents"
             )
-        else:
-            out = self.expand(q_nope, q_rope, latent, k_rope, segments)
-        return self.wo(out.flatten(2))
+        return True
 
     def expand(
         self,
