@@ -159,6 +159,11 @@ def attend(q, k, v, scale, segments=None):
     return out[..., :width].transpose(1, 2)
 
 
+def rope_attend(q, kv, k_rope, freqs, interleaved, scale, segments=None):
+    q, k, v = ref.rotated_heads(q, kv, k_rope, freqs, interleaved, rope)
+    return attend(q, k, v, scale, segments)
+
+
 def _fits_flex(q: torch.Tensor, v: torch.Tensor) -> bool:
     return min(q.shape[-1], v.shape[-1]) >= _FLEX_MIN_WIDTH and q.dtype != torch.float64
 

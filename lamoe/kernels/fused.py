@@ -205,13 +205,8 @@ def attend(q, k, v, scale, segments=None):
 
 
 def rope_attend(q, kv, k_rope, freqs, interleaved, scale, segments=None):
-    r = k_rope.shape[-1]
-    n = q.shape[-1] - r
-    q_nope, q_rope = q.split([n, r], -1)
-    k_nope, v = kv.split([n, kv.shape[-1] - n], -1)
-    k_rope = rope(k_rope, freqs, interleaved).expand(-1, -1, kv.shape[2], -1)
-    q = _concat_by_head(q_nope, rope(q_rope, freqs, interleaved))
-    return attend(q, _concat_by_head(k_nope, k_rope), v, scale, segments)
+    q, k, v = ref.rotated_heads(q, kv, k_rope, freqs, interleaved, rope, _concat_by_head)
+    return attend(q, k, v, scale, segments)
 
 
 def _concat_by_head(nope, rope):

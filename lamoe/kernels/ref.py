@@ -158,13 +158,29 @@ def rope_attend(
     Returns:
         [B, T, H, V].
     """
+    q, k, v = rotated_heads(q, kv, k_rope, freqs, interleaved)
+    return attend(q, k, v, scale, segments)
+
+
+def rotated_heads(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    k_rope: torch.Tensor,
+    freqs: torch.Tensor,
+    interleaved: bool,
+    rope=rope,
+    join=lambda nope, rope: torch.cat([nope, rope], -1),
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the arguments (q, k, v) of `attend` for the arguments of `rope_attend`.
+
+    `rope` rotates rotary elements, and `join` puts them after the elements without rotation.
+    """
     r = k_rope.shape[-1]
     n = q.shape[-1] - r
     q_nope, q_rope = q.split([n, r], -1)
     k_nope, v = kv.split([n, kv.shape[-1] - n], -1)
     k_rope = rope(k_rope, freqs, interleaved).expand(-1, -1, kv.shape[2], -1)
-    q = torch.cat([q_nope, rope(q_rope, freqs, interleaved)], -1)
-    return attend(q, torch.cat([k_nope, k_rope], -1), v, scale, segments)
+    return join(q_nope, rope(q_rope, freqs, interleaved)), join(k_nope, k_rope), v
 
 
 def mla_attend(

@@ -106,15 +106,15 @@ class MLA(nn.Module):
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_rope = self.wkv_a(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         latent = self.kv_norm(latent)  # [B, T, C]; the rotary key gets no norm
+        k_rope = k_rope[:, :, None]  # [B, T, 1, R], shared by all heads
         if cache is None and self._expands(x.shape[1], segments, form):
             kv = self.wkv_b(latent).unflatten(-1, (c.num_attention_heads, -1))
             out = kernels.rope_attend(
-                q, kv, k_rope[:, :, None], freqs, c.rope_interleaved, self.scale, segments
+                q, kv, k_rope, freqs, c.rope_interleaved, self.scale, segments
             )
             return self.wo(out.flatten(2))
         q_rope = kernels.rope(q_rope, freqs, c.rope_interleaved)
-        k_rope = kernels.rope(k_rope[:, :, None], freqs, c.rope_interleaved)
-        k_rope = k_rope.squeeze(2)  # [B, T, R], shared by all heads
+        k_rope = kernels.rope(k_rope, freqs, c.rope_interleaved).squeeze(2)  # [B, T, R]
 
         def attend(q_nope, q_rope, latent, k_rope, first):
             s = latent.shape[1]

@@ -1,4 +1,4 @@
-"""Tests of the compiled attention for training, on every instruction set, against ref in float64."""
+"""Tests of the compiled attention of training on every instruction set, against ref in float64."""
 
 import pytest
 import torch
