@@ -478,7 +478,7 @@ MUTATIONS = {
         ("k_rope = kernels.rope(", "raw, k_rope = k_rope, kernels.rope("),
         (
             "views = cache.views(self.layer, latent, k_rope)",
-            "views = cache.views(self.layer, latent, raw); "
+            "views = cache.views(self.layer, latent, raw.squeeze(2)); "
             "views[0].rows[1] = torch.cat([views[0].rows[1][:, : -k_rope.shape[1]], k_rope], 1)",
         ),
     ),
