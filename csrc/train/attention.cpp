@@ -6,8 +6,8 @@
 //   forward   rows are queries: S = Q K^T, O = softmax(S) V, with an online softmax over chunks of
 //             keys
 //   backward  rows are keys: S^T = K Q^T, so that the probabilities P^T and the gradients of the
-//             logits dS^T are the row operands of dV = P^T dO and dK = dS^T Q as they are. The third
-//             product is dQ^T = K^T dS^T.
+//             logits dS^T are the row operands of dV = P^T dO and dK = dS^T Q as they are. The
+//             third product is dQ^T = K^T dS^T.
 //
 // All positions are split at multiples of kBlock, so that the products that a block of queries or
 // keys takes part in do not depend on how the work is split into items.
@@ -20,11 +20,11 @@ namespace lamoe {
 namespace LAMOE_ISA {
 namespace {
 
-constexpr int kBlock = 32;    // queries of forward, or keys of backward, whose logits exist at once
-constexpr int kChunk = 512;   // keys of forward whose logits exist at once
-constexpr int kRange = 256;   // queries of forward that read a chunk of keys one after the other
-constexpr int kQueries = 512; // queries of backward that are packed at once
-constexpr int kKeys = 256;    // keys of backward after which gradients are added to dQ
+constexpr int kBlock = 32;   // queries of forward, or keys of backward, whose logits exist at once
+constexpr int kChunk = 512;  // keys of forward whose logits exist at once
+constexpr int kRange = 256;  // queries of forward that read a chunk of keys one after the other
+constexpr int kQueries = 512;     // queries of backward that are packed at once
+constexpr int kKeys = 256;        // keys of backward after which gradients are added to dQ
 constexpr float kLeast = -1e30f;  // the largest logit counts as at least this
 
 INLINE int down(int x) { return x / kBlock * kBlock; }
@@ -34,8 +34,9 @@ alignas(64) constexpr float kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1
 // The positions first .. first + 15 as floats, which are exact below 2^24.
 INLINE vf positions(int first) { return vload(kLane) + vset(float(first)); }
 
-// ---- rotation ------------------------------------------------------------------------------------
-// Cosines and sines of all positions: [tables][T][2][pairs].
+// ---- rotation
+// ------------------------------------------------------------------------------------ Cosines and
+// sines of all positions: [tables][T][2][pairs].
 struct Rotation {
   const float* table;
   ptrdiff_t batch;  // floats between the tables of two sequences
@@ -98,15 +99,22 @@ void rotate(const From* x, const Rotation& rot, const float* r, float sign, To* 
   }
 }
 
-// ---- sizes and operands --------------------------------------------------------------------------
+// ---- sizes and operands
+// --------------------------------------------------------------------------
 template <class E>
 struct Sizes {
   const Attention& a;
-  int t, width, w;    // T, N + R, and N + R padded to 32 elements
+  int t, width, w;     // T, N + R, and N + R padded to 32 elements
   int tv, vp, tw, wp;  // tiles and padded columns of V and of N + R
   explicit Sizes(const Attention& given)
-      : a(given), t(a.tokens), width(a.nope + a.rope), w(up(width)), tv(tiles(a.value)),
-        vp(tv * kTile), tw(tiles(width)), wp(tw * kTile) {}
+      : a(given),
+        t(a.tokens),
+        width(a.nope + a.rope),
+        w(up(width)),
+        tv(tiles(a.value)),
+        vp(tv * kTile),
+        tw(tiles(width)),
+        wp(tw * kTile) {}
 
   const E* q(int b, int t, int h) const {
     return (const E*)a.q + b * a.q_stride.batch + t * a.q_stride.token + h * a.q_stride.head;
@@ -120,9 +128,7 @@ struct Sizes {
   }
   // The first key that query i sees, and the end of the queries that see key i.
   int first(int b, int i) const { return a.spans ? a.spans[ptrdiff_t(b) * t + i] : 0; }
-  int end(int b, int i) const {
-    return a.spans ? a.spans[(ptrdiff_t(a.batch) + b) * t + i] : t;
-  }
+  int end(int b, int i) const { return a.spans ? a.spans[(ptrdiff_t(a.batch) + b) * t + i] : t; }
   // Writes rotated queries (or keys) first .. first + n as rows [up(n)][w], padded with zeros.
   void queries(const Rotation& rot, int b, int h, int first, int n, E* to) const {
     for (int i = 0; i < n; i++)
@@ -169,7 +175,8 @@ class Memory {
   size_t end_ = 0;
 };
 
-// ---- forward -------------------------------------------------------------------------------------
+// ---- forward
+// -------------------------------------------------------------------------------------
 template <class E>
 struct Forward {
   static constexpr int kStrideS = kChunk + 16, kStrideP = kChunk + 32;
@@ -271,7 +278,8 @@ void forward(const Parallel& run, const Attention& a) {
       for (int c = z.first(b, r) / kChunk * kChunk; c < r + n; c += kChunk)
         for (int i = 0; i < n; i += kBlock) {
           const int start = down(z.first(b, r + i)), lo = std::max(c, start);
-          const int count = std::min(c + kChunk, r + i + kBlock) - lo, here = std::min(kBlock, n - i);
+          const int count = std::min(c + kChunk, r + i + kBlock) - lo,
+                    here = std::min(kBlock, n - i);
           if (count <= 0) continue;
           multiply(m.q + i * z.w, z.w, here, z.w, m.keys, m.tile_k, lo / kTile,
                    (lo + count) / kTile, m.s, m.kStrideS);
@@ -286,8 +294,8 @@ void forward(const Parallel& run, const Attention& a) {
                 vstore(o + j * z.vp + k, vload(o + j * z.vp + k) * vset(fix));
           }
           multiply(m.p, m.kStrideP, here, count,
-                   m.values + c / kChunk * m.chunk_v + size_t((lo - c) / kUnit<E>) * 64, m.tile_v, 0,
-                   z.tv, o, z.vp, c > start);
+                   m.values + c / kChunk * m.chunk_v + size_t((lo - c) / kUnit<E>) * 64, m.tile_v,
+                   0, z.tv, o, z.vp, c > start);
         }
       for (int i = 0; i < n; i++) {
         const ptrdiff_t token = ptrdiff_t(b) * z.t + r + i;
@@ -301,24 +309,27 @@ void forward(const Parallel& run, const Attention& a) {
   });
 }
 
-// ---- backward ------------------------------------------------------------------------------------
+// ---- backward
+// ------------------------------------------------------------------------------------
 template <class E>
 struct Backward {
   static constexpr int kStrideS = kQueries + 16, kStrideP = kQueries + 32, kStrideK = kKeys + 32;
-  E *k, *k_turned;            // [up(T)][w] keys, [T / kKeys][w][kStrideK] the same, transposed
-  float *dk, *dv;             // [up(T)][wp], [up(T)][vp] sums
-  E *q;                       // [kQueries][w]
+  E *k, *k_turned;  // [up(T)][w] keys, [T / kKeys][w][kStrideK] the same, transposed
+  float *dk, *dv;   // [up(T)][wp], [up(T)][vp] sums
+  E* q;             // [kQueries][w]
   uint8_t *q_nt, *q_nn, *dout_nt, *dout_nn;
-  uint8_t* ds_nn;             // gradients of the logits as b [kKeys, kQueries]
-  float *s, *dp;              // [kBlock][kStrideS] logits and gradients of the probabilities
-  E *p, *ds;                  // [kBlock][kStrideP] probabilities and gradients of the logits
-  float *dq;                  // [wp][kStrideS], transposed
-  float *lse, *along;         // [kQueries], sum of dO * O
+  uint8_t* ds_nn;      // gradients of the logits as b [kKeys, kQueries]
+  float *s, *dp;       // [kBlock][kStrideS] logits and gradients of the probabilities
+  E *p, *ds;           // [kBlock][kStrideP] probabilities and gradients of the logits
+  float* dq;           // [wp][kStrideS], transposed
+  float *lse, *along;  // [kQueries], sum of dO * O
   size_t tile_w, tile_v, tile_q, tile_k, bytes;
 
   Backward(char* memory, const Sizes<E>& z)
-      : tile_w(panel_tile<E>(z.w)), tile_v(panel_tile<E>(z.a.value)),
-        tile_q(panel_tile<E>(kQueries)), tile_k(panel_tile<E>(kKeys)) {
+      : tile_w(panel_tile<E>(z.w)),
+        tile_v(panel_tile<E>(z.a.value)),
+        tile_q(panel_tile<E>(kQueries)),
+        tile_k(panel_tile<E>(kKeys)) {
     Memory m(memory);
     const size_t t = size_t(up(z.t)), blocks = (t + kKeys - 1) / kKeys;
     m.take(k, t * z.w), m.take(k_turned, blocks * z.w * kStrideK);
@@ -340,18 +351,20 @@ INLINE void store_rows(bf16* to, vf a, vf b) { wstore(to, pair_bf16(a, b)); }
 // Computes probabilities and gradients of the logits of two keys for queries lo .. hi (multiples of
 // 16), lane by lane. If EDGE, key j is seen only by queries key .. end[j] - 1.
 template <class E, bool EDGE>
-INLINE void gradients(const Backward<E>& m, int row, int q0, int lo, int hi, int key, const int* end,
-                      float scale, uint8_t* panel) {
+INLINE void gradients(const Backward<E>& m, int row, int q0, int lo, int hi, int key,
+                      const int* end, float scale, uint8_t* panel) {
   const vf factor = vset(scale);
   for (int c = lo; c < hi; c += kTile) {
     const vf lse = vload(m.lse + c), along = vload(m.along + c);
     vf ds[2];
     UNROLL_FOR(j, 2) {
-      const ptrdiff_t at = ptrdiff_t(row + j) * m.kStrideS + c, to = ptrdiff_t(row + j) * m.kStrideP + c;
+      const ptrdiff_t at = ptrdiff_t(row + j) * m.kStrideS + c,
+                      to = ptrdiff_t(row + j) * m.kStrideP + c;
       vf p = vexp(vload(m.s + at) * factor - lse);
       ds[j] = p * (vload(m.dp + at) - along);
       if (EDGE) {
-        const vf lane = positions(q0 + c), from = vset(float(key + j)), last = vset(float(end[j] - 1));
+        const vf lane = positions(q0 + c), from = vset(float(key + j)),
+                 last = vset(float(end[j] - 1));
         p = vzero_if_less(vzero_if_less(p, lane, from), last, lane);
         ds[j] = vzero_if_less(vzero_if_less(ds[j], lane, from), last, lane);
       }
@@ -361,9 +374,11 @@ INLINE void gradients(const Backward<E>& m, int row, int q0, int lo, int hi, int
   }
 }
 
-// Stores a row of gradients of rotated elements: `nope` elements as they are, the rest rotated back.
+// Stores a row of gradients of rotated elements: `nope` elements as they are, the rest rotated
+// back.
 template <class E>
-INLINE void store_back(const float* x, int nope, const Rotation& rot, const float* r, E* to, E* rope) {
+INLINE void store_back(const float* x, int nope, const Rotation& rot, const float* r, E* to,
+                       E* rope) {
   store_row(x, to, nope);
   if (rope) rotate(x + nope, rot, r, -1.f, rope);
 }
@@ -418,8 +433,8 @@ void backward(const Parallel& run, const Attention& a, const E* dout, E* dq, E* 
             const int lo = std::max(k - q0, 0);
             const int hi = std::min(up(z.end(b, k + n - 1)) - q0, padded), count = hi - lo;
             if (count <= 0) continue;
-            multiply(m.k + ptrdiff_t(k) * z.w, z.w, n, z.w, m.q_nt, m.tile_w, lo / kTile, hi / kTile,
-                     m.s + lo, m.kStrideS);
+            multiply(m.k + ptrdiff_t(k) * z.w, z.w, n, z.w, m.q_nt, m.tile_w, lo / kTile,
+                     hi / kTile, m.s + lo, m.kStrideS);
             multiply(z.kv(b, k, g) + a.nope, a.kv_stride.token, n, a.value, m.dout_nt, m.tile_v,
                      lo / kTile, hi / kTile, m.dp + lo, m.kStrideS);
             // Queries from left to right - 1 see all keys of the block.
@@ -459,8 +474,8 @@ void backward(const Parallel& run, const Attention& a, const E* dout, E* dq, E* 
         for (int i = 0; i < nq; i += kTile) {
           float* rows = m.s;  // [16][wp]
           for (int c = 0; c < z.width; c += kTile)
-            transpose_words(m.dq + ptrdiff_t(c) * m.kStrideS + i, sizeof(float) * m.kStrideS, rows + c,
-                            sizeof(float) * z.wp);
+            transpose_words(m.dq + ptrdiff_t(c) * m.kStrideS + i, sizeof(float) * m.kStrideS,
+                            rows + c, sizeof(float) * z.wp);
           for (int j = 0; j < std::min(kTile, nq - i); j++) {
             float* x = rows + j * z.wp;
             for (int c = 0; c < z.wp; c += kTile) vstore(x + c, vload(x + c) * scale);

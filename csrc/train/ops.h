@@ -68,22 +68,22 @@ struct AdamWStep {
 // Causal attention with rotary embedding, as ref.rope_attend defines it. Strides are in elements.
 // Elements of a head are next to each other.
 struct Attention {
-  int elem, batch, tokens;      // B, T
-  int heads, groups;            // H query heads, G key / value heads
-  int nope, rope, value;        // N elements of a key without rotation, R with, V of a value
-  bool interleaved, one_rope;   // one_rope: all heads share one rotary key
+  int elem, batch, tokens;     // B, T
+  int heads, groups;           // H query heads, G key / value heads
+  int nope, rope, value;       // N elements of a key without rotation, R with, V of a value
+  bool interleaved, one_rope;  // one_rope: all heads share one rotary key
   float scale;
   const void *q, *kv, *k_rope;  // [B, T, H, N + R], [B, T, G, N + V], [B, T, G or 1, R]
   struct Strides {
     ptrdiff_t batch, token, head;
   } q_stride, kv_stride, rope_stride;
-  const float* freqs;           // [B or 1, T, R / 2] complex rotations
-  ptrdiff_t freqs_batch;        // distance of the tables of two sequences, 0 for one table
+  const float* freqs;     // [B or 1, T, R / 2] complex rotations
+  ptrdiff_t freqs_batch;  // distance of the tables of two sequences, 0 for one table
   // [2, B, T] the first key that each query sees, and the end of the queries that see each key.
   // Null means one document in each sequence.
   const int32_t* spans;
-  void* out;                    // [B, T, H, V], written by forward
-  float* lse;                   // [B, H, T] log sum exp(logits) of each query, written by forward
+  void* out;   // [B, T, H, V], written by forward
+  float* lse;  // [B, H, T] log sum exp(logits) of each query, written by forward
 };
 
 struct TrainOps {

@@ -186,6 +186,9 @@ _MAX_WIDTH = 1024  # of a query or value, a limit of the scratch memory of the a
 
 
 def rope_attend(q, kv, k_rope, freqs, interleaved, scale, segments=None):
+    """See ref.rope_attend. Calls fused for documents that are not contiguous, and for shapes that
+    the kernel does not know.
+    """
     r, width = k_rope.shape[-1], q.shape[-1]
     v = kv.shape[-1] - (width - r)
     spans = None if segments is None else _spans(segments)

@@ -511,6 +511,7 @@ def test_only_some_inputs_need_gradients():
 def test_every_fused_op_has_a_reference_and_its_docstring():
     ops = [name for name in dir(kernels) if hasattr(ref, name) and callable(getattr(kernels, name))]
     assert sorted(ops) == [
+        "add_rms_norm",
         "attend",
         "cross_entropy",
         "document_mask",
@@ -519,6 +520,7 @@ def test_every_fused_op_has_a_reference_and_its_docstring():
         "mla_attend",
         "rms_norm",
         "rope",
+        "rope_attend",
         "swiglu",
     ]
     for name in ops:
