@@ -75,7 +75,7 @@ class CachedEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+        self._tokenizer, self._model = tokenizer, tokenizer.inner.model
         self._code = "H" if tokenizer.vocab_size <= 1 << 16 else "I"
         self._dtype = np.dtype(self._code)
         self._words = _Cache(self._encode_word)
@@ -102,7 +102,7 @@ class CachedEncoder:
 
     def _encode_word(self, word: str) -> bytes:
         spelled = word.translate(_SPELLING)
-        ids = [token.id for token in self._tokenizer.inner.model.tokenize(spelled)]
+        ids = [token.id for token in self._model.tokenize(spelled)]
         if not self._tokenizer._control_ids.isdisjoint(ids):  # merged from plain text
             ids = self._tokenizer.encode(word)
         return array(self._code, ids).tobytes()
