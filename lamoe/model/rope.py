@@ -93,7 +93,10 @@ def freqs(
         [..., R / 2] complex, of magnitude `amplitude(config)`.
     """
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    angle = positions.to(work)[..., None] * inv_freq(config, work).to(positions.device)
+    table = inv_freq(config, work)
+    if positions.is_cuda:
+        table = table.pin_memory()  # the host would wait for a copy from other memory
+    angle = positions.to(work)[..., None] * table.to(positions.device, non_blocking=True)
     return torch.polar(torch.full_like(angle, amplitude(config)), angle)
 
 

@@ -145,7 +145,7 @@ class MasterAdamW:
         masters: one float32 tensor per parameter. A float32 parameter is its own master.
         grads: the collected gradient of each parameter, or None. Sums over micro-batches are
             float32.
-        host_never_waits: whether the model is on an accelerator, where `clip` returns a tensor.
+        host_never_waits: whether `clip` returns a tensor, and the device decides about skipping.
     """
 
     def __init__(self, model: nn.Module, optim: Optim):
@@ -165,7 +165,8 @@ class MasterAdamW:
             groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
         )
         self.max_norm = optim.clip
-        self.host_never_waits = any(p.device.type != "cpu" for p in self.params)
+        # Only CUDA's kernel is known to read the decision on the device.
+        self.host_never_waits = any(p.device.type == "cuda" for p in self.params)
         self.compiled = all(
             p.dtype == torch.bfloat16 and p.is_contiguous() for p in self.params
         ) and bool(kernels.compiled("adamw", *self.params))
@@ -192,8 +193,8 @@ class MasterAdamW:
         """Scale the gradients to a global norm of at most `max_norm`.
 
         Returns:
-            The norm before scaling. If it is not finite, the step must be skipped. On an
-            accelerator the norm is a tensor, because the host does not wait for it.
+            The norm before scaling. If it is not finite, the step must be skipped. It is a tensor
+            if the host must not wait for it.
         """
         grads = [g for g in self.grads if g is not None]
         if self.compiled:

@@ -141,7 +141,7 @@ def test_no_host_tensor_takes_part_in_training(impl, monkeypatch):
 
 def test_no_mixed_devices_detects_a_host_table(monkeypatch):
     """NoMixedDevices detects rotary frequencies that stay on the host."""
-    tiny.mutate(monkeypatch, rope.freqs, (".to(positions.device)", ""))
+    tiny.mutate(monkeypatch, rope.freqs, (".to(positions.device, non_blocking=True)", ""))
     with pytest.raises(RuntimeError, match="cpu.*meta"):
         forward_on_meta(DENSE["mla"], "expand")
 
