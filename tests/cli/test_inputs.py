@@ -69,7 +69,8 @@ SOURCES = {
     "strings.json": (b'["a", "b"]', "expected an object"),
     "cut.txt.gz": (gzip.compress(b"a" * 9999)[:-9], "damaged"),
     "fake.gz": (b"a", "not compressed with gzip"),
-    "x.zst": (b"\x28\xb5\x2f\xfd", "unpack it first"),
+    "x.zst": (b"\x28\xb5\x2f\xfd", "damaged|needs the package"),
+    "x.bz2": (b"BZh9", "unpack it first"),
     "weights.pt": (b"PK\3\4", "an archive"),
     "array.npy": (b"\x93NUMPY\1\0", "binary"),
 }

@@ -74,7 +74,7 @@ def test_a_packing_killed_anywhere_continues_to_the_same_files(sources, tmp_path
 
 def test_a_kill_at_any_system_call(sources, tmp_path):
     want = contents(pack(sources[1:], tmp_path / "whole", holdout=0.1).folder)
-    for n in range(0, 400, 7):
+    for n in range(0, 400, 11):
         out = tmp_path / f"p{n}"
         with pytest.MonkeyPatch.context() as patch:
             calls = Calls(patch, n)
