@@ -14,6 +14,9 @@
 #include "model/validate.h"
 #include "simd/common.h"
 
+namespace lamoe {
+void check_training();  // check_train.cpp
+}
 using namespace lamoe;
 
 namespace {
@@ -414,5 +417,6 @@ int main(int arguments, char**) {
   check_waiting();
   check_ops();
   check_models();
+  check_training();
   std::printf("check: %s all well\n", table.name);
 }
