@@ -1,34 +1,50 @@
-"""Compare training speed with transformers: preset "small" (24.6M parameters), same geometry.
+"""Compare training speed with transformers, same geometry: presets small (24.6M) and medium (117M).
 
-    python benchmarks/train.py [--rounds 5] [--steps 3] [--batch 8] [--seq 512] [--no-compile]
+    python benchmarks/train.py [--preset small] [--rounds 5] [--steps 3] [--batch 8] [--seq 512]
+        [--dtype bfloat16] [--isa avx2] [--no-compile]
 
 Every candidate is a process that stays warm. The candidates run interleaved, a few steps each, with
 a GEMM probe before each of them. Figures are medians over the rounds. Ratios are taken within a
 round, so a drift of the machine's speed cancels out. The last line is JSON.
 
+--isa limits lamoe's kernels to an instruction set. It limits the libraries of torch to the same
+kind of vectors (oneDNN, MKL and ATen), so that the peer and the GEMM probe run as on such a CPU.
+
 A step of lamoe: bfloat16 weights with float32 masters, three balance losses, fused AdamW, gradient
 clipping. A step of transformers' DeepseekV2: float32 weights under bfloat16 autocast, grouped_mm
 experts, no balance loss (it has none), fused AdamW, gradient clipping. The compiled candidate is
-torch.compile of the whole transformers model.
+torch.compile of the whole transformers model. With --dtype float32 all of them compute in float32.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 
 CONTESTANTS = {
-    "lamoe": "lamoe bf16",
-    "eager": "transformers bf16 autocast, grouped_mm",
-    "compile": "transformers bf16 autocast, grouped_mm, torch.compile",
+    "lamoe": "lamoe",
+    "eager": "transformers, grouped_mm",
+    "compile": "transformers, grouped_mm, torch.compile",
+}
+# For --isa: the widest vectors of oneDNN, ATen and MKL.
+TORCH_LIMITS = {
+    "amx": {},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "avx512vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+    "avx2": {
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
 }
 
 
-def make_lamoe(batch: int, seq: int):
+def make_lamoe(preset: str, batch: int, seq: int, dtype: str):
     import torch
 
     from lamoe.model.config import ModelConfig
@@ -36,9 +52,10 @@ def make_lamoe(batch: int, seq: int):
     from lamoe.model.transformer import Transformer
     from lamoe.train.optim import MasterAdamW, Optim
 
-    model = Transformer(ModelConfig.preset("small")).init_weights().to(torch.bfloat16)
+    config = ModelConfig.preset(preset)
+    model = Transformer(config).init_weights().to(getattr(torch, dtype))
     optimizer = MasterAdamW(model, Optim(warmup_steps=0))
-    ids = torch.randint(0, 8192, (batch, seq + 1))
+    ids = torch.randint(0, config.vocab_size, (batch, seq + 1))
 
     def step():
         training = Training(Balance())
@@ -52,7 +69,7 @@ def make_lamoe(batch: int, seq: int):
     return step
 
 
-def make_transformers(batch: int, seq: int, compiled: bool):
+def make_transformers(preset: str, batch: int, seq: int, dtype: str, compiled: bool):
     import torch
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
@@ -60,7 +77,7 @@ def make_transformers(batch: int, seq: int, compiled: bool):
 
     raw = {
         k: v
-        for k, v in ModelConfig.preset("small").to_dict().items()
+        for k, v in ModelConfig.preset(preset).to_dict().items()
         if k not in ("architectures", "torch_dtype")
     }
     config = DeepseekV2Config(**raw)
@@ -70,11 +87,11 @@ def make_transformers(batch: int, seq: int, compiled: bool):
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
-    ids = torch.randint(0, 8192, (batch, seq + 1))
+    ids = torch.randint(0, config.vocab_size, (batch, seq + 1))
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = run(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -90,15 +107,18 @@ def work(args) -> None:
 
     Every result is one line of JSON on standard output.
     """
+    if args.worker == "lamoe":
+        import lamoe  # noqa: F401 (before torch, because it bounds the spinning of torch's threads)
     import torch
 
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     begin = time.perf_counter()
+    settings = (args.preset, args.batch, args.seq, args.dtype)
     step = (
-        make_lamoe(args.batch, args.seq)
+        make_lamoe(*settings)
         if args.worker == "lamoe"
-        else make_transformers(args.batch, args.seq, args.worker == "compile")
+        else make_transformers(*settings, args.worker == "compile")
     )
     for _ in range(4):
         step()
@@ -121,11 +141,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in dict(rounds=5, steps=3, batch=8, seq=512, threads=2).items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--isa", choices=TORCH_LIMITS)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return work(args)
+
+    if args.isa:  # before torch reads them, here and in the workers
+        os.environ.update(TORCH_LIMITS[args.isa], LAMOE_ISA=args.isa)
 
     import torch
 
@@ -135,7 +161,8 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     names = [n for n in CONTESTANTS if not (args.no_compile and n == "compile")]
-    flags = [f"--{k}={getattr(args, k)}" for k in ("rounds", "steps", "batch", "seq", "threads")]
+    shared = ("rounds", "steps", "batch", "seq", "threads", "preset", "dtype")
+    flags = [f"--{k}={getattr(args, k)}" for k in shared]
     workers, warm = {}, {}
     # Candidates start one after the other, so that they do not compete while warming up.
     for name in names:
@@ -157,12 +184,12 @@ def main() -> None:
 
     tokens, flops = (
         args.batch * args.seq,
-        accounting.training_flops(ModelConfig.preset("small"), args.seq),
+        accounting.training_flops(ModelConfig.preset(args.preset), args.seq),
     )
     rounds = {n: [] for n in names}
     for _ in range(args.rounds):
         for name in names:
-            peak = measure_peak(torch.bfloat16)
+            peak = measure_peak(getattr(torch, args.dtype))
             workers[name].stdin.write("go\n")
             workers[name].stdin.flush()
             r = json.loads(workers[name].stdout.readline())
@@ -182,12 +209,12 @@ def main() -> None:
         return statistics.median(r[key] for r in rounds[name])
 
     print(
-        f"\n{flops / 1e6:.1f} MFLOP per token, {args.batch} x {args.seq} tokens per step, "
+        f"\npreset {args.preset}, {args.dtype}, {flops / 1e6:.1f} MFLOP per token, {args.batch} x {args.seq} tokens per step, "
         f"{args.threads} threads, {args.rounds} rounds of {args.steps} steps"
     )
     print(
         "| | tokens/s | lamoe is faster by (median, range of rounds) | GFLOP/s "
-        "| of the bf16 GEMM peak | peak memory | warm-up |"
+        "| of the GEMM peak | peak memory | warm-up |"
     )
     print("|---|---|---|---|---|---|---|")
     result = {}
