@@ -50,8 +50,10 @@ def make_lamoe(preset: str, batch: int, seq: int, dtype: str):
     from lamoe.model.config import ModelConfig
     from lamoe.model.routing import Balance, Training
     from lamoe.model.transformer import Transformer
+    from lamoe.train.allocator import keep_freed_memory
     from lamoe.train.optim import MasterAdamW, Optim
 
+    keep_freed_memory()
     config = ModelConfig.preset(preset)
     model = Transformer(config).init_weights().to(getattr(torch, dtype))
     optimizer = MasterAdamW(model, Optim(warmup_steps=0))

@@ -157,6 +157,14 @@ void swiglu_backward(int elem, Address x, int64_t ldx, Address dy, int64_t ldy, 
   });
 }
 
+void embedding_backward(int elem, Address plan, int ids, int tokens, int dim, Address dy, int64_t ldy,
+                        Address dweight, int threads, const std::string& isa) {
+  const Plan p = plan_of(ids, tokens, 1, plan);
+  operation(threads, isa, [&](const TrainOps& op, const Parallel& run) {
+    op.embedding_backward(run, elem, p, (void*)dy, ldy, dim, (void*)dweight);
+  });
+}
+
 Router router_of(int elem, int rows, int hidden, int experts, int top_k, int groups, int top_groups,
                  bool normalise, float scale, Address x, int64_t ldx, Address gate) {
   return {elem,       rows,      hidden, experts,  top_k, groups,
@@ -233,6 +241,7 @@ void bind_train(nb::module_& m) {
   m.def("train_rms_norm_backward", &rms_norm_backward);
   m.def("train_swiglu", &swiglu);
   m.def("train_swiglu_backward", &swiglu_backward);
+  m.def("train_embedding_backward", &embedding_backward);
   m.def("train_route", &route);
   m.def("train_route_backward", &route_backward);
   m.def("train_add_gradients", &add_gradients);

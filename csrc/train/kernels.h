@@ -40,6 +40,8 @@ void swiglu(const Parallel& run, int elem, const void* x, ptrdiff_t ldx, int row
             void* y);
 void swiglu_backward(const Parallel& run, int elem, const void* x, ptrdiff_t ldx, const void* dy,
                      ptrdiff_t ldy, int rows, int width, void* dx);
+void embedding_backward(const Parallel& run, int elem, const Plan& rows, const void* dy,
+                        ptrdiff_t ldy, int dim, void* dweight);
 void route(const Parallel& run, const Router& r, float* scores, int64_t* expert, float* weight);
 void route_backward(const Parallel& run, const Router& r, const float* scores,
                     const int64_t* expert, const float* dscores, const float* dweight, void* dx,

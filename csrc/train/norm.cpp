@@ -31,23 +31,23 @@ void forward(const Parallel& run, const Norm& s, const E* x, const E* residual, 
     const int end = std::min(s.rows, (item + 1) * kRows);
     for (int i = item * kRows; i < end; i++) {
       const E* row = x + i * s.ldx;
-      vf squares[2] = {vzero(), vzero()};
+      vf squares = vzero();
       if (residual) {
         const E* other = residual + i * s.ldr;
         E* to = sum + ptrdiff_t(i) * s.dim;
         for_columns(s.dim, [&](int c, int n) __attribute__((always_inline)) {
           const vf v = round_to(x, load_n(row + c, n) + load_n(other + c, n));
           store_n(to + c, v, n);
-          squares[c / 16 % 2] = vfma(v, v, squares[c / 16 % 2]);
+          squares = vfma(v, v, squares);
         });
         row = to;
       } else {
         for_columns(s.dim, [&](int c, int n) __attribute__((always_inline)) {
           const vf v = load_n(row + c, n);
-          squares[c / 16 % 2] = vfma(v, v, squares[c / 16 % 2]);
+          squares = vfma(v, v, squares);
         });
       }
-      inv[i] = 1.f / std::sqrt(vsum(squares[0] + squares[1]) / float(s.dim) + s.eps);
+      inv[i] = 1.f / std::sqrt(vsum(squares) / float(s.dim) + s.eps);
       const vf factor = vset(inv[i]);
       E* to = y + ptrdiff_t(i) * s.dim;
       for_columns(s.dim, [&](int c, int n) __attribute__((always_inline)) {
@@ -70,13 +70,13 @@ void backward(const Parallel& run, const Norm& s, const E* x, const float* inv, 
     for (int i = item * kRows; i < end; i++) {
       const E *row = x + i * s.ldx, *grad = dy + i * ldy, *other = dsum ? dsum + i * lds : nullptr;
       const vf factor = vset(inv[i]);
-      vf sums[2] = {vzero(), vzero()};  // of the gradient along the normalised row
+      vf sum = vzero();  // of the gradient along the normalised row
       for_columns(s.dim, [&](int c, int n) __attribute__((always_inline)) {
         const vf product = load_n(grad + c, n) * (load_n(row + c, n) * factor);
         vstore(dw + c, vload(dw + c) + product);
-        sums[c / 16 % 2] = vfma(product, load_n(weight + c, n), sums[c / 16 % 2]);
+        sum = vfma(product, load_n(weight + c, n), sum);
       });
-      const vf along = vset(vsum(sums[0] + sums[1]) / float(s.dim));
+      const vf along = vset(vsum(sum) / float(s.dim));
       E* to = dx + ptrdiff_t(i) * s.dim;
       for_columns(s.dim, [&](int c, int n) __attribute__((always_inline)) {
         const vf unit = load_n(row + c, n) * factor;

@@ -49,5 +49,34 @@ void swiglu_backward(const Parallel& run, int elem, const void* x, ptrdiff_t ldx
   });
 }
 
+void embedding_backward(const Parallel& run, int elem, const Plan& rows, const void* dy,
+                        ptrdiff_t ldy, int dim, void* dweight) {
+  constexpr int kIds = 64;  // ids of an item
+  const Parallel::Own own = run.own(sizeof(float) * ceil_to(dim, 16));
+  with_type(elem, [&](auto* type) {
+    using P = decltype(type);
+    using C = std::remove_pointer_t<P> const*;
+    run((rows.experts + kIds - 1) / kIds, [&](int item, int thread) {
+      float* sum = own.at<float>(thread);
+      const int end = std::min(rows.experts, (item + 1) * kIds);
+      for (int id = item * kIds; id < end; id++) {
+        P to = (P)dweight + ptrdiff_t(id) * dim;
+        const int first = rows.offsets[id], last = rows.offsets[id + 1];
+        if (first == last) {
+          std::memset(to, 0, sizeof(*to) * size_t(dim));
+          continue;
+        }
+        std::memset(sum, 0, sizeof(float) * ceil_to(dim, 16));
+        for (int r = first; r < last; r++) {
+          C row = (C)dy + rows.order[r] * ldy;
+          for (int c = 0; c < dim; c += 16)
+            vstore(sum + c, vload(sum + c) + load_n(row + c, dim - c));
+        }
+        store_row(sum, to, dim);
+      }
+    });
+  });
+}
+
 }  // namespace LAMOE_ISA
 }  // namespace lamoe

@@ -22,6 +22,7 @@ const TrainOps train_table = {
     rms_norm_backward,
     swiglu,
     swiglu_backward,
+    embedding_backward,
     route,
     route_backward,
     add_gradients,

@@ -83,6 +83,7 @@ def compiled(name: str, *tensors: torch.Tensor) -> Callable | None:
 
 
 linear = _op("linear")
+embedding = _op("embedding")
 rms_norm = _op("rms_norm")
 add_rms_norm = _op("add_rms_norm")
 rope = _op("rope")

@@ -312,6 +312,34 @@ def swiglu(x):
     return _SwiGLU.apply(x)
 
 
+class _Embedding(Function):
+    @staticmethod
+    def forward(ctx, weight, ids):
+        ids = ids.long().contiguous()
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        return weight[ids]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (ids,) = ctx.saved_tensors
+        dy2, tokens, ldy = _rows(dy)
+        dweight = dy.new_empty(ctx.shape)
+        count, dim = ctx.shape
+        plan = torch.empty(count + 1 + 2 * tokens, dtype=torch.int32)
+        lib.train_plan(ids.data_ptr(), count, tokens, 1, plan.data_ptr())
+        lib.train_embedding_backward(
+            _ELEM[dy.dtype], plan.data_ptr(), count, tokens, dim, dy2.data_ptr(), ldy,
+            dweight.data_ptr(), *_end(),
+        )  # fmt: skip
+        return dweight, None
+
+
+def embedding(weight, ids):
+    return _Embedding.apply(weight, ids)
+
+
 class _Route(Function):
     @staticmethod
     def forward(ctx, x, gate, top_k, groups, top_groups, normalise, scale):

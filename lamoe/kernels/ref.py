@@ -25,6 +25,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(x, weight)
 
 
+def embedding(weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return the rows [..., D] of weight [vocabulary, D] for ids [...]."""
+    return F.embedding(ids, weight)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalise rows: x / sqrt(mean(x^2) + eps) * weight.
 

@@ -25,6 +25,13 @@ class RMSNorm(nn.Module):
         return kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
 
+class Embedding(nn.Embedding):
+    """Table of vectors, one per token id. The gradients of an id's tokens are summed in float32."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return kernels.embedding(self.weight, ids)
+
+
 class Linear(nn.Linear):
     """Linear layer without bias, computed by `kernels.linear`."""
 

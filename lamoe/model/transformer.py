@@ -29,7 +29,7 @@ from lamoe.model import rope
 from lamoe.model.attention import MLA, Attention
 from lamoe.model.cache import Cache
 from lamoe.model.config import ModelConfig
-from lamoe.model.layers import MLP, RMSNorm, linear
+from lamoe.model.layers import MLP, Embedding, RMSNorm, linear
 from lamoe.model.moe import MoE
 from lamoe.model.routing import RoutingHook
 
@@ -74,7 +74,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:

@@ -25,6 +25,7 @@ from lamoe.model.config import ModelConfig
 from lamoe.model.routing import Training
 from lamoe.model.transformer import Transformer, check_ids
 from lamoe.train import checkpoint, data, devices, memory_plan, recompute, run_folder
+from lamoe.train.allocator import keep_freed_memory
 from lamoe.train.devices import MicroBatch, QueuedStep, measure_peak
 from lamoe.train.metrics import MetricsLog, open_screen
 from lamoe.train.optim import MasterAdamW
@@ -63,6 +64,7 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> Path:
     with run_folder.locked(run), open_screen(recipe, quiet) as screen, explained:
         last = run_folder.claim(run, recipe, resume, screen.note)
         screen.note(f"memory plan: {plan.describe(memory)}")
+        keep_freed_memory()
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
 

@@ -200,3 +200,29 @@ def test_sums_over_experts_round_ties_to_even(impl):
     push[:, 0] = 0
     (dx,) = torch.autograd.grad(out, x, push)
     assert torch.equal(dx[:, 1:], (push.float() * 1.5).bfloat16()[:, 1:])
+
+
+# ---- embedding -----------------------------------------------------------------------------------
+def test_embedding(isa, dtype):
+    """Gradients of an id's rows are summed in float32. Unused ids get 0."""
+    ids = torch.randint(0, 70, (3, 101), generator=torch.Generator().manual_seed(0))
+    ids[0, :40] = 5
+    for dim in (3, 40):
+        op, exact = (lambda w, f=m.embedding: f(w, ids) for m in (native, ref))
+        check(op, exact, [draw(80, dim)], dtype)
+        check_threads(op, [draw(80, dim).to(dtype)])
+        strided = lambda f: lambda w: f.embedding(w, ids).transpose(0, 1)
+        check(strided(native), strided(ref), [draw(80, dim)], dtype)
+    grad = results(op, [draw(80, 40).to(dtype)])[1]
+    assert (grad[70:] == 0).all() and grad[5].any()
+    assert torch.equal(native.embedding(draw(80, 40), ids.int()), draw(80, 40)[ids])
+
+
+def test_gradients_of_a_frequent_token_are_not_lost(isa):
+    """In a bfloat16 sum, gradients of 2^-9 would be lost next to one of 1."""
+    weight = torch.zeros(4, 16, dtype=BF16, requires_grad=True)
+    ids = torch.full((257,), 2)
+    push = torch.full((257, 16), 2.0**-9, dtype=BF16)
+    push[0] = 1.0
+    (grad,) = torch.autograd.grad(native.embedding(weight, ids), weight, push)
+    assert torch.equal(grad[2], torch.full((16,), 1.5, dtype=BF16))
