@@ -515,6 +515,7 @@ def test_every_fused_op_has_a_reference_and_its_docstring():
         "attend",
         "cross_entropy",
         "document_mask",
+        "embedding",
         "experts",
         "linear",
         "mla_attend",
