@@ -211,7 +211,8 @@ def main() -> None:
         return statistics.median(r[key] for r in rounds[name])
 
     print(
-        f"\npreset {args.preset}, {args.dtype}, {flops / 1e6:.1f} MFLOP per token, {args.batch} x {args.seq} tokens per step, "
+        f"\npreset {args.preset}, {args.dtype}, {flops / 1e6:.1f} MFLOP per token, "
+        f"{args.batch} x {args.seq} tokens per step, "
         f"{args.threads} threads, {args.rounds} rounds of {args.steps} steps"
     )
     print(

@@ -157,8 +157,8 @@ void swiglu_backward(int elem, Address x, int64_t ldx, Address dy, int64_t ldy, 
   });
 }
 
-void embedding_backward(int elem, Address plan, int ids, int tokens, int dim, Address dy, int64_t ldy,
-                        Address dweight, int threads, const std::string& isa) {
+void embedding_backward(int elem, Address plan, int ids, int tokens, int dim, Address dy,
+                        int64_t ldy, Address dweight, int threads, const std::string& isa) {
   const Plan p = plan_of(ids, tokens, 1, plan);
   operation(threads, isa, [&](const TrainOps& op, const Parallel& run) {
     op.embedding_backward(run, elem, p, (void*)dy, ldy, dim, (void*)dweight);

@@ -133,8 +133,8 @@ struct TrainOps {
   void (*swiglu_backward)(const Parallel& run, int elem, const void* x, ptrdiff_t ldx,
                           const void* dy, ptrdiff_t ldy, int rows, int width, void* dx);
 
-  // dweight [ids, dim] of an embedding from dy [tokens, dim]: the sums of the rows of each id, or 0.
-  // The plan sorts tokens by id, with ids in place of experts.
+  // dweight [ids, dim] of an embedding from dy [tokens, dim]: the sums of the rows of each id, or
+  // 0. The plan sorts tokens by id, with ids in place of experts.
   void (*embedding_backward)(const Parallel& run, int elem, const Plan& rows, const void* dy,
                              ptrdiff_t ldy, int dim, void* dweight);
 

@@ -123,7 +123,8 @@ void backward(const Parallel& run, const Router& r, const float* scores, const i
   const size_t grads = sizeof(E) * kRows * size_t(depth + 32);
   constexpr int kSumTiles = 4;  // tiles of 16 columns of dgate that an item sums
   const int ld_sum = kSumTiles * kTile;
-  const Parallel::Own own = run.own(std::max(grads + sizeof(float) * part, sizeof(float) * depth * ld_sum));
+  const Parallel::Own own =
+      run.own(std::max(grads + sizeof(float) * part, sizeof(float) * depth * ld_sum));
   run((r.rows + kRows - 1) / kRows, [&](int item, int thread) {
     E* dlogits = own.at<E>(thread);
     float* ds = own.at<float>(thread, grads);
