@@ -28,6 +28,7 @@ def contents(folder) -> dict[str, bytes]:
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
     """A folder, a compressed file and a single document that is cut; a state after each batch."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # a slow disk would take most of the time
     monkeypatch.setattr(packing, "BATCH", 1000)
     monkeypatch.setattr(packing, "COMMIT", 1500)
     write_folder(tmp_path / "in" / "a", 30)
