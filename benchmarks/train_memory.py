@@ -33,6 +33,7 @@ def work(path: str, overrides: list[str]) -> None:
     """Train three steps, and print predicted and taken bytes as JSON."""
     import torch
 
+    from lamoe import kernels
     from lamoe.train import loop, memory_plan, recompute
     from lamoe.train.recipe import Recipe
 
@@ -50,7 +51,12 @@ def work(path: str, overrides: list[str]) -> None:
         loop._accumulate_gradients(model, optimizer, recipe, step, ids, segments)
         optimizer.clip()
         optimizer.step(1e-4)
-    print(json.dumps({"planned": plan.total, "taken": resident("VmHWM") - before, **plan.parts}))
+    kept = kernels.native.lib.train_kept_bytes() if plan.buffers else 0
+    print(
+        json.dumps(
+            {"kept": kept, "planned": plan.total, "taken": resident("VmHWM") - before, **plan.parts}
+        )
+    )
 
 
 def main() -> None:

@@ -61,6 +61,11 @@ def _choose(impl: str | None, tensors: list[torch.Tensor]) -> str:
     return chosen if chosen and (chosen != "native" or native.supports(*tensors)) else "fused"
 
 
+def trains_native() -> bool:
+    """Return whether the compiled ops compute gradients on the CPU in this process."""
+    return _DEFAULT in (None, "native") and native.lib is not None
+
+
 def _op(name: str):
     """Return the function that runs the op `name` in the chosen implementation."""
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lamoe import kernels
 from lamoe.backends.memory import available_memory
 from lamoe.model.accounting import (
     human_bytes,
@@ -53,6 +54,7 @@ class MemoryPlan:
     gradients: those of this micro-batch, and the sums over earlier ones.
     activations: tensors that wait for the backward pass.
     temporary: tensors inside an op; in the loss also the logits that exist at once.
+    buffers: those of the compiled kernels, outside torch.
     process: libraries, and freed memory that the allocator keeps. An estimate.
     when: the moment.
     loss_chunk: bytes of the logits that exist at once. They do not grow with the batch.
@@ -66,6 +68,7 @@ class MemoryPlan:
     gradients: int
     activations: int
     temporary: int
+    buffers: int
     process: int
     when: str
     loss_chunk: int
@@ -76,7 +79,7 @@ class MemoryPlan:
     def parts(self) -> dict[str, int]:
         """The bytes by class. They add up to `total`."""
         names = ("weights", "masters", "moments", "gradients", "activations", "temporary")
-        return {name: getattr(self, name) for name in (*names, "process")}
+        return {name: getattr(self, name) for name in (*names, "buffers", "process")}
 
     @property
     def total(self) -> int:
@@ -85,7 +88,7 @@ class MemoryPlan:
     @property
     def tensors(self) -> int:
         """Bytes of all tensors."""
-        return self.total - self.process
+        return self.total - self.buffers - self.process
 
     def fits(self, available: int | None, free: float = 0.0) -> bool:
         """Return whether `available` bytes are enough, with `free` times the plan left over.
@@ -122,14 +125,18 @@ def compute(recipe: Recipe, recomputed: int = 0) -> MemoryPlan:
     """Compute the plan of a run whose first `recomputed` blocks recompute their activations."""
     config, element = recipe.model, 2 if recipe.run.dtype == "bfloat16" else F32
     drops = recipe.balance.capacity_factor > 0
-    batch = MicroBatch(recipe.batch.micro, recipe.data.seq_len, element, drops)
-    p, accumulates = parameters(config), recipe.batch.size > recipe.batch.micro
-    found = list(_pass(config, batch, recomputed, F32 * p.total * accumulates))
-    if element != F32:
+    native = _runs_native(recipe)
+    batch = MicroBatch(recipe.batch.micro, recipe.data.seq_len, element, drops, native)
+    p, micro_batches = parameters(config), recipe.batch.size // recipe.batch.micro
+    merged = native and element != F32  # the compiled update reads bfloat16 gradients
+    # Bytes of a summed gradient before the last micro-batch
+    summed = 0 if micro_batches == 1 else 2 if merged and micro_batches == 2 else F32
+    found = list(_pass(config, batch, recomputed, summed * p.total))
+    if element != F32 and not (merged and micro_batches == 1):
         # The gradients of a micro-batch become float32 sums, one tensor after the other.
         gate_and_up = 2 * p.routed_expert // 3 * (config.n_routed_experts or 0)
         largest = max(p.head_active, gate_and_up)
-        copies = element * p.total + largest * F32 if accumulates else largest * element
+        copies = largest * element if micro_batches == 1 else element * p.total + largest * F32
         found.append(Moment("sum of the gradients", F32 * p.total + copies, 0, 0))
     if recipe.spikes.restarts:  # masters and moments of the checkpoint, beside those of the run
         found.append(Moment("restart from a checkpoint", 0, 0, 3 * F32 * p.total))
@@ -141,12 +148,20 @@ def compute(recipe: Recipe, recomputed: int = 0) -> MemoryPlan:
         gradients=int(most.gradients),
         activations=int(most.activations),
         temporary=int(most.temporary),
+        buffers=int(activations.buffers(config, batch)),
         process=_LIBRARIES + int(min(_KEPT * most.total, _KEPT_AT_MOST)),
         when=most.name,
         loss_chunk=int(activations.loss_chunk(config, batch)),
         recomputed=recomputed,
         blocks=config.num_hidden_layers,
     )
+
+
+def _runs_native(recipe: Recipe) -> bool:
+    """Return whether the compiled training ops would run here."""
+    accelerated = torch.accelerator.is_available() and recipe.run.device == "auto"
+    on_host = recipe.run.device == "cpu" or (recipe.run.device == "auto" and not accelerated)
+    return on_host and kernels.trains_native()
 
 
 def _pass(
@@ -313,6 +328,7 @@ _LABELS = {
     "gradients": "gradients",
     "activations": "activations; {recomputed} of {blocks} blocks recompute theirs",
     "temporary": "temporary tensors",
+    "buffers": "buffers of the compiled kernels",
     "process": "libraries, and memory that the allocator keeps",
     "total": "all",
     "available": "available",
