@@ -255,6 +255,7 @@ def _compile(model: Transformer, optimizer: MasterAdamW, recipe: Recipe, note) -
         model, lambda: _accumulate_gradients(model, optimizer, recipe, 0, ids, ids.int()), note
     )
     optimizer.discard()
+    model.zero_grad()  # the trial may have failed before its gradients were collected
     return worked
 
 

@@ -96,7 +96,8 @@ class Run:
         dtype: dtype of the computation. Master weights are float32.
         threads: number of torch's threads. 0 means torch's default.
         device: auto, cpu, cuda or mps. auto means cuda if available, else mps, else cpu.
-        compile: whether torch.compile fuses the operations of the blocks, for accelerators.
+        compile: whether torch.compile fuses the operations of the blocks, for accelerators. It
+            needs dtype bfloat16.
         eval_every: number of steps between evaluations. 0 evaluates at the end only.
         eval_tokens: number of tokens per evaluation. The last evaluation uses all held-out text.
         save_every: number of steps between checkpoints. 0 saves only at the end and on Ctrl-C or
@@ -133,6 +134,11 @@ class Run:
             )
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"run.dtype is {self.dtype!r}; known: bfloat16, float32")
+        if self.compile and self.dtype != "bfloat16":
+            raise ValueError(
+                f"run.compile needs run.dtype bfloat16, found {self.dtype}: torch compiles the "
+                "products of the experts in bfloat16 only"
+            )
         if self.device not in DEVICES:
             raise ValueError(f"run.device is {self.device!r}; known: {', '.join(DEVICES)}")
         for name, low in dict(

@@ -143,6 +143,11 @@ def test_the_queue_is_bounded():
 
 
 # ---- torch.compile ----
+def test_compiling_needs_bfloat16(texts, tmp_path):
+    with pytest.raises(ValueError, match="run.compile needs run.dtype bfloat16, found float32"):
+        Recipe.from_dict(raw_recipe(texts, tmp_path, run=dict(compile=True)))
+
+
 DEEP = {**MLA, **MOE, "num_hidden_layers": 6}
 
 
@@ -181,8 +186,10 @@ def test_a_failing_compiler_is_reported_once_and_the_run_goes_on(
         raise OSError("no C++ compiler")
 
     monkeypatch.setattr(devices, "BACKEND", broken)
-    eager = train(raw_recipe(texts, tmp_path / "eager"))
-    compiled = train(raw_recipe(texts, tmp_path / "compiled", run=dict(compile=True)), quiet=False)
+    keys = dict(steps=3, dtype="bfloat16")
+    eager = train(raw_recipe(texts, tmp_path / "eager", run=keys))
+    raw = raw_recipe(texts, tmp_path / "compiled", run=dict(keys, compile=True))
+    compiled = train(raw, quiet=False)
     said = capsys.readouterr().out
     assert said.count("run.compile: the compiler failed, so the blocks run uncompiled") == 1
     assert "no C++ compiler" in said
