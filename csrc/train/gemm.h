@@ -34,9 +34,12 @@ template <class E>
 INLINE constexpr int units(int k) {
   return (k + kUnit<E> - 1) / kUnit<E>;
 }
+// Bytes from one tile of a panel to the next. Tiles at multiples of large powers of two would share
+// the same few sets of the L1 cache.
 template <class E>
-INLINE constexpr size_t panel_tile(int k) {  // bytes of a tile of a panel
-  return size_t(units<E>(k)) * 64;
+INLINE constexpr size_t panel_tile(int k) {
+  const size_t bytes = size_t(units<E>(k)) * 64;
+  return bytes % 1024 ? bytes : bytes + 64;
 }
 template <class E>
 INLINE size_t panel_bytes(int n, int k) {
