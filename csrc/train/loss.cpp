@@ -58,6 +58,7 @@ double run_loss(const Parallel& run, const E* h, const E* head, const int64_t* t
     run((n + kSoftmaxRows - 1) / kSoftmaxRows, [&](int item, int) {
       for (int i = item * kSoftmaxRows; i < std::min(n, (item + 1) * kSoftmaxRows); i++) {
         E* z = logits + i * ld;
+        z[vocab] = E(0);  // products read bfloat16 in pairs
         const int64_t target = targets[first + i];
         const int whole = vocab / 16 * 16, rest = vocab - whole;
         if (target < 0) {

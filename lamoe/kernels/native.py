@@ -19,7 +19,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lamoe.kernels import fused
+from lamoe.kernels import fused, ref
 
 try:
     from lamoe import _native
@@ -45,7 +45,13 @@ def supports(*tensors: torch.Tensor) -> bool:
         lib is not None
         and first.dtype in _ELEM
         and all(t.device.type == "cpu" and t.dtype in known for t in tensors)
+        and all(_in_pairs(t, t.shape[-1]) for t in tensors if t.dim() > 1)
     )
+
+
+def _in_pairs(x: torch.Tensor, *sizes: int) -> bool:
+    """Return whether products can read rows of these sizes: bfloat16 is read in pairs."""
+    return x.dtype != torch.bfloat16 or not any(size % 2 for size in sizes)
 
 
 def _end() -> tuple[int, str]:
@@ -97,7 +103,7 @@ def _address(x: torch.Tensor | None) -> int:
 
 
 def linear(x, w):
-    return _Linear.apply(x, w)
+    return _Linear.apply(x, w) if _in_pairs(x, *w.shape) else ref.linear(x, w)
 
 
 class _Experts(Function):
@@ -133,7 +139,8 @@ class _Experts(Function):
 
 
 def experts(x, expert, weight, w13, w2):
-    return _Experts.apply(x, expert, weight, w13, w2)
+    op = _Experts.apply if _in_pairs(x, x.shape[1]) else fused.experts
+    return op(x, expert, weight, w13, w2)
 
 
 class _RopeAttend(Function):
@@ -234,7 +241,8 @@ class _CrossEntropy(Function):
 
 
 def cross_entropy(h, head, targets):
-    return _CrossEntropy.apply(h, head, targets)
+    op = _CrossEntropy.apply if _in_pairs(h, h.shape[1]) else fused.cross_entropy
+    return op(h, head, targets)
 
 
 # ---- norm, SwiGLU, router, AdamW -----------------------------------------------------------------
