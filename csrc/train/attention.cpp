@@ -27,6 +27,21 @@ constexpr int kQueries = 512;     // queries of backward that are packed at once
 constexpr int kKeys = 256;        // keys of backward after which gradients are added to dQ
 constexpr float kLeast = -1e30f;  // the largest logit counts as at least this
 
+// Probabilities that become bfloat16 are powers of 2 with a relative error of 4e-6, those that stay
+// float32 are powers of e. kLog<E> is the factor from powers of e.
+template <class E>
+constexpr float kLog = sizeof(E) == 2 ? 1.44269504f : 1.f;
+template <class E>
+INLINE vf power(vf given) {
+  if (sizeof(E) == 4) return vexp(given);
+  const vf x = vmax(vset(-100.f), given);  // 2^-100 is as good as 0. NaN stays NaN
+  const vf n = vround(x), f = x - n;
+  vf p = vfma(f, vset(0.0095605105f), vset(0.055917040f));
+  p = vfma(f, p, vset(0.24024981f));
+  p = vfma(f, p, vset(0.69312197f));
+  return vpow2(vfma(f, p, vset(0.99999917f)), n);
+}
+
 INLINE int down(int x) { return x / kBlock * kBlock; }
 INLINE int up(int x) { return ceil_to(x, kBlock); }
 
@@ -34,9 +49,8 @@ alignas(64) constexpr float kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1
 // The positions first .. first + 15 as floats, which are exact below 2^24.
 INLINE vf positions(int first) { return vload(kLane) + vset(float(first)); }
 
-// ---- rotation
-// ------------------------------------------------------------------------------------ Cosines and
-// sines of all positions: [tables][T][2][pairs].
+// ---- rotation -----------------------------------------------------------------------------------
+// Cosines and sines of all positions: [tables][T][2][pairs].
 struct Rotation {
   const float* table;
   ptrdiff_t batch;  // floats between the tables of two sequences
@@ -99,8 +113,26 @@ void rotate(const From* x, const Rotation& rot, const float* r, float sign, To* 
   }
 }
 
-// ---- sizes and operands
-// --------------------------------------------------------------------------
+// Rows of a head are far apart, so the hardware does not prefetch them. Loops over rows prefetch
+// the row that is kAhead rows ahead.
+constexpr int kAhead = 8;
+template <class E>
+INLINE void prefetch(const E* p, int elements) {
+  for (int i = 0; i < elements; i += int(64 / sizeof(E))) __builtin_prefetch(p + i, 0, 3);
+}
+template <class E>
+INLINE void prefetch_write(E* p, int elements) {
+  for (int i = 0; i < elements; i += int(64 / sizeof(E))) __builtin_prefetch(p + i, 1, 3);
+}
+
+template <class E>
+INLINE void copy(const E* from, E* to, int n) {
+  int i = 0;
+  for (; i + 16 * kUnit<E> <= n; i += 16 * kUnit<E>) wstore(to + i, wload(from + i));
+  for (; i < n; i++) to[i] = from[i];
+}
+
+// ---- sizes and operands -------------------------------------------------------------------------
 template <class E>
 struct Sizes {
   const Attention& a;
@@ -131,19 +163,23 @@ struct Sizes {
   int end(int b, int i) const { return a.spans ? a.spans[(ptrdiff_t(a.batch) + b) * t + i] : t; }
   // Writes rotated queries (or keys) first .. first + n as rows [up(n)][w], padded with zeros.
   void queries(const Rotation& rot, int b, int h, int first, int n, E* to) const {
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < n; i++) {
+      if (i + kAhead < n) prefetch(q(b, first + i + kAhead, h), width);
       row(q(b, first + i, h), q(b, first + i, h) + a.nope, rot, rot.at(b, first + i), to + i * w);
+    }
     std::fill(to + n * w, to + up(n) * w, E(0));
   }
   void keys(const Rotation& rot, int b, int g, int first, int n, E* to) const {
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < n; i++) {
+      if (i + kAhead < n) prefetch(kv(b, first + i + kAhead, g), a.nope + a.value);
       row(kv(b, first + i, g), k_rope(b, first + i, g), rot, rot.at(b, first + i), to + i * w);
+    }
     std::fill(to + n * w, to + up(n) * w, E(0));
   }
 
  private:
   void row(const E* nope, const E* rope, const Rotation& rot, const float* r, E* to) const {
-    std::memcpy(to, nope, sizeof(E) * size_t(a.nope));
+    copy(nope, to, a.nope);
     rotate(rope, rot, r, 1.f, to + a.nope);
     std::fill(to + width, to + w, E(0));
   }
@@ -175,8 +211,7 @@ class Memory {
   size_t end_ = 0;
 };
 
-// ---- forward
-// -------------------------------------------------------------------------------------
+// ---- forward ------------------------------------------------------------------------------------
 template <class E>
 struct Forward {
   static constexpr int kStrideS = kChunk + 16, kStrideP = kChunk + 32;
@@ -237,17 +272,19 @@ float exponentials(float* s, E* p, int lo, int count, int first, int last, float
     }
     high = vmax(high, x);
   }
-  const float before = most;
-  most = std::max(most, vhmax(high) * scale);
-  const vf factor = vset(scale), offset = vset(-most);
+  const float before = most, here = vhmax(high);
+  most = std::max(most, here * scale);
+  // Without a finite logit the result is not a number.
+  if (!(here > kLeast)) most = std::numeric_limits<float>::quiet_NaN();
+  const vf factor = vset(scale * kLog<E>), offset = vset(-most * kLog<E>);
   vf total = vzero();
   for (int c = 0; c < count; c += 2 * kTile) {
-    const vf x = vexp(vfma(vload(s + c), factor, offset)),
-             y = vexp(vfma(vload(s + c + kTile), factor, offset));
+    const vf x = power<E>(vfma(vload(s + c), factor, offset)),
+             y = power<E>(vfma(vload(s + c + kTile), factor, offset));
     total = total + x + y;
     store_e(p + c, x), store_e(p + c + kTile, y);
   }
-  const float fix = std::exp(before - most);
+  const float fix = sum == 0.f ? 0.f : std::exp(before - most);  // 0 before the first keys
   sum = sum * fix + vsum(total);
   return fix;
 }
@@ -300,6 +337,7 @@ void forward(const Parallel& run, const Attention& a) {
       for (int i = 0; i < n; i++) {
         const ptrdiff_t token = ptrdiff_t(b) * z.t + r + i;
         E* to = (E*)a.out + (token * a.heads + h) * a.value;
+        if (i + kAhead < n) prefetch_write(to + ptrdiff_t(kAhead) * a.heads * a.value, a.value);
         const vf share = vset(1.f / m.sum[i]);
         for (int k = 0; k < a.value; k += kTile)
           store_n(to + k, vload(m.o + i * z.vp + k) * share, a.value - k);
@@ -309,8 +347,7 @@ void forward(const Parallel& run, const Attention& a) {
   });
 }
 
-// ---- backward
-// ------------------------------------------------------------------------------------
+// ---- backward -----------------------------------------------------------------------------------
 template <class E>
 struct Backward {
   static constexpr int kStrideS = kQueries + 16, kStrideP = kQueries + 32, kStrideK = kKeys + 32;
@@ -322,7 +359,7 @@ struct Backward {
   float *s, *dp;       // [kBlock][kStrideS] logits and gradients of the probabilities
   E *p, *ds;           // [kBlock][kStrideP] probabilities and gradients of the logits
   float* dq;           // [wp][kStrideS], transposed
-  float *lse, *along;  // [kQueries], sum of dO * O
+  float *lse, *along;  // [kQueries] -log sum exp, times kLog, and the sum of dO * O
   size_t tile_w, tile_v, tile_q, tile_k, bytes;
 
   Backward(char* memory, const Sizes<E>& z)
@@ -353,14 +390,14 @@ INLINE void store_rows(bf16* to, vf a, vf b) { wstore(to, pair_bf16(a, b)); }
 template <class E, bool EDGE>
 INLINE void gradients(const Backward<E>& m, int row, int q0, int lo, int hi, int key,
                       const int* end, float scale, uint8_t* panel) {
-  const vf factor = vset(scale);
+  const vf factor = vset(scale * kLog<E>);
   for (int c = lo; c < hi; c += kTile) {
     const vf lse = vload(m.lse + c), along = vload(m.along + c);
     vf ds[2];
     UNROLL_FOR(j, 2) {
       const ptrdiff_t at = ptrdiff_t(row + j) * m.kStrideS + c,
                       to = ptrdiff_t(row + j) * m.kStrideP + c;
-      vf p = vexp(vload(m.s + at) * factor - lse);
+      vf p = power<E>(vfma(vload(m.s + at), factor, lse));
       ds[j] = p * (vload(m.dp + at) - along);
       if (EDGE) {
         const vf lane = positions(q0 + c), from = vset(float(key + j)),
@@ -409,21 +446,25 @@ void backward(const Parallel& run, const Attention& a, const E* dout, E* dq, E* 
           return (const E*)x + ((ptrdiff_t(b) * z.t + q0 + i) * a.heads + h) * a.value;
         };
         const ptrdiff_t ldo = ptrdiff_t(a.heads) * a.value;
+        for (int i = 0; i < nq; i++) {
+          const E *x = output(dout, i), *y = output(a.out, i);
+          if (i + kAhead < nq) {
+            prefetch(x + kAhead * ldo, a.value);
+            prefetch(y + kAhead * ldo, a.value);
+          }
+          vf sum = vzero();
+          for (int k = 0; k < a.value; k += kTile)
+            sum = vfma(load_n(x + k, a.value - k), load_n(y + k, a.value - k), sum);
+          m.along[i] = vsum(sum);
+          m.lse[i] = -kLog<E> * a.lse[(ptrdiff_t(b) * a.heads + h) * z.t + q0 + i];
+        }
+        for (int i = nq; i < padded; i++)  // probabilities become 0
+          m.along[i] = 0.f, m.lse[i] = -std::numeric_limits<float>::infinity();
         z.queries(rot, b, h, q0, nq, m.q);
         pack_nt(m.q, z.w, padded, z.w, 0, padded / kTile, m.q_nt);
         pack_nn(m.q, z.w, nullptr, padded, z.width, 0, z.tw, m.q_nn, m.tile_q);
         pack_nt(output(dout, 0), ldo, nq, a.value, 0, padded / kTile, m.dout_nt);
         pack_rows(output(dout, 0), ldo, nq, a.value, m.dout_nn, m.tile_q);
-        for (int i = 0; i < nq; i++) {
-          const E *x = output(dout, i), *y = output(a.out, i);
-          vf sum = vzero();
-          for (int k = 0; k < a.value; k += kTile)
-            sum = vfma(load_n(x + k, a.value - k), load_n(y + k, a.value - k), sum);
-          m.along[i] = vsum(sum);
-          m.lse[i] = a.lse[(ptrdiff_t(b) * a.heads + h) * z.t + q0 + i];
-        }
-        for (int i = nq; i < padded; i++)  // probabilities become 0
-          m.along[i] = 0.f, m.lse[i] = std::numeric_limits<float>::infinity();
 
         // 2. gradients of the keys and values, block by block
         for (int k0 = z.first(b, q0) / kKeys * kKeys; k0 < q0 + nq; k0 += kKeys) {
@@ -481,6 +522,7 @@ void backward(const Parallel& run, const Attention& a, const E* dout, E* dq, E* 
             for (int c = 0; c < z.wp; c += kTile) vstore(x + c, vload(x + c) * scale);
             const int t = q0 + i + j;
             E* to = dq + ((ptrdiff_t(b) * z.t + t) * a.heads + h) * z.width;
+            if (t + kTile < z.t) prefetch_write(to + ptrdiff_t(kTile) * a.heads * z.width, z.width);
             store_back(x, a.nope, rot, rot.at(b, t), to, to + a.nope);
           }
         }
@@ -491,6 +533,8 @@ void backward(const Parallel& run, const Attention& a, const E* dout, E* dq, E* 
       const ptrdiff_t row = (ptrdiff_t(b) * z.t + t) * a.groups + g;
       E* to = dkv + row * (a.nope + a.value);
       E* rope = shared ? nullptr : dk_rope + row * a.rope;
+      if (t + kAhead < z.t)
+        prefetch_write(to + ptrdiff_t(kAhead) * a.groups * (a.nope + a.value), a.nope + a.value);
       store_back(x, a.nope, rot, rot.at(b, t), to, rope);
       store_row(m.dv + ptrdiff_t(t) * z.vp, to + a.nope, a.value);
       if (shared)
