@@ -84,8 +84,19 @@ def attention(config: ModelConfig, batch: MicroBatch) -> Stage:
         g = config.n_kv_heads
         repeated = 2 * h if g < h else 0  # keys and values, repeated for each query head
         projections = n * key * e * (2 * h + 3 * g + repeated)
-    saved["queries, keys, values"] = n * h * e * (2 * key + value)
     saved["attention output"] = n * h * e * value
+    if batch.native:  # reads the outputs of the projections in place
+        inputs = h * (key + config.qk_nope_head_dim + value) if config.is_mla else 0
+        inputs = n * e * (inputs or key * (h + 2 * config.n_kv_heads))
+        saved["queries, keys, values"] = inputs
+        saved["log-sum-exp and spans of documents"] = n * (h + 2) * F32
+        return Stage(
+            saved,
+            forward=n * d * e,
+            backward=n * d * e + max(inputs + n * h * e * value, _norm_backward(d, batch)),
+            gradients=parameters(config).attention_per_layer * e,
+        )
+    saved["queries, keys, values"] = n * h * e * (2 * key + value)
     b, t = batch.sequences, batch.tokens
     if b * h * t * t * e <= fused._KEEP_BYTES:
         pairs = sum((end - first) * visible for first, end, visible in fused._blocks(t, t))
