@@ -57,7 +57,7 @@ ONE_B: dict[str, Any] = dict(
 # Name, model, sequences per step, tokens per sequence.
 MODELS: list[tuple[str, dict[str, Any], int, int]] = [
     ("medium", {"preset": "medium"}, 32, 2048),
-    ("1B", ONE_B, 16, 4096),
+    ("1B", ONE_B, 8, 4096),
 ]
 TINY = [("tiny", {"preset": "tiny", "num_hidden_layers": 2, "vocab_size": 512}, 2, 32)]
 # Largest error of a gradient in float32, relative to the CPU. In bfloat16 the limit is a multiple

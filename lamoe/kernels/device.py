@@ -141,7 +141,9 @@ def attend(q, k, v, scale, segments=None):
     groups = q.shape[1] // k.shape[1]
     if isinstance(segments, Mask):
         if segments.blocks is not None and _fits_flex(q, v):
-            out = _flex()(q, k, v, block_mask=segments.blocks, scale=scale, enable_gqa=groups > 1)
+            # Within compiled code, FlexAttention becomes a kernel without a compiler of its own.
+            flex = flex_attention if torch.compiler.is_compiling() else _flex()
+            out = flex(q, k, v, block_mask=segments.blocks, scale=scale, enable_gqa=groups > 1)
             return out.transpose(1, 2)
         mask, segments = segments.dense, segments.segments
     else:
