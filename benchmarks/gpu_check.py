@@ -290,6 +290,8 @@ def main() -> None:
         sys.exit(f"gpu_check: {str(e).replace('run.device', '--device')}")
     if device.type == "cpu" and not args.tiny:
         sys.exit("gpu_check: there is no accelerator; --device cpu needs --tiny")
+    if device.type == "cpu":
+        devices.BACKEND = "aot_eager"  # compiling C++ code would take more than a minute
     begin = time.perf_counter()
     result: dict[str, Any] = {"device": devices.describe(device), "torch": torch.__version__}
 

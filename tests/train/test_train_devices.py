@@ -198,6 +198,7 @@ def test_a_failing_compiler_is_reported_once_and_the_run_goes_on(
 
 def test_gpu_check_runs_on_the_cpu(monkeypatch, capsys):
     """gpu_check.py runs the ops for accelerators, and its parity check fails for a wrong op."""
+    monkeypatch.setattr(devices, "BACKEND", devices.BACKEND)  # the script sets it
     monkeypatch.setattr(torch, "compile", lambda run, **how: run)  # tested above, takes seconds
     file = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
     monkeypatch.setattr(sys, "argv", [str(file), "--device", "cpu", "--tiny"])
