@@ -49,8 +49,12 @@ def using(impl: str) -> Iterator[None]:
         _DEFAULT = before
 
 
-def _choose(impl: str | None, tensors: list[torch.Tensor]) -> str:
-    """Return the name of the implementation for one call with these tensors."""
+def _choose(impl: str | None, tensors: list[torch.Tensor], products: bool = True) -> str:
+    """Return the name of the implementation for one call with these tensors.
+
+    Args:
+        products: whether the op multiplies rows of the tensors.
+    """
     chosen = impl or _DEFAULT
     if chosen:
         _check(chosen, "impl")
@@ -58,7 +62,9 @@ def _choose(impl: str | None, tensors: list[torch.Tensor]) -> str:
         return "device"  # torch.compile can fuse these ops only
     elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         chosen = "native"
-    return chosen if chosen and (chosen != "native" or native.supports(*tensors)) else "fused"
+    if chosen == "native" and not native.supports(*tensors, products=products):
+        chosen = "fused"
+    return chosen or "fused"
 
 
 def trains_native() -> bool:
@@ -79,12 +85,15 @@ def _op(name: str):
     return call
 
 
-def compiled(name: str, *tensors: torch.Tensor) -> Callable | None:
+def compiled(name: str, *tensors: torch.Tensor, products: bool = True) -> Callable | None:
     """Return the compiled op `name` of native.py if it computes with these tensors, else None.
 
     For operations that have no definition in ref.py, because it is elsewhere.
+
+    Args:
+        products: whether the op multiplies rows of the tensors.
     """
-    return getattr(native, name) if _choose(None, list(tensors)) == "native" else None
+    return getattr(native, name) if _choose(None, list(tensors), products) == "native" else None
 
 
 linear = _op("linear")

@@ -35,9 +35,12 @@ _ELEM = {torch.float32: 0, torch.bfloat16: 1}
 ISA = ""
 
 
-def supports(*tensors: torch.Tensor) -> bool:
+def supports(*tensors: torch.Tensor, products: bool = True) -> bool:
     """Return whether the ops can compute with these arguments: kernels built, on the CPU, float32
     or bfloat16 like the first one. Router weights are float32, and ids are integers.
+
+    Args:
+        products: whether the op multiplies rows of the tensors.
     """
     first = tensors[0]
     known = (first.dtype, torch.float32, torch.int64, torch.int32, torch.complex64)
@@ -45,7 +48,7 @@ def supports(*tensors: torch.Tensor) -> bool:
         lib is not None
         and first.dtype in _ELEM
         and all(t.device.type == "cpu" and t.dtype in known for t in tensors)
-        and all(_in_pairs(t, t.shape[-1]) for t in tensors if t.dim() > 1)
+        and (not products or all(_in_pairs(t, t.shape[-1]) for t in tensors if t.dim() > 1))
     )
 
 

@@ -169,7 +169,7 @@ class MasterAdamW:
         self.host_never_waits = any(p.device.type == "cuda" for p in self.params)
         self.compiled = all(
             p.dtype == torch.bfloat16 and p.is_contiguous() for p in self.params
-        ) and bool(kernels.compiled("adamw", *self.params))
+        ) and bool(kernels.compiled("adamw", *self.params, products=False))
         self.discard()
 
     def collect(self) -> None:
