@@ -117,8 +117,7 @@ void backward(const Parallel& run, const Router& r, const float* scores, const i
   std::memset(panel, 0, tile * td);
   for (int p = 0; p < parts; p++)
     pack_nn((const E*)r.gate, d, nullptr, experts, d, 0, td, panel, tile, p * part / kUnit<E>);
-  // Tiles are not a multiple of 4096 bytes apart, which would share cache sets.
-  const size_t tile_x = panel_tile<E>(kSumRows) + 64, block = tile_x * td;
+  const size_t tile_x = panel_tile<E>(kSumRows), block = tile_x * td;
   uint8_t* states = (uint8_t*)run.shared(2, block * size_t(blocks));  // x as b [rows, D]
   const size_t grads = sizeof(E) * kRows * size_t(depth + 32);
   constexpr int kSumTiles = 4;  // tiles of 16 columns of dgate that an item sums

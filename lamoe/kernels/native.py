@@ -26,7 +26,7 @@ try:
 except ImportError:
     _native = None
 lib: Any = _native
-if not hasattr(lib, "train_attention"):  # no kernels, or those of an older build
+if not hasattr(lib, "train_embedding_backward"):  # no kernels, or those of an older build
     lib = None
 
 # The types of the kernels, with their number in csrc/cpu/formats.h.
