@@ -180,12 +180,12 @@ def test_recomputation_begins_only_when_memory_is_short():
     assert memory_plan.choose(never, 1) == plans[0]
 
 
-def test_recommended_settings_fit_and_larger_ones_do_not():
+def test_recommended_settings_fit_and_larger_ones_do_not(monkeypatch):
+    # The range of memory below is that of these ops.
+    monkeypatch.setattr(kernels, "_DEFAULT", "fused")
     recipe = make_recipe("mla-moe", micro=8, size=24, seq_len=512, run=dict(recompute=False))
     seen = set()
     for memory in range(240_000_000, 420_000_000, 5_000_000):
-        if memory_plan.choose(recipe, memory).fits(memory, memory_plan.ERROR):
-            break  # nothing has to change
         found = memory_plan.settings_that_fit(recipe, memory)
         for changes in found:
             keys = {name: value for name, value in changes.items() if name != "total"}
