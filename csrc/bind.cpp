@@ -330,12 +330,14 @@ class PyModel {
 
 }  // namespace
 
+void bind_text(nb::module_& m);   // bind_text.cpp
 void bind_train(nb::module_& m);  // bind_train.cpp
 
 NB_MODULE(_native, m) {
   using nb::arg;
   m.doc() = "The compiled kernels. Use them through lamoe.backends.cpu and lamoe.kernels.";
   bind_train(m);
+  bind_text(m);
   m.def(
       "isa", [] { return std::string(ops().name); },
       "Return the instruction set in use, one of `features`.");

@@ -79,6 +79,29 @@ def train_experts_backward(
     arg18: str,
     /,
 ) -> None: ...
+def train_attention(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: float,
+    arg4: int,
+    arg5: str,
+    /,
+) -> None: ...
+def train_attention_backward(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: float,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: str,
+    /,
+) -> None: ...
+def train_spans(arg0: int, arg1: int, arg2: int, arg3: int, /) -> bool: ...
 def train_cross_entropy(
     arg0: int,
     arg1: int,
@@ -147,6 +170,19 @@ def train_swiglu_backward(
     arg9: str,
     /,
 ) -> None: ...
+def train_embedding_backward(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: str,
+    /,
+) -> None: ...
 def train_route(
     arg0: int,
     arg1: int,
@@ -203,6 +239,41 @@ def train_adamw(
     arg7: str,
     /,
 ) -> None: ...
+def count_units(text: bytes) -> int:
+    """Return the number of units (see UnitEncoder) in a text in UTF-8."""
+
+class UnitEncoder:
+    """
+    Encodes texts in UTF-8 with caches of the ids of units and words.
+
+    A unit is a blank and the characters up to the next white space, or white space.
+    """
+
+    def __init__(self, max_entries: int) -> None:
+        """Each cache holds at most `max_entries`."""
+
+    def start(self, text: bytes) -> bytes | None:
+        """
+        Begin a text. Return the first piece that is in no cache, or None. It is a word if it
+        is in ASCII, otherwise a unit.
+        """
+
+    def supply(self, ids: bytes) -> bytes | None:
+        """
+        Give the ids of the missing piece, as bytes. Return the next one, or None.
+        """
+
+    def ids(self) -> bytes:
+        """Return the ids of the text, as the bytes of `supply`."""
+
+    @property
+    def num_units(self) -> int:
+        """Units in the cache."""
+
+    @property
+    def num_words(self) -> int:
+        """Words in the cache."""
+
 def isa() -> str:
     """Return the instruction set in use, one of `features`."""
 

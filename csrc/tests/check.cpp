@@ -15,6 +15,7 @@
 #include "simd/common.h"
 
 namespace lamoe {
+void check_text();      // check_text.cpp
 void check_training();  // check_train.cpp
 }
 using namespace lamoe;
@@ -418,5 +419,6 @@ int main(int arguments, char**) {
   check_ops();
   check_models();
   check_training();
+  check_text();
   std::printf("check: %s all well\n", table.name);
 }
