@@ -17,7 +17,7 @@
 namespace lamoe {
 void check_text();      // check_text.cpp
 void check_training();  // check_train.cpp
-}
+}  // namespace lamoe
 using namespace lamoe;
 
 namespace {

@@ -85,7 +85,10 @@ def test_stub_names_every_binding():
         binding = getattr(lib, name)
         if isinstance(node, ast.FunctionDef):
             signature = binding.__doc__.splitlines()[0]
-            assert [a.arg for a in node.args.args] == re.findall(r"(\w+): ", signature)
+            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
+            assert names == re.findall(r"(\w+): ", signature)
             assert (ast.get_docstring(node) or "") in binding.__doc__
-    methods = {n.name for n in found["Model"].body if isinstance(n, ast.FunctionDef)}
-    assert methods == {n for n in vars(lib.Model) if not n.startswith("__")} | {"__init__"}
+    for name in ("Model", "UnitEncoder"):
+        methods = {n.name for n in found[name].body if isinstance(n, ast.FunctionDef)}
+        members = {n for n in vars(getattr(lib, name)) if not n.startswith("__")}
+        assert methods == members | {"__init__"}
