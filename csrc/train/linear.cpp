@@ -17,7 +17,7 @@ void multiply_rows(const Parallel& run, const E* a, ptrdiff_t lda, int m, int k,
                    int n, E* y, ptrdiff_t ldy) {
   const size_t tile = panel_tile<E>(k);
   const int all = tiles(n);
-  const int part = std::clamp(int(kPanelBytes / tile), 2, all);
+  const int part = std::min(all, std::max(2, int(kPanelBytes / tile)));
   const int parts = (all + part - 1) / part, row_items = (m + kItemRows - 1) / kItemRows;
   run(parts * row_items, [&](int item, int) {
     const int t0 = item / row_items * part, t1 = std::min(all, t0 + part), c = t0 * kTile;

@@ -88,12 +88,14 @@ def _op(name: str):
 def compiled(name: str, *tensors: torch.Tensor, products: bool = True) -> Callable | None:
     """Return the compiled op `name` of native.py if it computes with these tensors, else None.
 
-    For operations that have no definition in ref.py, because it is elsewhere.
+    For operations that have no definition in ref.py, because it is elsewhere. The tensors must have
+    one dtype.
 
     Args:
         products: whether the op multiplies rows of the tensors.
     """
-    return getattr(native, name) if _choose(None, list(tensors), products) == "native" else None
+    chosen = _choose(None, list(tensors), products) == "native"
+    return getattr(native, name) if chosen and len({t.dtype for t in tensors}) == 1 else None
 
 
 linear = _op("linear")

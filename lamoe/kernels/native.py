@@ -43,6 +43,8 @@ def supports(*tensors: torch.Tensor, products: bool = True) -> bool:
         products: whether the op multiplies rows of the tensors.
     """
     first = tensors[0]
+    if not first.numel():  # kernels do not write gradients of weights that no row uses
+        return False
     known = (first.dtype, torch.float32, torch.int64, torch.int32, torch.complex64)
     return (
         lib is not None
@@ -55,6 +57,11 @@ def supports(*tensors: torch.Tensor, products: bool = True) -> bool:
 def _in_pairs(x: torch.Tensor, *sizes: int) -> bool:
     """Return whether products can read rows of these sizes: bfloat16 is read in pairs."""
     return x.dtype != torch.bfloat16 or not any(size % 2 for size in sizes)
+
+
+def _are_alike(*tensors: torch.Tensor) -> bool:
+    """Return whether all tensors have one dtype. The kernels read raw memory and do not convert."""
+    return all(t.dtype == tensors[0].dtype for t in tensors)
 
 
 def _end() -> tuple[int, str]:
@@ -106,7 +113,14 @@ def _address(x: torch.Tensor | None) -> int:
 
 
 def linear(x, w):
-    return _Linear.apply(x, w) if _in_pairs(x, *w.shape) else ref.linear(x, w)
+    known = (
+        _are_alike(x, w)
+        and w.dim() == 2
+        and w.shape[0] > 0
+        and w.shape[1] == x.shape[-1]
+        and _in_pairs(x, *w.shape)
+    )
+    return _Linear.apply(x, w) if known else ref.linear(x, w)
 
 
 class _Experts(Function):
@@ -142,8 +156,16 @@ class _Experts(Function):
 
 
 def experts(x, expert, weight, w13, w2):
-    op = _Experts.apply if _in_pairs(x, x.shape[1]) else fused.experts
-    return op(x, expert, weight, w13, w2)
+    """See ref.experts, which raises for shapes that do not fit. Calls fused for other types."""
+    (count, d, f), rows = w2.shape, x.shape[:1]
+    fit = (
+        x.shape[1:] == (d,)
+        and w13.shape == (count, 2 * f, d)
+        and expert.shape == weight.shape == (*rows, expert.shape[-1])
+    )
+    known = fit and _are_alike(x, w13, w2) and weight.dtype == torch.float32 and _in_pairs(x, d)
+    other = fused.experts if fit else ref.experts
+    return (_Experts.apply if known else other)(x, expert.long(), weight, w13, w2)
 
 
 class _RopeAttend(Function):
@@ -202,9 +224,16 @@ def rope_attend(q, kv, k_rope, freqs, interleaved, scale, segments=None):
     r, width = k_rope.shape[-1], q.shape[-1]
     v = kv.shape[-1] - (width - r)
     spans = None if segments is None else _spans(segments)
+    (b, t, h, _), g = q.shape, kv.shape[2]
     known = (
         scale > 0
         and freqs.dtype == torch.complex64
+        and kv.shape[:2] == k_rope.shape[:2] == (b, t)
+        and (segments is None or segments.shape == (b, t))
+        and h % g == 0
+        and k_rope.shape[2] in (1, g)
+        and freqs.shape[0] in (1, b)
+        and freqs.shape[1:] == (t, r / 2)
         and all(x.numel() and x.dtype == q.dtype for x in (q, kv, k_rope) if x.shape[-1])
         and 0 < max(width, v) <= _MAX_WIDTH
         and (q.dtype == torch.float32 or v % 2 == 0)  # bfloat16 products read pairs of elements
@@ -244,8 +273,13 @@ class _CrossEntropy(Function):
 
 
 def cross_entropy(h, head, targets):
-    op = _CrossEntropy.apply if _in_pairs(h, h.shape[1]) else fused.cross_entropy
-    return op(h, head, targets)
+    if targets.shape != h.shape[:1] or int(targets.max()) >= head.shape[0]:
+        raise ValueError(
+            f"targets are {tuple(targets.shape)} ids up to {int(targets.max())}; there must be one "
+            f"for each of the {h.shape[0]} rows, below the vocabulary size {head.shape[0]}"
+        )
+    known = _are_alike(h, head) and head.shape[1] == h.shape[1] and _in_pairs(h, h.shape[1])
+    return (_CrossEntropy.apply if known else fused.cross_entropy)(h, head, targets.long())
 
 
 # ---- norm, SwiGLU, router, AdamW -----------------------------------------------------------------
@@ -288,11 +322,18 @@ class _RMSNorm(Function):
 
 
 def rms_norm(x, weight, eps):
-    return _RMSNorm.apply(x, None, weight, eps)
+    known = _are_alike(x, weight) and weight.shape == x.shape[-1:]
+    return _RMSNorm.apply(x, None, weight, eps) if known else ref.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(x, residual, weight, eps):
-    return _RMSNorm.apply(x, residual, weight, eps)
+    known = (
+        _are_alike(x, residual, weight)
+        and x.shape == residual.shape
+        and weight.shape == x.shape[-1:]
+    )
+    op = _RMSNorm.apply if known else ref.add_rms_norm
+    return op(x, residual, weight, eps)
 
 
 class _SwiGLU(Function):
@@ -320,7 +361,7 @@ class _SwiGLU(Function):
 
 
 def swiglu(x):
-    return _SwiGLU.apply(x)
+    return _SwiGLU.apply(x) if x.shape[-1] % 2 == 0 else ref.swiglu(x)
 
 
 class _Embedding(Function):
@@ -329,7 +370,7 @@ class _Embedding(Function):
         ids = ids.long().contiguous()
         ctx.save_for_backward(ids)
         ctx.shape = weight.shape
-        return weight[ids]
+        return ref.embedding(weight, ids)  # raises for ids outside of the table
 
     @staticmethod
     @once_differentiable
@@ -402,7 +443,18 @@ def route(x, gate, top_k, groups, top_groups, normalise, scale):
 
     Returns:
         Scores [N, E] float32, experts [N, K] int64 and weights [N, K] float32.
+
+    Raises:
+        ValueError: if the sizes do not fit together.
     """
+    experts = gate.shape[0]
+    competing = experts // groups * top_groups if groups else experts
+    if gate.shape[1:] != x.shape[1:] or not 0 < top_k <= competing <= experts:
+        raise ValueError(
+            f"the router got rows {tuple(x.shape)}, a gate {tuple(gate.shape)} and the best {top_k}"
+            f" of {competing} experts; rows and gate must have one width, and there must be"
+            " enough experts"
+        )
     return _Route.apply(x, gate, top_k, groups, top_groups, normalise, scale)
 
 

@@ -261,6 +261,9 @@ class MasterAdamW:
                 )
             )
         native.adamw(tensors, lr, beta1, beta2, eps, self._grad_scale)
+        # The kernel writes through addresses, which autograd does not see.
+        updated = [param for param, grad in zip(self.params, self.grads) if grad is not None]
+        torch.autograd.graph.increment_version(updated)
 
     def discard(self) -> None:
         """Clear the collected gradients without an update."""

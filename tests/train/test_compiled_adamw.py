@@ -124,6 +124,19 @@ def test_the_number_of_threads_changes_nothing(isa):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
+def test_a_backward_pass_through_updated_weights_raises():
+    """Autograd sees the update, as it sees torch's, and refuses gradients of other weights."""
+    net = Net()
+    optimizer, x = MasterAdamW(net, OPTIM), torch.ones(4, 4, requires_grad=True)
+    loss = (x * net.weights[-1]).sum()
+    loss.backward(retain_graph=True)
+    optimizer.collect()
+    optimizer.clip()
+    optimizer.step(1e-2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("earlier", ["compiled", "torch"])
 def test_resume(earlier, monkeypatch):
     """A run resumed from a checkpoint of either implementation continues as without a break.
