@@ -7,7 +7,7 @@ namespace lamoe {
 namespace {
 
 constexpr size_t kMaxData = 64 << 20;  // bytes of all keys and values of a cache
-constexpr size_t kSlack = 16;          // short values are copied by one vector of 16 bytes
+constexpr size_t kSlack = 16;          // bytes of the vector that copies a short value
 constexpr size_t kMinSlots = 1 << 10;
 constexpr size_t kProbes = 16;  // bounds the time of a lookup, even for keys that were chosen to
                                 // have equal hashes
@@ -212,7 +212,7 @@ UnitEncoder::Piece UnitEncoder::run() {
     next_ = unit_end(unit, end_, ascii);
     const size_t size = size_t(next_ - unit);
     if (const ByteCache::Value v = units_.find(unit, size); v.data) {
-      append(v.data, v.size);
+      append(v);
       continue;
     }
     if (!ascii) return piece_ = {unit, size};
@@ -232,7 +232,7 @@ bool UnitEncoder::run_words() {
       piece_ = {word_, size};
       return false;
     }
-    append(v.data, v.size);
+    append(v);
     word_ += size;
   }
   units_.insert(unit_, size_t(next_ - unit_), out_.data() + unit_ids_, out_size_ - unit_ids_);
@@ -240,11 +240,21 @@ bool UnitEncoder::run_words() {
   return true;
 }
 
-// `ids` must have kSlack readable bytes if they come from a cache.
 void UnitEncoder::append(const uint8_t* ids, size_t bytes) {
-  if (out_.size() < out_size_ + bytes + kSlack) out_.resize((out_size_ + bytes) * 2 + 1024);
-  std::memcpy(out_.data() + out_size_, ids, bytes);
+  reserve(bytes);
+  if (bytes) std::memcpy(out_.data() + out_size_, ids, bytes);
   out_size_ += bytes;
+}
+
+void UnitEncoder::append(ByteCache::Value v) {
+  if (v.size > kSlack) return append(v.data, v.size);
+  reserve(kSlack);
+  std::memcpy(out_.data() + out_size_, v.data, kSlack);
+  out_size_ += v.size;
+}
+
+void UnitEncoder::reserve(size_t bytes) {
+  if (out_.size() < out_size_ + bytes) out_.resize((out_size_ + bytes) * 2 + 1024);
 }
 
 }  // namespace lamoe

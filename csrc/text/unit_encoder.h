@@ -73,6 +73,8 @@ class UnitEncoder {
   Piece run();
   bool run_words();
   void append(const uint8_t* ids, size_t bytes);
+  void append(ByteCache::Value ids);
+  void reserve(size_t bytes);
 
   ByteCache units_, words_;
   const uint8_t *end_ = nullptr, *next_ = nullptr;   // the text after the units that are done

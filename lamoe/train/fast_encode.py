@@ -39,6 +39,7 @@ _ASCII_WORD = re.compile(
     r" ?[A-Za-z]+| ?[^\sA-Za-z0-9]+|[\r\n0-9]|[^\S\r\n]+(?!\S)|[^\S\r\n]+", re.ASCII
 )
 _SPELLING = {byte: char for char, byte in BYTE_OF.items()}
+_BLANK = _SPELLING[ord(" ")]
 _MAX_ENTRIES = 1 << 20  # of a cache, about 200 bytes each
 _MAX_LENGTH = 64  # characters of a unit that is worth an entry
 _LONG_UNIT = 16  # mean characters of the units in languages without blanks, which seldom repeat
@@ -132,7 +133,9 @@ class CachedEncoder:
         return b"".join(map(self._words.__getitem__, _ASCII_WORD.findall(unit)))
 
     def _encode_word(self, word: str) -> bytes:
-        spelled = word.translate(_SPELLING)
+        # Printable characters of ASCII are spelt as themselves, and `replace` is faster.
+        printable = word.isprintable()
+        spelled = word.replace(" ", _BLANK) if printable else word.translate(_SPELLING)
         ids = [token.id for token in self._model.tokenize(spelled)]
         if not self._tokenizer._control_ids.isdisjoint(ids):  # merged from plain text
             ids = self._tokenizer.encode(word)
