@@ -236,7 +236,7 @@ void tiles_int(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, f
 template <int FMT, class Unit = Tiles>
 void tiles_unit(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, float* out,
                 ptrdiff_t ldo) {
-  constexpr int kRows = Traits::kUnitRows;
+  constexpr int kRows = Traits::kUnitRows, kTiles = Traits::kUnitTiles;
   const size_t tile = tile_bytes(m.fmt, m.k), stride = size_t(x.stride) * element_bytes(FMT);
   const uint8_t* y = (FMT == FP32 ? (const uint8_t*)x.f : (const uint8_t*)x.h) + row * stride;
   const int units = FMT == FP32 ? m.k : (m.k + 1) / 2;
@@ -251,9 +251,9 @@ void tiles_unit(const Mat& m, int t0, int t1, const Acts& x, int row, int rows, 
     if (rows == 1 && t + 4 <= t1) {
       micro_unit<FMT, 4, 1>(w, tile, units, y, stride, to, ldo, n);
       t += 4;
-    } else if (t + 2 <= t1) {
-      rows_unit<FMT, 2, kRows>(w, tile, units, y, stride, rows, to, ldo, n);
-      t += 2;
+    } else if (t + kTiles <= t1) {
+      rows_unit<FMT, kTiles, kRows>(w, tile, units, y, stride, rows, to, ldo, n);
+      t += kTiles;
     } else {
       rows_unit<FMT, 1, kRows>(w, tile, units, y, stride, rows, to, ldo, n);
       t += 1;

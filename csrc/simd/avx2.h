@@ -349,7 +349,9 @@ struct Traits {  // scalar.h documents each constant
   // sum.
   static constexpr int kPrefetchLevel = 3, kMaxByte = 127;
 #endif
-  static constexpr int kIntRows = 8, kPairTiles = 1, kPairRows = 8, kUnitRows = 6, kDecodeRows = 16;
+  static constexpr int kIntRows = 8, kPairTiles = 1, kPairRows = 8, kDecodeRows = 16;
+  // The sums of 6 rows take 12 of the sixteen registers.
+  static constexpr int kUnitTiles = 1, kUnitRows = 6;
   static constexpr int kScoreRows = 4, kOutLanes = 4;
   // Each sum takes two of the sixteen registers. BF16 operands need more registers than the others.
   static constexpr int kProbeInt = 6, kProbeBf16 = 5, kProbeFp32 = 6;

@@ -256,7 +256,7 @@ struct Avx512Traits {  // scalar.h documents each constant
   static constexpr const char* kCpuFeatures = "avx512f avx512bw avx512vl avx512dq avx512vnni";
   static constexpr int kPrefetchLevel = 2;  // L2, the better level on Intel CPUs
 #endif
-  static constexpr int kIntRows = 12, kPairTiles = 2, kPairRows = 6, kUnitRows = 12;
+  static constexpr int kIntRows = 12, kPairTiles = 2, kPairRows = 6, kUnitTiles = 2, kUnitRows = 12;
   static constexpr int kDecodeRows = 24;
   static constexpr int kScoreRows = 16, kOutLanes = 16;
   static constexpr int kMaxByte = 255;

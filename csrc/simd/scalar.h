@@ -287,6 +287,7 @@ struct Traits {
   static constexpr int kIntRows = 8;  // rows of an INT8 / INT4 micro-kernel for one tile of weights
   static constexpr int kPairTiles = 1;    // decoded tiles that share each load of an activation
   static constexpr int kPairRows = 8;     // rows of a micro-kernel for kPairTiles decoded tiles
+  static constexpr int kUnitTiles = 2;    // tiles of an FP32 / BF16 micro-kernel
   static constexpr int kUnitRows = 6;     // rows of an FP32 / BF16 micro-kernel
   static constexpr int kDecodeRows = 16;  // fewest rows for which tiles are decoded into scratch
   // Cache level that weights are prefetched to, as the argument of __builtin_prefetch: 3 is L1, 2

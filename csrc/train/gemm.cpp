@@ -102,9 +102,10 @@ void product(const E* a, ptrdiff_t lda, int rows, int k, const uint8_t* w, size_
     return Unit::template linear_bf16<ADD>(w, tile, count, units<E>(k), x, stride, rows, out, ldo,
                                            n);
   }
-  for (int t = 0; t < count; t += 2) {
-    const auto multiply = t + 2 <= count ? rows_unit<kElem<E>, 2, kRows, ADD, O>
-                                         : rows_unit<kElem<E>, 1, kRows, ADD, O>;
+  constexpr int kTiles = Traits::kUnitTiles;
+  for (int t = 0; t < count; t += kTiles) {
+    const auto multiply = t + kTiles <= count ? rows_unit<kElem<E>, kTiles, kRows, ADD, O>
+                                              : rows_unit<kElem<E>, 1, kRows, ADD, O>;
     multiply(w + t * tile, tile, units<E>(k), x, stride, rows, out + kTile * t, ldo, n - kTile * t);
   }
 }
