@@ -32,6 +32,7 @@ from lamoe.model.transformer import Transformer
 EXTRAS = {
     "serve": "lamoe serve, and structured output (regex, grammar, JSON schema)",
     "train": "plots in reports, TensorBoard events",
+    "data": "training text in Parquet and .zst files",
     "gguf": "lamoe convert of GGUF files",
     "test": "make test; a server does not need it, nor the chromium that tests of the page use",
     "lm-eval": "make test-lm-eval",

@@ -72,7 +72,7 @@ def test_every_extra_is_listed_with_its_missing_packages():
     ]
     assert set(doctor.EXTRAS) == set(extras)
     for extra, lines in extras.items():
-        assert doctor._requirements(extra) == [re.match(r"[\w-]+", line)[0] for line in lines]
+        assert doctor._requirements(extra) == [re.match(r"[\w.-]+", line)[0] for line in lines]
     with mock.patch.object(doctor, "_version", lambda name: None if name == "uvicorn" else "1"):
         found = doctor.examine(SMALL)
     assert found["extras"]["serve"]["missing"] == ["uvicorn"]
