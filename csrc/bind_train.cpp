@@ -122,8 +122,7 @@ double cross_entropy(int elem, Address h, Address head, Address targets, int row
   });
 }
 
-// ---- norm, SwiGLU, router, AdamW
-// ------------------------------------------------------------------
+// ---- norm, SwiGLU, router, AdamW ----------------------------------------------------------------
 void rms_norm(int elem, int rows, int dim, Address weight, float eps, Address x, int64_t ldx,
               Address residual, int64_t ldr, Address sum, Address y, Address inv, int threads,
               const std::string& isa) {
@@ -236,7 +235,6 @@ void bind_train(nb::module_& m) {
   m.def("train_spans", &spans);
   m.def("train_cross_entropy", &cross_entropy);
   m.def("train_kept_bytes", &kept_bytes);
-  m.def("train_runtime", [] { return std::string(parallel_runtime()); });
   m.def("train_rms_norm", &rms_norm);
   m.def("train_rms_norm_backward", &rms_norm_backward);
   m.def("train_swiglu", &swiglu);

@@ -68,7 +68,7 @@ void Threads::renew() {
   born_ = forks.load();
 }
 
-Threads::Team::Team(int n) : ranges(new Range[size_t(n)]) {
+Threads::Team::Team(int n) : ranges(n) {
   try {
     for (int i = 1; i < n; i++) workers.emplace_back([this, i] { work(i); });
   } catch (...) {  // the system refuses another thread
@@ -112,11 +112,7 @@ Threads::Session::Session(Threads& t) {
 // are such a pair.
 void Threads::Team::go(int items, const void* function) {
   f = function;
-  const int n = size();
-  for (int t = 0; t < n; t++) {
-    ranges[t].next.store(int(int64_t(items) * t / n), std::memory_order_relaxed);
-    ranges[t].end = int(int64_t(items) * (t + 1) / n);
-  }
+  ranges.divide(items);
   round.fetch_add(1);
   if (workers_sleep.load()) wake_workers();
   take(0);
@@ -137,12 +133,11 @@ void Threads::Team::go(int items, const void* function) {
 
 void Threads::Team::take(int thread) noexcept {
   try {
-    for (int k = 0, n = size(); k < n; k++) {
-      Range& r = ranges[(thread + k) % n];
-      for (int i; !failed.load(std::memory_order_relaxed) &&
-                  (i = r.next.fetch_add(1, std::memory_order_relaxed)) < r.end;)
-        call(f, i, thread);
-    }
+    ranges.take(thread, [&](int i) {
+      if (failed.load(std::memory_order_relaxed)) return false;
+      call(f, i, thread);
+      return true;
+    });
   } catch (...) {
     if (!failed.exchange(true, std::memory_order_relaxed)) error = std::current_exception();
   }

@@ -19,6 +19,40 @@
 
 namespace lamoe {
 
+// The items of one parallel run, divided into a range for each thread.
+class ItemRanges {
+ public:
+  explicit ItemRanges(int threads) : threads_(threads), ranges_(new Range[size_t(threads)]) {}
+
+  // Divides the items 0 to items - 1. No thread may be inside of `take`.
+  void divide(int items) {
+    for (int t = 0; t < threads_; t++) {
+      const auto begin = [&](int i) { return int(int64_t(items) * i / threads_); };
+      ranges_[t].next.store(begin(t), std::memory_order_relaxed);
+      ranges_[t].end = begin(t + 1);
+    }
+  }
+
+  // Calls f(item) for the items of the thread's own range, then for those left in the others. Stops
+  // when f returns false.
+  template <class F>
+  void take(int thread, const F& f) {
+    for (int k = 0; k < threads_; k++) {
+      Range& r = ranges_[(thread + k) % threads_];
+      for (int i; (i = r.next.fetch_add(1, std::memory_order_relaxed)) < r.end;)
+        if (!f(i)) return;
+    }
+  }
+
+ private:
+  struct alignas(64) Range {
+    std::atomic<int> next{0};
+    int end = 0;
+  };
+  const int threads_;
+  std::unique_ptr<Range[]> ranges_;
+};
+
 class Threads {
  public:
   explicit Threads(int n);
@@ -73,11 +107,7 @@ class Threads {
     const void* f = nullptr;
     std::atomic<bool> failed{false};
     std::exception_ptr error;
-    struct alignas(64) Range {
-      std::atomic<int> next{0};
-      int end = 0;
-    };
-    std::unique_ptr<Range[]> ranges;             // the items of each thread
+    ItemRanges ranges;
     alignas(64) std::atomic<uint32_t> round{0};  // odd while a round is open for workers
     alignas(64) std::atomic<int> inside{0};      // number of workers that may read call, f, ranges
   };

@@ -351,9 +351,9 @@ void forward(const Parallel& run, const Attention& a) {
 template <class E>
 struct Backward {
   static constexpr int kStrideS = kQueries + 16, kStrideP = kQueries + 32, kStrideK = kKeys + 32;
-  E *k, *k_turned;  // [up(T)][w] keys, [T / kKeys][w][kStrideK] the same, transposed
-  float *dk, *dv;   // [up(T)][wp], [up(T)][vp] sums
-  E* q;             // [kQueries][w]
+  E *k, *k_transposed;  // [up(T)][w] keys, [T / kKeys][w][kStrideK] the same, transposed
+  float *dk, *dv;       // [up(T)][wp], [up(T)][vp] sums
+  E* q;                 // [kQueries][w]
   uint8_t *q_nt, *q_nn, *dout_nt, *dout_nn;
   uint8_t* ds_nn;      // gradients of the logits as b [kKeys, kQueries]
   float *s, *dp;       // [kBlock][kStrideS] logits and gradients of the probabilities
@@ -369,7 +369,7 @@ struct Backward {
         tile_k(panel_tile<E>(kKeys)) {
     Memory m(memory);
     const size_t t = size_t(up(z.t)), blocks = (t + kKeys - 1) / kKeys;
-    m.take(k, t * z.w), m.take(k_turned, blocks * z.w * kStrideK);
+    m.take(k, t * z.w), m.take(k_transposed, blocks * z.w * kStrideK);
     m.take(dk, t * z.wp), m.take(dv, t * z.vp), m.take(q, size_t(kQueries) * z.w);
     m.take(q_nt, tile_w * tiles(kQueries)), m.take(q_nn, tile_q * z.tw);
     m.take(dout_nt, tile_v * tiles(kQueries)), m.take(dout_nn, tile_q * z.tv);
@@ -437,7 +437,7 @@ void backward(const Parallel& run, const Attention& a, const E* dout, E* dq, E* 
     z.keys(rot, b, g, 0, z.t, m.k);
     for (int k = 0; k < z.t; k += kKeys)
       transpose(m.k + ptrdiff_t(k) * z.w, z.w, std::min(kKeys, up(z.t) - k), z.width,
-                m.k_turned + k / kKeys * ptrdiff_t(z.w) * m.kStrideK, m.kStrideK);
+                m.k_transposed + k / kKeys * ptrdiff_t(z.w) * m.kStrideK, m.kStrideK);
     for (int h = g * group; h < (g + 1) * group; h++)
       for (int q0 = 0; q0 < z.t; q0 += kQueries) {
         // 1. pack the queries and the gradients of their outputs
@@ -502,12 +502,12 @@ void backward(const Parallel& run, const Attention& a, const E* dout, E* dq, E* 
                      m.dk + ptrdiff_t(k) * z.wp, z.wp, add);
           }
           // 3. gradients of the queries that see some of these keys
-          const E* turned = m.k_turned + k0 / kKeys * ptrdiff_t(z.w) * m.kStrideK;
+          const E* transposed = m.k_transposed + k0 / kKeys * ptrdiff_t(z.w) * m.kStrideK;
           for (int i = 0; i < padded; i += kBlock) {
             const int start = down(z.first(b, q0 + i)), from = std::max(k0, start);
             const int to = std::min(k0 + kKeys, q0 + i + kBlock);
             if (from < to)
-              multiply(turned + from - k0, m.kStrideK, z.width, to - from,
+              multiply(transposed + from - k0, m.kStrideK, z.width, to - from,
                        m.ds_nn + size_t((from - k0) / kUnit<E>) * 64, m.tile_k, i / kTile,
                        i / kTile + 2, m.dq + i, m.kStrideS, start < k0);
           }

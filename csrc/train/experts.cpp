@@ -10,9 +10,8 @@ namespace lamoe {
 namespace LAMOE_ISA {
 namespace {
 
-constexpr int kRowsAtOnce = 32;  // rows whose float32 results are in scratch before they are stored
-constexpr int kColumns = 64;     // columns of gate and of up whose float32 results are in scratch
-constexpr int kForwardRows = 128;   // rows of an item of forward
+constexpr int kColumns = 64;       // columns of gate and of up whose float32 results are in scratch
+constexpr int kForwardRows = 128;  // rows of an item of forward
 constexpr int kBackwardRows = 128;  // rows that backward processes at once
 constexpr int kItemRows = 1536;     // rows of an item of backward, whose weight gradients it sums
 constexpr int kStride = kBackwardRows + 32;
@@ -146,11 +145,11 @@ void forward(const Parallel& run, const Experts& e, E* out) {
 // The memory of one thread in backward. Strides of transposed matrices are kStride.
 template <class E>
 struct Scratch {
-  float *sum13, *sum2;    // [2 F][D], [F][D] (transposed): gradients of the weights of a piece
-  float* product;         // [kRowsAtOnce][F]
-  E *dy, *h, *act;        // [kBackwardRows][D], [..][2 F], [..][F]
-  E *turned13, *turned2;  // [2 F], [F] rows of kStride: dh and act, transposed
-  uint8_t* panel;         // x or dy as b [kBackwardRows, D]
+  float *sum13, *sum2;  // [2 F][D], [F][D] (transposed): gradients of the weights of a piece
+  float* product;       // [kRowsAtOnce][F]
+  E *dy, *h, *act;      // [kBackwardRows][D], [..][2 F], [..][F]
+  E *h_transposed, *act_transposed;  // [2 F], [F] rows of kStride: dh and act, transposed
+  uint8_t* panel;                    // x or dy as b [kBackwardRows, D]
 
   static size_t bytes(const Sizes<E>& s) { return Scratch(nullptr, s).end; }
   Scratch(char* p, const Sizes<E>& s) {
@@ -159,7 +158,7 @@ struct Scratch {
     take(p, product, size_t(kRowsAtOnce) * s.fp);
     take(p, dy, size_t(kBackwardRows) * s.ld), take(p, h, size_t(kBackwardRows) * s.f2);
     take(p, act, size_t(kBackwardRows) * s.fp);
-    take(p, turned13, size_t(s.f2) * kStride), take(p, turned2, size_t(s.f) * kStride);
+    take(p, h_transposed, size_t(s.f2) * kStride), take(p, act_transposed, size_t(s.f) * kStride);
     take(p, panel, panel_tile<E>(kBackwardRows) * s.td);
   }
 
@@ -172,10 +171,10 @@ struct Scratch {
   }
 };
 
-// dw [rows][columns] = sums, for sums [rows][ld] or, if `turned`, sums [columns][ld].
+// dw [rows][columns] = sums, for sums [rows][ld] or, if `transposed`, sums [columns][ld].
 template <class E>
-void store_sums(const float* sums, int ld, bool turned, E* dw, int rows, int columns) {
-  if (!turned) {
+void store_sums(const float* sums, int ld, bool transposed, E* dw, int rows, int columns) {
+  if (!transposed) {
     for (int i = 0; i < rows; i++)
       store_row(sums + ptrdiff_t(i) * ld, dw + ptrdiff_t(i) * columns, columns);
     return;
@@ -275,15 +274,15 @@ void backward(const Parallel& run, const Experts& e, const E* dout, E* dx, float
       }
       // dw2^T [F, D] += act^T dy and dw13 [2 F, D] += dh^T x
       const size_t tile = panel_tile<E>(kBackwardRows);
-      transpose(m.act, s.fp, n, s.f, m.turned2, kStride);
+      transpose(m.act, s.fp, n, s.f, m.act_transposed, kStride);
       pack_nn(m.dy, s.ld, nullptr, n, s.d, 0, s.td, m.panel, tile);
       for (int i = 0; i < s.f; i += kRowsAtOnce)
-        multiply(m.turned2 + i * kStride, kStride, std::min(kRowsAtOnce, s.f - i), n, m.panel, tile,
-                 0, s.td, m.sum2 + ptrdiff_t(i) * dp, dp, r > 0);
-      transpose(m.h, s.f2, n, s.f2, m.turned13, kStride);
+        multiply(m.act_transposed + i * kStride, kStride, std::min(kRowsAtOnce, s.f - i), n,
+                 m.panel, tile, 0, s.td, m.sum2 + ptrdiff_t(i) * dp, dp, r > 0);
+      transpose(m.h, s.f2, n, s.f2, m.h_transposed, kStride);
       pack_nn((const E*)e.x, s.d, token, n, s.d, 0, s.td, m.panel, tile);
       for (int i = 0; i < s.f2; i += kRowsAtOnce)
-        multiply(m.turned13 + i * kStride, kStride, std::min(kRowsAtOnce, s.f2 - i), n, m.panel,
+        multiply(m.h_transposed + i * kStride, kStride, std::min(kRowsAtOnce, s.f2 - i), n, m.panel,
                  tile, 0, s.td, m.sum13 + ptrdiff_t(i) * dp, dp, r > 0);
     }
     if (slot[item] < 0) {

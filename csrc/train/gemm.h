@@ -30,6 +30,9 @@ constexpr int kElem = sizeof(E) == 4 ? FP32 : BF16;
 template <class E>
 constexpr int kUnit = 4 / int(sizeof(E));  // elements along k in a unit
 
+// Rows of a product that stay in a core's L1 cache. AMX computes as many at once.
+constexpr int kRowsAtOnce = 32;
+
 template <class E>
 INLINE constexpr int units(int k) {
   return (k + kUnit<E> - 1) / kUnit<E>;
@@ -46,8 +49,7 @@ INLINE size_t panel_bytes(int n, int k) {
   return size_t(tiles(n)) * panel_tile<E>(k);
 }
 
-// ---- sixteen elements of type E
-// ------------------------------------------------------------------
+// ---- sixteen elements of type E -----------------------------------------------------------------
 INLINE vf load_e(const float* p) { return vload(p); }
 INLINE vf load_e(const bf16* p) { return vload_bf16(p); }
 INLINE void store_e(float* p, vf x) { vstore(p, x); }
@@ -79,9 +81,8 @@ INLINE void store_row(const float* from, E* to, int n) {
   if (i < n) store_n(to + i, vload_n(from + i, n - i), n - i);
 }
 
-// ---- packing
-// ------------------------------------------------------------------------------------- Packs tiles
-// t0 .. t1 of b = w^T for w [n, k], rows `ld` elements apart. Columns beyond n are 0.
+// ---- packing ------------------------------------------------------------------------------------
+// Packs tiles t0 .. t1 of b = w^T for w [n, k], rows `ld` elements apart. Columns beyond n are 0.
 template <class E>
 void pack_nt(const E* w, ptrdiff_t ld, int n, int k, int t0, int t1, void* panel);
 
@@ -97,10 +98,9 @@ void pack_nn(const E* b, ptrdiff_t ld, const int32_t* row, int k, int n, int t0,
 template <class E>
 void transpose(const E* x, ptrdiff_t ld, int m, int n, E* out, ptrdiff_t ldo);
 
-// ---- products
-// ------------------------------------------------------------------------------------ out
-// [rows][16 (t1 - t0)] = a [rows, k] times tiles t0 .. t1 of a panel with tiles of `tile` bytes; if
-// `add`, the product is added to out. Writes whole tiles: 16 columns each.
+// ---- products -----------------------------------------------------------------------------------
+// out [rows][16 (t1 - t0)] = a [rows, k] times tiles t0 .. t1 of a panel with tiles of `tile`
+// bytes; if `add`, the product is added to out. Writes whole tiles: 16 columns each.
 template <class E>
 void multiply(const E* a, ptrdiff_t lda, int rows, int k, const void* panel, size_t tile, int t0,
               int t1, float* out, ptrdiff_t ldo, bool add = false);

@@ -5,7 +5,6 @@ namespace lamoe {
 namespace LAMOE_ISA {
 namespace {
 
-constexpr int kRowsAtOnce = 32;  // rows of a product that stay in a core's L1 cache
 constexpr int kItemRows = 128;
 constexpr size_t kPanelBytes = 768 << 10;  // part of a panel that stays in a core's L2 cache
 constexpr int kSumRows = 512;              // rows that linear_dw packs at once

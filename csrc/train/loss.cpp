@@ -6,8 +6,7 @@ namespace lamoe {
 namespace LAMOE_ISA {
 namespace {
 
-constexpr int kChunk = 512;  // rows whose logits exist at once
-constexpr int kRowsAtOnce = 32;
+constexpr int kChunk = 512;      // rows whose logits exist at once
 constexpr int kVocabItem = 512;  // columns of an item
 constexpr int kStride = kChunk + 32;
 constexpr int kStateRows = 64;  // rows of an item of dh
@@ -108,12 +107,12 @@ double run_loss(const Parallel& run, const E* h, const E* head, const int64_t* t
     });
     // 4. dhead += dlogits^T h
     run(vocab_items, [&](int item, int thread) {
-      E* turned = own.at<E>(thread);
+      E* transposed = own.at<E>(thread);
       const int c = item * kVocabItem, width = std::min(kVocabItem, vocab - c);
-      transpose(logits + c, ld, n, width, turned, kStride);
+      transpose(logits + c, ld, n, width, transposed, kStride);
       for (int i = 0; i < width; i += kRowsAtOnce)
-        multiply(turned + i * kStride, kStride, std::min(kRowsAtOnce, width - i), n, states, tile_h,
-                 0, td, dhead_sum + ptrdiff_t(c + i) * dp, dp, first > 0);
+        multiply(transposed + i * kStride, kStride, std::min(kRowsAtOnce, width - i), n, states,
+                 tile_h, 0, td, dhead_sum + ptrdiff_t(c + i) * dp, dp, first > 0);
       if (first + n == rows)
         for (int i = 0; i < width; i++)
           store_row(dhead_sum + ptrdiff_t(c + i) * dp, dhead + ptrdiff_t(c + i) * hidden, hidden);

@@ -9,12 +9,10 @@
 #endif
 
 #include <atomic>
-#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <new>
-#include <vector>
 
 #include "model/threads.h"
 
@@ -51,25 +49,21 @@ class NoDenormals {
 #endif
 };
 
+// One parallel run. Every thread calls `work` once.
 struct Job {
-  struct alignas(64) Range {
-    std::atomic<int> next;
-    int end;
-  };
   void (*call)(const void*, int, int);
   const void* f;
-  int threads;
+  ItemRanges ranges;
   std::atomic<int> entered{0};
-  std::unique_ptr<Range[]> ranges;
 
   void work() {
     const NoDenormals mode;
     (void)mode;
-    const int t = entered.fetch_add(1, std::memory_order_relaxed);
-    for (int k = 0; k < threads; k++) {
-      Range& r = ranges[(t + k) % threads];
-      for (int i; (i = r.next.fetch_add(1, std::memory_order_relaxed)) < r.end;) call(f, i, t);
-    }
+    const int thread = entered.fetch_add(1, std::memory_order_relaxed);
+    ranges.take(thread, [&](int i) {
+      call(f, i, thread);
+      return true;
+    });
   }
 };
 
@@ -121,30 +115,17 @@ Parallel::Own Parallel::own(size_t bytes) const {
 
 void Parallel::go(int items, void (*call)(const void*, int, int), const void* f) const {
   const int threads = items == 1 ? 1 : threads_;
+  Job job{call, f, ItemRanges(threads)};
+  job.ranges.divide(items);
   if (threads == 1) {
-    const NoDenormals mode;
-    (void)mode;
-    for (int i = 0; i < items; i++) call(f, i, 0);
-    return;
-  }
-  if (!openmp()) {
+    job.work();
+  } else if (openmp()) {
+    openmp()([](void* p) { ((Job*)p)->work(); }, &job, unsigned(threads), 0);
+  } else {
     Threads& workers = team(threads);
     Threads::Session awake(workers);
-    workers.run(items, [&](int i, int t) {
-      const NoDenormals mode;
-      (void)mode;
-      call(f, i, t);
-    });
-    return;
+    workers.run(threads, [&](int, int) { job.work(); });
   }
-  Job job;
-  job.call = call, job.f = f, job.threads = threads;
-  job.ranges.reset(new Job::Range[size_t(threads)]);
-  for (int t = 0; t < threads; t++) {
-    job.ranges[t].next.store(int(int64_t(items) * t / threads), std::memory_order_relaxed);
-    job.ranges[t].end = int(int64_t(items) * (t + 1) / threads);
-  }
-  openmp()([](void* p) { ((Job*)p)->work(); }, &job, unsigned(threads), 0);
 }
 
 size_t kept_bytes() {

@@ -111,7 +111,7 @@ void backward(const Parallel& run, const Router& r, const float* scores, const i
   const int part = ceil_to(experts, 16), depth = parts * part;
   const int blocks = (r.rows + kSumRows - 1) / kSumRows;
   const ptrdiff_t ld = ptrdiff_t(blocks) * kSumRows + 32;
-  E* turned = (E*)run.shared(0, sizeof(E) * size_t(depth) * size_t(ld));  // dlogits, transposed
+  E* transposed = (E*)run.shared(0, sizeof(E) * size_t(depth) * size_t(ld));  // dlogits, transposed
   const size_t tile = panel_tile<E>(depth);
   uint8_t* panel = (uint8_t*)run.shared(1, tile * td);  // the gate once for each part
   std::memset(panel, 0, tile * td);
@@ -154,7 +154,7 @@ void backward(const Parallel& run, const Router& r, const float* scores, const i
     }
     multiply_to(dlogits, depth + 32, rows, depth, panel, tile, 0, td, dx + ptrdiff_t(first) * d, d,
                 d);
-    transpose(dlogits, depth + 32, rows, depth, turned + first, ld);
+    transpose(dlogits, depth + 32, rows, depth, transposed + first, ld);
     pack_nn((const E*)r.x + first * r.ldx, r.ldx, nullptr, rows, d, 0, td,
             states + first / kSumRows * block, tile_x, first % kSumRows / kUnit<E>);
   });
@@ -164,7 +164,7 @@ void backward(const Parallel& run, const Router& r, const float* scores, const i
     const int t0 = item * kSumTiles, t1 = std::min(td, t0 + kSumTiles), c0 = t0 * kTile;
     for (int b = 0; b < blocks; b++)
       for (int i = 0; i < depth; i += kRows)
-        multiply(turned + i * ld + b * kSumRows, ld, std::min(kRows, depth - i),
+        multiply(transposed + i * ld + b * kSumRows, ld, std::min(kRows, depth - i),
                  std::min(kSumRows, r.rows - b * kSumRows), states + b * block, tile_x, t0, t1,
                  sums + ptrdiff_t(i) * ld_sum, ld_sum, b > 0);
     for (int i = 0; i < experts; i++) {

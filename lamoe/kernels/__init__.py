@@ -95,7 +95,7 @@ def compiled(name: str, *tensors: torch.Tensor, products: bool = True) -> Callab
         products: whether the op multiplies rows of the tensors.
     """
     chosen = _choose(None, list(tensors), products) == "native"
-    return getattr(native, name) if chosen and len({t.dtype for t in tensors}) == 1 else None
+    return getattr(native, name) if chosen and native.are_alike(*tensors) else None
 
 
 linear = _op("linear")

@@ -246,8 +246,8 @@ def experts(x, expert, weight, w13, w2):
 _LOSS_ELEMENTS = 1 << 26
 
 
-class _CrossEntropy(Function):
-    """Cross-entropy that computes the gradient together with the loss, in chunks of rows."""
+class _CrossEntropy(fused._CrossEntropy):
+    """The forward pass of fused.py's function without a value that the host reads."""
 
     @staticmethod
     def forward(ctx, h, head, targets):
@@ -272,12 +272,6 @@ class _CrossEntropy(Function):
         if grad:
             ctx.save_for_backward(torch.cat(dh), dhead.to(head.dtype))
         return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss):
-        dh, dhead = ctx.saved_tensors
-        return dh * dloss, dhead * dloss, None
 
 
 def cross_entropy(h, head, targets):

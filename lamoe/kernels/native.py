@@ -59,7 +59,7 @@ def _in_pairs(x: torch.Tensor, *sizes: int) -> bool:
     return x.dtype != torch.bfloat16 or not any(size % 2 for size in sizes)
 
 
-def _are_alike(*tensors: torch.Tensor) -> bool:
+def are_alike(*tensors: torch.Tensor) -> bool:
     """Return whether all tensors have one dtype. The kernels read raw memory and do not convert."""
     return all(t.dtype == tensors[0].dtype for t in tensors)
 
@@ -114,7 +114,7 @@ def _address(x: torch.Tensor | None) -> int:
 
 def linear(x, w):
     known = (
-        _are_alike(x, w)
+        are_alike(x, w)
         and w.dim() == 2
         and w.shape[0] > 0
         and w.shape[1] == x.shape[-1]
@@ -163,7 +163,7 @@ def experts(x, expert, weight, w13, w2):
         and w13.shape == (count, 2 * f, d)
         and expert.shape == weight.shape == (*rows, expert.shape[-1])
     )
-    known = fit and _are_alike(x, w13, w2) and weight.dtype == torch.float32 and _in_pairs(x, d)
+    known = fit and are_alike(x, w13, w2) and weight.dtype == torch.float32 and _in_pairs(x, d)
     other = fused.experts if fit else ref.experts
     return (_Experts.apply if known else other)(x, expert.long(), weight, w13, w2)
 
@@ -278,7 +278,7 @@ def cross_entropy(h, head, targets):
             f"targets are {tuple(targets.shape)} ids up to {int(targets.max())}; there must be one "
             f"for each of the {h.shape[0]} rows, below the vocabulary size {head.shape[0]}"
         )
-    known = _are_alike(h, head) and head.shape[1] == h.shape[1] and _in_pairs(h, h.shape[1])
+    known = are_alike(h, head) and head.shape[1] == h.shape[1] and _in_pairs(h, h.shape[1])
     return (_CrossEntropy.apply if known else fused.cross_entropy)(h, head, targets.long())
 
 
@@ -322,13 +322,13 @@ class _RMSNorm(Function):
 
 
 def rms_norm(x, weight, eps):
-    known = _are_alike(x, weight) and weight.shape == x.shape[-1:]
+    known = are_alike(x, weight) and weight.shape == x.shape[-1:]
     return _RMSNorm.apply(x, None, weight, eps) if known else ref.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(x, residual, weight, eps):
     known = (
-        _are_alike(x, residual, weight)
+        are_alike(x, residual, weight)
         and x.shape == residual.shape
         and weight.shape == x.shape[-1:]
     )

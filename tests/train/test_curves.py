@@ -13,7 +13,7 @@ import pytest
 from lamoe import cli
 from lamoe.train import curves, loop
 from lamoe.train.curves import draw, figure, read
-from tiny_run import metrics, raw_recipe, train, trained, write_texts  # noqa: F401 (trained is a fixture)
+from tiny_run import metrics, raw_recipe, train, trained, write_texts  # noqa: F401
 
 PANELS = [
     "Loss (nats per token)",

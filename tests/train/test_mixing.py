@@ -11,7 +11,7 @@ from test_train import signal_after
 from lamoe.text import tokenizer as tokenizers
 from lamoe.train.data import Batches, open_corpus
 from lamoe.train.mixing import Mixture
-from tiny_run import metrics, raw_recipe, same, state, train, trained, write_texts  # noqa: F401 (trained is a fixture)
+from tiny_run import metrics, raw_recipe, same, state, train, trained, write_texts  # noqa: F401
 
 SEQ_LEN = 15
 # In windows of 1,000 rows, rounding would take a row from the fourth source.

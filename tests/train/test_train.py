@@ -25,7 +25,16 @@ from lamoe.train import metrics as metrics_module
 from lamoe.train.data import Batches, open_corpus
 from lamoe.train.optim import MasterAdamW
 from lamoe.train.recipe import Recipe
-from tiny_run import metrics, raw_recipe, same, state, train, trained, write_texts, write_toml  # noqa: F401 (trained is a fixture)
+from tiny_run import (  # noqa: F401 (trained is a fixture)
+    metrics,
+    raw_recipe,
+    same,
+    state,
+    train,
+    trained,
+    write_texts,
+    write_toml,
+)
 
 FAMILIES = {
     "mla": {},
